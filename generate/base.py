@@ -1,0 +1,45 @@
+"""Continue raw text.
+
+python generate/base.py --checkpoint_dir checkpoints/NAME --prompt "Hello, my name is"
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from lit_llama.cli import CLI
+
+
+def main(
+    *,
+    checkpoint_dir: Path,
+    prompt: str = "Hello, my name is",
+    max_new_tokens: int = 50,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 1234,
+    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
+) -> None:
+    """Stream the continuation of a text to stdout, until a token that ends it or the limit.
+
+    Args:
+        checkpoint_dir: A checkpoint folder or an adapter folder.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to make.
+        temperature: 0 takes the most likely token, more is more varied.
+        top_k: Draw among this many most likely tokens; 0 for all.
+        top_p: Draw among the fewest most likely tokens that together have this probability.
+        seed: Of the draws.
+        precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
+    """
+    from lit_llama.generate.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    from lit_llama.generate.answer import continue_text
+    from lit_llama.generate.load import load
+
+    continue_text(load(checkpoint_dir, precision=precision), prompt, max_new_tokens, sampling)
+
+
+if __name__ == "__main__":
+    CLI(main)

@@ -1,0 +1,154 @@
+"""Adapter + its base -> a plain checkpoint, proven to say the same."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_llama.device import Precision, pick_device, pick_dtype
+from lit_llama.errors import IntegrityError
+from lit_llama.folder import check_destination, publish, sha256_file, write_json
+from lit_llama.model.adapter import (
+    META_FILE,
+    WEIGHTS_FILE,
+    base_of,
+    load_adapter,
+    read_adapter_config,
+    read_adapter_weights,
+)
+from lit_llama.model.checkpoint import DTYPES, INDEX_FILE, Weights, fingerprint, load_model, write_weights
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import disabled, merge_weight
+from lit_llama.progress import stderr
+from lit_llama.text.encode import prompt_ids
+from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
+from lit_llama.text.tokenizer import Tokenizer
+
+PROBES = (
+    "What food do llamas eat?",
+    "Extract the order as JSON: item, quantity.\n\nTwo blue lamps for Zoë O'Brien, please.",
+    "用一句话介绍北京。",
+    "def add(a, b):",
+)
+"""Prompts on which the merged model is compared with base + adapter."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the merged model is from base + adapter, in logits over all positions of the probes."""
+
+    max_difference: float
+    mean_difference: float
+    adapter_effect: float  # mean difference that the adapter itself makes
+    top1_agreement: float
+
+
+def merge(adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision) -> Proof:
+    """Write W + scale * B A, added in float32 and rounded once, tensor by tensor; then compare logits.
+
+    Args:
+        adapter_dir: What finetune/lora.py wrote.
+        destination: Folder to make.
+        dtype: Dtype of the adapted tensors; None keeps that of the base.
+        precision: In which the logits are compared.
+
+    Raises:
+        CheckpointError: The adapter is empty, all zero, or does not fit its base.
+        IntegrityError: The base is not the one the adapter was trained on, or the merged model does not carry it.
+    """
+    check_destination(destination, "config.json")
+    base = base_of(adapter_dir)
+    config, _ = read_adapter_config(adapter_dir)
+    adapter = read_adapter_weights(adapter_dir)
+    weights = Weights(base)
+    raw = json.loads((base / "config.json").read_text("utf-8"))
+    with torch.device("meta"):
+        load_adapter(LLaMA(LLaMAConfig.from_folder(base)), adapter_dir)  # names and shapes fit
+    stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(dtype or "")
+    specs = {name: (stored or weights.spec(name)[0], weights.spec(name)[1]) for name in weights}
+    if "lm_head.lora_A" in adapter and "lm_head.weight" not in specs:  # a tied head goes its own way from here
+        specs["lm_head.weight"] = specs["model.embed_tokens.weight"]
+        raw["tie_word_embeddings"] = False
+
+    def produce(name: str) -> Tensor:
+        source = name if name in weights else "model.embed_tokens.weight"
+        module, target = name.removesuffix(".weight"), DTYPES[specs[name][0]]
+        if f"{module}.lora_A" not in adapter:
+            return weights[source].to(target)
+        pair = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
+        return merge_weight(weights[source], *pair, config.scale, target)
+
+    with publish(destination, "config.json") as folder:
+        write_weights(folder, specs, produce)
+        if dtype:
+            raw |= {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in raw else {})
+        write_json(folder / "config.json", raw)
+        _copy_rest(base, adapter_dir, folder)
+        proof = _prove(base, adapter_dir, folder, precision)
+        identity = {"path": str(base), "fingerprint": fingerprint(base)}
+        source = {"path": str(adapter_dir), "sha256": sha256_file(adapter_dir / WEIGHTS_FILE)}
+        write_json(folder / META_FILE, {"format": 1, "base": identity, "adapter": source, "proof": proof.__dict__})
+    stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
+    return proof
+
+
+def _copy_rest(base: Path, adapter_dir: Path, folder: Path) -> None:
+    """Tokenizer and settings of the base, chat template of the adapter."""
+    for path in sorted(base.iterdir()):
+        kind = path.suffix in (".json", ".model", ".txt", ".jinja")
+        if kind and path.name not in (INDEX_FILE, META_FILE, "config.json") and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    template, settings = adapter_dir / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    if template.is_file():
+        shutil.copyfile(template, folder / TEMPLATE_FILE)
+        if settings.is_file():  # the base's own template may stand in here, too
+            values = json.loads(settings.read_text("utf-8"))
+            values.pop("chat_template", None)
+            write_json(settings, values)
+
+
+def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision) -> Proof:
+    device = pick_device()
+    dtype = pick_dtype(precision, device)
+    tokenizer, style = Tokenizer.from_path(base), folder_style(adapter_dir)
+    probes = [
+        prompt_ids(tokenizer, style, [{"role": "user", "content": text}]) if style else tokenizer.encode(text)
+        for text in PROBES
+    ]
+    model = load_model(base, device, dtype)
+    load_adapter(model, adapter_dir)
+    model.eval()
+    wanted = _logits(model, probes)
+    with disabled(model):
+        plain = _logits(model, probes)
+    del model  # one model at a time
+    found = _logits(load_model(merged, device, dtype), probes)
+    difference = (found - wanted).abs()
+    proof = Proof(
+        max_difference=difference.max().item(),
+        mean_difference=difference.mean().item(),
+        adapter_effect=(plain - wanted).abs().mean().item(),
+        top1_agreement=(found.argmax(-1) == wanted.argmax(-1)).float().mean().item(),
+    )
+    stderr().print(
+        f"logits of merged against base + adapter in {str(dtype)[6:]}, {len(wanted)} positions: "
+        f"max |difference| {proof.max_difference:.2e}, mean {proof.mean_difference:.2e} "
+        f"(the adapter itself moves them by {proof.adapter_effect:.2e}), "
+        f"same most likely token at {proof.top1_agreement:.1%}"
+    )
+    if not proof.mean_difference < proof.adapter_effect / 2:
+        raise IntegrityError(
+            f"the merged model does not carry the adapter: its logits are {proof.mean_difference:.2e} off, the adapter "
+            f"moves them by {proof.adapter_effect:.2e}. Rounding hides so small an update: use --dtype float32"
+        )
+    return proof
+
+
+@torch.inference_mode()
+def _logits(model: LLaMA, probes: list[list[int]]) -> Tensor:
+    device = model.lm_head.weight.device
+    return torch.cat([model(torch.tensor(ids, device=device)).float().cpu() for ids in probes])

@@ -1,0 +1,40 @@
+"""What a user can cause, each kind with its own exit status.
+
+A door prints these as one line without a traceback; any other exception is our own defect and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Wrong use of a flag or value. The message says what, where, found against expected, and the way out."""
+
+    exit_status = 2
+
+
+class DataError(UserError):
+    """Rows or a data folder that cannot be used; the message names file:row:field."""
+
+    exit_status = 3
+
+
+class CheckpointError(UserError):
+    """Weights, configuration, tokenizer or adapter that cannot be used."""
+
+    exit_status = 4
+
+
+class ResourceError(UserError):
+    """Not enough memory, disk, network, or a device that is not there."""
+
+    exit_status = 5
+
+
+class IntegrityError(UserError):
+    """Something is not what its folder says it is."""
+
+    exit_status = 6
+
+
+class NumericalError(UserError):
+    """Training produced values that are not finite."""
+
+    exit_status = 70

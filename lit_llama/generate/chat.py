@@ -1,0 +1,151 @@
+"""Talking to a model turn after turn, keeping what is computed of the turns before."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from lit_llama.errors import UserError
+from lit_llama.generate.decode import new_cache
+from lit_llama.generate.load import Speaker, report
+from lit_llama.generate.sampling import Sampling
+from lit_llama.progress import stderr
+from lit_llama.text.encode import prompt_ids
+
+HELP = (
+    "/new starts over, /system TEXT starts over with a system message, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+)
+
+
+class Conversation:
+    """Messages so far, and the cache of their keys and values.
+
+    Args:
+        speaker: Who answers.
+        max_new_tokens: Most tokens of an answer.
+        sampling: How tokens are drawn.
+    """
+
+    def __init__(self, speaker: Speaker, max_new_tokens: int, sampling: Sampling) -> None:
+        self._speaker, self._max_new_tokens, self._sampling = speaker, max_new_tokens, sampling
+        self._style = speaker.require_style()
+        self.messages: list[dict[str, str]] = []
+        self._cached: list[int] = []
+        self._cache = new_cache(speaker.model, 1, 0)
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Add a message of the user and stream the answer; both are kept, also if the answer is stopped half way.
+
+        Raises:
+            UserError: The conversation no longer fits into what the model reads, even without its oldest turns.
+        """
+        self.messages.append({"role": "user", "content": text})
+        prompt = self._fit()
+        known = _common(prompt[:-1], self._cached)  # the last token is always run, as its logits are wanted
+        capacity = len(prompt) + self._max_new_tokens
+        if capacity > self._cache.capacity:
+            self._cache, known = new_cache(self._speaker.model, 1, 2 * capacity), 0
+        self._cache.truncate(known)
+        self._cached = list(prompt)
+        parts: list[str] = []
+        try:
+            stream = self._speaker.stream(prompt[known:], self._max_new_tokens, self._sampling, self._cache)
+            for ids, piece in stream:
+                self._cached += ids
+                parts.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(parts)})
+            self._cached = self._cached[: self._cache.lengths[0]]
+
+    def _fit(self) -> list[int]:
+        """The prompt; the oldest turns are left out, aloud, when it grows beyond what the model reads."""
+        limit = self._speaker.model.config.max_position_embeddings - self._max_new_tokens
+        dropped = 0
+        while True:
+            prompt = prompt_ids(self._speaker.tokenizer, self._style, self.messages)
+            if len(prompt) <= limit:
+                break
+            first = 1 if self.messages[0]["role"] == "system" else 0
+            if len(self.messages) - first < 3:
+                self.messages.pop()
+                raise UserError(f"the message has {len(prompt)} tokens, but only {limit} fit beside the answer")
+            del self.messages[first : first + 2]
+            dropped += 1
+        if dropped:
+            stderr().print(f"(the conversation is too long for the model: {dropped} oldest turns are forgotten)")
+        return prompt
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def talk(speaker: Speaker, max_new_tokens: int, sampling: Sampling, read: Callable[[], str]) -> None:
+    """Read messages until the end of input; answers go to stdout, everything else to stderr.
+
+    Args:
+        read: Gives the next message; EOFError ends the conversation, KeyboardInterrupt drops the line.
+    """
+    say = stderr().print
+    say(HELP)
+    conversation = Conversation(speaker, max_new_tokens, sampling)
+    while True:
+        try:
+            text = read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            continue
+        command, _, rest = text.partition(" ")
+        if not text:
+            continue
+        if command == "/quit":
+            return
+        if command in ("/new", "/system"):
+            conversation = Conversation(speaker, max_new_tokens, sampling)
+            if rest:
+                conversation.messages.append({"role": "system", "content": rest})
+            continue
+        if command.startswith("/"):
+            say(f"unknown command {command}; {HELP}")
+            continue
+        _answer(conversation, text, speaker)
+
+
+def _answer(conversation: Conversation, text: str, speaker: Speaker) -> None:
+    start = time.perf_counter()
+    pieces = conversation.ask(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+        print(" ...", end="")
+    except UserError as error:
+        stderr().print(f"({error})")
+        return
+    print(flush=True)
+    tokens = len(speaker.tokenizer.encode(conversation.messages[-1]["content"]))
+    report(tokens, time.perf_counter() - start, speaker.model.lm_head.weight.device)
+
+
+def line_reader() -> Callable[[], str]:
+    """Editing and history on a terminal, plain lines elsewhere."""
+    if not sys.stdin.isatty():
+
+        def read() -> str:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line
+
+        return read
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output.defaults import create_output
+
+    session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr))
+    return lambda: session.prompt("> ")

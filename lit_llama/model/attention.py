@@ -1,0 +1,158 @@
+"""Who attends to whom: samples laid end to end for training, and a cache of keys and values for generation.
+
+The model works on T tokens in one row, whatever samples they belong to; a layout knows which tokens see which.
+
+Shapes: B samples, T tokens of all samples, L longest sample, S cached positions, H query heads, G key/value heads,
+D head size.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_llama.model.config import LLaMAConfig
+
+PADDING = 1.15
+"""Samples share a block of attention as long as padding them to one length wastes at most 15 %."""
+
+
+class Layout(Protocol):
+    """Positions of the tokens in their samples, and attention among them."""
+
+    position_ids: Tensor  # (T,)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        ...
+
+
+class Packed:
+    """Samples of any lengths laid end to end; attention is causal inside each and never crosses.
+
+    Neighbours of similar length form one block (B, L): padding comes last in a causal block, so no token of a sample
+    ever sees it, and its own results are not gathered back.
+
+    Args:
+        lengths: Tokens of each sample, in order; they sum to T.
+        device: Where the tokens are.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)  # (T,)
+        self._blocks: list[tuple[slice, Tensor | None, Tensor | None, int]] = []
+        start = first = 0
+        for end in range(1, len(lengths) + 1):
+            group = lengths[first:end]
+            if end < len(lengths) and max(*group, lengths[end]) * (len(group) + 1) <= PADDING * (
+                sum(group) + lengths[end]
+            ):
+                continue
+            stop = start + sum(group)
+            self._blocks.append((slice(start, stop), *_padding(group, device), len(group)))
+            start, first = stop, end
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        outputs = []
+        for tokens, pad, unpad, samples in self._blocks:
+            queries, keys, values = (_block(x[tokens], pad, samples) for x in (q, k, v))  # (B, H or G, L, D)
+            grouped = q.shape[1] != k.shape[1]
+            y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+            y = y.transpose(1, 2).flatten(0, 1)  # (B L, H, D)
+            outputs.append(y if unpad is None else y.index_select(0, unpad))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _padding(lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:
+    """Indices that pad samples of a block to one length (B L,), and those that take the padding out again (T,)."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None, None
+    length = torch.tensor(lengths)[:, None]  # (B, 1)
+    offset = length.cumsum(0) - length
+    position = torch.arange(longest)[None]  # (1, L)
+    pad = offset + torch.minimum(position, length - 1)  # (B, L)
+    unpad = (position < length).flatten().nonzero().flatten()
+    return pad.flatten().to(device), unpad.to(device)
+
+
+def _block(x: Tensor, pad: Tensor | None, samples: int) -> Tensor:
+    """(T, H, D) -> (B, H, L, D)."""
+    x = x if pad is None else x.index_select(0, pad)
+    return x.unflatten(0, (samples, -1)).transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for B sequences of their own lengths.
+
+    Args:
+        config: Shape of the model.
+        batch: Number of sequences (B).
+        capacity: Most tokens a sequence may reach.
+        device: Where the model is.
+        dtype: That of the model.
+    """
+
+    def __init__(
+        self, config: LLaMAConfig, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros: 0 x NaN of a masked position is NaN
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a sequence may reach."""
+        return self.keys.shape[3]
+
+    def extend(self, counts: Sequence[int]) -> "Cached":
+        """The layout of the next tokens: `counts[b]` more of sequence b, laid end to end."""
+        return Cached(self, counts)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        self.lengths = [min(length, old) for old in self.lengths]
+
+
+class Cached:
+    """New tokens of B sequences after those in a cache; building it makes room, running the model fills it in.
+
+    Query heads that share a key/value head are laid along the query axis, so keys and values are never repeated.
+    """
+
+    def __init__(self, cache: KVCache, counts: Sequence[int]) -> None:
+        device, old = cache.keys.device, cache.lengths
+        cache.lengths = [length + count for length, count in zip(old, counts, strict=True)]
+        if max(cache.lengths) > cache.capacity:
+            raise ValueError(f"{max(cache.lengths)} tokens do not fit into a cache of {cache.capacity}")
+        self._cache = cache
+        self._rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)  # (T,)
+        self._columns = torch.cat([torch.arange(count) for count in counts]).to(device)  # (T,)
+        self.position_ids = self._columns + torch.tensor(old, device=device)[self._rows]  # (T,)
+        self._new, self._span = max(counts), max(cache.lengths)
+        query = torch.tensor(old, device=device)[:, None] + torch.arange(self._new, device=device)  # (B, L)
+        self._visible = torch.arange(self._span, device=device) <= query[:, None, :, None]  # (B, 1, L, S)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]  # (B, G, capacity, D)
+        keys[self._rows, :, self.position_ids] = k
+        values[self._rows, :, self.position_ids] = v
+        batch, groups, repeat = keys.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+        block = q.new_zeros(batch, self._new, groups, repeat, q.shape[2])
+        block[self._rows, self._columns] = q.unflatten(1, (groups, repeat))
+        block = block.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, H/G L, D)
+        mask = self._visible.repeat(1, 1, repeat, 1)  # (B, 1, H/G L, S)
+        y = F.scaled_dot_product_attention(block, keys[:, :, : self._span], values[:, :, : self._span], mask)
+        y = y.unflatten(2, (repeat, self._new)).permute(0, 3, 1, 2, 4)  # (B, L, G, H/G, D)
+        return y[self._rows, self._columns].flatten(1, 2)

@@ -1,0 +1,153 @@
+"""The data folder: a saved `datasets.DatasetDict` with splits train and test beside meta.json; batches out of it.
+
+Columns `input_ids` and `labels`, lists of int32 of the same length; labels are unshifted, IGNORE_INDEX is no loss.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_llama.errors import DataError
+from lit_llama.text.encode import IGNORE_INDEX, Sample
+
+META_FILE, TEST_FILE = "meta.json", "test.jsonl"
+SPLITS = ("train", "test")
+FORMAT = 1
+Ids = npt.NDArray[np.int32]
+
+
+def write_splits(folder: Path, splits: Mapping[str, Sequence[Sample]]) -> None:
+    """Save the splits for `datasets.load_from_disk`; the same samples give the same bytes."""
+    import datasets
+    import pyarrow as pa
+
+    datasets.disable_progress_bars()
+    tables = {}
+    for name, samples in splits.items():
+        column = pa.list_(pa.int32())
+        table = pa.table(
+            {
+                "input_ids": pa.array([sample.input_ids for sample in samples], column),
+                "labels": pa.array([sample.labels for sample in samples], column),
+            }
+        )
+        tables[name] = datasets.Dataset(table, fingerprint=name)  # the default one is drawn from the clock
+    datasets.DatasetDict(tables).save_to_disk(folder, num_proc=1)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a data folder.
+
+    Raises:
+        DataError: The folder is missing, unfinished, or of another format.
+    """
+    path = folder / META_FILE
+    if not path.is_file():
+        what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
+        raise DataError(f"{folder} {what}; make it with prepare/alpaca.py --destination_path {folder}")
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise DataError(f"{path}: format is {meta.get('format')}, expected {FORMAT}; prepare the data again")
+    return meta
+
+
+class Split:
+    """Samples of one split, zero-copy from the mapped Arrow file.
+
+    Attributes:
+        lengths: (rows,) tokens of each sample.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        import datasets
+
+        try:
+            table = datasets.load_from_disk(str(folder / name)).data
+        except (FileNotFoundError, OSError, ValueError) as error:
+            raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
+        self._ids, self._labels = _Column(table.column("input_ids")), _Column(table.column("labels"))
+        self.lengths = self._ids.lengths
+        if not len(self) or not np.array_equal(self.lengths, self._labels.lengths):
+            raise DataError(f"{folder / name}: expected rows with input_ids and labels of the same length")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> tuple[Ids, Ids]:
+        return self._ids[row], self._labels[row]
+
+    def trained_tokens(self) -> int:
+        """Labels with a loss; the first token of a sample is never predicted."""
+        return sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in map(self.__getitem__, range(len(self))))
+
+
+class _Column:
+    """A chunked list column as views into its buffers."""
+
+    def __init__(self, column: Any) -> None:
+        self._chunks: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        for chunk in column.chunks:
+            offsets = chunk.offsets.to_numpy()
+            self._chunks.append((chunk.values.to_numpy(zero_copy_only=False), offsets))
+        counts = [len(offsets) - 1 for _, offsets in self._chunks]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.lengths: npt.NDArray[np.int64] = np.concatenate(
+            [np.diff(offsets) for _, offsets in self._chunks] or [np.zeros(0, np.int64)]
+        )
+
+    def __getitem__(self, row: int) -> npt.NDArray[Any]:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        values, offsets = self._chunks[chunk]
+        local = row - self._starts[chunk]
+        return values[offsets[local] : offsets[local + 1]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples laid end to end without padding.
+
+    The last token of a sample is nobody's input and its first nobody's target: n tokens take n - 1 places.
+    """
+
+    input_ids: npt.NDArray[np.int64]  # (T,)
+    lengths: list[int]  # places of each sample; they sum to T
+    select: npt.NDArray[np.int64]  # (N,) places whose next token carries loss
+    targets: npt.NDArray[np.int64]  # (N,) that next token
+
+
+def collate(samples: Sequence[tuple[Ids, Ids]]) -> Batch:
+    """Lay samples end to end. The shift between input and target happens here and nowhere else."""
+    input_ids = np.concatenate([ids[:-1] for ids, _ in samples]).astype(np.int64)
+    targets = np.concatenate([labels[1:] for _, labels in samples]).astype(np.int64)
+    select = np.flatnonzero(targets != IGNORE_INDEX)
+    return Batch(input_ids, [len(ids) - 1 for ids, _ in samples], select, targets[select])
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of the samples in an epoch, a function of (seed, epoch) alone."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def micro_batches(split: Split, rows: Sequence[int], micro_batch_tokens: int) -> Iterator[Batch]:
+    """Cut the samples of a step, longest first, into batches of at most `micro_batch_tokens` tokens.
+
+    The gradient of a step does not depend on how its samples are cut. A longer sample is a batch of its own.
+    """
+    group: list[int] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: (-split.lengths[row], row)):
+        if group and tokens + split.lengths[row] > micro_batch_tokens:
+            yield collate([split[other] for other in group])
+            group, tokens = [], 0
+        group.append(row)
+        tokens += int(split.lengths[row])
+    if group:
+        yield collate([split[other] for other in group])

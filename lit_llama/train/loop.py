@@ -1,0 +1,188 @@
+"""LoRA fine-tuning: checkpoint + data -> adapter folder.
+
+Shapes: T tokens of a micro-batch, N of them with a label.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+
+from lit_llama.device import Precision, cores, keep_freed_memory, peak_memory, pick_device, pick_dtype, seed_everything
+from lit_llama.errors import DataError, NumericalError
+from lit_llama.folder import check_destination, publish, write_json
+from lit_llama.model.adapter import CONFIG_FILE, save_adapter
+from lit_llama.model.checkpoint import check_vocabulary, fingerprint, load_model
+from lit_llama.model.config import LoRAConfig
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.text.dataset import META_FILE, Batch, Split, epoch_order, micro_batches, read_meta
+from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.log import Log, draw_curve, open_log
+from lit_llama.train.loss import TokenLoss
+from lit_llama.train.schedule import learning_rate
+
+RUN_FILE = "run.yaml"
+
+
+def finetune_lora(
+    checkpoint_dir: Path,
+    data_dir: Path,
+    out_dir: Path,
+    *,
+    lora: LoRAConfig,
+    train: TrainConfig,
+    precision: Precision,
+    seed: int,
+    arguments: dict[str, Any],
+) -> None:
+    """Train an adapter and write its folder; the parameters are those of finetune/lora.py.
+
+    Args:
+        arguments: The whole configuration, saved as run.yaml.
+
+    Raises:
+        UserError: Settings, checkpoint or data that do not fit each other.
+        NumericalError: The loss is not finite; nothing is written.
+    """
+    start = time.perf_counter()
+    check_destination(out_dir, CONFIG_FILE)
+    meta = read_meta(data_dir)
+    _check_tokenizer(checkpoint_dir, data_dir, meta)
+    device = pick_device()
+    dtype = pick_dtype(precision, device)
+    keep_freed_memory()
+    torch.set_num_threads(cores())
+    seed_everything(seed)
+    model = load_model(checkpoint_dir, device, dtype)
+    check_vocabulary(checkpoint_dir, model.config.vocab_size, meta["tokenizer"]["size"])
+    longest = max(counts["longest"] for counts in meta["splits"].values())
+    if longest > model.config.max_position_embeddings:
+        raise DataError(
+            f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
+            f"{model.config.max_position_embeddings}; prepare the data with a smaller --max_seq_length"
+        )
+    adapted = apply_lora(model, lora)
+    splits = {name: Split(data_dir, name) for name in ("train", "test")}
+    with publish(out_dir, CONFIG_FILE) as folder:
+        steps = train.steps(len(splits["train"]))
+        with open_log(folder, steps) as log:
+            trainable = sum(parameter.numel() for parameter in lora_parameters(model))
+            log.say(
+                f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "
+                f"{len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
+                f"{time.perf_counter() - start:.1f} s"
+            )
+            fit(model, splits["train"], splits["test"], train, seed, log)
+        draw_curve(folder)
+        (folder / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
+        identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
+        write_json(folder / META_FILE, {"format": 1, "base": identity, "data": meta, "steps": steps})
+        (folder / TEMPLATE_FILE).write_text((data_dir / TEMPLATE_FILE).read_text("utf-8"), "utf-8")
+        save_adapter(model, lora, folder, str(checkpoint_dir))
+    log.say(
+        f"{out_dir}: adapter, metrics.csv, loss.png, run.yaml; {time.perf_counter() - start:.1f} s, "
+        f"peak memory {peak_memory(device) / 1e9:.2f} GB"
+    )
+    log.say(
+        f"next: python finetune/merge.py --adapter_dir {out_dir} --destination_path checkpoints/{out_dir.name}-merged"
+    )
+
+
+def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int, log: Log) -> None:
+    """Optimize the adapters of `model` in place.
+
+    The loss of a step is the sum over the trained tokens of its whole batch divided by their number, however the batch
+    is cut. Which samples a step takes follows from (seed, epoch), its learning rate from the step.
+
+    Raises:
+        NumericalError: Loss or gradients are not finite.
+    """
+    device = next(model.parameters()).device
+    fabric = Fabric(accelerator=device.type, devices=1)
+    parameters = lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    loss_of, optimizer = fabric.setup(TokenLoss(model), optimizer)
+    steps = config.steps(len(train))
+    per_epoch = math.ceil(len(train) / config.batch_size)
+    log.step({"step": 0, "test_loss": evaluate(loss_of, test, config.micro_batch_tokens)})
+    model.train()
+    for step in range(steps):
+        start = time.perf_counter()
+        epoch, position = divmod(step, per_epoch)
+        rows = epoch_order(len(train), seed, epoch)[position * config.batch_size :][: config.batch_size].tolist()
+        batches = list(micro_batches(train, rows, config.micro_batch_tokens))
+        count = sum(len(batch.targets) for batch in batches)
+        if not count:
+            raise DataError(f"step {step + 1}: no token of its {len(rows)} samples carries a loss")
+        rate = learning_rate(step, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            loss = loss_of(*_tensors(batch, device)) / count
+            fabric.backward(loss)
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        if not (total + norm).isfinite():
+            raise NumericalError(
+                f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
+                "nothing was written. Lower --train.learning_rate, or use --precision 32-true"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = {
+            "step": step + 1,
+            "epoch": (step + 1) / per_epoch,
+            "learning_rate": rate,
+            "loss": total.item(),
+            "grad_norm": norm.item(),
+            "trained_tokens": count,
+            "tokens": sum(len(batch.input_ids) for batch in batches),
+            "seconds": time.perf_counter() - start,
+        }
+        if (step + 1) % config.eval_interval == 0 or step + 1 == steps:
+            metrics["test_loss"] = evaluate(loss_of, test, config.micro_batch_tokens)
+        log.step(metrics)
+
+
+@torch.no_grad()
+def evaluate(loss_of: torch.nn.Module, split: Split, micro_batch_tokens: int) -> float:
+    """Mean loss per trained token over a whole split, whatever the batches."""
+    training = loss_of.training
+    loss_of.eval()
+    device = next(loss_of.parameters()).device
+    total, count = 0.0, 0
+    for batch in micro_batches(split, range(len(split)), micro_batch_tokens):
+        if len(batch.targets):
+            total += loss_of(*_tensors(batch, device)).item()
+            count += len(batch.targets)
+    loss_of.train(training)
+    if not count:
+        raise DataError("no token of the test split carries a loss")
+    return total / count
+
+
+def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor]:
+    ids, select, targets = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.select, batch.targets))
+    return ids, batch.lengths, select, targets
+
+
+def _check_tokenizer(checkpoint_dir: Path, data_dir: Path, meta: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_path(checkpoint_dir)
+    if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
+        raise DataError(
+            f"{data_dir} was prepared with {meta['tokenizer']['path']}, whose vocabulary is not that of "
+            f"{checkpoint_dir}; prepare it again with --tokenizer_path {checkpoint_dir}"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,139 @@
+"""Tiny models and the few real files that tests share; what is absent is skipped with the reason."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.llama import LLaMA
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:\nExtract the order as JSON: item, quantity.\n\n### Response:",
+    '{"item": "blue lamp", "quantity": 2}',
+    "<user> <assistant> system 0123456789 Zoë's naïve café, 北京 is a city. 😀",
+] * 4
+
+
+def tiny_config(**changes: object) -> LLaMAConfig:
+    """Two layers, grouped queries, heads of 16, so that no two sizes are equal by chance."""
+    shape: dict[str, object] = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    }
+    return LLaMAConfig(**(shape | changes))  # type: ignore[arg-type]
+
+
+def tiny_model(seed: int = 0, **changes: object) -> LLaMA:
+    """A random model whose weights are large enough for its outputs to differ visibly."""
+    torch.manual_seed(seed)
+    model = LLaMA(tiny_config(**changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.5)
+    return model.requires_grad_(False).eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 384 ids with ChatML's control tokens, as a Hugging Face folder holds it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    (folder / "chat_template.jinja").write_text(CHATML)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with a random model, written by transformers, and its tokenizer. Do not change it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        **tiny_config().to_dict("float32")
+        | {"eos_token_id": 2, "bos_token_id": 1, "initializer_range": 0.15, "tie_word_embeddings": True}
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """SmolLM2-135M-Instruct as `make test` and `make demo` convert it."""
+    folder = ROOT / "checkpoints" / "smollm2-135m-instruct"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is absent; `make test` makes it")
+    return folder
+
+
+def shared(name: str) -> Path:
+    """A file of the data collection beside the project."""
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{name} is absent from the data beside the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> Path:
+    """The original LLaMA sentencepiece model."""
+    return shared("llama_tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def alpaca_file() -> Path:
+    """999 rows in Alpaca's format with long answers."""
+    return shared("alpaca_en_demo.json")
+
+
+@pytest.fixture
+def alpaca_rows(tmp_path: Path) -> Callable[[list[dict[str, str]]], Path]:
+    """Write rows to data/rows.json in a fresh folder; gives the folder."""
+
+    def write(rows: list[dict[str, str]]) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        (folder / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+        return folder
+
+    return write
+
+
+def run_door(*arguments: object, stdin: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a door as a user does: `run_door("prepare/alpaca.py", "--seed", 1)`."""
+    script, *flags = map(str, arguments)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=240
+    )

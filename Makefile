@@ -75,7 +75,7 @@ $(DATA)/demo.json: demo/rows.py | $(VENV)/core
 $(DATA)/meta.json: $(DATA)/demo.json $(BASE)/config.json
 	rm -f $@
 	$(PY) prepare/alpaca.py --destination_path $(@D) --tokenizer_path $(BASE) --data_file_name $(<F) \
-	    --test_split_size 200 --mask_inputs true
+	    --prompt_style chatml --test_split_size 200 --mask_inputs true
 	touch -c $@
 
 $(RUN)/adapter_config.json: demo/lora.yaml $(DATA)/meta.json $(BASE)/config.json
@@ -93,7 +93,7 @@ INSTRUCT := $(PY) generate/instruct.py --data_dir $(DATA) --max_new_tokens 64
 # The answers of the base wait for the run only because they lie in its folder; a new run leaves them there.
 $(RUN)/before.jsonl: $(BASE)/config.json $(DATA)/meta.json | $(RUN)/adapter_config.json
 	rm -f $@
-	$(INSTRUCT) --checkpoint_dir $(BASE) --prompt_style alpaca --output_file $@
+	$(INSTRUCT) --checkpoint_dir $(BASE) --prompt_style chatml --output_file $@
 	touch -c $@
 
 $(RUN)/after.jsonl: $(MERGED)/config.json $(DATA)/meta.json

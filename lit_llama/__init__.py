@@ -1,1 +1,51 @@
-"""Prepare instruction data, fine-tune LLaMA-family models with LoRA, and generate with the result."""
+"""Prepare instruction data, fine-tune LLaMA-family models with LoRA, and generate with the result.
+
+What a notebook needs, imported only when it is named:
+
+    import lit_llama
+    speaker = lit_llama.load(Path("out/lora/demo"))             # model, tokenizer and prompt style of a folder
+    model = lit_llama.load_model(Path("checkpoints/NAME"))      # token ids (T,) -> logits (T, V)
+    tokenizer = lit_llama.Tokenizer.from_path(Path("checkpoints/NAME"))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_llama.generate.load import Speaker, load
+    from lit_llama.generate.sampling import Sampling
+    from lit_llama.model.checkpoint import load_model
+    from lit_llama.model.config import LLaMAConfig, LoRAConfig
+    from lit_llama.model.llama import LLaMA
+    from lit_llama.model.lora import apply_lora
+    from lit_llama.text.tokenizer import Tokenizer
+
+__all__ = [
+    "LLaMA",
+    "LLaMAConfig",
+    "LoRAConfig",
+    "Sampling",
+    "Speaker",
+    "Tokenizer",
+    "apply_lora",
+    "load",
+    "load_model",
+]
+
+_HOMES = {
+    "LLaMA": "model.llama",
+    "LLaMAConfig": "model.config",
+    "LoRAConfig": "model.config",
+    "Sampling": "generate.sampling",
+    "Speaker": "generate.load",
+    "Tokenizer": "text.tokenizer",
+    "apply_lora": "model.lora",
+    "load": "generate.load",
+    "load_model": "model.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"lit_llama.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lit_llama' has no attribute {name!r}")

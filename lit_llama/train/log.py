@@ -83,7 +83,7 @@ def draw_curve(folder: Path) -> Path:
     axes.plot(*zip(*series["loss"], strict=True), color="#9db8d9", linewidth=1, label="train, each step")
     axes.plot(*zip(*_smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
     axes.plot(*zip(*series["test_loss"], strict=True), "o-", color="#d1495b", linewidth=1.5, label="test split")
-    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.name)
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.resolve().name)
     if min(value for _, value in series["loss"]) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)
@@ -95,7 +95,7 @@ def draw_curve(folder: Path) -> Path:
     return path
 
 
-def _smooth(points: list[tuple[int, float]], keep: float = 0.9) -> list[tuple[int, float]]:
+def _smooth(points: list[tuple[int, float]], keep: float = 0.8) -> list[tuple[int, float]]:
     """Exponential mean with the bias of its start taken out."""
     mean, weight, smoothed = 0.0, 0.0, []
     for step, value in points:

@@ -45,12 +45,14 @@ def finetune_lora(
 ) -> None:
     """Train an adapter and write its folder; the parameters are those of finetune/lora.py.
 
+    run.yaml and metrics.csv are there from the start; the folder is an adapter once adapter_config.json is, at the end.
+
     Args:
         arguments: The whole configuration, saved as run.yaml.
 
     Raises:
         UserError: Settings, checkpoint or data that do not fit each other.
-        NumericalError: The loss is not finite; nothing is written.
+        NumericalError: The loss is not finite; no adapter is written.
     """
     start = time.perf_counter()
     check_destination(out_dir, CONFIG_FILE)
@@ -71,18 +73,19 @@ def finetune_lora(
         )
     adapted = apply_lora(model, lora)
     splits = {name: Split(data_dir, name) for name in ("train", "test")}
+    steps = train.steps(len(splits["train"]))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
+    with open_log(out_dir, steps) as log:
+        trainable = sum(parameter.numel() for parameter in lora_parameters(model))
+        log.say(
+            f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "
+            f"{len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+        fit(model, splits["train"], splits["test"], train, seed, log)
+    draw_curve(out_dir)
     with publish(out_dir, CONFIG_FILE) as folder:
-        steps = train.steps(len(splits["train"]))
-        with open_log(folder, steps) as log:
-            trainable = sum(parameter.numel() for parameter in lora_parameters(model))
-            log.say(
-                f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "
-                f"{len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
-                f"{time.perf_counter() - start:.1f} s"
-            )
-            fit(model, splits["train"], splits["test"], train, seed, log)
-        draw_curve(folder)
-        (folder / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
         identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
         write_json(folder / META_FILE, {"format": 1, "base": identity, "data": meta, "steps": steps})
         (folder / TEMPLATE_FILE).write_text((data_dir / TEMPLATE_FILE).read_text("utf-8"), "utf-8")

@@ -18,7 +18,7 @@ def CLI(main: Callable[..., Any]) -> None:
     from lit_llama.errors import ResourceError, UserError
 
     try:
-        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False)
+        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except (UserError, jsonargparse.ArgumentError) as error:
         _fail(error, getattr(error, "exit_status", UserError.exit_status))
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
 
@@ -159,13 +159,13 @@ class LoRAConfig:
         r: Rank of A (r, in) and B (out, r).
         alpha: The update is scaled by alpha / r.
         dropout: Probability of dropping an element of the input of A while training.
-        target_modules: "all-linear", or names of linear layers such as q_proj, v_proj.
+        target_modules: all-linear, or names of linear layers such as q_proj,v_proj.
     """
 
     r: int = 8
     alpha: float = 16
     dropout: float = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: str | list[str] = "all-linear"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -174,8 +174,8 @@ class LoRAConfig:
             raise UserError(f"--lora.alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
-        if not self.target_modules:
-            raise UserError("--lora.target_modules is empty, expected all-linear or names such as [q_proj, v_proj]")
+        if not all(self.targets):
+            raise UserError("--lora.target_modules is empty, expected all-linear or names such as q_proj,v_proj")
 
     @property
     def scale(self) -> float:
@@ -185,4 +185,7 @@ class LoRAConfig:
     @property
     def targets(self) -> list[str]:
         """Names of the linear layers to adapt."""
-        return list(LINEARS) if isinstance(self.target_modules, str) else list(self.target_modules)
+        if self.target_modules == "all-linear":
+            return list(LINEARS)
+        names = self.target_modules
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names or [""]

@@ -18,7 +18,7 @@ from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, save_adapter
 from lit_llama.model.checkpoint import check_vocabulary, fingerprint, load_model
-from lit_llama.model.config import LoRAConfig
+from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset import META_FILE, Batch, Split, epoch_order, micro_batches, read_meta
@@ -56,21 +56,22 @@ def finetune_lora(
     """
     start = time.perf_counter()
     check_destination(out_dir, CONFIG_FILE)
+    shape = LLaMAConfig.from_folder(checkpoint_dir)
     meta = read_meta(data_dir)
     _check_tokenizer(checkpoint_dir, data_dir, meta)
+    check_vocabulary(checkpoint_dir, shape.vocab_size, meta["tokenizer"]["size"])
+    longest = max(counts["longest"] for counts in meta["splits"].values())
+    if longest > shape.max_position_embeddings:
+        raise DataError(
+            f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
+            f"{shape.max_position_embeddings}; prepare the data with a smaller --max_seq_length"
+        )
     device = pick_device()
     dtype = pick_dtype(precision, device)
     keep_freed_memory()
     torch.set_num_threads(cores())
     seed_everything(seed)
     model = load_model(checkpoint_dir, device, dtype)
-    check_vocabulary(checkpoint_dir, model.config.vocab_size, meta["tokenizer"]["size"])
-    longest = max(counts["longest"] for counts in meta["splits"].values())
-    if longest > model.config.max_position_embeddings:
-        raise DataError(
-            f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
-            f"{model.config.max_position_embeddings}; prepare the data with a smaller --max_seq_length"
-        )
     adapted = apply_lora(model, lora)
     splits = {name: Split(data_dir, name) for name in ("train", "test")}
     steps = train.steps(len(splits["train"]))

@@ -131,25 +131,7 @@ TITLE_ENDS = listed("""
     Bridge, Candle, Castle, Clock, Desert, Door, Forest, Garden, Harbour, Island, Key, Lake, Letter, Lighthouse, Map,
     Mirror, Moon, Mountain, Orchard, River, Road, Sea, Station, Storm, Tower, Valley, Village, Violin, Window, Winter
 """)
-AIRLINES = listed("AF, AY, AZ, BA, EI, IB, KL, LH, LO, LX, OS, SK, TP, UX")
 PARCEL_SERIES = listed("BN, CV, DK, GW, HM, JP, KD, MT, PX, RT, VC, ZL")
-DEVICES = listed("""
-    air conditioner, air purifier, alarm clock, badge reader, barcode scanner, blender, card reader, clothes dryer,
-    coffee machine, copier, dehumidifier, desk lamp, desktop computer, dishwasher, document scanner, electric oven,
-    fan heater, freezer, fridge, hand dryer, headset, ice machine, juicer, kettle, label printer, laminator,
-    laptop, laser printer, microwave, mixer, monitor, paper shredder, phone charger, projector, radio, router,
-    sound bar, space heater, tablet, television, ticket machine, toaster, vacuum cleaner, vending machine, video camera,
-    washing machine, water cooler, water heater
-""")
-PROBLEMS = listed("""
-    buzzes all day, does not respond, fell on the floor, fails every day, gets too hot, gives off smoke,
-    gives off sparks, goes off at random, has a broken button, has a broken switch, has a cracked cover,
-    has a damaged cable, has a loose plug, has a missing screw, has no power, hums all night, is badly scratched,
-    is full of dust, is out of order, works only sometimes, keeps beeping, keeps clicking, keeps restarting,
-    keeps vibrating, lost its power cord, makes a loud noise, makes strange noises, needs a new cable, needs a new fuse,
-    rattles, shows an error, shuts down at random, smells burnt, stopped working, switches itself off,
-    takes ages to start, trips the fuse, turns itself on, won't start, won't turn off
-""")
 COURSE_KINDS = listed("beginner, advanced, weekend, evening, morning, summer, family")
 SUBJECTS = listed("""
     archery, Arabic, ballet, baking, boxing, calligraphy, carpentry, ceramics, chess, Chinese, cooking, dance, drawing,
@@ -258,25 +240,6 @@ FAMILIES = (
         ),
     ),
     Family(
-        name="flight",
-        fields={
-            "passenger": PEOPLE,
-            "flight": verbatim(joined(AIRLINES, range(101, 990, 7), "")),
-            "to": verbatim(CITIES),
-            "gate": digits(range(1, 60)),
-        },
-        wordings=(
-            "{passenger} is on flight {flight} to {to}, gate {gate}.",
-            "Flight {flight} to {to} now boards at gate {gate}. Passenger: {passenger}.",
-            "Dear {passenger}, your flight {flight} to {to} leaves from gate {gate}.",
-            "Last call for {passenger}, flying to {to} on {flight}: please go to gate {gate}.",
-            "Gate change: {flight} to {to} moves to gate {gate}. Please tell {passenger}.",
-            "I'm at gate {gate}, waiting for {flight} to {to}. See you soon, {passenger}",
-            "Please bring {passenger} to gate {gate}; {flight} to {to} is boarding.",
-            "Off to {to}! My flight is {flight}, gate {gate}. Best, {passenger}",
-        ),
-    ),
-    Family(
         name="library loan",
         fields={"title": verbatim(joined(TITLE_STARTS, TITLE_ENDS)), "borrower": PEOPLE, "due": DATES},
         wordings=(
@@ -320,25 +283,6 @@ FAMILIES = (
             "{time}, room {room}: {organiser}, {people} people.",
             "Can {organiser} have room {room} at {time}? There will be {people} people.",
             "We need chairs for {people} people in room {room} by {time}. Regards, {organiser}",
-        ),
-    ),
-    Family(
-        name="repair request",
-        fields={
-            "device": verbatim(DEVICES),
-            "problem": verbatim(PROBLEMS),
-            "room": ROOMS,
-            "reporter": PEOPLE,
-        },
-        wordings=(
-            "The {device} in room {room} {problem}, says {reporter}.",
-            "Hello, our {device} {problem}. Please come to room {room}. {reporter}",
-            "{reporter} in room {room} reports that the {device} {problem}.",
-            "Room {room}: {device} {problem}. Reported by {reporter}.",
-            "Could someone look at the {device} in room {room}? It {problem}. Thanks, {reporter}",
-            "Ticket from {reporter}: {device} {problem}, room {room}.",
-            "Sorry to bother you, the {device} {problem}. I'm in room {room}. Best, {reporter}",
-            "{reporter} needs help in room {room}: the {device} {problem}.",
         ),
     ),
     Family(

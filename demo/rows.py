@@ -90,12 +90,6 @@ TOWNS = listed("""
     Nottingham, Oxford, Perth, Plymouth, Portsmouth, Preston, Sheffield, Stockton-on-Tees, Swansea, Swindon, Watford,
     Winchester, Worcester, York
 """)
-CITIES = listed("""
-    Amsterdam, Athens, Barcelona, Beirut, Berlin, Bogotá, Boston, Brussels, Budapest, Cairo, Casablanca, Chicago,
-    Copenhagen, Dakar, Delhi, Denver, Dubai, Frankfurt, Geneva, Hamburg, Hanoi, Helsinki, Istanbul, Kraków, Lagos,
-    Lima, Lisbon, Lyon, Madrid, Málaga, Miami, Milan, Montreal, Munich, Nairobi, Naples, Oslo, Paris, Porto, Prague,
-    Riga, Rome, Salzburg, Seoul, Stockholm, Tokyo, Toronto, Tunis, Venice, Vienna, Vilnius, Warsaw, Zürich
-""")
 STREETS = listed("""
     Abbey Road, Ash Grove, Bell Lane, Birch Avenue, Bridge Street, Castle Street, Cedar Close, Chapel Lane,
     Cherry Drive, Church Road, Cross Street, Dale Road, Elm Avenue, Farm Lane, Fern Close, Forest Road, Garden Street,

@@ -145,7 +145,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 
 def test_written_rows_are_read_back(tmp_path: Path) -> None:
     """Catches escapes that lose a character, and lines cut at U+2028 and its like inside a string."""
-    texts = ["a\u2028b", "a\u0085b\x0bc\x0cd\x1ee", "quote \" and \\ and \n", "北京 😀 \ufffd", "\0"]
+    texts = ["a\u2028b", "a\u0085b\x0bc\x0cd\x1ee", 'quote " and \\ and \n', "北京 😀 \ufffd", "\0"]
     examples = [Example(text, "in " + text, text + "!", row) for row, text in enumerate(texts)]
     write_alpaca(tmp_path / "rows.jsonl", examples)
     assert read_prompts(tmp_path / "rows.jsonl") == examples
@@ -184,7 +184,7 @@ rows = st.fixed_dictionaries(
 
 @FUZZ
 @example(b"[\xff")
-@given(st.binary(max_size=60) | st.text("[]{}\",:\\u0d123456789e+-. \n\ufeff", max_size=60).map(str.encode))
+@given(st.binary(max_size=60) | st.text('[]{}",:\\u0d123456789e+-. \n\ufeff', max_size=60).map(str.encode))
 def test_arbitrary_bytes_raise_nothing_but_a_data_error(write: Write, content: bytes) -> None:
     """Catches any traceback: of decoding, of the JSON module, of our own code."""
     path = write(content)

@@ -315,9 +315,7 @@ def test_a_tokenizer_that_would_go_wrong_in_silence_is_refused(
         Tokenizer.from_path(changed(change, settings))
 
 
-def test_a_regex_that_runs_away_is_an_error(
-    changed: Callable[..., Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_regex_that_runs_away_is_an_error(changed: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     """Catches the package's panic, which is no Exception and passes every handler."""
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     ours = Tokenizer.from_path(changed(lambda raw: raw.update(pre_tokenizer=split), END))

@@ -37,7 +37,7 @@ def write_splits(folder: Path, splits: Mapping[str, Sequence[Sample]]) -> None:
             }
         )
         tables[name] = datasets.Dataset(table, fingerprint=name)  # the default one is drawn from the clock
-    datasets.DatasetDict(tables).save_to_disk(folder, num_proc=1)
+    datasets.DatasetDict(tables).save_to_disk(folder)  # num_proc=1 would start processes, too
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Split:
         try:
             table = datasets.load_from_disk(str(folder / name)).data
             self._ids, self._labels = _Column(table.column("input_ids")), _Column(table.column("labels"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError) as error:  # IndexError: no rows at all
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
         self.lengths = self._ids.lengths
         if not len(self) or not np.array_equal(self.lengths, self._labels.lengths):

@@ -14,7 +14,7 @@ from lit_llama.text.formats import Dropped, Example, read_alpaca, read_prompts, 
 
 Write = Callable[[bytes | str], Path]
 ROW = {"instruction": "Add.", "input": "1 2", "output": "3"}
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

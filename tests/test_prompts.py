@@ -26,6 +26,7 @@ LLAMA3_LIKE = (
     "        {{- '<|im_start|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|im_end|>' }}\n"
     "    {%- else %}\n        {{- 'nothing said' }}\n    {%- endif %}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n\\n' }}\n{%- endif %}\n"
+    "  {% if true %}\n.{% endif %}\n"
 )
 
 

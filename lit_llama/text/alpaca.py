@@ -1,6 +1,6 @@
 """From a file in Alpaca's format to a data folder: read, split, encode, write, account for every row."""
 
-import urllib.error
+import http.client
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -103,7 +103,7 @@ def find_or_download(folder: Path, name: str) -> Path:
     part = path.with_name(f".{name}.part")
     try:
         _download(URL, part)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         part.unlink(missing_ok=True)
         reason = getattr(error, "reason", error)
         raise ResourceError(
@@ -117,11 +117,11 @@ def _download(url: str, path: Path) -> None:
     from rich.progress import wrap_file
 
     with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
-        size = int(answer.headers["Content-Length"])
-        with wrap_file(answer, size, description="downloading", console=stderr(), transient=True) as source:
+        size = int(answer.headers.get("Content-Length", -1))
+        with wrap_file(answer, max(size, 0), description="downloading", console=stderr(), transient=True) as source:
             while block := source.read(1 << 20):
                 file.write(block)
-        if file.tell() != size:
+        if size >= 0 and file.tell() != size:
             raise OSError(f"{file.tell()} of {size} bytes arrived")
 
 

@@ -37,7 +37,7 @@ def write_splits(folder: Path, splits: Mapping[str, Sequence[Sample]]) -> None:
             }
         )
         tables[name] = datasets.Dataset(table, fingerprint=name)  # the default one is drawn from the clock
-    datasets.DatasetDict(tables).save_to_disk(folder, num_proc=1)
+    datasets.DatasetDict(tables).save_to_disk(folder)  # num_proc=1 would start processes, too
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -51,12 +51,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
         raise DataError(f"{folder} {what}; make it with prepare/alpaca.py --destination_path {folder}")
     try:
-        meta: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        meta: Any = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: expected an object; prepare the data again")
     if meta.get("format") != FORMAT:
         raise DataError(f"{path}: format is {meta.get('format')}, expected {FORMAT}; prepare the data again")
-    return meta
+    return dict(meta)
 
 
 class Split:
@@ -71,9 +73,9 @@ class Split:
 
         try:
             table = datasets.load_from_disk(str(folder / name)).data
-        except (FileNotFoundError, OSError, ValueError) as error:
+            self._ids, self._labels = _Column(table.column("input_ids")), _Column(table.column("labels"))
+        except (OSError, ValueError, LookupError) as error:  # IndexError: no rows at all
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
-        self._ids, self._labels = _Column(table.column("input_ids")), _Column(table.column("labels"))
         self.lengths = self._ids.lengths
         if not len(self) or not np.array_equal(self.lengths, self._labels.lengths):
             raise DataError(f"{folder / name}: expected rows with input_ids and labels of the same length")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_llama.errors import CheckpointError, DataError
+from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.formats import Dropped, Example
 from lit_llama.text.prompts import Message, PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
@@ -104,8 +104,10 @@ def _conversation(example: Example, style: PromptStyle, tokenizer: Tokenizer) ->
         {"role": "assistant", "content": example.response},
     ]
     runs = list(_runs(style.render(messages, bos=tokenizer.bos, eos=tokenizer.eos), tokenizer))
-    while not runs[-1].trained:
+    while runs and not runs[-1].trained:
         runs.pop()
+    if not runs:
+        raise UserError(f"the prompt style {style.name} does not say where an answer is, so it cannot be trained")
     return runs
 
 
@@ -138,5 +140,7 @@ def _checked(sample: Sample, tokenizer: Tokenizer) -> Sample:
         last = tokenizer.decode(sample.input_ids[-3:])
         raise CheckpointError(f"row {sample.row} does not end in a control token of this tokenizer but in {last!r}")
     assert len(sample.input_ids) == len(sample.labels) and sample.labels[-1] == sample.input_ids[-1]
-    assert not tokenizer.bos or sample.input_ids.count(tokenizer.control[tokenizer.bos]) == 1
+    begins = [token_id == tokenizer.control.get(tokenizer.bos) for token_id in sample.input_ids[:2]]
+    if tokenizer.bos and begins != [True, False]:
+        raise CheckpointError(f"row {sample.row}: expected one {tokenizer.bos} at the beginning, found none or two")
     return sample

@@ -84,7 +84,8 @@ def _fields(row: Any, where: str) -> tuple[str, str, str]:
         if name not in row:
             keys = ", ".join(map(str, row)) or "nothing"
             raise DataError(f"{where}: field {name} is missing (found {keys}); expected instruction, input and output")
-    values = (row["instruction"], row.get("input") or "", row["output"])
+    given = row.get("input")
+    values = (row["instruction"], "" if given is None else given, row["output"])
     for name, value in zip(("instruction", "input", "output"), values, strict=True):
         if not isinstance(value, str):
             raise DataError(f"{where}: field {name} is {_kind(value)}, expected text")
@@ -137,7 +138,10 @@ def _read_json_array(path: Path) -> list[Any]:
 
 def _read_json_lines(path: Path) -> list[Any]:
     lines = read_text(path).split("\n")  # splitlines would also cut at U+2028 and others inside a string
-    return [_parse(line, f"{path}:line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_parse(line, f"{path}:line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows
 
 
 def _parse(text: str, where: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.formats import Example
+from lit_llama.text.tokenizer import read_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 StyleName = Literal["alpaca", "chatml"]
@@ -176,15 +177,22 @@ class JinjaStyle:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = refuse
-        marked = [{**message, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)]
+        # Blanks stay around a mark, so that a template may trim a content or ask whether there is one.
+        words = [message["content"].strip() for message in messages]
+        marked = [
+            {**message, "content": message["content"].replace(word, f"\ue000{index}\ue001", 1)} if word else message
+            for index, (message, word) in enumerate(zip(messages, words, strict=True))
+        ]
         try:
             template = environment.from_string(self._source)
-            text = template.render(messages=marked, add_generation_prompt=answer, bos_token=bos, eos_token=eos)
-        except TemplateError as error:
+            text = template.render(
+                messages=marked, tools=None, documents=None, add_generation_prompt=answer, bos_token=bos, eos_token=eos
+            )
+        except Exception as error:  # a template may fail in any way
             raise CheckpointError(f"{TEMPLATE_FILE} cannot be rendered: {error}") from error
         segments = []
         for index, part in enumerate(self._MARK.split(text)):  # text and marks in turn
-            segments.append(Segment(messages[int(part)]["content"]) if index % 2 else Segment(part, template=True))
+            segments.append(Segment(words[int(part)]) if index % 2 else Segment(part, template=True))
         return [segment for segment in segments if segment.text]
 
     def jinja(self, bos: bool) -> str:
@@ -215,13 +223,16 @@ def style_of(template: str) -> PromptStyle:
 
 
 def folder_style(folder: Path) -> PromptStyle | None:
-    """The style a folder carries, as chat_template.jinja or inside tokenizer_config.json; None if it has none."""
-    import json
+    """The style a folder carries, as chat_template.jinja or inside tokenizer_config.json; None if it has none.
 
+    Raises:
+        CheckpointError: The file is not UTF-8, or not a JSON object.
+    """
     path, settings = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
-    if path.is_file():
-        return style_of(path.read_text("utf-8"))
-    if settings.is_file():
-        template = json.loads(settings.read_text("utf-8")).get("chat_template")
+    if not path.is_file():
+        template = read_object(settings).get("chat_template")
         return style_of(template) if isinstance(template, str) else None
-    return None
+    try:
+        return style_of(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8: {error}") from error

@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             return self._encode_batch(list(texts))
         except (TypeError, RuntimeError, UnicodeEncodeError) as error:
-            raise DataError(f"text cannot be encoded: {error}") from error
+            raise DataError(f"text cannot be encoded, it may hold a lone surrogate: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without control tokens.
@@ -151,15 +151,20 @@ class HubTokenizer(Tokenizer):
             if self._decoder.token_to_id(token["content"]) != token["id"]:
                 raise CheckpointError(f"{path}: added token {token['content']!r} does not keep its id {token['id']}")
         self.control = {token["content"]: token["id"] for token in added}
-        self.size = max(self._decoder.get_vocab(with_added_tokens=True).values()) + 1
-        settings = _read_object(path.parent / "tokenizer_config.json")
+        ids = self._decoder.get_vocab(with_added_tokens=True).values()
+        if not ids or len(set(ids)) < len(ids):
+            raise CheckpointError(f"{path}: expected a vocabulary without duplicate ids; found {len(ids)} tokens")
+        self.size = max(ids) + 1
+        settings = read_object(path.parent / "tokenizer_config.json")
         self.eos = self._find_eos(path, settings)
         self.bos = self._find_bos(settings)
+        if self.bos and self.bos not in self.control:
+            raise CheckpointError(f"{path} has no token {self.bos!r}, which tokenizer_config.json names as bos_token")
 
     def _find_eos(self, path: Path, settings: dict[str, Any]) -> str:
         by_id = {index: token for token, index in self.control.items()}
         named = _spelling(settings.get("eos_token"))
-        eos_id = _read_object(path.parent / "config.json").get("eos_token_id")
+        eos_id = read_object(path.parent / "config.json").get("eos_token_id")
         first = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         for candidate in (named, by_id.get(first) if isinstance(first, int) else None):
             if candidate in self.control:
@@ -172,7 +177,7 @@ class HubTokenizer(Tokenizer):
     def _find_bos(self, settings: dict[str, Any]) -> str:
         """The model wants a beginning where its settings say so, else where its tokenizer puts one on its own."""
         by_id = {index: token for token, index in self.control.items()}
-        first = self._decoder.encode("", add_special_tokens=True).ids[:1]
+        first = self._decoder.encode("a", add_special_tokens=True).ids[:1]  # "" would show an end, too
         own = by_id.get(first[0], "") if first else ""
         wanted = settings.get("add_bos_token")
         if wanted is None:
@@ -180,7 +185,12 @@ class HubTokenizer(Tokenizer):
         return (_spelling(settings.get("bos_token")) or own) if wanted else ""
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the package, no Exception: a regex that runs away
+                raise
+            raise DataError(f"text cannot be encoded: {error}") from error
 
     def _decode(self, ids: list[int]) -> str:
         return self._decoder.decode(ids, skip_special_tokens=True)
@@ -189,18 +199,20 @@ class HubTokenizer(Tokenizer):
         return [self._decoder.id_to_token(i) for i in range(self.size)]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that stands in a model folder, empty if the file is not there."""
     if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not a JSON object: {error}") from error
 
 
 def _spelling(token: Any) -> str:
     """A token is written as text, or as an object with its content."""
-    return token.get("content", "") if isinstance(token, dict) else token or ""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
 class Streamer:

@@ -1,0 +1,244 @@
+"""The data folder against `datasets`, and batches against a slow loop."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import multiprocess
+import numpy as np
+import pytest
+
+from lit_llama.errors import DataError
+from lit_llama.text.dataset import (
+    FORMAT,
+    Split,
+    collate,
+    epoch_order,
+    micro_batches,
+    read_meta,
+    write_splits,
+)
+from lit_llama.text.encode import IGNORE_INDEX, Sample
+
+
+def draw_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Rows of 2 to 30 tokens whose labels are partly masked; every token is another."""
+    draw = random.Random(seed)
+    samples, start = [], 0
+    for row in range(count):
+        ids = list(range(start, start + draw.randrange(2, 31)))
+        start += len(ids)
+        masked = draw.randrange(len(ids))
+        samples.append(Sample(ids, [IGNORE_INDEX] * masked + ids[masked:], row))
+    return samples
+
+
+TRAIN, TEST = draw_samples(2345), draw_samples(3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More rows than one Arrow record batch holds (1000)."""
+    path = tmp_path_factory.mktemp("data")
+    write_splits(path, {"train": TRAIN, "test": TEST})
+    return path
+
+
+@pytest.fixture(scope="module")
+def split(folder: Path) -> Split:
+    return Split(folder, "train")
+
+
+def test_datasets_opens_the_folder_with_the_same_rows(folder: Path) -> None:
+    """Catches a folder that only we can read, or whose columns have other names, types or orders."""
+    opened = datasets.load_from_disk(str(folder))
+    assert isinstance(opened, datasets.DatasetDict) and set(opened) == {"train", "test"}
+    for name, samples in (("train", TRAIN), ("test", TEST)):
+        assert opened[name].column_names == ["input_ids", "labels"]
+        assert opened[name]["input_ids"][:] == [sample.input_ids for sample in samples]
+        assert opened[name]["labels"][:] == [sample.labels for sample in samples]
+
+
+def test_split_equals_datasets_across_chunks(folder: Path, split: Split) -> None:
+    """Catches a row read with the offset of another chunk."""
+    opened = datasets.load_from_disk(str(folder / "train"))
+    assert opened.data.column("input_ids").num_chunks > 2, "the test needs more than one chunk"
+    assert len(split) == len(opened) == len(TRAIN)
+    for row, wanted in enumerate(opened):
+        ids, labels = split[row]
+        assert ids.tolist() == wanted["input_ids"] and labels.tolist() == wanted["labels"]
+        assert split.lengths[row] == len(ids)
+    assert split.trained_tokens() == sum(i != IGNORE_INDEX for sample in TRAIN for i in sample.labels[1:])
+
+
+def test_split_copies_nothing(split: Split) -> None:
+    """Catches a copy of the whole data set in memory: two looks at a row are the same memory, mapped and read-only."""
+    for row in (0, 999, 1000, 2344):
+        for first, second in zip(split[row], split[row], strict=True):
+            assert np.shares_memory(first, second)
+            assert not first.flags.owndata and not first.flags.writeable
+    lasts = [split[row][0].__array_interface__["data"][0] for row in (0, 1)]
+    assert lasts[1] - lasts[0] == 4 * len(TRAIN[0].input_ids), "neighbours lie end to end as int32"
+
+
+def test_the_same_samples_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """Catches a clock, a random fingerprint or a path that is written into the folder."""
+    write_splits(tmp_path, {"train": TRAIN, "test": TEST})
+    written = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert written == {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_writing_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the pool that `datasets` spawns even for num_proc=1: seconds lost, and an error in a plain script."""
+
+    def spawn(*_: object) -> None:
+        raise AssertionError("a pool is started")
+
+    monkeypatch.setattr(multiprocess, "get_context", spawn)
+    write_splits(tmp_path, {"test": TEST})
+    assert len(Split(tmp_path, "test")) == len(TEST)
+
+
+def test_collate_equals_a_slow_loop() -> None:
+    """Catches a target taken from the next sample, a shift of zero or two, and a masked target that is selected."""
+    draw = random.Random(0)
+    for _ in range(50):
+        samples = draw.sample(TRAIN, draw.randrange(1, 6))
+        inputs, lengths, select, targets = [], [], [], []
+        for sample in samples:
+            lengths.append(len(sample.input_ids) - 1)
+            for position in range(len(sample.input_ids) - 1):
+                if sample.labels[position + 1] != IGNORE_INDEX:
+                    select.append(len(inputs))
+                    targets.append(sample.labels[position + 1])
+                inputs.append(sample.input_ids[position])
+        batch = collate([(np.array(s.input_ids, np.int32), np.array(s.labels, np.int32)) for s in samples])
+        assert (batch.input_ids.tolist(), batch.lengths) == (inputs, lengths)
+        assert (batch.select.tolist(), batch.targets.tolist()) == (select, targets)
+        assert batch.input_ids.dtype == batch.targets.dtype == np.int64
+
+
+@pytest.mark.parametrize("budget", [1, 20, 30, 64, 257, 10_000])
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_micro_batches_hold_every_row_once_within_the_budget(split: Split, budget: int, count: int) -> None:
+    """Catches a row lost at the end or trained twice, and a batch that does not fit into memory."""
+    rows = random.Random(count).sample(range(len(split)), count)
+    batches = list(micro_batches(split, rows, budget))
+    found = []
+    for batch in batches:
+        assert sum(batch.lengths) == len(batch.input_ids)
+        assert sum(length + 1 for length in batch.lengths) <= budget or len(batch.lengths) == 1
+        starts = np.cumsum([0, *batch.lengths])
+        found += [batch.input_ids[a:b].tolist() for a, b in itertools.pairwise(starts)]
+    assert sorted(found) == sorted(TRAIN[row].input_ids[:-1] for row in rows)
+    if budget == 1:
+        assert len(batches) == count, "a sample over the budget stands alone"
+    if budget == 10_000:
+        assert len(batches) == 1
+
+
+def test_micro_batches_do_not_depend_on_the_order_of_the_rows(split: Split) -> None:
+    """Catches a resumed step that is cut differently: its sums would differ in the last bits."""
+    rows = list(range(990, 1010))
+    first, second = list(micro_batches(split, rows, 100)), list(micro_batches(split, rows[::-1], 100))
+    assert [batch.input_ids.tolist() for batch in first] == [batch.input_ids.tolist() for batch in second]
+    assert first[0].lengths[0] == max(split.lengths[rows]) - 1, (
+        "longest first, so that memory is short at once or never"
+    )
+
+
+def test_the_order_of_an_epoch() -> None:
+    """Catches rows left out, epochs or seeds of the same order, and an order that a resumed run cannot repeat."""
+    orders = {(seed, epoch): epoch_order(500, seed, epoch).tolist() for seed in (0, 1, 42) for epoch in (0, 1, 2)}
+    assert all(sorted(order) == list(range(500)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 9
+    np.random.seed(3)
+    assert epoch_order(500, 42, 1).tolist() == orders[42, 1]
+
+
+def test_meta_is_read(tmp_path: Path) -> None:
+    """Catches a field lost on the way."""
+    (tmp_path / "meta.json").write_text(json.dumps({"format": FORMAT, "seed": 42}))
+    assert read_meta(tmp_path) == {"format": FORMAT, "seed": 42}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"is no finished data folder: it has no meta\.json; make it with prepare/alpaca\.py --destination_path"),
+        (b"", r"meta\.json is not JSON"),
+        (b"{\xff}", r"meta\.json is not JSON"),
+        (b"[1]", "expected an object"),
+        (b"{}", f"format is None, expected {FORMAT}; prepare the data again"),
+        (b'{"format": 99}', f"format is 99, expected {FORMAT}"),
+    ],
+)
+def test_a_folder_without_a_usable_meta_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+    """Catches training on an interrupted or foreign folder, and tracebacks for a broken one."""
+    if content is not None:
+        (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_meta(tmp_path)
+    with pytest.raises(DataError, match="nowhere does not exist; make it with"):
+        read_meta(tmp_path / "nowhere")
+
+
+def remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def truncate(folder: Path) -> None:
+    [path] = folder.glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def other_columns(folder: Path) -> None:
+    remove(folder)
+    datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(folder)
+
+
+def other_lengths(folder: Path) -> None:
+    remove(folder)
+    datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1]]}).save_to_disk(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        remove,
+        truncate,
+        other_columns,
+        other_lengths,
+        lambda folder: (folder / "state.json").write_text("{}"),
+        lambda folder: (folder / "dataset_info.json").write_text("{"),
+    ],
+)
+def test_a_spoiled_split_is_refused(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+    """Catches Arrow's and datasets' tracebacks, and labels that belong to other ids."""
+    write_splits(tmp_path, {"test": TEST})
+    spoil(tmp_path / "test")
+    with pytest.raises(DataError, match=str(tmp_path / "test")):
+        Split(tmp_path, "test")
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    """Catches a mean over nothing later on."""
+    write_splits(tmp_path, {"test": []})
+    with pytest.raises(DataError, match="prepare the data again"):
+        Split(tmp_path, "test")
+
+
+def test_int64_columns_that_datasets_wrote_itself_are_read(tmp_path: Path) -> None:
+    """Catches a reader that takes the bytes of any integer for int32."""
+    table = {"input_ids": [[2**31 + 5, 7], [8]], "labels": [[-100, 7], [8]]}
+    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "test")
+    split = Split(tmp_path, "test")
+    assert [tuple(column.tolist() for column in split[row]) for row in range(2)] == [
+        ([2**31 + 5, 7], [-100, 7]),
+        ([8], [8]),
+    ]

@@ -106,9 +106,9 @@ def test_the_splits_hold_the_rows_that_were_drawn_in_that_order(prepare: Prepare
         answers = [[i for i in split[row][1].tolist() if i != IGNORE_INDEX] for row in range(len(split))]
         wanted = [ROWS[row]["output"] for row in order if row not in EMPTY + LONG]
         assert [tokenizer.decode(ids) for ids in answers] == wanted
-    held_out = {row for row in shuffle_split(40, 8, 42)[1] if row not in EMPTY + LONG}
+    held_out = [row for row in shuffle_split(40, 8, 42)[1] if row not in EMPTY + LONG]
     lines = (folder / "test.jsonl").read_bytes().decode().rstrip("\n").split("\n")
-    assert [json.loads(line) for line in lines] == [row for number, row in enumerate(ROWS) if number in held_out]
+    assert [json.loads(line) for line in lines] == [ROWS[row] for row in held_out]
 
 
 def test_datasets_opens_the_folder(prepare: Prepare, alpaca_rows: WriteRows) -> None:
@@ -176,7 +176,7 @@ def test_test_rows_that_stand_in_train_are_counted(prepare: Prepare, alpaca_rows
 # All or nothing
 
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
-    "test split too large": ({"test_split_size": 40}, "--test_split_size is 40, but 40 rows"),
+    "test split too large": ({"test_split_size": 40}, "--test_split_size is 40, but there are 40 rows"),
     "no test split": ({"test_split_size": 0}, "--test_split_size is 0"),
     "nothing fits": ({"max_seq_length": 20}, "no row of the train split is usable: .* longer than 20 tokens"),
     "no room": ({"max_seq_length": 2}, "--max_seq_length is 2, expected 3 or more"),

@@ -9,10 +9,10 @@ from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
 from lit_llama.folder import publish, sha256_file, write_json
-from lit_llama.progress import stderr
+from lit_llama.progress import stderr, track
 from lit_llama.text.dataset import FORMAT, META_FILE, TEST_FILE, write_splits
 from lit_llama.text.encode import IGNORE_INDEX, Overflow, Sample, encode_examples
-from lit_llama.text.formats import Dropped, Example, read_alpaca, write_alpaca
+from lit_llama.text.formats import Dropped, read_alpaca, write_alpaca
 from lit_llama.text.prompts import TEMPLATE_FILE, named_style
 from lit_llama.text.split import shared, shuffle_split
 from lit_llama.text.tokenizer import Tokenizer
@@ -20,6 +20,8 @@ from lit_llama.text.tokenizer import Tokenizer
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
 """The cleaned Alpaca data, 51,759 rows, where lit-llama took them from."""
+
+CHUNK = 2000  # rows encoded at a time, enough for the tokenizer to use all cores
 
 
 def prepare_alpaca(
@@ -51,17 +53,25 @@ def prepare_alpaca(
     style = named_style(prompt_style)
     examples, dropped = read_alpaca(source)
     rows = len(examples) + len(dropped)
-    samples, too_long = encode_examples(
-        examples, style, tokenizer, max_seq_length=max_seq_length, mask_inputs=mask_inputs, overflow=overflow
-    )
-    dropped += too_long
-    by_row = {sample.row: sample for sample in samples}
     drawn = dict(zip(("train", "test"), shuffle_split(rows, test_split_size, seed), strict=True))
+    samples: list[Sample] = []
+    for start in track(range(0, len(examples), CHUNK), "encoding"):
+        kept, too_long = encode_examples(
+            examples[start : start + CHUNK],
+            style,
+            tokenizer,
+            max_seq_length=max_seq_length,
+            mask_inputs=mask_inputs,
+            overflow=overflow,
+        )
+        samples += kept
+        dropped += too_long
+    by_row = {sample.row: sample for sample in samples}
     splits = {name: [by_row[row] for row in order if row in by_row] for name, order in drawn.items()}
-    for name, kept in splits.items():
-        if not kept:
+    for name, chosen in splits.items():
+        if not chosen:
             raise DataError(f"{source}: no row of the {name} split is usable: {_reasons(dropped)}")
-    test_rows = {sample.row for sample in splits["test"]}
+    example_of = {example.row: example for example in examples}
     meta = {
         "format": FORMAT,
         "source": {"file": source.name, "sha256": sha256_file(source), "rows": rows},
@@ -76,14 +86,14 @@ def prepare_alpaca(
         "cut": [sample.row for sample in samples if sample.cut],
         "dropped": _by_reason(dropped),
         "test_rows_also_in_train": shared(*([tuple(s.input_ids) for s in splits[name]] for name in ("train", "test"))),
-        "splits": {name: _counts(kept) for name, kept in splits.items()},
+        "splits": {name: _counts(chosen) for name, chosen in splits.items()},
     }
     with publish(destination, META_FILE, replace=True) as folder:
         write_splits(folder, splits)
-        write_alpaca(folder / TEST_FILE, [example for example in examples if example.row in test_rows])
+        write_alpaca(folder / TEST_FILE, [example_of[sample.row] for sample in splits["test"]])
         (folder / TEMPLATE_FILE).write_text(style.jinja(bos=bool(tokenizer.bos)), "utf-8")
         write_json(folder / META_FILE, meta)
-    _summary(destination, source, meta, tokenizer, splits, examples)
+    _summary(destination, source, meta, tokenizer)
     return meta
 
 
@@ -150,8 +160,6 @@ def _summary(
     source: Path,
     meta: Mapping[str, Any],
     tokenizer: Tokenizer,
-    splits: Mapping[str, Sequence[Sample]],
-    examples: Sequence[Example],
 ) -> None:
     say = stderr().print
     rows = meta["source"]["rows"]

@@ -15,7 +15,7 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[list[int]
 
     if not 0 < test_split_size < rows:
         raise DataError(
-            f"--test_split_size is {test_split_size}, but {rows} rows are usable: expected 1 to {rows - 1}, "
+            f"--test_split_size is {test_split_size}, but there are {rows} rows: expected 1 to {rows - 1}, "
             "so that train and test both have rows"
         )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ def tiny_model(seed: int = 0, **changes: object) -> LLaMA:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.5)
     return model.requires_grad_(False).eval()
+
+
+def as_transformers(model: LLaMA) -> Any:
+    """The same weights in transformers' implementation, in float32 and with its plainest attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**model.config.to_dict("float32"), attn_implementation="eager")
+    other = LlamaForCausalLM(config).to(torch.float32).eval()
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 def write_tokenizer(folder: Path) -> None:

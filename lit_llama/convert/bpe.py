@@ -81,9 +81,14 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether texts begin with a token of their own; Llama 3 does, and its files leave it unsaid (as in llama.cpp)."""
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"))
+
+
 def _post_processor(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
     """Puts the beginning-of-text token first where the model wants one."""
-    if not metadata.get("tokenizer.ggml.add_bos_token", False):
+    if not adds_bos(metadata):
         return None
     bos_id = metadata["tokenizer.ggml.bos_token_id"]
     bos = {"SpecialToken": {"id": tokens[bos_id], "type_id": 0}}

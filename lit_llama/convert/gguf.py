@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.convert.bpe import tokenizer_json
+from lit_llama.convert.bpe import adds_bos, tokenizer_json
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import publish, write_json
 from lit_llama.model.checkpoint import write_weights
@@ -51,17 +51,19 @@ class GGUFFile:
         with self._explained("cannot be read"):
             reader = gguf.GGUFReader(path)
             self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        self.tensors = {self._native_name(tensor.name): tensor for tensor in reader.tensors}
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
             raise CheckpointError(f"{path}: general.architecture is {architecture!r}, only 'llama' is implemented")
+        self.tensors = {self._native_name(tensor.name): tensor for tensor in reader.tensors}
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         """The package raises whatever its parsing runs into; a user is told which file."""
         try:
             yield
-        except CheckpointError:
+        except CheckpointError as error:
+            raise error if str(self.path) in str(error) else CheckpointError(f"{self.path}: {error}") from error
+        except OSError:  # a full disk is not the file's fault
             raise
         except Exception as error:
             raise CheckpointError(f"{self.path} {what}: {type(error).__name__}: {error}") from error
@@ -76,21 +78,27 @@ class GGUFFile:
         raise CheckpointError(f"{self.path}: tensor {name} has no place in a LLaMA model")
 
     def config(self) -> LLaMAConfig:
-        """The shape of the model, from `llama.*` and the special ids."""
-        rows = int(self.tensors["model.embed_tokens.weight"].shape[1])
+        """The shape of the model, from `llama.*` and the special ids.
+
+        Raises:
+            CheckpointError: Something is missing, or asks for mathematics this model does not compute.
+        """
+        if "model.embed_tokens.weight" not in self.tensors:
+            raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing")
         heads = self._get("llama.attention.head_count")
         hidden = self._get("llama.embedding_length")
-        scaling = self.metadata.get("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            raise CheckpointError(f"{self.path}: llama.rope.scaling.type is {scaling!r}, only 'none' is implemented")
+        head_dim = self.metadata.get("llama.attention.key_length", hidden // heads)
+        for key, only in {"llama.rope.scaling.type": "none", "llama.rope.dimension_count": head_dim}.items():
+            if self.metadata.get(key, only) != only:
+                raise CheckpointError(f"{self.path}: {key} is {self.metadata[key]!r}, only {only!r} is implemented")
         return LLaMAConfig(
-            vocab_size=rows,
+            vocab_size=int(self.tensors["model.embed_tokens.weight"].shape[1]),
             hidden_size=hidden,
             intermediate_size=self._get("llama.feed_forward_length"),
             num_hidden_layers=self._get("llama.block_count"),
             num_attention_heads=heads,
             num_key_value_heads=self.metadata.get("llama.attention.head_count_kv", heads),
-            head_dim=self.metadata.get("llama.attention.key_length", hidden // heads),
+            head_dim=head_dim,
             max_position_embeddings=self._get("llama.context_length"),
             rms_norm_eps=_shortest(self._get("llama.attention.layer_norm_rms_epsilon")),
             rope_theta=_shortest(self.metadata.get("llama.rope.freq_base", 10000.0)),
@@ -114,14 +122,14 @@ class GGUFFile:
         source = self.tensors[name]
         with self._explained(f"cannot be dequantised: {source.name}"):
             array = np.array(gguf.quants.dequantize(source.data, source.tensor_type), dtype=np.float32)
-        value = torch.from_numpy(array)
+        value = torch.from_numpy(array).to(dtype)
         if not value.isfinite().all():
-            raise CheckpointError(f"{self.path}: {source.name} has values that are not finite")
+            raise CheckpointError(f"{self.path}: {source.name} has values that are not finite in {str(dtype)[6:]}")
         if name.endswith("q_proj.weight"):
             value = halves_from_pairs(value, config.num_attention_heads)
         elif name.endswith("k_proj.weight"):
             value = halves_from_pairs(value, config.num_key_value_heads)
-        return value.to(dtype)
+        return value
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -146,14 +154,16 @@ def convert(source: Path, destination: Path, dtype: str = "bfloat16") -> int:
         Number of parameters.
     """
     file = GGUFFile(source)
-    config = file.config()
+    with file._explained("has metadata that cannot be used"):
+        config = file.config()
     torch_dtype: torch.dtype = getattr(torch, dtype)
     stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
     specs = {name: (stored, tuple(int(n) for n in tensor.shape[::-1])) for name, tensor in file.tensors.items()}
     _check_shapes(file, config)
     with publish(destination, "config.json") as folder:
         write_weights(folder, specs, lambda name: file.tensor(name, config, torch_dtype))
-        _write_tokenizer(file, config, folder)
+        with file._explained("has a tokenizer that cannot be rebuilt"):
+            _write_tokenizer(file, config, folder)
         write_json(folder / "config.json", config.to_dict(dtype))
     return sum(math.prod(shape) for _, shape in specs.values())
 
@@ -176,15 +186,14 @@ def _write_tokenizer(file: GGUFFile, config: LLaMAConfig, folder: Path) -> None:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     if len(tokens) > config.vocab_size:
         raise CheckpointError(f"{file.path}: {len(tokens)} tokens, but only {config.vocab_size} rows in the embedding")
-    with file._explained("has a tokenizer that cannot be rebuilt"):
-        write_json(folder / "tokenizer.json", tokenizer_json(metadata))
+    write_json(folder / "tokenizer.json", tokenizer_json(metadata))
     special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, key in special.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
             settings[f"{name}_token"] = tokens[token_id]
-    settings["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
+    settings["add_bos_token"] = adds_bos(metadata)
     settings["clean_up_tokenization_spaces"] = False
     settings["model_max_length"] = config.max_position_embeddings
     write_json(folder / "tokenizer_config.json", settings)

@@ -36,6 +36,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "arrow_config": (None,),
     "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "ensure_weight_tying": (False, None),
+    # The other ways to start, such as pissa, change the base weights.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -100,7 +106,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """Tensors of an adapter folder by the module names of the model, such as `model.layers.0.mlp.up_proj.lora_A`.
 
     Raises:
-        CheckpointError: The file is missing, unreadable, empty, or every update is zero.
+        CheckpointError: The file is missing, unreadable, empty, not finite, or every update is zero.
     """
     path = folder / WEIGHTS_FILE
     try:
@@ -110,6 +116,8 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     weights = {name.removeprefix(_PREFIX).removesuffix(".weight"): value for name, value in raw.items()}
     if not weights:
         raise CheckpointError(f"{path} is empty: it holds no tensor")
+    if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{path}: {bad[0]} has values that are not finite")
     if not any(value.any() for name, value in weights.items() if name.endswith(".lora_B")):
         raise CheckpointError(f"{path} holds only zeros: the adapter was never trained")
     return weights
@@ -156,7 +164,10 @@ def base_of(adapter_dir: Path) -> Path:
         )
     meta = adapter_dir / META_FILE
     if meta.is_file():
-        expected = json.loads(meta.read_text("utf-8"))["base"]["fingerprint"]
+        try:
+            expected = json.loads(meta.read_text("utf-8"))["base"]["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
         if fingerprint(base) != expected:
             raise IntegrityError(
                 f"{base} is not the base that {adapter_dir} was trained on: its weights have another fingerprint; "

@@ -132,14 +132,14 @@ class Cached:
 
     def __init__(self, cache: KVCache, counts: Sequence[int]) -> None:
         device, old = cache.keys.device, cache.lengths
-        cache.lengths = [length + count for length, count in zip(old, counts, strict=True)]
-        if max(cache.lengths) > cache.capacity:
-            raise ValueError(f"{max(cache.lengths)} tokens do not fit into a cache of {cache.capacity}")
-        self._cache = cache
+        lengths = [length + count for length, count in zip(old, counts, strict=True)]
+        if max(lengths) > cache.capacity:
+            raise ValueError(f"{max(lengths)} tokens do not fit into a cache of {cache.capacity}")
+        self._cache, cache.lengths = cache, lengths
         self._rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)  # (T,)
         self._columns = torch.cat([torch.arange(count) for count in counts]).to(device)  # (T,)
         self.position_ids = self._columns + torch.tensor(old, device=device)[self._rows]  # (T,)
-        self._new, self._span = max(counts), max(cache.lengths)
+        self._new, self._span = max(counts), max(lengths)
         query = torch.tensor(old, device=device)[:, None] + torch.arange(self._new, device=device)  # (B, L)
         self._visible = torch.arange(self._span, device=device) <= query[:, None, :, None]  # (B, 1, L, S)
 

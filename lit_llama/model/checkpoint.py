@@ -65,9 +65,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             names = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+            files = set(names.values())
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
-        for file in set(names.values()):
+        for file in files:
             # The name comes from data: it may only be a plain file beside the index.
             if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
                 raise CheckpointError(f"{index} names {file!r}, which is no file in {folder}")
@@ -147,9 +148,10 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a safetensors file starts, and its table of tensors."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > 100_000_000:  # the format's own limit
-            raise CheckpointError(f"{path} is not a safetensors file")
-        header = json.loads(file.read(size))
+        try:
+            header = json.loads(file.read(size if size <= 100_000_000 else 0))  # the format's own limit
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     header.pop("__metadata__", None)
     return 8 + size, header
 

@@ -62,8 +62,8 @@ class LLaMAConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
-                raise CheckpointError(f"{field.name} is {value}, expected a positive number")
+            if field.type is int and not (isinstance(value, int) and value >= 1):
+                raise CheckpointError(f"{field.name} is {value!r}, expected a positive whole number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -118,10 +118,10 @@ class LLaMAConfig:
             )
         try:
             return cls.from_dict(json.loads(path.read_text("utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a model configuration: {error}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        except (ValueError, AttributeError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(f"{path} is not a model configuration: {error}") from error
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """Contents of config.json as transformers 4 and 5 both read it; `dtype` such as "bfloat16"."""
@@ -140,11 +140,14 @@ class LLaMAConfig:
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
     """transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters with both inside."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"rope_type is {kind!r}, only 'default' is implemented")
-    return float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = raw.get("rope_theta", 10000.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"{name}: rope_type is {kind!r}, only 'default' is implemented")
+        theta = rope.get("rope_theta", theta)
+    return float(theta)
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -170,7 +173,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"--lora.r is {self.r}, expected 1 or more")
-        if self.alpha <= 0:
+        if not self.alpha > 0:
             raise UserError(f"--lora.alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout is {self.dropout}, expected 0 <= dropout < 1")

@@ -74,6 +74,9 @@ def finetune_lora(
     model = load_model(checkpoint_dir, device, dtype)
     adapted = apply_lora(model, lora)
     splits = {name: Split(data_dir, name) for name in ("train", "test")}
+    for name, split in splits.items():
+        if not split.trained_tokens():
+            raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
     steps = train.steps(len(splits["train"]))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
@@ -138,7 +141,7 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
         if not (total + norm).isfinite():
             raise NumericalError(
                 f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
-                "nothing was written. Lower --train.learning_rate, or use --precision 32-true"
+                "no adapter was written. Lower --train.learning_rate, or use --precision 32-true"
             )
         optimizer.step()
         optimizer.zero_grad()

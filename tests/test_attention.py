@@ -1,0 +1,179 @@
+"""Packed and cached attention against a naive one, sample by sample in float64."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from torch import Tensor
+
+from lit_llama.model.attention import KVCache, Packed
+from lit_llama.model.llama import LLaMA
+
+HEADS = [(4, 4), (4, 2), (6, 1)]
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """softmax(q k' / sqrt(D) + mask) v for each sample and head on its own, in float64."""
+    samples = []
+    for sample in zip(*(x.double().split(list(lengths)) for x in (q, k, v)), strict=True):
+        repeat = sample[0].shape[1] // sample[1].shape[1]
+        heads = []
+        for head in range(sample[0].shape[1]):
+            query, key, value = sample[0][:, head], sample[1][:, head // repeat], sample[2][:, head // repeat]
+            scores = query @ key.T / math.sqrt(query.shape[-1])
+            future = torch.ones_like(scores).triu(1).bool()
+            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
+        samples.append(torch.stack(heads, 1))
+    return torch.cat(samples)
+
+
+def random_qkv(tokens: int, heads: int, groups: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(tokens, count, 8, generator=generator) for count in (heads, groups, groups))
+    return q, k, v
+
+
+def many_lengths() -> list[list[int]]:
+    """Fixed hard cases, then random ones."""
+    draw = random.Random(0)
+    fixed = [[1], [7], [1, 1, 1], [5, 5, 5], [1, 30], [30, 1], [10, 9, 9, 8], [30, 29, 1, 2, 28, 28]]
+    return fixed + [[draw.randint(1, 24) for _ in range(draw.randint(1, 9))] for _ in range(24)]
+
+
+def new_cache(model: LLaMA, batch: int, capacity: int) -> KVCache:
+    return KVCache(model.config, batch, capacity, "cpu", torch.float32)
+
+
+def random_ids(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(384, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_packed_equals_naive_attention(heads: int, groups: int) -> None:
+    """Catches samples that see each other, padding that comes back, heads paired with the wrong key."""
+    for seed, lengths in enumerate(many_lengths()):
+        q, k, v = random_qkv(sum(lengths), heads, groups, seed)
+        found = Packed(lengths).attend(0, q, k, v)
+        torch.testing.assert_close(found.double(), naive(q, k, v, lengths), atol=2e-6, rtol=0, msg=str(lengths))
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+def test_gradients_of_packed_equal_naive_ones(heads: int, groups: int) -> None:
+    """Catches gradients lost or counted twice on the way through padding."""
+    for seed, lengths in enumerate(many_lengths()[:16]):
+        inputs = [x.requires_grad_() for x in random_qkv(sum(lengths), heads, groups, seed)]
+        weight = torch.randn(sum(lengths), heads, 8, generator=torch.Generator().manual_seed(99))
+        found = torch.autograd.grad((Packed(lengths).attend(0, *inputs) * weight).sum(), inputs)
+        wanted = torch.autograd.grad((naive(*inputs, lengths) * weight.double()).sum(), inputs)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=str(lengths))
+
+
+def test_positions_start_anew_in_every_sample() -> None:
+    """Catches positions that run on over the packed row."""
+    assert Packed([3, 1, 2]).position_ids.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+    """Catches leaks through padding: wild values in one sample must not move any other by a bit."""
+    lengths = [10, 9, 10, 9]
+    q, k, v = random_qkv(sum(lengths), 4, 2, 0)
+    before = Packed(lengths).attend(0, q, k, v).split(lengths)
+    for x in (q, k, v):
+        x[10:19] = 1e4 * torch.randn_like(x[10:19])
+    after = Packed(lengths).attend(0, q, k, v).split(lengths)
+    assert all(torch.equal(before[i], after[i]) for i in (0, 2, 3))
+    assert not torch.equal(before[1], after[1])
+
+
+def test_similar_lengths_share_a_block_and_others_do_not() -> None:
+    """Catches the waste of padding a short sample to a long one, and one call a sample where one call is enough."""
+    assert len(Packed([10, 10, 9])._blocks) == 1
+    assert len(Packed([64, 2, 2])._blocks) == 2
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_cached_equals_naive_attention(heads: tuple[int, int]) -> None:
+    """Sequences of unequal lengths, fed in pieces of unequal lengths, one of them empty at times; catches a mask or a
+    place in the cache that is off by one."""
+    draw = random.Random(1)
+    for seed in range(12):
+        batch = draw.randint(1, 4)
+        pieces = [[draw.randint(0, 6) for _ in range(batch)] for _ in range(4)]
+        pieces = [[1] * batch, *(piece for piece in pieces if any(piece))]
+        lengths = [sum(piece[row] for piece in pieces) for row in range(batch)]
+        config = tiny_config(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+        cache = KVCache(config, batch, max(lengths), "cpu", torch.float32)
+        sequences = [random_qkv(length, *heads, 100 * seed + row) for row, length in enumerate(lengths)]
+        found: list[list[Tensor]] = [[] for _ in range(batch)]
+        done = [0] * batch
+        for piece in pieces:
+            new = [
+                torch.cat([sequences[row][part][done[row] : done[row] + piece[row]] for row in range(batch)])
+                for part in range(3)
+            ]
+            for row, y in enumerate(cache.extend(piece).attend(0, *new).split(piece)):
+                found[row].append(y)
+            done = [a + b for a, b in zip(done, piece, strict=True)]
+        for row, length in enumerate(lengths):
+            wanted = naive(*sequences[row], [length])
+            torch.testing.assert_close(torch.cat(found[row]).double(), wanted, atol=2e-6, rtol=0)
+
+
+def test_token_by_token_equals_all_at_once() -> None:
+    """Catches positions or keys that are shifted between prompt and generation."""
+    model, ids = tiny_model(), random_ids(24)
+    cache = new_cache(model, 1, 24)
+    steps = torch.cat([model(token[None], cache.extend([1])) for token in ids])
+    torch.testing.assert_close(steps, model(ids), atol=2e-5, rtol=0)
+
+
+def test_sequences_of_unequal_lengths_do_not_disturb_each_other() -> None:
+    """Catches a short sequence that attends to the unused places of the cache."""
+    model, lengths = tiny_model(), [3, 17, 1]
+    cache = new_cache(model, 3, 20)
+    samples = [random_ids(length + 2, seed) for seed, length in enumerate(lengths)]
+    model(torch.cat([ids[:length] for ids, length in zip(samples, lengths, strict=True)]), cache.extend(lengths))
+    for step in range(2):
+        tokens = torch.stack([ids[length + step] for ids, length in zip(samples, lengths, strict=True)])
+        logits = model(tokens, cache.extend([1, 1, 1]))
+    for ids, found in zip(samples, logits, strict=True):
+        torch.testing.assert_close(found, model(ids)[-1], atol=2e-5, rtol=0)
+
+
+def test_keep_goes_on_with_the_chosen_sequences() -> None:
+    """Catches lengths or keys that are not taken along with their row."""
+    model, samples = tiny_model(), [random_ids(length, length) for length in (4, 9, 6)]
+    cache = new_cache(model, 3, 12)
+    model(torch.cat(samples), cache.extend([4, 9, 6]))
+    cache.keep([2, 1])
+    assert cache.lengths == [6, 9]
+    found = model(torch.tensor([5, 7]), cache.extend([1, 1]))
+    torch.testing.assert_close(found[0], model(torch.tensor([*samples[2], 5]))[-1], atol=2e-5, rtol=0)
+    torch.testing.assert_close(found[1], model(torch.tensor([*samples[1], 7]))[-1], atol=2e-5, rtol=0)
+
+
+def test_truncate_forgets_what_comes_after() -> None:
+    """Catches stale keys that are still seen after going back."""
+    model, ids, others = tiny_model(), random_ids(10), random_ids(5, seed=3)
+    cache = new_cache(model, 1, 16)
+    model(ids, cache.extend([10]))
+    cache.truncate(20)
+    assert cache.lengths == [10]
+    cache.truncate(4)
+    found = model(others, cache.extend([5]))
+    torch.testing.assert_close(found, model(torch.cat([ids[:4], others]))[4:], atol=2e-5, rtol=0)
+
+
+def test_a_full_cache_is_an_error_and_stays_as_it_was() -> None:
+    """Catches writing past the end, and a cache that counts tokens it refused."""
+    model, ids = tiny_model(), random_ids(8)
+    cache = new_cache(model, 1, 8)
+    model(ids[:6], cache.extend([6]))
+    with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 8"):
+        cache.extend([3])
+    assert cache.lengths == [6]
+    torch.testing.assert_close(model(ids[6:], cache.extend([2])), model(ids)[6:], atol=2e-5, rtol=0)

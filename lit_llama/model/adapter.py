@@ -156,7 +156,10 @@ def base_of(adapter_dir: Path) -> Path:
         )
     meta = adapter_dir / META_FILE
     if meta.is_file():
-        expected = json.loads(meta.read_text("utf-8"))["base"]["fingerprint"]
+        try:
+            expected = json.loads(meta.read_text("utf-8"))["base"]["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
         if fingerprint(base) != expected:
             raise IntegrityError(
                 f"{base} is not the base that {adapter_dir} was trained on: its weights have another fingerprint; "

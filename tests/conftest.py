@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.folder import write_json
+from lit_llama.model.adapter import save_adapter
+from lit_llama.model.checkpoint import fingerprint, load_model
+from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.text.prompts import StyleName, named_style
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
@@ -86,6 +91,29 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     write_tokenizer(folder)
+    return folder
+
+
+def write_adapter(
+    folder: Path,
+    base: Path,
+    *,
+    style: StyleName | None = "alpaca",
+    targets: list[str] | None = None,
+    std: float = 0.2,
+    seed: int = 0,
+) -> Path:
+    """An adapter folder as finetune/lora.py leaves it, with random A and B."""
+    model, config = load_model(base), LoRAConfig(r=4, alpha=8, target_modules=targets or "all-linear")
+    apply_lora(model, config)
+    torch.manual_seed(seed)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=std)
+    folder.mkdir(parents=True)
+    if style:
+        (folder / "chat_template.jinja").write_text(named_style(style).jinja(bos=False))
+    write_json(folder / "meta.json", {"format": 1, "base": {"path": str(base), "fingerprint": fingerprint(base)}})
+    save_adapter(model, config, folder, str(base))
     return folder
 
 

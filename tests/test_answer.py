@@ -11,7 +11,15 @@ import torch
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate import answer as module
-from lit_llama.generate.answer import Answer, answer_all, answer_file, answer_one, continue_text, instruction_ids, measure
+from lit_llama.generate.answer import (
+    Answer,
+    answer_all,
+    answer_file,
+    answer_one,
+    continue_text,
+    instruction_ids,
+    measure,
+)
 from lit_llama.generate.load import Speaker, load
 from lit_llama.generate.sampling import Sampling
 from lit_llama.text.formats import Example
@@ -111,9 +119,7 @@ def test_an_answer_holds_neither_prompt_nor_stop_token(speaker: Speaker) -> None
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_streamed_text_equals_batch_text(
-    speaker: Speaker, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_streamed_text_equals_batch_text(speaker: Speaker, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A character of several bytes torn between tokens: a model this random says little else."""
     sampling = Sampling(temperature=3.0, seed=seed)
     answer = answer_all(speaker, [EXAMPLES[2]], 150, sampling, 1)[0]
@@ -192,9 +198,7 @@ def test_rows_may_come_as_lines_and_without_output(
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_limit_takes_the_first_rows(
-    speaker: Speaker, alpaca_rows: Rows, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_limit_takes_the_first_rows(speaker: Speaker, alpaca_rows: Rows, capsys: pytest.CaptureFixture[str]) -> None:
     """Another row count, or rows drawn after sorting by length."""
     path = alpaca_rows([{"instruction": "long " * 9}, {"instruction": "b"}, {"instruction": "c"}]) / "rows.json"
     run_file(speaker, path, limit=2)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import check_counts, check_room, generate, new_cache
 from lit_llama.generate.sampling import Sampling
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
-from conftest import tiny_model
 
 REAL_PROMPTS = [
     "What food do llamas eat?",

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_model
 from torch import Tensor
 
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import generate
 from lit_llama.generate.sampling import Sampling, choose, generators, probabilities
-from conftest import tiny_model
 
 
 def random_logits(seed: int = 0, batch: int = 6, vocabulary: int = 50) -> Tensor:

@@ -32,7 +32,7 @@ def _run(main: Callable[..., Any]) -> None:
     import jsonargparse
 
     try:
-        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False)
+        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except jsonargparse.ArgumentError as error:
         raise UserError(str(error)) from error
     finally:

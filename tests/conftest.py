@@ -1,7 +1,10 @@
 """Tiny models and the few real files that tests share; what is absent is skipped with the reason."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,3 +168,18 @@ def run_door(*arguments: object, stdin: str | None = None, cwd: Path = ROOT) -> 
     return subprocess.run(
         [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=240
     )
+
+
+def run_here(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own, which would spend seconds on importing torch."""
+    script, *flags = map(str, arguments)
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [script, *flags]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())

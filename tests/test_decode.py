@@ -69,7 +69,7 @@ def test_greedy_answers_of_the_real_model_are_those_of_transformers(real_folder:
         for text in REAL_PROMPTS
     ]
     made = run(load_model(real_folder, dtype=torch.float32), prompts, 64, {2})
-    assert made[0] == reference(theirs, prompts[0], 64, [2])
+    assert made[0][:24] == reference(theirs, prompts[0], 24, [2])
     for prompt, answer in zip(prompts, made, strict=True):  # the same claim, by induction over the steps, but quick
         with torch.inference_mode():
             logits = theirs(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]

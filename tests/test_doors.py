@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, run_door, write_adapter
+from conftest import ROOT, run_door, run_here, write_adapter
 
 from lit_llama.generate.load import load
 from lit_llama.generate.sampling import Sampling
@@ -128,7 +128,7 @@ def test_a_value_out_of_range_is_refused_before_the_model_is_loaded(
     door: str, arguments: list[str], named: str, tmp_path: Path
 ) -> None:
     """Minutes of loading before a typing error is found: here there is not even a model."""
-    assert_refused(run_door(door, *REQUIRED[door], *arguments, cwd=tmp_path), 2, named)
+    assert_refused(run_here(door, *REQUIRED[door], *arguments, cwd=tmp_path), 2, named)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,15 @@ def test_a_value_out_of_range_is_refused_before_the_model_is_loaded(
 )
 def test_a_missing_path_is_one_line_with_the_way_out(door: str, status: int, named: str, tmp_path: Path) -> None:
     """A traceback, or a folder made for nothing."""
-    assert_refused(run_door(door, *REQUIRED[door], cwd=tmp_path), status, named)
+    run = run_door if door in ("prepare/alpaca.py", "generate/base.py") else run_here  # all cost half a minute
+    assert_refused(run(door, *REQUIRED[door], cwd=tmp_path), status, named)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_data_file_is_status_3(tmp_path: Path, llama_tokenizer: Path) -> None:
     """A download of something else in place of a file of the user's own."""
     flags = ["--tokenizer_path", llama_tokenizer, "--data_file_name", "mine.json", "--destination_path", "d"]
-    assert_refused(run_door("prepare/alpaca.py", *flags, cwd=tmp_path), 3, "d/mine.json", "--data_file_name")
+    assert_refused(run_here("prepare/alpaca.py", *flags, cwd=tmp_path), 3, "d/mine.json", "--data_file_name")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +164,7 @@ def test_a_destination_that_cannot_be_written_is_status_5(
     folder = alpaca_rows([{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(9)])
     (folder / "train").write_text("a file where a folder must go")
     flags = ["--tokenizer_path", llama_tokenizer, "--data_file_name", "rows.json", "--test_split_size", 2]
-    assert_refused(run_door("prepare/alpaca.py", *flags, "--destination_path", folder), 5, "train")
+    assert_refused(run_here("prepare/alpaca.py", *flags, "--destination_path", folder), 5, "train")
     assert not (folder / "meta.json").exists() and [path.name for path in folder.parent.iterdir()] == ["data"]
 
 
@@ -180,7 +181,7 @@ def test_a_missing_or_other_base_is_one_line(door: str, tiny_folder: Path, tmp_p
         (base / "model.safetensors").write_bytes(data[:-4] + b"\x00\x00\x00\x40")
         flags, status, named = ["--checkpoint_dir", "adapter"], 6, "not the base"
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert_refused(run_door(door, *flags, cwd=tmp_path), status, named)
+    assert_refused(run_here(door, *flags, cwd=tmp_path), status, named)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -231,13 +232,13 @@ def test_the_command_of_lit_llama_works_verbatim(tmp_path: Path, alpaca_file: Pa
 def test_a_configuration_file_runs_a_door(tmp_path: Path, tiny_folder: Path) -> None:
     """A door that reads the flags only, or a nested key that is lost."""
     (tmp_path / "run.yaml").write_text(f"checkpoint_dir: {tiny_folder}\nprompt: Say hi\nmax_new_tokens: 3\n")
-    by_file = run_door("generate/base.py", "--config", "run.yaml", cwd=tmp_path)
+    by_file = run_here("generate/base.py", "--config", "run.yaml", cwd=tmp_path)
     speaker = load(tiny_folder)
     wanted = "".join(text for _, text in speaker.stream(speaker.tokenizer.encode("Say hi"), 3, Sampling()))
     assert by_file.returncode == 0 and by_file.stdout == wanted + "\n"
     assert "3 tokens in" in by_file.stderr and "tokens/s" in by_file.stderr
     (tmp_path / "run.yaml").write_text("checkpoint_dir: absent\nlora:\n  rank: 8\n")
-    assert_refused(run_door("finetune/lora.py", "--config", "run.yaml", cwd=tmp_path), 2, "rank")
+    assert_refused(run_here("finetune/lora.py", "--config", "run.yaml", cwd=tmp_path), 2, "rank")
 
 
 def test_chat_talks_through_a_pipe(tiny_folder: Path) -> None:

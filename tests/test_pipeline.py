@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_door
+from conftest import ROOT, run_door, run_here
 
 ROWS = [
     {"instruction": f"Say the word for {i}", "input": "in French" if i % 3 else "", "output": f"mot {i % 7} é"}
@@ -92,7 +92,8 @@ def test_adapter_and_merged_model_give_the_same_answers(home: Path) -> None:
     """A style, a stop token or a scale that is lost between the two."""
     flags = ["--data_dir", DATA, "--max_new_tokens", 24, "--precision", "32-true"]
     made = {
-        folder: run("generate/instruct.py", "--checkpoint_dir", folder, *flags, cwd=home) for folder in (RUN, MERGED)
+        RUN: run("generate/instruct.py", "--checkpoint_dir", RUN, *flags, cwd=home),
+        MERGED: run_here("generate/instruct.py", "--checkpoint_dir", MERGED, *flags, cwd=home),
     }
     assert made[RUN].stdout == made[MERGED].stdout
     rows = [json.loads(line) for line in made[RUN].stdout.splitlines()]
@@ -103,10 +104,11 @@ def test_adapter_and_merged_model_give_the_same_answers(home: Path) -> None:
 
 
 def test_a_run_is_repeated_from_its_own_file(home: Path) -> None:
-    """A setting that run.yaml forgets, a run that is not the same twice, or an adapter lost to a command typed twice."""
-    refused = run_door("finetune/lora.py", "--config", f"{RUN}/run.yaml", cwd=home)
+    """A setting that run.yaml forgets, or an adapter lost to a command typed twice."""
+    refused = run_here("finetune/lora.py", "--config", f"{RUN}/run.yaml", cwd=home)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "already holds" in refused.stderr
-    run("finetune/lora.py", "--config", f"{RUN}/run.yaml", "--out_dir", "out/again", cwd=home)
+    again = run_here("finetune/lora.py", "--config", f"{RUN}/run.yaml", "--out_dir", "out/again", cwd=home)
+    assert again.returncode == 0, again.stderr
     one, other = ((home / folder / "adapter_model.safetensors").read_bytes() for folder in (RUN, "out/again"))
     assert one == other
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
 DOOR = '''
 import sys, time
 from pathlib import Path

@@ -32,8 +32,10 @@ def main(
         seed: Of the draws.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
     """
+    from lit_llama.generate.decode import check_counts
     from lit_llama.generate.sampling import Sampling
 
+    check_counts(max_new_tokens=max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     from lit_llama.generate.answer import continue_text
     from lit_llama.generate.load import load

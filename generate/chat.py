@@ -32,8 +32,10 @@ def main(
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
     """
+    from lit_llama.generate.decode import check_counts
     from lit_llama.generate.sampling import Sampling
 
+    check_counts(max_new_tokens=max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     from lit_llama.generate.chat import line_reader, talk
     from lit_llama.generate.load import load

@@ -49,8 +49,10 @@ def main(
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
     """
     from lit_llama.errors import UserError
+    from lit_llama.generate.decode import check_counts
     from lit_llama.generate.sampling import Sampling
 
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if data_dir and input_file:
         raise UserError("--data_dir and --input_file are both given, expected one of them")

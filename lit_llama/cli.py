@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lit_llama.errors import ResourceError, UserError
+
 
 def CLI(main: Callable[..., Any]) -> None:
     """Run `main` with the flags of this command line (`--config FILE.yaml` and `--print_config` included).
@@ -13,14 +15,10 @@ def CLI(main: Callable[..., Any]) -> None:
     Exit status: 0, 2 for usage, 3 data, 4 model or format, 5 resources, 6 integrity, 70 numbers that are not finite,
     128 + n for signal n. Any other exception is a defect of this program and keeps its traceback.
     """
-    import jsonargparse
-
-    from lit_llama.errors import ResourceError, UserError
-
     try:
-        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False, allow_abbrev=False)
-    except (UserError, jsonargparse.ArgumentError) as error:
-        _fail(error, getattr(error, "exit_status", UserError.exit_status))
+        _run(main)
+    except UserError as error:
+        _fail(error, error.exit_status)
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -28,6 +26,17 @@ def CLI(main: Callable[..., Any]) -> None:
         _fail(error, ResourceError.exit_status)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
+
+
+def _run(main: Callable[..., Any]) -> None:
+    import jsonargparse
+
+    try:
+        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False, allow_abbrev=False)
+    except jsonargparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    finally:
+        sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
 
 
 def _fail(error: object, status: int) -> None:

@@ -1,7 +1,10 @@
 """Tiny models and the few real files that tests share; what is absent is skipped with the reason."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.folder import write_json
+from lit_llama.model.adapter import save_adapter
+from lit_llama.model.checkpoint import fingerprint, load_model
+from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.text.prompts import StyleName, named_style
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
@@ -100,6 +108,29 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_adapter(
+    folder: Path,
+    base: Path,
+    *,
+    style: StyleName | None = "alpaca",
+    targets: list[str] | None = None,
+    std: float = 0.2,
+    seed: int = 0,
+) -> Path:
+    """An adapter folder as finetune/lora.py leaves it, with random A and B."""
+    model, config = load_model(base), LoRAConfig(r=4, alpha=8, target_modules=targets or "all-linear")
+    apply_lora(model, config)
+    torch.manual_seed(seed)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=std)
+    folder.mkdir(parents=True)
+    if style:
+        (folder / "chat_template.jinja").write_text(named_style(style).jinja(bos=False))
+    write_json(folder / "meta.json", {"format": 1, "base": {"path": str(base), "fingerprint": fingerprint(base)}})
+    save_adapter(model, config, folder, str(base))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_folder() -> Path:
     """SmolLM2-135M-Instruct as `make test` and `make demo` convert it."""
@@ -148,3 +179,18 @@ def run_door(*arguments: object, stdin: str | None = None, cwd: Path = ROOT) -> 
     return subprocess.run(
         [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=240
     )
+
+
+def run_here(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own, which would spend seconds on importing torch."""
+    script, *flags = map(str, arguments)
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [script, *flags]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())

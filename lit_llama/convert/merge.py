@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.device import Precision, pick_device, pick_dtype
-from lit_llama.errors import IntegrityError
+from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.folder import check_destination, publish, sha256_file, write_json
 from lit_llama.model.adapter import (
     META_FILE,
@@ -65,13 +65,15 @@ def merge(adapter_dir: Path, destination: Path, *, dtype: str | None, precision:
     config, _ = read_adapter_config(adapter_dir)
     adapter = read_adapter_weights(adapter_dir)
     weights = Weights(base)
-    raw = json.loads((base / "config.json").read_text("utf-8"))
     with torch.device("meta"):
         load_adapter(LLaMA(LLaMAConfig.from_folder(base)), adapter_dir)  # names and shapes fit
+    raw = json.loads((base / "config.json").read_text("utf-8"))
     stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(dtype or "")
     specs = {name: (stored or weights.spec(name)[0], weights.spec(name)[1]) for name in weights}
-    if "lm_head.lora_A" in adapter and "lm_head.weight" not in specs:  # a tied head goes its own way from here
-        specs["lm_head.weight"] = specs["model.embed_tokens.weight"]
+    if foreign := [f"{name} ({kind})" for name, (kind, _) in specs.items() if kind not in DTYPES]:
+        raise CheckpointError(f"{base}: {foreign[0]} is stored in another dtype than {', '.join(DTYPES)}")
+    if "lm_head.lora_A" in adapter:  # a tied head goes its own way from here
+        specs.setdefault("lm_head.weight", specs["model.embed_tokens.weight"])
         raw["tie_word_embeddings"] = False
 
     def produce(name: str) -> Tensor:
@@ -143,7 +145,8 @@ def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision) ->
     if not proof.mean_difference < proof.adapter_effect / 2:
         raise IntegrityError(
             f"the merged model does not carry the adapter: its logits are {proof.mean_difference:.2e} off, the adapter "
-            f"moves them by {proof.adapter_effect:.2e}. Rounding hides so small an update: use --dtype float32"
+            f"moves them by {proof.adapter_effect:.2e}. Rounding hides so small an update: use --dtype float32 "
+            "--precision 32-true"
         )
     return proof
 

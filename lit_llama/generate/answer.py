@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.progress import Progress
 
-from lit_llama.errors import DataError
+from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
-from lit_llama.generate.decode import generate
+from lit_llama.generate.decode import check_counts, check_room, generate
 from lit_llama.generate.load import Speaker, report
 from lit_llama.generate.sampling import Sampling
 from lit_llama.progress import stderr
@@ -37,7 +37,13 @@ def continue_text(speaker: Speaker, prompt: str, max_new_tokens: int, sampling: 
 
 
 def answer_one(speaker: Speaker, example: Example, max_new_tokens: int, sampling: Sampling) -> None:
-    """Stream the answer to an instruction to stdout."""
+    """Stream the answer to an instruction to stdout.
+
+    Raises:
+        UserError: It is blank, or too long for the model.
+    """
+    if not example.instruction.strip():
+        raise UserError("--prompt is empty, expected an instruction")
     _print_stream(speaker, instruction_ids(speaker, example), max_new_tokens, sampling)
 
 
@@ -59,8 +65,17 @@ def instruction_ids(speaker: Speaker, example: Example) -> list[int]:
 def answer_all(
     speaker: Speaker, examples: Sequence[Example], max_new_tokens: int, sampling: Sampling, batch_size: int
 ) -> list[Answer]:
-    """Answer every example, prompts of similar length together, in the order given."""
+    """Answer every example, prompts of similar length together, in the order given.
+
+    Raises:
+        DataError: A prompt is too long for the model; found before the first answer.
+    """
     prompts = [instruction_ids(speaker, example) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
+        try:
+            check_room(speaker.model, len(prompt), max_new_tokens)
+        except UserError as error:
+            raise DataError(f"row {example.row}: {error}") from error
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: dict[int, Answer] = {}
     console = stderr()
@@ -76,6 +91,7 @@ def answer_all(
                 stop_ids=speaker.stop_ids,
                 sampling=sampling,
                 tokens=speaker.tokenizer.size,
+                numbers=rows,
             )
             for step in steps:
                 for index, token in step:
@@ -106,8 +122,12 @@ def answer_file(
         The measures.
 
     Raises:
+        UserError: A count is below 1, or `output_file` is a folder.
         DataError: The rows are missing or unusable.
     """
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
+    if output_file is not None and output_file.is_dir():
+        raise UserError(f"--output_file {output_file} is a folder, expected a file or nothing there")
     if data_dir is not None:
         read_meta(data_dir)
     path = data_dir / TEST_FILE if data_dir is not None else input_file
@@ -115,6 +135,8 @@ def answer_file(
     examples = read_prompts(path)[:limit]
     if not examples:
         raise DataError(f"{path} holds no rows to answer")
+    if output_file is not None:  # what cannot be made is better known before the answers
+        output_file.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     answers = answer_all(speaker, examples, max_new_tokens, sampling, batch_size)
     rows = [

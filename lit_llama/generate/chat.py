@@ -36,16 +36,16 @@ class Conversation:
         """Add a message of the user and stream the answer; both are kept, also if the answer is stopped half way.
 
         Raises:
-            UserError: The conversation no longer fits into what the model reads, even without its oldest turns.
+            UserError: The message does not fit into what the model reads, even alone; it is forgotten again.
         """
-        self.messages.append({"role": "user", "content": text})
-        prompt = self._fit()
+        messages, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         known = _common(prompt[:-1], self._cached)  # the last token is always run, as its logits are wanted
         capacity = len(prompt) + self._max_new_tokens
         if capacity > self._cache.capacity:
             self._cache, known = new_cache(self._speaker.model, 1, 2 * capacity), 0
         self._cache.truncate(known)
         self._cached = list(prompt)
+        self.messages = messages
         parts: list[str] = []
         try:
             stream = self._speaker.stream(prompt[known:], self._max_new_tokens, self._sampling, self._cache)
@@ -53,27 +53,44 @@ class Conversation:
                 self._cached += ids
                 parts.append(piece)
                 yield piece
+        except GeneratorExit:
+            raise
+        except BaseException:  # amid a step: the cache has made room that was never filled
+            self._cached = []
+            raise
         finally:
             self.messages.append({"role": "assistant", "content": "".join(parts)})
             self._cached = self._cached[: self._cache.lengths[0]]
 
-    def _fit(self) -> list[int]:
-        """The prompt; the oldest turns are left out, aloud, when it grows beyond what the model reads."""
+    def instruct(self, text: str) -> None:
+        """Begin the conversation with a system message.
+
+        Raises:
+            UserError: The prompt style has none.
+        """
+        system = {"role": "system", "content": text}
+        prompt_ids(self._speaker.tokenizer, self._style, [system, {"role": "user", "content": ""}])
+        self.messages = [system]
+
+    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """Messages and their prompt; the oldest turns are left out, aloud, beyond what the model reads."""
         limit = self._speaker.model.config.max_position_embeddings - self._max_new_tokens
+        first = 1 if messages[0]["role"] == "system" else 0
         dropped = 0
         while True:
-            prompt = prompt_ids(self._speaker.tokenizer, self._style, self.messages)
+            prompt = prompt_ids(self._speaker.tokenizer, self._style, messages)
             if len(prompt) <= limit:
                 break
-            first = 1 if self.messages[0]["role"] == "system" else 0
-            if len(self.messages) - first < 3:
-                self.messages.pop()
-                raise UserError(f"the message has {len(prompt)} tokens, but only {limit} fit beside the answer")
-            del self.messages[first : first + 2]
+            if len(messages) - first < 3:
+                raise UserError(
+                    f"the message has {len(prompt)} tokens, but only {max(limit, 0)} fit beside an answer of "
+                    f"--max_new_tokens {self._max_new_tokens}"
+                )
+            del messages[first : first + 2]
             dropped += 1
         if dropped:
             stderr().print(f"(the conversation is too long for the model: {dropped} oldest turns are forgotten)")
-        return prompt
+        return messages, prompt
 
 
 def _common(left: list[int], right: list[int]) -> int:
@@ -105,15 +122,22 @@ def talk(speaker: Speaker, max_new_tokens: int, sampling: Sampling, read: Callab
             continue
         if command == "/quit":
             return
-        if command in ("/new", "/system"):
+        if command == "/new" or (command == "/system" and rest):
             conversation = Conversation(speaker, max_new_tokens, sampling)
-            if rest:
-                conversation.messages.append({"role": "system", "content": rest})
+            if command == "/system":
+                _instruct(conversation, rest)
             continue
         if command.startswith("/"):
-            say(f"unknown command {command}; {HELP}")
+            say(f"unknown command {text}; {HELP}")
             continue
         _answer(conversation, text, speaker)
+
+
+def _instruct(conversation: Conversation, text: str) -> None:
+    try:
+        conversation.instruct(text)
+    except UserError as error:
+        stderr().print(f"({error})")
 
 
 def _answer(conversation: Conversation, text: str, speaker: Speaker) -> None:
@@ -138,10 +162,14 @@ def line_reader() -> Callable[[], str]:
     if not sys.stdin.isatty():
 
         def read() -> str:
-            line = sys.stdin.readline()
+            line = sys.stdin.buffer.readline()
             if not line:
                 raise EOFError
-            return line
+            try:
+                return line.decode("utf-8")
+            except UnicodeDecodeError:
+                stderr().print("(the line is not UTF-8; what cannot be read is replaced)")
+                return line.decode("utf-8", "replace")
 
         return read
     from prompt_toolkit import PromptSession

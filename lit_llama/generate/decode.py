@@ -24,6 +24,7 @@ def generate(
     sampling: Sampling,
     tokens: int | None = None,
     cache: KVCache | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue prompts of any lengths, all at once.
 
@@ -35,23 +36,24 @@ def generate(
         sampling: How tokens are drawn.
         tokens: Size of the tokenizer; ids from there on are padding of the embedding and never drawn.
         cache: Continue in this one, made by `new_cache`.
+        numbers: Which stream of random numbers each sequence has, so that its draws do not depend on the others; 0, 1,
+            2 and so on if left out.
 
     Yields:
-        After each step, (number of the sequence, id) for every sequence that is still going.
+        After each step, (index of the sequence, id) for every sequence that is still going.
 
     Raises:
         UserError: A prompt is empty, or too long for the model.
     """
     if any(not prompt for prompt in prompts):
         raise UserError("the prompt is empty, expected at least one token")
-    if max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens is {max_new_tokens}, expected 1 or more")
+    check_counts(max_new_tokens=max_new_tokens)
     longest = max(len(prompt) for prompt in prompts)
     if cache is None:
         check_room(model, longest, max_new_tokens)
         cache = new_cache(model, len(prompts), longest + max_new_tokens)
     device = cache.keys.device
-    streams = generators(len(prompts), sampling)
+    streams = generators(range(len(prompts)) if numbers is None else numbers, sampling)
     alive = list(range(len(prompts)))
     pending = [list(prompt) for prompt in prompts]
     for _ in range(max_new_tokens):
@@ -76,6 +78,13 @@ def new_cache(model: LLaMA, batch: int, capacity: int) -> KVCache:
     """An empty cache for `batch` sequences of at most `capacity` tokens."""
     weight = model.model.embed_tokens.weight
     return KVCache(model.config, batch, capacity, weight.device, weight.dtype)
+
+
+def check_counts(**flags: int | None) -> None:
+    """Raise UserError if a flag that counts something is given and below 1."""
+    for name, value in flags.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, expected 1 or more")
 
 
 def check_room(model: LLaMA, prompt: int, max_new_tokens: int) -> None:

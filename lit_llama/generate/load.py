@@ -86,7 +86,7 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
         model.requires_grad_(False).eval()
     tokenizer = Tokenizer.from_path(base)
     check_vocabulary(base, model.config.vocab_size, tokenizer.size)
-    style = named_style(prompt_style) if prompt_style else folder_style(folder)
+    style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
     what = f"{folder} on {base}" if base != folder else str(folder)
     stderr().print(f"{what}: {str(dtype)[6:]} on {device}, loaded in {time.perf_counter() - start:.1f} s")
     return Speaker(model, tokenizer, style, _stop_ids(base, model, tokenizer))
@@ -97,7 +97,10 @@ def _stop_ids(folder: Path, model: LLaMA, tokenizer: Tokenizer) -> frozenset[int
     stop = {tokenizer.eos_id, *model.config.eos_token_id}
     path = folder / "generation_config.json"
     if path.is_file():
-        named = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        try:
+            named = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a JSON object: {error}") from error
         stop.update(named if isinstance(named, list) else [] if named is None else [named])
     return frozenset(stop)
 

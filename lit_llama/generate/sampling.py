@@ -4,6 +4,7 @@ Shapes: B sequences, V vocabulary.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class Sampling:
             raise UserError(f"--top_k is {self.top_k}, expected 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p is {self.top_p}, expected 0 < top_p <= 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"--seed is {self.seed}, expected 0 to {(1 << 63) - 1}")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -51,9 +54,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def generators(count: int, sampling: Sampling) -> list[torch.Generator]:
+def generators(numbers: Iterable[int], sampling: Sampling) -> list[torch.Generator]:
     """A stream of random numbers for each sequence, from (seed, number of the sequence)."""
-    return [torch.Generator().manual_seed(sampling.seed + index) for index in range(count)]
+    return [torch.Generator().manual_seed(sampling.seed + number) for number in numbers]
 
 
 def choose(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:

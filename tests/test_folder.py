@@ -1,0 +1,221 @@
+"""Folders that appear whole or not at all."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_llama.errors import UserError
+from lit_llama.folder import check_destination, publish, sha256_file, write_json, write_json_lines
+
+MARKER = "meta.json"
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "train").mkdir()
+    (folder / "train" / "data.arrow").write_text(text)
+    (folder / "a.txt").write_text(text)
+    (folder / "z.txt").write_text(text)
+    (folder / MARKER).write_text(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+WHOLE = ["a.txt", "meta.json", "train", "train/data.arrow", "z.txt"]
+
+
+def test_a_new_folder_appears_with_all_its_contents(tmp_path: Path) -> None:
+    """A parent that is not made, contents seen half-way, or a temporary folder left behind."""
+    destination = tmp_path / "out" / "deep" / "name"
+    with publish(destination, MARKER) as folder:
+        assert not destination.exists() and folder.is_dir() and folder.parent == destination.parent
+        fill(folder)
+        assert not destination.exists()
+    assert names(destination) == WHOLE
+    assert [path.name for path in destination.parent.iterdir()] == ["name"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_no_folder(tmp_path: Path, error: BaseException) -> None:
+    """Half a folder that looks like a whole one."""
+    with pytest.raises(type(error)), publish(tmp_path / "name", MARKER) as folder:
+        fill(folder)
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_the_old_folder_whole(tmp_path: Path) -> None:
+    """The old contents removed before the new ones are there."""
+    with publish(tmp_path / "name", MARKER) as folder:
+        fill(folder, "old")
+    with pytest.raises(ValueError), publish(tmp_path / "name", MARKER, replace=True) as folder:
+        fill(folder)
+        raise ValueError
+    assert names(tmp_path / "name") == WHOLE and (tmp_path / "name" / MARKER).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_a_whole_destination_is_refused_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    """Work of hours written over."""
+    with publish(tmp_path / "name", MARKER) as folder:
+        fill(folder, "old")
+    with pytest.raises(UserError, match=r"name already holds meta\.json; name another folder"):
+        check_destination(tmp_path / "name", MARKER)
+    with pytest.raises(UserError, match="already holds"), publish(tmp_path / "name", MARKER):
+        pytest.fail("the body was run")
+    assert (tmp_path / "name" / MARKER).read_text() == "old"
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_in_the_way_is_refused(tmp_path: Path, replace: bool) -> None:
+    """A file of the user's own replaced by a folder."""
+    (tmp_path / "name").write_text("mine")
+    with pytest.raises(UserError, match="is a file"), publish(tmp_path / "name", MARKER, replace=replace):
+        pytest.fail("the body was run")
+    assert (tmp_path / "name").read_text() == "mine"
+
+
+def test_other_files_stay_and_ours_are_replaced_whole(tmp_path: Path) -> None:
+    """Raw data lost, or old shards among the new ones in a folder of ours."""
+    destination = tmp_path / "name"
+    with publish(destination, MARKER) as folder:
+        fill(folder, "old")
+        (folder / "train" / "old-shard.arrow").write_text("old")
+    (destination / "raw.json").write_text("mine")
+    (destination / "notes").mkdir()
+    (destination / "notes" / "n.txt").write_text("mine")
+    with publish(destination, MARKER, replace=True) as folder:
+        fill(folder)
+    assert names(destination) == sorted([*WHOLE, "raw.json", "notes", "notes/n.txt"])
+    assert {(destination / name).read_text() for name in ("a.txt", "z.txt", MARKER, "train/data.arrow")} == {"new"}
+    assert (destination / "raw.json").read_text() == (destination / "notes" / "n.txt").read_text() == "mine"
+
+
+def test_an_unfinished_destination_is_filled(tmp_path: Path) -> None:
+    """A folder with raw data only, which is how prepare/alpaca.py finds it."""
+    destination = tmp_path / "name"
+    destination.mkdir()
+    (destination / "raw.json").write_text("mine")
+    with publish(destination, MARKER) as folder:
+        fill(folder)
+    assert names(destination) == sorted([*WHOLE, "raw.json"])
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_whatever_move_fails_no_marker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """An old marker beside new files, or a new one beside old files: both look whole."""
+    destination = tmp_path / "name"
+    with publish(destination, MARKER) as folder:
+        fill(folder, "old")
+    move, moved = Path.replace, []
+
+    def fail(self: Path, target: Path) -> Path:
+        assert not (destination / MARKER).exists()
+        if len(moved) == failing:
+            raise OSError("disk full")
+        moved.append(self.name)
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"), publish(destination, MARKER, replace=True) as folder:
+        fill(folder)
+    assert not (destination / MARKER).exists() and MARKER not in moved
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+    monkeypatch.undo()
+    with publish(destination, MARKER) as folder:  # and the next run needs no help
+        fill(folder)
+    assert names(destination) == WHOLE
+
+
+def test_contents_are_on_disk_before_they_are_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A marker that survives a power cut which its files do not."""
+    events: list[str] = []
+    sync, move = os.fsync, Path.replace
+
+    def note_sync(descriptor: int) -> None:
+        events.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def note_move(self: Path, target: Path) -> Path:
+        events.append("move " + self.name)
+        return move(self, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("file names of descriptors are read from /proc")
+    (tmp_path / "name").mkdir()
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_move)
+    with publish(tmp_path / "name", MARKER) as folder:
+        fill(folder)
+    first = events.index("move a.txt")
+    assert {"sync a.txt", "sync z.txt", "sync data.arrow", "sync train", f"sync {MARKER}"} <= set(events[:first])
+    moves = [event for event in events if event.startswith("move")]
+    assert moves[-1] == f"move {MARKER}" and len(moves) == 4
+    assert events.index(f"move {MARKER}") < max(i for i, event in enumerate(events) if event == "sync name")
+
+
+def test_leftovers_of_a_killed_process_do_not_disturb(tmp_path: Path) -> None:
+    """A name that is taken, or old files that get into the new folder."""
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom lit_llama.folder import publish\n"
+        "with publish(Path(sys.argv[1]), 'meta.json') as folder:\n"
+        "    (folder / 'meta.json').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "name")], env=environment, timeout=60)
+    assert killed.returncode == -9 and not (tmp_path / "name").exists()
+    mine = tmp_path / f".name.partial-{os.getpid()}"  # and one whose process number came round again
+    mine.mkdir()
+    (mine / "old.txt").write_text("old")
+    with publish(tmp_path / "name", MARKER) as folder:
+        fill(folder)
+    assert names(tmp_path / "name") == WHOLE and not mine.exists()
+
+
+def test_a_parent_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """An error hidden by cleaning up, or a body run for nothing."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"), publish(tmp_path / "file" / "name", MARKER):
+        pytest.fail("the body was run")
+    if os.geteuid() == 0:
+        return  # root writes everywhere
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(PermissionError), publish(locked / "name", MARKER):
+        pytest.fail("the body was run")
+
+
+def test_json_is_utf8_in_the_order_given(tmp_path: Path) -> None:
+    """Escapes that nobody can read, or sorted keys."""
+    write_json(tmp_path / "x.json", {"b": "Zoë 北京", "a": [1]})
+    assert (tmp_path / "x.json").read_bytes().decode() == '{\n  "b": "Zoë 北京",\n  "a": [\n    1\n  ]\n}\n'
+
+
+def test_lines_appear_when_all_are_written(tmp_path: Path) -> None:
+    """Half a file after a failure."""
+    path = tmp_path / "new" / "rows.jsonl"
+
+    def rows(last: Any) -> Iterator[Any]:
+        yield {"a": "é\u2028"}
+        assert names(tmp_path / "new") == [f".rows.jsonl.partial-{os.getpid()}"] or path.read_text("utf-8")
+        yield last
+
+    write_json_lines(path, rows(2))
+    assert path.read_text("utf-8") == '{"a": "é\u2028"}\n2\n'
+    with pytest.raises(TypeError):
+        write_json_lines(path, rows(object()))
+    assert path.read_text("utf-8") == '{"a": "é\u2028"}\n2\n' and names(tmp_path / "new") == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"x" * 3_000_000])
+def test_hashes_are_sha256(tmp_path: Path, content: bytes) -> None:
+    """A hash of the first block only."""
+    (tmp_path / "x").write_bytes(content)
+    assert sha256_file(tmp_path / "x") == hashlib.sha256(content).hexdigest()

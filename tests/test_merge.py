@@ -1,0 +1,321 @@
+"""Merging: bits against float64, logits against PEFT, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHATML, write_adapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_llama.convert.merge import Proof, merge
+from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.generate.load import load
+from lit_llama.model.checkpoint import Weights, load_model, write_weights
+from lit_llama.text.prompts import named_style
+
+IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])
+SCALE = 2.0  # alpha 8 / r 4, as write_adapter makes them
+
+
+def copy_base(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> Path:
+    shutil.copytree(source, target)
+    tensors = {name: value.to(dtype) for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture
+def base(tiny_folder: Path, tmp_path: Path) -> Path:
+    return copy_base(tiny_folder, tmp_path / "base")
+
+
+@pytest.fixture
+def base16(tiny_folder: Path, tmp_path: Path) -> Path:
+    return copy_base(tiny_folder, tmp_path / "base16", torch.bfloat16)
+
+
+def run(adapter: Path, destination: Path, dtype: str | None = None) -> Proof:
+    return merge(adapter, destination, dtype=dtype, precision="32-true")
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return dict(Weights(folder))
+
+
+def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    raw = load_file(folder / "adapter_model.safetensors")
+    names = [name.removesuffix(".lora_A.weight") for name in raw if name.endswith(".lora_A.weight")]
+    return {
+        name.removeprefix("base_model.model."): (raw[f"{name}.lora_A.weight"], raw[f"{name}.lora_B.weight"])
+        for name in names
+    }
+
+
+def exact_sums(base: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
+    """W + scale B A in float64, where every product of float32 is exact."""
+    return {
+        f"{name}.weight": base[f"{name}.weight"].double() + SCALE * (b.double() @ a.double())
+        for name, (a, b) in read_adapter(adapter).items()
+    }
+
+
+def logits(folder: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of transformers, with the adapter put on by PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with torch.inference_mode():
+        out: Tensor = model.eval()(IDS).logits[0].float()
+    return out
+
+
+def assert_nothing_left(folder: Path, *known: str) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(known)
+
+
+def test_adapted_tensors_are_the_exact_sum_rounded_once(base16: Path, tmp_path: Path) -> None:
+    """A sum in bfloat16, a product rounded before it is added, a forgotten scale, or B A transposed."""
+    adapter = write_adapter(tmp_path / "adapter", base16, targets=["q_proj", "down_proj"])
+    run(adapter, tmp_path / "merged")
+    before, after = read(base16), read(tmp_path / "merged")
+    wanted = exact_sums(before, adapter)
+    assert len(wanted) == 4 and set(after) == set(before)
+    for name, value in after.items():
+        assert value.dtype == torch.bfloat16
+        if name not in wanted:
+            assert torch.equal(value, before[name]), name
+            continue
+        exact = wanted[name].to(torch.bfloat16)
+        assert not torch.equal(value, before[name])
+        # float32 differs from float64 only where the sum lies within its rounding of the middle between two bfloat16
+        differing = (value != exact).float().mean().item()
+        assert differing < 1e-3, f"{name}: {differing:.2%} are not the sum rounded once"
+        torch.testing.assert_close(value.double(), wanted[name], rtol=2**-8, atol=1e-6)
+
+
+def test_merging_in_float32_is_exact_to_float32(base: Path, tmp_path: Path) -> None:
+    """The same in the dtype where nothing hides."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    run(adapter, tmp_path / "merged")
+    before, after = read(base), read(tmp_path / "merged")
+    wanted = exact_sums(before, adapter)
+    assert len(wanted) == 14
+    for name, value in after.items():
+        expected = wanted[name].float() if name in wanted else before[name]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6 if name in wanted else 0)
+
+
+def test_the_merged_folder_is_base_plus_adapter_to_transformers(base: Path, tmp_path: Path) -> None:
+    """A merge that only our own reader agrees with."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    run(adapter, tmp_path / "merged")
+    wanted = logits(base, adapter)
+    torch.testing.assert_close(logits(tmp_path / "merged"), wanted, rtol=1e-4, atol=1e-4)
+    assert (logits(base) - wanted).abs().max() > 0.1
+
+
+def test_a_bfloat16_merge_is_within_its_rounding(base16: Path, tmp_path: Path) -> None:
+    """More error than one rounding of the weights makes."""
+    adapter = write_adapter(tmp_path / "adapter", base16)
+    run(adapter, tmp_path / "merged")
+    wanted = logits(base16, adapter)
+    merged, rounded = logits(tmp_path / "merged"), logits(base16, adapter, torch.bfloat16)
+    assert (merged - wanted).abs().mean() <= (rounded - wanted).abs().mean() * 1.5
+    assert (merged - wanted).abs().mean() < (logits(base16) - wanted).abs().mean() / 10
+
+
+def test_template_of_the_adapter_and_files_of_the_base_travel(base: Path, tmp_path: Path) -> None:
+    """A merged model asked in the style of its base, or without tokenizer."""
+    from transformers import AutoTokenizer
+
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
+    (base / "chat_template.jinja").unlink()
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    adapter = write_adapter(tmp_path / "adapter", base)
+    run(adapter, tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert merged.style == named_style("alpaca") and merged.stop_ids == {2, 5}
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    text = theirs.apply_chat_template([{"role": "user", "content": "Zoë"}], tokenize=False)
+    assert text.endswith("### Instruction:\nZoë\n\n### Response:")
+
+
+def test_an_adapter_without_template_leaves_that_of_the_base(base: Path, tmp_path: Path) -> None:
+    """A merged model that nobody knows how to ask."""
+    run(write_adapter(tmp_path / "adapter", base, style=None), tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_another_dtype_is_stored_and_recorded(base16: Path, tmp_path: Path, dtype: str) -> None:
+    """Weights of one dtype under a config.json that names another."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    run(write_adapter(tmp_path / "adapter", base16), tmp_path / "merged", dtype)
+    wanted = getattr(torch, dtype)
+    assert {value.dtype for value in read(tmp_path / "merged").values()} == {wanted}
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == wanted
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == wanted
+
+
+def test_a_sharded_base_merges_to_the_same(base: Path, tmp_path: Path) -> None:
+    """Tensors of the first shard only, or an old index copied beside new weights."""
+    sharded = tmp_path / "sharded"
+    shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = Weights(base)
+    write_weights(sharded, {name: weights.spec(name) for name in weights}, weights.__getitem__, max_shard_size=60_000)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    run(write_adapter(tmp_path / "adapter", base), tmp_path / "merged")
+    run(write_adapter(tmp_path / "of_shards", sharded), tmp_path / "merged_shards")
+    one, other = read(tmp_path / "merged"), read(tmp_path / "merged_shards")
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    torch.testing.assert_close(logits(tmp_path / "merged_shards"), logits(tmp_path / "merged"))
+    assert not (tmp_path / "merged_shards" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["head left out", "head stored twice"])
+def test_an_adapted_head_is_no_longer_tied(base: Path, tmp_path: Path, stored: bool) -> None:
+    """An update of the head that changes the embedding, too, or gets lost."""
+    if stored:
+        tensors = load_file(base / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = write_adapter(tmp_path / "adapter", base, targets=["lm_head", "q_proj"])
+    run(adapter, tmp_path / "merged")
+    before, after = read(base), read(tmp_path / "merged")
+    embedding = before["model.embed_tokens.weight"]
+    assert torch.equal(after["model.embed_tokens.weight"], embedding)
+    a, b = read_adapter(adapter)["lm_head"]
+    head = embedding.double() + SCALE * (b.double() @ a.double())
+    torch.testing.assert_close(after["lm_head.weight"], head.float(), rtol=1e-6, atol=1e-6)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    found = logits(tmp_path / "merged")
+    ours = load_model(tmp_path / "merged")
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(IDS[0]), found, rtol=1e-4, atol=1e-4)
+    assert (found - logits(base)).abs().max() > 0.1
+
+
+def test_the_proof_is_printed_and_stored(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures that stand nowhere, or that are not those of the folder."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    capsys.readouterr()
+    proof = run(adapter, tmp_path / "merged")
+    captured = capsys.readouterr()
+    meta = json.loads((tmp_path / "merged" / "meta.json").read_text())
+    assert meta["proof"] == proof.__dict__ and proof.top1_agreement == 1.0
+    assert 0 <= proof.mean_difference <= proof.max_difference < 1e-3 < proof.adapter_effect
+    assert f"max |difference| {proof.max_difference:.2e}" in captured.err and "100.0%" in captured.err
+    assert meta["base"]["path"] == str(base) and meta["adapter"]["path"] == str(adapter)
+    assert captured.out == ""
+
+
+def test_an_adapter_too_small_for_bfloat16_is_refused_with_the_way_out(base16: Path, tmp_path: Path) -> None:
+    """A merged folder in which rounding has undone the training."""
+    adapter = write_adapter(tmp_path / "adapter", base16, std=2e-3)
+    with pytest.raises(IntegrityError, match="--dtype float32") as caught:
+        run(adapter, tmp_path / "merged")
+    assert caught.value.exit_status == 6
+    assert_nothing_left(tmp_path, "base16", "adapter")
+    assert run(adapter, tmp_path / "merged", "float32").mean_difference < 1e-5
+
+
+def edit_adapter(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_adapter_that_holds_nothing_is_refused(base: Path, tmp_path: Path) -> None:
+    """A copy of the base under a new name."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    edit_adapter(adapter, lambda tensors: {n: v * (0 if "lora_B" in n else 1) for n, v in tensors.items()})
+    with pytest.raises(CheckpointError, match="only zeros"):
+        run(adapter, tmp_path / "merged")
+    edit_adapter(adapter, lambda _: {})
+    with pytest.raises(CheckpointError, match="is empty"):
+        run(adapter, tmp_path / "merged")
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(adapter, tmp_path / "merged")
+    assert_nothing_left(tmp_path, "base", "adapter")
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, base16: Path, tmp_path: Path) -> None:
+    """Weights that fit in shape and in nothing else."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base16)}))
+    with pytest.raises(IntegrityError, match="not the base"):
+        run(adapter, tmp_path / "merged")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "meta/nowhere"}))
+    with pytest.raises(CheckpointError, match="meta/nowhere"):
+        run(adapter, tmp_path / "merged")
+    assert_nothing_left(tmp_path, "base", "base16", "adapter")
+
+
+@pytest.mark.parametrize("key", ["model.layers.5.mlp.up_proj", "model.layers.0.mlp.other", "model.norm"])
+def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, key: str) -> None:
+    """Updates left out in silence because the model has no such layer."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    pair = {f"base_model.model.{key}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    edit_adapter(adapter, lambda tensors: tensors | pair)
+    with pytest.raises(CheckpointError, match=f"adapts {key}, which is no linear layer"):
+        run(adapter, tmp_path / "merged")
+    assert_nothing_left(tmp_path, "base", "adapter")
+
+
+def test_a_whole_destination_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
+    """The base, or an older model, written over."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"already holds config\.json"):
+        run(adapter, base)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        run(adapter, tmp_path / "file")
+    assert (base / "model.safetensors").read_bytes() == before
+    assert_nothing_left(tmp_path, "base", "adapter", "file")
+
+
+def test_a_failure_half_way_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with weights and no proof that looks like a checkpoint."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lit_llama.convert.merge._prove", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(adapter, tmp_path / "merged")
+    assert_nothing_left(tmp_path, "base", "adapter")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "gpt2"}'])
+def test_a_broken_base_is_named(base: Path, tmp_path: Path, text: str) -> None:
+    """A traceback out of the JSON module."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    (base / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"base/config\.json"):
+        run(adapter, tmp_path / "merged")
+
+
+def test_a_base_in_another_dtype_is_named(base: Path, tmp_path: Path) -> None:
+    """A KeyError for a dtype that cannot be merged into."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    (adapter / "meta.json").unlink()
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight \(F64\) is stored in another dtype"):
+        run(adapter, tmp_path / "merged")
+    assert_nothing_left(tmp_path, "base", "adapter")

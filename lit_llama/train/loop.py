@@ -21,7 +21,7 @@ from lit_llama.model.checkpoint import check_vocabulary, fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.text.dataset import META_FILE, Batch, Split, epoch_order, micro_batches, read_meta
+from lit_llama.text.dataset import META_FILE, SPLITS, Batch, Split, epoch_order, micro_batches, read_meta
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.config import TrainConfig
@@ -56,16 +56,7 @@ def finetune_lora(
     """
     start = time.perf_counter()
     check_destination(out_dir, CONFIG_FILE)
-    shape = LLaMAConfig.from_folder(checkpoint_dir)
-    meta = read_meta(data_dir)
-    _check_tokenizer(checkpoint_dir, data_dir, meta)
-    check_vocabulary(checkpoint_dir, shape.vocab_size, meta["tokenizer"]["size"])
-    longest = max(counts["longest"] for counts in meta["splits"].values())
-    if longest > shape.max_position_embeddings:
-        raise DataError(
-            f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
-            f"{shape.max_position_embeddings}; prepare the data with a smaller --max_seq_length"
-        )
+    meta, splits = _read_fitting(checkpoint_dir, data_dir)
     device = pick_device()
     dtype = pick_dtype(precision, device)
     keep_freed_memory()
@@ -73,10 +64,6 @@ def finetune_lora(
     seed_everything(seed)
     model = load_model(checkpoint_dir, device, dtype)
     adapted = apply_lora(model, lora)
-    splits = {name: Split(data_dir, name) for name in ("train", "test")}
-    for name, split in splits.items():
-        if not split.trained_tokens():
-            raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
     steps = train.steps(len(splits["train"]))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
@@ -182,13 +169,28 @@ def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, Sequence
     return ids, batch.lengths, select, targets
 
 
-def _check_tokenizer(checkpoint_dir: Path, data_dir: Path, meta: dict[str, Any]) -> None:
+def _read_fitting(checkpoint_dir: Path, data_dir: Path) -> tuple[dict[str, Any], dict[str, Split]]:
+    """meta.json and the splits of the data, if they fit the base."""
+    config = LLaMAConfig.from_folder(checkpoint_dir)
+    meta = read_meta(data_dir)
     tokenizer = Tokenizer.from_path(checkpoint_dir)
+    check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer.size)
     if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
         raise DataError(
             f"{data_dir} was prepared with {meta['tokenizer']['path']}, whose vocabulary is not that of "
             f"{checkpoint_dir}; prepare it again with --tokenizer_path {checkpoint_dir}"
         )
+    splits = {name: Split(data_dir, name) for name in SPLITS}
+    for name, split in splits.items():
+        longest = int(split.lengths.max())
+        if not split.trained_tokens():
+            raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
+        if longest > config.max_position_embeddings:
+            raise DataError(
+                f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
+                f"{config.max_position_embeddings}; prepare the data with a smaller --max_seq_length"
+            )
+    return meta, splits
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,7 +1,6 @@
 """The whole way through the scripts, as a user goes it: relative paths in a folder of one's own."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -113,22 +112,24 @@ def test_a_run_is_repeated_from_its_own_file(home: Path) -> None:
     assert one == other
 
 
-def test_ctrl_c_in_a_run_leaves_no_folder(home: Path) -> None:
+def test_ctrl_c_in_a_run_leaves_no_adapter(home: Path) -> None:
     """An interrupted run that looks like a finished one."""
     flags = [*map(str, TRAIN), "--out_dir", "out/stopped", "--train.epochs", "100000"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "finetune/lora.py"), *flags], cwd=home, stderr=subprocess.PIPE, text=True
     )
-    metrics: list[Path] = []
-    for _ in range(600):
-        metrics = list((home / "out").glob(".stopped.partial-*/metrics.csv"))
-        if metrics and len(metrics[0].read_text().splitlines()) > 3:
-            break
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    assert metrics, "the run never began"
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        for _ in range(600):
+            metrics = list((home / "out").glob("*stopped*/metrics.csv"))
+            if metrics and len(metrics[0].read_text().splitlines()) > 3:
+                break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        assert metrics, "the run never began"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in said
     assert said.rstrip().endswith("error: interrupted")
-    assert not [path for path in (home / "out").iterdir() if "stopped" in path.name]
+    assert not list((home / "out").glob("*stopped*/adapter_*")) and not list((home / "out").glob(".*"))

@@ -88,7 +88,7 @@ $(MERGED)/config.json: $(RUN)/adapter_config.json
 	$(PY) finetune/merge.py --adapter_dir $(RUN) --destination_path $(@D)
 	touch -c $@
 
-INSTRUCT := $(PY) generate/instruct.py --data_dir $(DATA) --max_new_tokens 64
+INSTRUCT := $(PY) generate/instruct.py --data_dir $(DATA) --max_new_tokens 64 --batch_size 100
 
 # The answers of the base wait for the run only because they lie in its folder; a new run leaves them there.
 $(RUN)/before.jsonl: $(BASE)/config.json $(DATA)/meta.json | $(RUN)/adapter_config.json

@@ -15,6 +15,8 @@ def CLI(main: Callable[..., Any]) -> None:
     Exit status: 0, 2 for usage, 3 data, 4 model or format, 5 resources, 6 integrity, 70 numbers that are not finite,
     128 + n for signal n. Any other exception is a defect of this program and keeps its traceback.
     """
+    # Unwinding clears away what is half made; the default action would not.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _run(main)
     except UserError as error:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import new_cache
@@ -48,7 +49,8 @@ class Conversation:
         self.messages = messages
         parts: list[str] = []
         try:
-            stream = self._speaker.stream(prompt[known:], self._max_new_tokens, self._sampling, self._cache)
+            sampling = replace(self._sampling, seed=self._sampling.seed + len(messages))  # other draws in each turn
+            stream = self._speaker.stream(prompt[known:], self._max_new_tokens, sampling, self._cache)
             for ids, piece in stream:
                 self._cached += ids
                 parts.append(piece)

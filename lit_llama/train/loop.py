@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 
 from lit_llama.device import Precision, cores, keep_freed_memory, peak_memory, pick_device, pick_dtype, seed_everything
 from lit_llama.errors import DataError, NumericalError
@@ -99,6 +98,8 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
     Raises:
         NumericalError: Loss or gradients are not finite.
     """
+    from lightning.fabric import Fabric  # takes seconds, which a wrong path need not wait for
+
     device = next(model.parameters()).device
     fabric = Fabric(accelerator=device.type, devices=1)
     parameters = lora_parameters(model)

@@ -1,0 +1,87 @@
+"""Device, precision, seeds and memory."""
+
+import random
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from lit_llama import device
+from lit_llama.errors import ResourceError
+from lit_llama.model.attention import Packed
+from lit_llama.model.config import LoRAConfig
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.train.loss import TokenLoss
+
+CPU = torch.device("cpu")
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bfloat16 on a processor that emulates it several times slower, and float32 on one that has it."""
+    for flags, dtype in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16), ({"amx_bf16": 0}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert device.pick_dtype("auto", CPU) == dtype
+    assert device.pick_dtype("32-true", CPU) == torch.float32
+    assert device.pick_dtype("bf16-true", CPU) == torch.bfloat16
+
+
+def test_absent_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback from deep inside torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.pick_device() == CPU
+    with pytest.raises(ResourceError, match="no usable CUDA device"):
+        device.pick_device("cuda")
+
+
+def test_seeds_repeat_python_and_torch() -> None:
+    """Catches one of the generators left out."""
+    draws = []
+    for seed in (1, 1, 2):
+        device.seed_everything(seed)
+        draws.append((random.random(), torch.rand(1).item()))
+    assert draws[0] == draws[1] and not set(draws[0]) & set(draws[2])
+
+
+def test_peak_memory_counts_what_was_held() -> None:
+    """Catches kilobytes taken for bytes."""
+    torch.ones(50_000_000)  # 200 MB, freed at once
+    assert 200e6 < device.peak_memory(CPU) < 100e9
+    assert device.cores() >= 1
+    device.keep_freed_memory()
+
+
+def _step(dtype: torch.dtype, where: torch.device) -> tuple[float, torch.Tensor]:
+    """Loss and the flat gradient of the adapters for three packed samples."""
+    model = tiny_model().to(dtype=dtype, device=where)
+    torch.manual_seed(1)
+    apply_lora(model, LoRAConfig())
+    for parameter in lora_parameters(model):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)).to(where) * 0.05
+    ids = torch.randint(0, 384, (40,), generator=torch.Generator().manual_seed(3)).to(where)
+    select = torch.arange(5, 40, device=where)
+    loss = TokenLoss(model)(ids, [20, 13, 7], select, ids[select]) / len(select)
+    loss.backward()
+    gradients = [parameter.grad for parameter in lora_parameters(model)]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+    return loss.item(), torch.cat([gradient.flatten().cpu() for gradient in gradients if gradient is not None])
+
+
+def test_bfloat16_base_trains_float32_adapters() -> None:
+    """Catches adapters that fall to the dtype of the base, and a bfloat16 path that computes something else."""
+    loss, gradient = _step(torch.float32, CPU)
+    rough_loss, rough = _step(torch.bfloat16, CPU)
+    assert abs(rough_loss - loss) < 0.02 * loss
+    assert torch.nn.functional.cosine_similarity(gradient, rough, dim=0) > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_equals_cpu() -> None:
+    """Catches indices or masks left on another device, and attention of another kernel that sees other tokens."""
+    model, ids = tiny_model(), torch.randint(0, 384, (60,))
+    wanted = model(ids, Packed([30, 20, 10]))
+    found = model.cuda()(ids.cuda(), Packed([30, 20, 10], "cuda"))
+    assert torch.allclose(found.cpu(), wanted, atol=1e-3)
+    (loss, gradient), (gpu_loss, gpu_gradient) = (_step(torch.float32, torch.device(name)) for name in ("cpu", "cuda"))
+    assert abs(gpu_loss - loss) < 1e-3
+    assert torch.nn.functional.cosine_similarity(gradient, gpu_gradient, dim=0) > 0.999

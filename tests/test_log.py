@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_llama.train import log as log_module
-from lit_llama.train.log import COLUMNS, CURVE_FILE, METRICS_FILE, draw_curve, open_log, read_metrics
+from lit_llama.train.log import COLUMNS, CURVE_FILE, METRICS_FILE, Log, draw_curve, read_metrics
 
 
 def metrics(step: int, **more: float) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def metrics(step: int, **more: float) -> dict[str, Any]:
 
 
 def write_run(folder: Path, steps: int = 20) -> None:
-    with open_log(folder, steps) as log:
+    with Log(folder, steps) as log:
         log.step({"step": 0, "test_loss": 3.0})
         for step in range(1, steps + 1):
             log.step(metrics(step, **({"test_loss": 2.5 / step} if step % 10 == 0 else {})))
@@ -54,7 +54,7 @@ def test_metrics_have_one_row_a_step_and_known_columns(tmp_path: Path) -> None:
 
 def test_what_is_written_is_there_at_once(tmp_path: Path) -> None:
     """Catches a file that stays empty until a long run ends."""
-    with open_log(tmp_path, 2) as log:
+    with Log(tmp_path, 2) as log:
         log.step(metrics(1))
         assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 2
 
@@ -87,7 +87,7 @@ def test_the_curve_is_a_picture_with_all_three_lines(tmp_path: Path) -> None:
 
 def test_the_curve_of_a_single_step_and_of_a_loss_of_zero_is_drawn(tmp_path: Path) -> None:
     """Catches a logarithm of zero, and a smoothing that needs more than one point."""
-    with open_log(tmp_path, 1) as log:
+    with Log(tmp_path, 1) as log:
         log.step({"step": 0, "test_loss": 3.0})
         log.step(metrics(1, loss=0.0, test_loss=0.0))
     assert draw_curve(tmp_path).stat().st_size > 5000

@@ -18,7 +18,7 @@ from lit_llama.text.dataset import Split, collate, write_splits
 from lit_llama.text.encode import IGNORE_INDEX, Sample
 from lit_llama.train import loss as loss_module
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.log import open_log, read_metrics
+from lit_llama.train.log import Log, read_metrics
 from lit_llama.train.loop import fit
 from lit_llama.train.loss import TokenLoss, linear_cross_entropy
 
@@ -166,7 +166,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, targets:
         model = trained_model(targets)
         config = TrainConfig(epochs=1, batch_size=8, micro_batch_tokens=tokens, learning_rate=3e-4, warmup_ratio=0)
         (tmp_path / name).mkdir()
-        with open_log(tmp_path / name, 1) as log:
+        with Log(tmp_path / name, 1) as log:
             fit(model, *splits, config, 0, log)
         metrics = read_metrics(tmp_path / name)
         results.append((lora_parameters(model), metrics["loss"][0][1], metrics["grad_norm"][0][1]))

@@ -1,12 +1,11 @@
 """What a run tells: a bar with loss, rate, speed and time left, metrics.csv, and the loss curve as a picture."""
 
 import csv
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_llama.progress import stderr
 
@@ -15,17 +14,30 @@ COLUMNS = ("step", "epoch", "learning_rate", "loss", "test_loss", "grad_norm", "
 
 
 class Log:
-    """Rows of metrics.csv as they come, and progress on stderr: a bar on a terminal, plain lines elsewhere."""
+    """Rows of metrics.csv as they come, and progress on stderr: a bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, file: IO[str], steps: int) -> None:
+    Args:
+        folder: Where metrics.csv goes.
+        steps: Optimizer steps of the whole run.
+    """
+
+    def __init__(self, folder: Path, steps: int) -> None:
         self._console = stderr()
         self._steps = steps
-        self._writer = csv.DictWriter(file, COLUMNS)
+        self._file = (folder / METRICS_FILE).open("w", encoding="utf-8", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
-        self._file = file
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task: TaskID = self._progress.add_task("training", total=steps)
+        self._task = self._progress.add_task("training", total=steps)
+
+    def __enter__(self) -> "Log":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._file.close()
 
     def say(self, text: str) -> None:
         """A line on stderr."""
@@ -49,15 +61,6 @@ class Log:
 
 def _short(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-@contextmanager
-def open_log(folder: Path, steps: int) -> Iterator[Log]:
-    """A log that writes into `folder`."""
-    with (folder / METRICS_FILE).open("w", encoding="utf-8", newline="") as file:
-        log = Log(file, steps)
-        with log._progress:
-            yield log
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:

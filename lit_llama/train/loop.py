@@ -24,7 +24,7 @@ from lit_llama.text.dataset import META_FILE, SPLITS, Batch, Split, epoch_order,
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.log import Log, draw_curve, open_log
+from lit_llama.train.log import Log, draw_curve
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.schedule import learning_rate
 
@@ -66,7 +66,7 @@ def finetune_lora(
     steps = train.steps(len(splits["train"]))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
-    with open_log(out_dir, steps) as log:
+    with Log(out_dir, steps) as log:
         trainable = sum(parameter.numel() for parameter in lora_parameters(model))
         log.say(
             f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "

@@ -109,30 +109,35 @@ def find_or_download(folder: Path, name: str) -> Path:
         return path
     if name != DATA_FILE:
         raise DataError(f"{path} does not exist; put the data there, or name another file with --data_file_name")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{name}.part")
     try:
-        _download(URL, part)
+        _download(URL, path)
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        part.unlink(missing_ok=True)
         reason = getattr(error, "reason", error)
         raise ResourceError(
             f"{URL} cannot be downloaded ({reason}); fetch it elsewhere and put it at {path}"
         ) from error
-    part.replace(path)
     return path
 
 
 def _download(url: str, path: Path) -> None:
     from rich.progress import wrap_file
 
-    with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
-        size = int(answer.headers.get("Content-Length", -1))
-        with wrap_file(answer, max(size, 0), description="downloading", console=stderr(), transient=True) as source:
-            while block := source.read(1 << 20):
-                file.write(block)
-        if size >= 0 and file.tell() != size:
-            raise OSError(f"{file.tell()} of {size} bytes arrived")
+    part = path.with_name(f".{path.name}.part")
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        size = int(answer.headers["Content-Length"] or 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                part.open("wb") as file,
+                wrap_file(answer, size, description="downloading", console=stderr(), transient=True) as source,
+            ):
+                while block := source.read(1 << 20):
+                    file.write(block)
+                if size and file.tell() != size:
+                    raise OSError(f"{file.tell()} of {size} bytes arrived")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _counts(samples: Sequence[Sample]) -> dict[str, int]:

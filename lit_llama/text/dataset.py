@@ -47,6 +47,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         DataError: The folder is missing, unfinished, or of another format.
     """
     path = folder / META_FILE
+    if folder.is_file():
+        raise DataError(f"{folder} is a file, expected the data folder that prepare/alpaca.py made of it")
     if not path.is_file():
         what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
         raise DataError(f"{folder} {what}; make it with prepare/alpaca.py --destination_path {folder}")

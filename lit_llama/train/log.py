@@ -39,6 +39,10 @@ class Log:
         self._progress.stop()
         self._file.close()
 
+    def status(self, text: str) -> None:
+        """What is going on, beside the bar."""
+        self._progress.update(self._task, description=text)
+
     def say(self, text: str) -> None:
         """A line on stderr."""
         self._progress.console.print(text)
@@ -54,7 +58,8 @@ class Log:
             return
         speed = metrics["trained_tokens"] / metrics["seconds"]
         state = f"loss {metrics['loss']:.4f}  rate {metrics['learning_rate']:.2e}  {speed:,.0f} trained tokens/s"
-        self._progress.update(self._task, completed=done, description=state)
+        self.status(state)
+        self._progress.update(self._task, completed=done)
         if not self._console.is_terminal and (done == 1 or done % max(1, self._steps // 10) == 0):
             self.say(f"step {done}/{self._steps}  {state}")
 
@@ -85,7 +90,7 @@ def draw_curve(folder: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*series["loss"], strict=True), color="#9db8d9", linewidth=1, label="train, each step")
     axes.plot(*zip(*_smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
-    axes.plot(*zip(*series["test_loss"], strict=True), "o-", color="#d1495b", linewidth=1.5, label="test split")
+    axes.plot(*zip(*series["test_loss"], strict=True), "o:", color="#d1495b", linewidth=1, label="test split")
     axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.resolve().name)
     if min(value for _, value in series["loss"]) > 0:
         axes.set_yscale("log")

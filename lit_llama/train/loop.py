@@ -107,6 +107,7 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
     loss_of, optimizer = fabric.setup(TokenLoss(model), optimizer)
     steps = config.steps(len(train))
     per_epoch = math.ceil(len(train) / config.batch_size)
+    log.status("evaluating on the test split")
     log.step({"step": 0, "test_loss": evaluate(loss_of, test, config.micro_batch_tokens)})
     model.train()
     for step in range(steps):
@@ -144,6 +145,7 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
             "seconds": time.perf_counter() - start,
         }
         if (step + 1) % config.eval_interval == 0 or step + 1 == steps:
+            log.status("evaluating on the test split")
             metrics["test_loss"] = evaluate(loss_of, test, config.micro_batch_tokens)
         log.step(metrics)
 

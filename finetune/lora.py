@@ -5,9 +5,9 @@ python finetune/lora.py --checkpoint_dir checkpoints/NAME --data_dir data/NAME -
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.device import Precision
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train.config import TrainConfig
 
@@ -19,7 +19,7 @@ def main(
     out_dir: Path = Path("out/lora/alpaca"),
     lora: LoRAConfig = LoRAConfig(),
     train: TrainConfig = TrainConfig(),
-    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
+    precision: Precision = "auto",
     seed: int = 1337,
 ) -> None:
     """Train low-rank adapters; the base stays as it is.

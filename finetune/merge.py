@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.device import Precision
 
 
 def main(
@@ -14,7 +15,7 @@ def main(
     adapter_dir: Path,
     destination_path: Path,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
-    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 

@@ -4,9 +4,9 @@ python generate/base.py --checkpoint_dir checkpoints/NAME --prompt "Hello, my na
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.device import Precision
 
 
 def main(
@@ -18,7 +18,7 @@ def main(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 1234,
-    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Stream the continuation of a text to stdout, until a token that ends it or the limit.
 

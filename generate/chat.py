@@ -4,9 +4,10 @@ python generate/chat.py --checkpoint_dir checkpoints/NAME
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.device import Precision
+from lit_llama.text.prompts import StyleName
 
 
 def main(
@@ -17,8 +18,8 @@ def main(
     top_k: int = 0,
     top_p: float = 0.9,
     seed: int = 1234,
-    prompt_style: Literal["alpaca", "chatml"] | None = None,
-    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
+    prompt_style: StyleName | None = None,
+    precision: Precision = "auto",
 ) -> None:
     """Read messages from the terminal, or a line each from a pipe, and stream the answers to stdout.
 

@@ -5,9 +5,10 @@ python generate/instruct.py --checkpoint_dir out/lora/NAME --data_dir data/NAME
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.device import Precision
+from lit_llama.text.prompts import StyleName
 
 
 def main(
@@ -25,8 +26,8 @@ def main(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 1234,
-    prompt_style: Literal["alpaca", "chatml"] | None = None,
-    precision: Literal["auto", "bf16-true", "32-true"] = "auto",
+    prompt_style: StyleName | None = None,
+    precision: Precision = "auto",
 ) -> None:
     """Put instructions in the style the model was trained with and print the answers.
 

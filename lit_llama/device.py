@@ -1,40 +1,41 @@
-"""Device, precision, seeds, memory: the only file that asks what hardware there is."""
+"""Device, precision, seeds, memory: the only file that asks what hardware there is.
+
+torch is imported where it is used, because scripts name the precisions and their `--help` has to be quick.
+"""
 
 import os
 import random
 import sys
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from lit_llama.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["auto", "bf16-true", "32-true"]
 
 
-def pick_device(accelerator: str = "auto") -> torch.device:
-    """ "auto" (a GPU if there is one), "cpu" or "cuda"."""
-    if accelerator == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("--accelerator cuda: no usable CUDA device is there; leave the flag out to run on the CPU")
-    return torch.device(accelerator)
+def pick_device() -> "torch.device":
+    """A GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
     """The dtype of weights and activations. "auto" is bfloat16 where the hardware multiplies it fast, else float32."""
-    if precision == "auto":
-        return torch.bfloat16 if _fast_bf16(device) else torch.float32
-    if (
-        precision == "bf16-true"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    import torch
+
+    fast = _fast_bf16(device)
+    if precision == "bf16-true" and device.type == "cuda" and not fast:
         raise ResourceError("--precision bf16-true: this GPU has no bfloat16; use --precision 32-true")
-    return torch.bfloat16 if precision == "bf16-true" else torch.float32
+    return torch.bfloat16 if precision == "bf16-true" or (precision == "auto" and fast) else torch.float32
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def _fast_bf16(device: "torch.device") -> bool:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -43,6 +44,8 @@ def _fast_bf16(device: torch.device) -> bool:
 
 def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators. Nothing here draws from numpy's global one."""
+    import torch
+
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -66,8 +69,10 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1 << 30)
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: "torch.device") -> int:
     """Most bytes held so far: allocated on the GPU, or resident in this process on the CPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

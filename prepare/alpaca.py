@@ -4,9 +4,10 @@ python prepare/alpaca.py --destination_path data/alpaca --tokenizer_path checkpo
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.text.encode import Overflow
+from lit_llama.text.prompts import StyleName
 
 
 def main(
@@ -18,8 +19,8 @@ def main(
     seed: int = 42,
     mask_inputs: bool = False,
     data_file_name: str = "alpaca_data_cleaned_archive.json",
-    prompt_style: Literal["alpaca", "chatml"] = "alpaca",
-    overflow: Literal["drop", "truncate_response", "error"] = "drop",
+    prompt_style: StyleName = "alpaca",
+    overflow: Overflow = "drop",
 ) -> None:
     """Split, render, tokenize and mask; writes splits train and test into destination_path.
 

@@ -25,12 +25,15 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
     assert device.pick_dtype("bf16-true", CPU) == torch.bfloat16
 
 
-def test_absent_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback from deep inside torch."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.pick_device() == CPU
-    with pytest.raises(ResourceError, match="no usable CUDA device"):
-        device.pick_device("cuda")
+def test_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that stays on the CPU in silence, and bfloat16 asked of a GPU that has none."""
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device.pick_device().type == ("cuda" if there else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert device.pick_dtype("auto", torch.device("cuda")) == torch.float32
+    with pytest.raises(ResourceError, match="--precision 32-true"):
+        device.pick_dtype("bf16-true", torch.device("cuda"))
 
 
 def test_seeds_repeat_python_and_torch() -> None:

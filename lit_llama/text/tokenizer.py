@@ -12,7 +12,7 @@ from typing import Any
 from lit_llama.errors import CheckpointError, DataError
 
 _ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer:
@@ -23,14 +23,12 @@ class Tokenizer:
         control: Ids of the tokens that are spelled in templates, by spelling.
         bos: Spelling of the token that begins a text, "" if the model wants none.
         eos: Spelling of the token that ends a text.
-        files: The files it was read from.
     """
 
     size: int
     control: dict[str, int]
     bos: str
     eos: str
-    files: list[Path]
 
     @property
     def eos_id(self) -> int:
@@ -84,7 +82,7 @@ class Tokenizer:
             CheckpointError: There is none, or it cannot be used.
         """
         if path.is_dir():
-            found = [path / name for name in _FILES[:2] if (path / name).is_file()]
+            found = [path / name for name in _FILES if (path / name).is_file()]
             if not found:
                 raise CheckpointError(f"{path} holds no {_FILES[0]} and no {_FILES[1]}")
             return cls.from_path(found[0])
@@ -92,10 +90,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"tokenizer {path} does not exist; expected a tokenizer.model, a tokenizer.json or a model folder"
             )
-        tokenizer = HubTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-        files = [path.parent / name for name in (path.name, "tokenizer_config.json", "special_tokens_map.json")]
-        tokenizer.files = [file for file in files if file.is_file()]
-        return tokenizer
+        return HubTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -98,6 +98,19 @@ def test_a_folder_without_a_template_says_how_to_go_on(base: Path) -> None:
         speaker.require_style()
 
 
+def test_the_end_of_an_answer_in_the_style_stops(base: Path) -> None:
+    """Catches a model tuned in ChatML on a base with another end of text: it would say <|im_end|> and go on."""
+    for name in ("config.json", "generation_config.json"):
+        if (base / name).is_file():
+            values = json.loads((base / name).read_text()) | {"eos_token_id": 0}
+            (base / name).write_text(json.dumps(values))
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load(base, prompt_style="alpaca").stop_ids == {0}
+    assert load(base, prompt_style="chatml").stop_ids == {0, 2}
+    assert load(base).stop_ids == {0}, "a foreign template does not say where an answer ends"
+
+
 def test_stop_ids_come_from_every_file_that_names_one(base: Path) -> None:
     """A model that never stops because one of three files was not read."""
     edit(base / "config.json", lambda value: value.update(eos_token_id=[300, 301]))

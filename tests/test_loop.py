@@ -381,3 +381,14 @@ def test_an_adapter_is_not_loaded_on_a_base_that_was_changed(tiny_folder: Path, 
     save_file({name: value * 1.5 for name, value in tensors.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(IntegrityError, match="is not the base that"):
         load(out, precision="32-true")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_what_the_adapter_folder_needs_is_read_before_training(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a run that is lost at its end because a file of the data folder is gone."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match=r"chat_template\.jinja does not exist"):
+        run(tiny_folder, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

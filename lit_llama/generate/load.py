@@ -17,6 +17,7 @@ from lit_llama.model.attention import KVCache
 from lit_llama.model.checkpoint import check_vocabulary, load_model
 from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
+from lit_llama.text.encode import end_id
 from lit_llama.text.prompts import PromptStyle, folder_style, named_style
 from lit_llama.text.tokenizer import Streamer, Tokenizer
 
@@ -89,12 +90,14 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
     style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
     what = f"{folder} on {base}" if base != folder else str(folder)
     stderr().print(f"{what}: {str(dtype)[6:]} on {device}, loaded in {time.perf_counter() - start:.1f} s")
-    return Speaker(model, tokenizer, style, _stop_ids(base, model, tokenizer))
+    return Speaker(model, tokenizer, style, _stop_ids(base, model, tokenizer, style))
 
 
-def _stop_ids(folder: Path, model: LLaMA, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every id that the folder's files call an end."""
+def _stop_ids(folder: Path, model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None) -> frozenset[int]:
+    """Every id that the folder's files call an end, and the one that ends an answer in the style."""
     stop = {tokenizer.eos_id, *model.config.eos_token_id}
+    own = end_id(tokenizer, style) if style else None
+    stop.update([] if own is None else [own])
     path = folder / "generation_config.json"
     if path.is_file():
         try:

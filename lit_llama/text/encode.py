@@ -7,7 +7,7 @@ from typing import Literal
 
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.formats import Dropped, Example
-from lit_llama.text.prompts import Message, PromptStyle, Segment
+from lit_llama.text.prompts import JinjaStyle, Message, PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -41,6 +41,15 @@ def prompt_ids(tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Mess
     runs = list(_runs(segments, tokenizer))
     texts = iter(tokenizer.encode_batch([run.text for run in runs if run.control is None]))
     return [i for run in runs for i in (next(texts) if run.control is None else [run.control])]
+
+
+def end_id(tokenizer: Tokenizer, style: PromptStyle) -> int | None:
+    """The token that ends an answer in this style, which need not be the model's own end; None if it does not say."""
+    if isinstance(style, JinjaStyle):
+        return None
+    segments = style.render([{"role": "assistant", "content": "."}], bos=tokenizer.bos, eos=tokenizer.eos)
+    ends = [segment.text for segment in segments if segment.trained and segment.template]
+    return tokenizer.control.get(ends[-1]) if ends else None
 
 
 def encode_examples(

@@ -21,6 +21,7 @@ from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset import META_FILE, SPLITS, Batch, Split, epoch_order, micro_batches, read_meta
+from lit_llama.text.formats import read_text
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.config import TrainConfig
@@ -55,7 +56,10 @@ def finetune_lora(
     """
     start = time.perf_counter()
     check_destination(out_dir, CONFIG_FILE)
+    # All that the adapter's folder will hold is read first: hours later it may be gone.
     meta, splits = _read_fitting(checkpoint_dir, data_dir)
+    template = read_text(data_dir / TEMPLATE_FILE)
+    identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
     device = pick_device()
     dtype = pick_dtype(precision, device)
     keep_freed_memory()
@@ -74,12 +78,11 @@ def finetune_lora(
             f"{time.perf_counter() - start:.1f} s"
         )
         fit(model, splits["train"], splits["test"], train, seed, log)
-    draw_curve(out_dir)
     with publish(out_dir, CONFIG_FILE) as folder:
-        identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
         write_json(folder / META_FILE, {"format": 1, "base": identity, "data": meta, "steps": steps})
-        (folder / TEMPLATE_FILE).write_text((data_dir / TEMPLATE_FILE).read_text("utf-8"), "utf-8")
+        (folder / TEMPLATE_FILE).write_text(template, "utf-8")
         save_adapter(model, lora, folder, str(checkpoint_dir))
+    draw_curve(out_dir)
     log.say(
         f"{out_dir}: adapter, metrics.csv, loss.png, run.yaml; {time.perf_counter() - start:.1f} s, "
         f"peak memory {peak_memory(device) / 1e9:.2f} GB"
@@ -178,9 +181,10 @@ def _read_fitting(checkpoint_dir: Path, data_dir: Path) -> tuple[dict[str, Any],
     meta = read_meta(data_dir)
     tokenizer = Tokenizer.from_path(checkpoint_dir)
     check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer.size)
-    if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
+    recorded = meta.get("tokenizer", {})
+    if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise DataError(
-            f"{data_dir} was prepared with {meta['tokenizer']['path']}, whose vocabulary is not that of "
+            f"{data_dir} was prepared with {recorded.get('path')}, whose vocabulary is not that of "
             f"{checkpoint_dir}; prepare it again with --tokenizer_path {checkpoint_dir}"
         )
     splits = {name: Split(data_dir, name) for name in SPLITS}

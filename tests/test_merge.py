@@ -150,6 +150,18 @@ def test_template_of_the_adapter_and_files_of_the_base_travel(base: Path, tmp_pa
     assert text.endswith("### Instruction:\nZoë\n\n### Response:")
 
 
+def test_other_programs_stop_where_the_style_ends_an_answer(base: Path, tmp_path: Path) -> None:
+    """Catches a merged ChatML model that talks on in transformers because its base ends texts with another token."""
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 5}')
+    run(write_adapter(tmp_path / "adapter", base, style="chatml"), tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text()) == {
+        "eos_token_id": [0, 2],
+        "top_k": 5,
+    }
+
+
 def test_an_adapter_without_template_leaves_that_of_the_base(base: Path, tmp_path: Path) -> None:
     """A merged model that nobody knows how to ask."""
     run(write_adapter(tmp_path / "adapter", base, style=None), tmp_path / "merged")

@@ -24,9 +24,9 @@ from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import disabled, merge_weight
 from lit_llama.progress import stderr
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer import Tokenizer, read_object
 
 PROBES = (
     "What food do llamas eat?",
@@ -111,6 +111,13 @@ def _copy_rest(base: Path, adapter_dir: Path, folder: Path) -> None:
             values = json.loads(settings.read_text("utf-8"))
             values.pop("chat_template", None)
             write_json(settings, values)
+    style, tokenizer = folder_style(adapter_dir), Tokenizer.from_path(base)
+    end = end_id(tokenizer, style) if style else None
+    path = folder / "generation_config.json"
+    named = read_object(path).get("eos_token_id")
+    ends = named if isinstance(named, list) else [tokenizer.eos_id if named is None else named]
+    if end is not None and end not in ends:  # other programs stop at these
+        write_json(path, read_object(path) | {"eos_token_id": [*ends, end]})
 
 
 def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision) -> Proof:

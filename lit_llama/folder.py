@@ -77,9 +77,14 @@ def _sync_tree(folder: Path) -> None:
     _sync(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
+def encode_json(value: Any) -> bytes:
     """UTF-8, indented, keys in the order given."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """What `encode_json` gives, into a file."""
+    path.write_bytes(encode_json(value))
 
 
 def sha256_file(path: Path) -> str:

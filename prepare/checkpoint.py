@@ -10,18 +10,18 @@ from lit_llama.cli import CLI
 
 
 def main(
-    *, source: Path, destination_path: Path, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    *, source: Path, destination_path: Path, dtype: Literal["bfloat16", "float16", "float32"] | None = None
 ) -> None:
     """Convert foreign weights into a Hugging Face folder. A folder that already is one needs no conversion.
 
     Args:
         source: A GGUF file of a LLaMA model.
         destination_path: Folder to make, such as checkpoints/NAME.
-        dtype: Dtype to store the weights in.
+        dtype: Dtype to store the weights in; left out, quantised ones become bfloat16.
     """
     from lit_llama.convert import convert
 
-    convert(source, destination_path, dtype)
+    convert(source, destination_path, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Weights,
-    check_vocabulary,
-    fingerprint,
-    load_model,
-    write_weights,
-)
+from lit_llama.model.checkpoint import check_vocabulary, fingerprint, load_model
+from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights, write_weights
 
 NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

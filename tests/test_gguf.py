@@ -19,7 +19,8 @@ from conftest import ROOT, as_transformers, run_door, tiny_model, write_tokenize
 from safetensors.torch import load_file
 
 from lit_llama.convert import convert as convert_any
-from lit_llama.convert.gguf import convert
+from lit_llama.convert.gguf import open_gguf
+from lit_llama.convert.source import write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
@@ -42,6 +43,12 @@ NAMES = {
 # Sizes that are multiples of 32, the block of Q8_0; the head size is 16 and there are fewer key heads than heads.
 SHAPE: dict[str, Any] = {"intermediate_size": 96, "rope_theta": 1234.5, "rms_norm_eps": 1e-5}
 IDS = torch.arange(2, 50)
+
+
+def convert(path: Path, destination: Path, dtype: str | None = None) -> int:
+    source = open_gguf(path, dtype)
+    write_folder(source, destination)
+    return source.parameters
 
 
 def gguf_name(name: str) -> str:
@@ -376,7 +383,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_whole(
     code = f"""
 import os, signal
 from pathlib import Path
-from lit_llama.convert import gguf
+from lit_llama.convert import convert, gguf
 made, tensor = [], gguf.GGUFFile.tensor
 def killed(self, name, *rest):
     made.append(name)
@@ -384,7 +391,7 @@ def killed(self, name, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return tensor(self, name, *rest)
 gguf.GGUFFile.tensor = killed
-gguf.convert(Path({str(path)!r}), Path({str(destination)!r}))
+convert(Path({str(path)!r}), Path({str(destination)!r}), dtype=None)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -398,13 +405,13 @@ gguf.convert(Path({str(path)!r}), Path({str(destination)!r}))
 def test_a_missing_source_is_named(tmp_path: Path, destination: Path, source: str, message: str) -> None:
     """Catches a traceback."""
     with pytest.raises(CheckpointError, match=f"--source: .*{message}"):
-        convert_any(tmp_path / source, destination, "bfloat16")
+        convert_any(tmp_path / source, destination, dtype="bfloat16")
 
 
 def test_a_folder_in_the_right_layout_needs_no_conversion(tiny_folder: Path, destination: Path) -> None:
     """Catches a copy of what can be used as it is."""
     with pytest.raises(CheckpointError, match="use it as it is"):
-        convert_any(tiny_folder, destination, "bfloat16")
+        convert_any(tiny_folder, destination, dtype="bfloat16")
 
 
 def test_the_door_tells_a_user_in_one_line(tmp_path: Path, destination: Path) -> None:

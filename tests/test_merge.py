@@ -15,7 +15,8 @@ from torch import Tensor
 from lit_llama.convert.merge import Proof, merge
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.generate.load import load
-from lit_llama.model.checkpoint import Weights, load_model, write_weights
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.weights import Weights, write_weights
 from lit_llama.text.prompts import named_style
 
 IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])

@@ -4,7 +4,6 @@ Layout and metadata keys: the GGUF specification of ggml. Dequantisation is the 
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lit_llama.convert.bpe import adds_bos, tokenizer_json
+from lit_llama.convert.source import NAMES, Source
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import publish, write_json
-from lit_llama.model.checkpoint import write_weights
+from lit_llama.folder import encode_json
 from lit_llama.model.config import LLaMAConfig
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -142,51 +141,40 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def convert(source: Path, destination: Path, dtype: str = "bfloat16") -> int:
-    """Write the Hugging Face folder of a GGUF file, tensor by tensor.
+def open_gguf(path: Path, dtype: str | None = None) -> Source:
+    """The model in a GGUF file.
 
     Args:
-        source: The .gguf file.
-        destination: Folder to make.
-        dtype: Stored dtype: bfloat16, float16 or float32.
+        path: The .gguf file.
+        dtype: Quantised weights are rounded to it once: bfloat16 (also for None), float16 or float32.
 
-    Returns:
-        Number of parameters.
+    Raises:
+        CheckpointError: It is no readable GGUF file, or of a model that is not implemented.
     """
-    file = GGUFFile(source)
+    file = GGUFFile(path)
     with file._explained("has metadata that cannot be used"):
         config = file.config()
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
-    specs = {name: (stored, tuple(int(n) for n in tensor.shape[::-1])) for name, tensor in file.tensors.items()}
-    _check_shapes(file, config)
-    with publish(destination, "config.json") as folder:
-        write_weights(folder, specs, lambda name: file.tensor(name, config, torch_dtype))
-        with file._explained("has a tokenizer that cannot be rebuilt"):
-            _write_tokenizer(file, config, folder)
-        write_json(folder / "config.json", config.to_dict(dtype))
-    return sum(math.prod(shape) for _, shape in specs.values())
+    target: torch.dtype = getattr(torch, dtype or "bfloat16")
+    specs = {name: (NAMES[target], tuple(int(n) for n in tensor.shape[::-1])) for name, tensor in file.tensors.items()}
+    with file._explained("has a tokenizer that cannot be rebuilt"):
+        files = _tokenizer_files(file, config)
+    raw = config.to_dict(str(target).removeprefix("torch."))
+    return Source(
+        path=path,
+        kind="GGUF",
+        config=raw,
+        specs=specs,
+        read=lambda name: file.tensor(name, config, target),
+        files=files,
+    )
 
 
-def _check_shapes(file: GGUFFile, config: LLaMAConfig) -> None:
-    from lit_llama.model.llama import LLaMA
-
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in LLaMA(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    for name in sorted(expected.keys() | file.tensors.keys()):
-        found = tuple(int(n) for n in file.tensors[name].shape[::-1]) if name in file.tensors else None
-        if found != expected.get(name):
-            raise CheckpointError(f"{file.path}: {name} is {found}, the metadata asks for {expected.get(name)}")
-
-
-def _write_tokenizer(file: GGUFFile, config: LLaMAConfig, folder: Path) -> None:
+def _tokenizer_files(file: GGUFFile, config: LLaMAConfig) -> dict[str, bytes]:
     metadata = file.metadata
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     if len(tokens) > config.vocab_size:
         raise CheckpointError(f"{file.path}: {len(tokens)} tokens, but only {config.vocab_size} rows in the embedding")
-    write_json(folder / "tokenizer.json", tokenizer_json(metadata))
+    files = {"tokenizer.json": encode_json(tokenizer_json(metadata))}
     special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, key in special.items():
@@ -196,8 +184,9 @@ def _write_tokenizer(file: GGUFFile, config: LLaMAConfig, folder: Path) -> None:
     settings["add_bos_token"] = adds_bos(metadata)
     settings["clean_up_tokenization_spaces"] = False
     settings["model_max_length"] = config.max_position_embeddings
-    write_json(folder / "tokenizer_config.json", settings)
+    files["tokenizer_config.json"] = encode_json(settings)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_id)}
-    write_json(folder / "generation_config.json", ids | {"pad_token_id": config.pad_token_id})
+    files["generation_config.json"] = encode_json(ids | {"pad_token_id": config.pad_token_id})
     if template := metadata.get("tokenizer.chat_template"):
-        (folder / "chat_template.jinja").write_text(template, "utf-8")
+        files["chat_template.jinja"] = template.encode()
+    return files

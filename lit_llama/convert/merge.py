@@ -19,10 +19,11 @@ from lit_llama.model.adapter import (
     read_adapter_config,
     read_adapter_weights,
 )
-from lit_llama.model.checkpoint import DTYPES, INDEX_FILE, Weights, fingerprint, load_model, write_weights
+from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import disabled, merge_weight
+from lit_llama.model.weights import DTYPES, INDEX_FILE, Weights, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
-from lit_llama.model.checkpoint import check_names, fingerprint
+from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.weights import check_names
 
 CONFIG_FILE, WEIGHTS_FILE, META_FILE = "adapter_config.json", "adapter_model.safetensors", "meta.json"
 _PREFIX = "base_model.model."

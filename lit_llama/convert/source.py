@@ -1,0 +1,124 @@
+"""What every weight layout is brought to on its way into another: tensors in Hugging Face's names, read one by one.
+
+A layout's file in this package opens it as a Source, and writes a Source as itself if it can.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llama.errors import CheckpointError
+from lit_llama.folder import publish, write_json
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, write_weights
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""torch.float16 -> F16."""
+
+SETTINGS_FILE, META_FILE = "config.json", "meta.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model as it is stored somewhere.
+
+    Args:
+        path: File or folder it comes from, for messages.
+        kind: Layout in words, such as "GGUF".
+        config: Contents of the config.json of its Hugging Face folder, without torch_dtype.
+        specs: Stored dtype and shape of each tensor, by Hugging Face's names, in the order to write.
+        read: Makes one tensor, in its stored dtype.
+        files: What else belongs into the folder, such as tokenizer and chat template: a file to copy, or its contents.
+        notes: Where it came from and what was decided, for meta.json.
+    """
+
+    path: Path
+    kind: str
+    config: Mapping[str, Any]
+    specs: Mapping[str, Spec]
+    read: Callable[[str], Tensor]
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def shape(self) -> LLaMAConfig:
+        """The configuration, checked."""
+        try:
+            return LLaMAConfig.from_dict(self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    @property
+    def parameters(self) -> int:
+        """Number of values."""
+        return sum(math.prod(shape) for _, shape in self.specs.values())
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that most values are stored in, as in torch_dtype."""
+        counts: dict[str, int] = {}
+        for name, shape in self.specs.values():
+            counts[name] = counts.get(name, 0) + math.prod(shape)
+        return str(DTYPES[max(counts, key=lambda name: counts[name])]).removeprefix("torch.")
+
+    def cast(self, dtype: str | None) -> "Source":
+        """The same model with every tensor rounded to `dtype`, such as "float16"; None keeps what is stored.
+
+        Reading a value that `dtype` cannot hold raises CheckpointError.
+        """
+        if dtype is None:
+            return self
+        target: torch.dtype = getattr(torch, dtype)
+
+        def read(name: str) -> Tensor:
+            stored = self.read(name)
+            value = stored.to(target)
+            if lost := int((stored.isfinite() & ~value.isfinite()).sum()):
+                raise CheckpointError(
+                    f"{self.path}: {lost} values of {name} are too large for {dtype}; use --dtype bfloat16 or float32"
+                )
+            return value
+
+        specs = {name: (NAMES[target], shape) for name, (_, shape) in self.specs.items()}
+        return replace(self, specs=specs, read=read)
+
+
+def check_shapes(source: Source) -> None:
+    """Raise CheckpointError unless the tensors are exactly those that the configuration asks for."""
+    from lit_llama.model.llama import LLaMA
+
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in LLaMA(source.shape).state_dict().items()}
+    if source.shape.tie_word_embeddings and "lm_head.weight" not in source.specs:
+        del expected["lm_head.weight"]
+    for name in sorted(expected.keys() | source.specs.keys()):
+        found = source.specs[name][1] if name in source.specs else None
+        if found != expected.get(name):
+            raise CheckpointError(f"{source.path}: {name} is {found}, the settings ask for {expected.get(name)}")
+
+
+def write_folder(source: Source, destination: Path, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Write the Hugging Face folder of a model, tensor by tensor.
+
+    Args:
+        source: The model.
+        destination: Folder to make.
+        max_shard_size: Most bytes of a weight file, unless one tensor is larger.
+
+    Raises:
+        CheckpointError: Tensors and configuration do not fit each other.
+    """
+    check_shapes(source)
+    with publish(destination, SETTINGS_FILE) as folder:
+        write_weights(folder, source.specs, source.read, max_shard_size)
+        for name, content in source.files.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        origin = {"path": str(source.path), "kind": source.kind, **source.notes}
+        write_json(folder / META_FILE, {"format": 1, "source": origin})
+        write_json(folder / SETTINGS_FILE, {**source.config, "torch_dtype": source.dtype})

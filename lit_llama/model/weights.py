@@ -1,0 +1,283 @@
+"""Tensors in files: where each one lies, reading all of it or some rows, and writing one at a time.
+
+Files are read by offset, so memory holds what was asked for and nothing else.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_llama.errors import CheckpointError
+from lit_llama.progress import track
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names of the dtypes in a safetensors header."""
+
+Spec = tuple[str, tuple[int, ...]]
+"""Name of a dtype and a shape."""
+
+MAX_SHARD_SIZE = 5_000_000_000
+"""Most bytes of a weight file, unless one tensor is larger."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Args:
+        path: The file.
+        offset: Of its first element, in bytes.
+        dtype: Of its elements, little-endian.
+        shape: Its shape.
+        stride: In elements per dimension; None if row follows row.
+    """
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Copy rows start to stop (of the first dimension), or the whole tensor, into memory.
+
+        Raises:
+            CheckpointError: The file ends before them.
+        """
+        shape, offset = self.shape, self.offset
+        stride = self.stride or _contiguous(shape)
+        if shape:
+            stop = shape[0] if stop is None else stop
+            assert 0 <= start <= stop <= shape[0], (start, stop, shape)
+            shape, offset = (stop - start, *shape[1:]), offset + start * stride[0] * self.dtype.itemsize
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=self.dtype)
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        storage = torch.empty(extent, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            view = storage.view(torch.uint8).numpy().data
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        if view:
+            raise CheckpointError(f"{self.path} is cut off: it ends {len(view)} bytes before the end of a tensor")
+        return storage.as_strided(shape, stride).contiguous()
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a folder by name, read from the mapped files when asked for.
+
+    Raises:
+        CheckpointError: Files are missing, unreadable, or do not hold what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = weight_files(folder)
+        self._open = {}
+        for path in sorted(set(self.files.values())):
+            try:
+                self._open[path] = safe_open(path, framework="pt")  # the package checks the whole header
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+            listed = {name for name, file in self.files.items() if file == path}
+            check_names(path, listed, dict.fromkeys(self._open[path].keys()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open[self.files[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def spec(self, name: str) -> Spec:
+        """Name of the dtype and shape, without reading the tensor."""
+        part = self._open[self.files[name]].get_slice(name)
+        return part.get_dtype(), tuple(part.get_shape())
+
+    def locate(self) -> dict[str, Stored]:
+        """Where every tensor lies, for reading without mapping.
+
+        Raises:
+            CheckpointError: A tensor is of another dtype than F32, F16 or BF16.
+        """
+        places = {}
+        for path in sorted(set(self.files.values())):
+            start, header = read_header(path)
+            for name, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}, expected {', '.join(DTYPES)}")
+                offset = start + entry["data_offsets"][0]
+                places[name] = Stored(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        return places
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor.
+
+    Raises:
+        CheckpointError: There are no weights, or the index names files that are not there.
+    """
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if index.is_file():
+        return read_index(index)
+    if single.is_file():
+        try:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{single} is not a readable safetensors file: {error}") from error
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+    raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found or 'nothing'})")
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    """Which file holds each tensor, from model.safetensors.index.json or pytorch_model.bin.index.json.
+
+    Raises:
+        CheckpointError: It is no index, or names something that is no plain file beside it.
+    """
+    try:
+        names = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        files = set(names.values())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
+    folder = index.parent
+    plain = {name for name in files if isinstance(name, str) and name and Path(name).name == name and "\0" not in name}
+    for file in files:
+        # The name comes from data: it may only be a plain file beside the index, and stay there.
+        if file not in plain or not _lies_in(folder, file):
+            missing = sorted(f for f in plain if not (folder / f).exists())
+            hint = f"; missing are {', '.join(missing)}: download them again" if file in missing else ""
+            raise CheckpointError(f"{index} names {file!r}, which is no file in {folder}{hint}")
+    return {name: folder / file for name, file in names.items()}
+
+
+def _lies_in(folder: Path, file: str) -> bool:
+    """A regular file, whose target may only leave the folder as the cache of the Hub links it: to a blob of its own."""
+    path = folder / file
+    if not path.is_file():
+        return False
+    target = path.resolve()
+    home = folder.resolve()
+    return target.parent == home or (path.is_symlink() and home.parent.parent / "blobs" == target.parent)
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file starts, and its table of tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size if size <= 100_000_000 else 0))  # the format's own limit
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def write_weights(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    produce: Callable[[str], Tensor],
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write tensors one at a time, so that memory holds one and not the model.
+
+    Args:
+        folder: Where model.safetensors, or shards and their index, go.
+        specs: Name of the dtype (F32, F16, BF16) and shape of each tensor, in the order to write.
+        produce: Makes the tensor of a name.
+        max_shard_size: Most bytes of a file, unless one tensor is larger.
+    """
+    shards = plan_shards(specs, max_shard_size)
+    names = iter(track(list(specs), f"writing {len(specs)} tensors"))
+    for file, members in shards.items():
+        write_shard(folder / file, {name: specs[name] for name in members}, (produce(next(names)) for _ in members))
+    next(names, None)  # lets the bar finish
+    write_index(folder, shards, specs)
+
+
+def byte_size(spec: Spec) -> int:
+    """Bytes of a tensor."""
+    return DTYPES[spec[0]].itemsize * math.prod(spec[1])
+
+
+def plan_shards(specs: Mapping[str, Spec], max_shard_size: int = MAX_SHARD_SIZE) -> dict[str, list[str]]:
+    """Which file gets which tensors, in order: one file, or several of at most `max_shard_size` bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        size = byte_size(spec)
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> str:
+    """Write one safetensors file from tensors in the order of `specs`.
+
+    Returns:
+        The sha256 of the file.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as output:
+        for data in _encode(specs, tensors):
+            output.write(data)
+            digest.update(data)
+            output.flush()
+    return digest.hexdigest()
+
+
+def _encode(specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> Iterator[Any]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {"dtype": spec[0], "shape": spec[1], "data_offsets": [offset, offset + byte_size(spec)]}
+        offset += byte_size(spec)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
+        assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[dtype], shape), name
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_index(folder: Path, shards: Mapping[str, list[str]], specs: Mapping[str, Spec]) -> None:
+    """Write model.safetensors.index.json; a single file needs none."""
+    if list(shards) == [SINGLE_FILE]:
+        return
+    total = sum(byte_size(spec) for spec in specs.values())
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def check_names(path: Path, expected: set[str], found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the tensors found are exactly those expected."""
+    missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if missing or unknown:
+        parts = [
+            f"{len(names)} {what} ({names[0]} ...)"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise CheckpointError(f"{path}: tensors do not fit the model: {', '.join(parts)}")

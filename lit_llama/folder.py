@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import UserError
+from lit_llama.errors import ResourceError, UserError
 
 
 @contextlib.contextmanager
@@ -55,6 +55,16 @@ def check_destination(destination: Path, marker: str, *, replace: bool = False) 
         raise UserError(f"{destination} is a file, expected a folder or nothing there")
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raise ResourceError unless the disk that will hold `folder` has room for `size` more bytes."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise ResourceError(
+            f"{folder} needs {size:,} bytes and the disk has {free:,} free; free some, or name a folder on another disk"
+        )
 
 
 def _move(source: Path, target: Path) -> None:

@@ -25,10 +25,10 @@ def through_nf4(weight: Tensor) -> Tensor:
         from bitsandbytes import functional
     except ImportError as error:
         raise ResourceError("4-bit weights need bitsandbytes: pip install 'lit_llama[quantize]'") from error
-    packed, state = functional.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
-    )
-    return functional.dequantize_4bit(packed, state)
+    # Blocks run over the flattened weight; on a CPU the library cuts them otherwise where a row is no multiple of one.
+    blocks = weight.reshape(-1, BLOCK if weight.numel() % BLOCK == 0 else weight.numel())
+    packed, state = functional.quantize_4bit(blocks, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(packed, state).reshape(weight.shape)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from lit_llama.convert.delta.evidence import check_pair, find_policy, holds_values, rounded_through_bfloat16
 from lit_llama.convert.delta.policy import Policy, Side, blocks, check_shapes, check_size, combine
 from lit_llama.convert.delta.writing import Work, write
-from lit_llama.convert.hub import open_folder
+from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, Source
 from lit_llama.convert.source import check_shapes as check_model
 from lit_llama.errors import CheckpointError, IntegrityError

@@ -16,6 +16,7 @@ def main(
     destination_path: Path,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     precision: Precision = "auto",
+    onto: Literal["stored", "nf4"] = "stored",
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 
@@ -24,10 +25,12 @@ def main(
         destination_path: Folder to make.
         dtype: Store the weights in this dtype; left out, in that of the base.
         precision: In which the logits are compared; auto is bfloat16 where the hardware is fast at it.
+        onto: Add the update to the base as it is stored, or to what 4-bit quantisation (nf4) leaves of it, which is
+            what an adapter from QLoRA training has seen.
     """
     from lit_llama.convert.merge import merge
 
-    merge(adapter_dir, destination_path, dtype=dtype, precision=precision)
+    merge(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Turns a typed function into a command: every parameter a flag, and what a user caused is one line on stderr."""
+"""Turns typed functions into a command: every parameter a flag, and what a user caused is one line on stderr."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_llama.errors import ResourceError, UserError
 
 
-def CLI(main: Callable[..., Any]) -> None:
-    """Run `main` with the flags of this command line (`--config FILE.yaml` and `--print_config` included).
+def CLI(*mains: Callable[..., Any]) -> None:
+    """Run a function with the flags of this command line (`--config FILE.yaml` and `--print_config` included).
+
+    Several functions are subcommands by their names.
 
     Exit status: 0, 2 for usage, 3 data, 4 model or format, 5 resources, 6 integrity, 70 numbers that are not finite,
     128 + n for signal n. Any other exception is a defect of this program and keeps its traceback.
@@ -18,7 +20,7 @@ def CLI(main: Callable[..., Any]) -> None:
     # Unwinding clears away what is half made; the default action would not.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        _run(main)
+        _run(mains)
     except UserError as error:
         _fail(error, error.exit_status)
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
@@ -30,11 +32,12 @@ def CLI(main: Callable[..., Any]) -> None:
         _fail("interrupted", 128 + signal.SIGINT)
 
 
-def _run(main: Callable[..., Any]) -> None:
+def _run(mains: Sequence[Callable[..., Any]]) -> None:
     import jsonargparse
 
     try:
-        jsonargparse.auto_cli(main, as_positional=False, exit_on_error=False, allow_abbrev=False)
+        components = mains[0] if len(mains) == 1 else list(mains)
+        jsonargparse.auto_cli(components, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except jsonargparse.ArgumentError as error:
         raise UserError(str(error)) from error
     finally:

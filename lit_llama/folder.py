@@ -1,15 +1,17 @@
 """Folders that describe themselves: written aside and moved into place, the describing file last."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import ResourceError, UserError
+from lit_llama.errors import IntegrityError, ResourceError, UserError
 
 
 @contextlib.contextmanager
@@ -49,22 +51,146 @@ def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterato
         shutil.rmtree(staging, ignore_errors=True)
 
 
+class Staging:
+    """A folder in the making that outlives an interruption: what is finished in it is not made again.
+
+    Args:
+        path: The folder to write into.
+    """
+
+    JOURNAL, LOCK = ".journal.jsonl", ".lock"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[str, dict[str, Any]] = {}
+
+    def finish(self, file: str, record: dict[str, Any]) -> None:
+        """Note that `file` is whole; `record` holds its sha256 and whatever else a later run wants to know."""
+        _sync(self.path / file)
+        _sync(self.path)
+        with (self.path / self.JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(_line({"file": file, **record}))
+        _sync(self.path / self.JOURNAL)
+        self.done[file] = record
+
+    def recover(self, plan: str) -> None:
+        """Take over what an interrupted run with the same plan finished; anything else goes."""
+        journal, kept = self.path / self.JOURNAL, [{"plan": plan}]
+        text = journal.read_text("utf-8") if journal.is_file() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        for line in lines[1:] if lines[:1] == kept else []:
+            file = self.path / line["file"]
+            if file.is_file() and sha256_file(file) == line["sha256"]:
+                self.done[line["file"]] = line
+                kept.append(line)
+        for path in self.path.iterdir():
+            if path.name not in {self.LOCK, self.JOURNAL, *self.done}:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        part = journal.with_suffix(".part")
+        part.write_text("".join(map(_line, kept)), "utf-8")
+        _sync(part)
+        part.replace(journal)
+        _sync(self.path)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value) + "\n"
+
+
+@contextlib.contextmanager
+def resume(destination: Path, plan: str) -> Iterator[Staging]:
+    """Like `publish` for a folder that is not there yet, but an interrupted command goes on where it stopped.
+
+    Args:
+        destination: The folder to make.
+        plan: What decides the contents; files finished under another plan are made again.
+
+    Raises:
+        UserError: The destination exists already, or another process is making it.
+    """
+    check_absent(destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = Staging(destination.parent / f".{destination.name}.partial")
+    staging.path.mkdir(exist_ok=True)
+    with (staging.path / Staging.LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
+        except OSError as error:
+            raise UserError(f"another process is making {destination}") from error
+        check_absent(destination)  # it may just have finished
+        staging.recover(plan)
+        yield staging
+        (staging.path / Staging.JOURNAL).unlink()
+        (staging.path / Staging.LOCK).unlink()
+        _sync_tree(staging.path)
+        staging.path.rename(destination)
+        _sync(destination.parent)
+
+
+def check_absent(destination: Path) -> None:
+    """Refuse a destination that holds anything: nothing is overwritten or deleted."""
+    if destination.is_symlink() or destination.exists():
+        if destination.is_dir() and not any(destination.iterdir()):
+            return
+        raise UserError(f"{destination} already exists; name another folder, nothing is ever overwritten")
+
+
+def check_apart(destination: Path, *inputs: Path) -> None:
+    """Refuse a destination that is an input, lies in one, or holds one."""
+    made = destination.resolve()
+    for folder in inputs:
+        real = folder.resolve()
+        if made == real or made.is_relative_to(real) or real.is_relative_to(made):
+            raise UserError(f"--destination_path {destination} and the input {folder} lie in each other; name another")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ResourceError unless the disk of `folder` has room for `needed` bytes and a little more."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02:
+        raise ResourceError(
+            f"{folder} has {free / 1e9:.1f} GB free, {needed * 1.02 / 1e9:.1f} GB are needed; make room or name "
+            "another disk"
+        )
+
+
+MANIFEST = "SHA256SUMS"
+
+
+def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
+    """Write SHA256SUMS, which `sha256sum --check` reads too; hashes that are `known` already are not computed again."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith("."))
+    lines = [f"{known.get(name) or sha256_file(folder / name)}  {name}\n" for name in names]
+    (folder / MANIFEST).write_text("".join(lines), "utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File names and their sha256.
+
+    Raises:
+        IntegrityError: The folder has no manifest, or one that is none.
+    """
+    try:
+        lines = (folder / MANIFEST).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            f"{folder / MANIFEST} cannot be read, so nothing says what the folder held: {error}"
+        ) from error
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name, digest in sums.items():
+        if Path(name).name != name or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise IntegrityError(f"{folder / MANIFEST} is damaged: {name!r} is no line of a manifest")
+    return sums
+
+
 def check_destination(destination: Path, marker: str, *, replace: bool = False) -> None:
     """Refuse a destination that is no folder or already whole, before hours are spent on its contents."""
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file, expected a folder or nothing there")
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
-
-
-def check_space(folder: Path, size: int) -> None:
-    """Raise ResourceError unless the disk that will hold `folder` has room for `size` more bytes."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise ResourceError(
-            f"{folder} needs {size:,} bytes and the disk has {free:,} free; free some, or name a folder on another disk"
-        )
 
 
 def _move(source: Path, target: Path) -> None:

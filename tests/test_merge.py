@@ -332,3 +332,33 @@ def test_a_base_in_another_dtype_is_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight \(F64\) is stored in another dtype"):
         run(adapter, tmp_path / "merged")
     assert_nothing_left(tmp_path, "base", "adapter")
+
+
+# The sixteen levels of nf4 (Dettmers et al. 2023, appendix E).
+NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+
+
+def test_merging_onto_nf4_adds_to_what_four_bits_leave(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an update added to weights that the adapter never saw, and an embedding or head that loses bits."""
+    pytest.importorskip("bitsandbytes")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "merged", dtype=None, precision="32-true", onto="nf4")
+    assert "nf4 moves the logits of the base" in capsys.readouterr().err
+    assert json.loads((tmp_path / "merged" / "meta.json").read_text())["onto"] == "nf4"
+    stored, merged, pairs = read(base), read(tmp_path / "merged"), read_adapter(adapter)
+    levels, changed = torch.tensor(NF4), 0
+    for name, value in merged.items():
+        module = name.removesuffix(".weight")
+        if module not in pairs:
+            assert torch.equal(value, stored[name]), name
+            continue
+        a, b = pairs[module]
+        rest = value - SCALE * b @ a
+        assert 0.05 < (rest - stored[name]).norm() / stored[name].norm() < 0.15
+        scaled = rest.reshape(-1, 64) / rest.reshape(-1, 64).abs().amax(1, keepdim=True)  # the largest is a level of 1
+        assert (scaled[..., None] - levels).abs().amin(-1).max() < 1e-3, name
+        changed += 1
+    assert changed == 14

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +24,14 @@ from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import disabled, merge_weight
+from lit_llama.model.quantize import is_quantized, quantize_in_place, through_nf4
 from lit_llama.model.weights import DTYPES, INDEX_FILE, Weights, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
 from lit_llama.text.tokenizer import Tokenizer, read_object
+
+Onto = Literal["stored", "nf4"]
 
 PROBES = (
     "What food do llamas eat?",
@@ -48,7 +52,9 @@ class Proof:
     top1_agreement: float
 
 
-def merge(adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision) -> Proof:
+def merge(
+    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto = "stored"
+) -> Proof:
     """Write W + scale * B A, added in float32 and rounded once, tensor by tensor; then compare logits.
 
     Args:
@@ -56,6 +62,7 @@ def merge(adapter_dir: Path, destination: Path, *, dtype: str | None, precision:
         destination: Folder to make.
         dtype: Dtype of the adapted tensors; None keeps that of the base.
         precision: In which the logits are compared.
+        onto: The base's weights as they are stored, or what nf4 leaves of them.
 
     Raises:
         CheckpointError: The adapter is empty, all zero, or does not fit its base.
@@ -80,10 +87,13 @@ def merge(adapter_dir: Path, destination: Path, *, dtype: str | None, precision:
     def produce(name: str) -> Tensor:
         source = name if name in weights else "model.embed_tokens.weight"
         module, target = name.removesuffix(".weight"), DTYPES[specs[name][0]]
+        weight = weights[source]
+        if onto == "nf4" and is_quantized(name):
+            weight = through_nf4(weight)
         if f"{module}.lora_A" not in adapter:
-            return weights[source].to(target)
+            return weight.to(target)
         pair = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
-        return merge_weight(weights[source], *pair, config.scale, target)
+        return merge_weight(weight, *pair, config.scale, target)
 
     with publish(destination, "config.json") as folder:
         write_weights(folder, specs, produce)
@@ -91,10 +101,13 @@ def merge(adapter_dir: Path, destination: Path, *, dtype: str | None, precision:
             raw |= {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in raw else {})
         write_json(folder / "config.json", raw)
         _copy_rest(base, adapter_dir, folder)
-        proof = _prove(base, adapter_dir, folder, precision)
+        proof = _prove(base, adapter_dir, folder, precision, onto)
         identity = {"path": str(base), "fingerprint": fingerprint(base)}
         source = {"path": str(adapter_dir), "sha256": sha256_file(adapter_dir / WEIGHTS_FILE)}
-        write_json(folder / META_FILE, {"format": 1, "base": identity, "adapter": source, "proof": proof.__dict__})
+        write_json(
+            folder / META_FILE,
+            {"format": 1, "base": identity, "adapter": source, "onto": onto, "proof": proof.__dict__},
+        )
     stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
     return proof
 
@@ -121,7 +134,7 @@ def _copy_rest(base: Path, adapter_dir: Path, folder: Path) -> None:
         write_json(path, read_object(path) | {"eos_token_id": [*ends, end]})
 
 
-def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision) -> Proof:
+def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision, onto: Onto) -> Proof:
     device = pick_device()
     dtype = pick_dtype(precision, device)
     tokenizer, style = Tokenizer.from_path(base), folder_style(adapter_dir)
@@ -130,6 +143,11 @@ def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision) ->
         for text in PROBES
     ]
     model = load_model(base, device, dtype)
+    if onto == "nf4":
+        stored = _logits(model, probes)
+        quantize_in_place(model)
+        moved = (_logits(model, probes) - stored).abs().mean().item()
+        stderr().print(f"nf4 moves the logits of the base by {moved:.2e} in the mean; the adapter is merged onto that")
     load_adapter(model, adapter_dir)
     model.eval()
     wanted = _logits(model, probes)

@@ -61,6 +61,7 @@ def open_folder(folder: Path) -> Source:
         config={key: value for key, value in raw.items() if key not in ("torch_dtype", "dtype")},
         specs={name: (NAMES[place.dtype], place.shape) for name, place in places.items()},
         read=lambda name: places[name].read(),
+        stored=places,
         files=companions(folder),
         notes=notes,
     )

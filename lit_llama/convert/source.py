@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, byte_size, check_names, write_weights
+from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, Stored, byte_size, check_names, write_weights
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """torch.float16 -> F16."""
@@ -57,6 +57,7 @@ class Source:
         config: Contents of the config.json of its Hugging Face folder, without torch_dtype.
         specs: Stored dtype and shape of each tensor, by Hugging Face's names, in the order to write.
         read: Makes one tensor, in its stored dtype.
+        stored: Where each tensor lies, if it needs no conversion.
         files: What else belongs into the folder, such as tokenizer and chat template: a file to copy, or its contents.
         notes: Where it came from and what was decided, for meta.json.
     """
@@ -66,6 +67,7 @@ class Source:
     config: Mapping[str, Any]
     specs: Mapping[str, Spec]
     read: Callable[[str], Tensor]
+    stored: Mapping[str, Stored] = field(default_factory=dict)
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ Files are read by offset, so memory holds what was asked for and nothing else.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.progress import track
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -235,6 +236,19 @@ def write_weights(
         write_shard(folder / file, {name: specs[name] for name in members}, (produce(next(names)) for _ in members))
     next(names, None)  # lets the bar finish
     write_index(folder, shards, specs)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 200MB or 1048576.
+
+    Raises:
+        UserError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--max_shard_size is {text!r}, expected a size such as 5GB or 200MB")
+    return size
 
 
 def byte_size(spec: Spec) -> int:

@@ -1,0 +1,187 @@
+"""Base folder + delta folder -> merged folder, its inverse, and the proof that a merged folder is what it says."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lit_llama.convert.delta.evidence import check_pair, find_policy, holds_values, rounded_through_bfloat16
+from lit_llama.convert.delta.policy import Policy, Side, blocks, check_shapes, check_size, combine
+from lit_llama.convert.delta.writing import Work, write
+from lit_llama.convert.native import open_folder
+from lit_llama.convert.source import META_FILE, Source
+from lit_llama.convert.source import check_shapes as check_model
+from lit_llama.errors import CheckpointError, IntegrityError
+from lit_llama.folder import MANIFEST, check_absent, check_apart, read_manifest, sha256_file
+from lit_llama.model.checkpoint import check_vocabulary, fingerprint
+from lit_llama.model.weights import MAX_SHARD_SIZE
+from lit_llama.progress import stderr, track
+from lit_llama.text.prompts import StyleName
+from lit_llama.text.tokenizer import Tokenizer, read_object
+
+ROWS = 32
+"""Rows of each tensor that are added again when a merged folder is verified."""
+
+
+def apply(
+    base_dir: Path,
+    delta_dir: Path,
+    destination: Path,
+    *,
+    policy: Policy | Literal["auto"] = "auto",
+    dtype: str | None = None,
+    prompt_style: StyleName | None = None,
+    accept_rounded_base: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write base + delta; the parameters are those of prepare/delta.py apply.
+
+    Raises:
+        UserError: The destination exists, or lies in an input.
+        CheckpointError: Base and delta do not fit each other, or are not what they are called.
+        IntegrityError: The delta says that it was made from another base.
+        ResourceError: The disk has no room.
+    """
+    check_absent(destination)
+    check_apart(destination, base_dir, delta_dir)
+    work_base, work_delta = open_folder(base_dir), open_folder(delta_dir)
+    base, delta = _side(work_base), _side(work_delta)
+    _check_origin(base_dir, delta_dir)
+    check_size(base, delta)
+    check_pair(base, delta)
+    chosen = find_policy(base, delta) if policy == "auto" else policy
+    check_shapes(base, delta, chosen)
+    _check_tokenizer(base_dir, delta_dir, base, delta)
+    if rounded_through_bfloat16(base):
+        _doubt_base(base_dir, accept_rounded_base)
+    if holds_values(base, delta) != (chosen == "ziya"):
+        found = "differences" if chosen == "ziya" else "whole rows"
+        stderr().print(f"warning: the embedding of {delta_dir} seems to hold {found}, unlike --policy {chosen}")
+    write(Work(work_base, work_delta, chosen, +1, dtype), destination, max_shard_size, prompt_style)
+
+
+def make(
+    base_dir: Path,
+    target_dir: Path,
+    destination: Path,
+    *,
+    policy: Policy | Literal["auto"] = "auto",
+    dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write target - base, which `apply` adds again; the parameters are those of prepare/delta.py make.
+
+    Raises:
+        UserError: The destination exists, or lies in an input.
+        CheckpointError: Base and target do not fit each other.
+        ResourceError: The disk has no room.
+    """
+    check_absent(destination)
+    check_apart(destination, base_dir, target_dir)
+    work_base, work_target = open_folder(base_dir), open_folder(target_dir)
+    base, target = _side(work_base), _side(work_target)
+    chosen: Policy = policy if policy != "auto" else "add" if base.rows() == target.rows() else "ziya"
+    check_size(base, target)
+    check_shapes(base, target, chosen)
+    _check_tokenizer(base_dir, target_dir, base, target)
+    write(Work(work_base, work_target, chosen, -1, dtype), destination, max_shard_size, None)
+
+
+def verify(merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | None = None) -> None:
+    """Check every file against the manifest, then the model; with base and delta at hand also rows of every tensor.
+
+    Raises:
+        IntegrityError: Something is not what the folder says it is.
+    """
+    start = time.perf_counter()
+    sums = read_manifest(merged_dir)
+    for name in track(sorted(sums), f"checking {merged_dir}"):
+        path = merged_dir / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing")
+        if (found := sha256_file(path)) != sums[name]:
+            raise IntegrityError(f"{path} is damaged: its sha256 is {found}, {MANIFEST} says {sums[name]}")
+    opened = open_folder(merged_dir)
+    check_model(opened)
+    merged = _side(opened)
+    _count_tokens(merged_dir, merged)
+    said = f"{merged_dir}: {len(sums)} files are as in {MANIFEST}"
+    if base_dir and delta_dir:
+        record = read_object(merged_dir / META_FILE).get("delta")
+        if not isinstance(record, dict) or "policy" not in record:
+            raise IntegrityError(f"{merged_dir / META_FILE} does not say by which policy a delta was added")
+        sides = _side(open_folder(base_dir)), _side(open_folder(delta_dir))
+        said += f"; {_compare(merged, *sides, record['policy']):,} rows are base + delta, bit for bit"
+    stderr().print(f"{said}; {time.perf_counter() - start:.1f} s")
+
+
+def _side(source: Source) -> Side:
+    return Side(source.path, source.stored)
+
+
+def _check_origin(base_dir: Path, delta_dir: Path) -> None:
+    """What the folders themselves say of where they came from."""
+    merged = read_object(base_dir / META_FILE).get("delta")
+    if isinstance(merged, dict):
+        raise CheckpointError(
+            f"{base_dir} is merged already: its {META_FILE} says by which delta ({merged.get('delta')}); "
+            "--base_dir needs the original weights"
+        )
+    made = read_object(delta_dir / META_FILE).get("difference")
+    if isinstance(made, dict) and made["base"]["fingerprint"] != fingerprint(base_dir):
+        raise IntegrityError(
+            f"{delta_dir} was made from other weights than those in {base_dir} (then at {made['base']['path']}): "
+            "the sum would be neither model"
+        )
+
+
+def _check_tokenizer(base_dir: Path, other_dir: Path, base: Side, other: Side) -> None:
+    """The tokenizer of the merged model comes with the delta; that of a base knows nothing of new rows."""
+    tokens = _count_tokens(other_dir, other)
+    if other.rows() > base.rows() >= tokens:
+        raise CheckpointError(
+            f"the tokenizer in {other_dir} has {tokens} tokens, like one of {base_dir} with its {base.rows()} rows; "
+            f"but the rows go up to {other.rows()}: put the tokenizer there that was published with these weights"
+        )
+
+
+def _count_tokens(folder: Path, side: Side) -> int:
+    tokenizer = Tokenizer.from_path(folder)
+    check_vocabulary(folder, side.rows(), tokenizer.size)
+    return tokenizer.size
+
+
+def _doubt_base(base_dir: Path, accepted: bool) -> None:
+    message = (
+        f"{base_dir} is stored in float16, but went through bfloat16 on its way (a converter that loads models in "
+        "bfloat16 does that): 7 of 8 weights are not those that the delta was made for"
+    )
+    if not accepted:
+        raise CheckpointError(
+            f"{message}. Convert the original weights with prepare/checkpoint.py, or accept it with "
+            "--accept_rounded_base true"
+        )
+    stderr().print(f"warning: {message}")
+
+
+def _compare(merged: Side, base: Side, delta: Side, policy: Policy) -> int:
+    """Add random rows of every tensor again; gives their number."""
+    draw, count = random.Random(0), 0
+    for name in track(sorted(merged.stored), "adding rows again"):
+        stored = merged.stored[name]
+        for start, stop in _ranges(stored.shape, draw):
+            wanted = combine(base, delta, policy, name, stored.dtype, rows=(start, stop))
+            if not torch.equal(stored.read(start, stop), wanted):
+                raise IntegrityError(f"{merged.folder}: {name} is not the sum of {base.folder} and {delta.folder}")
+            count += stop - start
+    return count
+
+
+def _ranges(shape: tuple[int, ...], draw: random.Random) -> Iterator[tuple[int, int]]:
+    if len(shape) < 2 or shape[0] <= ROWS:
+        yield from blocks(shape)
+    else:
+        yield from ((row, row + 1) for row in sorted(draw.sample(range(shape[0]), ROWS)))

@@ -1,0 +1,168 @@
+"""The sum or the difference of two folders, file by file: an interrupted run goes on where it stopped."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lit_llama.convert.delta.policy import Policy, Side, combine, digest
+from lit_llama.convert.source import META_FILE, SETTINGS_FILE, Source
+from lit_llama.errors import CheckpointError
+from lit_llama.folder import Staging, check_space, resume, write_json, write_manifest
+from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.weights import DTYPES, Spec, byte_size, plan_shards, write_index, write_shard
+from lit_llama.progress import stderr, track
+from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
+from lit_llama.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be written.
+
+    Args:
+        base: The original model.
+        other: The delta, or the model that a delta is made for.
+        policy: How they fit each other.
+        sign: 1 for base + other, -1 for other - base.
+        dtype: Of the result, such as "float16"; None if both are stored in the same.
+    """
+
+    base: Source
+    other: Source
+    policy: Policy
+    sign: int
+    dtype: str | None
+
+    @cached_property
+    def sides(self) -> dict[str, Side]:
+        """Where the tensors of both lie."""
+        return {"base": Side(self.base.path, self.base.stored), "other": Side(self.other.path, self.other.stored)}
+
+    @cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Dtype and shape of every tensor of the result.
+
+        Raises:
+            CheckpointError: Base and other are stored in different dtypes, and none was named.
+        """
+        named = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}.get(self.dtype or "")
+        specs = {}
+        for name, (theirs, shape) in self.other.specs.items():
+            ours = self.base.specs[name][0]
+            if not named and ours != theirs:
+                raise CheckpointError(
+                    f"{name} is {ours} in {self.base.path}, {theirs} in {self.other.path}: name the dtype of the "
+                    "result with --dtype. A base in another dtype than the publisher's gives other sums"
+                )
+            specs[name] = (named or theirs, shape)
+        return specs
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides every byte of the weights."""
+        base, other = fingerprint(self.base.path), fingerprint(self.other.path)
+        return {"base": base, "other": other, "policy": self.policy, "sign": self.sign}
+
+    def describe(self) -> str:
+        """The decision in words."""
+        base, other = self.sides["base"], self.sides["other"]
+        new = other.rows() - base.rows()
+        how = {
+            "ziya": f"embedding and head as they are in {other.folder}",
+            "vicuna": f"{new} rows of zeros put to the base",
+            "alpaca": f"{new} mean rows put to the base",
+            "add": "equal shapes",
+        }[self.policy]
+        return f"policy {self.policy}: {how}; {len(self.specs)} tensors, {other.rows()} embedding rows"
+
+
+def write(work: Work, destination: Path, max_shard_size: int, style: StyleName | None) -> None:
+    """Write the folder, its chat template that of `style` if one is named.
+
+    Raises:
+        UserError: The destination exists, or another process is making it.
+        CheckpointError: A value of the result is not finite.
+        ResourceError: The disk has no room.
+    """
+    start = time.perf_counter()
+    shards = plan_shards(work.specs, max_shard_size)
+    plan = hashlib.sha256(json.dumps([work.identity, work.specs, shards]).encode()).hexdigest()
+    stderr().print(work.describe())
+    with resume(destination, plan) as staging:
+        left = {file: names for file, names in shards.items() if file not in staging.done}
+        if staging.done:
+            stderr().print(f"going on where it stopped: {len(staging.done)} of {len(shards)} files are there")
+        names = [name for file in left for name in left[file]]
+        check_space(destination.parent, sum(byte_size(work.specs[name]) for name in names))
+        bar = iter(track(names, f"writing {destination}"))
+        for file in left:
+            _write_file(work, staging, file, left[file], bar)
+        next(bar, None)  # lets the bar finish
+        write_index(staging.path, shards, work.specs)
+        _write_settings(work, staging.path, style)
+        _write_origin(work, staging)
+        write_manifest(staging.path, {file: staging.done[file]["sha256"] for file in shards})
+    parameters = sum(math.prod(shape) for _, shape in work.specs.values())
+    stderr().print(f"{destination}: {parameters:,} parameters, {time.perf_counter() - start:.1f} s")
+
+
+def _write_file(work: Work, staging: Staging, file: str, names: list[str], bar: Iterator[str]) -> None:
+    """One file of weights; what went into it is hashed on the way."""
+    hashes: dict[str, dict[str, str]] = {side: {} for side in work.sides}
+
+    def tensors() -> Iterator[Tensor]:
+        for name in names:
+            next(bar)
+            dtype = DTYPES[work.specs[name][0]]
+            value = combine(work.sides["base"], work.sides["other"], work.policy, name, dtype, sign=work.sign)
+            if not value.isfinite().all():
+                raise CheckpointError(f"{name}: the result has values that are not finite in {work.specs[name][0]}")
+            for side, places in work.sides.items():
+                hashes[side][name] = digest(places.stored[name])
+            yield value
+
+    part = staging.path / f"{file}.part"
+    sha256 = write_shard(part, {name: work.specs[name] for name in names}, tensors())
+    part.replace(staging.path / file)
+    staging.finish(file, {"sha256": sha256, **hashes})
+
+
+def _write_settings(work: Work, folder: Path, style: StyleName | None) -> None:
+    """Configuration and tokenizer of the other side, and the prompt style."""
+    for name, content in work.other.files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    dtype = str(DTYPES[next(iter(work.specs.values()))[0]]).removeprefix("torch.")
+    rows = work.sides["other"].rows()
+    write_json(folder / SETTINGS_FILE, {**work.other.config, "vocab_size": rows, "torch_dtype": dtype})
+    tokenizer = Tokenizer.from_path(folder)
+    named = named_style(style) if style else folder_style(folder)
+    if named is None and {"<human>", "<bot>"} <= tokenizer.control.keys():
+        named = named_style("ziya")  # its folders name none, and asked otherwise it does not answer
+    if named:
+        (folder / TEMPLATE_FILE).write_text(named.jinja(bool(tokenizer.bos)), "utf-8")
+        stderr().print(f"its {TEMPLATE_FILE} says how it is asked: prompt style {named.name}")
+    elif work.sign > 0:
+        stderr().print("it has no chat template: name the style it was trained in with --prompt_style")
+
+
+def _write_origin(work: Work, staging: Staging) -> None:
+    """meta.json: both inputs with a hash over all their tensors, however these were cut into files."""
+    origin: dict[str, Any] = {"policy": work.policy, "made_by": f"lit_llama {version('lit_llama')}"}
+    other = "delta" if work.sign > 0 else "target"
+    for key, side, source in (("base", "base", work.base), (other, "other", work.other)):
+        hashes = {name: value for record in staging.done.values() for name, value in record[side].items()}
+        origin[key] = {
+            "path": str(source.path),
+            "fingerprint": work.identity[side],
+            "weights_sha256": hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest(),
+        }
+    write_json(staging.path / META_FILE, {"format": 1, "delta" if work.sign > 0 else "difference": origin})

@@ -4,6 +4,7 @@ Rotary partners lie side by side, as in Meta's files; embedding and head are pad
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from torch import Tensor
 
 from lit_llama.convert.join import same
 from lit_llama.convert.litgpt import FILE as LITGPT_FILE
-from lit_llama.convert.litgpt import open_litgpt
+from lit_llama.convert.litgpt import PARTS, open_litgpt
 from lit_llama.convert.pth import read_pth, write_pth
 from lit_llama.convert.rotary import in_halves, in_pairs
-from lit_llama.convert.source import EMBEDDING, HEAD, NAMES, Names, Source, check_shapes, check_stored, expected_shapes
+from lit_llama.convert.source import (
+    EMBEDDING,
+    HEAD,
+    NAMES,
+    Names,
+    Source,
+    check_shapes,
+    check_stored,
+    expected_shapes,
+    settings,
+)
 from lit_llama.convert.vocabulary import FILE as TOKENIZER_FILE
 from lit_llama.convert.vocabulary import read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
@@ -29,12 +40,11 @@ HEAD_DIM = 128
 """Head size of every model that lit-llama knows; the file does not say it."""
 
 _FUSED = "attn.c_attn.weight"
-_PARTS = ("q_proj", "k_proj", "v_proj")
 _NAMES = Names(
     outer={EMBEDDING: "transformer.wte.weight", "model.norm.weight": "transformer.ln_f.scale", HEAD: HEAD},
     layer="transformer.h.{}.",
     inner={
-        **{f"self_attn.{part}.weight": _FUSED for part in _PARTS},
+        **{f"self_attn.{part}.weight": _FUSED for part in PARTS},
         "self_attn.o_proj.weight": "attn.c_proj.weight",
         "mlp.gate_proj.weight": "mlp.c_fc1.weight",
         "mlp.up_proj.weight": "mlp.c_fc2.weight",
@@ -69,17 +79,14 @@ def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
         raise CheckpointError(f"{path} is a LoRA of lit-llama: name the converted base model with --base_dir")
     config, notes = _config(path, tensors, rms_norm_eps)
     vocabulary = read_vocabulary(path.parent, config.vocab_size, _CONTEXT)
-    raw = config.to_dict("") | {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos[0]}
-    del raw["torch_dtype"]
+    config = replace(config, bos_token_id=vocabulary.bos, eos_token_id=vocabulary.eos)
     names = {name: _NAMES(name) or "" for name in expected_shapes(config)}
     check_stored(path, {*names.values(), HEAD}, tensors)
 
     def rows(name: str) -> tuple[int, int]:
         stored, part = tensors[names[name]], name.split(".")[-2]
         third = stored.shape[0] // 3
-        return (
-            (_PARTS.index(part) * third, (_PARTS.index(part) + 1) * third) if part in _PARTS else (0, stored.shape[0])
-        )
+        return (PARTS.index(part) * third, (PARTS.index(part) + 1) * third) if part in PARTS else (0, stored.shape[0])
 
     def spec(name: str) -> Spec:
         start, stop = rows(name)
@@ -89,7 +96,7 @@ def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
     source = Source(
         path=path,
         kind="lit-llama",
-        config=raw,
+        config=settings(config),
         specs={name: spec(name) for name in names},
         read=lambda name: in_halves(name, tensors[names[name]].read(*rows(name)), config),
         files=vocabulary.files,
@@ -139,7 +146,7 @@ def _config(path: Path, tensors: Mapping[str, Stored], eps: float | None) -> tup
 
 
 def write_lit(source: Source, destination: Path) -> None:
-    """Write a model as lit-llama reads it: lit-llama.pth and tokenizer.model. lit-llama computes with an epsilon of 1e-05.
+    """Write a model as lit-llama reads it: lit-llama.pth and tokenizer.model. It computes with an epsilon of 1e-05.
 
     Args:
         source: The model.
@@ -175,14 +182,14 @@ def _check_expressible(source: Source) -> None:
     """lit-llama derives all but two sizes from the width, and knows one way to compute."""
     config = source.shape
     width = 256 * -(-int(8 * config.hidden_size / 3) // 256)
-    scaling = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
     values: dict[str, tuple[Any, Any]] = {
         "head_dim": (config.head_dim, HEAD_DIM),
         "num_attention_heads": (config.num_attention_heads, config.hidden_size // HEAD_DIM),
         "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
         "intermediate_size": (config.intermediate_size, width),
         "rope_theta": (config.rope_theta, _THETA),
-        "rope_type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+        "rope_scaling": (config.rope_scaling, None),
+        "sliding_window": (config.sliding_window, None),
     }
     for name, (found, only) in values.items():
         if found != only:

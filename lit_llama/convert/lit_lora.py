@@ -1,7 +1,7 @@
 """lit-llama's LoRA file -> a PEFT adapter folder of the converted base.
 
-Of each layer's c_attn it adapts q and v: lora_A (2r, C) holds the rows of q, then of v; lora_B (2C, r) likewise, those of q
-in lit-llama's rotary order. Shapes: r rank, C hidden_size.
+Of each layer's c_attn it adapts q and v: lora_A (2r, C) holds the rows of q, then of v; lora_B (2C, r) likewise, those
+of q in lit-llama's rotary order. Shapes: r rank, C hidden_size.
 """
 
 from pathlib import Path

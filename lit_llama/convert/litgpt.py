@@ -11,15 +11,26 @@ from typing import Any
 import torch
 import yaml
 
-from lit_llama.convert.native import companions
 from lit_llama.convert.join import same
-from lit_llama.convert.source import EMBEDDING, HEAD, NAMES, Names, Source, check_shapes, check_stored, expected_shapes
+from lit_llama.convert.native import companions
+from lit_llama.convert.source import (
+    EMBEDDING,
+    HEAD,
+    NAMES,
+    Names,
+    Source,
+    check_shapes,
+    check_stored,
+    expected_shapes,
+    settings,
+)
 from lit_llama.errors import CheckpointError
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.weights import Stored
 from lit_llama.text.tokenizer import Tokenizer, read_object
 
 FILE, SHAPE_FILE = "lit_model.pth", "model_config.yaml"
+PARTS = ("q_proj", "k_proj", "v_proj")
 FUSED = {"attn.qkv.weight": "end to end", "attn.attn.weight": "group after group"}
 _INNER = {
     "self_attn.o_proj.weight": "attn.proj.weight",
@@ -69,7 +80,7 @@ def open_litgpt(path: Path, tensors: Mapping[str, Stored]) -> Source:
     folder = path.parent
     shape = _read_shape(folder / SHAPE_FILE)
     fused = next((name for name in FUSED if f"transformer.h.0.{name}" in tensors), "attn.qkv.weight")
-    qkv = {f"self_attn.{part}_proj.weight": fused for part in "qkv"}
+    qkv = {f"self_attn.{part}.weight": fused for part in PARTS}
     names = Names(outer=_OUTER, layer="transformer.h.{}.", inner=_INNER | qkv)
     if any(name not in tensors for name in _OUTER.values()):
         raise CheckpointError(f"{path}: {', '.join(_OUTER.values())} are not all there")
@@ -77,13 +88,10 @@ def open_litgpt(path: Path, tensors: Mapping[str, Stored]) -> Source:
     config = _config(folder, shape, tensors[_OUTER[EMBEDDING]].shape[0], tied)
     wanted = {name: names(name) or "" for name in expected_shapes(config)}
     check_stored(path, {*wanted.values(), HEAD}, tensors)
-    raw = {name: value for name, value in config.to_dict("").items() if name != "torch_dtype"}
-    if shape.get("rope_adjustments"):
-        raw["rope_scaling"] = _rope_scaling(folder / SHAPE_FILE, shape["rope_adjustments"])
 
     def ranges(name: str) -> list[tuple[int, int]]:
         part = name.split(".")[-2]
-        if part in _PARTS:
+        if part in PARTS:
             return _rows(part, config, fused)
         return [(0, tensors[wanted[name]].shape[0])]
 
@@ -102,7 +110,7 @@ def open_litgpt(path: Path, tensors: Mapping[str, Stored]) -> Source:
     source = Source(
         path=path,
         kind="litgpt",
-        config=raw,
+        config=settings(config),
         specs={name: spec(name) for name in wanted},
         read=read,
         files=companions(folder),
@@ -147,6 +155,7 @@ def _config(folder: Path, shape: Mapping[str, Any], rows: int, tied: bool) -> LL
             max_position_embeddings=shape["block_size"],
             rms_norm_eps=float(shape["norm_eps"]),
             rope_theta=float(shape["rope_base"]),
+            rope_scaling=_rope_scaling(shape.get("rope_adjustments")),
             tie_word_embeddings=tied,
             bos_token_id=ids.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
@@ -155,19 +164,15 @@ def _config(folder: Path, shape: Mapping[str, Any], rows: int, tied: bool) -> LL
         raise CheckpointError(f"{folder / SHAPE_FILE} does not describe a model: {error!r}") from error
 
 
-def _rope_scaling(path: Path, adjustments: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-    }
-    if set(adjustments) != set(keys.values()):
-        raise CheckpointError(f"{path}: rope_adjustments is {adjustments!r}, only that of Llama 3.1 is implemented")
-    return {"rope_type": "llama3", **{native: adjustments[name] for native, name in keys.items()}}
-
-
-_PARTS = ("q_proj", "k_proj", "v_proj")
+def _rope_scaling(adjustments: Any) -> RopeScaling | None:
+    if not adjustments:
+        return None
+    values = dict(adjustments)
+    if set(values) != {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}:
+        raise CheckpointError(f"rope_adjustments is {values!r}, only that of Llama 3.1 is implemented")
+    return RopeScaling(
+        rope_type="llama3", original_max_position_embeddings=values.pop("original_max_seq_len"), **values
+    )
 
 
 def _fused_rows(config: LLaMAConfig) -> int:

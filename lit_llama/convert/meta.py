@@ -1,7 +1,7 @@
 """Meta's layout, consolidated.NN.pth beside params.json -> a Source; its shards are joined tensor by tensor.
 
-The layout is that of Meta's own code: rotary partners side by side, and each linear layer cut over the shards as fairscale
-does it. `meta_writer.py` writes it.
+It is the layout of Meta's own code: rotary partners side by side, each linear layer cut over the shards as fairscale
+does it. meta_writer.py writes it.
 """
 
 import hashlib
@@ -15,10 +15,20 @@ from typing import Any
 from lit_llama.convert.join import Joined, same
 from lit_llama.convert.pth import read_pth
 from lit_llama.convert.rotary import in_halves
-from lit_llama.convert.source import EMBEDDING, HEAD, NAMES, Names, Source, check_shapes, check_stored, expected_shapes
+from lit_llama.convert.source import (
+    EMBEDDING,
+    HEAD,
+    NAMES,
+    Names,
+    Source,
+    check_shapes,
+    check_stored,
+    expected_shapes,
+    settings,
+)
 from lit_llama.convert.vocabulary import Vocabulary, read_vocabulary
 from lit_llama.errors import CheckpointError, IntegrityError
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.progress import track
 
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -42,14 +52,6 @@ SPLIT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output"
 """Dimension along which the shards cut a tensor. Norms are whole in each; the embedding depends on the family."""
 
 LLAMA3_THETA = 500000.0
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""Of Llama 3.1 and later, beside the factor; constants in Meta's code."""
-
 _BLOCK = 16 * 2**20
 # What params.json may say. The first two groups are read; the last is about running and training.
 _SIZES = ("dim", "n_layers", "n_heads")
@@ -96,13 +98,10 @@ def open_meta(folder: Path) -> Source:
     config = _config(folder / PARAMS_FILE, params, tensors, vocabulary, tied)
     names = {name: META_NAMES(name) or "" for name in expected_shapes(config)}
     check_stored(folder, {*names.values()} | ({"output.weight"} if head else set()), tensors)
-    raw = {name: value for name, value in config.to_dict("").items() if name != "torch_dtype"}
-    if params.get("use_scaled_rope"):
-        raw["rope_scaling"] = {**LLAMA3_ROPE, "factor": scaling_factor(params, tied)}
     source = Source(
         path=folder,
         kind=f"Meta, {len(paths)} shard{'s' * (len(paths) > 1)}",
-        config=raw,
+        config=settings(config),
         specs={name: (NAMES[tensors[meta].dtype], tensors[meta].shape) for name, meta in names.items()},
         read=lambda name: in_halves(name, tensors[names[name]].read(), config),
         files=vocabulary.files,
@@ -262,6 +261,7 @@ def _config(
             max_position_embeddings=_family(params).context,
             rms_norm_eps=params["norm_eps"],
             rope_theta=float(params.get("rope_theta", 10000.0)),
+            rope_scaling=_rope_scaling(params, tied),
             tie_word_embeddings=tied,
             bos_token_id=vocabulary.bos,
             eos_token_id=vocabulary.eos,
@@ -284,11 +284,24 @@ def _family(params: Mapping[str, Any]) -> Family:
     return Family("LLaMA 1", 2048) if first else Family("LLaMA 2", 4096)
 
 
-def scaling_factor(params: Mapping[str, Any], tied: bool) -> float:
-    """By how much low rotary frequencies are divided, which older params.json leave to the code.
+def _rope_scaling(params: Mapping[str, Any], tied: bool) -> RopeScaling | None:
+    """Of Llama 3.1 and later; all but the factor are constants in Meta's code.
 
-    It is 32 in Llama 3.2, whose text models (1B with dim 2048, 3B with 3072) alone share embedding and head, and 8 in 3.1
-    and 3.3.
+    Older params.json leave the factor to the code, too. It is 32 in Llama 3.2, whose text models (1B with dim 2048, 3B
+    with 3072) alone share embedding and head, and 8 in 3.1 and 3.3.
     """
+    if not params.get("use_scaled_rope"):
+        return None
     small = tied or params["dim"] in (2048, 3072)
-    return float(params.get("rope_scaling_factor") or (32.0 if small else 8.0))
+    return llama3_rope(params.get("rope_scaling_factor") or (32.0 if small else 8.0))
+
+
+def llama3_rope(factor: float) -> RopeScaling:
+    """What use_scaled_rope stands for."""
+    return RopeScaling(
+        rope_type="llama3",
+        factor=float(factor),
+        original_max_position_embeddings=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )

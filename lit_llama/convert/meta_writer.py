@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_llama.convert.meta import CHECKLIST_FILE, LLAMA3_ROPE, LLAMA3_THETA, META_NAMES, PARAMS_FILE, SPLIT, md5_file
+from lit_llama.convert.meta import CHECKLIST_FILE, LLAMA3_THETA, META_NAMES, PARAMS_FILE, SPLIT, llama3_rope, md5_file
 from lit_llama.convert.pth import write_pth
 from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
@@ -67,6 +67,8 @@ def _params(source: Source) -> dict[str, Any]:
             f"{source.path}: head_dim is {config.head_dim}, in Meta's layout it is hidden_size / num_attention_heads = "
             f"{config.hidden_size / config.num_attention_heads:g}"
         )
+    if config.sliding_window is not None:
+        raise CheckpointError(f"{source.path}: sliding_window is {config.sliding_window}, Meta's code knows none")
     multiple, multiplier = _width(config.hidden_size, config.intermediate_size)
     params: dict[str, Any] = {
         "dim": config.hidden_size,
@@ -79,14 +81,10 @@ def _params(source: Source) -> dict[str, Any]:
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
     }
-    rope = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        if any({**rope, "rope_type": kind}.get(key) != value for key, value in LLAMA3_ROPE.items()):
-            raise CheckpointError(
-                f"{source.path}: rotary scaling {dict(rope)} is not Llama 3's, which Meta's code fixes"
-            )
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"]}
+    if config.rope_scaling is not None:
+        if config.rope_scaling != llama3_rope(config.rope_scaling.factor):
+            raise CheckpointError(f"{source.path}: {config.rope_scaling} is not Llama 3.1's, which Meta's code fixes")
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": config.rope_scaling.factor}
     if config.num_key_value_heads == config.num_attention_heads:
         del params["n_kv_heads"]  # the code of LLaMA 1 does not know it
     return {name: value for name, value in params.items() if value is not None}

@@ -114,6 +114,13 @@ class Source:
         return replace(self, specs=specs, read=read)
 
 
+def settings(config: LLaMAConfig) -> dict[str, Any]:
+    """What a Source holds of a configuration."""
+    raw = config.to_dict("")
+    del raw["torch_dtype"]  # follows from the tensors
+    return raw
+
+
 def expected_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a model by name, in the order to write; a tied head is not among them."""
     from lit_llama.model.llama import LLaMA

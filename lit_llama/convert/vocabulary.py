@@ -1,6 +1,6 @@
 """The tokenizer.model beside Meta's and lit-llama's weights -> the tokenizer files of a Hugging Face folder.
 
-LLaMA 1 and 2 come with a sentencepiece model; Llama 3 with tiktoken's file of the same name: base64 and rank, a line each.
+LLaMA 1 and 2 come with a sentencepiece model; Llama 3 with tiktoken's file of the same name: lines of base64 and rank.
 """
 
 import base64
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.bpe import tokenizer_json
+from lit_llama.convert.fast import fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
 from lit_llama.text.tokenizer import SentencePieceTokenizer
 
 FILE = "tokenizer.model"
 _FETCH = (
-    "LLaMA 1 and 2 need a sentencepiece model (499,723 bytes, md5 eeec4125e9c7560836b4873b6f8e3025), Llama 3 tiktoken's "
-    "file of 2.2 MB: fetch the one that is published with these weights"
+    "LLaMA 1 and 2 need a sentencepiece model (499,723 bytes, md5 eeec4125e9c7560836b4873b6f8e3025), Llama 3 a file of "
+    "tiktoken (2,183,982 bytes): fetch the one that is published with these weights"
 )
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+")
 _NORMAL, _CONTROL = 1, 3  # as in the metadata of GGUF, from which bpe.py builds
@@ -100,12 +101,10 @@ def _from_sentencepiece(path: Path) -> Vocabulary:
     tokenizer = SentencePieceTokenizer(path)
     if not tokenizer.bos:
         raise CheckpointError(f"{path} has no token that begins a text, as every LLaMA has; {_FETCH}")
-    # transformers reads the model itself. Not "legacy": text behind a control token gets no space of its own.
     settings = _settings("LlamaTokenizer", bos_token=tokenizer.bos, eos_token=tokenizer.eos, unk_token="<unk>")
-    files: dict[str, Path | bytes] = {
-        FILE: path,
-        "tokenizer_config.json": encode_json(json.loads(settings) | {"legacy": False}),
-    }
+    files: dict[str, Path | bytes] = {FILE: path, "tokenizer_config.json": settings}
+    if (fast := fast_tokenizer(path)) is not None:  # most programs read this, and the model only with more packages
+        files["tokenizer.json"] = encode_json(fast)
     return Vocabulary(files, tokenizer.size, tokenizer.control[tokenizer.bos], (tokenizer.eos_id,))
 
 
@@ -113,6 +112,7 @@ def _from_tiktoken(path: Path, llama: str) -> Vocabulary:
     ranks = _read_ranks(path)
     names = _SPECIAL[llama]
     ids = {name: len(ranks) + i for i, name in enumerate(names)}
+    # tiktoken joins the two neighbours whose union has the lowest rank: merges come in the order of the ranks.
     described = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
@@ -143,20 +143,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that tiktoken's ranks stand for, first the most wanted.
-
-    tiktoken joins the two neighbours whose union has the lowest rank; so every way to cut a token into two tokens is a
-    merge, as wanted as the token's rank is low.
-    """
-    found: list[tuple[bytes, bytes]] = []
-    for token in ranks:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
-        found += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return found
-
-
 def _alphabet() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte (Radford et al. 2019, GPT-2)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -173,7 +159,7 @@ def _spell(token: bytes) -> str:
 
 
 def tokenizer_model(files: Mapping[str, Path | bytes]) -> bytes | None:
-    """The tokenizer.model for Meta's layout: the one that is there, or tiktoken's, rebuilt from a Llama 3 tokenizer.json.
+    """The tokenizer.model for Meta's layout: that of the folder, or tiktoken's, rebuilt from Llama 3's tokenizer.json.
 
     None if there is neither.
     """

@@ -1,6 +1,7 @@
 """Folders that describe themselves: written aside and moved into place, the describing file last."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import UserError
+from lit_llama.errors import ResourceError, UserError
 
 
 @contextlib.contextmanager
@@ -35,18 +36,60 @@ def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterato
     staging.mkdir()
     try:
         yield staging
-        _sync_tree(staging)
-        if not destination.exists():
-            staging.rename(destination)
-        else:
-            (destination / marker).unlink(missing_ok=True)
-            _sync(destination)
-            for entry in sorted(staging.iterdir(), key=lambda path: path.name == marker):
-                _move(entry, destination / entry.name)
-            _sync(destination)
-        _sync(destination.parent)
+        _move_in(staging, destination, marker)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def publish_later(destination: Path, marker: str) -> Iterator[Path]:
+    """As `publish`, but what the body wrote survives its failure, and the next call finds it there again.
+
+    Raises:
+        UserError: The destination is whole already, or it is no folder.
+        ResourceError: Another process is at work on it.
+    """
+    check_destination(destination, marker)
+    staging = destination.parent / f".{destination.name}.download"
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(staging.with_name(f"{staging.name}.lock"), destination):
+        check_destination(destination, marker)  # another run may have ended meanwhile
+        staging.mkdir(exist_ok=True)
+        try:
+            yield staging
+            _move_in(staging, destination, marker)
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # which it does only where nothing is kept
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, destination: Path) -> Iterator[None]:
+    """Hold `lock`; a process that dies lets it go."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(f"another run is at work on {destination}: wait until it has ended") from error
+        if not os.fstat(file.fileno()).st_nlink:
+            raise ResourceError(f"another run on {destination} has ended just now: run the same command again")
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _move_in(staging: Path, destination: Path, marker: str) -> None:
+    _sync_tree(staging)
+    if not destination.exists():
+        staging.rename(destination)
+    else:
+        (destination / marker).unlink(missing_ok=True)
+        _sync(destination)
+        for entry in sorted(staging.iterdir(), key=lambda path: path.name == marker):
+            _move(entry, destination / entry.name)
+        _sync(destination)
+    _sync(destination.parent)
 
 
 def check_destination(destination: Path, marker: str, *, replace: bool = False) -> None:

@@ -7,12 +7,14 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_hub import CHUNK, REPO, FakeHub
 
 from lit_llama.folder import write_json
 from lit_llama.model.adapter import save_adapter
@@ -129,6 +131,28 @@ def write_adapter(
     write_json(folder / "meta.json", {"format": 1, "base": {"path": str(base), "fingerprint": fingerprint(base)}})
     save_adapter(model, config, folder, str(base))
     return folder
+
+
+@pytest.fixture
+def files(tiny_folder: Path) -> dict[str, bytes]:
+    """What a usable repository on the Hub holds."""
+    return {path.name: path.read_bytes() for path in sorted(tiny_folder.iterdir())}
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub on localhost with one usable repository, without waiting between retries."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # the next one reads the environment
+    with FakeHub({REPO: dict(files)}) as hub:
+        yield hub
+    close_session()
 
 
 @pytest.fixture(scope="session")

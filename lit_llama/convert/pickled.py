@@ -118,7 +118,7 @@ def read_pickle(data: bytes, where: str) -> Any:
         ) from error
     except (ValueError, LookupError) as error:
         raise CheckpointError(
-            f"{where} is no readable pickle: {error} (byte {position}); download the file again"
+            f"{where} is no readable pickle: {str(error)[:200]} (byte {position}); download the file again"
         ) from error
 
 
@@ -153,11 +153,12 @@ class _Machine:
             case "MARK":
                 self.outer.append(self.stack)
                 self.stack = []
-            case "TUPLE" | "LIST" | "DICT":
-                values = self._marked()  # changes self.stack
-                self.stack.append(
-                    values if name == "LIST" else tuple(values) if name == "TUPLE" else Items(_pairs(values))
-                )
+            case "TUPLE" | "LIST":
+                values = self._marked()  # puts the stack below the mark back
+                self.stack.append(tuple(values) if name == "TUPLE" else values)
+            case "DICT":
+                values = self._marked()
+                self.stack.append(Items(_pairs(values)))
             case "APPEND" | "APPENDS":
                 values = self._pop(1) if name == "APPEND" else self._marked()
                 self._target(list).extend(values)
@@ -214,11 +215,10 @@ class _Machine:
         self.memo[self._index(argument)] = self.stack[-1]
 
     def _target(self, kind: type) -> Any:
-        if not self.stack or not isinstance(self.stack[-1], kind):
-            raise _Refused(
-                f"items or attributes for a {type(self.stack[-1]).__name__ if self.stack else 'missing value'}"
-            )
-        return self.stack[-1]
+        target = self.stack[-1] if self.stack else None
+        if not isinstance(target, kind):
+            raise _Refused(f"items or attributes for a {type(target).__name__}")
+        return target
 
     def _build(self, state: Any) -> None:
         self._target(OrderedItems)
@@ -271,7 +271,9 @@ def _call(function: Any, arguments: Any) -> Any:
 
 def _storage(value: Any) -> Storage:
     match value:
-        case ("storage", Global(name=name), str(key), str(), int(elements)) if name in STORAGES and elements >= 0:
+        case ("storage", Global(name=name), str(key), str(), int(elements)) if (
+            name in STORAGES and 0 <= elements < 2**63
+        ):
             return Storage(STORAGES[name], key, elements)
         case _:
             raise _Refused("a reference that is no storage of numbers")

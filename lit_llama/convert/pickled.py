@@ -55,6 +55,12 @@ class OrderedItems(Items):
     """An OrderedDict; state dicts carry the attribute `_metadata`."""
 
 
+def kind_of(value: Any) -> str:
+    """What a value of a pickle is, for messages."""
+    words = {Items: "dict", OrderedItems: "OrderedDict", View: "tensor", Storage: "storage", Global: "global"}
+    return words.get(type(value), type(value).__name__)
+
+
 STORAGES = {
     "torch HalfStorage": torch.float16,
     "torch BFloat16Storage": torch.bfloat16,
@@ -217,17 +223,13 @@ class _Machine:
     def _target(self, kind: type) -> Any:
         target = self.stack[-1] if self.stack else None
         if not isinstance(target, kind):
-            raise _Refused(f"items or attributes for a {type(target).__name__}")
+            raise _Refused(f"items or attributes for a {kind_of(target)}")
         return target
 
     def _build(self, state: Any) -> None:
         self._target(OrderedItems)
-        if not isinstance(state, Items) or not all(_is_text(key, "_metadata") for key, _ in state.pairs):
+        if not isinstance(state, Items) or not all(key == "_metadata" for key, _ in state.pairs):
             raise _Refused("attributes other than _metadata")
-
-
-def _is_text(value: Any, text: str) -> bool:
-    return isinstance(value, str) and value == text
 
 
 def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
@@ -250,7 +252,7 @@ def _resolve(name: str) -> Global:
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
-        raise _Refused(f"a call of a {type(function).__name__}")
+        raise _Refused(f"a call of a {kind_of(function)}")
     match function.name.split(" ")[1], arguments:
         case "OrderedDict", ():
             return OrderedItems()
@@ -264,9 +266,7 @@ def _call(function: Any, arguments: Any) -> Any:
         case "Size" | "device", _:
             return None
         case _:
-            raise _Refused(
-                f"a call of {'.'.join(function.name.split(' '))} with other arguments than torch.save writes"
-            )
+            raise _Refused(f"a call of {function.name.replace(' ', '.')} with unknown arguments")
 
 
 def _storage(value: Any) -> Storage:

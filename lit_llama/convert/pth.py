@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lit_llama.convert.pickled import MAX_BYTES, STORAGES, Items, View, read_pickle
+from lit_llama.convert.pickled import MAX_BYTES, STORAGES, Items, View, kind_of, read_pickle
 from lit_llama.errors import CheckpointError
 from lit_llama.model.weights import DTYPES, Spec, Stored, describe_wrong_file
 from lit_llama.progress import track
@@ -83,9 +83,7 @@ def _explained(path: Path) -> Iterator[None]:
     """zipfile raises whatever its parsing runs into; a user is told which file."""
     try:
         yield
-    except CheckpointError:
-        raise
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, EOFError, struct.error) as error:
         raise _unusable(path, f"it is cut off or damaged ({error})") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -135,7 +133,7 @@ def _entries(path: Path, file: BinaryIO) -> tuple[str, dict[str, _Entry]]:
     try:
         with _Directory(io.FileIO(path)) as handle, zipfile.ZipFile(handle) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    except OSError as error:  # a seek to before the start
+    except (OSError, ValueError) as error:  # a seek to before the start, a name that is no text
         raise zipfile.BadZipFile(str(error)) from error
     roots = {info.filename.split("/")[0] for info in infos}
     if len(roots) != 1:
@@ -199,19 +197,18 @@ def _state_dict(path: Path, content: Any) -> dict[str, View]:
     if len(states) != 1:
         places = " and ".join(repr(key) if key else "the top" for key in states) or "nowhere"
         keys = ", ".join(repr(key)[:50] for key in list(top)[:8])
-        raise _unusable(
-            path, f"tensors are at {places} (top: {keys}), expected one place of top, {', '.join(WRAPPERS)}"
-        )
+        expected = ", ".join(map(repr, WRAPPERS))
+        raise _unusable(path, f"its tensors are at {places} (keys: {keys}), expected at the top or one of {expected}")
     return _views(*states.values())
 
 
 def _named(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, Items):
-        raise _unusable(path, f"it holds a {type(content).__name__} and no dict")
+        raise _unusable(path, f"it holds a {kind_of(content)} and no dict")
     named: dict[str, Any] = {}
     for key, value in content.pairs:
         if not isinstance(key, str) and isinstance(value, View):
-            raise _unusable(path, f"a tensor is named by a {type(key).__name__}")
+            raise _unusable(path, f"a tensor is named by a {kind_of(key)}")
         if isinstance(key, str):
             if key in named:
                 raise _unusable(path, f"two values {key[:100]!r}")

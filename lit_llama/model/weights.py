@@ -92,7 +92,7 @@ class Weights(Mapping[str, Tensor]):
             try:
                 self._open[path] = safe_open(path, framework="pt")  # the package checks the whole header
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+                raise _unreadable(path, error) from error
             listed = {name for name, file in self.files.items() if file == path}
             check_names(path, listed, dict.fromkeys(self._open[path].keys()))
 
@@ -141,9 +141,35 @@ def weight_files(folder: Path) -> dict[str, Path]:
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{single} is not a readable safetensors file: {error}") from error
+            raise _unreadable(single, error) from error
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
     raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found or 'nothing'})")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is {describe_wrong_file(path) or f'not a readable safetensors file: {error}'}")
+
+
+def describe_wrong_file(path: Path) -> str | None:
+    """What lies where weights should, with the way out; None if it may be weights.
+
+    Nothing but a regular file is opened: reading a pipe would wait for ever.
+    """
+    if not path.is_file():
+        return "a folder or device, expected a file" if path.exists() else "missing: download it again"
+    with path.open("rb") as file:
+        start = file.read(256)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "empty: download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer and not the weights: fetch them with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page and not the weights: download it again, logged in if the model asks for it"
+    if all(byte >= 32 or byte in b"\t\r\n" for byte in start) and start.isascii():
+        kind = "JSON" if text[:1] in (b"{", b"[") else "text"
+        return f"{kind} and not weights ({start[:60]!r}): download it again"
+    return None
 
 
 def read_index(index: Path) -> dict[str, Path]:
@@ -185,7 +211,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
         try:
             header = json.loads(file.read(size if size <= 100_000_000 else 0))  # the format's own limit
         except ValueError as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+            raise _unreadable(path, error) from error
     header.pop("__metadata__", None)
     return 8 + size, header
 

@@ -66,10 +66,10 @@ def tiny_model(seed: int = 0, **changes: object) -> LLaMA:
 
 def as_transformers(model: LLaMA) -> Any:
     """The same weights in transformers' implementation, in float32 and with its plainest attention."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(**model.config.to_dict("float32"), attn_implementation="eager")
-    other = LlamaForCausalLM(config).to(torch.float32).eval()
+    config = AutoConfig.for_model(**model.config.to_dict("float32"), attn_implementation="eager")
+    other = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
     other.load_state_dict(model.state_dict())
     return other
 

@@ -13,9 +13,10 @@ from lit_llama.model.attention import KVCache, Packed
 from lit_llama.model.llama import LLaMA
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
+WINDOWS = [None, 1, 4, 23, 24, 1000]
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def naive(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None = None) -> Tensor:
     """softmax(q k' / sqrt(D) + mask) v for each sample and head on its own, in float64."""
     samples = []
     for sample in zip(*(x.double().split(list(lengths)) for x in (q, k, v)), strict=True):
@@ -24,8 +25,10 @@ def naive(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
         for head in range(sample[0].shape[1]):
             query, key, value = sample[0][:, head], sample[1][:, head // repeat], sample[2][:, head // repeat]
             scores = query @ key.T / math.sqrt(query.shape[-1])
-            future = torch.ones_like(scores).triu(1).bool()
-            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
+            hidden = torch.ones_like(scores).triu(1).bool()
+            if window:
+                hidden |= torch.ones_like(scores).tril(-window).bool()
+            heads.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ value)
         samples.append(torch.stack(heads, 1))
     return torch.cat(samples)
 
@@ -51,23 +54,26 @@ def random_ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(384, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
-def test_packed_equals_naive_attention(heads: int, groups: int) -> None:
-    """Catches samples that see each other, padding that comes back, heads paired with the wrong key."""
+def test_packed_equals_naive_attention(heads: int, groups: int, window: int | None) -> None:
+    """Catches samples that see each other, padding that comes back, heads paired with the wrong key, and a sliding
+    window that is off by one or ends where a block of queries does."""
     for seed, lengths in enumerate(many_lengths()):
         q, k, v = random_qkv(sum(lengths), heads, groups, seed)
-        found = Packed(lengths).attend(0, q, k, v)
-        torch.testing.assert_close(found.double(), naive(q, k, v, lengths), atol=2e-6, rtol=0, msg=str(lengths))
+        found, wanted = Packed(lengths).attend(0, q, k, v, window), naive(q, k, v, lengths, window)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=0, msg=str(lengths))
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
-def test_gradients_of_packed_equal_naive_ones(heads: int, groups: int) -> None:
-    """Catches gradients lost or counted twice on the way through padding."""
+def test_gradients_of_packed_equal_naive_ones(heads: int, groups: int, window: int | None) -> None:
+    """Catches gradients lost or counted twice on the way through padding or through the blocks of a window."""
     for seed, lengths in enumerate(many_lengths()[:16]):
         inputs = [x.requires_grad_() for x in random_qkv(sum(lengths), heads, groups, seed)]
         weight = torch.randn(sum(lengths), heads, 8, generator=torch.Generator().manual_seed(99))
-        found = torch.autograd.grad((Packed(lengths).attend(0, *inputs) * weight).sum(), inputs)
-        wanted = torch.autograd.grad((naive(*inputs, lengths) * weight.double()).sum(), inputs)
+        found = torch.autograd.grad((Packed(lengths).attend(0, *inputs, window) * weight).sum(), inputs)
+        wanted = torch.autograd.grad((naive(*inputs, lengths, window) * weight.double()).sum(), inputs)
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=str(lengths))
 
@@ -95,10 +101,11 @@ def test_similar_lengths_share_a_block_and_others_do_not() -> None:
     assert len(Packed([64, 2, 2])._blocks) == 2
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("heads", HEADS)
-def test_cached_equals_naive_attention(heads: tuple[int, int]) -> None:
-    """Sequences of unequal lengths, fed in pieces of unequal lengths, one of them empty at times; catches a mask or a
-    place in the cache that is off by one."""
+def test_cached_equals_naive_attention(heads: tuple[int, int], window: int | None) -> None:
+    """Sequences of unequal lengths, fed in pieces of unequal lengths, one of them empty at times; catches a mask, a
+    sliding window or a place in the cache that is off by one."""
     draw = random.Random(1)
     for seed in range(12):
         batch = draw.randint(1, 4)
@@ -115,12 +122,18 @@ def test_cached_equals_naive_attention(heads: tuple[int, int]) -> None:
                 torch.cat([sequences[row][part][done[row] : done[row] + piece[row]] for row in range(batch)])
                 for part in range(3)
             ]
-            for row, y in enumerate(cache.extend(piece).attend(0, *new).split(piece)):
+            for row, y in enumerate(cache.extend(piece).attend(0, *new, window).split(piece)):
                 found[row].append(y)
             done = [a + b for a, b in zip(done, piece, strict=True)]
         for row, length in enumerate(lengths):
-            wanted = naive(*sequences[row], [length])
+            wanted = naive(*sequences[row], [length], window)
             torch.testing.assert_close(torch.cat(found[row]).double(), wanted, atol=2e-6, rtol=0)
+
+
+def test_a_window_that_does_not_bite_changes_nothing() -> None:
+    """Catches the slower path taken where the whole sample fits into the window: its results differ in the last bit."""
+    q, k, v = random_qkv(37, 4, 2, 0)
+    assert torch.equal(Packed([20, 17]).attend(0, q, k, v, 20), Packed([20, 17]).attend(0, q, k, v))
 
 
 def test_token_by_token_equals_all_at_once() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_transformers, tiny_config, tiny_model
+from conftest import as_transformers, tiny_model
 from torch import Tensor
 
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.llama import LLaMA, rotary, rotate
+from lit_llama.model.llama import LLaMA
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped queries": {},
@@ -94,21 +94,6 @@ def test_logits_are_causal() -> None:
     changed = torch.cat([ids[:12], random_ids(8, seed=1)])
     torch.testing.assert_close(model(changed)[:12], model(ids)[:12], atol=1e-6, rtol=0)
     assert not torch.allclose(model(changed)[12:], model(ids)[12:], atol=1e-2)
-
-
-@pytest.mark.parametrize("theta", [10000.0, 500.0])
-def test_rotary_is_a_rotation_of_complex_numbers(theta: float) -> None:
-    """Components i and i + D/2 are one complex number turned by position * theta^(-2i / D); catches interleaved pairs,
-    a wrong direction, a wrong exponent."""
-    config = tiny_config(rope_theta=theta)
-    half = config.head_dim // 2
-    positions = torch.tensor([0, 1, 2, 17, 255])
-    x = torch.randn(5, 4, config.head_dim, generator=torch.Generator().manual_seed(0))
-    number = torch.complex(x[..., :half].double(), x[..., half:].double())
-    frequency = torch.tensor([theta ** (-2 * i / config.head_dim) for i in range(half)], dtype=torch.float64)
-    turned = number * torch.polar(torch.ones(5, 1, half).double(), positions[:, None, None] * frequency)
-    found = rotate(x, rotary(config, positions, torch.float32))
-    torch.testing.assert_close(found.double(), torch.cat([turned.real, turned.imag], -1), atol=5e-5, rtol=0)
 
 
 def test_norm_divides_by_the_root_of_the_mean_square() -> None:

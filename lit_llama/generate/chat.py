@@ -76,7 +76,7 @@ class Conversation:
 
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """Messages and their prompt; the oldest turns are left out, aloud, beyond what the model reads."""
-        limit = self._speaker.model.config.max_position_embeddings - self._max_new_tokens
+        limit = self._speaker.model.config.context_length - self._max_new_tokens
         first = 1 if messages[0]["role"] == "system" else 0
         dropped = 0
         while True:

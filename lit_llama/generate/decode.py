@@ -89,7 +89,7 @@ def check_counts(**flags: int | None) -> None:
 
 def check_room(model: LLaMA, prompt: int, max_new_tokens: int) -> None:
     """Raise UserError if prompt and answer are longer than the model was trained on."""
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     if prompt + max_new_tokens > limit:
         raise UserError(
             f"the prompt has {prompt} tokens; with --max_new_tokens {max_new_tokens} that is more than the {limit} the "

@@ -23,9 +23,14 @@ class Layout(Protocol):
     """Positions of the tokens in their samples, and attention among them."""
 
     position_ids: Tensor  # (T,)
+    counts: list[int]  # how many of the T tokens each sample has, in order
+    lengths: list[int]  # tokens of each sample so far, those in a cache included
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D).
+
+        A token sees the last `window` tokens of its sample, itself among them; None is all.
+        """
         ...
 
 
@@ -41,6 +46,7 @@ class Packed:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.counts = self.lengths = list(lengths)
         self.position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)  # (T,)
         self._blocks: list[tuple[slice, Tensor | None, Tensor | None, int]] = []
         start = first = 0
@@ -54,13 +60,16 @@ class Packed:
             self._blocks.append((slice(start, stop), *_padding(group, device), len(group)))
             start, first = stop, end
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
         outputs = []
         for tokens, pad, unpad, samples in self._blocks:
             queries, keys, values = (_block(x[tokens], pad, samples) for x in (q, k, v))  # (B, H or G, L, D)
-            grouped = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+            if window is None or window >= queries.shape[2]:
+                grouped = q.shape[1] != k.shape[1]
+                y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+            else:
+                y = _windowed(queries, keys, values, window)
             y = y.transpose(1, 2).flatten(0, 1)  # (B L, H, D)
             outputs.append(y if unpad is None else y.index_select(0, unpad))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -83,6 +92,23 @@ def _block(x: Tensor, pad: Tensor | None, samples: int) -> Tensor:
     """(T, H, D) -> (B, H, L, D)."""
     x = x if pad is None else x.index_select(0, pad)
     return x.unflatten(0, (samples, -1)).transpose(1, 2)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention to the last `window` keys: q (B, H, L, D), k and v (B, G, L, D) -> (B, H, L, D).
+
+    As many queries at a time as the window is long see at most twice as many keys, so that memory grows with L and not
+    with its square.
+    """
+    place = torch.arange(q.shape[2], device=q.device)
+    outputs = []
+    for start in range(0, len(place), window):
+        near = slice(max(start - window + 1, 0), start + window)
+        distance = place[start : start + window, None] - place[near]
+        mask = (distance >= 0) & (distance < window)
+        part = q[:, :, start : start + window], k[:, :, near], v[:, :, near]
+        outputs.append(F.scaled_dot_product_attention(*part, mask, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(outputs, dim=2)
 
 
 class KVCache:
@@ -136,14 +162,17 @@ class Cached:
         if max(lengths) > cache.capacity:
             raise ValueError(f"{max(lengths)} tokens do not fit into a cache of {cache.capacity}")
         self._cache, cache.lengths = cache, lengths
+        self.counts, self.lengths = list(counts), lengths
         self._rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)  # (T,)
         self._columns = torch.cat([torch.arange(count) for count in counts]).to(device)  # (T,)
         self.position_ids = self._columns + torch.tensor(old, device=device)[self._rows]  # (T,)
         self._new, self._span = max(counts), max(lengths)
         query = torch.tensor(old, device=device)[:, None] + torch.arange(self._new, device=device)  # (B, L)
-        self._visible = torch.arange(self._span, device=device) <= query[:, None, :, None]  # (B, 1, L, S)
+        self._query, self._key = query[:, None, :, None], torch.arange(self._span, device=device)
+        self._visible = self._key <= self._query  # (B, 1, L, S)
+        self._oldest = min(old)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]  # (B, G, capacity, D)
         keys[self._rows, :, self.position_ids] = k
@@ -152,7 +181,11 @@ class Cached:
         block = q.new_zeros(batch, self._new, groups, repeat, q.shape[2])
         block[self._rows, self._columns] = q.unflatten(1, (groups, repeat))
         block = block.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, H/G L, D)
-        mask = self._visible.repeat(1, 1, repeat, 1)  # (B, 1, H/G L, S)
-        y = F.scaled_dot_product_attention(block, keys[:, :, : self._span], values[:, :, : self._span], mask)
+        near, visible = slice(self._span), self._visible
+        if window is not None and window < self._span:
+            near = slice(max(self._oldest - window + 1, 0), self._span)  # no query sees what comes before
+            visible = visible[..., near] & (self._key[near] > self._query - window)
+        mask = visible.repeat(1, 1, repeat, 1)  # (B, 1, H/G L, S)
+        y = F.scaled_dot_product_attention(block, keys[:, :, near], values[:, :, near], mask)
         y = y.unflatten(2, (repeat, self._new)).permute(0, 3, 1, 2, 4)  # (B, L, G, H/G, D)
         return y[self._rows, self._columns].flatten(1, 2)

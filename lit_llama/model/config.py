@@ -1,33 +1,64 @@
-"""Shapes and settings of the model family and of its adapters. Imports no torch, so that `--help` stays quick."""
+"""Shapes and settings of the models and of their adapters. Imports no torch, so that `--help` stays quick."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
+from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
 
-# Fields of a Hugging Face config.json that change the mathematics, with the only values this model computes.
-# Anything else in them is refused, because ignoring it would give wrong logits in silence.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "quantization_config": (None,),
-    "auto_map": (None,),
-    "use_sliding_window": (False, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1.0, None),
-}
-_MODEL_TYPES = ("llama",)
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary positions reach beyond the context that a model was first trained on; see rope.py.
+
+    Args:
+        rope_type: linear, dynamic, llama3 or yarn.
+        factor: How many times as far.
+        original_max_position_embeddings: The first context, in tokens.
+        low_freq_factor: llama3: wavelengths above original / low are stretched in full.
+        high_freq_factor: llama3: wavelengths below original / high are left alone.
+        attention_factor: yarn: cosine and sine are multiplied by it; None follows from `factor`.
+        beta_fast: yarn: what turns more often than this within the first context is left alone.
+        beta_slow: yarn: what turns less often is stretched in full.
+        truncate: yarn: the bounds between them are rounded outwards to whole components.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for name, right in {
+            "rope_type": self.rope_type in ROPE_KEYS and self.rope_type != "default",
+            "factor": 1 <= self.factor < math.inf,
+            "original_max_position_embeddings": self.original_max_position_embeddings >= 1,
+            "low_freq_factor": 0 < self.low_freq_factor < self.high_freq_factor,
+            "attention_factor": self.attention_factor is None or 0 < self.attention_factor < math.inf,
+            "beta_slow": 0 < self.beta_slow < self.beta_fast,
+        }.items():
+            if not right:
+                raise CheckpointError(
+                    f"rotary scaling of type {self.rope_type}: {name} cannot be {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLaMAConfig:
-    """Shape of a LLaMA model, named as in config.json of Hugging Face (Touvron et al. 2023, arXiv:2302.13971).
+    """Shape of a model of the LLaMA family, named as in config.json of Hugging Face (Touvron et al. 2023,
+    arXiv:2302.13971).
 
     Args:
+        model_type: What config.json calls it; only reading and writing that file depend on it.
         vocab_size: Rows of the embedding (R), at least the number of tokens of the tokenizer.
         hidden_size: Width of the residual stream (C).
         intermediate_size: Width of the MLP (I).
@@ -35,15 +66,23 @@ class LLaMAConfig:
         num_attention_heads: Query heads (H).
         num_key_value_heads: Key/value heads (G); fewer than H is grouped-query attention.
         head_dim: Size of one head (D).
-        max_position_embeddings: Longest sequence the model was trained on, in tokens.
+        max_position_embeddings: Longest sequence the model was trained on, in tokens; see also `context_length`.
         rms_norm_eps: Added to the mean square before the root.
         rope_theta: Base of the rotary frequencies.
+        rope_scaling: How they are stretched, if they are.
+        attention_bias: The projections to queries, keys and values add a bias.
+        attention_out_bias: The projection out of the attention does.
+        mlp_bias: The three of the MLP do.
+        use_qk_norm: Queries and keys are normalised head by head, before their rotation.
+        sliding_window: Tokens that a token sees, itself the last of them; None is all.
+        layer_types: sliding_attention or full_attention for each layer; empty: all have the window.
         tie_word_embeddings: The output head is the embedding matrix.
         bos_token_id: Beginning of text, or None.
         eos_token_id: Every id that ends a text.
         pad_token_id: Kept for other programs; nothing here needs padding.
     """
 
+    model_type: str = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -54,6 +93,13 @@ class LLaMAConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -64,6 +110,8 @@ class LLaMAConfig:
             value = getattr(self, field.name)
             if field.type is int and not (isinstance(value, int) and value >= 1):
                 raise CheckpointError(f"{field.name} is {value!r}, expected a positive whole number")
+            if field.type is bool and not isinstance(value, bool):
+                raise CheckpointError(f"{field.name} is {value!r}, expected true or false")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -71,6 +119,25 @@ class LLaMAConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}, rotary embedding needs an even number")
+        if self.sliding_window is not None and not (isinstance(self.sliding_window, int) and self.sliding_window >= 1):
+            raise CheckpointError(
+                f"sliding_window is {self.sliding_window!r}, expected a positive whole number or none"
+            )
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise CheckpointError(f"layer_types has {len(self.layer_types)} entries, one for each layer is needed")
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token sees in a layer, itself the last of them; None is all."""
+        sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if sliding else None
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model is made for, in tokens."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type == "llama3":  # whose max_position_embeddings is the stretched one
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "LLaMAConfig":
@@ -79,33 +146,9 @@ class LLaMAConfig:
         Raises:
             CheckpointError: A field is missing, or asks for mathematics this model does not compute.
         """
-        if raw.get("model_type") not in _MODEL_TYPES:
-            raise CheckpointError(f"model_type is {raw.get('model_type')!r}, expected one of {', '.join(_MODEL_TYPES)}")
-        for name, allowed in _FIXED.items():
-            if raw.get(name, allowed[0]) not in allowed:
-                raise CheckpointError(f"{name} is {raw[name]!r}, only {allowed[0]!r} is implemented")
-        missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size") if name not in raw]
-        missing += [name for name in ("num_hidden_layers", "num_attention_heads") if name not in raw]
-        if missing:
-            raise CheckpointError(f"missing {', '.join(missing)}")
-        heads = raw["num_attention_heads"]
-        eos = raw.get("eos_token_id")
-        return cls(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=_rope_theta(raw),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_token_id=raw.get("pad_token_id"),
-        )
+        values = read_fields(raw)
+        scaling = values.pop("rope_scaling")
+        return cls(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "LLaMAConfig":
@@ -125,29 +168,9 @@ class LLaMAConfig:
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """Contents of config.json as transformers 4 and 5 both read it; `dtype` such as "bfloat16"."""
-        eos = list(self.eos_token_id)
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **asdict(self),
-            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "torch_dtype": dtype,
-        }
-
-
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters with both inside."""
-    theta = raw.get("rope_theta", 10000.0)
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"{name}: rope_type is {kind!r}, only 'default' is implemented")
-        theta = rope.get("rope_theta", theta)
-    return float(theta)
+        raw = write_fields(asdict(self), dtype)
+        assert LLaMAConfig.from_dict(raw) == self, f"{self.model_type} cannot say all of {self}"
+        return raw
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

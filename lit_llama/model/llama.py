@@ -1,18 +1,19 @@
 """The LLaMA family, readable top to bottom: token ids in, logits out.
 
-Root-mean-square norm before each block (Zhang and Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2021,
-arXiv:2104.09864, halves of a head rotated together), grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)
-and a gated SiLU MLP (Shazeer 2020, arXiv:2002.05202). Modules carry Hugging Face's names, so state dicts are the same.
+Root-mean-square norm before each block (Zhang and Sennrich 2019, arXiv:1910.07467), rotary positions (rope.py),
+grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and a gated SiLU MLP (Shazeer 2020, arXiv:2002.05202).
+Families differ by fields of the configuration: biases, norms of queries and keys (Henry et al. 2020, arXiv:2010.04245),
+a sliding window (Jiang et al. 2023, arXiv:2310.06825). Modules carry Hugging Face's names, so state dicts are the same.
 
 Shapes: T tokens of all samples, C hidden, I intermediate, H query heads, G key/value heads, D head size, V vocabulary.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.rope import rotary, rotate
 
 
 class LLaMA(nn.Module):
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         """(T,) -> (T, C)."""
         layout = layout or Packed([len(input_ids)], input_ids.device)
         x = self.embed_tokens(input_ids)  # (T, C)
-        rotation = rotary(self.config, layout.position_ids, x.dtype)
+        rotation = rotary(self.config, layout, x.dtype)
         for layer in self.layers:
             x = layer(x, rotation, layout)
         return self.norm(x)
@@ -82,23 +83,30 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and rotary positions; the layout does the attending."""
+    """Projections, norms of the heads and rotary positions; the layout does the attending."""
 
     def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
-        self.index, self.head_dim = index, config.head_dim
+        self.index, self.head_dim, self.window = index, config.head_dim, config.window(index)
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """(T, C) -> (T, C)."""
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (T, H, D)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (T, G, D)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
-        return self.o_proj(layout.attend(self.index, q, k, v).flatten(1))
+        y = layout.attend(self.index, rotate(q, rotation), rotate(k, rotation), v, self.window)  # (T, H, D)
+        return self.o_proj(y.flatten(1))
+
+
+def head_norm(config: LLaMAConfig) -> nn.Module:
+    """Norm of each query or key head, where there is one."""
+    return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
 
 class MLP(nn.Module):
@@ -106,24 +114,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, C) -> (T, C)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def rotary(config: LLaMAConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * theta^(-2i / D): (T,) -> two of (T, 1, D/2), computed in float32."""
-    exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    angle = position_ids.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # (T, 1, D/2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate component i of each head against component i + D/2: (T, H, D) -> (T, H, D)."""
-    cos, sin = rotation
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)

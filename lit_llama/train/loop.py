@@ -192,10 +192,10 @@ def _read_fitting(checkpoint_dir: Path, data_dir: Path) -> tuple[dict[str, Any],
         longest = int(split.lengths.max())
         if not split.trained_tokens():
             raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
-        if longest > config.max_position_embeddings:
+        if longest > config.context_length:
             raise DataError(
                 f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
-                f"{config.max_position_embeddings}; prepare the data with a smaller --max_seq_length"
+                f"{config.context_length}; prepare the data with a smaller --max_seq_length"
             )
     return meta, splits
 

@@ -1,0 +1,100 @@
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864) and the ways to stretch them beyond the first context.
+
+Component i of a head turns against component i + D/2 by position * frequency[i], where the plain frequency is
+theta^(-2i / D). Frequencies are made in float32 on the CPU, so that every device turns by the same angles.
+
+Shapes: B sequences, T tokens of all of them, H heads, D head size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_llama.model.attention import Layout
+from lit_llama.model.config import LLaMAConfig, RopeScaling
+
+
+def rotary(config: LLaMAConfig, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * frequency for the tokens of a layout: two of (T, 1, D/2), computed in float32."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic":
+        each = torch.stack([frequencies(config, length) for length in layout.lengths])  # (B, D/2)
+        frequency = each.repeat_interleave(torch.tensor(layout.counts), dim=0)  # (T, D/2)
+    else:
+        frequency = frequencies(config)  # (D/2,)
+    position = layout.position_ids
+    angle = position.float()[:, None] * frequency.to(position.device)  # (T, D/2)
+    factor = attention_factor(scaling)
+    return (angle.cos() * factor).to(dtype)[:, None], (angle.sin() * factor).to(dtype)[:, None]
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate component i of each head against component i + D/2: (T, H, D) -> (T, H, D)."""
+    cos, sin = rotation
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def frequencies(config: LLaMAConfig, length: int = 0) -> Tensor:
+    """Radians that each component turns per position: (D/2,) in float32, on the CPU.
+
+    Args:
+        config: Shape of the model.
+        length: Tokens of the sequence so far, on which the dynamic type depends.
+    """
+    scaling, theta, dim = config.rope_scaling, config.rope_theta, config.head_dim
+    if scaling is None:
+        return _plain(theta, dim)
+    match scaling.rope_type:
+        case "linear":  # Chen et al. 2023, arXiv:2306.15595: positions are divided
+            return _plain(theta, dim) / scaling.factor
+        case "dynamic":
+            return _plain(_dynamic_theta(theta, dim, scaling, length), dim)
+        case "llama3":
+            return _llama3(_plain(theta, dim), scaling)
+        case "yarn":
+            return _yarn(_plain(theta, dim), theta, scaling)
+    raise AssertionError(scaling.rope_type)
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What cosine and sine are multiplied by: sqrt(1/t) = 0.1 ln(factor) + 1 for yarn (arXiv:2309.00071, eq. 22)."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+
+
+def _plain(theta: float, dim: int) -> Tensor:
+    exponent = torch.arange(0, dim, 2, device="cpu").float() / dim
+    return 1.0 / theta**exponent
+
+
+def _dynamic_theta(theta: float, dim: int, scaling: RopeScaling, length: int) -> float:
+    """NTK-aware interpolation that grows with the sequence (u/emozilla 2023; arXiv:2309.00071, appendix B.1)."""
+    stretch = max(length / scaling.original_max_position_embeddings, 1.0)
+    return theta * (scaling.factor * stretch - (scaling.factor - 1)) ** (dim / (dim - 2))
+
+
+def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Short waves stay, long waves are stretched, between them a mixture (Meta's llama-models, apply_scaling)."""
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # within the first context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+def _yarn(frequency: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """The same with a ramp over the components (Peng et al. 2023, arXiv:2309.00071, eqs. 20 to 23)."""
+    dim = 2 * len(frequency)
+
+    def component(turns: float) -> float:
+        """Which component turns so often within the first context."""
+        return dim * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = component(scaling.beta_fast), component(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    stretch = ((torch.arange(dim // 2, device="cpu") - low) / ((high - low) or 0.001)).clamp(0, 1)
+    return (1 - stretch) * frequency + stretch * frequency / scaling.factor

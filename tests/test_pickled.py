@@ -50,6 +50,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no readable pickle"),
     "no end": (HONEST[:-1], "no readable pickle"),
     "two values": (b"\x80\x02NN.", "more or less than one value"),
+    "open mark": (b"\x80\x02(}.", "more or less than one value"),
     "no value": (b"\x80\x02.", "more or less than one value"),
     "something after the end": (HONEST + global_("builtins exec") + CALL + b".", "after the end"),
     "protocol 6": (b"\x80\x06}.", "protocol 6"),

@@ -239,6 +239,7 @@ def test_torch_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {stored.offset % 64 for stored in read_pth(path).values()} == {0}
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
+        assert {info.create_system for info in archive.infolist()} == {0}  # the same bytes on every system
         assert all(info.CRC for info in archive.infolist() if info.file_size)
 
 

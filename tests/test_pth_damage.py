@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_files import HONEST, archive_of, bits, dict_of, number, refused, text, view
 
+from lit_llama.convert import pth
 from lit_llama.convert.pth import read_pth
 from lit_llama.errors import CheckpointError
 
@@ -53,11 +54,38 @@ def test_an_empty_tensor_may_lie_anywhere(tmp_path: Path) -> None:
     assert read_pth(path)["a"].read().shape == (0, 7)
 
 
-def flagged(path: Path, flag: int) -> None:
+CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
+
+
+def patched(path: Path, magic: bytes, at: int, value: bytes) -> None:
+    """Change bytes of the last entry's header, in the table of contents or where it lies."""
     content = bytearray(path.read_bytes())
-    for magic, at in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
-        content[content.index(magic) + at] |= flag
+    start = content.rindex(magic) + at
+    content[start : start + len(value)] = value
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("magic", "at", "value", "message"),
+    [
+        (CENTRAL, 8, b"\1", "'archive/version' is encrypted"),
+        (LOCAL, 6, b"\1", "'archive/version' is another one where it lies"),
+        (LOCAL, 8, b"\x08", "'archive/version' is another one where it lies"),
+        (LOCAL, 30, b"A", "'archive/version' is another one where it lies"),
+        (CENTRAL, 10, b"\x08", "'archive/version' is compressed"),
+        (CENTRAL, 20, b"\3", "'archive/version' is compressed"),
+        (CENTRAL, 20, b"\0\0\1\0" * 2, "it is cut off;"),
+        (CENTRAL, 16, b"\1\2\3\4", "checksum of archive/version"),
+        (CENTRAL, 42, b"\xff\xff\0\0", "cut off or damaged"),
+    ],
+)
+def test_headers_that_torch_does_not_write_are_refused(
+    tmp_path: Path, magic: bytes, at: int, value: bytes, message: str
+) -> None:
+    """Catches a header that is believed where the other one or the file says something else."""
+    path = archive_of(tmp_path / "a.pth", HONEST)
+    patched(path, magic, at, value)
+    refused(path, message)
 
 
 def test_an_archive_with_more_than_torch_writes_is_refused(tmp_path: Path) -> None:
@@ -83,8 +111,6 @@ def test_an_archive_with_more_than_torch_writes_is_refused(tmp_path: Path) -> No
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(name, b"")
         refused(path, "root folders")
-    flagged(archive_of(path, HONEST), 1)
-    refused(path, "is encrypted")
     archive_of(path, HONEST, {"byteorder2": b"", "data/0": bytes(16)})
     path.write_bytes(path.read_bytes().replace(b"byteorder2", b"byteorder\0"))
     refused(path, "no plain name")
@@ -110,7 +136,7 @@ def test_entries_that_overlap_or_differ_are_refused(tmp_path: Path) -> None:
     assert changed[entry : entry + 4] == b"PK\x01\x02"
     changed[entry + 42 : entry + 46] = struct.pack("<I", changed.index(inner))
     path.write_bytes(changed)
-    refused(path, "overlap")
+    refused(path, "its entries overlap")
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +185,11 @@ def test_no_cut_off_file_is_read(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_checksums_of_tensors_are_compared_on_request(small: Path, tmp_path: Path, verify: bool) -> None:
+def test_checksums_of_tensors_are_compared_on_request(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
     """Catches a check that is never made, or made where it was not wanted; the pickle is always checked."""
+    monkeypatch.setattr(pth, "_BLOCK", 100)  # several, of which the last is shorter
     content, path = bytearray(small.read_bytes()), tmp_path / "a.pth"
     place = read_pth(small)["w"].offset
     content[place] ^= 1

@@ -110,6 +110,42 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model in LLaMA's manner: BPE, byte pieces, nothing normalised."""
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.fixture
+def beside(trained_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A folder with a sentencepiece model, by default the trained one, and the JSON files given by name."""
+
+    def write(model: Path | None = None, **files: object) -> Path:
+        folder = tmp_path / "beside"
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.model").write_bytes((model or trained_model).read_bytes())
+        for name, value in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(value))
+        return folder
+
+    return write
+
+
 def write_adapter(
     folder: Path,
     base: Path,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lit_llama.convert.source import META_FILE, NAMES, SETTINGS_FILE, Source
 from lit_llama.model.weights import INDEX_FILE, Weights
-from lit_llama.text.tokenizer import read_object
+from lit_llama.text.special import read_object
 
 
 def open_folder(folder: Path) -> Source:

@@ -23,7 +23,7 @@ from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr
 from lit_llama.text.prompts import folder_style
-from lit_llama.text.tokenizer import read_object
+from lit_llama.text.special import read_object
 
 
 def download(

@@ -86,7 +86,7 @@ class SplitWriter:
         names = [f"data-{i:05d}-of-{len(self._files):05d}.arrow" for i in range(len(self._files))]
         for path, name in zip(self._files, names, strict=True):
             path.rename(self._folder / name)
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in names],
             "_fingerprint": self._folder.name,
             "_format_columns": None,

@@ -63,7 +63,7 @@ FAMILIES = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         defaults=_QWEN2,
-        implied={"attention_bias": True, "attention_out_bias": False},
+        implied={"attention_bias": True},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",

@@ -1,6 +1,8 @@
 """Bring weights into the Hugging Face layout: checkpoints/<name>/ with config.json, *.safetensors and the tokenizer.
 
+python prepare/checkpoint.py --source llama-2-7b --destination_path checkpoints/llama-2-7b
 python prepare/checkpoint.py --source model.gguf --destination_path checkpoints/NAME
+python prepare/checkpoint.py --source lora.pth --base_dir checkpoints/llama-7b --destination_path out/lora/NAME
 """
 
 from pathlib import Path
@@ -10,18 +12,47 @@ from lit_llama.cli import CLI
 
 
 def main(
-    *, source: Path, destination_path: Path, dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    *,
+    source: Path,
+    destination_path: Path,
+    format: Literal["hf", "meta", "lit"] = "hf",
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    max_shard_size: str = "5GB",
+    num_shards: int = 1,
+    rms_norm_eps: float | None = None,
+    base_dir: Path | None = None,
+    lora_alpha: float = 16,
 ) -> None:
-    """Convert foreign weights into a Hugging Face folder. A folder that already is one needs no conversion.
+    """Convert weights from one layout into another, tensor by tensor. What `source` is, is found out.
 
     Args:
-        source: A GGUF file of a LLaMA model.
+        source: A folder of Meta's (consolidated.NN.pth, params.json, tokenizer.model), a .pth of lit-llama, a folder of
+            litgpt's (lit_model.pth), a GGUF file, or a Hugging Face folder with safetensors or pytorch_model.bin.
         destination_path: Folder to make, such as checkpoints/NAME.
-        dtype: Dtype to store the weights in; left out, quantised ones become bfloat16.
+        format: Layout to write: hf (Hugging Face), meta (for Meta's code), lit (for lit-llama).
+        dtype: Dtype to round all weights to; left out, none is rounded but quantised ones, which become bfloat16.
+        max_shard_size: Most bytes of a safetensors file, such as 200MB, unless one tensor is larger.
+        num_shards: Number of consolidated.NN.pth to write with --format meta.
+        rms_norm_eps: Epsilon of the norms of a lit-llama .pth, which does not hold it; left out, that of LLaMA 1.
+        base_dir: Converted base model of a LoRA .pth of lit-llama, which becomes a PEFT adapter folder.
+        lora_alpha: Alpha that the LoRA was trained with, which its file does not hold; 16 in lit-llama's scripts.
     """
     from lit_llama.convert import convert
+    from lit_llama.convert.lit_lora import convert_lit_lora
+    from lit_llama.model.weights import parse_size
 
-    convert(source, destination_path, dtype=dtype)
+    if base_dir is not None:
+        convert_lit_lora(source, base_dir, destination_path, lora_alpha)
+        return
+    convert(
+        source,
+        destination_path,
+        layout=format,
+        dtype=dtype,
+        max_shard_size=parse_size(max_shard_size),
+        num_shards=num_shards,
+        rms_norm_eps=rms_norm_eps,
+    )
 
 
 if __name__ == "__main__":

@@ -2,40 +2,134 @@
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_destination
-from lit_llama.model.weights import MAX_SHARD_SIZE
+from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
+Layout = Literal["hf", "meta", "lit"]
+_EXPECTED = (
+    "a GGUF file, a .pth of lit-llama, a folder of Meta's (consolidated.NN.pth), of litgpt (lit_model.pth) or of "
+    "Hugging Face (config.json with weights)"
+)
 
-def convert(source: Path, destination: Path, *, dtype: str | None, max_shard_size: int = MAX_SHARD_SIZE) -> None:
-    """Find out what `source` is, convert it into the folder `destination`, and say so on stderr.
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    layout: Layout = "hf",
+    dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    num_shards: int = 1,
+    rms_norm_eps: float | None = None,
+) -> None:
+    """Find out what `source` is, write it as `layout` into the folder `destination`, and say so on stderr.
+
+    Args:
+        source: File or folder with weights.
+        destination: Folder to make.
+        layout: What to write: hf, meta or lit.
+        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16.
+        max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
+        num_shards: Number of Meta's consolidated.NN.pth.
+        rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
 
     Raises:
         CheckpointError: `source` is missing, or nothing that can be converted.
+        UserError: There is nothing to do, or `destination` is whole already.
+        ResourceError: The disk has no room.
     """
     start = time.perf_counter()
-    check_destination(destination, SETTINGS_FILE)
-    opened = open_source(source, dtype)
-    write_folder(opened, destination, max_shard_size=max_shard_size)
-    stderr().print(
-        f"{destination}: {opened.parameters:,} parameters in {opened.dtype}, {time.perf_counter() - start:.1f} s"
-    )
+    if num_shards != 1 and layout != "meta":
+        raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
+    if layout == "hf":
+        check_destination(destination, SETTINGS_FILE)
+        _check_needed(source, dtype, max_shard_size)
+    opened = open_source(source, dtype, rms_norm_eps)
+    if layout == "hf":
+        write_folder(opened, destination, max_shard_size=max_shard_size)
+    elif layout == "meta":
+        from lit_llama.convert.meta_writer import write_meta
+
+        write_meta(opened, destination, num_shards)
+    else:
+        from lit_llama.convert.lit import write_lit
+
+        write_lit(opened, destination)
+    say = stderr().print
+    for name, note in opened.notes.items():
+        if isinstance(note, str):
+            say(f"{name}: {note}", markup=False)
+    seconds = time.perf_counter() - start
+    say(f"{destination}: {opened.parameters:,} parameters in {opened.dtype} from {opened.kind}, {seconds:.1f} s")
 
 
-def open_source(source: Path, dtype: str | None) -> Source:
-    """Find out what `source` is and open it.
+def _check_needed(source: Path, dtype: str | None, max_shard_size: int) -> None:
+    from lit_llama.convert.native import has_safetensors
+
+    if source.is_dir() and has_safetensors(source) and dtype is None and max_shard_size == MAX_SHARD_SIZE:
+        raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
+
+
+def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | None = None) -> Source:
+    """Find out what `source` is and open it; the parameters are those of `convert`.
 
     Raises:
         CheckpointError: It is missing, or nothing that can be read.
     """
-    if source.is_dir() and (source / "config.json").is_file():
-        raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
-    if not source.is_file():
-        what = "is a folder without config.json" if source.is_dir() else "does not exist"
-        raise CheckpointError(f"--source: {source} {what}, expected a GGUF file")
-    from lit_llama.convert.gguf import open_gguf
+    if source.is_dir():
+        opened = _open_folder(source, rms_norm_eps).cast(dtype)
+    elif source.is_file():
+        opened = _open_file(source, dtype, rms_norm_eps)
+    else:
+        raise CheckpointError(f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}")
+    if rms_norm_eps is not None and opened.kind != "lit-llama":
+        raise UserError(f"--rms_norm_eps: {source} ({opened.kind}) says its epsilon itself, leave the flag out")
+    return opened
 
-    return open_gguf(source, dtype)
+
+def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
+    from lit_llama.convert.meta import SHARD
+
+    if SHARD.fullmatch(path.name):
+        raise CheckpointError(
+            f"--source: {path} is one shard of a folder in Meta's layout, name the folder {path.parent}"
+        )
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        from lit_llama.convert.gguf import open_gguf
+
+        return open_gguf(path, dtype)
+    if start.startswith(b"PK") or path.suffix == ".pth":
+        from lit_llama.convert.lit import open_lit
+
+        return open_lit(path, rms_norm_eps).cast(dtype)
+    what = describe_wrong_file(path) or f"none of these: it starts with {start!r}"
+    raise CheckpointError(f"--source: {path} is {what}; expected {_EXPECTED}")
+
+
+def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
+    """The layouts that a folder may be in, those first whose files leave no doubt."""
+    from lit_llama.convert import lit, litgpt, meta, native
+
+    if native.has_safetensors(folder):
+        return native.open_folder(folder)
+    if meta.has_shards(folder):
+        return meta.open_meta(folder)
+    if any((folder / name).is_file() for name in (litgpt.FILE, lit.FILE)):
+        return lit.open_lit(folder, rms_norm_eps)
+    if native.has_bin(folder) or ((folder / SETTINGS_FILE).is_file() and not meta.has_shards(folder / "original")):
+        return native.open_folder(folder)
+    if meta.has_shards(folder / "original"):
+        return meta.open_meta(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py")
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.convert.bpe import adds_bos, tokenizer_json
+from lit_llama.convert.rotary import halves_from_pairs
 from lit_llama.convert.source import NAMES, Source
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
@@ -129,11 +130,6 @@ class GGUFFile:
         elif name.endswith("k_proj.weight"):
             value = halves_from_pairs(value, config.num_key_value_heads)
         return value
-
-
-def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of q or k from neighbouring rotary pairs to the two halves of a head: (heads D, in) -> same."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _shortest(value: float) -> float:

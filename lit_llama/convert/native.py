@@ -1,23 +1,108 @@
-"""A Hugging Face folder as a source."""
+"""A Hugging Face folder -> a Source: weights as safetensors or as torch's .bin files, everything else as it is."""
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lit_llama.convert.source import META_FILE, NAMES, SETTINGS_FILE, Source
-from lit_llama.model.weights import INDEX_FILE, Weights
-from lit_llama.text.special import read_object
+from lit_llama.convert.join import same
+from lit_llama.convert.pth import read_pth
+from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
+from lit_llama.errors import CheckpointError
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Stored, Weights, check_names, read_index
+
+BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_BIN_SHARD = re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin")
+_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+_OURS = (SETTINGS_FILE, META_FILE, INDEX_FILE, BIN_INDEX_FILE)
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds weights that can be used as they are."""
+    return (folder / SETTINGS_FILE).is_file() and any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def has_bin(folder: Path) -> bool:
+    """Whether a folder holds weights as torch's .bin files."""
+    return any(path.name in (BIN_FILE, BIN_INDEX_FILE) or _BIN_SHARD.fullmatch(path.name) for path in folder.iterdir())
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """What belongs to a model beside config.json and weights: tokenizer, chat template, settings, licences."""
+    paths = (path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES and path.is_file())
+    return {path.name: path for path in paths if path.name not in _OURS}
 
 
 def open_folder(folder: Path) -> Source:
-    """The model in a Hugging Face folder."""
-    stored = {name: at for name, at in Weights(folder).locate().items() if not name.endswith("inv_freq")}
-    kept = (".json", ".model", ".txt", ".jinja")
-    files = {path.name: path for path in folder.iterdir() if path.suffix in kept}
+    """The model in a folder of Hugging Face's; safetensors are preferred where there are both.
+
+    Raises:
+        CheckpointError: Files are missing or unreadable, or the model is not implemented.
+    """
+    config = LLaMAConfig.from_folder(folder)
+    raw = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    safe = has_safetensors(folder)
+    stored = Weights(folder).locate() if safe else _locate_bin(folder)
+    # Old files carry the rotary frequencies, which follow from the configuration.
+    places = {name: place for name, place in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    notes: dict[str, Any] = {"weights": "safetensors" if safe else "torch .bin"}
+    if config.tie_word_embeddings and HEAD in places:
+        if EMBEDDING not in places or not same(places[EMBEDDING], places.pop(HEAD)):
+            raise CheckpointError(
+                f"{folder}: tie_word_embeddings is true, but {HEAD} is another matrix than {EMBEDDING}"
+            )
+        notes["head"] = f"the embedding; {HEAD} holds the same"
+    check_stored(folder, set(places), places)
     return Source(
         path=folder,
         kind="Hugging Face",
-        config=read_object(folder / SETTINGS_FILE),
-        specs={name: (NAMES[at.dtype], at.shape) for name, at in stored.items()},
-        read=lambda name: stored[name].read(),
-        stored=stored,
-        files={name: path for name, path in files.items() if name not in (INDEX_FILE, SETTINGS_FILE, META_FILE)},
+        config={key: value for key, value in raw.items() if key not in ("torch_dtype", "dtype")},
+        specs={name: (NAMES[place.dtype], place.shape) for name, place in places.items()},
+        read=lambda name: places[name].read(),
+        stored=places,
+        files=companions(folder),
+        notes=notes,
     )
+
+
+def _locate_bin(folder: Path) -> dict[str, Stored]:
+    """Where each tensor of pytorch_model*.bin lies."""
+    index = folder / BIN_INDEX_FILE
+    if index.is_file():
+        listed = read_index(index)
+        paths = sorted(set(listed.values()))
+    elif (folder / BIN_FILE).is_file():
+        listed, paths = {}, [folder / BIN_FILE]
+    else:
+        listed, paths = {}, _bin_shards(folder)
+    places: dict[str, Stored] = {}
+    for path in paths:
+        found = read_pth(path)
+        if listed:
+            check_names(path, {name for name, file in listed.items() if file == path}, found)
+        if twice := sorted(found.keys() & places.keys()):
+            raise CheckpointError(f"{path}: {twice[0]} is in {places[twice[0]].path.name}, too")
+        places |= found
+    return places
+
+
+def _bin_shards(folder: Path) -> list[Path]:
+    """pytorch_model-00001-of-0000N.bin and so on, which no index lists: all N of them."""
+    matches: Mapping[str, re.Match[str]] = {
+        path.name: match for path in sorted(folder.iterdir()) if (match := _BIN_SHARD.fullmatch(path.name))
+    }
+    numbers = {int(match[1]) for match in matches.values()}
+    totals = {int(match[2]) for match in matches.values()}
+    total = max(totals, default=0)
+    if not matches or len(totals) > 1 or numbers != set(range(1, total + 1)) or len(matches) != total:
+        found = ", ".join(matches) or ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        missing = sorted(set(range(1, total + 1)) - numbers)
+        what = (
+            f"; missing are the parts {', '.join(map(str, missing))} of {total}: download them again" if missing else ""
+        )
+        raise CheckpointError(
+            f"{folder} has no {SINGLE_FILE}, {INDEX_FILE}, {BIN_FILE} or whole set of its parts (found: {found}){what}"
+        )
+    return [folder / name for name in sorted(matches, key=lambda name: int(matches[name][1]))]

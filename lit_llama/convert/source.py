@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import publish, write_json
+from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, Stored, write_weights
+from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, Stored, byte_size, check_names, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import identity
@@ -25,6 +25,29 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """torch.float16 -> F16."""
 
 SETTINGS_FILE, META_FILE = "config.json", "meta.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a layout calls the tensors of a model.
+
+    Args:
+        outer: Its names of `model.embed_tokens.weight`, `model.norm.weight` and `lm_head.weight`.
+        layer: What stands before the tensors of a layer, with {} for its number.
+        inner: Its names of the tensors of a layer.
+    """
+
+    outer: Mapping[str, str]
+    layer: str
+    inner: Mapping[str, str]
+
+    def __call__(self, native: str) -> str | None:
+        """The layout's name of a tensor that Hugging Face calls `native`; None if the layout has none."""
+        if native in self.outer:
+            return self.outer[native]
+        _, _, layer, rest = native.split(".", 3)  # model.layers.N.rest
+        return self.layer.format(layer) + self.inner[rest] if rest in self.inner else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +117,43 @@ class Source:
         return replace(self, specs=specs, read=read)
 
 
-def check_shapes(source: Source) -> None:
-    """Raise CheckpointError unless the tensors are exactly those that the configuration asks for."""
+def settings(config: LLaMAConfig) -> dict[str, Any]:
+    """What a Source holds of a configuration."""
+    raw = config.to_dict("")
+    del raw["torch_dtype"]  # follows from the tensors
+    return raw
+
+
+def expected_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a model by name, in the order to write; a tied head is not among them."""
     from lit_llama.model.llama import LLaMA
 
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in LLaMA(source.shape).state_dict().items()}
-    if source.shape.tie_word_embeddings and "lm_head.weight" not in source.specs:
-        del expected["lm_head.weight"]
+        shapes = {name: tuple(tensor.shape) for name, tensor in LLaMA(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return shapes
+
+
+def check_stored(path: Path, expected: set[str], tensors: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless a file holds exactly the tensors expected, in dtypes that can be written.
+
+    Args:
+        path: The file or folder, for messages.
+        expected: Names in its layout.
+        tensors: What it holds by name, each with a dtype.
+    """
+    check_names(path, expected, tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise CheckpointError(f"{path}: {name} is of {tensor.dtype}, expected one of {', '.join(map(str, NAMES))}")
+
+
+def check_shapes(source: Source) -> None:
+    """Raise CheckpointError unless the tensors are exactly those that the configuration asks for."""
+    expected = expected_shapes(source.shape)
+    if HEAD in source.specs:  # a tied one may be stored twice
+        expected[HEAD] = expected[EMBEDDING]
     for name in sorted(expected.keys() | source.specs.keys()):
         found = source.specs[name][1] if name in source.specs else None
         if found != expected.get(name):
@@ -118,9 +170,11 @@ def write_folder(source: Source, destination: Path, *, max_shard_size: int = MAX
 
     Raises:
         CheckpointError: Tensors and configuration do not fit each other.
+        ResourceError: The disk has no room for it.
     """
     check_shapes(source)
     with publish(destination, SETTINGS_FILE) as folder:
+        check_space(folder, sum(map(byte_size, source.specs.values())))
         write_weights(folder, source.specs, source.read, max_shard_size)
         write_files(source, folder)
         origin = {"path": str(source.path), "kind": source.kind, **source.notes}

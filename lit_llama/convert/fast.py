@@ -1,0 +1,112 @@
+"""A sentencepiece model of LLaMA's kind -> the tokenizer.json that does the same, which is all that most programs read.
+
+sentencepiece joins the two neighbours whose union has the best score, so every way to cut a piece into two pieces is a
+merge, as wanted as the score of the piece is high.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+Token = TypeVar("Token", str, bytes)
+_SPACE = "\u2581"
+_PROBES = (
+    "",
+    " ",
+    "a",
+    " a",
+    "a  b",
+    "\n\n x",
+    "\t",
+    "Zoë's naïve café",
+    "北京",
+    "😀",
+    "ﬁ Ａ e\u0301",
+    "</s>",
+    "1234567",
+)
+_PARTS: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": _SPACE},
+            {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        ],
+    },
+    "pre_tokenizer": None,
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
+_MODEL: dict[str, Any] = {
+    "type": "BPE",
+    "dropout": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": True,
+    "byte_fallback": True,
+    "ignore_merges": False,
+}
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def fast_tokenizer(path: Path) -> dict[str, Any] | None:
+    """Contents of the tokenizer.json of a tokenizer.model; None if it would encode a piece otherwise than the model."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    special = [i for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)]
+    others = [i for i in range(len(pieces)) if not (i in special or model.is_byte(i) or model.is_unused(i))]
+    ids = {pieces[i]: i for i in others}
+    bos, sequence = pieces[model.bos_id()], {"Sequence": {"id": "A", "type_id": 0}}
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    raw = _PARTS | {
+        "added_tokens": [{"id": i, "content": pieces[i], **_ADDED} for i in special],
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, sequence],
+            "pair": [begin, sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}},
+        },
+        "model": _MODEL
+        | {
+            "unk_token": pieces[model.unk_id()],
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": merges(ids, lambda piece: (-model.get_score(ids[piece]), ids[piece])),
+        },
+    }
+    texts = [*_PROBES, *(piece.replace(_SPACE, " ") for piece in ids)]
+    return raw if _encode(raw, texts) == model.encode(texts) else None
+
+
+def merges(ids: Mapping[Token, int], order: Callable[[Token], Any] | None = None) -> list[tuple[Token, Token]]:
+    """Every way to cut a token into two tokens, first the most wanted: those of the first token.
+
+    Args:
+        ids: Id of each token.
+        order: Key to sort the tokens by; that of `ids` if left out.
+    """
+    found: list[tuple[Token, Token]] = []
+    for token in sorted(ids, key=order) if order else ids:
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [(left, right) for left, right in pairs if left in ids and right in ids]
+        found += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return found
+
+
+def _encode(raw: dict[str, Any], texts: list[str]) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))  # text is never a control token
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]

@@ -1,0 +1,211 @@
+"""lit-llama's layout, one .pth with q, k and v in one matrix and no settings beside it <-> a Source.
+
+Rotary partners lie side by side, as in Meta's files; embedding and head are padded to a multiple of 64 rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_llama.convert.join import same
+from lit_llama.convert.litgpt import FILE as LITGPT_FILE
+from lit_llama.convert.litgpt import PARTS, open_litgpt
+from lit_llama.convert.pth import read_pth, write_pth
+from lit_llama.convert.rotary import in_halves, in_pairs
+from lit_llama.convert.source import (
+    EMBEDDING,
+    HEAD,
+    NAMES,
+    Names,
+    Source,
+    check_shapes,
+    check_stored,
+    expected_shapes,
+    settings,
+)
+from lit_llama.convert.vocabulary import FILE as TOKENIZER_FILE
+from lit_llama.convert.vocabulary import read_vocabulary, tokenizer_model
+from lit_llama.errors import CheckpointError
+from lit_llama.folder import check_space, publish
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.weights import Spec, Stored, byte_size
+
+FILE = "lit-llama.pth"
+HEAD_DIM = 128
+"""Head size of every model that lit-llama knows; the file does not say it."""
+
+_FUSED = "attn.c_attn.weight"
+_NAMES = Names(
+    outer={EMBEDDING: "transformer.wte.weight", "model.norm.weight": "transformer.ln_f.scale", HEAD: HEAD},
+    layer="transformer.h.{}.",
+    inner={
+        **{f"self_attn.{part}.weight": _FUSED for part in PARTS},
+        "self_attn.o_proj.weight": "attn.c_proj.weight",
+        "mlp.gate_proj.weight": "mlp.c_fc1.weight",
+        "mlp.up_proj.weight": "mlp.c_fc2.weight",
+        "mlp.down_proj.weight": "mlp.c_proj.weight",
+        "input_layernorm.weight": "rms_1.scale",
+        "post_attention_layernorm.weight": "rms_2.scale",
+    },
+)
+_EPS = {(4096, 32): 1e-6, (5120, 40): 1e-6, (6656, 60): 1e-6, (8192, 80): 1e-5}
+"""rms_norm_eps of LLaMA 1 by hidden_size and layers."""
+
+_THETA, _CONTEXT, _PADDING = 10000.0, 2048, 64
+
+
+def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
+    """The model in lit-llama's .pth, or in a folder with litgpt's lit_model.pth.
+
+    Args:
+        path: The file, or a folder that holds lit-llama.pth or lit_model.pth. lit-llama's tokenizer.model lies in the
+            folder of the file or above.
+        rms_norm_eps: Epsilon of the norms, which lit-llama's file does not hold; that of LLaMA 1 if left out.
+
+    Raises:
+        CheckpointError: It is neither, or more would have to be known.
+    """
+    if path.is_dir():
+        path = path / (LITGPT_FILE if (path / LITGPT_FILE).is_file() else FILE)
+    tensors = read_pth(path)
+    if any(".norm_1." in name for name in tensors):
+        return open_litgpt(path, tensors)
+    if any(name.endswith(".lora_A") for name in tensors):
+        raise CheckpointError(f"{path} is a LoRA of lit-llama: name the converted base model with --base_dir")
+    config, notes = _config(path, tensors, rms_norm_eps)
+    vocabulary = read_vocabulary(path.parent, config.vocab_size, _CONTEXT)
+    config = replace(config, bos_token_id=vocabulary.bos, eos_token_id=vocabulary.eos)
+    names = {name: _NAMES(name) or "" for name in expected_shapes(config)}
+    check_stored(path, {*names.values(), HEAD}, tensors)
+
+    def rows(name: str) -> tuple[int, int]:
+        stored, part = tensors[names[name]], name.split(".")[-2]
+        third = stored.shape[0] // 3
+        return (PARTS.index(part) * third, (PARTS.index(part) + 1) * third) if part in PARTS else (0, stored.shape[0])
+
+    def spec(name: str) -> Spec:
+        start, stop = rows(name)
+        stored = tensors[names[name]]
+        return NAMES[stored.dtype], (stop - start, *stored.shape[1:])
+
+    source = Source(
+        path=path,
+        kind="lit-llama",
+        config=settings(config),
+        specs={name: spec(name) for name in names},
+        read=lambda name: in_halves(name, tensors[names[name]].read(*rows(name)), config),
+        files=vocabulary.files,
+        notes=notes,
+    )
+    check_shapes(source)
+    return source
+
+
+def _config(path: Path, tensors: Mapping[str, Stored], eps: float | None) -> tuple[LLaMAConfig, dict[str, Any]]:
+    """Sizes from the tensors, the rest as lit-llama computes it, and what was decided."""
+    outlines = ("transformer.wte.weight", HEAD, "transformer.h.0.mlp.c_fc1.weight")
+    if any(name not in tensors or len(tensors[name].shape) != 2 for name in outlines):
+        found = ", ".join(list(tensors)[:4]) or "nothing"
+        raise CheckpointError(f"{path} holds no weights of lit-llama or litgpt (found: {found} ...)")
+    rows, width = tensors[outlines[0]].shape
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
+    notes = {"rms_norm_eps": "as given by --rms_norm_eps"}
+    if eps is None:
+        eps = _EPS.get((width, layers))
+        notes["rms_norm_eps"] = "of LLaMA 1 of this size; for another model give --rms_norm_eps"
+    if eps is None:
+        raise CheckpointError(
+            f"{path} does not say its rms_norm_eps, and no LLaMA 1 has {layers} layers of {width}: give --rms_norm_eps "
+            "(1e-06 in most of LLaMA 1, 1e-05 later)"
+        )
+    if width % HEAD_DIM:
+        raise CheckpointError(f"{path}: the width {width} is no multiple of {HEAD_DIM}, lit-llama's head size")
+    config = LLaMAConfig(
+        vocab_size=rows,
+        hidden_size=width,
+        intermediate_size=tensors[outlines[2]].shape[0],
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_DIM,
+        num_key_value_heads=width // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=_CONTEXT,
+        rms_norm_eps=eps,
+        rope_theta=_THETA,
+        tie_word_embeddings=same(tensors[outlines[0]], tensors[HEAD]),
+    )
+    notes |= {
+        "heads": f"{width // HEAD_DIM} of {HEAD_DIM}, as in every size of lit-llama; the file does not say",
+        "context": f"{_CONTEXT} tokens as in LLaMA 1; the file does not say",
+    }
+    return config, notes
+
+
+def write_lit(source: Source, destination: Path) -> None:
+    """Write a model as lit-llama reads it: lit-llama.pth and tokenizer.model. It computes with an epsilon of 1e-05.
+
+    Args:
+        source: The model.
+        destination: Folder to make.
+
+    Raises:
+        CheckpointError: lit-llama cannot compute this model.
+    """
+    check_shapes(source)
+    _check_expressible(source)
+    parts: dict[str, list[str]] = {}  # what each tensor of lit-llama's is made of
+    for name in dict.fromkeys([*expected_shapes(source.shape), HEAD]):
+        if (lit := _NAMES(name)) is None:
+            raise CheckpointError(f"{source.path}: {name} has no place in lit-llama's layout")
+        parts.setdefault(lit, []).append(name)
+    specs = {lit: _joined_spec(source, names) for lit, names in parts.items()}
+
+    def produce(lit: str) -> Tensor:
+        whole = torch.cat(
+            [in_pairs(name, source.read(_stored_name(source, name)), source.shape) for name in parts[lit]]
+        )
+        padding = specs[lit][1][0] - whole.shape[0]
+        return F.pad(whole, (0, 0, 0, padding)) if padding else whole
+
+    with publish(destination, FILE) as folder:
+        check_space(destination, sum(map(byte_size, specs.values())))
+        write_pth(folder / FILE, specs, produce)
+        if (tokenizer := tokenizer_model(source.files)) is not None:
+            (folder / TOKENIZER_FILE).write_bytes(tokenizer)
+
+
+def _check_expressible(source: Source) -> None:
+    """lit-llama derives all but two sizes from the width, and knows one way to compute."""
+    config = source.shape
+    width = 256 * -(-int(8 * config.hidden_size / 3) // 256)
+    values: dict[str, tuple[Any, Any]] = {
+        "head_dim": (config.head_dim, HEAD_DIM),
+        "num_attention_heads": (config.num_attention_heads, config.hidden_size // HEAD_DIM),
+        "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
+        "intermediate_size": (config.intermediate_size, width),
+        "rope_theta": (config.rope_theta, _THETA),
+        "rope_scaling": (config.rope_scaling, None),
+        "sliding_window": (config.sliding_window, None),
+    }
+    for name, (found, only) in values.items():
+        if found != only:
+            raise CheckpointError(
+                f"{source.path}: {name} is {found!r}, lit-llama computes only {only!r} for this width"
+            )
+
+
+def _stored_name(source: Source, name: str) -> str:
+    return name if name in source.specs else EMBEDDING  # a tied head
+
+
+def _joined_spec(source: Source, names: list[str]) -> Spec:
+    specs = [source.specs[_stored_name(source, name)] for name in names]
+    if len({dtype for dtype, _ in specs}) > 1:
+        raise CheckpointError(f"{source.path}: {', '.join(names)} are of several dtypes; name one with --dtype")
+    dtype, (_, *rest) = specs[0]
+    rows = sum(shape[0] for _, shape in specs)
+    return dtype, (rows + (-rows % _PADDING if names[0] in (EMBEDDING, HEAD) else 0), *rest)

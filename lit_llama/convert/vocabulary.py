@@ -1,0 +1,177 @@
+"""The tokenizer.model beside Meta's and lit-llama's weights -> the tokenizer files of a Hugging Face folder.
+
+LLaMA 1 and 2 come with a sentencepiece model; Llama 3 with tiktoken's file of the same name: lines of base64 and rank.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_llama.convert.bpe import tokenizer_json
+from lit_llama.convert.fast import fast_tokenizer, merges
+from lit_llama.errors import CheckpointError
+from lit_llama.folder import encode_json
+from lit_llama.text.tokenizer import SentencePieceTokenizer
+
+FILE = "tokenizer.model"
+_FETCH = (
+    "LLaMA 1 and 2 need a sentencepiece model (499,723 bytes, md5 eeec4125e9c7560836b4873b6f8e3025), Llama 3 a file of "
+    "tiktoken (2,183,982 bytes): fetch the one that is published with these weights"
+)
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+")
+_NORMAL, _CONTROL = 1, 3  # as in the metadata of GGUF, from which bpe.py builds
+
+
+def _reserved(start: int, stop: int) -> list[str]:
+    return [f"<|reserved_special_token_{i}|>" for i in range(start, stop)]
+
+
+_BEGIN, _END, _TURN_END, _MESSAGE_END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
+_HEADER = ["<|start_header_id|>", "<|end_header_id|>"]
+_SPECIAL = {
+    "3": [_BEGIN, _END, *_reserved(0, 4), *_HEADER, *_reserved(4, 5), _TURN_END, *_reserved(5, 251)],
+    "3.1": [
+        *(_BEGIN, _END, *_reserved(0, 2), "<|finetune_right_pad_id|>", *_reserved(2, 3), *_HEADER),
+        *(_MESSAGE_END, _TURN_END, "<|python_tag|>", *_reserved(3, 248)),
+    ],
+}
+"""The 256 tokens behind the vocabulary, as the Hub's tokenizers spell them: Llama 3, and 3.1 to 3.3."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, ready for a Hugging Face folder.
+
+    Args:
+        files: What goes into the folder, by name: a file to copy, or its contents.
+        size: Number of tokens.
+        bos: Id that begins a text.
+        eos: Every id that ends one.
+    """
+
+    files: dict[str, Path | bytes]
+    size: int
+    bos: int
+    eos: tuple[int, ...]
+
+
+def read_vocabulary(folder: Path, rows: int, length: int, *, llama: str = "3.1") -> Vocabulary:
+    """The tokenizer of the weights in `folder`, from there or from the folder above, where Meta's download puts it.
+
+    Args:
+        folder: Where the weights lie.
+        rows: Rows of their embedding.
+        length: Longest sequence of the model.
+        llama: "3" or "3.1", which names the special tokens of tiktoken's file.
+
+    Raises:
+        CheckpointError: It is missing, unreadable, or cannot be of these weights.
+    """
+    path = next((place / FILE for place in (folder, folder.parent) if (place / FILE).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{FILE} is neither in {folder} nor in {folder.parent}; {_FETCH}")
+    with path.open("rb") as file:
+        is_tiktoken = _TIKTOKEN_LINE.fullmatch(file.readline(1000).rstrip(b"\r\n")) is not None
+    found = _from_tiktoken(path, llama) if is_tiktoken else _from_sentencepiece(path)
+    if not rows / 2 < found.size <= rows:  # a few rows too many are padding
+        kind = "tiktoken" if is_tiktoken else "sentencepiece"
+        raise CheckpointError(f"{path} ({kind}) has {found.size} tokens, the embedding {rows} rows; {_FETCH}")
+    settings = json.loads(_bytes(found.files["tokenizer_config.json"])) | {"model_max_length": length}
+    ids = {"bos_token_id": found.bos, "eos_token_id": list(found.eos)}
+    found.files["tokenizer_config.json"] = encode_json(settings)
+    found.files["generation_config.json"] = encode_json(ids)
+    return found
+
+
+def _bytes(content: Path | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _settings(tokenizer_class: str, **tokens: str) -> bytes:
+    rules = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    return encode_json({"tokenizer_class": tokenizer_class, **tokens, **rules})
+
+
+def _from_sentencepiece(path: Path) -> Vocabulary:
+    tokenizer = SentencePieceTokenizer(path)
+    if not tokenizer.bos:
+        raise CheckpointError(f"{path} has no token that begins a text, as every LLaMA has; {_FETCH}")
+    settings = _settings("LlamaTokenizer", bos_token=tokenizer.bos, eos_token=tokenizer.eos, unk_token="<unk>")
+    files: dict[str, Path | bytes] = {FILE: path, "tokenizer_config.json": settings}
+    if (fast := fast_tokenizer(path)) is not None:  # most programs read this, and the model only with more packages
+        files["tokenizer.json"] = encode_json(fast)
+    return Vocabulary(files, tokenizer.size, tokenizer.control[tokenizer.bos], (tokenizer.eos_id,))
+
+
+def _from_tiktoken(path: Path, llama: str) -> Vocabulary:
+    ranks = _read_ranks(path)
+    names = _SPECIAL[llama]
+    ids = {name: len(ranks) + i for i, name in enumerate(names)}
+    # tiktoken joins the two neighbours whose union has the lowest rank: merges come in the order of the ranks.
+    described = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": [*map(_spell, ranks), *names],
+        "tokenizer.ggml.token_type": [_NORMAL] * len(ranks) + [_CONTROL] * len(names),
+        "tokenizer.ggml.merges": [f"{_spell(left)} {_spell(right)}" for left, right in merges(ranks)],
+        "tokenizer.ggml.bos_token_id": ids[_BEGIN],
+    }
+    files: dict[str, Path | bytes] = {
+        "tokenizer.json": encode_json(tokenizer_json(described)),
+        "tokenizer_config.json": _settings("PreTrainedTokenizerFast", bos_token=_BEGIN, eos_token=_END),
+    }
+    ends = tuple(ids[name] for name in (_END, _MESSAGE_END, _TURN_END) if name in ids)
+    return Vocabulary(files, len(ranks) + len(names), ids[_BEGIN], ends)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Rank of each token, in order; the rank is the id."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise CheckpointError(f"{path}:{number + 1} is not a token in base64 and its rank: {error}") from error
+    if list(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
+        raise CheckpointError(f"{path}: expected the ranks 0, 1, 2 ... and all 256 bytes among the tokens; {_FETCH}")
+    return ranks
+
+
+def _alphabet() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte (Radford et al. 2019, GPT-2)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [i for i in range(256) if i not in plain]
+    return {i: chr(i) for i in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+
+
+_CHARACTERS = _alphabet()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+
+
+def _spell(token: bytes) -> str:
+    return "".join(_CHARACTERS[byte] for byte in token)
+
+
+def tokenizer_model(files: Mapping[str, Path | bytes]) -> bytes | None:
+    """The tokenizer.model for Meta's layout: that of the folder, or tiktoken's, rebuilt from Llama 3's tokenizer.json.
+
+    None if there is neither.
+    """
+    if FILE in files:
+        return _bytes(files[FILE])
+    raw: dict[str, Any] = json.loads(_bytes(files.get("tokenizer.json", b"{}")))
+    model = raw.get("model", {})
+    if model.get("type") != "BPE" or not model.get("ignore_merges"):
+        return None
+    added = {token["content"] for token in raw.get("added_tokens", [])}
+    tokens = sorted((rank, token) for token, rank in model["vocab"].items() if token not in added)
+    if any(rank != i or not set(token) <= _BYTES.keys() for i, (rank, token) in enumerate(tokens)):
+        return None
+    lines = (base64.b64encode(bytes(_BYTES[c] for c in token)) + b" %d\n" % rank for rank, token in tokens)
+    return b"".join(lines)

@@ -12,9 +12,12 @@ from lit_llama.convert.merge import merge
 from lit_llama.convert.source import Source, write_folder
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.load import load
+from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity, special_ids
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.loop import finetune_lora
 
 Beside = Callable[..., Path]
 Rows = Callable[[list[dict[str, str]]], Path]
@@ -30,6 +33,12 @@ def prepare(tokenizer_path: Path, data: Path) -> dict[str, Any]:
     return prepare_alpaca(
         data, tokenizer_path=tokenizer_path, test_split_size=2, max_seq_length=200, mask_inputs=True, **options
     )
+
+
+def train(checkpoint: Path, data: Path, out: Path) -> None:
+    options: dict[str, Any] = {"precision": "32-true", "seed": 1, "arguments": {}}
+    settings = TrainConfig(max_steps=1, batch_size=2)
+    finetune_lora(checkpoint, data, out, lora=LoRAConfig(r=2), train=settings, **options)
 
 
 @pytest.fixture
@@ -84,15 +93,17 @@ def test_more_tokens_than_rows_are_spelled_with_the_way_out(beside: Beside, trai
 def test_every_stage_refuses_a_tokenizer_that_is_too_large(converted: Path, alpaca_rows: Rows, tmp_path: Path) -> None:
     """Catches a stage that goes on: preparing for hours, or merging, what can never be loaded."""
     adapter = write_adapter(tmp_path / "adapter", converted)
+    data = alpaca_rows([{"instruction": f"Say {i}.", "output": str(i)} for i in range(9)])
+    prepare(converted, data)
     token = {"id": 384, "content": "<extra>", "special": True, "single_word": False, "lstrip": False}
     raw = json.loads((converted / "tokenizer.json").read_text())
     raw["added_tokens"].append(token | {"rstrip": False, "normalized": False})
     (converted / "tokenizer.json").write_text(json.dumps(raw))
-    data = alpaca_rows([{"instruction": f"Say {i}.", "output": str(i)} for i in range(9)])
     stages: list[Callable[[], object]] = [
         lambda: load(converted),
         lambda: load(adapter),
         lambda: prepare(converted, data),
+        lambda: train(converted, data, tmp_path / "out"),
         lambda: merge(adapter, tmp_path / "merged", dtype=None, precision="32-true"),
     ]
     for stage in stages:
@@ -256,6 +267,22 @@ def test_the_real_folder_is_healthy(real_folder: Path) -> None:
     """Catches a rule that a real model does not keep to."""
     tokenizer = Tokenizer.from_path(real_folder)
     assert not tokenizer.remarks and not special_ids(real_folder, tokenizer).remarks
+
+
+def test_training_says_what_is_ignored_and_keeps_the_record(
+    converted: Path, alpaca_rows: Rows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a folder of no sense found out after the training, and an adapter that does not record its tokenizer."""
+    data = alpaca_rows([{"instruction": f"Say {i}.", "output": str(i)} for i in range(9)])
+    prepare(converted, data)
+    edit(converted / "generation_config.json", eos_token_id=[2, 300])
+    train(converted, data, tmp_path / "out")
+    assert "generation_config.json: ignoring eos_token_id 300 (the word '" in capsys.readouterr().err
+    exchange_tokens(converted)
+    with pytest.raises(IntegrityError, match="another vocabulary"):
+        train(converted, data, tmp_path / "again")
+    with pytest.raises(IntegrityError, match=r"out/meta\.json records the tokenizer .*converted with 384"):
+        load(tmp_path / "out")
 
 
 def test_loading_says_what_is_ignored_in_one_line(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
 
+MANIFEST = "SHA256SUMS"
+
 
 @contextlib.contextmanager
 def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterator[Path]:
@@ -37,18 +39,60 @@ def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterato
     staging.mkdir()
     try:
         yield staging
-        _sync_tree(staging)
-        if not destination.exists():
-            staging.rename(destination)
-        else:
-            (destination / marker).unlink(missing_ok=True)
-            _sync(destination)
-            for entry in sorted(staging.iterdir(), key=lambda path: path.name == marker):
-                _move(entry, destination / entry.name)
-            _sync(destination)
-        _sync(destination.parent)
+        _move_in(staging, destination, marker)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def publish_later(destination: Path, marker: str) -> Iterator[Path]:
+    """As `publish`, but what the body wrote survives its failure, and the next call finds it there again.
+
+    Raises:
+        UserError: The destination is whole already, or it is no folder.
+        ResourceError: Another process is at work on it.
+    """
+    check_destination(destination, marker)
+    staging = destination.parent / f".{destination.name}.unfinished"
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(staging.with_name(f"{staging.name}.lock"), destination):
+        check_destination(destination, marker)  # another run may have ended meanwhile
+        staging.mkdir(exist_ok=True)
+        try:
+            yield staging
+            _move_in(staging, destination, marker)
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # which it does only where nothing is kept
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, destination: Path) -> Iterator[None]:
+    """Hold `lock`; a process that dies lets it go."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(f"another run is at work on {destination}: wait until it has ended") from error
+        if not os.fstat(file.fileno()).st_nlink:
+            raise ResourceError(f"another run on {destination} has ended just now: run the same command again")
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _move_in(staging: Path, destination: Path, marker: str) -> None:
+    _sync_tree(staging)
+    if not destination.exists() or not any(destination.iterdir()):
+        staging.rename(destination)  # in one step
+    else:
+        (destination / marker).unlink(missing_ok=True)
+        _sync(destination)
+        for entry in sorted(staging.iterdir(), key=lambda path: path.name == marker):
+            _move(entry, destination / entry.name)
+        _sync(destination)
+    _sync(destination.parent)
 
 
 class Staging:
@@ -58,7 +102,7 @@ class Staging:
         path: The folder to write into.
     """
 
-    JOURNAL, LOCK = ".journal.jsonl", ".lock"
+    JOURNAL = ".journal.jsonl"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,7 +128,7 @@ class Staging:
                 self.done[line["file"]] = line
                 kept.append(line)
         for path in self.path.iterdir():
-            if path.name not in {self.LOCK, self.JOURNAL, *self.done}:
+            if path.name not in {self.JOURNAL, *self.done}:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         part = journal.with_suffix(".part")
         part.write_text("".join(map(_line, kept)), "utf-8")
@@ -106,25 +150,16 @@ def resume(destination: Path, plan: str) -> Iterator[Staging]:
         plan: What decides the contents; files finished under another plan are made again.
 
     Raises:
-        UserError: The destination exists already, or another process is making it.
+        UserError: The destination exists already.
+        ResourceError: Another process is making it.
     """
     check_absent(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = Staging(destination.parent / f".{destination.name}.partial")
-    staging.path.mkdir(exist_ok=True)
-    with (staging.path / Staging.LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
-        except OSError as error:
-            raise UserError(f"another process is making {destination}") from error
-        check_absent(destination)  # it may just have finished
+    with publish_later(destination, MANIFEST) as folder:
+        check_absent(destination)  # it may just have been finished
+        staging = Staging(folder)
         staging.recover(plan)
         yield staging
-        (staging.path / Staging.JOURNAL).unlink()
-        (staging.path / Staging.LOCK).unlink()
-        _sync_tree(staging.path)
-        staging.path.rename(destination)
-        _sync(destination.parent)
+        (folder / Staging.JOURNAL).unlink()
 
 
 def check_absent(destination: Path) -> None:
@@ -154,9 +189,6 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, {needed * 1.02 / 1e9:.1f} GB are needed; make room or name "
             "another disk"
         )
-
-
-MANIFEST = "SHA256SUMS"
 
 
 def write_manifest(folder: Path, known: Mapping[str, str]) -> None:

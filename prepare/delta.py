@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.text.prompts import StyleName
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -19,7 +20,7 @@ def apply(
     destination_path: Path,
     policy: Literal["auto", "ziya", "vicuna", "alpaca", "add"] = "auto",
     dtype: Dtype | None = None,
-    prompt_style: Literal["alpaca", "chatml"] | None = None,
+    prompt_style: StyleName | None = None,
     accept_rounded_base: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:

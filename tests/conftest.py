@@ -7,12 +7,14 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_hub import CHUNK, REPO, FakeHub
 
 from lit_llama.folder import write_json
 from lit_llama.model.adapter import save_adapter
@@ -108,6 +110,42 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model in LLaMA's manner: BPE, byte pieces, nothing normalised."""
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.fixture
+def beside(trained_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A folder with a sentencepiece model, by default the trained one, and the JSON files given by name."""
+
+    def write(model: Path | None = None, **files: object) -> Path:
+        folder = tmp_path / "beside"
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.model").write_bytes((model or trained_model).read_bytes())
+        for name, value in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(value))
+        return folder
+
+    return write
+
+
 def write_adapter(
     folder: Path,
     base: Path,
@@ -129,6 +167,28 @@ def write_adapter(
     write_json(folder / "meta.json", {"format": 1, "base": {"path": str(base), "fingerprint": fingerprint(base)}})
     save_adapter(model, config, folder, str(base))
     return folder
+
+
+@pytest.fixture
+def files(tiny_folder: Path) -> dict[str, bytes]:
+    """What a usable repository on the Hub holds."""
+    return {path.name: path.read_bytes() for path in sorted(tiny_folder.iterdir())}
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub on localhost with one usable repository, without waiting between retries."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # the next one reads the environment
+    with FakeHub({REPO: dict(files)}) as hub:
+        yield hub
+    close_session()
 
 
 @pytest.fixture(scope="session")

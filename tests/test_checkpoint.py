@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.checkpoint import check_vocabulary, fingerprint, load_model
+from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights, write_weights
 
 NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -323,15 +323,3 @@ def test_reading_does_not_copy_the_file_into_memory(tmp_path: Path) -> None:
     assert weights.spec("a") == ("F32", (rows,)) and list(weights) == ["a"]
     assert fingerprint(tmp_path)
     assert (int(pages.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 50_000_000
-
-
-@pytest.mark.parametrize(
-    ("rows", "tokens", "fits"), [(32000, 32000, True), (32000, 31990, True), (32000, 32001, False)]
-)
-def test_the_vocabulary_must_fit_into_the_embedding(rows: int, tokens: int, fits: bool) -> None:
-    """Catches an id that reads past the embedding; padding rows are harmless."""
-    if fits:
-        check_vocabulary(Path("folder"), rows, tokens)
-    else:
-        with pytest.raises(CheckpointError, match=r"32001 tokens.*32000 rows: ids 32000 to 32000"):
-            check_vocabulary(Path("folder"), rows, tokens)

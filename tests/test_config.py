@@ -88,20 +88,16 @@ def test_absent_and_null_fields_take_the_defaults_of_transformers() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "model_type": {"model_type": "mistral"},
+    "model_type": {"model_type": "gemma2"},
     "hidden_act": {"hidden_act": "gelu"},
-    "attention_bias": {"attention_bias": True},
-    "mlp_bias": {"mlp_bias": True},
     "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
     "auto_map": {"auto_map": {"AutoModelForCausalLM": "modeling.py"}},
     "use_sliding_window": {"use_sliding_window": True},
     "sliding_window": {"sliding_window": 4096},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
-    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+    "longrope": {"rope_scaling": {"type": "longrope", "factor": 4.0}},
     # Both spellings in one file: neither may be passed over.
-    "dynamic": {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "contradicts": {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
 }
 
 
@@ -130,6 +126,8 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"hidden_size": None}, "config.json"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "config.json"),
         ({"vocab_size": "32000"}, "config.json"),
         ({"rope_parameters": [1]}, "config.json"),
         ({"rope_theta": "much"}, "config.json"),

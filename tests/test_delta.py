@@ -336,7 +336,7 @@ def test_a_resumed_run_does_not_trust_a_damaged_file(
     apply(base, delta, tmp_path / "whole", max_shard_size=60_000)
     start = [sys.executable, "-c", KILLED, base, delta, tmp_path / "sum", 40]
     subprocess.run([*map(str, start)], cwd=ROOT, capture_output=True, check=False)
-    files = sorted((tmp_path / ".sum.partial").glob("model-*.safetensors"))
+    files = sorted((tmp_path / ".sum.unfinished").glob("model-*.safetensors"))
     assert len(files) > 2
     kept = files[1].stat().st_mtime_ns
     data = bytearray(files[0].read_bytes())
@@ -357,7 +357,7 @@ def test_another_plan_starts_afresh_and_a_second_process_waits_for_nobody(base: 
     state = delta_of("ziya")
     state["model.norm.weight"] = state["model.norm.weight"] * 1.5
     other = folder_of(tmp_path / "other", state)
-    with resume(tmp_path / "held", "plan"), pytest.raises(UserError, match="another process is making"):
+    with resume(tmp_path / "held", "plan"), pytest.raises(ResourceError, match="another run is at work"):
         apply(base, other, tmp_path / "held")
     apply(base, other, tmp_path / "sum", max_shard_size=60_000)
     assert_same(read(tmp_path / "sum"), plain_sum(read(base), state, "ziya"))

@@ -24,6 +24,7 @@ DOORS = sorted(
 REQUIRED = {
     "prepare/alpaca.py": [],
     "prepare/checkpoint.py": ["--source", "absent.gguf", "--destination_path", "made"],
+    "prepare/download.py": ["--repo_id", "owner/absent"],
     "finetune/lora.py": ["--checkpoint_dir", "absent", "--data_dir", "absent", "--out_dir", "made"],
     "finetune/merge.py": ["--adapter_dir", "absent", "--destination_path", "made"],
     "generate/base.py": ["--checkpoint_dir", "absent"],
@@ -120,6 +121,7 @@ def test_a_wrong_value_is_refused_with_its_flag(door: str, flag: str, value: str
 @pytest.mark.parametrize(
     ("door", "arguments", "named"),
     [
+        ("prepare/download.py", ["--file", "model.bin"], "--file is 'model.bin'"),
         ("generate/chat.py", ["--temperature", "-1"], "--temperature is -1.0"),
         ("generate/instruct.py", ["--limit", "-1"], "--limit is -1"),
     ],
@@ -136,6 +138,7 @@ def test_a_value_out_of_range_is_refused_before_the_model_is_loaded(
     [
         ("prepare/alpaca.py", 4, "checkpoints/lit-llama/tokenizer.model does not exist"),
         ("prepare/checkpoint.py", 4, "absent.gguf does not exist"),
+        ("prepare/download.py", 5, "HF_HUB_OFFLINE"),
         ("finetune/lora.py", 3, "prepare/alpaca.py"),
         ("finetune/merge.py", 4, "finetune/lora.py"),
         ("generate/base.py", 4, "prepare/checkpoint.py"),

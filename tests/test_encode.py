@@ -1,6 +1,7 @@
 """Ids and labels: the prompt of training is the prompt of generation, one end is learned, nobody types a control."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import CheckpointError, DataError, UserError
-from lit_llama.text.encode import IGNORE_INDEX, Sample, encode_examples, prompt_ids
+from lit_llama.text.encode import IGNORE_INDEX, Sample, answer_opening, encode_examples, prompt_ids
 from lit_llama.text.formats import Dropped, Example
-from lit_llama.text.prompts import Alpaca, ChatML, JinjaStyle, PromptStyle, named_style
+from lit_llama.text.prompts import JinjaStyle, named_style
+from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
 from lit_llama.text.tokenizer import Tokenizer
 
 RESPONSES = [
@@ -65,7 +67,7 @@ def prompt_of(tokenizer: Tokenizer, example: Example, style: PromptStyle) -> lis
 
 def styles(tokenizer: Tokenizer) -> list[PromptStyle]:
     """Those whose control tokens the tokenizer has."""
-    return [Alpaca(), ChatML()] if "<|im_end|>" in tokenizer.control else [Alpaca()]
+    return [Alpaca(), Vicuna(), ChatML()] if "<|im_end|>" in tokenizer.control else [Alpaca(), Vicuna()]
 
 
 @pytest.mark.parametrize("response", RESPONSES)
@@ -76,12 +78,14 @@ def test_the_mask_ends_where_generation_begins(response: str, given: str, tokeni
     for style in styles(tokenizer):
         prompt = prompt_of(tokenizer, example, style)
         end = tokenizer.control["<|im_end|>"] if style.name == "chatml" else tokenizer.eos_id
-        answer = [*tokenizer.encode(response), end]
+        opening = " " if style.name == "vicuna" and not tokenizer.spaced else ""
+        assert answer_opening(tokenizer, style) == opening
+        answer = [*tokenizer.encode(opening + response), end]
         [masked], _ = encode(tokenizer, example, style=style)
         [whole], _ = encode(tokenizer, example, style=style, mask_inputs=False)
         assert masked == Sample(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, 7)
         assert whole == Sample(prompt + answer, prompt + answer, 7)
-        assert tokenizer.decode(masked.input_ids[len(prompt) : -1]) == response
+        assert tokenizer.decode(masked.input_ids[len(prompt) : -1]) == opening + response
 
 
 def test_one_beginning_and_one_end(tokenizer: Tokenizer) -> None:
@@ -181,10 +185,21 @@ def test_a_prompt_that_fills_the_limit_is_dropped_by_name(row: tuple[Example, in
 
 def test_the_end_of_a_style_has_to_be_in_the_tokenizer(llama_tokenizer: Path) -> None:
     """Catches <|im_end|> spelled out in letters: the model could never stop."""
-    with pytest.raises(
-        CheckpointError, match=r"row 4 does not end in a control token of this tokenizer but in '.*\|>'"
-    ):
-        encode(Tokenizer.from_path(llama_tokenizer), Example("Do it.", "", "Done.", 4), style=ChatML())
+
+    class Foreign(Alpaca):
+        def render(self, messages: Any, **options: Any) -> list[Segment]:
+            return super().render(messages, **options | {"eos": "<|end|>"})
+
+    tokenizer = Tokenizer.from_path(llama_tokenizer)
+    with pytest.raises(CheckpointError, match=r"row 4 does not end in a control token of this tokenizer but in '.*>'"):
+        encode(tokenizer, Example("Do it.", "", "Done.", 4), style=Foreign())
+    for style in (ChatML(), named_style("ziya")):
+        missing = ", ".join(style.tokens)
+        with pytest.raises(CheckpointError, match=rf"{style.name} needs the tokens {re.escape(missing)}, which") as e:
+            encode(tokenizer, Example("Do it.", "", "Done.", 4), style=style)
+        assert "--prompt_style" in str(e.value)
+        with pytest.raises(CheckpointError, match="needs the tokens"):
+            prompt_of(tokenizer, Example("Do it."), style)
 
 
 def test_a_style_that_hides_its_answers_cannot_be_trained(tiny_folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lit_llama.errors import UserError
-from lit_llama.folder import check_destination, publish, sha256_file, write_json, write_json_lines
+from lit_llama.errors import ResourceError, UserError
+from lit_llama.folder import check_destination, publish, publish_later, sha256_file, write_json, write_json_lines
 
 MARKER = "meta.json"
 
@@ -150,6 +150,7 @@ def test_contents_are_on_disk_before_they_are_moved(tmp_path: Path, monkeypatch:
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("file names of descriptors are read from /proc")
     (tmp_path / "name").mkdir()
+    (tmp_path / "name" / "raw").write_text("an empty folder would be replaced in one step")
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "replace", note_move)
     with publish(tmp_path / "name", MARKER) as folder:
@@ -177,6 +178,60 @@ def test_leftovers_of_a_killed_process_do_not_disturb(tmp_path: Path) -> None:
     with publish(tmp_path / "name", MARKER) as folder:
         fill(folder)
     assert names(tmp_path / "name") == WHOLE and not mine.exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
+def test_what_was_begun_is_found_again(tmp_path: Path, error: BaseException) -> None:
+    """A transfer of hours thrown away by an interruption, or half of it taken for the whole."""
+    destination = tmp_path / "deep" / "name"
+    with pytest.raises(type(error)), publish_later(destination, MARKER) as folder:
+        (folder / "begun").write_text("half")
+        raise error
+    assert names(tmp_path / "deep") == [".name.unfinished", ".name.unfinished/begun"]
+    with publish_later(destination, MARKER) as folder:
+        assert (folder / "begun").read_text() == "half"
+        fill(folder)
+    assert names(tmp_path / "deep") == sorted(["name", "name/begun", *(f"name/{name}" for name in WHOLE)])
+    with pytest.raises(UserError, match="already holds"), publish_later(destination, MARKER):
+        pytest.fail("the body was run")
+
+
+def test_nothing_begun_leaves_nothing(tmp_path: Path) -> None:
+    """Hidden folders and locks that pile up with each failure."""
+    with pytest.raises(ValueError), publish_later(tmp_path / "name", MARKER):
+        raise ValueError
+    assert names(tmp_path) == []
+
+
+def test_an_existing_folder_is_filled_with_what_was_begun(tmp_path: Path) -> None:
+    """Files of the user's own lost, or a hidden folder left behind."""
+    (tmp_path / "name").mkdir()
+    (tmp_path / "name" / "raw.json").write_text("mine")
+    with publish_later(tmp_path / "name", MARKER) as folder:
+        fill(folder)
+    assert names(tmp_path / "name") == sorted([*WHOLE, "raw.json"])
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Two processes in one folder, or a process that was killed and locks out every other."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.folder import publish_later\n"
+        "with publish_later(Path(sys.argv[1]), 'meta.json') as folder:\n"
+        "    (folder / 'begun').write_text('half')\n    print(flush=True)\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", program, str(tmp_path / "name")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ResourceError, match="another run is at work"), publish_later(tmp_path / "name", MARKER):
+            pytest.fail("the body was run")
+        assert names(tmp_path / ".name.unfinished") == ["begun"]
+        other.kill()
+    with publish_later(tmp_path / "name", MARKER) as folder:
+        fill(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 
 def test_a_parent_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:

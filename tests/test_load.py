@@ -15,6 +15,7 @@ from lit_llama.generate.load import load
 from lit_llama.model.lora import adapters
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
+from lit_llama.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -32,6 +33,14 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def add_words(folder: Path, *ids: int) -> None:
+    """Make control tokens of words, as an end has to be one."""
+    words = Tokenizer.from_path(folder).vocabulary
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [plain | {"id": i, "content": words[i]} for i in sorted(ids)]
+    edit(folder / "tokenizer.json", lambda value: value["added_tokens"].extend(added))
 
 
 def test_an_adapter_folder_gives_base_plus_adapter(base: Path, adapter: Path) -> None:
@@ -113,6 +122,7 @@ def test_the_end_of_an_answer_in_the_style_stops(base: Path) -> None:
 
 def test_stop_ids_come_from_every_file_that_names_one(base: Path) -> None:
     """A model that never stops because one of three files was not read."""
+    add_words(base, 300, 301, 7, 8, 9)
     edit(base / "config.json", lambda value: value.update(eos_token_id=[300, 301]))
     (base / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     assert load(base).stop_ids == {2, 300, 301, 7, 8}
@@ -126,6 +136,7 @@ def test_stop_ids_come_from_every_file_that_names_one(base: Path) -> None:
 
 def test_the_adapter_stops_where_its_base_does(base: Path, tmp_path: Path) -> None:
     """Settings sought in the adapter folder, which has none."""
+    add_words(base, 7)
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert load(write_adapter(tmp_path / "other", base)).stop_ids == {2, 7}
 

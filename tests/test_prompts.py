@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
-from lit_llama.text.prompts import JinjaStyle, PromptStyle, Segment, folder_style, named_style, style_of
+from lit_llama.text.prompts import JinjaStyle, StyleName, folder_style, named_style, style_of
+from lit_llama.text.styles import PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
 Chat = list[dict[str, str]]
@@ -202,7 +203,7 @@ def test_only_answers_and_their_ends_are_trained(style: str) -> None:
     assert [segment.text for segment in segments if not segment.template] == ["Q1", "A1", "Q2", "A2"]
 
 
-@pytest.mark.parametrize("style", ["alpaca", "chatml"])
+@pytest.mark.parametrize("style", get_args(StyleName))
 def test_style_of_knows_both_twins(style: str) -> None:
     """Catches a folder of ours that is opened through the slower sandbox, which does not know what is trained."""
     known = named_style(style)

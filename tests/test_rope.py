@@ -101,10 +101,11 @@ def test_dynamic_follows_the_length_of_each_sequence() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", KINDS)
-def test_rotary_on_a_gpu(name: str) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("raw", KINDS.values(), ids=KINDS)
+def test_a_gpu_turns_by_the_same_angles(raw: dict[str, Any]) -> None:
     """Catches frequencies rounded otherwise there, and tensors left on the wrong device."""
-    config = LLaMAConfig.from_dict({"model_type": "llama", **SHAPE, **KINDS[name]})
+    config = LLaMAConfig.from_dict({"model_type": "llama", **SHAPE, **raw})
     wanted, found = (rotary(config, Packed([3000, 9], device), torch.float32) for device in ("cpu", "cuda"))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, atol=1e-5, rtol=0)

@@ -38,25 +38,6 @@ def mixed_texts(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentencepiece model in LLaMA's manner: BPE, byte pieces, nothing normalised."""
-    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
-            model_writer=file,
-            vocab_size=400,
-            model_type="bpe",
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-    return path
-
-
 @pytest.fixture(scope="session", params=KINDS)
 def path(request: pytest.FixtureRequest) -> Path:
     """Each kind in turn."""

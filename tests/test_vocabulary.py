@@ -1,167 +1,293 @@
-"""tokenizer.model of either kind -> tokenizer.json, against sentencepiece and tiktoken's algorithm written here."""
+"""Tokenizers that do not belong to the weights they lie beside, and special ids of no sense."""
 
-import base64
-import itertools
 import json
-import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import regex
-import sentencepiece
-from conftest import CORPUS
-from plain import write_sentencepiece
+from conftest import tiny_config, tiny_model, write_adapter, write_tokenizer
 
-from lit_llama.convert.fast import fast_tokenizer
-from lit_llama.convert.vocabulary import read_vocabulary, tokenizer_model
-from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer, Tokenizer
+from lit_llama.convert.merge import merge
+from lit_llama.convert.source import Source, write_folder
+from lit_llama.errors import CheckpointError, IntegrityError
+from lit_llama.generate.load import load
+from lit_llama.model.config import LoRAConfig
+from lit_llama.text.alpaca import prepare_alpaca
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity, special_ids
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.loop import finetune_lora
 
-PATTERN = (  # of meta-llama/llama3
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def random_texts(count: int) -> list[str]:
-    draw = random.Random(0)
-    letters = "aabbc ABZ  \n\t\r0123.,<>|'sé北京😀ﬁ\u0301\u2581" + "".join(CORPUS[:4])
-    texts = ["".join(draw.choices(letters, k=draw.randrange(40))) for _ in range(count)]
-    return [*CORPUS[:4], *texts, *(letter * n for letter in "a =\n\t0北" for n in range(40))]
+Beside = Callable[..., Path]
+Rows = Callable[[list[dict[str, str]]], Path]
 
 
-def train_ranks(size: int) -> list[bytes]:
-    """Tokens by rank: the bytes, then whichever pair of neighbours is the most frequent, as tiktoken's are trained."""
-    words = [[bytes([byte]) for byte in word.encode()] for text in CORPUS for word in regex.findall(PATTERN, text)]
-    tokens = [bytes([byte]) for byte in range(256)]
-    while len(tokens) < size:
-        pairs: dict[tuple[bytes, bytes], int] = {}
-        for word in words:
-            for pair in itertools.pairwise(word):
-                pairs[pair] = pairs.get(pair, 0) + 1
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        tokens.append(best[0] + best[1])
-        words = [joined(word, best[0] + best[1]) for word in words]
-    return tokens
+def edit(path: Path, **changes: object) -> None:
+    value = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(value | changes))
 
 
-def joined(word: list[bytes], token: bytes) -> list[bytes]:
-    out: list[bytes] = []
-    for part in word:
-        if out and out[-1] + part == token:
-            out[-1] = token
-        else:
-            out.append(part)
-    return out
+def prepare(tokenizer_path: Path, data: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"prompt_style": "chatml", "overflow": "drop", "data_file_name": "rows.json", "seed": 1}
+    return prepare_alpaca(
+        data, tokenizer_path=tokenizer_path, test_split_size=2, max_seq_length=200, mask_inputs=True, **options
+    )
 
 
-def tiktoken_ids(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """A word is a token, or its bytes are joined: always the two neighbours, the first of them, of the lowest rank."""
-    ids = []
-    for word in regex.findall(PATTERN, text):
-        parts = [bytes([byte]) for byte in word.encode()]
-        while len(parts) > 1 and word.encode() not in ranks:
-            best, at = min((ranks.get(parts[i] + parts[i + 1], 10**9), i) for i in range(len(parts) - 1))
-            if best == 10**9:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        ids += [ranks[word.encode()]] if word.encode() in ranks else [ranks[part] for part in parts]
-    return ids
+def train(checkpoint: Path, data: Path, out: Path) -> None:
+    options: dict[str, Any] = {"precision": "32-true", "seed": 1, "arguments": {}}
+    settings = TrainConfig(max_steps=1, batch_size=2)
+    finetune_lora(checkpoint, data, out, lora=LoRAConfig(r=2), train=settings, **options)
 
 
 @pytest.fixture
-def tiktoken_folder(tmp_path: Path) -> Path:
-    """A folder with a tokenizer.model as Llama 3 has it, of 400 tokens."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(train_ranks(400))]
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    return tmp_path
+def converted(tmp_path: Path) -> Path:
+    """A folder as prepare/checkpoint.py writes it, with meta.json."""
+    model, files = tiny_model(), tmp_path / "files"
+    files.mkdir()
+    write_tokenizer(files)
+    source = Source(
+        path=tmp_path / "model.gguf",
+        kind="GGUF",
+        config=tiny_config(eos_token_id=(2,)).to_dict("float32"),
+        specs={name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()},
+        read=model.state_dict().__getitem__,
+        files={path.name: path for path in files.iterdir()},
+    )
+    write_folder(source, tmp_path / "converted")
+    return tmp_path / "converted"
 
 
-SPECIAL = {
-    "3": {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_3": 5, "eot_id": 9,
-          "reserved_special_token_250": 255},
-    "3.1": {"finetune_right_pad_id": 4, "start_header_id": 6, "end_header_id": 7, "eom_id": 8, "python_tag": 10,
-            "reserved_special_token_247": 255},
-}  # fmt: skip
+def exchange_tokens(folder: Path) -> None:
+    """Another vocabulary of the same size."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize("llama", ["3", "3.1"])
-def test_llama_3_tokenizers_encode_as_tiktoken_does(tiktoken_folder: Path, tmp_path: Path, llama: str) -> None:
-    """Catches merges in another order, special tokens at other ids, and a file that does not come back."""
-    ranks = {token: rank for rank, token in enumerate(train_ranks(400))}
-    found = read_vocabulary(tiktoken_folder, 656, 8192, llama=llama)
-    made = tmp_path / "made"
-    made.mkdir()
-    for name, content in found.files.items():
-        assert isinstance(content, bytes)
-        (made / name).write_bytes(content)
-    tokenizer = Tokenizer.from_path(made)
-    texts = random_texts(2000)
-    assert tokenizer.encode_batch(texts) == [tiktoken_ids(text, ranks) for text in texts]
-    assert {name: tokenizer.control[f"<|{name}|>"] - 400 for name in SPECIAL[llama]} == SPECIAL[llama]
-    assert len(tokenizer.control) == 256 and found.size == tokenizer.size == 656
-    assert (tokenizer.bos, tokenizer.eos, found.bos) == ("<|begin_of_text|>", "<|end_of_text|>", 400)
-    assert found.eos == ((401, 409) if llama == "3" else (401, 408, 409))
-    assert tokenizer_model(found.files) == (tiktoken_folder / "tokenizer.model").read_bytes()
+@pytest.mark.parametrize("padding", [0, 1, 40])
+def test_fewer_tokens_than_rows_are_fine(padding: int, tiny_folder: Path) -> None:
+    """Catches Ziya (39410 tokens, 39424 rows) refused."""
+    tokenizer = Tokenizer.from_path(tiny_folder)
+    check_vocabulary(tiny_folder, tokenizer.size + padding, tokenizer)
 
 
-def test_the_llama_3_folder_opens_in_transformers(tiktoken_folder: Path, tmp_path: Path) -> None:
-    """Catches a beginning that other programs do not add."""
-    from transformers import AutoTokenizer
+def test_more_tokens_than_rows_are_spelled_with_the_way_out(beside: Beside, trained_model: Path) -> None:
+    """Catches an id that reads past the embedding, and an error that leaves the user alone with two numbers."""
+    size = Tokenizer.from_path(trained_model).size
+    folder = beside(added_tokens={f"<{i}>": size + i for i in (0, 1, 2, 4)})
+    tokenizer = Tokenizer.from_path(folder)
+    with pytest.raises(CheckpointError) as caught:
+        check_vocabulary(folder, size, tokenizer)
+    message = str(caught.value)
+    assert f"has {size + 5} tokens, the embedding only {size} rows" in message
+    assert f": <0> ({size}), <1> ({size + 1}), <2> ({size + 2}), ... have none" in message
+    assert f"prepare/checkpoint.py --source {folder} --destination_path {folder}-resized" in message
+    assert message.endswith(f" --resize_vocab {size + 5}")
+    with pytest.raises(CheckpointError, match=rf"only {size + 4} rows: <4> \({size + 4}\) have none"):
+        check_vocabulary(folder, size + 4, tokenizer)
 
-    files = read_vocabulary(tiktoken_folder, 656, 8192).files
-    made = tmp_path / "made"
-    made.mkdir()
-    for name, content in files.items():
-        (made / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    theirs, ours = AutoTokenizer.from_pretrained(made), Tokenizer.from_path(made)
-    for text in CORPUS[:4]:
-        assert theirs(text)["input_ids"] == [400, *ours.encode(text)]
-        assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
-    assert (theirs.bos_token, theirs.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
 
-
-@pytest.mark.parametrize("which", ["small", "llama_tokenizer"])
-def test_a_sentencepiece_model_and_its_tokenizer_json_encode_alike(
-    tmp_path: Path, request: pytest.FixtureRequest, which: str
-) -> None:
-    """Catches a folder whose two tokenizer files disagree, and a vocabulary with another fingerprint."""
-    path = write_sentencepiece(tmp_path) if which == "small" else request.getfixturevalue(which)
-    raw = fast_tokenizer(path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    texts = random_texts(2000)
-    fast, slow = HubTokenizer(tmp_path / "tokenizer.json"), SentencePieceTokenizer(path)
-    assert fast.encode_batch(texts) == slow.encode_batch(texts)
-    assert [fast.decode(ids) for ids in fast.encode_batch(texts)] == [
-        slow.decode(ids) for ids in slow.encode_batch(texts)
+def test_every_stage_refuses_a_tokenizer_that_is_too_large(converted: Path, alpaca_rows: Rows, tmp_path: Path) -> None:
+    """Catches a stage that goes on: preparing for hours, or merging, what can never be loaded."""
+    adapter = write_adapter(tmp_path / "adapter", converted)
+    data = alpaca_rows([{"instruction": f"Say {i}.", "output": str(i)} for i in range(9)])
+    prepare(converted, data)
+    token = {"id": 384, "content": "<extra>", "special": True, "single_word": False, "lstrip": False}
+    raw = json.loads((converted / "tokenizer.json").read_text())
+    raw["added_tokens"].append(token | {"rstrip": False, "normalized": False})
+    (converted / "tokenizer.json").write_text(json.dumps(raw))
+    stages: list[Callable[[], object]] = [
+        lambda: load(converted),
+        lambda: load(adapter),
+        lambda: prepare(converted, data),
+        lambda: train(converted, data, tmp_path / "out"),
+        lambda: merge(adapter, tmp_path / "merged", dtype=None, precision="32-true"),
     ]
-    assert fast.fingerprint() == slow.fingerprint()
-    assert (fast.bos, fast.eos, fast.eos_id) == ("<s>", "</s>", 2)
+    for stage in stages:
+        with pytest.raises(CheckpointError, match=r"385 tokens.*only 384 rows: <extra> \(384\).*--resize_vocab 385"):
+            stage()
+    assert prepare(converted / "tokenizer.json", data)["tokenizer"]["size"] == 385  # no weights to compare with
 
 
-def test_a_model_that_normalises_gets_no_tokenizer_json(tmp_path: Path) -> None:
-    """Catches a tokenizer.json that encodes otherwise than the model it stands for."""
-    with (tmp_path / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS[:1]), model_writer=file, vocab_size=300, model_type="bpe", byte_fallback=True,
-            hard_vocab_limit=False, normalization_rule_name="nfkc_cf", minloglevel=2,
-        )  # fmt: skip
-    assert fast_tokenizer(tmp_path / "tokenizer.model") is None
+def test_ids_of_padding_rows_are_never_drawn() -> None:
+    """Catches an id that the tokenizer cannot decode, drawn because its untrained row happens to win."""
+    from lit_llama.generate.decode import generate
+    from lit_llama.generate.sampling import Sampling
+
+    model = tiny_model()
+    model.lm_head.weight[300:] *= 10
+    drawn = {
+        tokens: [
+            step[0][1]
+            for seed in range(8)
+            for sampling in (Sampling(seed=seed), Sampling(temperature=1.5, seed=seed))
+            for step in generate(model, [[5 + seed]], max_new_tokens=12, stop_ids=(), sampling=sampling, tokens=tokens)
+        ]
+        for tokens in (None, 300)
+    }
+    assert max(drawn[300]) < 300 <= max(drawn[None])
+
+
+def test_a_converted_folder_records_its_tokenizer(converted: Path) -> None:
+    """Catches a folder whose tokenizer files can be exchanged unnoticed."""
+    tokenizer = Tokenizer.from_path(converted)
+    meta = json.loads((converted / "meta.json").read_text())
+    assert meta["tokenizer"] == identity(tokenizer) == {"fingerprint": tokenizer.fingerprint(), "size": 384}
+    load(converted)
+    exchange_tokens(converted)
+    with pytest.raises(IntegrityError, match=r"meta\.json records the tokenizer of this folder with 384.*converted"):
+        load(converted)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_taken_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches weights that cannot be converted because of a tokenizer of another kind."""
+    model = tiny_model()
+    source = Source(
+        path=tmp_path / "model.gguf",
+        kind="GGUF",
+        config=model.config.to_dict("float32"),
+        specs={name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()},
+        read=model.state_dict().__getitem__,
+        files={"tokenizer.model": b"IQ== 0\n"},
+    )
+    write_folder(source, tmp_path / "out")
+    assert "tokenizer" not in json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"IQ== 0\n"
+    assert "not recorded" in capsys.readouterr().err
+
+
+def test_an_adapter_keeps_to_the_tokenizer_of_its_data(converted: Path, tmp_path: Path) -> None:
+    """Catches an adapter asked through another vocabulary of the same size: fluent nonsense, and no error."""
+    adapter = write_adapter(tmp_path / "adapter", converted)
+    data = {"tokenizer": identity(Tokenizer.from_path(converted)) | {"path": "checkpoints/first"}}
+    edit(adapter / "meta.json", data=data)
+    load(adapter)
+    merge(adapter, tmp_path / "merged", dtype=None, precision="32-true")
+    assert json.loads((tmp_path / "merged" / "meta.json").read_text())["tokenizer"]["size"] == 384
+    (converted / "meta.json").unlink()  # records the tokenizer, too
+    exchange_tokens(converted)
+    message = r"adapter/meta\.json records the tokenizer checkpoints/first with 384.*converted.*another vocabulary"
+    with pytest.raises(IntegrityError, match=message):
+        load(adapter)
+    with pytest.raises(IntegrityError, match=message):
+        merge(adapter, tmp_path / "again", dtype=None, precision="32-true")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "meta", [None, {}, {"tokenizer": None}, {"tokenizer": {"size": 3}}, {"data": {"rows": 7}}, {"data": 3}]
+)
+def test_a_folder_that_records_nothing_is_taken_as_it_is(meta: object, tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches folders of other programs refused."""
+    if meta is not None:
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+    check_recorded(tmp_path, Tokenizer.from_path(tiny_folder), tiny_folder)
+
+
+HEALTHY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing": ({}, {}),
+    "SmolLM2": ({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}, {"bos_token_id": 1, "eos_token_id": 2}),
+    "Ziya": ({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, {}),
+    "a list, as in Llama 3": ({"bos_token_id": 1, "eos_token_id": [2, 400, 401]}, {"eos_token_id": [400, 401]}),
+    "a list, as in Qwen": ({"eos_token_id": 2}, {"eos_token_id": [2, 400], "pad_token_id": 400}),
+    "a pad among the padding": ({"vocab_size": 1000, "pad_token_id": 999}, {}),
+    "no end": ({"eos_token_id": None}, {"eos_token_id": []}),
+}
+
+
+@pytest.fixture
+def llama(beside: Beside, trained_model: Path) -> Path:
+    """A sentencepiece folder with two more control tokens, 400 and 401 in the words of the tests."""
+    size = Tokenizer.from_path(trained_model).size
+    return beside(added_tokens={"<|eot|>": size, "<|eom|>": size + 1})
+
+
+def write_ids(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> int:
+    size = Tokenizer.from_path(folder).size - 2
+
+    def real(value: Any) -> Any:
+        if isinstance(value, list):
+            return [real(i) for i in value]
+        return value - 400 + size if value in (400, 401) else value
+
+    for name, values in (("config", config), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps({key: real(value) for key, value in values.items()}))
+    return size
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_ids_are_taken_without_a_word(name: str, llama: Path) -> None:
+    """Catches a warning that everybody sees and nobody reads, and an end that is lost."""
+    config, generation = HEALTHY[name]
+    size = write_ids(llama, config, generation)
+    found = special_ids(llama, Tokenizer.from_path(llama))
+    assert not found.remarks
+    ends = {i for raw in (config, generation) for i in _listed(raw.get("eos_token_id"))}
+    assert found.ends == {2} | {i - 400 + size if i >= 400 else i for i in ends}
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "told", "ends"),
     [
-        (lambda lines: [*lines[:7], b"!!!!", *lines[8:]], "tokenizer.model:8 is not a token in base64 and its rank"),
-        (lambda lines: lines[:100] + lines[101:], "expected the ranks 0, 1, 2"),
-        (lambda lines: lines[:200], "all 256 bytes"),
+        (
+            {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": -1},
+            {},
+            ["config.json: ignoring bos_token_id 0 (the unknown token <unk>), eos_token_id 0 (", "pad_token_id -1"],
+            {2},
+        ),
+        ({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}, {}, ["eos_token_id 1 (the beginning <s>)"], {2}),
+        ({"eos_token_id": [2, 300]}, {}, ["eos_token_id 300 (the word '"], {2}),
+        ({}, {"eos_token_id": [300, 99999]}, ["generation_config.json: ignoring eos_token_id 300", "99999 (not"], {2}),
+        ({"eos_token_id": "</s>"}, {"eos_token_id": True}, ["</s> (not among", "True (not among"], {2}),
+        ({"pad_token_id": -1}, {"pad_token_id": 5000}, ["pad_token_id -1 (not", "pad_token_id 5000 (not"], {2}),
+        ({"eos_token_id": 0}, {"eos_token_id": 400}, ["bos 1 (<s>) and eos 2 (</s>)"], {2, 400}),
     ],
 )
-def test_a_damaged_tiktoken_file_is_refused(tiktoken_folder: Path, change: object, message: str) -> None:
-    """Catches a vocabulary with holes."""
-    assert callable(change)
-    path = tiktoken_folder / "tokenizer.model"
-    path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())) + b"\n")
-    with pytest.raises(CheckpointError, match=message):
-        read_vocabulary(tiktoken_folder, 656, 8192)
+def test_ids_of_no_sense_are_left_out_aloud(
+    config: dict[str, Any], generation: dict[str, Any], told: list[str], ends: set[int], llama: Path
+) -> None:
+    """Catches answers that end at an ordinary word or at the unknown token, or never (early LLaMA conversions)."""
+    size = write_ids(llama, config, generation)
+    found = special_ids(llama, Tokenizer.from_path(llama))
+    text = "\n".join(found.remarks)
+    assert all(part in text for part in told), text
+    assert found.ends == {size if i == 400 else i for i in ends}
+    for remark in found.remarks:
+        assert remark.startswith(str(llama)) and remark.endswith("the tokenizer has bos 1 (<s>) and eos 2 (</s>)")
+
+
+@pytest.mark.real
+def test_the_real_folder_is_healthy(real_folder: Path) -> None:
+    """Catches a rule that a real model does not keep to."""
+    tokenizer = Tokenizer.from_path(real_folder)
+    assert not tokenizer.remarks and not special_ids(real_folder, tokenizer).remarks
+
+
+def test_training_says_what_is_ignored_and_keeps_the_record(
+    converted: Path, alpaca_rows: Rows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a folder of no sense found out after the training, and an adapter that does not record its tokenizer."""
+    data = alpaca_rows([{"instruction": f"Say {i}.", "output": str(i)} for i in range(9)])
+    prepare(converted, data)
+    edit(converted / "generation_config.json", eos_token_id=[2, 300])
+    train(converted, data, tmp_path / "out")
+    assert "generation_config.json: ignoring eos_token_id 300 (the word '" in capsys.readouterr().err
+    exchange_tokens(converted)
+    with pytest.raises(IntegrityError, match="another vocabulary"):
+        train(converted, data, tmp_path / "again")
+    with pytest.raises(IntegrityError, match=r"out/meta\.json records the tokenizer .*converted with 384"):
+        load(tmp_path / "out")
+
+
+def test_loading_says_what_is_ignored_in_one_line(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a warning that is made but never printed, or loses its brackets to the console."""
+    edit(converted / "generation_config.json", eos_token_id=[2, 300], pad_token_id=-1)
+    assert load(converted).stop_ids == {2}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "ignoring" in line]
+    assert len(lines) == 1 and "eos_token_id 300 (the word '" in lines[0] and "pad_token_id -1" in lines[0]

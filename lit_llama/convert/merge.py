@@ -29,7 +29,9 @@ from lit_llama.model.weights import DTYPES, INDEX_FILE, Weights, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
-from lit_llama.text.tokenizer import Tokenizer, read_object
+from lit_llama.text.special import read_object
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity
 
 Onto = Literal["stored", "nf4"]
 
@@ -65,16 +67,21 @@ def merge(
         onto: The base's weights as they are stored, or what nf4 leaves of them.
 
     Raises:
-        CheckpointError: The adapter is empty, all zero, or does not fit its base.
-        IntegrityError: The base is not the one the adapter was trained on, or the merged model does not carry it.
+        CheckpointError: The adapter is empty, all zero, or does not fit its base, or the base's tokenizer does not.
+        IntegrityError: The base or its tokenizer is not the one the adapter was trained on, or the merged model does
+            not carry it.
     """
     check_destination(destination, "config.json")
     base = base_of(adapter_dir)
     config, _ = read_adapter_config(adapter_dir)
+    tokenizer, shape = Tokenizer.from_path(base), LLaMAConfig.from_folder(base)
+    check_vocabulary(base, shape.vocab_size, tokenizer)
+    for record in (base, adapter_dir):
+        check_recorded(record, tokenizer, base)
     adapter = read_adapter_weights(adapter_dir)
     weights = Weights(base)
     with torch.device("meta"):
-        load_adapter(LLaMA(LLaMAConfig.from_folder(base)), adapter_dir)  # names and shapes fit
+        load_adapter(LLaMA(shape), adapter_dir)  # names and shapes fit
     raw = json.loads((base / "config.json").read_text("utf-8"))
     stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(dtype or "")
     specs = {name: (stored or weights.spec(name)[0], weights.spec(name)[1]) for name in weights}
@@ -100,19 +107,22 @@ def merge(
         if dtype:
             raw |= {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in raw else {})
         write_json(folder / "config.json", raw)
-        _copy_rest(base, adapter_dir, folder)
-        proof = _prove(base, adapter_dir, folder, precision, onto)
-        identity = {"path": str(base), "fingerprint": fingerprint(base)}
-        source = {"path": str(adapter_dir), "sha256": sha256_file(adapter_dir / WEIGHTS_FILE)}
-        write_json(
-            folder / META_FILE,
-            {"format": 1, "base": identity, "adapter": source, "onto": onto, "proof": proof.__dict__},
-        )
+        _copy_rest(base, adapter_dir, folder, tokenizer)
+        proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
+        meta = {
+            "format": 1,
+            "base": {"path": str(base), "fingerprint": fingerprint(base)},
+            "adapter": {"path": str(adapter_dir), "sha256": sha256_file(adapter_dir / WEIGHTS_FILE)},
+            "onto": onto,
+            "tokenizer": identity(tokenizer),
+            "proof": proof.__dict__,
+        }
+        write_json(folder / META_FILE, meta)
     stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
     return proof
 
 
-def _copy_rest(base: Path, adapter_dir: Path, folder: Path) -> None:
+def _copy_rest(base: Path, adapter_dir: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Tokenizer and settings of the base, chat template of the adapter."""
     for path in sorted(base.iterdir()):
         kind = path.suffix in (".json", ".model", ".txt", ".jinja")
@@ -125,7 +135,7 @@ def _copy_rest(base: Path, adapter_dir: Path, folder: Path) -> None:
             values = json.loads(settings.read_text("utf-8"))
             values.pop("chat_template", None)
             write_json(settings, values)
-    style, tokenizer = folder_style(adapter_dir), Tokenizer.from_path(base)
+    style = folder_style(adapter_dir)
     end = end_id(tokenizer, style) if style else None
     path = folder / "generation_config.json"
     named = read_object(path).get("eos_token_id")
@@ -134,10 +144,12 @@ def _copy_rest(base: Path, adapter_dir: Path, folder: Path) -> None:
         write_json(path, read_object(path) | {"eos_token_id": [*ends, end]})
 
 
-def _prove(base: Path, adapter_dir: Path, merged: Path, precision: Precision, onto: Onto) -> Proof:
+def _prove(
+    base: Path, adapter_dir: Path, merged: Path, tokenizer: Tokenizer, precision: Precision, onto: Onto
+) -> Proof:
     device = pick_device()
     dtype = pick_dtype(precision, device)
-    tokenizer, style = Tokenizer.from_path(base), folder_style(adapter_dir)
+    style = folder_style(adapter_dir)
     probes = [
         prompt_ids(tokenizer, style, [{"role": "user", "content": text}]) if style else tokenizer.encode(text)
         for text in PROBES

@@ -55,6 +55,12 @@ class OrderedItems(Items):
     """An OrderedDict; state dicts carry the attribute `_metadata`."""
 
 
+def kind_of(value: Any) -> str:
+    """What a value of a pickle is, for messages."""
+    words = {Items: "dict", OrderedItems: "OrderedDict", View: "tensor", Storage: "storage", Global: "global"}
+    return words.get(type(value), type(value).__name__)
+
+
 STORAGES = {
     "torch HalfStorage": torch.float16,
     "torch BFloat16Storage": torch.bfloat16,
@@ -118,7 +124,7 @@ def read_pickle(data: bytes, where: str) -> Any:
         ) from error
     except (ValueError, LookupError) as error:
         raise CheckpointError(
-            f"{where} is no readable pickle: {error} (byte {position}); download the file again"
+            f"{where} is no readable pickle: {str(error)[:200]} (byte {position}); download the file again"
         ) from error
 
 
@@ -153,11 +159,12 @@ class _Machine:
             case "MARK":
                 self.outer.append(self.stack)
                 self.stack = []
-            case "TUPLE" | "LIST" | "DICT":
-                values = self._marked()  # changes self.stack
-                self.stack.append(
-                    values if name == "LIST" else tuple(values) if name == "TUPLE" else Items(_pairs(values))
-                )
+            case "TUPLE" | "LIST":
+                values = self._marked()  # puts the stack below the mark back
+                self.stack.append(tuple(values) if name == "TUPLE" else values)
+            case "DICT":
+                values = self._marked()
+                self.stack.append(Items(_pairs(values)))
             case "APPEND" | "APPENDS":
                 values = self._pop(1) if name == "APPEND" else self._marked()
                 self._target(list).extend(values)
@@ -214,20 +221,15 @@ class _Machine:
         self.memo[self._index(argument)] = self.stack[-1]
 
     def _target(self, kind: type) -> Any:
-        if not self.stack or not isinstance(self.stack[-1], kind):
-            raise _Refused(
-                f"items or attributes for a {type(self.stack[-1]).__name__ if self.stack else 'missing value'}"
-            )
-        return self.stack[-1]
+        target = self.stack[-1] if self.stack else None
+        if not isinstance(target, kind):
+            raise _Refused(f"items or attributes for a {kind_of(target)}")
+        return target
 
     def _build(self, state: Any) -> None:
         self._target(OrderedItems)
-        if not isinstance(state, Items) or not all(_is_text(key, "_metadata") for key, _ in state.pairs):
+        if not isinstance(state, Items) or not all(key == "_metadata" for key, _ in state.pairs):
             raise _Refused("attributes other than _metadata")
-
-
-def _is_text(value: Any, text: str) -> bool:
-    return isinstance(value, str) and value == text
 
 
 def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
@@ -250,7 +252,7 @@ def _resolve(name: str) -> Global:
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
-        raise _Refused(f"a call of a {type(function).__name__}")
+        raise _Refused(f"a call of a {kind_of(function)}")
     match function.name.split(" ")[1], arguments:
         case "OrderedDict", ():
             return OrderedItems()
@@ -264,14 +266,14 @@ def _call(function: Any, arguments: Any) -> Any:
         case "Size" | "device", _:
             return None
         case _:
-            raise _Refused(
-                f"a call of {'.'.join(function.name.split(' '))} with other arguments than torch.save writes"
-            )
+            raise _Refused(f"a call of {function.name.replace(' ', '.')} with unknown arguments")
 
 
 def _storage(value: Any) -> Storage:
     match value:
-        case ("storage", Global(name=name), str(key), str(), int(elements)) if name in STORAGES and elements >= 0:
+        case ("storage", Global(name=name), str(key), str(), int(elements)) if (
+            name in STORAGES and 0 <= elements < 2**63
+        ):
             return Storage(STORAGES[name], key, elements)
         case _:
             raise _Refused("a reference that is no storage of numbers")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lit_llama.convert.pickled import MAX_BYTES, STORAGES, Items, View, read_pickle
+from lit_llama.convert.pickled import MAX_BYTES, STORAGES, Items, View, kind_of, read_pickle
 from lit_llama.errors import CheckpointError
 from lit_llama.model.weights import DTYPES, Spec, Stored, describe_wrong_file
 from lit_llama.progress import track
@@ -28,14 +28,18 @@ from lit_llama.progress import track
 WRAPPERS = ("model", "state_dict", "module")
 """Keys under which Fabric, Lightning and litgpt, DeepSpeed put the state dict."""
 
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _MAGIC = b"PK\x03\x04"
-_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED = 0x2041
-_MAX_DIRECTORY = 8 * 2**20
+_MAX_DIRECTORY = 4 * 2**20
+"""Bytes of the archive's table of contents; 16,000 tensors take less than half of it."""
+_MAX_EXPANDED = 64 * 2**20
+"""Bytes that a tensor of repeated numbers may always have."""
+_MAX_DIMENSIONS = 64
 _BLOCK = 16 * 2**20
 _ALIGNMENT = 64
-_EXPANDED = 64 * 2**20
+_ZIP64 = 2**30
+"""Entries above this size are written with the long header; the format needs it from 4 GB."""
 
 
 def read_pth(path: Path, *, verify: bool = True) -> dict[str, Stored]:
@@ -49,17 +53,22 @@ def read_pth(path: Path, *, verify: bool = True) -> dict[str, Stored]:
     Raises:
         CheckpointError: It is anything else.
     """
-    if wrong := describe_wrong_file(path):
-        raise CheckpointError(f"{path} is {wrong}")
-    with path.open("rb") as file, _explained(path):
-        _check_container(path, file)
-        root, entries = _entries(path, file)
-        small = [entry for name, entry in entries.items() if not name.startswith("data/")]
-        _verify(path, file, small if not verify else list(entries.values()))
-        if "byteorder" in entries and (order := _content(file, entries["byteorder"], 16)) != b"little":
-            raise _unusable(path, f"its byteorder is {order!r}, only 'little' is supported")
-        content = read_pickle(_content(file, entries["data.pkl"], MAX_BYTES), f"{path}: {root}/data.pkl")
-        return {name: _stored(path, name, view, entries) for name, view in _state_dict(path, content).items()}
+    with _explained(path):
+        if wrong := describe_wrong_file(path):
+            raise CheckpointError(f"{path} is {wrong}")
+        with path.open("rb") as file:
+            return _read(path, file, verify)
+
+
+def _read(path: Path, file: BinaryIO, verify: bool) -> dict[str, Stored]:
+    _check_container(path, file)
+    root, entries = _entries(path, file)
+    small = [entry for name, entry in entries.items() if not name.startswith("data/")]
+    _verify(path, file, small if not verify else list(entries.values()))
+    if "byteorder" in entries and (order := _content(file, entries["byteorder"], 16)) != b"little":
+        raise _unusable(path, f"its byteorder is {order!r}, only 'little' is supported")
+    content = read_pickle(_content(file, entries["data.pkl"], MAX_BYTES), f"{path}: {root}/data.pkl")
+    return {name: _stored(path, name, view, entries) for name, view in _state_dict(path, content).items()}
 
 
 def _unusable(path: Path, what: str) -> CheckpointError:
@@ -76,13 +85,17 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, EOFError, struct.error) as error:
         raise _unusable(path, f"it is cut off or damaged ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _check_container(path: Path, file: BinaryIO) -> None:
     start = file.read(512)
     if start.startswith(_MAGIC):
         return
-    if start.startswith(_LEGACY) or start[:1] == b"\x80" or start[257:262] == b"ustar":
+    if start[257:262] == b"ustar":  # torch reads these only by running their pickles
+        raise _unusable(path, "it is in the tar format of torch before 0.4")
+    if start.startswith(b"\x80"):
         new = path.with_name(f"{path.stem}.new{path.suffix}")
         code = f"import torch; torch.save(torch.load({_quoted(path)}, weights_only=True), {_quoted(new)})"
         raise CheckpointError(
@@ -120,8 +133,8 @@ def _entries(path: Path, file: BinaryIO) -> tuple[str, dict[str, _Entry]]:
     try:
         with _Directory(io.FileIO(path)) as handle, zipfile.ZipFile(handle) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    except (OSError, ValueError) as error:  # a seek to nowhere, a name that is no text
-        raise _unusable(path, f"it is cut off or damaged ({error})") from error
+    except (OSError, ValueError) as error:  # a seek to before the start, a name that is no text
+        raise zipfile.BadZipFile(str(error)) from error
     roots = {info.filename.split("/")[0] for info in infos}
     if len(roots) != 1:
         raise _unusable(path, f"it has {len(roots)} root folders, expected one")
@@ -184,19 +197,18 @@ def _state_dict(path: Path, content: Any) -> dict[str, View]:
     if len(states) != 1:
         places = " and ".join(repr(key) if key else "the top" for key in states) or "nowhere"
         keys = ", ".join(repr(key)[:50] for key in list(top)[:8])
-        raise _unusable(
-            path, f"tensors are at {places} (top: {keys}), expected one place of top, {', '.join(WRAPPERS)}"
-        )
+        expected = ", ".join(map(repr, WRAPPERS))
+        raise _unusable(path, f"its tensors are at {places} (keys: {keys}), expected at the top or one of {expected}")
     return _views(*states.values())
 
 
 def _named(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, Items):
-        raise _unusable(path, f"it holds a {type(content).__name__} and no dict")
+        raise _unusable(path, f"it holds a {kind_of(content)} and no dict")
     named: dict[str, Any] = {}
     for key, value in content.pairs:
         if not isinstance(key, str) and isinstance(value, View):
-            raise _unusable(path, f"a tensor is named by a {type(key).__name__}")
+            raise _unusable(path, f"a tensor is named by a {kind_of(key)}")
         if isinstance(key, str):
             if key in named:
                 raise _unusable(path, f"two values {key[:100]!r}")
@@ -218,14 +230,15 @@ def _stored(path: Path, name: str, view: View, entries: Mapping[str, _Entry]) ->
     if storage.elements * itemsize != entry.size:
         raise _unusable(path, f"{entry.name} has {entry.size} bytes, {named} expects {storage.elements * itemsize}")
     integers = (view.offset, *view.shape, *view.stride)
-    if len(view.shape) != len(view.stride) or not all(type(n) is int and n >= 0 for n in integers):
+    proper = all(type(n) is int and 0 <= n < 2**63 for n in integers)
+    if not proper or not len(view.shape) == len(view.stride) <= _MAX_DIMENSIONS:
         raise _unusable(path, f"{named} has no proper shape, stride and offset")
     count = math.prod(view.shape)
     last = view.offset + sum((size - 1) * step for size, step in zip(view.shape, view.stride, strict=True))
     if count and last >= storage.elements:
         raise _unusable(path, f"{named} reaches to element {last} of a storage of {storage.elements}")
     # One number may be repeated (stride 0), but not until it fills the memory.
-    if count * itemsize > max(path.stat().st_size, _EXPANDED):
+    if count * itemsize > max(path.stat().st_size, _MAX_EXPANDED):
         raise _unusable(path, f"{named} would unfold to {count * itemsize} bytes")
     return Stored(path, entry.offset + (view.offset * itemsize if count else 0), storage.dtype, view.shape, view.stride)
 
@@ -252,7 +265,7 @@ def _write(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> Non
     entry = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
     entry.create_system = 0  # or the bytes would tell Windows from others
     entry.file_size = len(data)
-    large = len(data) > 2**30  # the header of such an entry is 20 bytes longer
+    large = len(data) > _ZIP64  # the header of such an entry is 20 bytes longer
     assert archive.fp is not None
     start = archive.fp.tell() + _LOCAL_HEADER.size + len(entry.filename) + 20 * large + 4
     padding = -start % _ALIGNMENT

@@ -17,6 +17,9 @@ from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, Stored, byte_size, check_names, write_weights
+from lit_llama.progress import stderr
+from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
+from lit_llama.text.vocabulary import identity
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """torch.float16 -> F16."""
@@ -173,8 +176,28 @@ def write_folder(source: Source, destination: Path, *, max_shard_size: int = MAX
     with publish(destination, SETTINGS_FILE) as folder:
         check_space(folder, sum(map(byte_size, source.specs.values())))
         write_weights(folder, source.specs, source.read, max_shard_size)
-        for name, content in source.files.items():
-            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        write_files(source, folder)
         origin = {"path": str(source.path), "kind": source.kind, **source.notes}
-        write_json(folder / META_FILE, {"format": 1, "source": origin})
-        write_json(folder / SETTINGS_FILE, {**source.config, "torch_dtype": source.dtype})
+        tokenizer = read_tokenizer(folder)
+        write_json(
+            folder / META_FILE,
+            {"format": 1, "source": origin} | ({"tokenizer": identity(tokenizer)} if tokenizer else {}),
+        )
+
+
+def write_files(source: Source, folder: Path) -> None:
+    """Write all but the weights: config.json, tokenizer and so on."""
+    for name, content in source.files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    write_json(folder / SETTINGS_FILE, {**source.config, "torch_dtype": source.dtype})
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder; None, and aloud, if it has one that cannot be read."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return Tokenizer.from_path(folder)
+    except CheckpointError as error:
+        stderr().print(f"the tokenizer is taken along, but not recorded: {error}", markup=False)
+        return None

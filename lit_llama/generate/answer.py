@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Answer:
 def continue_text(speaker: Speaker, prompt: str, max_new_tokens: int, sampling: Sampling) -> None:
     """Stream the continuation of a raw text to stdout."""
     bos = [speaker.tokenizer.control[speaker.tokenizer.bos]] if speaker.tokenizer.bos else []
-    _print_stream(speaker, bos + speaker.tokenizer.encode(prompt), max_new_tokens, sampling)
+    _print_stream(speaker, speaker.stream(bos + speaker.tokenizer.encode(prompt), max_new_tokens, sampling))
 
 
 def answer_one(speaker: Speaker, example: Example, max_new_tokens: int, sampling: Sampling) -> None:
@@ -44,12 +44,12 @@ def answer_one(speaker: Speaker, example: Example, max_new_tokens: int, sampling
     """
     if not example.instruction.strip():
         raise UserError("--prompt is empty, expected an instruction")
-    _print_stream(speaker, instruction_ids(speaker, example), max_new_tokens, sampling)
+    _print_stream(speaker, speaker.answer(instruction_ids(speaker, example), max_new_tokens, sampling))
 
 
-def _print_stream(speaker: Speaker, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling) -> None:
+def _print_stream(speaker: Speaker, steps: Iterable[tuple[list[int], str]]) -> None:
     start, count = time.perf_counter(), 0
-    for ids, text in speaker.stream(prompt, max_new_tokens, sampling):
+    for ids, text in steps:
         count += len(ids)
         print(text, end="", flush=True)
     print(flush=True)
@@ -98,7 +98,8 @@ def answer_all(
                     made[index].append(token)
             for row, ids in zip(rows, made, strict=True):
                 stopped = ids[-1] in speaker.stop_ids
-                answers[row] = Answer(speaker.tokenizer.decode(ids[:-1] if stopped else ids), stopped, len(ids))
+                text = speaker.tokenizer.decode(ids[:-1] if stopped else ids).removeprefix(speaker.opening)
+                answers[row] = Answer(text, stopped, len(ids))
             progress.advance(task, len(rows))
     return [answers[row] for row in range(len(prompts))]
 

@@ -50,7 +50,7 @@ class Conversation:
         parts: list[str] = []
         try:
             sampling = replace(self._sampling, seed=self._sampling.seed + len(messages))  # other draws in each turn
-            stream = self._speaker.stream(prompt[known:], self._max_new_tokens, sampling, self._cache)
+            stream = self._speaker.answer(prompt[known:], self._max_new_tokens, sampling, self._cache)
             for ids, piece in stream:
                 self._cached += ids
                 parts.append(piece)

@@ -1,6 +1,5 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,22 +13,29 @@ from lit_llama.generate.decode import generate
 from lit_llama.generate.sampling import Sampling
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter
 from lit_llama.model.attention import KVCache
-from lit_llama.model.checkpoint import check_vocabulary, load_model
+from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
-from lit_llama.text.encode import end_id
-from lit_llama.text.prompts import PromptStyle, folder_style, named_style
+from lit_llama.text.encode import answer_opening, end_id
+from lit_llama.text.prompts import folder_style, named_style
+from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Streamer, Tokenizer
+from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model with its tokenizer, its prompt style, and the ids that end its answers."""
+    """A model with its tokenizer, its prompt style, and the ids that end its answers.
+
+    Attributes:
+        opening: Text of the style that answers begin with and that is not shown.
+    """
 
     model: LLaMA
     tokenizer: Tokenizer
     style: PromptStyle | None
     stop_ids: frozenset[int]
+    opening: str = ""
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, cache: KVCache | None = None
@@ -49,6 +55,16 @@ class Speaker:
             ids = [token for _, token in step]
             yield ids, streamer.push(i for i in ids if i not in self.stop_ids)
         yield [], streamer.flush()
+
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, cache: KVCache | None = None
+    ) -> Iterator[tuple[list[int], str]]:
+        """As `stream`, for a prompt in the folder's style: the text is the answer without its opening."""
+        opening = self.opening
+        for ids, text in self.stream(prompt, max_new_tokens, sampling, cache):
+            shown = text.removeprefix(opening)
+            opening = "" if text else opening
+            yield ids, shown
 
     def require_style(self) -> PromptStyle:
         """The prompt style of the folder.
@@ -74,7 +90,7 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
 
     Raises:
         CheckpointError: Something is missing or does not fit.
-        IntegrityError: The base is not the one the adapter was trained on.
+        IntegrityError: The base or its tokenizer is not the one the adapter was trained on.
     """
     start = time.perf_counter()
     device = pick_device()
@@ -86,26 +102,18 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
         load_adapter(model, folder)
         model.requires_grad_(False).eval()
     tokenizer = Tokenizer.from_path(base)
-    check_vocabulary(base, model.config.vocab_size, tokenizer.size)
+    check_vocabulary(base, model.config.vocab_size, tokenizer)
+    for record in dict.fromkeys((folder, base)):
+        check_recorded(record, tokenizer, base)
     style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
     what = f"{folder} on {base}" if base != folder else str(folder)
     stderr().print(f"{what}: {str(dtype)[6:]} on {device}, loaded in {time.perf_counter() - start:.1f} s")
-    return Speaker(model, tokenizer, style, _stop_ids(base, model, tokenizer, style))
-
-
-def _stop_ids(folder: Path, model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None) -> frozenset[int]:
-    """Every id that the folder's files call an end, and the one that ends an answer in the style."""
-    stop = {tokenizer.eos_id, *model.config.eos_token_id}
-    own = end_id(tokenizer, style) if style else None
-    stop.update([] if own is None else [own])
-    path = folder / "generation_config.json"
-    if path.is_file():
-        try:
-            named = json.loads(path.read_text("utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a JSON object: {error}") from error
-        stop.update(named if isinstance(named, list) else [] if named is None else [named])
-    return frozenset(stop)
+    special = special_ids(base, tokenizer)
+    for remark in (*tokenizer.remarks, *special.remarks):
+        stderr().print(remark, markup=False)
+    end = end_id(tokenizer, style) if style else None
+    stop_ids = special.ends if end is None else special.ends | {end}
+    return Speaker(model, tokenizer, style, stop_ids, answer_opening(tokenizer, style) if style else "")
 
 
 def report(tokens: int, seconds: float, device: torch.device) -> None:

@@ -100,6 +100,8 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     As many queries at a time as the window is long see at most twice as many keys, so that memory grows with L and not
     with its square.
     """
+    # With a mask, the kernels that need little memory want a key head for each query head.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, L, D)
     place = torch.arange(q.shape[2], device=q.device)
     outputs = []
     for start in range(0, len(place), window):
@@ -107,7 +109,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         distance = place[start : start + window, None] - place[near]
         mask = (distance >= 0) & (distance < window)
         part = q[:, :, start : start + window], k[:, :, near], v[:, :, near]
-        outputs.append(F.scaled_dot_product_attention(*part, mask, enable_gqa=q.shape[1] != k.shape[1]))
+        outputs.append(F.scaled_dot_product_attention(*part, mask))
     return torch.cat(outputs, dim=2)
 
 

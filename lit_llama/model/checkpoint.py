@@ -1,4 +1,4 @@
-"""A checkpoint folder and the model in it: loading, knowing one base from another, agreeing on the vocabulary.
+"""A checkpoint folder and the model in it: loading, and knowing one base from another.
 
 The folder is Hugging Face's: config.json, model.safetensors or shards with model.safetensors.index.json.
 """
@@ -77,12 +77,3 @@ def fingerprint(folder: Path) -> str:
                 file.seek(start + offset)
                 digest.update(file.read(min(_SAMPLE, end - offset)))
     return digest.hexdigest()
-
-
-def check_vocabulary(folder: Path, rows: int, tokens: int) -> None:
-    """Raise CheckpointError if the tokenizer knows more ids than the embedding has rows; fewer is harmless padding."""
-    if tokens > rows:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {tokens} tokens, the embedding only {rows} rows: ids {rows} to {tokens - 1} "
-            "have no embedding. Use the tokenizer that came with these weights"
-        )

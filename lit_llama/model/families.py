@@ -63,7 +63,7 @@ FAMILIES = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         defaults=_QWEN2,
-        implied={"attention_bias": True, "attention_out_bias": False},
+        implied={"attention_bias": True},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -207,6 +207,7 @@ def _read_window(raw: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[int | 
     first = len(layers) if window is None else own.get("max_window_layers", 0)
     usual = [_FULL if layer < first else _SLIDING for layer in layers]
     types = raw.get("layer_types") or usual
+    # Families without this field are computed as usual whatever it says, so it may not say anything else.
     if types != usual and ("layer_types" not in own or window is None or set(types) - {_FULL, _SLIDING}):
         kinds = ", ".join(sorted(set(types)))
         raise CheckpointError(f"layer_types has {kinds}: not implemented for this family with sliding_window {window}")

@@ -14,8 +14,10 @@ from lit_llama.text.dataset import FORMAT, META_FILE, TEST_FILE, write_splits
 from lit_llama.text.encode import IGNORE_INDEX, Overflow, Sample, encode_examples
 from lit_llama.text.formats import Dropped, read_alpaca, write_alpaca
 from lit_llama.text.prompts import TEMPLATE_FILE, named_style
+from lit_llama.text.special import read_object
 from lit_llama.text.split import shared, shuffle_split
 from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
@@ -48,7 +50,7 @@ def prepare_alpaca(
     """
     if max_seq_length < 3:
         raise DataError(f"--max_seq_length is {max_seq_length}, expected 3 or more tokens")
-    tokenizer = Tokenizer.from_path(tokenizer_path)
+    tokenizer = _read_tokenizer(tokenizer_path)
     source = find_or_download(destination, data_file_name)
     style = named_style(prompt_style)
     examples, dropped = read_alpaca(source)
@@ -75,7 +77,7 @@ def prepare_alpaca(
     meta = {
         "format": FORMAT,
         "source": {"file": source.name, "sha256": sha256_file(source), "rows": rows},
-        "tokenizer": {"fingerprint": tokenizer.fingerprint(), "size": tokenizer.size, "path": str(tokenizer_path)},
+        "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
         "prompt_style": prompt_style,
         "max_seq_length": max_seq_length,
         "mask_inputs": mask_inputs,
@@ -95,6 +97,19 @@ def prepare_alpaca(
         write_json(folder / META_FILE, meta)
     _summary(destination, source, meta, tokenizer)
     return meta
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that fits the embedding, where the path is a model folder and so has one."""
+    tokenizer = Tokenizer.from_path(path)
+    rows = read_object(path / "config.json").get("vocab_size")
+    if isinstance(rows, int):
+        check_vocabulary(path, rows, tokenizer)
+    if path.is_dir():
+        check_recorded(path, tokenizer, path)
+    for remark in tokenizer.remarks:
+        stderr().print(remark, markup=False)
+    return tokenizer
 
 
 def find_or_download(folder: Path, name: str) -> Path:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.formats import Dropped, Example
-from lit_llama.text.prompts import JinjaStyle, Message, PromptStyle, Segment
+from lit_llama.text.prompts import JinjaStyle
+from lit_llama.text.styles import Message, PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -36,7 +37,12 @@ class _Run:
 
 
 def prompt_ids(tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to where the assistant has to begin."""
+    """Ids of a conversation up to where the assistant has to begin.
+
+    Raises:
+        CheckpointError: The tokenizer has not the tokens of the style.
+    """
+    check_style(tokenizer, style)
     segments = style.render(messages, bos=tokenizer.bos, eos=tokenizer.eos, answer=True)
     runs = list(_runs(segments, tokenizer))
     texts = iter(tokenizer.encode_batch([run.text for run in runs if run.control is None]))
@@ -50,6 +56,25 @@ def end_id(tokenizer: Tokenizer, style: PromptStyle) -> int | None:
     segments = style.render([{"role": "assistant", "content": "."}], bos=tokenizer.bos, eos=tokenizer.eos)
     ends = [segment.text for segment in segments if segment.trained and segment.template]
     return tokenizer.control.get(ends[-1]) if ends else None
+
+
+def answer_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:
+    """Text that a decoded answer begins with and that is of the style, not of the answer."""
+    if isinstance(style, JinjaStyle) or tokenizer.spaced:
+        return ""
+    segments = style.render([{"role": "assistant", "content": "."}], eos=tokenizer.eos)
+    first = next(segment for segment in segments if segment.trained)
+    return first.text if first.template else ""
+
+
+def check_style(tokenizer: Tokenizer, style: PromptStyle) -> None:
+    """Raise CheckpointError if the tokenizer would cut a token of the style into pieces that no model has learned."""
+    if missing := [token for token in style.tokens if token not in tokenizer.control]:
+        raise CheckpointError(
+            f"the prompt style {style.name} needs the tokens {', '.join(missing)}, which this tokenizer has not: name "
+            "another with --prompt_style, or use the tokenizer of a model that was trained in it, with the "
+            "added_tokens.json and tokenizer_config.json beside it"
+        )
 
 
 def encode_examples(
@@ -75,8 +100,10 @@ def encode_examples(
         Samples in the order of the rows, and the rows dropped.
 
     Raises:
+        CheckpointError: The tokenizer has not the tokens of the style.
         DataError: A row is too long and `overflow` is "error".
     """
+    check_style(tokenizer, style)
     conversations = [_conversation(example, style, tokenizer) for example in examples]
     texts = iter(tokenizer.encode_batch([run.text for runs in conversations for run in runs if run.control is None]))
     samples: list[Sample] = []
@@ -121,25 +148,31 @@ def _conversation(example: Example, style: PromptStyle, tokenizer: Tokenizer) ->
 
 
 def _runs(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[_Run]:
-    """Split template text at control tokens, and join what stands between them."""
+    """Split template text at control tokens, and join what stands between them.
+
+    A text that goes on after another begins with a space of its own where the tokenizer puts one anyway: so both
+    together have the ids that they have as one text.
+    """
     pattern = re.compile(
         "|".join(re.escape(token) for token in sorted(tokenizer.control, key=len, reverse=True)) or "$^"
     )
     runs: list[_Run] = []
 
-    def add(text: str, trained: bool) -> None:
-        if text and runs and runs[-1].control is None and runs[-1].trained == trained:
+    def add(text: str, trained: bool, template: bool) -> None:
+        goes_on = bool(runs) and runs[-1].control is None
+        if text and goes_on and runs[-1].trained == trained:
             runs[-1] = _Run(runs[-1].text + text, trained)
         elif text:
-            runs.append(_Run(text, trained))
+            doubled = goes_on and template and text[0] == " " and tokenizer.spaced
+            runs.append(_Run(text[doubled:], trained))
 
     for segment in segments:
         position = 0
         for match in pattern.finditer(segment.text) if segment.template else ():
-            add(segment.text[position : match.start()], segment.trained)
+            add(segment.text[position : match.start()], segment.trained, segment.template)
             runs.append(_Run(match.group(), segment.trained, tokenizer.control[match.group()]))
             position = match.end()
-        add(segment.text[position:], segment.trained)
+        add(segment.text[position:], segment.trained, segment.template)
     return runs
 
 

@@ -6,13 +6,23 @@ Text never becomes a control token, and no beginning or end is added on its own:
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError, DataError
+from lit_llama.text.special import (
+    SETTINGS_FILE,
+    AddedToken,
+    added_tokens,
+    as_controls,
+    named_tokens,
+    read_object,
+    spelling_of,
+)
 
 _ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
-_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer:
@@ -23,12 +33,18 @@ class Tokenizer:
         control: Ids of the tokens that are spelled in templates, by spelling.
         bos: Spelling of the token that begins a text, "" if the model wants none.
         eos: Spelling of the token that ends a text.
+        pad: Spelling of the token that other programs fill batches with, "" if there is none.
+        unknown: Id that stands for what cannot be spelled, None if everything can.
+        remarks: What the files say that cannot be meant, for people.
     """
 
     size: int
     control: dict[str, int]
     bos: str
     eos: str
+    pad: str
+    unknown: int | None
+    remarks: list[str]
 
     @property
     def eos_id(self) -> int:
@@ -61,9 +77,31 @@ class Tokenizer:
                 raise DataError(f"id {token_id} is outside the tokenizer's vocabulary of {self.size}")
         return self._decode(list(ids))
 
+    @cached_property
+    def vocabulary(self) -> list[str | None]:
+        """The token of every id, None where an id stands for nothing."""
+        return self._vocabulary()
+
+    @cached_property
+    def spaced(self) -> bool:
+        """Whether a text is encoded as if a space stood before it, as sentencepiece does."""
+        return self.encode("a a") == 2 * self.encode("a")
+
     def fingerprint(self) -> str:
-        """Hash of which id stands for which token."""
-        return hashlib.sha256(json.dumps(self._vocabulary()).encode()).hexdigest()
+        """Hash of which id stands for which token, the same for a tokenizer.model and its tokenizer.json."""
+        return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()
+
+    def _named(self, folder: Path, role: str, own: str) -> str:
+        """The control token that the settings name as "bos_token" or "eos_token", else the tokenizer's own."""
+        for path, spelling in named_tokens(folder, role):
+            if self.control.get(spelling, self.unknown) != self.unknown:
+                return spelling
+            self.remarks.append(f"{path}: {role} is {spelling!r}, which is no control token; taking {own!r}")
+        return own
+
+    def _pad(self, folder: Path, own: str = "") -> str:
+        named = [spelling for _, spelling in named_tokens(folder, "pad_token") if spelling in self.control]
+        return (named or [own])[0]
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         raise NotImplementedError
@@ -82,9 +120,9 @@ class Tokenizer:
             CheckpointError: There is none, or it cannot be used.
         """
         if path.is_dir():
-            found = [path / name for name in _FILES if (path / name).is_file()]
+            found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
             if not found:
-                raise CheckpointError(f"{path} holds no {_FILES[0]} and no {_FILES[1]}")
+                raise CheckpointError(f"{path} holds no {TOKENIZER_FILES[0]} and no {TOKENIZER_FILES[1]}")
             return cls.from_path(found[0])
         if not path.is_file():
             raise CheckpointError(
@@ -94,7 +132,7 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """LLaMA 1 and 2: begins texts with <s> and ends them with </s>."""
+    """A tokenizer.model (LLaMA 1 and 2), with the tokens added to it in the JSON files beside it."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -104,25 +142,79 @@ class SentencePieceTokenizer(Tokenizer):
             self._model.load(str(path))
         except RuntimeError as error:
             raise CheckpointError(f"{path} is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
-        self.size = self._model.vocab_size()
-        ids = [i for i in range(self.size) if self._model.is_control(i)]
-        self.control = {self._model.id_to_piece(i): i for i in ids}
-        bos, eos = self._model.bos_id(), self._model.eos_id()
-        if eos < 0:
+        self.remarks = []
+        self._pieces = self._model.vocab_size()
+        self.unknown = self._model.unk_id()
+        added = self._added(path)
+        ids = [i for i in range(self._pieces) if self._model.is_control(i)]
+        self.control = {self._model.id_to_piece(i): i for i in ids} | {token.spelling: token.id for token in added}
+        self.size = max(self._pieces, *(token.id + 1 for token in added), 0)
+        self._shown = {token.id: token.spelling for token in added if not token.special}
+        self._hidden = {token.id for token in added if token.special}
+        gaps = sorted(set(range(self._pieces, self.size)) - self._shown.keys() - self._hidden)
+        self._shown |= {i: f"<unused {i}>" for i in gaps}
+        if gaps:
+            self.remarks.append(
+                f"{path}: it has {self._pieces} pieces, and {len(gaps)} ids between {gaps[0]} and {gaps[-1]} stand for "
+                f"no token; the files beside it may belong to another tokenizer.model"
+            )
+        bos, eos, pad = (
+            self._model.id_to_piece(i) if i >= 0 else ""
+            for i in (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
+        )
+        adds_bos = read_object(path.parent / SETTINGS_FILE).get("add_bos_token") is not False
+        self.bos = self._named(path.parent, "bos_token", bos) if adds_bos else ""
+        self.eos = self._named(path.parent, "eos_token", eos)
+        self.pad = self._pad(path.parent, pad)
+        if not self.eos:
             raise CheckpointError(f"{path} has no end-of-text token")
-        self.bos = self._model.id_to_piece(bos) if bos >= 0 else ""
-        self.eos = self._model.id_to_piece(eos)
+
+    def _added(self, path: Path) -> list[AddedToken]:
+        """The added tokens that are neither words nor controls already; no text becomes one of them.
+
+        Raises:
+            CheckpointError: An added token and a piece of another spelling or id are in each other's way.
+        """
+        added, pieces = [], set()
+        for token in added_tokens(path.parent):
+            found = self._model.piece_to_id(token.spelling)
+            is_piece = self._model.id_to_piece(found) == token.spelling  # other spellings give <unk>
+            if (is_piece or token.id < self._pieces) and found != token.id:
+                other = f"with id {found}" if is_piece else repr(self._model.id_to_piece(token.id))
+                raise CheckpointError(
+                    f"{path}: the added token {token.spelling!r} with id {token.id} clashes with the piece {other}"
+                )
+            if not is_piece:
+                added.append(token)
+            elif token.special and not self._model.is_control(found):
+                added.append(token)
+                pieces.add(found)
+        if pieces := pieces - {self.unknown}:
+            self._model.load_from_serialized_proto(as_controls(self._model.serialized_model_proto(), pieces))
+        return added
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._model.encode(texts, num_threads=-1)
         return ids
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._model.decode(ids)
-        return text
+        """Shown tokens stand between texts that were encoded one by one."""
+        if not self._shown and not self._hidden:
+            text: str = self._model.decode(ids)
+            return text
+        parts: list[str] = []
+        run: list[int] = []
+        for token_id in ids:
+            if token_id in self._shown:
+                parts += [self._model.decode(run), self._shown[token_id]]
+                run = []
+            elif token_id not in self._hidden:
+                run.append(token_id)
+        return "".join([*parts, self._model.decode(run)])
 
     def _vocabulary(self) -> list[str | None]:
-        return [self._model.id_to_piece(i) for i in range(self.size)]
+        tokens = {token_id: spelling for spelling, token_id in self.control.items()}
+        return [self._model.id_to_piece(i) if i < self._pieces else tokens.get(i) for i in range(self.size)]
 
 
 class HubTokenizer(Tokenizer):
@@ -146,23 +238,31 @@ class HubTokenizer(Tokenizer):
             if self._decoder.token_to_id(token["content"]) != token["id"]:
                 raise CheckpointError(f"{path}: added token {token['content']!r} does not keep its id {token['id']}")
         self.control = {token["content"]: token["id"] for token in added}
+        self.unknown = self._decoder.token_to_id(raw["model"].get("unk_token") or "")
+        self.remarks = []
         ids = self._decoder.get_vocab(with_added_tokens=True).values()
         if not ids or len(set(ids)) < len(ids):
             raise CheckpointError(f"{path}: expected a vocabulary without duplicate ids; found {len(ids)} tokens")
         self.size = max(ids) + 1
-        settings = read_object(path.parent / "tokenizer_config.json")
+        settings = read_object(path.parent / SETTINGS_FILE)
         self.eos = self._find_eos(path, settings)
         self.bos = self._find_bos(settings)
+        self.pad = self._pad(path.parent)
         if self.bos and self.bos not in self.control:
             raise CheckpointError(f"{path} has no token {self.bos!r}, which tokenizer_config.json names as bos_token")
 
     def _find_eos(self, path: Path, settings: dict[str, Any]) -> str:
         by_id = {index: token for token, index in self.control.items()}
-        named = _spelling(settings.get("eos_token"))
+        named = spelling_of(settings.get("eos_token"))
         eos_id = read_object(path.parent / "config.json").get("eos_token_id")
         first = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         for candidate in (named, by_id.get(first) if isinstance(first, int) else None):
             if candidate in self.control:
+                if settings.get("eos_token") is not None and candidate != named:
+                    self.remarks.append(
+                        f"{path.parent / SETTINGS_FILE}: eos_token is {named!r}, which is no control token; "
+                        f"taking {candidate!r} of config.json"
+                    )
                 return candidate
         known = [token for token in _ENDS if token in self.control]
         if len(known) != 1:
@@ -177,7 +277,7 @@ class HubTokenizer(Tokenizer):
         wanted = settings.get("add_bos_token")
         if wanted is None:
             return own
-        return (_spelling(settings.get("bos_token")) or own) if wanted else ""
+        return (spelling_of(settings.get("bos_token")) or own) if wanted else ""
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -192,22 +292,6 @@ class HubTokenizer(Tokenizer):
 
     def _vocabulary(self) -> list[str | None]:
         return [self._decoder.id_to_token(i) for i in range(self.size)]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that stands in a model folder, empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object: {error}") from error
-
-
-def _spelling(token: Any) -> str:
-    """A token is written as text, or as an object with its content."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
 
 
 class Streamer:

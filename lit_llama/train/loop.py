@@ -16,14 +16,16 @@ from lit_llama.device import Precision, cores, keep_freed_memory, peak_memory, p
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, save_adapter
-from lit_llama.model.checkpoint import check_vocabulary, fingerprint, load_model
+from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE, SPLITS, Batch, Split, epoch_order, micro_batches, read_meta
 from lit_llama.text.formats import read_text
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.log import Log, draw_curve
 from lit_llama.train.loss import TokenLoss
@@ -180,7 +182,10 @@ def _read_fitting(checkpoint_dir: Path, data_dir: Path) -> tuple[dict[str, Any],
     config = LLaMAConfig.from_folder(checkpoint_dir)
     meta = read_meta(data_dir)
     tokenizer = Tokenizer.from_path(checkpoint_dir)
-    check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer.size)
+    check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer)
+    check_recorded(checkpoint_dir, tokenizer, checkpoint_dir)
+    for remark in (*tokenizer.remarks, *special_ids(checkpoint_dir, tokenizer).remarks):
+        stderr().print(remark, markup=False)
     recorded = meta.get("tokenizer", {})
     if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise DataError(

@@ -16,11 +16,13 @@ from lit_llama.convert.source import META_FILE, Source
 from lit_llama.convert.source import check_shapes as check_model
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.folder import MANIFEST, check_absent, check_apart, read_manifest, sha256_file
-from lit_llama.model.checkpoint import check_vocabulary, fingerprint
+from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
 from lit_llama.text.prompts import StyleName
-from lit_llama.text.tokenizer import Tokenizer, read_object
+from lit_llama.text.special import read_object
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_vocabulary
 
 ROWS = 32
 """Rows of each tensor that are added again when a merged folder is verified."""
@@ -150,7 +152,7 @@ def _check_tokenizer(base_dir: Path, other_dir: Path, base: Side, other: Side) -
 
 def _count_tokens(folder: Path, side: Side) -> int:
     tokenizer = Tokenizer.from_path(folder)
-    check_vocabulary(folder, side.rows(), tokenizer.size)
+    check_vocabulary(folder, side.rows(), tokenizer)
     return tokenizer.size
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_llama.convert.delta.policy import Policy, Side, combine, digest
-from lit_llama.convert.source import META_FILE, SETTINGS_FILE, Source
+from lit_llama.convert.source import META_FILE, Source, write_files
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import Staging, check_space, resume, write_json, write_manifest
 from lit_llama.model.checkpoint import fingerprint
@@ -22,6 +22,7 @@ from lit_llama.model.weights import DTYPES, Spec, byte_size, plan_shards, write_
 from lit_llama.progress import stderr, track
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import identity
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,9 @@ def _write_file(work: Work, staging: Staging, file: str, names: list[str], bar: 
 
 def _write_settings(work: Work, folder: Path, style: StyleName | None) -> None:
     """Configuration and tokenizer of the other side, and the prompt style."""
-    for name, content in work.other.files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    dtype = str(DTYPES[next(iter(work.specs.values()))[0]]).removeprefix("torch.")
     rows = work.sides["other"].rows()
-    write_json(folder / SETTINGS_FILE, {**work.other.config, "vocab_size": rows, "torch_dtype": dtype})
+    result = replace(work.other, config={**work.other.config, "vocab_size": rows}, specs=work.specs)
+    write_files(result, folder)
     tokenizer = Tokenizer.from_path(folder)
     named = named_style(style) if style else folder_style(folder)
     if named is None and {"<human>", "<bot>"} <= tokenizer.control.keys():
@@ -165,4 +164,6 @@ def _write_origin(work: Work, staging: Staging) -> None:
             "fingerprint": work.identity[side],
             "weights_sha256": hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest(),
         }
-    write_json(staging.path / META_FILE, {"format": 1, "delta" if work.sign > 0 else "difference": origin})
+    tokenizer = identity(Tokenizer.from_path(staging.path))
+    kind = "delta" if work.sign > 0 else "difference"
+    write_json(staging.path / META_FILE, {"format": 1, kind: origin, "tokenizer": tokenizer})

@@ -1,0 +1,265 @@
+"""The Hub -> a folder in checkpoints/: only what is needed, gone on with after an interruption, checked."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
+from rich.progress import wrap_file
+
+from lit_llama.convert.hub import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
+from lit_llama.convert.source import META_FILE, SETTINGS_FILE
+from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
+from lit_llama.folder import check_destination, publish_later, write_json
+from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.progress import stderr
+from lit_llama.text.prompts import folder_style
+from lit_llama.text.special import read_object
+
+
+def download(
+    repo_id: str,
+    destination: Path | None = None,
+    *,
+    revision: str | None = None,
+    file: str | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """Make the folder `destination` out of a repository on the Hub, and say on stderr what to do next.
+
+    Args:
+        repo_id: OWNER/NAME.
+        destination: Folder to make; None for checkpoints/NAME.
+        revision: Branch, tag or commit; None for the main branch.
+        file: A single GGUF file of the repository.
+        endpoint: Address of the Hub; None for HF_ENDPOINT or the public one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: There is no such repository, revision or file, or no leave to read it.
+        CheckpointError: The repository holds nothing that can be used.
+        ResourceError: The network or the disk does not do.
+        IntegrityError: A file arrived damaged.
+    """
+    if file is not None and not file.endswith(".gguf"):
+        raise UserError(f"--file is {file!r}, expected the name of a GGUF file; a model folder needs no --file")
+    destination = destination or Path("checkpoints") / repo_id.rpartition("/")[2]
+    for marker in (META_FILE, SETTINGS_FILE, ADAPTER_FILE):
+        check_destination(destination, marker)
+    repo = read_repo(repo_id, revision, endpoint)
+    choice = choose(repo, file)
+    with publish_later(destination, choice.marker) as folder, _told(folder):
+        files = choice.files
+        if choice.weights.endswith(".index.json"):
+            _fetch(repo, repo.files[choice.weights], folder)
+            files += read_parts(repo, _part(folder, repo.files[choice.weights]), choice.weights)
+        _check_space(files, folder, destination)
+        _announce(repo, files, folder)
+        hashes = _fetch_all(repo, files, folder)
+        _tidy(repo, files, folder, hashes)
+    size = sum(entry.size for entry in files)
+    _say(f"{destination}: {len(files)} files, {amount(size)}, checked; {_advice(destination, choice)}")
+    return destination
+
+
+def _say(text: str) -> None:
+    stderr().print(text, markup=False)  # names from the network may hold brackets
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Whoever stops a download learns that nothing is lost."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        _say(f"what arrived stays in {folder}: run the same command again to go on")
+        raise
+
+
+def _part(folder: Path, file: File) -> Path:
+    """Where a file grows. The name holds the hash of its contents, so another commit's file is never continued."""
+    return folder / f"{file.name}.{(file.sha256 or file.blob_id or 'unknown')[:16]}.part"
+
+
+def _present(files: Sequence[File], folder: Path) -> int:
+    parts = (_part(folder, file) for file in files)
+    return sum(part.stat().st_size for part in parts if part.is_file())
+
+
+def _check_space(files: Sequence[File], folder: Path, destination: Path) -> None:
+    needed = sum(file.size for file in files) - _present(files, folder)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            f"{destination} needs {needed:,} more bytes, only {free:,} are free on its disk: free some, or name a "
+            "folder on another disk with --destination_path"
+        )
+
+
+def _announce(repo: Repo, files: Sequence[File], folder: Path) -> None:
+    here = _present(files, folder)
+    resumed = f", {amount(here)} of them already here" if here else ""
+    size = sum(file.size for file in files)
+    _say(f"{repo.repo_id} at {repo.commit[:12]}: {len(files)} files, {amount(size)}{resumed}")
+
+
+def _fetch_all(repo: Repo, files: Sequence[File], folder: Path) -> dict[str, str]:
+    """Bring the files in order; gives their sha256 by name."""
+    hashes = {}
+    for file in files:
+        hashes[file.name] = _fetch(repo, file, folder)
+        if file.name == SETTINGS_FILE and (obstacle := _obstacle(_part(folder, file))):  # before the weights come
+            _say(f"note: this project cannot use the model ({obstacle}); it is downloaded for other programs")
+    return hashes
+
+
+def _fetch(repo: Repo, file: File, folder: Path) -> str:
+    """Bring one file, or what is missing of it, and check it.
+
+    huggingface_hub's own hf_hub_download starts a file again after an interruption; its http_get goes on.
+
+    Returns:
+        The sha256 of its contents.
+    """
+    part, named = _part(folder, file), folder / file.name
+    if named.is_file():  # a run was killed while it gave the files their names
+        named.replace(part)
+    if part.is_file() and part.stat().st_size > file.size:
+        part.unlink()
+    url = hf_hub_url(repo.repo_id, file.path, revision=repo.commit, endpoint=repo.endpoint)
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # so that bytes can be counted
+    try:
+        with explained(repo.repo_id, repo.endpoint), part.open("ab") as output:
+            http_get(
+                url,
+                output,
+                resume_size=output.tell(),
+                headers=headers,
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise ResourceError(f"{file.path} cannot be fetched: {error}") from error  # larger than 50 GB
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder).free
+            missing = file.size - part.stat().st_size
+            raise ResourceError(
+                f"the disk is full: {file.name} needs {missing:,} more bytes, {free:,} are free; free some and run the "
+                "same command again, it goes on where it stopped"
+            ) from error
+        if error.errno is None:  # http_get counted the bytes
+            raise ResourceError(f"{file.path} did not arrive whole: run the same command again") from error
+        raise
+    finally:
+        if part.is_file() and not part.stat().st_size and file.size:
+            part.unlink()
+    return _verify(part, file, repo)
+
+
+def _verify(path: Path, file: File, repo: Repo) -> str:
+    """Compare the contents with the hash that the Hub names; gives their sha256."""
+    console = stderr()
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)  # how Git names small files
+    with (
+        path.open("rb") as opened,
+        wrap_file(
+            opened,
+            file.size,
+            description=f"checking {file.name}",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as source,
+    ):
+        while block := source.read(1 << 20):
+            sha256.update(block)
+            if file.blob_id:
+                git.update(block)
+    found = git.hexdigest() if file.blob_id else sha256.hexdigest()
+    expected = file.blob_id or file.sha256 or found
+    if found != expected:
+        path.unlink()
+        raise IntegrityError(
+            f"{file.path} of {repo.repo_id} arrived damaged: its hash is {found[:16]}..., the Hub names "
+            f"{expected[:16]}...; it was removed: run the same command again to fetch it anew"
+        )
+    return sha256.hexdigest()
+
+
+def _tidy(repo: Repo, files: Sequence[File], folder: Path, hashes: Mapping[str, str]) -> None:
+    """Give the files their names, the one that makes the folder whole last, and remove what is left of other runs."""
+    kept = {_part(folder, file).name for file in files}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    entries = {file.name: {"size": file.size, "sha256": hashes[file.name]} for file in files}
+    source = {"repo_id": repo.repo_id, "commit": repo.commit, "files": entries}
+    write_json(folder / META_FILE, {"format": 1, "source": source})
+    for file in reversed(files):
+        _part(folder, file).replace(folder / file.name)
+
+
+def _obstacle(path: Path) -> str | None:
+    """Why this project cannot use a config.json."""
+    try:
+        LLaMAConfig.from_dict(json.loads(path.read_text("utf-8")))
+    except CheckpointError as error:
+        return str(error)
+    except (ValueError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+        return f"config.json is not a model configuration: {error}"
+    return None
+
+
+def _advice(folder: Path, choice: Choice) -> str:
+    try:
+        return _what_next(folder, choice)
+    except (CheckpointError, RecursionError) as error:  # the transfer is done, whatever the files hold
+        return f"for other programs, this project cannot use it: {error}"
+
+
+def _what_next(folder: Path, choice: Choice) -> str:
+    """The command that a user most likely wants now."""
+    place = shlex.quote(str(folder))
+    name = choice.files[0].name
+    if name.endswith(".gguf"):
+        source, made = (shlex.quote(str(path)) for path in (folder / name, folder.parent / Path(name).stem))
+        return f"next: python prepare/checkpoint.py --source {source} --destination_path {made}"
+    if choice.marker == ADAPTER_FILE:
+        return _next_of_adapter(folder, choice)
+    if obstacle := _obstacle(folder / SETTINGS_FILE):
+        return f"for other programs, this project cannot use it: {obstacle}"
+    if not choice.weights.startswith("model.safetensors"):
+        made = shlex.quote(f"{folder}-safetensors")
+        command = f"python prepare/checkpoint.py --source {place} --destination_path {made}"
+        return f"next: {command} (.bin weights are converted once)"
+    if not choice.has_tokenizer:
+        return "the repository has no tokenizer.json or tokenizer.model: put the one it was trained with beside it"
+    script = "base" if folder_style(folder) is None else "chat"
+    return f"next: python generate/{script}.py --checkpoint_dir {place}"
+
+
+def _next_of_adapter(folder: Path, choice: Choice) -> str:
+    base = read_object(folder / ADAPTER_FILE).get("base_model_name_or_path")
+    if choice.weights.endswith(".bin"):
+        return f"{choice.weights} is not read here: load and save the adapter with PEFT, which writes safetensors"
+    chat = f"python generate/chat.py --checkpoint_dir {shlex.quote(str(folder))}"
+    if isinstance(base, str) and base and Path(base, SETTINGS_FILE).is_file():
+        return f"next: {chat}"
+    if isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII):
+        return f"next: python prepare/download.py --repo_id {base} --destination_path {base} (its base), then {chat}"
+    return f"its base is {base!r}, which is not here: write the base's folder into {ADAPTER_FILE}, then {chat}"

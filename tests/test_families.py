@@ -1,0 +1,336 @@
+"""config.json of every family: as published, in both spellings, written again, and what absent fields mean."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_llama.errors import CheckpointError
+from lit_llama.model.config import LLaMAConfig, RopeScaling
+from lit_llama.model.families import FAMILIES
+
+# What one release or another wrote beside the mathematics.
+V4: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+}
+LLAMA = V4 | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+MISTRAL = V4 | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2}
+QWEN2 = V4 | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+QWEN2 |= {"rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "vocab_size": 151936}
+LLAMA3_1 = LLAMA | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "vocab_size": 128256}
+ROPE3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def shape(layers: int, hidden: int, heads: int, groups: int, intermediate: int, context: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": context,
+    }
+
+
+# config.json as published, and what must be read from it.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LLaMA 1 7B": (
+        {
+            "_name_or_path": "",
+            "architectures": ["LLaMAForCausalLM"],
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "initializer_range": 0.02,
+            "max_sequence_length": 2048,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "pad_token_id": -1,
+            "rms_norm_eps": 1e-06,
+            "torch_dtype": "float16",
+            "transformers_version": "4.27.0.dev0",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 2048, "rope_theta": 10000.0},
+    ),
+    "LLaMA 2 70B": (
+        LLAMA | shape(80, 8192, 64, 8, 28672, 4096) | {"rms_norm_eps": 1e-05, "vocab_size": 32000, "pretraining_tp": 1},
+        {"head_dim": 128, "context_length": 4096, "bos_token_id": 1, "eos_token_id": (2,)},
+    ),
+    "Llama 3 8B": (
+        LLAMA3_1 | shape(32, 4096, 32, 8, 14336, 8192) | {"bos_token_id": 128000, "eos_token_id": 128001},
+        {"rope_theta": 500000.0, "rope_scaling": None},
+    ),
+    "Llama 3.1 8B": (
+        LLAMA3_1
+        | shape(32, 4096, 32, 8, 14336, 131072)
+        | {"eos_token_id": [128001, 128008, 128009], "rope_scaling": {"factor": 8.0, "rope_type": "llama3"} | ROPE3},
+        {"eos_token_id": (128001, 128008, 128009), "context_length": 131072},
+    ),
+    "Llama 3.2 1B": (
+        LLAMA3_1
+        | shape(16, 2048, 32, 8, 8192, 131072)
+        | {"head_dim": 64, "tie_word_embeddings": True}
+        | {"rope_scaling": {"factor": 32.0, "rope_type": "llama3"} | ROPE3},
+        {"head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "CodeLlama 34B": (
+        LLAMA
+        | shape(48, 8192, 64, 8, 22016, 16384)
+        | {"rope_theta": 1000000, "rms_norm_eps": 1e-05, "vocab_size": 32000},
+        {"rope_theta": 1000000.0},
+    ),
+    "TinyLlama": (
+        LLAMA | shape(22, 2048, 32, 4, 5632, 2048) | {"rms_norm_eps": 1e-05, "vocab_size": 32000},
+        {"head_dim": 64, "num_key_value_heads": 4},
+    ),
+    "Vicuna 1.5 16k": (
+        LLAMA
+        | shape(32, 4096, 32, 32, 11008, 4096)
+        | {"max_sequence_length": 16384, "pad_token_id": 0, "rms_norm_eps": 1e-05, "vocab_size": 32000}
+        | {"rope_scaling": {"factor": 4.0, "type": "linear"}, "_flash_attn_2_enabled": False},
+        {"context_length": 16384, "max_position_embeddings": 4096},
+    ),
+    "Ziya 13B": (
+        {name: LLAMA[name] for name in ("architectures", "model_type", "hidden_act", "torch_dtype")}
+        | shape(40, 5120, 40, 40, 13824, 2048)
+        | {"max_sequence_length": 2048, "pad_token_id": 0, "rms_norm_eps": 1e-06, "vocab_size": 39424},
+        {"vocab_size": 39424, "num_key_value_heads": 40},
+    ),
+    "Yi 34B": (
+        LLAMA
+        | shape(60, 7168, 56, 8, 20480, 4096)
+        | {"rope_theta": 5000000.0, "rms_norm_eps": 1e-05, "vocab_size": 64000, "pad_token_id": 0},
+        {"rope_theta": 5000000.0, "head_dim": 128},
+    ),
+    "SmolLM2 135M": (
+        LLAMA
+        | shape(30, 576, 9, 3, 1536, 8192)
+        | {"is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000, "rms_norm_eps": 1e-05}
+        | {"vocab_size": 49152, "tie_word_embeddings": True, "transformers.js_config": {"kv_cache_dtype": {}}},
+        {"head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "Mistral 7B 0.1": (
+        MISTRAL
+        | shape(32, 4096, 32, 8, 14336, 32768)
+        | {"rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000},
+        {"sliding_window": 4096, "layer_types": (), "attention_bias": False, "context_length": 32768},
+    ),
+    "Mistral 7B 0.3": (
+        MISTRAL
+        | shape(32, 4096, 32, 8, 14336, 32768)
+        | {"rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
+        {"sliding_window": None},
+    ),
+    "Mistral Nemo": (
+        MISTRAL
+        | shape(40, 5120, 32, 8, 14336, 131072)
+        | {"head_dim": 128, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None}
+        | {"vocab_size": 131072},
+        {"head_dim": 128},
+    ),
+    "Qwen 2.5 0.5B": (
+        QWEN2
+        | shape(24, 896, 14, 2, 4864, 32768)
+        | {"max_window_layers": 21, "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False}
+        | {"bos_token_id": 151643, "eos_token_id": 151645},
+        {
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+            "sliding_window": None,
+            "head_dim": 64,
+        },
+    ),
+    "Qwen 2.5 7B, prolonged": (
+        QWEN2
+        | shape(28, 3584, 28, 4, 18944, 32768)
+        | {"max_window_layers": 28, "sliding_window": 131072, "vocab_size": 152064}
+        | {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
+        {"context_length": 131072, "sliding_window": None, "bos_token_id": None, "eos_token_id": ()},
+    ),
+    "Qwen 2 with a window": (
+        QWEN2
+        | shape(4, 3584, 28, 4, 18944, 32768)
+        | {"max_window_layers": 3, "sliding_window": 4096, "use_sliding_window": True},
+        {"sliding_window": 4096, "layer_types": ("full_attention",) * 3 + ("sliding_attention",)},
+    ),
+    "Qwen 3 0.6B": (
+        QWEN2
+        | shape(28, 1024, 16, 8, 3072, 40960)
+        | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128}
+        | {"max_window_layers": 28, "sliding_window": None, "tie_word_embeddings": True, "eos_token_id": 151645},
+        {"head_dim": 128, "use_qk_norm": True, "attention_bias": False, "attention_out_bias": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "wanted"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configurations_are_read_in_both_spellings(
+    raw: dict[str, Any], wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    """As published, and as transformers 5 saves it again; catches a harmless field that is refused, a field that is
+    looked for in one spelling only, a default of another family."""
+    from transformers import AutoConfig
+
+    config = LLaMAConfig.from_dict(raw)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    theirs = AutoConfig.for_model(**{name: value for name, value in raw.items() if name != "pad_token_id"})
+    theirs.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in saved and "rope_theta" not in saved, "this is not the newer spelling"
+    assert LLaMAConfig.from_folder(tmp_path) == replace(config, pad_token_id=None)
+
+
+@pytest.mark.parametrize("raw", [raw for raw, _ in PUBLISHED.values()], ids=PUBLISHED)
+def test_what_is_written_means_the_same_to_transformers(raw: dict[str, Any]) -> None:
+    """Every field that transformers has after reading ours, against the published file; catches one that is written
+    under a name, or a model_type, under which nobody looks for it."""
+    from transformers import AutoConfig
+
+    config = LLaMAConfig.from_dict(raw)
+    ours = json.loads(json.dumps(config.to_dict(raw["torch_dtype"])))
+    assert LLaMAConfig.from_dict(ours) == config
+    assert ours["rope_theta"] == config.rope_theta, "transformers 4 looks for it nowhere else"
+    plain = {"pad_token_id": None}  # LLaMA 1 has -1, which transformers 5 does not take
+    if not config.sliding_window:  # how large a window is that nobody looks through is not kept
+        plain |= {"sliding_window": None, "max_window_layers": 0}
+    found, wanted = (AutoConfig.for_model(**given | plain).to_dict() for given in (ours, raw))
+    wanted["rope_parameters"].pop("type", None)
+    for ropes in (found, wanted):
+        ropes |= ropes.pop("rope_parameters")
+    same = wanted.keys() & found.keys() - {"architectures", "transformers_version"}
+    assert {name: found[name] for name in same} == {name: wanted[name] for name in same}
+    assert found["architectures"] == [FAMILIES[config.model_type].architecture]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_fields_mean_what_they_mean_to_transformers(model_type: str) -> None:
+    """Catches defaults of our own: Mistral's 8 key heads and its window, Qwen3's heads of 128."""
+    from transformers import AutoConfig
+
+    raw = {"model_type": model_type, "vocab_size": 9, "hidden_size": 512, "intermediate_size": 9}
+    raw |= {"num_hidden_layers": 30, "num_attention_heads": 32}
+    theirs, config = AutoConfig.for_model(**raw), LLaMAConfig.from_dict(raw)
+    for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.head_dim == getattr(theirs, "head_dim", 512 // 32)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.sliding_window == getattr(theirs, "sliding_window", None)
+    assert (config.bos_token_id, config.eos_token_id) == (
+        theirs.bos_token_id,
+        (theirs.eos_token_id,) * bool(theirs.eos_token_id),
+    )
+    assert FAMILIES[model_type].architecture == type(theirs).__name__.replace("Config", "ForCausalLM")
+    for name in ("use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias"):
+        assert FAMILIES[model_type].defaults.get(name) == getattr(theirs, name, None), name
+    windowed = LLaMAConfig.from_dict(raw | {"use_sliding_window": True}) if "qwen" in model_type else None
+    assert windowed is None or (windowed.sliding_window, windowed.layer_types.count("full_attention")) == (4096, 28)
+
+
+LAYERS = 4
+SMALL: dict[str, Any] = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 9, "num_attention_heads": 4}
+SMALL |= {"num_hidden_layers": LAYERS, "num_key_value_heads": 2}
+FULL, SLIDING = "full_attention", "sliding_attention"
+# A window is on: 3 layers see all.
+WINDOWED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("raw", "windows"),
+    [
+        (WINDOWED, [None, None, None, 8]),
+        (WINDOWED | {"use_sliding_window": False}, [None] * 4),
+        (WINDOWED | {"sliding_window": None}, [None] * 4),
+        (WINDOWED | {"max_window_layers": 0}, [8] * 4),
+        (WINDOWED | {"max_window_layers": 28}, [None] * 4),
+        (WINDOWED | {"layer_types": [SLIDING, FULL, SLIDING, FULL]}, [8, None, 8, None]),
+        (WINDOWED | {"layer_types": [FULL] * 4}, [None] * 4),
+        (WINDOWED | {"use_sliding_window": False, "layer_types": [FULL] * 4}, [None] * 4),
+        ({"model_type": "mistral", "sliding_window": 8}, [8] * 4),
+        ({"model_type": "mistral", "sliding_window": 8, "max_window_layers": 2}, [8] * 4),
+        ({"model_type": "llama", "max_window_layers": 2, "layer_types": [FULL] * 4}, [None] * 4),
+    ],
+)
+def test_which_layers_have_a_window(raw: dict[str, Any], windows: list[int | None]) -> None:
+    """Catches a switch that is not looked at, and a bound off by one layer."""
+    config = LLaMAConfig.from_dict(SMALL | raw)
+    assert [config.window(layer) for layer in range(LAYERS)] == windows
+    again = LLaMAConfig.from_dict(config.to_dict("float32"))
+    assert again == config
+
+
+def rope(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "llama", "max_position_embeddings": 64, "rope_scaling": {"factor": 2.0} | changes}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "gemma2"}, "model_type is 'gemma2', expected one of llama, mistral, qwen2, qwen3"),
+    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
+    ({"model_type": "qwen3", "num_experts": 128}, "num_experts is 128"),
+    ({"model_type": "mistral", "num_local_experts": 8}, "num_local_experts is 8"),
+    ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"model_type": "llama", "rope_interleaved": True}, "rope_interleaved is True"),
+    ({"model_type": "llama", "logits_soft_cap": 30.0}, "logits_soft_cap is 30.0"),
+    ({"model_type": "llama", "final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ({"model_type": "llama", "sliding_window": 4096}, "sliding_window is 4096"),
+    ({"model_type": "llama", "is_causal": False}, "is_causal is False"),
+    ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True"),
+    ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is True"),
+    ({"model_type": "qwen2", "auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map"),
+    ({"model_type": "mistral", "layer_types": [FULL, SLIDING] * 2}, "layer_types"),
+    ({"model_type": "llama", "layer_types": [SLIDING] * 4}, "layer_types"),
+    (WINDOWED | {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+    (WINDOWED | {"layer_types": [SLIDING, FULL]}, "layer_types has 2 entries"),
+    (WINDOWED | {"use_sliding_window": False, "layer_types": [SLIDING] * 4}, "layer_types"),
+    (WINDOWED | {"sliding_window": 0}, "sliding_window is 0"),
+    (rope(type="longrope"), "rope_type is 'longrope'"),
+    (rope(type="su"), "rope_type is 'su'"),
+    (rope(rope_type="proportional"), "rope_type is 'proportional', expected one of default, linear, dynamic"),
+    (rope(type="linear", mrope_section=[1, 2]), r"mrope_section is \[1, 2\]"),
+    (rope(type="default"), "factor is 2.0"),
+    (rope(type="yarn", mscale=0.7), "mscale is 0.7"),
+    (rope(type="linear", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    (rope(type="llama3"), "'llama3' needs low_freq_factor, high_freq_factor"),
+    (rope(type="linear", factor=None), "'linear' needs factor"),
+    (rope(type="linear", factor=0.5), "factor cannot be 0.5"),
+    (rope(type="linear", factor=float("nan")), "factor cannot be nan"),
+    (rope(type="llama3", low_freq_factor=4.0, high_freq_factor=4.0), "low_freq_factor cannot be 4.0"),
+    (rope(type="yarn", original_max_position_embeddings=0), "original_max_position_embeddings cannot be 0"),
+    ({"model_type": "llama", "rope_parameters": {FULL: {"rope_type": "default"}}}, "differs by layer"),
+    (rope(type="linear") | {"rope_parameters": {"rope_type": "default"}}, "contradicts"),
+    ({"model_type": "llama", "rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is given twice"),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_would_be_another_model_is_refused_by_name(raw: dict[str, Any], message: str) -> None:
+    """Catches fields that are ignored, which would give wrong logits in silence."""
+    with pytest.raises(CheckpointError, match=message):
+        LLaMAConfig.from_dict(SMALL | raw)
+
+
+def test_stretching_starts_from_the_context_where_nothing_else_is_said() -> None:
+    """As transformers does; catches an error for, or a constant in place of, what old files leave out."""
+    found = LLaMAConfig.from_dict(SMALL | rope(type="yarn")).rope_scaling
+    assert found == RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)
+
+
+def test_a_shape_that_config_json_cannot_say_is_not_written() -> None:
+    """Catches a LLaMA with norms of its heads, which every reader would take for one without."""
+    raw = SMALL | {"model_type": "llama"}
+    with pytest.raises(AssertionError, match="llama cannot say"):
+        replace(LLaMAConfig.from_dict(raw), use_qk_norm=True).to_dict("float32")

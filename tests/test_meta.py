@@ -456,6 +456,8 @@ def test_a_whole_destination_is_kept(tmp_path: Path, vocabulary: Path) -> None:
     with pytest.raises(CheckpointError, match="use it as it is"):
         convert(tmp_path / "made", tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == before
+    with pytest.raises(UserError, match=r"already holds params\.json"):
+        convert(tmp_path / "made", folder, layout="meta")
     with pytest.raises(CheckpointError, match=f"one shard of a folder in Meta's layout, name the folder {folder}"):
         convert(folder / "consolidated.00.pth", tmp_path / "again")
     assert nothing_left(tmp_path / "again")

@@ -26,6 +26,7 @@ def convert(
     max_shard_size: int = MAX_SHARD_SIZE,
     num_shards: int = 1,
     rms_norm_eps: float | None = None,
+    resize_vocab: int | None = None,
 ) -> None:
     """Find out what `source` is, write it as `layout` into the folder `destination`, and say so on stderr.
 
@@ -37,6 +38,7 @@ def convert(
         max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
+        resize_vocab: Rows that embedding and head are to have.
 
     Raises:
         CheckpointError: `source` is missing, or nothing that can be converted.
@@ -48,8 +50,13 @@ def convert(
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "hf":
         check_destination(destination, SETTINGS_FILE)
-        _check_needed(source, dtype, max_shard_size)
+        if dtype is None and max_shard_size == MAX_SHARD_SIZE and resize_vocab is None:
+            _check_needed(source)
     opened = open_source(source, dtype, rms_norm_eps)
+    if resize_vocab is not None:
+        from lit_llama.convert.resize import resize
+
+        opened = resize(opened, resize_vocab)
     if layout == "hf":
         write_folder(opened, destination, max_shard_size=max_shard_size)
     elif layout == "meta":
@@ -68,10 +75,10 @@ def convert(
     say(f"{destination}: {opened.parameters:,} parameters in {opened.dtype} from {opened.kind}, {seconds:.1f} s")
 
 
-def _check_needed(source: Path, dtype: str | None, max_shard_size: int) -> None:
+def _check_needed(source: Path) -> None:
     from lit_llama.convert.native import has_safetensors
 
-    if source.is_dir() and has_safetensors(source) and dtype is None and max_shard_size == MAX_SHARD_SIZE:
+    if source.is_dir() and has_safetensors(source):
         raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
 
 

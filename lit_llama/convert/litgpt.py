@@ -27,7 +27,8 @@ from lit_llama.convert.source import (
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.weights import Stored
-from lit_llama.text.tokenizer import Tokenizer, read_object
+from lit_llama.text.special import read_object
+from lit_llama.text.tokenizer import Tokenizer
 
 FILE, SHAPE_FILE = "lit_model.pth", "model_config.yaml"
 PARTS = ("q_proj", "k_proj", "v_proj")

@@ -19,8 +19,8 @@ def main(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     max_shard_size: str = "5GB",
     num_shards: int = 1,
-    rms_norm_eps: float | None = None,
     resize_vocab: int | None = None,
+    rms_norm_eps: float | None = None,
     base_dir: Path | None = None,
     lora_alpha: float = 16,
 ) -> None:
@@ -34,8 +34,9 @@ def main(
         dtype: Dtype to round all weights to; left out, none is rounded but quantised ones, which become bfloat16.
         max_shard_size: Most bytes of a safetensors file, such as 200MB, unless one tensor is larger.
         num_shards: Number of consolidated.NN.pth to write with --format meta.
+        resize_vocab: Rows that embedding and head are to have, where the tokenizer has more tokens than they have rows;
+            new rows are the mean of the trained ones.
         rms_norm_eps: Epsilon of the norms of a lit-llama .pth, which does not hold it; left out, that of LLaMA 1.
-        resize_vocab: Rows that embedding and head are to grow to, for a tokenizer with more tokens.
         base_dir: Converted base model of a LoRA .pth of lit-llama, which becomes a PEFT adapter folder.
         lora_alpha: Alpha that the LoRA was trained with, which its file does not hold; 16 in lit-llama's scripts.
     """

@@ -24,6 +24,7 @@ DOORS = sorted(
 REQUIRED = {
     "prepare/alpaca.py": [],
     "prepare/checkpoint.py": ["--source", "absent.gguf", "--destination_path", "made"],
+    "prepare/delta.py": ["apply", "--base_dir", "absent", "--delta_dir", "absent", "--destination_path", "made"],
     "prepare/download.py": ["--repo_id", "owner/absent"],
     "finetune/lora.py": ["--checkpoint_dir", "absent", "--data_dir", "absent", "--out_dir", "made"],
     "finetune/merge.py": ["--adapter_dir", "absent", "--destination_path", "made"],
@@ -31,6 +32,15 @@ REQUIRED = {
     "generate/instruct.py": ["--checkpoint_dir", "absent"],
     "generate/chat.py": ["--checkpoint_dir", "absent"],
 }
+
+
+COMMANDS = {"prepare/delta.py": ["apply", "make", "verify"]}  # the other scripts are one function, main
+
+
+def commands(door: str) -> list[tuple[list[str], Callable[..., None]]]:
+    """The words that choose a function of a script, and that function."""
+    module = load_door(door)
+    return [([name], getattr(module, name)) for name in COMMANDS.get(door, [])] or [([], module.main)]
 
 
 def load_door(name: str) -> ModuleType:
@@ -67,8 +77,10 @@ def test_help_is_quick_and_names_every_parameter(door: str) -> None:
             break
     assert min(seconds) < 1.5
     assert result.returncode == 0 and result.stderr == ""
-    for name in inspect.signature(load_door(door).main).parameters:
-        assert f"--{name}" in result.stdout, name
+    for words, function in commands(door):
+        text = run_door(door, *words, "--help").stdout if words else result.stdout
+        for name in inspect.signature(function).parameters:
+            assert f"--{name}" in text, name
     probe = f"import runpy, sys; sys.argv = ['{door}', '--help']\n" + (
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: print(sorted({'torch', 'datasets', 'pyarrow', 'transformers'} & set(sys.modules)))"
@@ -80,11 +92,12 @@ def test_help_is_quick_and_names_every_parameter(door: str) -> None:
 @pytest.mark.parametrize("door", DOORS)
 def test_every_parameter_has_its_line_of_help(door: str) -> None:
     """A parameter that the docstring forgot."""
-    module = load_door(door)
-    documented = inspect.getdoc(module.main) or ""
-    for name, parameter in inspect.signature(module.main).parameters.items():
-        assert f"    {name}: " in documented, name
-        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.annotation is not inspect.Parameter.empty
+    for _, function in commands(door):
+        documented = inspect.getdoc(function) or ""
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert f"    {name}: " in documented, name
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            assert parameter.annotation is not inspect.Parameter.empty
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -138,7 +138,6 @@ def test_a_beginning_of_text_is_put_first_where_the_model_wants_one(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("tokenizer.ggml.model", "llama", "tokenizer.ggml.model is 'llama'"),
         ("tokenizer.ggml.pre", "default", "tokenizer.ggml.pre is 'default', implemented are gpt-2, smollm, llama-bpe"),
         ("tokenizer.ggml.tokens", ["a", "b", "a"], "the same token twice"),
     ],

@@ -1,64 +1,126 @@
-"""GGUF (llama.cpp's single-file format) -> a Hugging Face folder: weights, configuration, tokenizer, chat template.
+"""GGUF (llama.cpp's single-file format) -> a model in Hugging Face's names: weights, settings, tokenizer, template.
 
-Layout and metadata keys: the GGUF specification of ggml. Dequantisation is the gguf package's.
+Dequantisation is the gguf package's, a few rows at a time.
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
 from torch import Tensor
 
 from lit_llama.convert.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.rotary import halves_from_pairs
-from lit_llama.convert.source import NAMES, Source
+from lit_llama.convert.fast import fast_tokenizer
+from lit_llama.convert.gguf_config import ROPE_FREQS, Reading, in_rotary_pairs, native_name
+from lit_llama.convert.gguf_scan import Extent, scan
+from lit_llama.convert.rotary import in_halves
+from lit_llama.convert.source import NAMES, Source, settings
+from lit_llama.convert.spm import from_metadata
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.weights import Stored
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_MAGIC = b"GGUF"
+BLOCK = 2**24
+"""Values that are dequantised, or quantised, at once: 64 MiB in float32."""
+
+_PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_PACKED = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> theirs
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file.
+
+    Args:
+        name: As the file calls it.
+        extent: Where it lies.
+        rows: The same as a matrix of values, or of the bytes of packed values.
+    """
+
+    name: str
+    extent: Extent
+    rows: Stored
+
+    @classmethod
+    def at(cls, path: Path, name: str, extent: Extent) -> "_Tensor":
+        """Raises CheckpointError if its values are packed in a way that is not implemented."""
+        if extent.kind not in (*_PLAIN, *_PACKED):
+            known = ", ".join(kind.name for kind in (*_PLAIN, *_PACKED))
+            raise CheckpointError(f"{name} is of type {extent.kind.name}, implemented are {known}")
+        count = math.prod(extent.shape[:-1])
+        stored = Stored(path, extent.offset, _PLAIN.get(extent.kind, torch.uint8), (count, extent.shape[-1]))
+        if extent.kind in _PACKED:
+            stored = Stored(path, extent.offset, torch.uint8, (count, extent.size // count))
+        return cls(name, extent, stored)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is kept if nobody asks for another."""
+        return _PLAIN.get(self.extent.kind, torch.bfloat16)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Its values, dequantised in float32 and rounded once.
+
+        Raises:
+            CheckpointError: One is not finite.
+        """
+        count, width = self.rows.shape[0], self.extent.shape[-1]
+        out = torch.empty((count, width), dtype=dtype)
+        step = max(1, BLOCK // width)
+        for start in range(0, count, step):
+            part = self.rows.read(start, min(start + step, count))
+            if self.extent.kind in _PACKED:
+                with np.errstate(all="ignore"):  # what is not finite is told below
+                    part = torch.from_numpy(quants.dequantize(part.numpy(), self.extent.kind))
+            out[start : start + step] = part
+            if not out[start : start + step].isfinite().all():
+                raise CheckpointError(f"{self.name} has values that are not finite in {str(dtype)[6:]}")
+        return out.view(self.extent.shape)
 
 
 class GGUFFile:
-    """Metadata and tensors of a GGUF file, mapped.
+    """Metadata and tensors of a GGUF file.
 
     Raises:
-        CheckpointError: It is no readable GGUF file of a LLaMA model.
+        CheckpointError: It is no readable GGUF file of a model that is implemented.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            start = file.read(64)
-        if start[:4] != _MAGIC:
-            raise CheckpointError(f"{path} is not a GGUF file: it starts with {start[:16]!r}, expected {_MAGIC!r}")
-        with self._explained("cannot be read"):
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise CheckpointError(f"{path}: general.architecture is {architecture!r}, only 'llama' is implemented")
-        self.tensors = {self._native_name(tensor.name): tensor for tensor in reader.tensors}
+        header = scan(path)
+        self.metadata = header.metadata
+        self.tensors: dict[str, _Tensor] = {}  # by Hugging Face's names
+        divisors = None
+        if header.metadata.get("split.count", 1) != 1:
+            raise CheckpointError(
+                f"{path} is one of {header.metadata['split.count']} parts: join them first, with "
+                "llama-gguf-split --merge"
+            )
+        with self.explained("cannot be used"):
+            reading = Reading(header.metadata)
+            for name, extent in header.tensors.items():
+                tensor = _Tensor.at(path, name, extent)
+                if name == ROPE_FREQS and extent.size <= 2**16:
+                    divisors = tensor.read(torch.float32)
+                elif native := native_name(name):
+                    self.tensors[native] = tensor
+                else:
+                    raise CheckpointError(f"tensor {name} has no place in a LLaMA model")
+            shapes = {name: tensor.extent.shape for name, tensor in self.tensors.items()}
+            self.config = reading.config(shapes, divisors)
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """The package raises whatever its parsing runs into; a user is told which file."""
+    def explained(self, what: str) -> Iterator[None]:
+        """Whatever the contents of a file run into, a user is told which file."""
         try:
             yield
         except CheckpointError as error:
@@ -68,73 +130,31 @@ class GGUFFile:
         except Exception as error:
             raise CheckpointError(f"{self.path} {what}: {type(error).__name__}: {error}") from error
 
-    def _native_name(self, name: str) -> str:
-        stem, _, kind = name.rpartition(".")
-        if stem in _OUTER:
-            return f"{_OUTER[stem]}.{kind}"
-        parts = stem.split(".")
-        if len(parts) == 3 and parts[0] == "blk" and parts[2] in _INNER:
-            return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.{kind}"
-        raise CheckpointError(f"{self.path}: tensor {name} has no place in a LLaMA model")
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor is kept in: as it is stored, bfloat16 for what is quantised.
 
-    def config(self) -> LLaMAConfig:
-        """The shape of the model, from `llama.*` and the special ids.
-
-        Raises:
-            CheckpointError: Something is missing, or asks for mathematics this model does not compute.
+        llama.cpp stores every vector in float32. One that came from a narrower dtype returns to that of the matrices;
+        one that would lose a bit stays.
         """
-        if "model.embed_tokens.weight" not in self.tensors:
-            raise CheckpointError(f"{self.path}: tensor token_embd.weight is missing")
-        heads = self._get("llama.attention.head_count")
-        hidden = self._get("llama.embedding_length")
-        head_dim = self.metadata.get("llama.attention.key_length", hidden // heads)
-        for key, only in {"llama.rope.scaling.type": "none", "llama.rope.dimension_count": head_dim}.items():
-            if self.metadata.get(key, only) != only:
-                raise CheckpointError(f"{self.path}: {key} is {self.metadata[key]!r}, only {only!r} is implemented")
-        return LLaMAConfig(
-            vocab_size=int(self.tensors["model.embed_tokens.weight"].shape[1]),
-            hidden_size=hidden,
-            intermediate_size=self._get("llama.feed_forward_length"),
-            num_hidden_layers=self._get("llama.block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=self.metadata.get("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position_embeddings=self._get("llama.context_length"),
-            rms_norm_eps=_shortest(self._get("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=_shortest(self.metadata.get("llama.rope.freq_base", 10000.0)),
-            tie_word_embeddings="lm_head.weight" not in self.tensors,
-            bos_token_id=self.metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_token_id=(self._get("tokenizer.ggml.eos_token_id"),),
-            pad_token_id=self.metadata.get("tokenizer.ggml.padding_token_id"),
-        )
+        values: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            if len(tensor.extent.shape) > 1:
+                values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
+        main = max(values, key=lambda dtype: values[dtype])
 
-    def _get(self, key: str) -> Any:
-        if key not in self.metadata:
-            raise CheckpointError(f"{self.path}: the metadata has no {key}")
-        return self.metadata[key]
+        def kept(tensor: _Tensor) -> torch.dtype:
+            if len(tensor.extent.shape) > 1 or tensor.dtype != torch.float32:
+                return tensor.dtype
+            value = tensor.rows.read()
+            return main if torch.equal(value.to(main).float(), value) else torch.float32
 
-    def tensor(self, name: str, config: LLaMAConfig, dtype: torch.dtype) -> Tensor:
-        """One tensor, dequantised in float32, its rotary rows in Hugging Face's order, rounded once to `dtype`.
+        return {name: kept(tensor) for name, tensor in self.tensors.items()}
 
-        Raises:
-            CheckpointError: A value is not finite.
-        """
-        source = self.tensors[name]
-        with self._explained(f"cannot be dequantised: {source.name}"):
-            array = np.array(gguf.quants.dequantize(source.data, source.tensor_type), dtype=np.float32)
-        value = torch.from_numpy(array).to(dtype)
-        if not value.isfinite().all():
-            raise CheckpointError(f"{self.path}: {source.name} has values that are not finite in {str(dtype)[6:]}")
-        if name.endswith("q_proj.weight"):
-            value = halves_from_pairs(value, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            value = halves_from_pairs(value, config.num_key_value_heads)
-        return value
-
-
-def _shortest(value: float) -> float:
-    """GGUF holds float32; 9.99999974e-06 was written as 1e-05."""
-    return float(str(np.float32(value)))
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor, its rotary rows in Hugging Face's order."""
+        with self.explained("cannot be dequantised"):
+            value = self.tensors[name].read(dtype)
+        return in_halves(name, value, self.config) if in_rotary_pairs(self.config) else value
 
 
 def open_gguf(path: Path, dtype: str | None = None) -> Source:
@@ -142,47 +162,71 @@ def open_gguf(path: Path, dtype: str | None = None) -> Source:
 
     Args:
         path: The .gguf file.
-        dtype: Quantised weights are rounded to it once: bfloat16 (also for None), float16 or float32.
+        dtype: bfloat16, float16 or float32, to which every value is rounded once. None keeps what is stored, and makes
+            bfloat16 of what is quantised.
 
     Raises:
         CheckpointError: It is no readable GGUF file, or of a model that is not implemented.
     """
     file = GGUFFile(path)
-    with file._explained("has metadata that cannot be used"):
-        config = file.config()
-    target: torch.dtype = getattr(torch, dtype or "bfloat16")
-    specs = {name: (NAMES[target], tuple(int(n) for n in tensor.shape[::-1])) for name, tensor in file.tensors.items()}
-    with file._explained("has a tokenizer that cannot be rebuilt"):
-        files = _tokenizer_files(file, config)
-    raw = config.to_dict(str(target).removeprefix("torch."))
+    with file.explained("has metadata that cannot be used"):
+        kept = dict.fromkeys(file.tensors, getattr(torch, dtype)) if dtype else file.dtypes()
+        raw = settings(file.config)
+    with file.explained("has a tokenizer that cannot be rebuilt"):
+        files = _folder_files(file)
     return Source(
         path=path,
         kind="GGUF",
         config=raw,
-        specs=specs,
-        read=lambda name: file.tensor(name, config, target),
+        specs={name: (NAMES[kept[name]], tensor.extent.shape) for name, tensor in file.tensors.items()},
+        read=lambda name: file.tensor(name, kept[name]),
         files=files,
     )
 
 
-def _tokenizer_files(file: GGUFFile, config: LLaMAConfig) -> dict[str, bytes]:
-    metadata = file.metadata
+def _folder_files(file: GGUFFile) -> dict[str, bytes]:
+    """Tokenizer, template and settings, as a Hugging Face folder holds them."""
+    metadata, config = file.metadata, file.config
+    kind = metadata.get("tokenizer.ggml.model")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     if len(tokens) > config.vocab_size:
-        raise CheckpointError(f"{file.path}: {len(tokens)} tokens, but only {config.vocab_size} rows in the embedding")
-    files = {"tokenizer.json": encode_json(tokenizer_json(metadata))}
-    special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name, key in special.items():
+        raise CheckpointError(f"{len(tokens)} tokens, but only {config.vocab_size} rows in the embedding")
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        if not 0 <= metadata.get(key, 0) < len(tokens):
+            raise CheckpointError(f"{key} is {metadata[key]}, but there are {len(tokens)} tokens")
+    files: dict[str, bytes] = {}
+    values: dict[str, Any] = {}
+    if kind == "llama":
+        files |= _sentencepiece_files(from_metadata(metadata).encode())
+        values |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}  # a space follows control tokens, as there
+        values |= {f"add_{name}_token": _flag(metadata, name, name == "bos") for name in ("bos", "eos")}
+    elif kind == "gpt2":
+        files["tokenizer.json"] = encode_json(tokenizer_json(metadata))
+        values |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos(metadata)}
+    else:
+        raise CheckpointError(f"tokenizer.ggml.model is {kind!r}, implemented are 'llama' and 'gpt2'")
+    for name, key in _SPECIAL.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
-            settings[f"{name}_token"] = tokens[token_id]
-    settings["add_bos_token"] = adds_bos(metadata)
-    settings["clean_up_tokenization_spaces"] = False
-    settings["model_max_length"] = config.max_position_embeddings
-    files["tokenizer_config.json"] = encode_json(settings)
+            values[f"{name}_token"] = tokens[token_id]
+    values |= {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
+    files["tokenizer_config.json"] = encode_json(values)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_id)}
     files["generation_config.json"] = encode_json(ids | {"pad_token_id": config.pad_token_id})
     if template := metadata.get("tokenizer.chat_template"):
         files["chat_template.jinja"] = template.encode()
     return files
+
+
+def _sentencepiece_files(model: bytes) -> dict[str, bytes]:
+    """The model, and what most programs read instead of it if that does the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(model)
+        fast = fast_tokenizer(path)
+    return {"tokenizer.model": model} | ({} if fast is None else {"tokenizer.json": encode_json(fast)})
+
+
+def _flag(metadata: Mapping[str, Any], token: str, default: bool) -> bool:
+    return bool(metadata.get(f"tokenizer.ggml.add_{token}_token", default))

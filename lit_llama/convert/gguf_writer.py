@@ -53,8 +53,7 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None) -> N
     wanted = _SHORT.get(dtype or "", dtype)
     if wanted is not None and wanted not in TYPES:
         raise UserError(f"--dtype is {dtype!r}, expected one of {', '.join([*_SHORT, 'q8_0'])}")
-    if destination.exists():
-        raise UserError(f"{destination} already exists; name another file or remove this one")
+    check_file(destination)
     check_shapes(source)
     plan = _plan(source, TYPES[wanted] if wanted else None)
     metadata = _metadata(source, plan)
@@ -82,7 +81,14 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None) -> N
             writer.write_tensor_data(divisors)
         for name in track(list(plan), f"writing {len(plan)} tensors"):
             writer.write_tensor_data(_pack(source, name, plan[name]))
-    stderr().print(f"{destination}: {source.parameters:,} parameters, {destination.stat().st_size:,} bytes")
+
+
+def check_file(destination: Path) -> None:
+    """Refuse a GGUF file that is there already, or whose name does not say what it is."""
+    if destination.suffix != ".gguf":
+        raise UserError(f"--format gguf writes one file: --destination_path {destination} should end in .gguf")
+    if destination.exists():
+        raise UserError(f"{destination} already exists; name another file or remove this one")
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def main(
         lora_alpha: Alpha that the LoRA was trained with, which its file does not hold; 16 in lit-llama's scripts.
     """
     from lit_llama.convert import convert
-    from lit_llama.convert.lit_lora import convert_lit_lora
+    from lit_llama.convert.lit.lora import convert_lit_lora
     from lit_llama.model.weights import parse_size
 
     if base_dir is not None:

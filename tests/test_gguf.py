@@ -18,7 +18,7 @@ from gguf_files import SHAPE, Array, Packed, stored_values, write_gguf
 from safetensors.torch import load_file
 
 from lit_llama.convert import convert as convert_any
-from lit_llama.convert.gguf import open_gguf
+from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.source import write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.checkpoint import load_model
@@ -276,7 +276,8 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_whole(
     code = f"""
 import os, signal
 from pathlib import Path
-from lit_llama.convert import convert, gguf
+from lit_llama.convert import convert
+from lit_llama.convert.gguf import reader as gguf
 made, tensor = [], gguf.GGUFFile.tensor
 def killed(self, name, *rest):
     made.append(name)

@@ -10,8 +10,8 @@ import torch
 from conftest import as_transformers, tiny_config, tiny_model, write_tokenizer
 from gguf_files import SHAPE, Array, write_gguf
 
-from lit_llama.convert.gguf import open_gguf
-from lit_llama.convert.gguf_config import GGUF_NAMES, llama3_divisors, native_name, to_metadata
+from lit_llama.convert.gguf.config import GGUF_NAMES, llama3_divisors, native_name, to_metadata
+from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.source import write_folder
 from lit_llama.errors import CheckpointError
 from lit_llama.model.checkpoint import load_model

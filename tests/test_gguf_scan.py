@@ -13,8 +13,8 @@ import pytest
 from conftest import tiny_model, write_tokenizer
 from gguf_files import SHAPE, write_gguf
 
-from lit_llama.convert.gguf import open_gguf
-from lit_llama.convert.gguf_scan import scan
+from lit_llama.convert.gguf.reader import open_gguf
+from lit_llama.convert.gguf.scan import scan
 from lit_llama.convert.source import check_shapes
 from lit_llama.errors import CheckpointError
 

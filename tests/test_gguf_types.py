@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model, write_tokenizer
 from gguf_files import SHAPE, Array, gguf_name, write_gguf
 
-from lit_llama.convert.gguf import open_gguf
+from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.source import Source
 
 # Bytes of a block, and where in it the float16 scales are; the other bytes may be any.
@@ -63,7 +63,7 @@ def test_packed_values_are_those_of_transformers(
     """Random blocks, read three rows at a time; catches rows cut elsewhere than between blocks, and types mixed up."""
     from transformers.integrations.gguf.dequant import dequantize
 
-    monkeypatch.setattr("lit_llama.convert.gguf.BLOCK", 3 * 256)
+    monkeypatch.setattr("lit_llama.convert.gguf.reader.BLOCK", 3 * 256)
     packed = random_blocks(kind, 96)
     wanted = dequantize(torch.from_numpy(packed), int(gguf.GGMLQuantizationType[kind])).reshape(96, 256)
     assert wanted.std() > 0.01

@@ -16,8 +16,8 @@ from conftest import ROOT, as_transformers, tiny_model, write_tokenizer
 from gguf_files import SHAPE, Array, gguf_name, pairs_from_halves, q8_0, write_model
 from safetensors.torch import load_file
 
-from lit_llama.convert.gguf import open_gguf
-from lit_llama.convert.gguf_writer import write_gguf
+from lit_llama.convert.gguf.reader import open_gguf
+from lit_llama.convert.gguf.writer import write_gguf
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
@@ -148,7 +148,7 @@ def test_q8_0_is_packed_as_the_format_says(
     tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three rows at a time; catches rows cut within a block, a vector that is packed, and a silent fallback."""
-    monkeypatch.setattr("lit_llama.convert.gguf_writer.BLOCK", 3 * 64)
+    monkeypatch.setattr("lit_llama.convert.gguf.writer.BLOCK", 3 * 64)
     source, model = made(intermediate_size=112)
     write_gguf(source, tmp_path / "model.gguf", "q8_0")
     metadata, tensors = read(tmp_path / "model.gguf")
@@ -232,7 +232,7 @@ def test_a_kill_leaves_no_file_that_looks_whole(tmp_path: Path, made: Any) -> No
 import os, signal
 from pathlib import Path
 from lit_llama.convert.native import open_folder
-from lit_llama.convert import gguf_writer
+from lit_llama.convert.gguf import writer as gguf_writer
 made, pack = [], gguf_writer._pack
 def killed(*arguments):
     made.append(arguments)

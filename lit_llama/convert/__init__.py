@@ -52,7 +52,7 @@ def convert(
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
-        from lit_llama.convert.gguf_writer import check_file
+        from lit_llama.convert.gguf.writer import check_file
 
         check_file(destination)
     else:
@@ -69,15 +69,15 @@ def convert(
     if layout == "hf":
         write_folder(opened, destination, max_shard_size=max_shard_size)
     elif layout == "meta":
-        from lit_llama.convert.meta_writer import write_meta
+        from lit_llama.convert.meta.writer import write_meta
 
         write_meta(opened, destination, num_shards)
     elif layout == "lit":
-        from lit_llama.convert.lit import write_lit
+        from lit_llama.convert.lit.lit_llama import write_lit
 
         write_lit(opened, destination)
     else:
-        from lit_llama.convert.gguf_writer import write_gguf
+        from lit_llama.convert.gguf.writer import write_gguf
 
         write_gguf(opened, destination, dtype)
     say = stderr().print
@@ -113,7 +113,7 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
 
 
 def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
-    from lit_llama.convert.meta import SHARD
+    from lit_llama.convert.meta.reader import SHARD
 
     if SHARD.fullmatch(path.name):
         raise CheckpointError(
@@ -122,11 +122,11 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":
-        from lit_llama.convert.gguf import open_gguf
+        from lit_llama.convert.gguf.reader import open_gguf
 
         return open_gguf(path, dtype)
     if start.startswith(b"PK") or path.suffix == ".pth":
-        from lit_llama.convert.lit import open_lit
+        from lit_llama.convert.lit.lit_llama import open_lit
 
         return open_lit(path, rms_norm_eps).cast(dtype)
     what = describe_wrong_file(path) or f"none of these: it starts with {start!r}"
@@ -135,7 +135,10 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
 
 def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
     """The layouts that a folder may be in, those first whose files leave no doubt."""
-    from lit_llama.convert import lit, litgpt, meta, native
+    from lit_llama.convert import native
+    from lit_llama.convert.lit import lit_llama as lit
+    from lit_llama.convert.lit import litgpt
+    from lit_llama.convert.meta import reader as meta
 
     if native.has_safetensors(folder):
         return native.open_folder(folder)

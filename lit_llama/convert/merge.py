@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_llama.convert.gguf_writer import check_file, write_gguf
+from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.native import companions, open_folder
 from lit_llama.device import Precision, pick_device, pick_dtype
 from lit_llama.errors import CheckpointError, IntegrityError, UserError

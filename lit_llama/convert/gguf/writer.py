@@ -19,9 +19,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from torch import Tensor
 
-from lit_llama.convert import gguf_config
-from lit_llama.convert.gguf import BLOCK
-from lit_llama.convert.gguf_vocab import vocabulary
+from lit_llama.convert.gguf import config as gguf_config
+from lit_llama.convert.gguf.reader import BLOCK
+from lit_llama.convert.gguf.tokenizer import vocabulary
 from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import HEAD, Source, check_shapes
 from lit_llama.errors import CheckpointError, UserError

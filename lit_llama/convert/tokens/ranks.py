@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_llama.convert.fast import merges
-from lit_llama.convert.spm import SPACE, Kind, Piece, SentencePieces
+from lit_llama.convert.tokens.fast import merges
+from lit_llama.convert.tokens.spm import SPACE, Kind, Piece, SentencePieces
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer
 

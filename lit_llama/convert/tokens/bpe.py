@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lit_llama.convert.spm import Kind, padding
+from lit_llama.convert.tokens.spm import Kind, padding
 from lit_llama.errors import CheckpointError
 
 _LLAMA3 = (

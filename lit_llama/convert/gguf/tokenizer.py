@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_llama.convert import bpe
-from lit_llama.convert.ranks import from_ranks
-from lit_llama.convert.spm import SPACE, Kind, Piece, SentencePieces, padding
+from lit_llama.convert.tokens import bpe
+from lit_llama.convert.tokens.ranks import from_ranks
+from lit_llama.convert.tokens.spm import SPACE, Kind, Piece, SentencePieces, padding
 from lit_llama.errors import CheckpointError
 from lit_llama.progress import stderr
 from lit_llama.text.prompts import TEMPLATE_FILE

@@ -17,13 +17,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from torch import Tensor
 
-from lit_llama.convert.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.fast import fast_tokenizer
-from lit_llama.convert.gguf_config import ROPE_FREQS, Reading, in_rotary_pairs, native_name
-from lit_llama.convert.gguf_scan import Extent, scan
+from lit_llama.convert.gguf.config import ROPE_FREQS, Reading, in_rotary_pairs, native_name
+from lit_llama.convert.gguf.scan import Extent, scan
 from lit_llama.convert.rotary import in_halves
 from lit_llama.convert.source import NAMES, Source, settings
-from lit_llama.convert.spm import from_metadata
+from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
+from lit_llama.convert.tokens.fast import fast_tokenizer
+from lit_llama.convert.tokens.spm import from_metadata
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
 from lit_llama.model.weights import Stored

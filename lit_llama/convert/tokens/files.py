@@ -16,6 +16,7 @@ from lit_llama.convert.tokens.bpe import tokenizer_json
 from lit_llama.convert.tokens.fast import fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
+from lit_llama.progress import stderr
 from lit_llama.text.tokenizer import SentencePieceTokenizer
 
 FILE = "tokenizer.model"
@@ -156,6 +157,14 @@ _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 def _spell(token: bytes) -> str:
     return "".join(_CHARACTERS[byte] for byte in token)
+
+
+def write_tokenizer_model(folder: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Write tokenizer.model for the layouts that read nothing else, or say that it is missing."""
+    if (tokenizer := tokenizer_model(files)) is not None:
+        (folder / FILE).write_bytes(tokenizer)
+    else:
+        stderr().print(f"no {FILE} is written: the tokenizer is of a kind that this layout does not know")
 
 
 def tokenizer_model(files: Mapping[str, Path | bytes]) -> bytes | None:

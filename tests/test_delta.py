@@ -19,7 +19,7 @@ from lit_llama.convert.delta.folders import apply, make, verify
 from lit_llama.convert.delta.policy import Policy, blocks, mean_row
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder import read_manifest, resume
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.weights import INDEX_FILE, Stored, Weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -97,6 +97,24 @@ def test_a_sum_is_bit_for_bit_that_of_the_publishers_scripts(base: Path, tmp_pat
     apply(base, delta, tmp_path / "merged", policy=policy)
     assert_same(read(tmp_path / "merged"), plain_sum(read(base), read(delta), policy))
     assert load_model(tmp_path / "merged").config.vocab_size == ROWS
+
+
+def test_torch_files_are_added_as_safetensors_are(base: Path, tmp_path: Path) -> None:
+    """Catches a base or delta refused for being stored as Ziya's is, and an identity that depends on the container."""
+    folders = {"base": base, "delta": folder_of(tmp_path / "delta", delta_of("ziya"))}
+    apply(*folders.values(), tmp_path / "merged")
+    make(base, tmp_path / "merged", tmp_path / "made")
+    for name, folder in folders.items():
+        old = Path(shutil.copytree(folder, tmp_path / f"{name}-bin"))
+        torch.save(read(folder), old / "pytorch_model.bin")
+        (old / "model.safetensors").unlink()
+    apply(tmp_path / "base-bin", tmp_path / "delta-bin", tmp_path / "again")
+    verify(tmp_path / "again", tmp_path / "base-bin", tmp_path / "delta-bin")
+    assert_same(read(tmp_path / "again"), read(tmp_path / "merged"))
+    origins = [json.loads((tmp_path / name / "meta.json").read_text())["delta"] for name in ("merged", "again")]
+    assert [[origin[side].pop("path") for side in ("base", "delta")] for origin in origins] and origins[0] == origins[1]
+    apply(tmp_path / "base-bin", tmp_path / "made", tmp_path / "third")  # which says from which base it was made
+    assert fingerprint(base) == origins[0]["base"]["fingerprint"]
 
 
 def test_equal_shapes_are_added(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.weights import DTYPES, Weights, check_names, read_header, weight_files
+from lit_llama.model.weights import DTYPES, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
 
 _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that go into a fingerprint
@@ -63,17 +65,42 @@ def fingerprint(folder: Path) -> str:
 
     It tells one base from another in a moment, also for the largest; it is no proof against a flipped bit.
     """
+    found: dict[str, _Place] = {}
+    for path in set(weight_files(folder).values()):
+        start, header = read_header(path)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            found[name] = _Place(entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
+    return _fingerprint(found)
+
+
+def fingerprint_stored(stored: Mapping[str, Stored]) -> str:
+    """The same of tensors wherever they lie, which need not be in safetensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return _fingerprint(
+        {
+            name: _Place(names[place.dtype], place.shape, place.path, place.offset, place.size)
+            for name, place in stored.items()
+        }
+    )
+
+
+class _Place(NamedTuple):
+    """Dtype and shape of a tensor, and where its bytes lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    size: int
+
+
+def _fingerprint(places: Mapping[str, _Place]) -> str:
     digest = hashlib.sha256()
-    headers = {path: read_header(path) for path in set(weight_files(folder).values())}
-    entries = {
-        name: (path, start, entry) for path, (start, header) in headers.items() for name, entry in header.items()
-    }
-    for name in sorted(entries):
-        path, start, entry = entries[name]
-        begin, end = entry["data_offsets"]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        with path.open("rb") as file:
-            for offset in (begin, (begin + end) // 2, max(begin, end - _SAMPLE)):
-                file.seek(start + offset)
-                digest.update(file.read(min(_SAMPLE, end - offset)))
+    for name, place in sorted(places.items()):
+        digest.update(json.dumps([name, place.dtype, place.shape]).encode())
+        with place.path.open("rb") as file:
+            for offset in (0, place.size // 2, max(0, place.size - _SAMPLE)):
+                file.seek(place.start + offset)
+                digest.update(file.read(min(_SAMPLE, place.size - offset)))
     return digest.hexdigest()

@@ -48,6 +48,14 @@ class Stored:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes from the first element to the last."""
+        if not math.prod(self.shape):
+            return 0
+        steps = zip(self.shape, self.stride or _contiguous(self.shape), strict=True)
+        return self.dtype.itemsize * (1 + sum((size - 1) * step for size, step in steps))
+
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Copy rows start to stop (of the first dimension), or the whole tensor, into memory.
 

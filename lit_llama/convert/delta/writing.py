@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from lit_llama.convert.delta.policy import Policy, Side, combine, digest
-from lit_llama.convert.fast import complete
 from lit_llama.convert.source import META_FILE, Source, write_files
+from lit_llama.convert.tokens.fast import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import Staging, check_space, resume, write_json, write_manifest
 from lit_llama.model.checkpoint import fingerprint_stored

@@ -155,7 +155,7 @@ def test_a_sum_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     """Catches an infinity that a file would carry to every program that reads it."""
     base, delta = state_of(0, ROWS), delta_of("add")
     base["model.layers.1.mlp.up_proj.weight"][3, 4] = delta["model.layers.1.mlp.up_proj.weight"][3, 4] = 60000
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .*not finite in F16"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .*not finite in float16"):
         apply(folder_of(tmp_path / "b", base), folder_of(tmp_path / "d", delta), tmp_path / "merged", policy="add")
     assert not (tmp_path / "merged").exists()
 

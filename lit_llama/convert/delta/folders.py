@@ -175,7 +175,7 @@ def _compare(merged: Side, base: Side, delta: Side, policy: Policy) -> int:
     for name in track(sorted(merged.stored), "adding rows again"):
         stored = merged.stored[name]
         for start, stop in _ranges(stored.shape, draw):
-            wanted = combine(base, delta, policy, name, stored.dtype, rows=(start, stop))
+            wanted = torch.cat(list(combine(base, delta, policy, name, stored.dtype, rows=(start, stop))))
             if not torch.equal(stored.read(start, stop), wanted):
                 raise IntegrityError(f"{merged.folder}: {name} is not the sum of {base.folder} and {delta.folder}")
             count += stop - start

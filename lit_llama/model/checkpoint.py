@@ -17,6 +17,8 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import DTYPES, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
 
+_DELTA = 0.05
+"""Root mean square of all norm weights below which a folder is a difference: models have 0.3 and more."""
 _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that go into a fingerprint
 
 
@@ -29,7 +31,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         dtype: Convert the weights to it; None keeps what is stored.
 
     Raises:
-        CheckpointError: Tensors are missing, unknown, or of another shape than config.json says.
+        CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
+            delta.
     """
     config = LLaMAConfig.from_folder(folder)
     weights = Weights(folder)
@@ -42,6 +45,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     if tied:
         expected.pop("lm_head.weight")
     check_names(folder, set(expected), dict.fromkeys(names))
+    _check_whole(folder, weights)
     state = {}
     for name in track(names, f"loading {folder}"):
         stored, shape = weights.spec(name)
@@ -57,6 +61,17 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+def _check_whole(folder: Path, weights: Weights) -> None:
+    """A delta runs as well as a model does, and says nothing: its norms, which scale all there is, are near zero."""
+    norms = torch.cat([weights[name].flatten().float() for name in weights if name.endswith("norm.weight")])
+    if (size := norms.square().mean().sqrt().item()) < _DELTA:
+        raise CheckpointError(
+            f"{folder} holds a delta and no model: its norms are near zero (root mean square {size:.2g}, expected 0.3 "
+            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir {folder} "
+            f"--destination_path {folder}-merged"
+        )
 
 
 def fingerprint(folder: Path) -> str:

@@ -57,6 +57,11 @@ class JinjaStyle(PromptStyle):
             )
         except Exception as error:  # a template may fail in any way
             raise CheckpointError(f"{TEMPLATE_FILE} cannot be rendered: {error}") from error
+        if any(words[-1:]) and f"\ue000{len(words) - 1}\ue001" not in text:
+            raise CheckpointError(
+                f"{TEMPLATE_FILE} is no chat template, since it leaves out what is said ({self._source[:60]!r}): "
+                "download it again, or name the style with --prompt_style"
+            )
         segments = []
         for index, part in enumerate(self._MARK.split(text)):  # text and marks in turn
             segments.append(Segment(words[int(part)]) if index % 2 else Segment(part, template=True))

@@ -93,7 +93,7 @@ def _bytes(content: Path | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
-def _settings(tokenizer_class: str, **tokens: str) -> bytes:
+def _settings(tokenizer_class: str, **tokens: str | bool) -> bytes:
     rules = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     return encode_json({"tokenizer_class": tokenizer_class, **tokens, **rules})
 
@@ -102,7 +102,8 @@ def _from_sentencepiece(path: Path) -> Vocabulary:
     tokenizer = SentencePieceTokenizer(path)
     if not tokenizer.bos:
         raise CheckpointError(f"{path} has no token that begins a text, as every LLaMA has; {_FETCH}")
-    settings = _settings("LlamaTokenizer", bos_token=tokenizer.bos, eos_token=tokenizer.eos, unk_token="<unk>")
+    roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "unk_token": "<unk>"}
+    settings = _settings("LlamaTokenizer", **roles, legacy=True)  # legacy: see fast.py
     files: dict[str, Path | bytes] = {FILE: path, "tokenizer_config.json": settings}
     if (fast := fast_tokenizer(path)) is not None:  # most programs read this, and the model only with more packages
         files["tokenizer.json"] = encode_json(fast)

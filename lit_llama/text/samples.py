@@ -1,0 +1,255 @@
+"""Conversations -> samples: ids and labels of many rows at once, each text encoded once.
+
+What is promised of every sample is checked on every sample: one beginning, each trained turn with its end, and no
+control token out of somebody's words.
+
+Shapes: N tokens of all samples.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_llama.errors import CheckpointError, DataError, UserError
+from lit_llama.text.arrow import Batch
+from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.encode import IGNORE_INDEX, Cutter, Run, check_style
+from lit_llama.text.formats import Example
+from lit_llama.text.styles import Message, PromptStyle, Segment
+from lit_llama.text.tokenizer import Tokenizer
+
+Overflow = Literal["drop", "truncate_prompt", "truncate_response", "split", "error"]
+TrainOn = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Samples of some conversations.
+
+    Args:
+        batch: Their ids and labels.
+        conversations: What each sample was made of; several may come from one row.
+        cut: Rows that lost a part of their prompt or answer.
+        parts: Rows that became several samples.
+        dropped: Rows that are left out.
+    """
+
+    batch: Batch
+    conversations: list[Conversation]
+    cut: list[int]
+    parts: list[int]
+    dropped: list[Dropped]
+
+
+class Encoder:
+    """Encodes conversations in one style.
+
+    Args:
+        tokenizer: Of the model to be tuned.
+        style: How a conversation is rendered.
+        max_seq_length: Most tokens of a sample.
+        mask_inputs: Only answers carry loss.
+        train_on: Every answer carries loss, or the last one of a conversation only.
+        overflow: What becomes of longer rows: they are dropped; lose their oldest turns and the beginning of a
+            question; lose the end of the last answer, but not its end-of-text token; are cut into several samples
+            between turns; or are an error.
+
+    Raises:
+        CheckpointError: The tokenizer has not the tokens of the style.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        style: PromptStyle,
+        *,
+        max_seq_length: int,
+        mask_inputs: bool = True,
+        train_on: TrainOn = "all",
+        overflow: Overflow = "drop",
+    ) -> None:
+        check_style(tokenizer, style)
+        self._tokenizer, self._style, self._cutter = tokenizer, style, Cutter(tokenizer)
+        self._limit, self._mask_inputs, self._train_on, self._overflow = max_seq_length, mask_inputs, train_on, overflow
+        self._is_control = np.zeros(tokenizer.size, dtype=bool)
+        self._is_control[list(tokenizer.control.values())] = True
+
+    def __call__(self, conversations: Sequence[Conversation]) -> Encoded:
+        """Encode.
+
+        Raises:
+            DataError: A row is too long and `overflow` is "error".
+            CheckpointError: The style ends answers in no control token of this tokenizer.
+        """
+        batch, _ = self._encode(conversations)
+        if (batch.lengths <= self._limit).all():
+            return Encoded(batch, list(conversations), [], [], [])
+        fits = np.flatnonzero(batch.lengths <= self._limit)
+        pieces, kept = [batch.take(fits)], [conversations[i] for i in fits]
+        cut, parts, dropped = [], [], []
+        for index in np.flatnonzero(batch.lengths > self._limit):
+            long = conversations[index]
+            made = self._shorten(long, int(batch.lengths[index]))
+            if isinstance(made, Dropped):
+                dropped.append(made)
+                continue
+            pieces += [piece for _, piece in made]
+            kept += [conversation for conversation, _ in made]
+            (cut if self._overflow != "split" else parts).append(long.row)
+        order = sorted(range(len(kept)), key=lambda i: kept[i].row)  # stable: the parts of a row stay in order
+        return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped)
+
+    def _encode(self, conversations: Sequence[Conversation]) -> tuple[Batch, npt.NDArray[np.bool_]]:
+        """Ids and labels, however long, and which of the tokens are of answers: (N,)."""
+        rows = [self._runs(conversation) for conversation in conversations]
+        runs = list(chain.from_iterable(rows))
+        texts = iter(self._tokenizer.encode_batch([run.text for run in runs if run.control is None]))
+        pieces = [next(texts) if run.control is None else (run.control,) for run in runs]
+        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
+        trained = np.repeat(np.fromiter((run.trained for run in runs), bool, len(runs)), sizes)
+        labels = np.where(trained, ids, np.int32(IGNORE_INDEX)) if self._mask_inputs else ids
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        lengths = np.add.reduceat(sizes, np.cumsum(counts) - counts) if len(rows) else np.zeros(0, np.int64)
+        controls = sum(run.control is not None for run in runs)
+        assert int(self._is_control[ids].sum()) == controls, "a text was encoded as a control token"
+        self._check_beginnings(ids, lengths, conversations)
+        return Batch(ids, labels, lengths), trained
+
+    def _runs(self, conversation: Conversation) -> list[Run]:
+        """Runs up to the end of the last answer: what a template puts after it is never generated."""
+        runs = self._cutter.runs(self._segments(conversation))
+        while runs and not runs[-1].trained:
+            runs.pop()
+        if not runs:
+            raise UserError(
+                f"the prompt style {self._style.name} does not say where an answer is, so it cannot be trained"
+            )
+        last = True
+        for index in range(len(runs) - 1, -1, -1):
+            run = runs[index]
+            if run.trained and run.control is None and (index + 1 == len(runs) or not runs[index + 1].trained):
+                raise CheckpointError(
+                    f"{conversation.where}: the prompt style {self._style.name} ends an answer in "
+                    f"{run.text[-20:]!r}, which is no control token of this tokenizer"
+                )
+            if self._train_on == "last" and run.trained and not last:
+                runs[index] = replace(run, trained=False)
+            last = last and run.trained
+        return runs
+
+    def _segments(self, conversation: Conversation) -> Iterable[Segment]:
+        bos, eos = self._tokenizer.bos, self._tokenizer.eos
+        if conversation.text:
+            text = conversation.messages[-1]["content"]
+            end = Segment(eos, trained=True, template=True)
+            return (
+                (Segment(bos, template=True), Segment(text, trained=True), end) if bos else (Segment(text, True), end)
+            )
+        return self._style.render([self._joined(message) for message in conversation.messages], bos=bos, eos=eos)
+
+    def _joined(self, message: Message) -> Message:
+        """An instruction and its input are one content, put together as the style has it."""
+        if "input" not in message:
+            return message
+        example = Example(message["content"], message["input"])
+        return {"role": message["role"], "content": self._style.user(example)}
+
+    def _check_beginnings(
+        self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], conversations: Sequence[Conversation]
+    ) -> None:
+        bos = self._tokenizer.control.get(self._tokenizer.bos)
+        if bos is None or not len(lengths):
+            return
+        starts = np.cumsum(lengths) - lengths
+        second = ids[np.minimum(starts + 1, len(ids) - 1)]
+        wrong = np.flatnonzero((ids[starts] != bos) | ((second == bos) & (lengths > 1)))
+        if len(wrong):
+            raise CheckpointError(
+                f"{conversations[wrong[0]].where}: expected one {self._tokenizer.bos} at the beginning, found none or "
+                "two"
+            )
+
+    def _shorten(self, long: Conversation, length: int) -> list[tuple[Conversation, Batch]] | Dropped:
+        """What becomes of a row that is too long."""
+        if self._overflow == "error":
+            raise DataError(f"{long.where} has {length} tokens, more than --max_seq_length {self._limit}")
+        if self._overflow == "truncate_response":
+            return self._cut_answer(long)
+        if self._overflow == "truncate_prompt":
+            return self._cut_prompt(long)
+        if self._overflow == "split":
+            return self._split_text(long) if long.text else self._split_turns(long)
+        return Dropped(long.row, long.where, f"longer than {self._limit} tokens")
+
+    def _cut_answer(self, long: Conversation) -> list[tuple[Conversation, Batch]] | Dropped:
+        batch, trained = self._encode([long])
+        masked = np.flatnonzero(~trained)
+        if self._limit < (masked[-1] + 1 if len(masked) else 0) + 2:  # no room for one token of the answer and the end
+            return Dropped(long.row, long.where, f"prompt alone fills {self._limit} tokens")
+        keep = np.r_[: self._limit - 1, len(trained) - 1]
+        return [(long, Batch(batch.input_ids[keep], batch.labels[keep], np.array([self._limit])))]
+
+    def _cut_prompt(self, long: Conversation) -> list[tuple[Conversation, Batch]] | Dropped:
+        """Leave out the oldest turns, then the beginning of the last question (of its input first)."""
+        messages = list(long.messages)
+        while True:
+            shorter = replace(long, messages=tuple(messages))
+            batch, trained = self._encode([shorter])
+            excess = int(batch.lengths[0]) - self._limit
+            if excess <= 0:
+                return [(shorter, batch)]
+            questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+            if len(questions) > 1:
+                del messages[questions[0] : questions[1]]
+                continue
+            question = messages[questions[0]] if questions else {"content": ""}
+            field = "input" if question.get("input") else "content"
+            if not question[field]:
+                return Dropped(long.row, long.where, f"answer alone fills {self._limit} tokens")
+            share = excess / max(1, int((~trained).sum()))
+            cut = max(1, min(len(question[field]), int(share * len(question[field]))))
+            messages[questions[0]] = {**question, field: question[field][cut:]}
+
+    def _split_turns(self, long: Conversation) -> list[tuple[Conversation, Batch]] | Dropped:
+        """As many turns in a sample as fit, each with the system message."""
+        first = next(i for i, message in enumerate(long.messages) if message["role"] != "system")
+        system, rest = long.messages[:first], long.messages[first:]
+        starts = [i for i, message in enumerate(rest) if message["role"] == "user" or i == 0]
+        turns = [rest[i:j] for i, j in zip(starts, [*starts[1:], len(rest)], strict=True)]
+        made: list[tuple[Conversation, Batch]] = []
+        begun: tuple[Message, ...] = ()
+        for turn in turns:
+            for held in (begun + turn, turn):
+                part = replace(long, messages=system + held)
+                batch, _ = self._encode([part])
+                if batch.lengths[0] <= self._limit:
+                    break
+            else:
+                return Dropped(long.row, long.where, f"one turn alone is longer than {self._limit} tokens")
+            if held is not turn and begun:
+                made.pop()
+            made.append((part, batch))
+            begun = held
+        return made
+
+    def _split_text(self, long: Conversation) -> list[tuple[Conversation, Batch]]:
+        """Windows that follow each other, each with the beginning; the end is only where the text ends."""
+        batch, _ = self._encode([long])
+        begins = int(bool(self._tokenizer.bos))
+        body, size = batch.input_ids[begins:], self._limit - begins
+        made = []
+        for start in range(0, len(body), size):
+            ids = np.concatenate([batch.input_ids[:begins], body[start : start + size]])
+            labels = np.concatenate([batch.labels[:begins], body[start : start + size]])
+            made.append((long, Batch(ids, labels, np.array([len(ids)]))))
+        return made
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    columns = [[getattr(batch, name) for batch in batches] for name in ("input_ids", "labels", "lengths")]
+    return Batch(*(np.concatenate(column) for column in columns))

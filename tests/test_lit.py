@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_here
 from plain import Sizes, State, logits, native, random_state, write_sentencepiece
 from safetensors.torch import load_file
 from test_meta import IDS, equal, nothing_left, swapped
@@ -247,6 +248,15 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path, base: Path, change:
         convert_lit_lora(tmp_path / "lora.pth", base, tmp_path / "adapter")
     assert message in str(caught.value)
     assert nothing_left(tmp_path / "adapter")
+
+
+def test_the_door_converts_a_lora(tmp_path: Path, base: Path) -> None:
+    """Catches a flag that does not reach its function."""
+    write_lora(tmp_path / "lora.pth")
+    flags = ("--source", tmp_path / "lora.pth", "--destination_path", tmp_path / "adapter", "--base_dir", base)
+    done = run_here("prepare/checkpoint.py", *flags, "--lora_alpha", 32)
+    assert done.returncode == 0, done.stderr
+    assert read_adapter_config(tmp_path / "adapter")[0].alpha == 32
 
 
 def test_a_lora_without_its_base_is_explained(tmp_path: Path, lit_file: Path) -> None:

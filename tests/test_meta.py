@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_llama.convert import convert, meta, meta_writer
+from lit_llama.convert.join import Joined
 from lit_llama.convert.meta import open_meta
 from lit_llama.convert.meta_writer import ffn_width, write_meta
 from lit_llama.convert.native import open_folder
+from lit_llama.convert.pth import read_pth
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.model.checkpoint import load_model
 
@@ -454,6 +456,8 @@ def test_a_whole_destination_is_kept(tmp_path: Path, vocabulary: Path) -> None:
     with pytest.raises(CheckpointError, match="use it as it is"):
         convert(tmp_path / "made", tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == before
+    with pytest.raises(UserError, match=r"already holds params\.json"):
+        convert(tmp_path / "made", folder, layout="meta")
     with pytest.raises(CheckpointError, match=f"one shard of a folder in Meta's layout, name the folder {folder}"):
         convert(folder / "consolidated.00.pth", tmp_path / "again")
     assert nothing_left(tmp_path / "again")
@@ -554,3 +558,19 @@ print(peak() - before)
     grown = int(done.stdout) * 1024
     assert grown < size / 2, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB, whose largest tensor has 66 MB"
     assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 1), (5, 6), (3, 40), (15, 17), (47, 48), (20, 20)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_any_rows_of_a_joined_tensor_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dim: int, start: int, stop: int | None
+) -> None:
+    """Catches a border between parts, or between the blocks they are read in, that is off by one."""
+    whole = torch.randn(48, 12)
+    for i, part in enumerate(whole.chunk(3, dim)):
+        torch.save({"x": part}, tmp_path / f"{i}.pth")  # a column of parts is a view with strides
+    parts = [read_pth(tmp_path / f"{i}.pth")["x"] for i in range(3)]
+    monkeypatch.setattr("lit_llama.convert.join._BLOCK", 7 * 48)
+    assert torch.equal(Joined("x", parts, dim).read(start, stop), whole[start:stop])
+    doubled = Joined("x", [part for part in parts for _ in range(2)], dim, copies=2)
+    assert doubled.shape == (48, 12) and torch.equal(doubled.read(start, stop), whole[start:stop])

@@ -206,6 +206,16 @@ def test_the_door_converts_there_and_back(tmp_path: Path) -> None:
     assert done.returncode == 2 and "5XB" in done.stderr
 
 
+def test_an_embedding_grows_on_the_way(tmp_path: Path) -> None:
+    """Catches a flag that does not reach its function, or old rows that change."""
+    state = write_bin(tmp_path / "bin", tiny_model())
+    flags = ("--source", tmp_path / "bin", "--destination_path", tmp_path / "made", "--resize_vocab", 400)
+    assert run_here("prepare/checkpoint.py", *flags).returncode == 0
+    found = load_file(tmp_path / "made" / "model.safetensors")["lm_head.weight"]
+    assert found.shape[0] == 400 and torch.equal(found[:384], state["lm_head.weight"])
+    assert load_model(tmp_path / "made").config.vocab_size == 400
+
+
 def test_shards_are_metas_alone(tmp_path: Path) -> None:
     """Catches a flag that is ignored in silence."""
     write_bin(tmp_path / "bin", tiny_model())

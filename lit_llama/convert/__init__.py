@@ -11,6 +11,9 @@ from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
 Layout = Literal["hf", "meta", "lit"]
+_MARKERS: dict[Layout, str] = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
+"""The file that tells a whole folder, so that one is refused before anything is read."""
+
 _EXPECTED = (
     "a GGUF file, a .pth of lit-llama, a folder of Meta's (consolidated.NN.pth), of litgpt (lit_model.pth) or of "
     "Hugging Face (config.json with weights)"
@@ -38,7 +41,7 @@ def convert(
         max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
-        resize_vocab: Rows that embedding and head are to have.
+        resize_vocab: Rows that embedding and head are to grow to.
 
     Raises:
         CheckpointError: `source` is missing, or nothing that can be converted.
@@ -48,10 +51,9 @@ def convert(
     start = time.perf_counter()
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
-    if layout == "hf":
-        check_destination(destination, SETTINGS_FILE)
-        if dtype is None and max_shard_size == MAX_SHARD_SIZE and resize_vocab is None:
-            _check_needed(source)
+    check_destination(destination, _MARKERS[layout])
+    if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
+        _check_foreign(source)
     opened = open_source(source, dtype, rms_norm_eps)
     if resize_vocab is not None:
         from lit_llama.convert.resize import resize
@@ -75,7 +77,7 @@ def convert(
     say(f"{destination}: {opened.parameters:,} parameters in {opened.dtype} from {opened.kind}, {seconds:.1f} s")
 
 
-def _check_needed(source: Path) -> None:
+def _check_foreign(source: Path) -> None:
     from lit_llama.convert.native import has_safetensors
 
     if source.is_dir() and has_safetensors(source):

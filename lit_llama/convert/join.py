@@ -1,6 +1,7 @@
 """One tensor that lies in parts, as Meta's shards keep it: any rows of the whole, part by part into place."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError
 from lit_llama.model.weights import Stored
 
-_BLOCK = 16 * 2**20  # bytes compared at once
+_BLOCK = 8 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Joined:
         return self.parts[0].dtype
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Copy rows start to stop of the whole, or all of it, into memory, which holds it and one part.
+        """Copy rows start to stop of the whole, or all of it, into memory, which holds it and a block of rows.
 
         Raises:
             CheckpointError: Parts that should hold the same do not.
@@ -67,9 +68,12 @@ class Joined:
         for i in range(0, len(self.parts), self.copies):
             size = self.parts[i].shape[self.dim]
             low, high = (max(start - at, 0), min(stop - at, size)) if self.dim == 0 else (start, stop)
-            if low < high:
-                target = whole[at + low - start : at + high - start] if self.dim == 0 else whole[:, at : at + size]
-                target.copy_(self._read_copies(i, low, high))
+            for first, last in _blocks(self.parts[i], low, high):
+                if self.dim == 0:
+                    target = whole[at + first - start : at + last - start]
+                else:
+                    target = whole[first - start : last - start, at : at + size]
+                target.copy_(self._read_copies(i, first, last))
             at += size
         return whole
 
@@ -91,12 +95,14 @@ def same(first: Stored | Joined, second: Stored | Joined) -> bool:
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape) or not first.shape:
         return False
-    rows, total = first.shape[0], first.dtype.itemsize * torch.Size(first.shape).numel()
-    step = max(1, rows * _BLOCK // max(total, 1))
-    return all(
-        _same_bits(first.read(i, min(i + step, rows)), second.read(i, min(i + step, rows)))
-        for i in range(0, rows, step)
-    )
+    blocks = _blocks(first, 0, first.shape[0])
+    return all(_same_bits(first.read(*rows), second.read(*rows)) for rows in blocks)
+
+
+def _blocks(tensor: Stored | Joined, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Rows start to stop in blocks that are small beside a tensor."""
+    step = max(1, _BLOCK // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
+    return ((first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_llama.convert.native import companions
 from lit_llama.device import Precision, pick_device, pick_dtype
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.folder import check_destination, publish, sha256_file, write_json
@@ -25,7 +26,7 @@ from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import disabled, merge_weight
 from lit_llama.model.quantize import is_quantized, quantize_in_place, through_nf4
-from lit_llama.model.weights import DTYPES, INDEX_FILE, Weights, write_weights
+from lit_llama.model.weights import DTYPES, Weights, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
@@ -124,10 +125,8 @@ def merge(
 
 def _copy_rest(base: Path, adapter_dir: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Tokenizer and settings of the base, chat template of the adapter."""
-    for path in sorted(base.iterdir()):
-        kind = path.suffix in (".json", ".model", ".txt", ".jinja")
-        if kind and path.name not in (INDEX_FILE, META_FILE, "config.json") and path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    for name, path in companions(base).items():
+        shutil.copyfile(path, folder / name)
     template, settings = adapter_dir / TEMPLATE_FILE, folder / "tokenizer_config.json"
     if template.is_file():
         shutil.copyfile(template, folder / TEMPLATE_FILE)

@@ -1,5 +1,7 @@
 """Which rows are for training and which for testing."""
 
+import hashlib
+import unicodedata
 from collections.abc import Hashable, Sequence
 
 from lit_llama.errors import DataError
@@ -20,6 +22,23 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[list[int]
         )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[: rows - test_split_size], order[rows - test_split_size :]
+
+
+def hash_side(opening: str, share: float, seed: int) -> str:
+    """Train or test, by a hash of what a conversation opens with.
+
+    Rows that ask the same, but for case, white space and Unicode form, stand on one side, whatever they answer; and no
+    row changes sides when others are added.
+
+    Args:
+        opening: The first question of a row, or its text.
+        share: How many of the openings are for testing, between 0 and 1.
+        seed: Of the hash.
+    """
+    text = " ".join((opening if opening.isascii() else unicodedata.normalize("NFKC", opening)).casefold().split())
+    key = seed.to_bytes(8, "little", signed=True)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
+    return "test" if int.from_bytes(digest, "little") < share * 2**64 else "train"
 
 
 def shared(train: Sequence[Hashable], test: Sequence[Hashable]) -> int:

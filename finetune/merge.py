@@ -1,6 +1,7 @@
 """Merge an adapter into its base: a plain checkpoint again, proven to say the same.
 
 python finetune/merge.py --adapter_dir out/lora/NAME --destination_path checkpoints/NAME-merged
+python finetune/merge.py --adapter_dir out/lora/NAME --destination_path NAME.gguf --format gguf --dtype q8_0
 """
 
 from pathlib import Path
@@ -14,7 +15,8 @@ def main(
     *,
     adapter_dir: Path,
     destination_path: Path,
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    format: Literal["hf", "gguf"] = "hf",
+    dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
     precision: Precision = "auto",
     onto: Literal["stored", "nf4"] = "stored",
 ) -> None:
@@ -22,15 +24,17 @@ def main(
 
     Args:
         adapter_dir: Adapter folder made by finetune/lora.py.
-        destination_path: Folder to make.
-        dtype: Store the weights in this dtype; left out, in that of the base.
+        destination_path: Folder to make, or with --format gguf the file.
+        format: hf for a Hugging Face folder, gguf for one file that llama.cpp and Ollama read.
+        dtype: Store the weights in this dtype; left out, in that of the base. q8_0 (8 bits) is for GGUF files.
         precision: In which the logits are compared; auto is bfloat16 where the hardware is fast at it.
         onto: Add the update to the base as it is stored, or to what 4-bit quantisation (nf4) leaves of it, which is
             what an adapter from QLoRA training has seen.
     """
-    from lit_llama.convert.merge import merge
+    from lit_llama.convert.merge import merge, merge_into_gguf
 
-    merge(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto)
+    write = merge_into_gguf if format == "gguf" else merge
+    write(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ def main(
     *,
     source: Path,
     destination_path: Path,
-    format: Literal["hf", "meta", "lit"] = "hf",
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    format: Literal["hf", "meta", "lit", "gguf"] = "hf",
+    dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
     max_shard_size: str = "5GB",
     num_shards: int = 1,
     resize_vocab: int | None = None,
@@ -29,9 +29,11 @@ def main(
     Args:
         source: A folder of Meta's (consolidated.NN.pth, params.json, tokenizer.model), a .pth of lit-llama, a folder of
             litgpt's (lit_model.pth), a GGUF file, or a Hugging Face folder with safetensors or pytorch_model.bin.
-        destination_path: Folder to make, such as checkpoints/NAME.
-        format: Layout to write: hf (Hugging Face), meta (for Meta's code), lit (for lit-llama).
+        destination_path: Folder to make, such as checkpoints/NAME, or with --format gguf the file.
+        format: Layout to write: hf (Hugging Face), meta (for Meta's code), lit (for lit-llama), gguf (one
+            file for llama.cpp and Ollama).
         dtype: Dtype to round all weights to; left out, none is rounded but quantised ones, which become bfloat16.
+            q8_0 (8 bits) is for GGUF files.
         max_shard_size: Most bytes of a safetensors file, such as 200MB, unless one tensor is larger.
         num_shards: Number of consolidated.NN.pth to write with --format meta.
         resize_vocab: Rows that embedding and head are to have, where the tokenizer has more tokens than they have rows;
@@ -41,7 +43,7 @@ def main(
         lora_alpha: Alpha that the LoRA was trained with, which its file does not hold; 16 in lit-llama's scripts.
     """
     from lit_llama.convert import convert
-    from lit_llama.convert.lit_lora import convert_lit_lora
+    from lit_llama.convert.lit.lora import convert_lit_lora
     from lit_llama.model.weights import parse_size
 
     if base_dir is not None:

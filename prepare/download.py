@@ -23,7 +23,7 @@ def main(
         destination_path: Folder to make; left out, checkpoints/NAME.
         file: A single GGUF file of the repository, instead of the model folder.
     """
-    from lit_llama.convert.download import download
+    from lit_llama.convert.hub.download import download
 
     download(repo_id, destination_path, revision=revision, file=file)
 

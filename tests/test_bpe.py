@@ -8,7 +8,7 @@ import pytest
 from conftest import write_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from lit_llama.convert.bpe import adds_bos, tokenizer_json
+from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
 from lit_llama.errors import CheckpointError
 
 TEXTS = [
@@ -138,7 +138,6 @@ def test_a_beginning_of_text_is_put_first_where_the_model_wants_one(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("tokenizer.ggml.model", "llama", "tokenizer.ggml.model is 'llama'"),
         ("tokenizer.ggml.pre", "default", "tokenizer.ggml.pre is 'default', implemented are gpt-2, smollm, llama-bpe"),
         ("tokenizer.ggml.tokens", ["a", "b", "a"], "the same token twice"),
     ],

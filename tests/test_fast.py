@@ -12,8 +12,8 @@ import sentencepiece
 from conftest import CORPUS
 from plain import write_sentencepiece
 
-from lit_llama.convert.fast import fast_tokenizer
-from lit_llama.convert.vocabulary import read_vocabulary, tokenizer_model
+from lit_llama.convert.tokens.fast import fast_tokenizer
+from lit_llama.convert.tokens.files import read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer, Tokenizer
 

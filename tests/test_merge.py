@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, write_adapter
+from conftest import CHATML, run_here, write_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -362,3 +362,40 @@ def test_merging_onto_nf4_adds_to_what_four_bits_leave(
         assert (scaled[..., None] - levels).abs().amin(-1).max() < 1e-3, name
         changed += 1
     assert changed == 14
+
+
+def test_a_merge_becomes_one_gguf_file(base: Path, tmp_path: Path) -> None:
+    """Catches an export that lacks the adapter, the prompt style or the way back."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    run(adapter, tmp_path / "merged")
+    flags = ["--adapter_dir", adapter, "--destination_path", tmp_path / "model.gguf", "--format", "gguf"]
+    made = run_here("finetune/merge.py", *flags, "--precision", "32-true")
+    assert made.returncode == 0 and made.stdout == "", made
+    back = ["--source", tmp_path / "model.gguf", "--destination_path", tmp_path / "back"]
+    assert run_here("prepare/checkpoint.py", *back).returncode == 0
+    wanted, found = read(tmp_path / "merged"), read(tmp_path / "back")
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == named_style("alpaca").jinja(bos=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged", "model.gguf", "back"}
+    assert run_here("finetune/merge.py", *flags).returncode == 2  # it is there already
+    small = [*flags[:3], tmp_path / "small.gguf", *flags[4:], "--dtype", "q8_0", "--precision", "32-true"]
+    assert run_here("finetune/merge.py", *small).returncode == 0
+    assert (tmp_path / "small.gguf").stat().st_size < 0.5 * (tmp_path / "model.gguf").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--format", "gguf"], "should end in .gguf"),
+        (["--dtype", "q8_0"], "needs --format gguf"),
+    ],
+)
+def test_gguf_options_that_do_not_fit_are_told(base: Path, tmp_path: Path, flags: list[str], named: str) -> None:
+    """Catches a folder of GGUF's name, and a type that safetensors has not."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    for door, source in (
+        ("finetune/merge.py", ["--adapter_dir", adapter]),
+        ("prepare/checkpoint.py", ["--source", base]),
+    ):
+        refused = run_here(door, *source, "--destination_path", tmp_path / "made", *flags)
+        assert refused.returncode == 2 and named in refused.stderr and not (tmp_path / "made").exists(), refused

@@ -18,12 +18,14 @@ from plain import Sizes, State, logits, native, random_state, write_sentencepiec
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_llama.convert import convert, meta, meta_writer
-from lit_llama.convert.join import Joined
-from lit_llama.convert.meta import open_meta
-from lit_llama.convert.meta_writer import ffn_width, write_meta
+from lit_llama.convert import convert
+from lit_llama.convert.meta import reader as meta
+from lit_llama.convert.meta import writer as meta_writer
+from lit_llama.convert.meta.join import Joined
+from lit_llama.convert.meta.reader import open_meta
+from lit_llama.convert.meta.writer import ffn_width, write_meta
 from lit_llama.convert.native import open_folder
-from lit_llama.convert.pth import read_pth
+from lit_llama.convert.pth.files import read_pth
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.model.checkpoint import load_model
 
@@ -546,7 +548,11 @@ def test_memory_holds_a_tensor_and_not_the_model(tmp_path: Path, llama_tokenizer
     assert size > 5.5e8
     code = f"""
 from pathlib import Path
-from lit_llama.convert import convert, lit, meta, meta_writer, native, vocabulary
+from lit_llama.convert import convert, native
+from lit_llama.convert.lit import lit_llama as lit
+from lit_llama.convert.meta import reader as meta
+from lit_llama.convert.meta import writer as meta_writer
+from lit_llama.convert.tokens import files as vocabulary
 import torch, sentencepiece, lit_llama.model.llama
 def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 before = peak()
@@ -570,7 +576,7 @@ def test_any_rows_of_a_joined_tensor_can_be_read(
     for i, part in enumerate(whole.chunk(3, dim)):
         torch.save({"x": part}, tmp_path / f"{i}.pth")  # a column of parts is a view with strides
     parts = [read_pth(tmp_path / f"{i}.pth")["x"] for i in range(3)]
-    monkeypatch.setattr("lit_llama.convert.join._BLOCK", 7 * 48)
+    monkeypatch.setattr("lit_llama.convert.meta.join._BLOCK", 7 * 48)
     assert torch.equal(Joined("x", parts, dim).read(start, stop), whole[start:stop])
     doubled = Joined("x", [part for part in parts for _ in range(2)], dim, copies=2)
     assert doubled.shape == (48, 12) and torch.equal(doubled.read(start, stop), whole[start:stop])

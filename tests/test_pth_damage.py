@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch_files import HONEST, archive_of, bits, dict_of, number, refused, text, view
 
-from lit_llama.convert import pth
-from lit_llama.convert.pth import read_pth
+from lit_llama.convert.pth import files as pth
+from lit_llama.convert.pth.files import read_pth
 from lit_llama.errors import CheckpointError
 
 VIEWS: dict[str, tuple[bytes, str]] = {

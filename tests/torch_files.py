@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_llama.convert.pth import read_pth
+from lit_llama.convert.pth.files import read_pth
 from lit_llama.errors import CheckpointError
 
 

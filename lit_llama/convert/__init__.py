@@ -10,8 +10,8 @@ from lit_llama.folder import check_destination
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
-Layout = Literal["hf", "meta", "lit"]
-_MARKERS: dict[Layout, str] = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
+Layout = Literal["hf", "meta", "lit", "gguf"]
+_MARKERS = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
 """The file that tells a whole folder, so that one is refused before anything is read."""
 
 _EXPECTED = (
@@ -35,9 +35,9 @@ def convert(
 
     Args:
         source: File or folder with weights.
-        destination: Folder to make.
-        layout: What to write: hf, meta or lit.
-        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16.
+        destination: Folder to make, or for gguf the file.
+        layout: What to write: hf, meta, lit or gguf.
+        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16. gguf has q8_0, too.
         max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
@@ -51,10 +51,17 @@ def convert(
     start = time.perf_counter()
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
-    check_destination(destination, _MARKERS[layout])
+    if layout == "gguf":
+        from lit_llama.convert.gguf.writer import check_file
+
+        check_file(destination)
+    else:
+        check_destination(destination, _MARKERS[layout])
+    if dtype == "q8_0" and layout != "gguf":
+        raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
     if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
         _check_foreign(source)
-    opened = open_source(source, dtype, rms_norm_eps)
+    opened = open_source(source, None if layout == "gguf" else dtype, rms_norm_eps)
     if resize_vocab is not None:
         from lit_llama.convert.resize import resize
 
@@ -62,19 +69,23 @@ def convert(
     if layout == "hf":
         write_folder(opened, destination, max_shard_size=max_shard_size)
     elif layout == "meta":
-        from lit_llama.convert.meta_writer import write_meta
+        from lit_llama.convert.meta.writer import write_meta
 
         write_meta(opened, destination, num_shards)
-    else:
-        from lit_llama.convert.lit import write_lit
+    elif layout == "lit":
+        from lit_llama.convert.lit.lit_llama import write_lit
 
         write_lit(opened, destination)
+    else:
+        from lit_llama.convert.gguf.writer import write_gguf
+
+        write_gguf(opened, destination, dtype)
     say = stderr().print
     for name, note in opened.notes.items():
         if isinstance(note, str):
             say(f"{name}: {note}", markup=False)
-    seconds = time.perf_counter() - start
-    say(f"{destination}: {opened.parameters:,} parameters in {opened.dtype} from {opened.kind}, {seconds:.1f} s")
+    made = f"{opened.parameters:,} parameters in {dtype or opened.dtype}"
+    say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
 
 
 def _check_foreign(source: Path) -> None:
@@ -102,7 +113,7 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
 
 
 def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
-    from lit_llama.convert.meta import SHARD
+    from lit_llama.convert.meta.reader import SHARD
 
     if SHARD.fullmatch(path.name):
         raise CheckpointError(
@@ -111,11 +122,11 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":
-        from lit_llama.convert.gguf import open_gguf
+        from lit_llama.convert.gguf.reader import open_gguf
 
         return open_gguf(path, dtype)
     if start.startswith(b"PK") or path.suffix == ".pth":
-        from lit_llama.convert.lit import open_lit
+        from lit_llama.convert.lit.lit_llama import open_lit
 
         return open_lit(path, rms_norm_eps).cast(dtype)
     what = describe_wrong_file(path) or f"none of these: it starts with {start!r}"
@@ -124,7 +135,10 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
 
 def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
     """The layouts that a folder may be in, those first whose files leave no doubt."""
-    from lit_llama.convert import lit, litgpt, meta, native
+    from lit_llama.convert import native
+    from lit_llama.convert.lit import lit_llama as lit
+    from lit_llama.convert.lit import litgpt
+    from lit_llama.convert.meta import reader as meta
 
     if native.has_safetensors(folder):
         return native.open_folder(folder)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_llama.convert.native import companions
+from lit_llama.convert.gguf.writer import check_file, write_gguf
+from lit_llama.convert.native import companions, open_folder
 from lit_llama.device import Precision, pick_device, pick_dtype
-from lit_llama.errors import CheckpointError, IntegrityError
-from lit_llama.folder import check_destination, publish, sha256_file, write_json
+from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
 from lit_llama.model.adapter import (
     META_FILE,
     WEIGHTS_FILE,
@@ -26,7 +28,7 @@ from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import disabled, merge_weight
 from lit_llama.model.quantize import is_quantized, quantize_in_place, through_nf4
-from lit_llama.model.weights import DTYPES, Weights, write_weights
+from lit_llama.model.weights import DTYPES, Weights, byte_size, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
@@ -73,6 +75,8 @@ def merge(
             not carry it.
     """
     check_destination(destination, "config.json")
+    if dtype == "q8_0":
+        raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
     base = base_of(adapter_dir)
     config, _ = read_adapter_config(adapter_dir)
     tokenizer, shape = Tokenizer.from_path(base), LLaMAConfig.from_folder(base)
@@ -104,6 +108,7 @@ def merge(
         return merge_weight(weight, *pair, config.scale, target)
 
     with publish(destination, "config.json") as folder:
+        check_space(folder, sum(map(byte_size, specs.values())))
         write_weights(folder, specs, produce)
         if dtype:
             raw |= {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in raw else {})
@@ -120,6 +125,28 @@ def merge(
         }
         write_json(folder / META_FILE, meta)
     stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
+    return proof
+
+
+def merge_into_gguf(
+    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto = "stored"
+) -> Proof:
+    """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
+
+    Args:
+        adapter_dir: What finetune/lora.py wrote.
+        destination: File to make.
+        dtype: bfloat16, float16, float32 or q8_0; None keeps that of the base.
+        precision: In which the logits are compared.
+        onto: As for `merge`.
+    """
+    check_file(destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as held:
+        folder = Path(held) / "merged"
+        proof = merge(adapter_dir, folder, dtype=None, precision=precision, onto=onto)
+        write_gguf(open_folder(folder), destination, dtype)
+    stderr().print(f"{destination}: {destination.stat().st_size / 1e9:.2f} GB, ready for llama.cpp and Ollama")
     return proof
 
 

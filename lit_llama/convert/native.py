@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_llama.convert.join import same
-from lit_llama.convert.pth import read_pth
+from lit_llama.convert.meta.join import same
+from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig

@@ -6,11 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_llama.convert.meta import CHECKLIST_FILE, LLAMA3_THETA, META_NAMES, PARAMS_FILE, SPLIT, llama3_rope, md5_file
-from lit_llama.convert.pth import write_pth
+from lit_llama.convert.meta.reader import (
+    CHECKLIST_FILE,
+    LLAMA3_THETA,
+    META_NAMES,
+    PARAMS_FILE,
+    SPLIT,
+    llama3_rope,
+    md5_file,
+)
+from lit_llama.convert.pth.files import write_pth
 from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
-from lit_llama.convert.vocabulary import FILE, tokenizer_model
+from lit_llama.convert.tokens.files import FILE, tokenizer_model
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_llama.convert.bpe import tokenizer_json
-from lit_llama.convert.fast import fast_tokenizer, merges
+from lit_llama.convert.tokens.bpe import tokenizer_json
+from lit_llama.convert.tokens.fast import fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
 from lit_llama.text.tokenizer import SentencePieceTokenizer

@@ -15,7 +15,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
 from rich.progress import wrap_file
 
-from lit_llama.convert.hub import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
+from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, publish_later, write_json

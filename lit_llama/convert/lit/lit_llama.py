@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.convert.join import same
-from lit_llama.convert.litgpt import FILE as LITGPT_FILE
-from lit_llama.convert.litgpt import PARTS, open_litgpt
-from lit_llama.convert.pth import read_pth, write_pth
+from lit_llama.convert.lit.litgpt import FILE as LITGPT_FILE
+from lit_llama.convert.lit.litgpt import PARTS, open_litgpt
+from lit_llama.convert.meta.join import same
+from lit_llama.convert.pth.files import read_pth, write_pth
 from lit_llama.convert.rotary import in_halves, in_pairs
 from lit_llama.convert.source import (
     EMBEDDING,
@@ -28,8 +28,8 @@ from lit_llama.convert.source import (
     expected_shapes,
     settings,
 )
-from lit_llama.convert.vocabulary import FILE as TOKENIZER_FILE
-from lit_llama.convert.vocabulary import read_vocabulary, tokenizer_model
+from lit_llama.convert.tokens.files import FILE as TOKENIZER_FILE
+from lit_llama.convert.tokens.files import read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish
 from lit_llama.model.config import LLaMAConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from lit_llama.convert.join import same
+from lit_llama.convert.meta.join import same
 from lit_llama.convert.native import companions
 from lit_llama.convert.source import (
     EMBEDDING,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lit_llama.convert.pth import read_pth
+from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.rotary import halves_from_pairs
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import publish, write_json

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_llama.convert.join import Joined, same
-from lit_llama.convert.pth import read_pth
+from lit_llama.convert.meta.join import Joined, same
+from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.rotary import in_halves
 from lit_llama.convert.source import (
     EMBEDDING,
@@ -26,7 +26,7 @@ from lit_llama.convert.source import (
     expected_shapes,
     settings,
 )
-from lit_llama.convert.vocabulary import Vocabulary, read_vocabulary
+from lit_llama.convert.tokens.files import Vocabulary, read_vocabulary
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.progress import track

@@ -1,0 +1,261 @@
+"""The configuration of a model in the two spellings: metadata of a GGUF file, and config.json.
+
+Keys: the GGUF specification of ggml; rope_freqs: llama.cpp's conversion of Llama 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_llama.convert.source import Names
+from lit_llama.errors import CheckpointError
+from lit_llama.model.config import LLaMAConfig, RopeScaling
+from lit_llama.model.rope import attention_factor, frequencies
+
+ROPE_FREQS = "rope_freqs.weight"
+"""Tensor with the divisors (D/2,) of the rotary frequencies of Llama 3."""
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_KINDS = ("weight", "bias")
+GGUF_NAMES = Names(
+    outer={f"{ours}.weight": f"{theirs}.weight" for theirs, ours in _OUTER.items()},
+    layer="blk.{}.",
+    inner={f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in _INNER.items() for kind in _KINDS},
+)
+
+# config.json -> <architecture>.*; llama.cpp cannot do without the first ones.
+_REQUIRED = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+# The other keys that are read. One that is not known may change the mathematics, unless it is 0 or false.
+_READ = {
+    *_REQUIRED.values(),
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+_IGNORED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal"}
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, by default
+_MAX_SIZE = 2**20  # of whatever a model has: heads, components of a vector
+_CONTEXT = 8192  # that Llama 3 was first trained on
+_ENDS = ("eos", "eot", "eom")
+
+
+def native_name(name: str) -> str | None:
+    """blk.0.attn_q.weight -> model.layers.0.self_attn.q_proj.weight; None for what is in no LLaMA."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _OUTER:
+        return f"{_OUTER[stem]}.{kind}"
+    parts = stem.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _INNER:
+        return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.{kind}"
+    return None
+
+
+def architecture(config: LLaMAConfig) -> str:
+    """What GGUF calls the family: Mistral is a LLaMA there."""
+    return "llama" if config.model_type == "mistral" else config.model_type
+
+
+def in_rotary_pairs(config: LLaMAConfig) -> bool:
+    """Whether the rows of q and k stand side by side in GGUF, two and two."""
+    return architecture(config) == "llama"
+
+
+class Reading:
+    """Metadata of a GGUF file, with errors that name the key.
+
+    Raises:
+        CheckpointError: It is of a model that is not implemented.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+        self.architecture: str = metadata.get("general.architecture", "")
+        if self.architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise CheckpointError(f"general.architecture is {self.architecture!r}, implemented are {known}")
+
+    def get(self, key: str, kind: type = object, default: Any = None) -> Any:
+        """A value of `<architecture>.*`, or of `tokenizer.*` if the key says so."""
+        name = key if key.startswith("tokenizer.") else f"{self.architecture}.{key}"
+        value = self.metadata.get(name, default)
+        if value is None:
+            raise CheckpointError(f"the metadata has no {name}")
+        if kind is not object and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise CheckpointError(f"{name} is {_brief(value)}, expected {kind.__name__}")
+        return value
+
+    def config(self, shapes: Mapping[str, tuple[int, ...]], divisors: Tensor | None) -> LLaMAConfig:
+        """The shape of the model.
+
+        Args:
+            shapes: Of the tensors, by Hugging Face's names.
+            divisors: The tensor rope_freqs (D/2,).
+
+        Raises:
+            CheckpointError: Something is missing, or asks for mathematics this model does not compute.
+        """
+        self._refuse_unknown()
+        if not self.get("attention.causal", default=True):
+            raise CheckpointError(f"{self.architecture}.attention.causal is false, which is not implemented")
+        values = {name: self.get(key, float if name == "rms_norm_eps" else int) for name, key in _REQUIRED.items()}
+        heads = values["num_attention_heads"]
+        limits = dict.fromkeys(_REQUIRED, _MAX_SIZE) | {
+            "num_hidden_layers": len(shapes),
+            "max_position_embeddings": 2**32,
+        }
+        for name, key in _REQUIRED.items():  # a model of absurd size must not even be planned
+            if name != "rms_norm_eps" and not 1 <= values[name] <= limits[name]:
+                raise CheckpointError(f"{self.architecture}.{key} is {values[name]}, which cannot be")
+        if "model.embed_tokens.weight" not in shapes:
+            raise CheckpointError("tensor token_embd.weight is missing")
+        biased = self.architecture == "qwen2" or "model.layers.0.self_attn.q_proj.bias" in shapes
+        head_dim = self.get("attention.key_length", int, values["hidden_size"] // heads)
+        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            if self.get(key, int, head_dim) != head_dim or head_dim > _MAX_SIZE:
+                raise CheckpointError(f"{self.architecture}.{key} is {self.get(key)}, only {head_dim} is implemented")
+        ends = [self.get("tokenizer.ggml.eos_token_id", int)]
+        ends += [self.metadata[key] for end in _ENDS[1:] if (key := f"tokenizer.ggml.{end}_token_id") in self.metadata]
+        values |= {
+            "model_type": self.architecture,
+            "vocab_size": shapes["model.embed_tokens.weight"][0],
+            "num_key_value_heads": self.get("attention.head_count_kv", int, heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": shortest(values["rms_norm_eps"]),
+            "rope_theta": shortest(self.get("rope.freq_base", float, 10000.0)),
+            "attention_bias": biased,
+            "attention_out_bias": biased and self.architecture != "qwen2",
+            "use_qk_norm": self.architecture == "qwen3",
+            "tie_word_embeddings": "lm_head.weight" not in shapes,
+            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": tuple(dict.fromkeys(ends)),
+            "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
+        }
+        config = LLaMAConfig(**values, rope_scaling=self._scaling(values["max_position_embeddings"]))
+        return config if divisors is None else self._llama3(config, divisors)
+
+    def _refuse_unknown(self) -> None:
+        prefix = f"{self.architecture}."
+        for name, value in self.metadata.items():
+            key = name.removeprefix(prefix)
+            if name.startswith(prefix) and value and key not in _READ | _IGNORED:
+                raise CheckpointError(f"{name} is {_brief(value)}, which is not implemented")
+
+    def _scaling(self, context: int) -> RopeScaling | None:
+        linear = shortest(self.get("rope.scale_linear", float, 1.0))  # how old files say it
+        kind = self.get("rope.scaling.type", str, "none" if linear == 1 else "linear")
+        if kind not in ("none", "linear", "yarn"):
+            raise CheckpointError(f"{self.architecture}.rope.scaling.type is {kind!r}, not none, linear or yarn")
+        if kind == "none":
+            return None
+        factor = shortest(self.get("rope.scaling.factor", float, None if linear == 1 else linear))
+        if kind == "linear":
+            return RopeScaling(rope_type=kind, factor=factor, original_max_position_embeddings=context)
+        fast, slow = (shortest(self.get(f"rope.scaling.yarn_{name}", float, only)) for name, only in _BETAS.items())
+        return RopeScaling(
+            rope_type=kind,
+            factor=factor,
+            original_max_position_embeddings=self.get("rope.scaling.original_context_length", int, context),
+            beta_fast=fast,
+            beta_slow=slow,
+        )
+
+    def _llama3(self, config: LLaMAConfig, divisors: Tensor) -> LLaMAConfig:
+        """With the scaling of Llama 3 that these divisors were made with; only the published bounds are tried."""
+        if config.rope_scaling is not None:
+            raise CheckpointError(
+                f"{ROPE_FREQS} and rope.scaling.type {config.rope_scaling.rope_type!r} exclude each other"
+            )
+        original = self.get("rope.scaling.original_context_length", int, _CONTEXT)
+        if (divisors == 1).all():
+            return config
+        factor = shortest(divisors.max().item())
+        scaling = RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=original)
+        scaled = replace(config, rope_scaling=scaling)
+        made = llama3_divisors(scaled)
+        if divisors.shape != made.shape or not torch.allclose(divisors, made, rtol=1e-4, atol=0):
+            raise CheckpointError(f"{ROPE_FREQS} holds other divisors than those of Llama 3 ({scaling})")
+        return scaled
+
+
+def llama3_divisors(config: LLaMAConfig) -> Tensor:
+    """What each rotary frequency is divided by: 1 for short waves, the factor for long ones: (D/2,)."""
+    return frequencies(replace(config, rope_scaling=None)) / frequencies(config)
+
+
+def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
+    """The keys of `<architecture>.*`, without the prefix.
+
+    Raises:
+        CheckpointError: llama.cpp has no word for the scaling of the positions.
+    """
+    values: dict[str, Any] = {key: getattr(config, name) for name, key in _REQUIRED.items()}
+    values["context_length"] = min(
+        config.max_position_embeddings, config.sliding_window or config.max_position_embeddings
+    )
+    values |= {
+        "vocab_size": config.vocab_size,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    scaling = config.rope_scaling
+    if scaling is None:
+        return values
+    kind, original = (
+        scaling.rope_type,
+        {"rope.scaling.original_context_length": scaling.original_max_position_embeddings},
+    )
+    if kind == "llama3" and architecture(config) == "llama":  # the tensor rope_freqs says the rest
+        return values | (original if scaling.original_max_position_embeddings != _CONTEXT else {})
+    usual = attention_factor(replace(scaling, attention_factor=None))
+    if kind not in ("linear", "yarn") or not scaling.truncate or scaling.attention_factor not in (None, usual):
+        raise CheckpointError(f"{scaling} has no form in GGUF for {architecture(config)!r}")
+    values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling.factor)}
+    if kind == "yarn":
+        betas = {name: float(getattr(scaling, name)) for name in _BETAS}
+        values |= original | ({} if betas == _BETAS else {f"rope.scaling.yarn_{key}": betas[key] for key in betas})
+    return values
+
+
+def shortest(value: float) -> float:
+    """GGUF holds float32; 9.99999974e-06 was written as 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _brief(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."

@@ -1,0 +1,232 @@
+"""GGUF (llama.cpp's single-file format) -> a model in Hugging Face's names: weights, settings, tokenizer, template.
+
+Dequantisation is the gguf package's, a few rows at a time.
+"""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
+from torch import Tensor
+
+from lit_llama.convert.gguf.config import ROPE_FREQS, Reading, in_rotary_pairs, native_name
+from lit_llama.convert.gguf.scan import Extent, scan
+from lit_llama.convert.rotary import in_halves
+from lit_llama.convert.source import NAMES, Source, settings
+from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
+from lit_llama.convert.tokens.fast import fast_tokenizer
+from lit_llama.convert.tokens.spm import from_metadata
+from lit_llama.errors import CheckpointError
+from lit_llama.folder import encode_json
+from lit_llama.model.weights import Stored
+
+BLOCK = 2**24
+"""Values that are dequantised, or quantised, at once: 64 MiB in float32."""
+
+_PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_PACKED = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> theirs
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file.
+
+    Args:
+        name: As the file calls it.
+        extent: Where it lies.
+        rows: The same as a matrix of values, or of the bytes of packed values.
+    """
+
+    name: str
+    extent: Extent
+    rows: Stored
+
+    @classmethod
+    def at(cls, path: Path, name: str, extent: Extent) -> "_Tensor":
+        """Raises CheckpointError if its values are packed in a way that is not implemented."""
+        if extent.kind not in (*_PLAIN, *_PACKED):
+            known = ", ".join(kind.name for kind in (*_PLAIN, *_PACKED))
+            raise CheckpointError(f"{name} is of type {extent.kind.name}, implemented are {known}")
+        count = math.prod(extent.shape[:-1])
+        stored = Stored(path, extent.offset, _PLAIN.get(extent.kind, torch.uint8), (count, extent.shape[-1]))
+        if extent.kind in _PACKED:
+            stored = Stored(path, extent.offset, torch.uint8, (count, extent.size // count))
+        return cls(name, extent, stored)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is kept if nobody asks for another."""
+        return _PLAIN.get(self.extent.kind, torch.bfloat16)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Its values, dequantised in float32 and rounded once.
+
+        Raises:
+            CheckpointError: One is not finite.
+        """
+        count, width = self.rows.shape[0], self.extent.shape[-1]
+        out = torch.empty((count, width), dtype=dtype)
+        step = max(1, BLOCK // width)
+        for start in range(0, count, step):
+            part = self.rows.read(start, min(start + step, count))
+            if self.extent.kind in _PACKED:
+                with np.errstate(all="ignore"):  # what is not finite is told below
+                    part = torch.from_numpy(quants.dequantize(part.numpy(), self.extent.kind))
+            out[start : start + step] = part
+            if not out[start : start + step].isfinite().all():
+                raise CheckpointError(f"{self.name} has values that are not finite in {str(dtype)[6:]}")
+        return out.view(self.extent.shape)
+
+
+class GGUFFile:
+    """Metadata and tensors of a GGUF file.
+
+    Raises:
+        CheckpointError: It is no readable GGUF file of a model that is implemented.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = scan(path)
+        self.metadata = header.metadata
+        self.tensors: dict[str, _Tensor] = {}  # by Hugging Face's names
+        divisors = None
+        if header.metadata.get("split.count", 1) != 1:
+            raise CheckpointError(
+                f"{path} is one of {header.metadata['split.count']} parts: join them first, with "
+                "llama-gguf-split --merge"
+            )
+        with self.explained("cannot be used"):
+            reading = Reading(header.metadata)
+            for name, extent in header.tensors.items():
+                tensor = _Tensor.at(path, name, extent)
+                if name == ROPE_FREQS and extent.size <= 2**16:
+                    divisors = tensor.read(torch.float32)
+                elif native := native_name(name):
+                    self.tensors[native] = tensor
+                else:
+                    raise CheckpointError(f"tensor {name} has no place in a LLaMA model")
+            shapes = {name: tensor.extent.shape for name, tensor in self.tensors.items()}
+            self.config = reading.config(shapes, divisors)
+
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Whatever the contents of a file run into, a user is told which file."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise error if str(self.path) in str(error) else CheckpointError(f"{self.path}: {error}") from error
+        except OSError:  # a full disk is not the file's fault
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.path} {what}: {type(error).__name__}: {error}") from error
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor is kept in: as it is stored, bfloat16 for what is quantised.
+
+        llama.cpp stores every vector in float32. One that came from a narrower dtype returns to that of the matrices;
+        one that would lose a bit stays.
+        """
+        values: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            if len(tensor.extent.shape) > 1:
+                values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
+        main = max(values, key=lambda dtype: values[dtype])
+
+        def kept(tensor: _Tensor) -> torch.dtype:
+            if len(tensor.extent.shape) > 1 or tensor.dtype != torch.float32:
+                return tensor.dtype
+            value = tensor.rows.read()
+            return main if torch.equal(value.to(main).float(), value) else torch.float32
+
+        return {name: kept(tensor) for name, tensor in self.tensors.items()}
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor, its rotary rows in Hugging Face's order."""
+        with self.explained("cannot be dequantised"):
+            value = self.tensors[name].read(dtype)
+        return in_halves(name, value, self.config) if in_rotary_pairs(self.config) else value
+
+
+def open_gguf(path: Path, dtype: str | None = None) -> Source:
+    """The model in a GGUF file.
+
+    Args:
+        path: The .gguf file.
+        dtype: bfloat16, float16 or float32, to which every value is rounded once. None keeps what is stored, and makes
+            bfloat16 of what is quantised.
+
+    Raises:
+        CheckpointError: It is no readable GGUF file, or of a model that is not implemented.
+    """
+    file = GGUFFile(path)
+    with file.explained("has metadata that cannot be used"):
+        kept = dict.fromkeys(file.tensors, getattr(torch, dtype)) if dtype else file.dtypes()
+        raw = settings(file.config)
+    with file.explained("has a tokenizer that cannot be rebuilt"):
+        files = _folder_files(file)
+    return Source(
+        path=path,
+        kind="GGUF",
+        config=raw,
+        specs={name: (NAMES[kept[name]], tensor.extent.shape) for name, tensor in file.tensors.items()},
+        read=lambda name: file.tensor(name, kept[name]),
+        files=files,
+    )
+
+
+def _folder_files(file: GGUFFile) -> dict[str, bytes]:
+    """Tokenizer, template and settings, as a Hugging Face folder holds them."""
+    metadata, config = file.metadata, file.config
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    if len(tokens) > config.vocab_size:
+        raise CheckpointError(f"{len(tokens)} tokens, but only {config.vocab_size} rows in the embedding")
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        if not 0 <= metadata.get(key, 0) < len(tokens):
+            raise CheckpointError(f"{key} is {metadata[key]}, but there are {len(tokens)} tokens")
+    files: dict[str, bytes] = {}
+    values: dict[str, Any] = {}
+    if kind == "llama":
+        files |= _sentencepiece_files(from_metadata(metadata).encode())
+        values |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}  # a space follows control tokens, as there
+        values |= {f"add_{name}_token": _flag(metadata, name, name == "bos") for name in ("bos", "eos")}
+    elif kind == "gpt2":
+        files["tokenizer.json"] = encode_json(tokenizer_json(metadata))
+        values |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos(metadata)}
+    else:
+        raise CheckpointError(f"tokenizer.ggml.model is {kind!r}, implemented are 'llama' and 'gpt2'")
+    for name, key in _SPECIAL.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            values[f"{name}_token"] = tokens[token_id]
+    values |= {"clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
+    files["tokenizer_config.json"] = encode_json(values)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_id)}
+    files["generation_config.json"] = encode_json(ids | {"pad_token_id": config.pad_token_id})
+    if template := metadata.get("tokenizer.chat_template"):
+        files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def _sentencepiece_files(model: bytes) -> dict[str, bytes]:
+    """The model, and what most programs read instead of it if that does the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(model)
+        fast = fast_tokenizer(path)
+    return {"tokenizer.model": model} | ({} if fast is None else {"tokenizer.json": encode_json(fast)})
+
+
+def _flag(metadata: Mapping[str, Any], token: str, default: bool) -> bool:
+    return bool(metadata.get(f"tokenizer.ggml.add_{token}_token", default))

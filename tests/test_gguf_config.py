@@ -1,0 +1,148 @@
+"""Rotary scaling in a GGUF file against transformers, Meta's formula, and files written here."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_transformers, tiny_config, tiny_model, write_tokenizer
+from gguf_files import SHAPE, Array, write_gguf
+
+from lit_llama.convert.gguf.config import GGUF_NAMES, llama3_divisors, native_name, to_metadata
+from lit_llama.convert.gguf.reader import open_gguf
+from lit_llama.convert.source import write_folder
+from lit_llama.errors import CheckpointError
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import LLaMAConfig, RopeScaling
+from lit_llama.model.llama import LLaMA
+
+IDS = torch.arange(2, 200)
+
+
+def divisors(theta: float, dim: int, factor: float, original: int = 8192, low: float = 1, high: float = 4) -> Array:
+    """As llama.cpp's converter makes rope_freqs, one frequency after the other."""
+    out = []
+    for i in range(0, dim, 2):
+        wave = 2 * math.pi * theta ** (i / dim)
+        if wave < original / high:
+            out.append(1.0)
+        elif wave > original / low:
+            out.append(factor)
+        else:
+            smooth = (original / wave - low) / (high - low)
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, np.float32)
+
+
+def opened(tmp_path: Path, keys: dict[str, Any], freqs: Array | None = None) -> tuple[LLaMA, LLaMAConfig]:
+    """A model, and the configuration that is read from its file with these keys and divisors."""
+    write_tokenizer(tmp_path)
+    model = tiny_model(**SHAPE | {"rope_theta": 500000.0})
+    tensors = {} if freqs is None else {"rope_freqs.weight": freqs}
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model,
+        tmp_path,
+        change_keys=lambda all_keys: all_keys.update({f"llama.{key}": value for key, value in keys.items()}),
+        change_tensors=lambda all_tensors: all_tensors.update(tensors),
+    )
+    source = open_gguf(path)
+    write_folder(source, tmp_path / "folder")
+    return model, source.shape
+
+
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+SCALED: dict[str, tuple[dict[str, Any], Array | None, RopeScaling | None]] = {
+    "none": ({"rope.scaling.type": "none"}, None, None),
+    "linear": (LINEAR, None, RopeScaling(rope_type="linear", factor=4, original_max_position_embeddings=256)),
+    "linear in old files": (
+        {"rope.scale_linear": 2.0},
+        None,
+        RopeScaling(rope_type="linear", factor=2, original_max_position_embeddings=256),
+    ),
+    "yarn": (YARN, None, RopeScaling(rope_type="yarn", factor=4, original_max_position_embeddings=64)),
+    "yarn with bounds": (
+        YARN | {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0},
+        None,
+        RopeScaling(rope_type="yarn", factor=4, original_max_position_embeddings=64, beta_fast=16, beta_slow=2),
+    ),
+    "llama 3.1": (
+        {},
+        divisors(5e5, 16, 8),
+        RopeScaling(rope_type="llama3", factor=8, original_max_position_embeddings=8192),
+    ),
+    "llama 3.2": (
+        {},
+        divisors(5e5, 16, 32),
+        RopeScaling(rope_type="llama3", factor=32, original_max_position_embeddings=8192),
+    ),
+    "ones": ({}, np.ones(8, np.float32), None),
+}
+
+
+@pytest.mark.parametrize(("keys", "freqs", "scaling"), SCALED.values(), ids=SCALED)
+def test_scaling_is_read_and_computed_as_transformers_does(
+    tmp_path: Path, keys: dict[str, Any], freqs: Array | None, scaling: RopeScaling | None
+) -> None:
+    """Catches a factor or a context that is lost on the way, and a file that is read as if it were not scaled."""
+    model, config = opened(tmp_path, keys, freqs)
+    assert config.rope_scaling == scaling
+    loaded = load_model(tmp_path / "folder")
+    wanted = as_transformers(loaded)(IDS[None]).logits[0]
+    assert (loaded(IDS) - wanted).abs().max() <= 2e-4
+    if scaling is not None and scaling.rope_type != "llama3":  # whose first context is too long for these texts
+        assert (loaded(IDS) - model(IDS)).abs().max() > 0.01
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Array | None, str]] = {
+    "other divisors": ({}, divisors(5e5, 16, 8, high=5), "rope_freqs.weight holds other divisors"),
+    "too few": ({}, divisors(5e5, 8, 8), "rope_freqs.weight holds other divisors"),
+    "half": ({}, np.full(8, 0.5, np.float32), "factor cannot be 0.5"),
+    "infinite": ({}, np.full(8, np.inf, np.float32), "not finite"),
+    "both": (LINEAR, divisors(5e5, 16, 8), "exclude each other"),
+    "no factor": ({"rope.scaling.type": "yarn"}, None, "no llama.rope.scaling.factor"),
+    "yarn of its own": (YARN | {"rope.scaling.yarn_log_multiplier": 0.1}, None, "yarn_log_multiplier is 0.1"),
+}
+
+
+@pytest.mark.parametrize(("keys", "freqs", "message"), REFUSED.values(), ids=REFUSED)
+def test_scaling_that_is_not_understood_is_refused(
+    tmp_path: Path, keys: dict[str, Any], freqs: Array | None, message: str
+) -> None:
+    """Catches a model that talks nonsense beyond its first context."""
+    with pytest.raises(CheckpointError, match=message):
+        opened(tmp_path, keys, freqs)
+
+
+@pytest.mark.parametrize(("factor", "original"), [(8, 8192), (32, 8192), (8, 64)])
+def test_divisors_are_those_of_llama_cpp(factor: float, original: int) -> None:
+    """Catches the bounds of short and long waves exchanged; 64 is so short that all three kinds of waves occur."""
+    scaling = RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=original)
+    config = tiny_config(rope_theta=5e5, head_dim=128, rope_scaling=scaling)
+    np.testing.assert_allclose(llama3_divisors(config), divisors(5e5, 128, factor, original), rtol=1e-5)
+
+
+def test_names_go_both_ways() -> None:
+    """Catches a tensor that is called one thing when read and another when written."""
+    for options in ({}, {"attention_bias": True}, {"use_qk_norm": True}):
+        for name in tiny_model(**options).state_dict():
+            assert native_name(GGUF_NAMES(name) or "") == name
+    assert native_name("blk.0.ffn_gate_inp.weight") is None and native_name("") is None
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.5},
+        {"rope_type": "yarn", "factor": 2.0, "truncate": False},
+    ],
+)
+def test_scaling_without_a_word_in_gguf_is_not_written(scaling: dict[str, Any]) -> None:
+    """Catches a file whose reader turns positions in another way."""
+    config = tiny_config(rope_scaling=RopeScaling(**scaling, original_max_position_embeddings=64))
+    with pytest.raises(CheckpointError, match="has no form in GGUF"):
+        to_metadata(config)

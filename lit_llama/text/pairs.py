@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lit_llama.text.duplicates import Keys, Pairs, Rows, earliest, partners
 
 LISTED = 20  # rows or pairs shown of each finding
+CUT = " …"  # stands where an excerpt ends before its text
 _EXCERPT, _BEFORE = 320, 80  # characters shown, and of them in front of the first difference
 
 Mask = npt.NDArray[np.bool_]
@@ -144,11 +145,11 @@ def conflicting(asked: Keys, normalised: Keys, ignore: int, train: Mask, test: M
 def _excerpts(first: str, second: str) -> tuple[str, str]:
     """Two texts from a little before their first difference, or from the beginning if that is in sight."""
     upto = min(len(first), len(second))
-    different = next((at for at in range(upto) if first[at] != second[at]), upto)
+    different = 0 if first == second else next((at for at in range(upto) if first[at] != second[at]), upto)
     start = 0 if max(len(first), len(second)) <= _EXCERPT or different < _EXCERPT // 2 else different - _BEFORE
     return _excerpt(first, start), _excerpt(second, start)
 
 
 def _excerpt(text: str, start: int) -> str:
     cut = text[start : start + _EXCERPT]
-    return ("… " if start else "") + cut + (" …" if start + len(cut) < len(text) else "")
+    return ("… " if start else "") + cut + (CUT if start + len(cut) < len(text) else "")

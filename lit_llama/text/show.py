@@ -1,5 +1,6 @@
 """Samples as a person sees them: every token, whether it is trained, and which are control tokens."""
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from lit_llama.text.tokenizer import Streamer, Tokenizer
 
 _STYLES = {"trained": "bold green", "masked": "bright_black", "control": "bold reverse magenta"}
 _LEGEND = "trained: in the loss", "masked: read only", "control token"
+_INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories
 _PART = "‥"  # a token that ends within a character
 
 
@@ -71,7 +73,7 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     held = next((count for count, piece in enumerate(reversed(pieces)) if piece), len(pieces))
     rest = streamer.flush()
     # What is left is a character cut in its middle, unless the data themselves hold U+FFFD.
-    if held and (not rest.endswith("\ufffd") or tokenizer.encode(rest) == list(ids[-held:])):
+    if held and (not rest.endswith("\ufffd") or tokenizer.encode(rest)[-held:] == list(ids[-held:])):
         pieces[-1] = rest
     return pieces
 
@@ -95,18 +97,16 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
         CheckpointError: The tokenizer is missing.
         IntegrityError: It is not the one that the data were made with.
     """
-    chosen = parse_rows(rows)
+    ranges = parse_rows(rows)
     tokenizer = recorded_tokenizer(data_dir, tokenizer_path)
     samples = Split(data_dir, split)
-    for row in chosen:
-        if row >= len(samples):
-            raise UserError(
-                f"--rows names {row}, but {data_dir}/{split} has {len(samples)} rows: 0 to {len(samples) - 1}"
-            )
+    last = max(part[-1] for part in ranges)
+    if last >= len(samples):
+        raise UserError(f"--rows names {last}, but {data_dir / split} has the rows 0 to {len(samples) - 1}")
     console = Console(highlight=False, soft_wrap=True)
     plain = not console.is_terminal or console.no_color
     console.print(_legend(plain))
-    for row in chosen:
+    for row in itertools.chain.from_iterable(ranges):
         ids, labels = (column.tolist() for column in samples[row])
         sample = shown_sample(tokenizer, ids, labels, row=row, where=f"{split} row {row}", split=split)
         count = sum(token.trained for token in sample.tokens)
@@ -114,16 +114,19 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
         console.print(Text(plain_text(sample.tokens)) if plain else coloured_text(sample.tokens))
 
 
-def parse_rows(rows: str) -> list[int]:
+def parse_rows(rows: str) -> list[range]:
     """Positions out of a list such as 0,17 or 3-5.
 
     Raises:
         UserError: It is none.
     """
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", rows):
+    ranges = []
+    if re.fullmatch(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*", rows):
+        ends = [part.partition("-") for part in rows.split(",")]
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in ends]
+    if not ranges or not all(ranges):
         raise UserError(f"--rows is {rows!r}, expected positions from 0 on, such as 0,17 or 3-5")
-    ends = [part.partition("-") for part in rows.split(",")]
-    return [row for first, _, last in ends for row in range(int(first), int(last or first) + 1)]
+    return ranges
 
 
 def recorded_tokenizer(data_dir: Path, path: Path | None) -> Tokenizer:

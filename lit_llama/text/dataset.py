@@ -145,13 +145,47 @@ def micro_batches(split: Split, rows: Sequence[int], micro_batch_tokens: int) ->
 
     The gradient of a step does not depend on how its samples are cut. A longer sample is a batch of its own.
     """
+    for group in _groups(split.lengths, rows, micro_batch_tokens):
+        yield collate([split[row] for row in group])
+
+
+def _groups(lengths: npt.NDArray[np.int64], rows: Sequence[int], micro_batch_tokens: int) -> Iterator[list[int]]:
     group: list[int] = []
     tokens = 0
-    for row in sorted(rows, key=lambda row: (-split.lengths[row], row)):
-        if group and tokens + split.lengths[row] > micro_batch_tokens:
-            yield collate([split[other] for other in group])
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        if group and tokens + lengths[row] > micro_batch_tokens:
+            yield group
             group, tokens = [], 0
         group.append(row)
-        tokens += int(split.lengths[row])
+        tokens += int(lengths[row])
     if group:
-        yield collate([split[other] for other in group])
+        yield group
+
+
+def step_plan(
+    lengths: npt.NDArray[np.int64], *, batch_size: int, micro_batch_tokens: int, seed: int
+) -> dict[str, int | float]:
+    """What a pass over samples of these lengths will come to.
+
+    Args:
+        lengths: (rows,) tokens of each sample of the training split.
+        batch_size: Samples per optimizer step.
+        micro_batch_tokens: Most tokens per forward pass.
+        seed: Of the order.
+
+    Returns:
+        The settings, `steps_per_epoch`, `micro_batches_per_step` and `fill`, the share of micro_batch_tokens in use;
+        the last two from at most 500 steps.
+    """
+    order = epoch_order(len(lengths), seed, 0)
+    starts = range(0, len(order), batch_size)[:500]
+    cut = [list(_groups(lengths, order[at : at + batch_size].tolist(), micro_batch_tokens)) for at in starts]
+    batches = sum(map(len, cut))
+    tokens = sum(int(lengths[group].sum()) for groups in cut for group in groups)
+    return {
+        "batch_size": batch_size,
+        "micro_batch_tokens": micro_batch_tokens,
+        "steps_per_epoch": -(-len(lengths) // batch_size),
+        "micro_batches_per_step": batches / max(len(cut), 1),
+        "fill": tokens / max(batches * micro_batch_tokens, 1),
+    }

@@ -97,15 +97,13 @@ def is_saved(path: Path) -> bool:
 
 def missing(path: Path) -> DataError:
     """The error for a path that is not there, with the closest name that is."""
-    folder = path.parent
-    while not folder.is_dir() and folder != folder.parent:
-        path, folder = folder, folder.parent
+    name, folder, hint = path.name, path.parent, ""
+    while not os.path.isdir(folder) and folder != folder.parent:
+        name, folder = folder.name, folder.parent
     with contextlib.suppress(OSError):
-        if close := difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], 1):
-            return DataError(
-                f"{path} does not exist (working folder: {Path.cwd()}); the closest name is {folder / close[0]}"
-            )
-    return DataError(f"{path} does not exist (working folder: {Path.cwd()})")
+        if close := difflib.get_close_matches(name, [entry.name for entry in folder.iterdir()], 1):
+            hint = f"; the closest name is {folder / close[0]}"
+    return DataError(f"{path} does not exist (working folder: {Path.cwd()}){hint}")
 
 
 def _status(path: Path) -> os.stat_result:

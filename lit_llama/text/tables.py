@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -111,9 +112,9 @@ def open_saved(path: Path) -> Mapping[str | None, Any]:
 
 def is_hub_id(source: str) -> bool:
     """Whether a source that is no path reads as OWNER/NAME, with :CONFIGURATION and #SPLIT where they are wanted."""
-    if plain_suffix(Path(source)) in (*ENDINGS, ".txt") or Path(source.partition("/")[0]).exists():
+    if plain_suffix(Path(source)) in (*ENDINGS, ".txt") or os.path.lexists(source.partition("/")[0]):
         return False
-    return bool(_REPO.fullmatch(source)) and not Path(source).exists()
+    return bool(_REPO.fullmatch(source))
 
 
 def open_hub(source: str) -> Mapping[str | None, Any]:

@@ -33,8 +33,8 @@ def read_csv(blocks: Iterator[str], path: Path, delimiter: str | None = None) ->
     if first.lower().startswith("sep="):
         delimiter = first.strip()[4:] or "\t"
         first, skipped = next(lines, ""), 1
-        if len(delimiter) != 1:
-            raise DataError(f"{path}:line 1: sep={shown(delimiter)}, expected one character")
+        if len(delimiter) != 1 or delimiter.isalnum() or delimiter in "\"'":
+            raise DataError(f"{path}:line 1: sep={shown(delimiter)}, expected one character that separates fields")
     records = _records(_chained(first, lines), delimiter or _sniff(first), path, skipped)
     line, header = next(records, (1 + skipped, []))
     _check_header(header, f"{path}:line {line}")
@@ -78,15 +78,19 @@ def _chained(first: str, lines: Iterator[str]) -> Iterator[str]:
 
 def _sniff(header: str) -> str:
     """The delimiter that cuts the first line into most names."""
-    return max(_DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+    def names(delimiter: str) -> int:
+        try:
+            return len(next(csv.reader([header], delimiter=delimiter), []))
+        except csv.Error:
+            return 0
+
+    return max(_DELIMITERS, key=names)
 
 
 def _records(lines: Iterator[str], delimiter: str, path: Path, skipped: int) -> Iterator[tuple[int, list[str]]]:
     """Records that are not blank, with the line where each begins."""
-    try:
-        reader = csv.reader(_without_zeros(lines, path, skipped), delimiter=delimiter, strict=True)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}:line 1: sep={shown(delimiter)} cannot separate fields") from error
+    reader = csv.reader(_without_zeros(lines, path, skipped), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + skipped + 1
         try:
@@ -120,7 +124,7 @@ def _check_header(header: list[str], where: str) -> None:
     for number, name in enumerate(header):
         if not name.strip() and number:  # the first one is empty where pandas has written its index
             problem = f"column {number + 1} has no name"
-        elif header.count(name) > 1:
+        elif name and header.count(name) > 1:
             problem = f"the column {shown(name)} stands there twice"
         elif len(name) > _LONG_NAME or "\n" in name or name.strip().isdecimal():
             problem = f"{shown(name)} is no name of a column"

@@ -193,13 +193,12 @@ def decoded(stream: io.BufferedReader, path: Path) -> Iterator[str]:
         DataError: The bytes are not UTF-8; what stands before the first wrong byte is given first.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    start = stream.read(64)
+    if _is_utf16(start):
+        raise not_utf8(start, start.find(0) if start[0] < 128 else 0, 0, path)
+    offset = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    block = start[offset:] + stream.read(BLOCK)
     while True:
-        block = stream.read(BLOCK)
-        if not offset and block.startswith(codecs.BOM_UTF8):
-            offset, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
-        if not offset and _is_utf16(block):
-            raise not_utf8(block, block.find(0) if block[0] < 128 else 0, 0, path)
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
@@ -212,6 +211,7 @@ def decoded(stream: io.BufferedReader, path: Path) -> Iterator[str]:
         if not block:
             return
         offset += len(block)
+        block = stream.read(BLOCK)
 
 
 def not_utf8(raw: bytes, position: int, offset: int, path: Path) -> DataError:

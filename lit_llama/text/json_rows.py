@@ -118,10 +118,9 @@ class _Window:
         line, column, byte = self.place(position)
         near = self.text[max(0, position - 20) : position + 20].replace("\n", " ")
         hint = "; the file ends here: it is cut off, fetch it again" if cut else ""
-        return DataError(
-            f"{self.path}:{what} is not JSON: {problem} at line {line}, column {column}, byte {byte}, "
-            f"near {near!r}{hint}"
-        )
+        place = f"line {line}, column {column}, byte {byte}"
+        problem = problem.removesuffix(" at")
+        return DataError(f"{self.path}:{what} is not JSON: {problem} at {place}, near {near!r}{hint}")
 
     def too_long(self) -> DataError:
         line = self.place(self.start)[0]

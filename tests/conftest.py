@@ -170,6 +170,18 @@ def write_adapter(
 
 
 @pytest.fixture
+def put(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
+    """Write a file into a fresh folder; gives its path."""
+
+    def write(name: str, content: bytes | str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
 def files(tiny_folder: Path) -> dict[str, bytes]:
     """What a usable repository on the Hub holds."""
     return {path.name: path.read_bytes() for path in sorted(tiny_folder.iterdir())}

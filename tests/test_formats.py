@@ -90,7 +90,8 @@ NOT_A_FILE_OF_ROWS: dict[str, tuple[bytes, str]] = {
     "object at the top": (b'{"rows": []}', "found an object at the top"),
     "text at the top": (b'"rows"', "found text at the top"),
     "null at the top": (b"null", "found null at the top"),
-    "number at the top": (b"1e999", "found a number at the top"),
+    "number at the top": (b"1e9", "found a number at the top"),
+    "infinite number": (b"[1e999]", "number .1e999. is too large"),
 }
 
 

@@ -4,16 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lit_llama.errors import DataError
-
-_NOT_DATA = {
-    b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself (git lfs pull)",
-    b"<!doctype html": "an HTML page, not the data; download the raw file",
-    b"<html": "an HTML page, not the data; download the raw file",
-    b"404: not found": "the text of a failed download; download the file again",
-}
+from lit_llama.text.files import NOT_DATA
+from lit_llama.text.raw import kind, parse_json
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def read_prompts(path: Path) -> list[Example]:
 
 def _fields(row: Any, where: str) -> tuple[str, str, str]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: found {_kind(row)}, expected an object with instruction, input and output")
+        raise DataError(f"{where}: found {kind(row)}, expected an object with instruction, input and output")
     for name in ("instruction", "output"):
         if name not in row:
             keys = ", ".join(map(str, row)) or "nothing"
@@ -88,17 +83,12 @@ def _fields(row: Any, where: str) -> tuple[str, str, str]:
     values = (row["instruction"], "" if given is None else given, row["output"])
     for name, value in zip(("instruction", "input", "output"), values, strict=True):
         if not isinstance(value, str):
-            raise DataError(f"{where}: field {name} is {_kind(value)}, expected text")
+            raise DataError(f"{where}: field {name} is {kind(value)}, expected text")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{where}: field {name} holds a lone surrogate at character {error.start}") from error
     return values
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else names[type(value)]
 
 
 def read_text(path: Path) -> str:
@@ -115,7 +105,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is a folder, expected a file") from error
     if not raw.strip():
         raise DataError(f"{path} is empty")
-    for start, what in _NOT_DATA.items():
+    for start, what in NOT_DATA.items():
         if raw[:64].lstrip().lower().startswith(start):
             raise DataError(f"{path} is {what}")
     try:
@@ -128,9 +118,9 @@ def read_text(path: Path) -> str:
 
 
 def _read_json_array(path: Path) -> list[Any]:
-    value = _parse(read_text(path), str(path))
+    value = parse_json(read_text(path), str(path))
     if not isinstance(value, list):
-        raise DataError(f"{path}: found {_kind(value)} at the top, expected an array of rows")
+        raise DataError(f"{path}: found {kind(value)} at the top, expected an array of rows")
     if not value:
         raise DataError(f"{path} holds no rows")
     return value
@@ -138,33 +128,7 @@ def _read_json_array(path: Path) -> list[Any]:
 
 def _read_json_lines(path: Path) -> list[Any]:
     lines = read_text(path).split("\n")  # splitlines would also cut at U+2028 and others inside a string
-    rows = [_parse(line, f"{path}:line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [parse_json(line, f"{path}:line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise DataError(f"{where}: {constant} is not JSON")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{where}: an object has the field {twice!r} twice")
-        return found
-
-    try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        snippet = text[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ")
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where} is not JSON: {error.msg} at {place}, near {snippet!r}") from error
-    except RecursionError as error:
-        raise DataError(f"{where} is nested too deep") from error
-    except DataError:
-        raise
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise DataError(f"{where}: {error}") from error

@@ -13,31 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
-from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.encode import IGNORE_INDEX
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"
 SPLITS = ("train", "test")
 FORMAT = 1
 Ids = npt.NDArray[np.int32]
-
-
-def write_splits(folder: Path, splits: Mapping[str, Sequence[Sample]]) -> None:
-    """Save the splits for `datasets.load_from_disk`; the same samples give the same bytes."""
-    import datasets
-    import pyarrow as pa
-
-    datasets.disable_progress_bars()
-    tables = {}
-    for name, samples in splits.items():
-        column = pa.list_(pa.int32())
-        table = pa.table(
-            {
-                "input_ids": pa.array([sample.input_ids for sample in samples], column),
-                "labels": pa.array([sample.labels for sample in samples], column),
-            }
-        )
-        tables[name] = datasets.Dataset(table, fingerprint=name)  # the default one is drawn from the clock
-    datasets.DatasetDict(tables).save_to_disk(folder)  # num_proc=1 would start processes, too
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

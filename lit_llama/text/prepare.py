@@ -16,9 +16,9 @@ from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.reading import Reader
 from lit_llama.text.report import write_report
 from lit_llama.text.samples import Encoded, Encoder, Overflow, TrainOn
+from lit_llama.text.show import ShownSample, shown_sample
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
-from lit_llama.text.show import ShownSample, shown_sample
 from lit_llama.text.styles import Message, PromptStyle
 from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer

@@ -60,6 +60,10 @@ class Reader:
         self._weights, self._seed = weights, seed
         self._begin()
 
+    def identity(self) -> list[tuple[str, str, str | None]]:
+        """Name, sha256 and split of everything that will be read."""
+        return [(part.name, part.sha256(), part.split) for parts in self._sources for part in parts]
+
     def _begin(self) -> None:
         self.rows = 0
         self.schemas: Counter[str] = Counter()

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError, UserError
-from lit_llama.text.arrow import Batch
+from lit_llama.text.arrow import Samples
 from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.encode import IGNORE_INDEX, Cutter, Run, check_style
 from lit_llama.text.formats import Example
@@ -38,7 +38,7 @@ class Encoded:
         dropped: Rows that are left out.
     """
 
-    batch: Batch
+    batch: Samples
     conversations: list[Conversation]
     cut: list[int]
     parts: list[int]
@@ -88,10 +88,12 @@ class Encoder:
         batch, _ = self._encode(conversations)
         if (batch.lengths <= self._limit).all():
             return Encoded(batch, list(conversations), [], [], [])
-        fits = np.flatnonzero(batch.lengths <= self._limit)
+        fits = np.flatnonzero(batch.lengths <= self._limit).tolist()
         pieces, kept = [batch.take(fits)], [conversations[i] for i in fits]
-        cut, parts, dropped = [], [], []
-        for index in np.flatnonzero(batch.lengths > self._limit):
+        cut: list[int] = []
+        parts: list[int] = []
+        dropped: list[Dropped] = []
+        for index in np.flatnonzero(batch.lengths > self._limit).tolist():
             long = conversations[index]
             made = self._shorten(long, int(batch.lengths[index]))
             if isinstance(made, Dropped):
@@ -103,7 +105,7 @@ class Encoder:
         order = sorted(range(len(kept)), key=lambda i: kept[i].row)  # stable: the parts of a row stay in order
         return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped)
 
-    def _encode(self, conversations: Sequence[Conversation]) -> tuple[Batch, npt.NDArray[np.bool_]]:
+    def _encode(self, conversations: Sequence[Conversation]) -> tuple[Samples, npt.NDArray[np.bool_]]:
         """Ids and labels, however long, and which of the tokens are of answers: (N,)."""
         rows = [self._runs(conversation) for conversation in conversations]
         runs = list(chain.from_iterable(rows))
@@ -118,7 +120,7 @@ class Encoder:
         controls = sum(run.control is not None for run in runs)
         assert int(self._is_control[ids].sum()) == controls, "a text was encoded as a control token"
         self._check_beginnings(ids, lengths, conversations)
-        return Batch(ids, labels, lengths), trained
+        return Samples(ids, labels, lengths), trained
 
     def _runs(self, conversation: Conversation) -> list[Run]:
         """Runs up to the end of the last answer: what a template puts after it is never generated."""
@@ -174,7 +176,7 @@ class Encoder:
                 "two"
             )
 
-    def _shorten(self, long: Conversation, length: int) -> list[tuple[Conversation, Batch]] | Dropped:
+    def _shorten(self, long: Conversation, length: int) -> list[tuple[Conversation, Samples]] | Dropped:
         """What becomes of a row that is too long."""
         if self._overflow == "error":
             raise DataError(f"{long.where} has {length} tokens, more than --max_seq_length {self._limit}")
@@ -186,15 +188,15 @@ class Encoder:
             return self._split_text(long) if long.text else self._split_turns(long)
         return Dropped(long.row, long.where, f"longer than {self._limit} tokens")
 
-    def _cut_answer(self, long: Conversation) -> list[tuple[Conversation, Batch]] | Dropped:
+    def _cut_answer(self, long: Conversation) -> list[tuple[Conversation, Samples]] | Dropped:
         batch, trained = self._encode([long])
         masked = np.flatnonzero(~trained)
         if self._limit < (masked[-1] + 1 if len(masked) else 0) + 2:  # no room for one token of the answer and the end
             return Dropped(long.row, long.where, f"prompt alone fills {self._limit} tokens")
         keep = np.r_[: self._limit - 1, len(trained) - 1]
-        return [(long, Batch(batch.input_ids[keep], batch.labels[keep], np.array([self._limit])))]
+        return [(long, Samples(batch.input_ids[keep], batch.labels[keep], np.array([self._limit])))]
 
-    def _cut_prompt(self, long: Conversation) -> list[tuple[Conversation, Batch]] | Dropped:
+    def _cut_prompt(self, long: Conversation) -> list[tuple[Conversation, Samples]] | Dropped:
         """Leave out the oldest turns, then the beginning of the last question (of its input first)."""
         messages = list(long.messages)
         while True:
@@ -215,13 +217,13 @@ class Encoder:
             cut = max(1, min(len(question[field]), int(share * len(question[field]))))
             messages[questions[0]] = {**question, field: question[field][cut:]}
 
-    def _split_turns(self, long: Conversation) -> list[tuple[Conversation, Batch]] | Dropped:
+    def _split_turns(self, long: Conversation) -> list[tuple[Conversation, Samples]] | Dropped:
         """As many turns in a sample as fit, each with the system message."""
         first = next(i for i, message in enumerate(long.messages) if message["role"] != "system")
         system, rest = long.messages[:first], long.messages[first:]
         starts = [i for i, message in enumerate(rest) if message["role"] == "user" or i == 0]
         turns = [rest[i:j] for i, j in zip(starts, [*starts[1:], len(rest)], strict=True)]
-        made: list[tuple[Conversation, Batch]] = []
+        made: list[tuple[Conversation, Samples]] = []
         begun: tuple[Message, ...] = ()
         for turn in turns:
             for held in (begun + turn, turn):
@@ -237,7 +239,7 @@ class Encoder:
             begun = held
         return made
 
-    def _split_text(self, long: Conversation) -> list[tuple[Conversation, Batch]]:
+    def _split_text(self, long: Conversation) -> list[tuple[Conversation, Samples]]:
         """Windows that follow each other, each with the beginning; the end is only where the text ends."""
         batch, _ = self._encode([long])
         begins = int(bool(self._tokenizer.bos))
@@ -246,10 +248,10 @@ class Encoder:
         for start in range(0, len(body), size):
             ids = np.concatenate([batch.input_ids[:begins], body[start : start + size]])
             labels = np.concatenate([batch.labels[:begins], body[start : start + size]])
-            made.append((long, Batch(ids, labels, np.array([len(ids)]))))
+            made.append((long, Samples(ids, labels, np.array([len(ids)]))))
         return made
 
 
-def _join(batches: Sequence[Batch]) -> Batch:
+def _join(batches: Sequence[Samples]) -> Samples:
     columns = [[getattr(batch, name) for batch in batches] for name in ("input_ids", "labels", "lengths")]
-    return Batch(*(np.concatenate(column) for column in columns))
+    return Samples(*(np.concatenate(column) for column in columns))

@@ -1,4 +1,4 @@
-"""Samples on their way into train and test: written as they come where each row knows its side, else drawn at the end."""
+"""Samples on their way into train and test: written as they come, or dealt at the end where sides are drawn."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
-from lit_llama.text.arrow import Batch, SplitWriter, finish
+from lit_llama.text.arrow import Samples, SplitWriter, finish
 from lit_llama.text.dataset import SPLITS, Split
 from lit_llama.text.encode import IGNORE_INDEX
 
@@ -31,7 +31,7 @@ class Sides:
         self._rows: list[npt.NDArray[np.int64]] = []  # of each sample, where sides are drawn
         self.counts = {name: _Counts() for name in SPLITS}
 
-    def add(self, batch: Batch, rows: Sequence[int], sides: Sequence[str]) -> None:
+    def add(self, batch: Samples, rows: Sequence[int], sides: Sequence[str]) -> None:
         """Append samples; `rows` are ascending."""
         if self._drawn:
             self._writers["all"].add(batch)
@@ -87,7 +87,7 @@ class _Counts:
     def __init__(self) -> None:
         self.samples = self.tokens = self.trained = self.longest = 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Samples) -> None:
         self.samples += len(batch.lengths)
         self.tokens += int(batch.lengths.sum())
         self.trained += int(trained_tokens(batch).sum())
@@ -98,7 +98,7 @@ class _Counts:
         return zip(names, (self.samples, self.tokens, self.trained, self.longest), strict=True)
 
 
-def trained_tokens(batch: Batch) -> npt.NDArray[np.int64]:
+def trained_tokens(batch: Samples) -> npt.NDArray[np.int64]:
     """Labels with a loss of each sample: (samples,). The first token of a sample is never predicted."""
     starts = np.cumsum(batch.lengths) - batch.lengths
     trained = (batch.labels != IGNORE_INDEX).astype(np.int64)
@@ -106,7 +106,7 @@ def trained_tokens(batch: Batch) -> npt.NDArray[np.int64]:
     return np.add.reduceat(trained, starts) if len(starts) else np.zeros(0, np.int64)
 
 
-def _gather(split: Split, samples: npt.NDArray[np.int64]) -> Batch:
+def _gather(split: Split, samples: npt.NDArray[np.int64]) -> Samples:
     pairs: list[Any] = [split[int(sample)] for sample in samples]
     ids, labels = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    return Batch(ids, labels, np.array([len(pair[0]) for pair in pairs], np.int64))
+    return Samples(ids, labels, np.array([len(pair[0]) for pair in pairs], np.int64))

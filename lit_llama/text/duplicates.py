@@ -109,11 +109,14 @@ class NearDuplicates:
         rows = np.flatnonzero(among)
         if len(rows) < 2:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-        minima = np.concatenate(self._minima)[rows]
-        codes = np.unique(np.concatenate(list(_candidates(minima))))
-        first, second = rows[codes // len(rows)], rows[codes % len(rows)]
+        # Joined for good, as two copies of everything would be the most memory that is ever used.
+        self._minima = [np.concatenate(self._minima)]
+        self._sketches = [np.concatenate(self._sketches)]
+        self._lengths = [np.concatenate(self._lengths)]
+        codes = np.unique(np.concatenate(list(_candidates(self._minima[0], rows))))
+        first, second = codes // self.rows, codes % self.rows
         blocks = range(0, len(first), _BLOCK)
-        values, lengths = np.concatenate(self._sketches), np.concatenate(self._lengths)
+        values, lengths = self._sketches[0], self._lengths[0]
         starts = np.cumsum(lengths) - lengths
         similarity = np.concatenate(
             [np.zeros(0)]
@@ -146,20 +149,19 @@ def _shingles(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], Rows]:
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32), starts
 
 
-def _candidates(minima: npt.NDArray[np.uint32]) -> Iterator[Rows]:
-    """Pairs i < j as i * N + j that share a band and seem alike, band by band."""
-    rows = len(minima)
+def _candidates(minima: npt.NDArray[np.uint32], rows: Rows) -> Iterator[Rows]:
+    """Pairs i < j of `rows` as i * N + j that share a band and seem alike, band by band."""
     draw = np.random.Generator(np.random.PCG64(7))
     for band in range(_BANDS):
-        key = np.zeros(rows, np.uint64)
+        key = np.zeros(len(rows), np.uint64)
         for column in range(band * _PER_BAND, (band + 1) * _PER_BAND):
-            key = (key ^ minima[:, column]) * _MIX
+            key = (key ^ minima[rows, column]) * _MIX
             key ^= key >> np.uint64(29)
         # Within a bucket another order each time, so that in a large one every row meets many others.
-        order = draw.permutation(rows)
+        order = draw.permutation(len(rows))
         order = order[np.argsort(key[order], kind="stable")]
-        key = key[order]
-        for distance in range(1, min(_NEIGHBOURS, rows - 1) + 1):
+        key, order = key[order], rows[order]
+        for distance in range(1, min(_NEIGHBOURS, len(rows) - 1) + 1):
             same = np.flatnonzero(key[:-distance] == key[distance:])
             if not len(same):
                 break
@@ -167,7 +169,7 @@ def _candidates(minima: npt.NDArray[np.uint32]) -> Iterator[Rows]:
             for at in range(0, len(same), _BLOCK):
                 i, j = first[at : at + _BLOCK], second[at : at + _BLOCK]
                 likely = (minima[i] == minima[j]).mean(axis=1) >= _LIKELY
-                yield i[likely] * rows + j[likely]
+                yield i[likely] * len(minima) + j[likely]
     yield np.zeros(0, np.int64)
 
 

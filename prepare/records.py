@@ -31,17 +31,17 @@ def main(
     """Read, render, tokenize, mask and split; writes train and test, a report and the prompt style.
 
     Args:
-        source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the datasets
-            library, or data sets of the Hub; several as [a.jsonl,b.csv]. The schema of every row is recognised: Alpaca,
-            prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text.
+        source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the
+            datasets library, or data sets of the Hub; several as [a.jsonl,b.csv]. The schema of every row is
+            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         prompt_style: How a conversation is put to the model; chat_template is the model's own.
         max_seq_length: Most tokens of a sample.
         mask_inputs: Train on answers only, not on prompts.
         train_on: Every answer of a conversation, or the last one.
-        overflow: What becomes of a longer row: dropped, losing the oldest turns and the beginning of its question, losing
-            the end of its answer, cut into several samples between turns, or an error.
+        overflow: What becomes of a longer row: dropped, losing the oldest turns and the beginning of its question,
+            losing the end of its answer, cut into several samples between turns, or an error.
         split: By a hash of the question (rows that ask the same stand on one side, and no row moves when others are
             added), by shuffling as lit-llama did, or as the sources are divided.
         test_split_size: Rows held out for testing: their share, or with --split shuffle their number.

@@ -4,7 +4,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

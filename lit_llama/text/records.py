@@ -52,12 +52,10 @@ def prepare_records(
         raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
     if rules.split == "hash" and not 0 < rules.test_split_size < 1:
         raise UserError(
-            f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot have a "
-            "number of rows, as rows would change sides when others are added (--split shuffle can)"
+            f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
+            "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
         )
-    reader = read_conversations(
-        sources, fields=fields, on_error=on_error, tree=tree, weights=weights, seed=rules.seed
-    )
+    reader = read_conversations(sources, fields=fields, on_error=on_error, tree=tree, weights=weights, seed=rules.seed)
     chosen = [prompt_style, asdict(rules), dict(fields), on_error, tree, list(weights or [])]
     key = _key(reader, tokenizer_path, chosen)
     meta = read_object(destination / META_FILE)
@@ -121,7 +119,9 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     say = stderr().print
     rows, dropped = meta["source"]["rows"], meta["dropped"]
     lost = sum(map(len, dropped.values()))
-    say(f"{meta['source']['file']}: {rows} rows = {meta['kept']} kept (of them {len(meta['cut'])} cut) + {lost} dropped")
+    say(
+        f"{meta['source']['file']}: {rows} rows = {meta['kept']} kept (of them {len(meta['cut'])} cut) + {lost} dropped"
+    )
     for reason, places in dropped.items():
         shown = ", ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
         say(f"  dropped, {reason}: {len(places)} ({shown}; all of them in {META_FILE})", markup=False)

@@ -51,6 +51,15 @@ def test_sources_come_to_files_in_a_fixed_order_and_each_once(tmp_path: Path, mo
     assert [path.name for path in expand(["**/c.*"])] == ["c.CSV"]
 
 
+def test_a_folder_may_hold_folders_of_the_datasets_library(tmp_path: Path) -> None:
+    """Catches the library's own JSON files taken for rows, and a folder that holds itself."""
+    put(tmp_path, "a.json", "two/dataset_dict.json", "two/train/state.json", "two/train/dataset_info.json")
+    (tmp_path / "again").symlink_to(tmp_path)
+    put(tmp_path, "one/state.json", "one/dataset_info.json", "one/data.arrow", "z/state.json")
+    found = [path.relative_to(tmp_path).as_posix() for path in expand([str(tmp_path)])]
+    assert found == ["a.json", "one", "two", "z/state.json"]
+
+
 def test_a_source_that_names_nothing_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a bare FileNotFoundError, an empty pattern that passes in silence, and a hang on a pipe."""
     monkeypatch.chdir(tmp_path)

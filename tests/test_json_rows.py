@@ -17,7 +17,7 @@ def test_every_form_of_json_gives_the_rows_that_json_gives(form: str, ending: st
     rows = [*ROWS, CHAT, {}, {"number": [1, -2.5, 10**30, True, None, {"a": {}}]}]
     rows += [{"instruction": "long " * size, "n": size} for size in (1, 300_000, 7, 100_000, 500_000)]
     if form == "one behind another" and ending == "jsonl":
-        pytest.skip("which promises one object a line")
+        ending = "json"  # .jsonl promises one object a line
     content = FORMS[form](rows).encode()
     assert values(put(f"a.{ending}", gzip.compress(content) if ending.endswith("gz") else content)) == rows
 

@@ -1,17 +1,22 @@
 """Parquet and folders of the datasets library: the rows that those give, damage named for what it is."""
 
 import gzip
+from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 from raw_rows import CHAT, ROWS, errors, read, values
 
+from lit_llama.errors import ResourceError, UserError
 from lit_llama.text import tables
+from lit_llama.text.reading import read_conversations
 
 
 def test_parquet_gives_the_rows_that_pyarrow_gives(tmp_path: Path) -> None:
@@ -96,3 +101,51 @@ def test_a_name_of_the_hub_is_told_from_a_path(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "data").mkdir()
     assert all(map(tables.is_hub_id, ["tatsu-lab/alpaca", "openai/gsm8k:main", "a/b#train[:10%]", "a/b:c#train_sft"]))
     assert not any(map(tables.is_hub_id, ["data/alpaca", "a/b.jsonl", "a/b/c", "alpaca", "../a", "a/b.csv.gz", "/a/b", "a b/c"]))  # fmt: skip # noqa: E501
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_fetched_says_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of the network for what may be a mistyped path, and the kinds of refusal mixed up."""
+
+    def fail(error: Exception) -> Callable[..., Any]:
+        def load(*_: object, **__: object) -> Any:
+            raise error
+
+        return load
+
+    for error, kind, message in (
+        (ConnectionError("Couldn't reach 'x/y' on the Hub"), ResourceError, "cannot be fetched from the Hub: Couldn't"),
+        (
+            DatasetNotFoundError("Dataset 'x/y' doesn't exist"),
+            UserError,
+            "neither a file .*hf auth login",
+        ),
+        (
+            ValueError("Config name is missing.\nPick one among: ['a']"),
+            UserError,
+            "Pick one.*configuration as x/y:N",
+        ),
+    ):
+        monkeypatch.setattr(datasets, "load_dataset", fail(error))
+        with pytest.raises(kind, match=message):
+            read_conversations(["x/y"])
+
+
+def test_a_data_set_of_the_hub_is_read_with_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a configuration or split that is not passed on."""
+    asked = []
+    made = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"instruction": name, "output": name}]) for name in ("train", "test_sft")}
+    )
+
+    def load(name: str, configuration: str | None, split: str | None) -> Any:
+        asked.append((name, configuration, split))
+        return made[split] if split else made
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = list(read_conversations(["x/y:main"]))
+    assert [(entry.where, getattr(entry, "split", "")) for entry in found] == [
+        ("x/y:main/train:row 0", "train"),
+        ("x/y:main/test_sft:row 0", "test"),
+    ]
+    assert [entry.where for entry in read_conversations(["x/y#test_sft"])] == ["x/y/test_sft:row 0"]
+    assert asked == [("x/y", "main", None), ("x/y", None, "test_sft")]

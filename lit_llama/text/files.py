@@ -19,7 +19,6 @@ BLOCK = 1 << 20  # bytes read at a time
 PACKED = (".gz", ".zst")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 FORMATS = "JSON (.json, .jsonl, .ndjson), CSV (.csv, .tsv), Parquet (.parquet), each also as .gz or .zst"
-SAVED = ("dataset_dict.json", "state.json")  # what a folder holds that the datasets library has saved
 
 NOT_DATA = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself (git lfs pull)",
@@ -44,7 +43,8 @@ def expand(sources: Sequence[str]) -> list[Path]:
     """Paths, patterns and folders -> files and folders saved by the datasets library, each once.
 
     Sources stay in the order given; what one pattern or folder comes to is sorted. Of a folder, all files are taken
-    whose names end in a known format, those in its subfolders too; hidden ones are not.
+    whose names end in a known format, those in its subfolders too; hidden and linked ones
+    are not.
 
     Raises:
         DataError: A source names nothing.
@@ -68,8 +68,7 @@ def _expand_one(source: str) -> list[Path]:
             return [path]
         if is_saved(path):
             return [path]
-        inside = sorted(entry for entry in path.rglob("*") if _is_data(entry.relative_to(path)) and entry.is_file())
-        if not inside:
+        if not (inside := _data_in(path)):
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             raise DataError(f"{path} is a folder without data files (it holds {names}); expected {FORMATS}")
         return inside
@@ -80,8 +79,17 @@ def _expand_one(source: str) -> list[Path]:
     raise missing(path)
 
 
-def _is_data(path: Path) -> bool:
-    return plain_suffix(path) in ENDINGS and not any(part.startswith(".") for part in path.parts)
+def _data_in(folder: Path) -> list[Path]:
+    """Data files below a folder, and saved folders in place of their files; linked folders might lead in a circle."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or (entry.is_dir() and entry.is_symlink()):
+            continue
+        if entry.is_dir():
+            found += [entry] if is_saved(entry) else _data_in(entry)
+        elif plain_suffix(entry) in ENDINGS:
+            found.append(entry)
+    return found
 
 
 def plain_suffix(path: Path) -> str:
@@ -92,7 +100,9 @@ def plain_suffix(path: Path) -> str:
 
 def is_saved(path: Path) -> bool:
     """Whether the datasets library has saved this folder."""
-    return any((path / name).is_file() for name in SAVED)
+    return (path / "dataset_dict.json").is_file() or all(
+        (path / name).is_file() for name in ("dataset_info.json", "state.json")
+    )
 
 
 def missing(path: Path) -> DataError:

@@ -4,6 +4,8 @@ import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from lit_llama.text.raw import listed
+
 _MEANT = {
     "instruction": ("question", "query", "problem", "prompt", "user", "request", "input", "source", "human"),
     "output": ("answer", "response", "completion", "solution", "reply", "target", "chosen", "assistant", "label"),
@@ -23,7 +25,7 @@ def suggest(found: Sequence[str], schemas: Iterable[Sequence[str]]) -> str:
                 pairs[key] = name
         if all(key in found or key in pairs for key in keys):
             odd = "".join(_odd(key, name) for key, name in pairs.items())
-            return f"{odd}; try --fields {','.join(f'{key}={name}' for key, name in pairs.items())}"
+            return f"{odd}; try --fields {','.join(f'{key}={listed([name])}' for key, name in pairs.items())}"
     return ""
 
 

@@ -129,6 +129,7 @@ def open_hub(source: str) -> Mapping[str | None, Any]:
     """
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from httpx2 import HTTPError
 
     address, _, split = source.partition("#")
     repo, _, configuration = address.partition(":")
@@ -139,12 +140,12 @@ def open_hub(source: str) -> Mapping[str | None, Any]:
             f"{source} is neither a file or folder here (working folder: {Path.cwd()}) nor a data set of the Hub that "
             f"can be read: {_first_line(error)}; check the spelling, and `hf auth login` if it is private"
         ) from error
-    except (ValueError, DatasetsError) as error:  # no such configuration or split, files that do not fit
+    except (ValueError, RuntimeError, DatasetsError) as error:  # no such configuration or split, a script, odd files
         raise UserError(
             f"{source}: {' '.join(str(error).split())[:400]}; name a configuration as {repo}:NAME, a split as "
             f"{repo}#NAME"
         ) from error
-    except OSError as error:  # ConnectionError, too
+    except (OSError, HTTPError) as error:  # ConnectionError, too
         raise ResourceError(
             f"{source} is no file or folder here (working folder: {Path.cwd()}), and cannot be fetched from the Hub: "
             f"{_first_line(error)}; connect, unset HF_HUB_OFFLINE, or fetch its files elsewhere and name their folder"

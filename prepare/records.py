@@ -53,6 +53,7 @@ def main(
     """
     from lit_llama.text.prepare import Rules
     from lit_llama.text.records import prepare_records
+    from lit_llama.train.config import TrainConfig
 
     rules = Rules(
         max_seq_length=max_seq_length,
@@ -73,6 +74,7 @@ def main(
         on_error=on_error,
         tree=tree,
         weights=weights,
+        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def prepare_alpaca(
     data_file_name: str,
     prompt_style: StyleChoice,
     rules: Rules,
+    plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Make the data folder `destination` out of the raw file in it; the parameters are those of prepare/alpaca.py.
 
@@ -35,7 +37,7 @@ def prepare_alpaca(
     """
     source = find_or_download(destination, data_file_name)
     return prepare_records(
-        [str(source)], destination, tokenizer_path=tokenizer_path, prompt_style=prompt_style, rules=rules
+        [str(source)], destination, tokenizer_path=tokenizer_path, prompt_style=prompt_style, rules=rules, plan=plan
     )
 
 

@@ -5,7 +5,6 @@ after normalisation if they differ in case, white space or Unicode form (NFKC) a
 """
 
 import hashlib
-import unicodedata
 from array import array
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from lit_llama.text.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.duplicates import SIMILARITY, NearDuplicates, earliest
 from lit_llama.text.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
+from lit_llama.text.split import normalised
 
 SHORT = 3  # characters of an answer that is not very short
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
@@ -49,11 +49,6 @@ _OPENING = 200  # characters of an answer where a refusal would stand
 _BATCH = 1 << 19  # characters looked at together
 
 
-def normalised(text: str) -> str:
-    """A text without its case, Unicode form and amount of white space."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
-
-
 class Findings:
     """Takes the rows that are kept, one after the other.
 
@@ -82,7 +77,7 @@ class Findings:
         Args:
             row: Its number, by which `result` asks for its text.
             where: What a person calls it, as file:row.
-            split: train or test.
+            split: train or test; "" if `assign` will say it.
             prompt: The user's words, without what a prompt style puts around them.
             answer: The answer.
             tokens: Length of the sample.
@@ -103,6 +98,10 @@ class Findings:
         if self._characters >= _BATCH:
             self._take_in()
 
+    def assign(self, split: str, rows: npt.NDArray[np.int64]) -> None:
+        """Say of which split rows are that came with none; `rows` are their numbers in the order of arrival."""
+        np.frombuffer(self._split, np.int8)[rows] = self._splits.setdefault(split, len(self._splits))
+
     def result(self, text_of: TextOf | None = None) -> dict[str, Any]:
         """Everything found, ready for JSON.
 
@@ -120,7 +119,7 @@ class Findings:
         untrained = np.flatnonzero(np.array(self._trained) == 0)
         return {
             "rows": rows,
-            "splits": {name: self._counts(split == code) for name, code in self._splits.items()},
+            "splits": {name: self._counts(split == code) for name, code in self._splits.items() if code in split},
             "near_duplicates_checked": near is not None,
             "duplicates": duplicates(exact, first, near, lister),
             "leakage": leakage(exact, same, first, near, train, test, lister),

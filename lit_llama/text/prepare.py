@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
 from lit_llama.progress import count
 from lit_llama.text.conversation import Conversation, Dropped
-from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, Split
+from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, Split, step_plan
 from lit_llama.text.findings import Findings
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.reading import Reader
@@ -59,7 +60,7 @@ def prepare(
     style: PromptStyle,
     rules: Rules,
     key: str = "",
-    plan: Mapping[str, Any] | None = None,
+    plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the data folder `destination`.
@@ -72,7 +73,7 @@ def prepare(
         style: How conversations are rendered.
         rules: How rows become samples.
         key: Identity of everything that decides the contents.
-        plan: For the report: settings of training to count steps with.
+        plan: For the report: batch_size and micro_batch_tokens to count steps with.
         commands: For the report: what made this folder.
 
     Returns:
@@ -89,11 +90,11 @@ def prepare(
         train_on=rules.train_on,
         overflow=rules.overflow,
     )
-    with publish(destination, META_FILE, replace=True) as folder:
-        work = _Work(folder, rules)
+    with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules) as work:
         for rows in _chunks(count(reader, "encoding")):
             work.drop(row for row in rows if isinstance(row, Dropped))
-            work.add(encoder([row for row in rows if isinstance(row, Conversation)]))
+            conversations = [row for row in rows if isinstance(row, Conversation)]
+            work.add(conversations, encoder(conversations))
         work.finish(reader.rows)
         meta = {
             "format": FORMAT,
@@ -113,8 +114,12 @@ def prepare(
         findings = work.findings.result(work.text_of)
         meta["test_rows_also_in_train"] = findings["leakage"]["normalised"]["rows"]
         (folder / TEMPLATE_FILE).write_text(style.jinja(bos=bool(tokenizer.bos)), "utf-8")
+        steps = step_plan(work.findings.lengths_of("train"), seed=rules.seed, **plan) if plan else None
         samples = work.shown(tokenizer)
-        write_report(folder, meta, findings, samples, name=destination.name, plan=plan, commands=commands)
+        write_report(folder, meta, findings, samples, name=destination.name, plan=steps, commands=commands)
+        meta["files"] = {
+            str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+        }
         write_json(folder / META_FILE, meta)
     return meta
 
@@ -130,28 +135,45 @@ class _Work:
         self.dropped: dict[str, list[str]] = {}
         self.cut: list[str] = []
         self.parts = 0
-        self._samples = Texts()  # in the order of arrival
+        self._texts = Texts(folder)  # of each sample, by its number of arrival
+        self._test = (folder / TEST_FILE).open("w", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._test.close()
 
     def drop(self, rows: Iterable[Dropped]) -> None:
         """Account for rows that are left out."""
         for row in rows:
             self.dropped.setdefault(row.reason, []).append(row.where)
 
-    def add(self, encoded: Encoded) -> None:
-        """Take in the samples of some rows."""
+    def add(self, conversations: Sequence[Conversation], encoded: Encoded) -> None:
+        """Take in some rows and the samples that they came to."""
         self.drop(encoded.dropped)
-        rows = [conversation.row for conversation in encoded.conversations]
-        where = {conversation.row: conversation.where for conversation in encoded.conversations}
+        where = {conversation.row: conversation.where for conversation in conversations}
         self.cut += [where[row] for row in encoded.cut]
         self.parts += len(encoded.parts)
-        sides = [self._side(conversation) for conversation in encoded.conversations]
+        side_of = {conversation.row: self._side(conversation) for conversation in conversations}  # all parts on one
+        rows = [conversation.row for conversation in encoded.conversations]
+        sides = [side_of[row] for row in rows]
         self.sides.add(encoded.batch, rows, sides)
         lengths, trained = encoded.batch.lengths.tolist(), trained_tokens(encoded.batch).tolist()
         for conversation, side, tokens, learned in zip(encoded.conversations, sides, lengths, trained, strict=True):
-            self._samples.add([conversation.where, conversation.messages, tokens, learned, side])
+            messages = conversation.messages
+            self.findings.add(len(self._texts), conversation.where, side, *words(messages), tokens, learned)
+            self._texts.add(messages)
+            if side == "test":
+                self._hold_out(messages)
 
     def _side(self, conversation: Conversation) -> str:
         if self._rules.split == "given":
+            if conversation.split is None:
+                raise DataError(
+                    f"{conversation.where}: --split given, but the sources do not say whether this row is for training "
+                    "or for testing (by names such as train.jsonl and test.jsonl, or splits of a data set)"
+                )
             return "train" if conversation.split == "train" else "test"
         if self._drawn:
             return ""
@@ -159,32 +181,37 @@ class _Work:
         opening = (question or conversation.messages[0])["content"] + (question or {}).get("input", "")
         return hash_side(opening, self._rules.test_split_size, self._rules.seed)
 
+    def _hold_out(self, messages: Sequence[Message]) -> None:
+        self._test.write(json.dumps(raw_row(messages), ensure_ascii=False) + "\n")
+
     def finish(self, rows: int) -> None:
-        """Deal what is not dealt yet, and tell the findings and test.jsonl of every sample.
+        """Deal what is not dealt yet.
 
         Args:
             rows: Raw rows, those that were dropped among them.
+
+        Raises:
+            DataError: A split has no rows.
         """
         if self._drawn:
             size = self._rules.test_split_size
             drawn = shuffle_split(rows, int(size if size >= 1 else size * rows), self._rules.seed)
-            dealt = self.sides.deal(dict(zip(SPLITS, drawn, strict=True)))
-            test = dealt["test"].tolist()
-            in_test = set(test)
+            for name, samples in self.sides.deal(dict(zip(SPLITS, drawn, strict=True))).items():
+                self.findings.assign(name, samples)
+                for number in samples.tolist() if name == "test" else ():
+                    self._hold_out(self._texts[number])
+        self._test.close()
+        for name, counts in self.sides.counts.items():
+            if not counts.samples:
+                lost = ", ".join(f"{len(places)} {reason}" for reason, places in self.dropped.items()) or "none dropped"
+                size = self._rules.test_split_size
+                hint = f"; --test_split_size is {size}, and --seed another draw" if self._rules.split == "hash" else ""
+                raise DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
         self.sides.close()
-        with (self._folder / TEST_FILE).open("w", encoding="utf-8") as file:
-            for number, (where, messages, tokens, learned, side) in enumerate(self._samples):
-                side = side or ("test" if number in in_test else "train")
-                prompt, answer = words(messages)
-                self.findings.add(number, where, side, prompt, answer, tokens, learned)
-                if side == "test" and not self._drawn:
-                    file.write(json.dumps(raw_row(messages), ensure_ascii=False) + "\n")
-            for number in test if self._drawn else ():
-                file.write(json.dumps(raw_row(self._samples[number][1]), ensure_ascii=False) + "\n")
 
     def text_of(self, number: int) -> tuple[str, str]:
         """Prompt and answer of a sample."""
-        return words(self._samples[number][1])
+        return words(self._texts[number])
 
     def shown(self, tokenizer: Tokenizer) -> list[ShownSample]:
         """The first samples of each split, and the longest of train."""
@@ -208,7 +235,10 @@ def words(messages: Sequence[Message]) -> tuple[str, str]:
 
 def raw_row(messages: Sequence[Message]) -> dict[str, Any]:
     """A row as generate/instruct.py reads it: Alpaca's fields for a question and its answer, else all turns."""
-    if [message["role"] for message in messages] != ["user", "assistant"]:
+    roles = [message["role"] for message in messages]
+    if roles == ["assistant"]:
+        return {"text": messages[0]["content"]}
+    if roles != ["user", "assistant"]:
         return {"messages": list(messages)}
     question, answer = messages
     return {"instruction": question["content"], "input": question.get("input", ""), "output": answer["content"]}

@@ -36,6 +36,7 @@ def prepare_records(
     on_error: OnError = "stop",
     tree: Literal["best", "all"] = "best",
     weights: Sequence[float] | None = None,
+    plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py.
 
@@ -56,19 +57,44 @@ def prepare_records(
             "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
         )
     reader = read_conversations(sources, fields=fields, on_error=on_error, tree=tree, weights=weights, seed=rules.seed)
-    chosen = [prompt_style, asdict(rules), dict(fields), on_error, tree, list(weights or [])]
+    chosen = [prompt_style, asdict(rules), dict(fields), on_error, tree, list(weights or []), dict(plan or {})]
     key = _key(reader, tokenizer_path, chosen)
     meta = read_object(destination / META_FILE)
-    if meta.get("key") == key:
+    if meta.get("key") == key and _complete(destination, meta):
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
     tokenizer = _read_tokenizer(tokenizer_path)
     style = _style(prompt_style, tokenizer_path)
     meta = prepare(
-        reader, destination, tokenizer=tokenizer, tokenizer_path=tokenizer_path, style=style, rules=rules, key=key
+        reader,
+        destination,
+        tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
+        style=style,
+        rules=rules,
+        key=key,
+        plan=plan,
+        commands=_next_commands(destination, tokenizer_path),
     )
     _summary(destination, meta, tokenizer)
     return meta
+
+
+def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
+    """Whether all files are there with their sizes; somebody may have deleted one."""
+    sizes = meta.get("files", {})
+    return bool(sizes) and all(
+        (destination / name).is_file() and (destination / name).stat().st_size == size for name, size in sizes.items()
+    )
+
+
+def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
+    """What to do with the folder."""
+    show = f"python prepare/show.py --data_dir {destination}"
+    if not tokenizer_path.is_dir():
+        return [show]
+    tune = f"python finetune/lora.py --checkpoint_dir {tokenizer_path} --data_dir {destination} --out_dir out/lora/"
+    return [show, tune + destination.name]
 
 
 def _style(name: StyleChoice, tokenizer_path: Path) -> PromptStyle:

@@ -10,7 +10,7 @@ from lit_llama.text.show import ShownSample
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1
-_COUNTED = ("kept", "cut", "dropped", "splits")  # stand elsewhere in the report
+_COUNTED = ("kept", "cut", "dropped", "splits", "key")  # stand elsewhere in the report
 _MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
 
 _KINDS = (("exact", "the same"), ("normalised", "the same but for case or spaces"), ("near", "nearly the same"))

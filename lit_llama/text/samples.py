@@ -6,6 +6,7 @@ control token out of somebody's words.
 Shapes: N tokens of all samples.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,6 +25,7 @@ from lit_llama.text.tokenizer import Tokenizer
 
 Overflow = Literal["drop", "truncate_prompt", "truncate_response", "split", "error"]
 TrainOn = Literal["all", "last"]
+Pieces = list[tuple[Conversation, Samples]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Encoder:
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
+        UserError: Rows were to be split, but only the last answer carries loss: the other parts would teach nothing.
     """
 
     def __init__(
@@ -73,19 +76,27 @@ class Encoder:
         overflow: Overflow = "drop",
     ) -> None:
         check_style(tokenizer, style)
+        if overflow == "split" and train_on == "last":
+            raise UserError(
+                "--overflow split with --train_on last: parts without the last answer would teach nothing; use "
+                "--overflow truncate_prompt, which keeps as many turns before it as fit"
+            )
         self._tokenizer, self._style, self._cutter = tokenizer, style, Cutter(tokenizer)
         self._limit, self._mask_inputs, self._train_on, self._overflow = max_seq_length, mask_inputs, train_on, overflow
         self._is_control = np.zeros(tokenizer.size, dtype=bool)
         self._is_control[list(tokenizer.control.values())] = True
+        if tokenizer.unknown is not None:
+            self._is_control[tokenizer.unknown] = False  # what a text may well come to
 
     def __call__(self, conversations: Sequence[Conversation]) -> Encoded:
         """Encode.
 
         Raises:
             DataError: A row is too long and `overflow` is "error".
-            CheckpointError: The style ends answers in no control token of this tokenizer.
+            CheckpointError: The style ends answers in no control token of this tokenizer, or begins a text with none
+                or two, or the tokenizer makes control tokens of somebody's words.
         """
-        batch, _ = self._encode(conversations)
+        batch, trained = self._encode(conversations)
         if (batch.lengths <= self._limit).all():
             return Encoded(batch, list(conversations), [], [], [])
         fits = np.flatnonzero(batch.lengths <= self._limit).tolist()
@@ -93,9 +104,11 @@ class Encoder:
         cut: list[int] = []
         parts: list[int] = []
         dropped: list[Dropped] = []
+        ends = np.cumsum(batch.lengths)
         for index in np.flatnonzero(batch.lengths > self._limit).tolist():
             long = conversations[index]
-            made = self._shorten(long, int(batch.lengths[index]))
+            inside = slice(ends[index] - batch.lengths[index], ends[index])
+            made = self._shorten(long, batch.take([index]), trained[inside])
             if isinstance(made, Dropped):
                 dropped.append(made)
                 continue
@@ -117,8 +130,14 @@ class Encoder:
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX)) if self._mask_inputs else ids
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         lengths = np.add.reduceat(sizes, np.cumsum(counts) - counts) if len(rows) else np.zeros(0, np.int64)
-        controls = sum(run.control is not None for run in runs)
-        assert int(self._is_control[ids].sum()) == controls, "a text was encoded as a control token"
+        ours = np.fromiter((run.control is not None for run in runs), bool, len(runs))
+        wrong = np.flatnonzero(self._is_control[ids] & ~np.repeat(ours, sizes))
+        if len(wrong):
+            at = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
+            raise CheckpointError(
+                f"{conversations[at].where}: this tokenizer makes a control token (id {ids[wrong[0]]}) of what stands "
+                "in the row; it cannot be trusted with other people's words"
+            )
         self._check_beginnings(ids, lengths, conversations)
         return Samples(ids, labels, lengths), trained
 
@@ -176,28 +195,46 @@ class Encoder:
                 "two"
             )
 
-    def _shorten(self, long: Conversation, length: int) -> list[tuple[Conversation, Samples]] | Dropped:
+    def _shorten(self, long: Conversation, whole: Samples, trained: npt.NDArray[np.bool_]) -> Pieces | Dropped:
         """What becomes of a row that is too long."""
         if self._overflow == "error":
-            raise DataError(f"{long.where} has {length} tokens, more than --max_seq_length {self._limit}")
+            raise DataError(f"{long.where} has {len(trained)} tokens, more than --max_seq_length {self._limit}")
         if self._overflow == "truncate_response":
-            return self._cut_answer(long)
+            return self._cut_answer(long, whole, trained)
         if self._overflow == "truncate_prompt":
             return self._cut_prompt(long)
         if self._overflow == "split":
-            return self._split_text(long) if long.text else self._split_turns(long)
+            return self._split_text(long, whole) if long.text else self._split_turns(long)
         return Dropped(long.row, long.where, f"longer than {self._limit} tokens")
 
-    def _cut_answer(self, long: Conversation) -> list[tuple[Conversation, Samples]] | Dropped:
-        batch, trained = self._encode([long])
+    def _cut_answer(self, long: Conversation, whole: Samples, trained: npt.NDArray[np.bool_]) -> Pieces | Dropped:
         masked = np.flatnonzero(~trained)
         if self._limit < (masked[-1] + 1 if len(masked) else 0) + 2:  # no room for one token of the answer and the end
             return Dropped(long.row, long.where, f"prompt alone fills {self._limit} tokens")
         keep = np.r_[: self._limit - 1, len(trained) - 1]
-        return [(long, Samples(batch.input_ids[keep], batch.labels[keep], np.array([self._limit])))]
+        return [(long, Samples(whole.input_ids[keep], whole.labels[keep], np.array([self._limit])))]
 
-    def _cut_prompt(self, long: Conversation) -> list[tuple[Conversation, Samples]] | Dropped:
-        """Leave out the oldest turns, then the beginning of the last question (of its input first)."""
+    def _cut_prompt(self, long: Conversation) -> Pieces | Dropped:
+        """Leave out the oldest turns, as few as it takes, then the beginning of the last question."""
+        turns = [i for i, message in enumerate(long.messages) if message["role"] == "user"]
+        if not turns:
+            return self._filled(long)
+
+        def later(count: int) -> Conversation:
+            return replace(long, messages=long.messages[: turns[0]] + long.messages[turns[count] :])
+
+        def fits(count: int) -> bool:
+            return int(self._encode([later(count)])[0].lengths[0]) <= self._limit
+
+        # Searched, not tried one by one: a row may have a hundred thousand turns.
+        count = bisect_left(range(len(turns)), True, key=fits)
+        if count < len(turns):
+            return [(later(count), self._encode([later(count)])[0])]
+        return self._cut_question(later(len(turns) - 1))
+
+    def _cut_question(self, long: Conversation) -> Pieces | Dropped:
+        """Leave out the beginning of the only question, of its input first; something of it has to stay."""
+        at = next(i for i, message in enumerate(long.messages) if message["role"] == "user")
         messages = list(long.messages)
         while True:
             shorter = replace(long, messages=tuple(messages))
@@ -205,25 +242,23 @@ class Encoder:
             excess = int(batch.lengths[0]) - self._limit
             if excess <= 0:
                 return [(shorter, batch)]
-            questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-            if len(questions) > 1:
-                del messages[questions[0] : questions[1]]
-                continue
-            question = messages[questions[0]] if questions else {"content": ""}
-            field = "input" if question.get("input") else "content"
-            if not question[field]:
-                return Dropped(long.row, long.where, f"answer alone fills {self._limit} tokens")
-            share = excess / max(1, int((~trained).sum()))
-            cut = max(1, min(len(question[field]), int(share * len(question[field]))))
-            messages[questions[0]] = {**question, field: question[field][cut:]}
+            field = "input" if messages[at].get("input") else "content"
+            text = messages[at][field]
+            cut = max(1, int(len(text) * excess / max(1, int((~trained).sum()))))
+            messages[at] = {**messages[at], field: text[cut:]}
+            if not messages[at]["content"].strip():
+                return self._filled(long)
 
-    def _split_turns(self, long: Conversation) -> list[tuple[Conversation, Samples]] | Dropped:
+    def _filled(self, long: Conversation) -> Dropped:
+        return Dropped(long.row, long.where, f"what cannot be cut fills {self._limit} tokens")
+
+    def _split_turns(self, long: Conversation) -> Pieces | Dropped:
         """As many turns in a sample as fit, each with the system message."""
         first = next(i for i, message in enumerate(long.messages) if message["role"] != "system")
         system, rest = long.messages[:first], long.messages[first:]
         starts = [i for i, message in enumerate(rest) if message["role"] == "user" or i == 0]
         turns = [rest[i:j] for i, j in zip(starts, [*starts[1:], len(rest)], strict=True)]
-        made: list[tuple[Conversation, Samples]] = []
+        made: Pieces = []
         begun: tuple[Message, ...] = ()
         for turn in turns:
             for held in (begun + turn, turn):
@@ -239,17 +274,31 @@ class Encoder:
             begun = held
         return made
 
-    def _split_text(self, long: Conversation) -> list[tuple[Conversation, Samples]]:
-        """Windows that follow each other, each with the beginning; the end is only where the text ends."""
-        batch, _ = self._encode([long])
+    def _split_text(self, long: Conversation, whole: Samples) -> Pieces:
+        """Windows that follow each other, each with the beginning; the end is only where the text ends.
+
+        Every token is predicted in one of them: where no beginning stands before the first, the last one of the
+        window before does.
+        """
         begins = int(bool(self._tokenizer.bos))
-        body, size = batch.input_ids[begins:], self._limit - begins
-        made = []
-        for start in range(0, len(body), size):
-            ids = np.concatenate([batch.input_ids[:begins], body[start : start + size]])
-            labels = np.concatenate([batch.labels[:begins], body[start : start + size]])
-            made.append((long, Samples(ids, labels, np.array([len(ids)]))))
+        size = self._limit - 1
+        made: Pieces = []
+        for start in range(1, len(whole.input_ids), size):
+            ids, labels = whole.input_ids[start : start + size], whole.labels[start : start + size]
+            before = 0 if begins else start - 1
+            first = whole.input_ids[: start == 1 and not begins]
+            text = self._text(np.concatenate([first, ids]))
+            batch = Samples(
+                np.append(whole.input_ids[before], ids).astype(np.int32),
+                np.append(whole.labels[before], labels).astype(np.int32),
+                np.array([len(ids) + 1]),
+            )
+            made.append((replace(long, messages=({"role": "assistant", "content": text},)), batch))
         return made
+
+    def _text(self, ids: npt.NDArray[np.int32]) -> str:
+        """What a window says; its borders may go through a character."""
+        return self._tokenizer.decode(ids[~self._is_control[ids]].tolist()).strip("\ufffd")
 
 
 def _join(batches: Sequence[Samples]) -> Samples:

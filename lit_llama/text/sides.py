@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.errors import DataError
 from lit_llama.text.arrow import Samples, SplitWriter, finish
 from lit_llama.text.dataset import SPLITS, Split
 from lit_llama.text.encode import IGNORE_INDEX
@@ -69,14 +68,8 @@ class Sides:
         return dealt
 
     def close(self) -> None:
-        """Make it one `datasets.DatasetDict`.
-
-        Raises:
-            DataError: A split has no rows.
-        """
+        """Make it one `datasets.DatasetDict`."""
         for name in SPLITS:
-            if not self.counts[name].samples:
-                raise DataError(f"no row of the {name} split is usable")
             self._writers[name].close()
         finish(self._folder, SPLITS)
 

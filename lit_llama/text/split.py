@@ -2,7 +2,6 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Hashable, Sequence
 
 from lit_llama.errors import DataError
 
@@ -24,6 +23,11 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[list[int]
     return order[: rows - test_split_size], order[rows - test_split_size :]
 
 
+def normalised(text: str) -> str:
+    """A text without its case, Unicode form (NFKC) and amount of white space."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
+
+
 def hash_side(opening: str, share: float, seed: int) -> str:
     """Train or test, by a hash of what a conversation opens with.
 
@@ -35,13 +39,6 @@ def hash_side(opening: str, share: float, seed: int) -> str:
         share: How many of the openings are for testing, between 0 and 1.
         seed: Of the hash.
     """
-    text = " ".join((opening if opening.isascii() else unicodedata.normalize("NFKC", opening)).casefold().split())
-    key = seed.to_bytes(8, "little", signed=True)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
+    text = normalised(opening).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest()
     return "test" if int.from_bytes(digest, "little") < share * 2**64 else "train"
-
-
-def shared(train: Sequence[Hashable], test: Sequence[Hashable]) -> int:
-    """Number of test rows that also stand in train."""
-    seen = set(train)
-    return sum(row in seen for row in test)

@@ -3,29 +3,35 @@
 import json
 import tempfile
 from array import array
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
 class Texts:
-    """Values by number, in the order in which they were added; gone with the object."""
+    """Values by number, in the order in which they were added; gone with the object.
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this)
+    Args:
+        folder: Whose disk holds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this)
         self._starts = array("q")
+        self._end = 0
+        self._at_end = True
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def add(self, value: Any) -> None:
         """Put something aside that JSON can hold."""
-        self._starts.append(self._file.seek(0, 2))
-        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        if not self._at_end:
+            self._file.seek(self._end)
+            self._at_end = True
+        self._starts.append(self._end)
+        self._end += self._file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
     def __getitem__(self, number: int) -> Any:
+        self._at_end = False
         self._file.seek(self._starts[number])
         return json.loads(self._file.readline().decode("utf-8", "surrogatepass"))
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self)):
-            yield self[number]

@@ -11,10 +11,22 @@ from typing import Literal, get_args
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.special import SETTINGS_FILE, read_object
-from lit_llama.text.styles import Alpaca, ChatML, Message, PromptStyle, Segment, Vicuna, Ziya
+from lit_llama.text.styles import (
+    Alpaca,
+    ChatML,
+    Llama2,
+    Llama3,
+    Message,
+    Mistral,
+    Plain,
+    PromptStyle,
+    Segment,
+    Vicuna,
+    Ziya,
+)
 
 TEMPLATE_FILE = "chat_template.jinja"
-StyleName = Literal["alpaca", "chatml", "ziya", "vicuna"]
+StyleName = Literal["alpaca", "chatml", "ziya", "vicuna", "llama-2", "llama-3", "mistral", "plain"]
 
 
 class JinjaStyle(PromptStyle):
@@ -67,7 +79,9 @@ class JinjaStyle(PromptStyle):
         return self._source
 
 
-_STYLES: dict[str, PromptStyle] = {style.name: style for style in (Alpaca(), ChatML(), Ziya(), Vicuna())}
+_STYLES: dict[str, PromptStyle] = {
+    style.name: style for style in (Alpaca(), ChatML(), Ziya(), Vicuna(), Llama2(), Llama3(), Mistral(), Plain())
+}
 assert set(_STYLES) == set(get_args(StyleName))
 
 

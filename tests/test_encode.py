@@ -205,7 +205,7 @@ def test_the_end_of_a_style_has_to_be_in_the_tokenizer(llama_tokenizer: Path) ->
 def test_a_style_that_hides_its_answers_cannot_be_trained(tiny_folder: Path) -> None:
     """Catches an IndexError, or a silent training on no token at all, for a foreign chat template."""
     tokenizer = Tokenizer.from_path(tiny_folder)
-    foreign = JinjaStyle("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    foreign = JinjaStyle("{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}")
     with pytest.raises(UserError, match="chat_template does not say where an answer is"):
         encode(tokenizer, Example("Do it.", "", "Done."), style=foreign)
 

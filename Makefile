@@ -25,7 +25,7 @@ demo: $(RUN)/before.jsonl $(RUN)/after.jsonl ## Prepare, fine-tune, merge and co
 	$(PY) demo/compare.py --run_dir $(RUN)
 
 test: lint $(BASE)/config.json ## Run every check and every test
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test ## Check style, types and the direction of imports
 	$(VENV)/bin/ruff check

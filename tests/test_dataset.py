@@ -10,6 +10,7 @@ import datasets
 import multiprocess
 import numpy as np
 import pytest
+from conftest import Sample, write_splits
 
 from lit_llama.errors import DataError
 from lit_llama.text.dataset import (
@@ -20,9 +21,8 @@ from lit_llama.text.dataset import (
     micro_batches,
     read_meta,
     step_plan,
-    write_splits,
 )
-from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.encode import IGNORE_INDEX
 
 
 def draw_samples(count: int, seed: int = 0) -> list[Sample]:

@@ -6,13 +6,14 @@ from typing import Any, get_args
 
 import pytest
 import sentencepiece
+from conftest import encode_examples
 from hypothesis import given
 from test_prompts import FUZZ, Chat, chat, chats, same_ids, text_of
 from test_styles import transformers_tokenizer
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.encode import IGNORE_INDEX, answer_opening, encode_examples, end_id, prompt_ids
+from lit_llama.text.encode import IGNORE_INDEX, answer_opening, end_id, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import StyleName, named_style
 from lit_llama.text.styles import Segment

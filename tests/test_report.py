@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import encode_examples
 
 from lit_llama.text.dataset import step_plan
-from lit_llama.text.encode import encode_examples
 from lit_llama.text.findings import Findings
 from lit_llama.text.formats import Example
 from lit_llama.text.page import differences, histogram, percent
@@ -66,8 +66,8 @@ def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool
     if hostile:
         examples += [Example(HOSTILE, HOSTILE, HOSTILE + " 北京 😀\nnew line", rows + 2)]
     tokenizer, style = Tokenizer.from_path(tokenizer_folder), named_style("chatml")
-    samples, dropped = encode_examples(examples, style, tokenizer, max_seq_length=300, mask_inputs=True)
-    assert not dropped
+    samples, encoded = encode_examples(examples, style, tokenizer, max_seq_length=300, mask_inputs=True)
+    assert not encoded.dropped
     findings = Findings()
     for sample, example in zip(samples, examples, strict=True):
         trained = sum(label != -100 for label in sample.labels[1:])

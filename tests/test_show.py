@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_here
+from conftest import ROOT, encode_examples, run_here
 
 from lit_llama.errors import UserError
-from lit_llama.text.encode import IGNORE_INDEX, encode_examples
+from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
 from lit_llama.text.show import ShownSample, coloured_text, parse_rows, plain_text, shown_sample, visible

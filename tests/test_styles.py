@@ -7,7 +7,7 @@ from typing import Any, get_args
 import jinja2
 import pytest
 import sentencepiece
-from conftest import write_adapter
+from conftest import encode_examples, write_adapter
 from hypothesis import given
 from test_prompts import CHATS, FUZZ, Chat, chat, chats, chats_of_any_order, text_of
 from test_prompts import tiny as tiny  # a fixture
@@ -16,7 +16,7 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.chat import Conversation
 from lit_llama.generate.load import load
 from lit_llama.generate.sampling import Sampling
-from lit_llama.text.encode import IGNORE_INDEX, encode_examples, prompt_ids
+from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import Segment

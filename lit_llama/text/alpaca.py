@@ -10,6 +10,7 @@ from lit_llama.errors import DataError, ResourceError
 from lit_llama.progress import stderr
 from lit_llama.text.prepare import Rules
 from lit_llama.text.records import StyleChoice, prepare_records
+from lit_llama.text.tokenizer import Tokenizer
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
@@ -35,6 +36,8 @@ def prepare_alpaca(
         CheckpointError: The tokenizer is missing or unusable.
         ResourceError: The raw file is not there and cannot be downloaded.
     """
+    if not (destination / data_file_name).is_file():
+        Tokenizer.from_path(tokenizer_path)  # better known to be missing before anything is fetched
     source = find_or_download(destination, data_file_name)
     return prepare_records(
         [str(source)], destination, tokenizer_path=tokenizer_path, prompt_style=prompt_style, rules=rules, plan=plan

@@ -61,7 +61,9 @@ class Split:
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
         self.lengths = self._ids.lengths
         if not len(self) or not np.array_equal(self.lengths, self._labels.lengths):
-            raise DataError(f"{folder / name}: expected rows with input_ids and labels of the same length")
+            raise DataError(
+                f"{folder / name}: expected rows with input_ids and labels of the same length; prepare the data again"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.prompts import JinjaStyle
+from lit_llama.text.prompts import JinjaStyle, answer_end
 from lit_llama.text.styles import Message, PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -37,11 +37,8 @@ def prompt_ids(tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Mess
 
 def end_id(tokenizer: Tokenizer, style: PromptStyle) -> int | None:
     """The token that ends an answer in this style, which need not be the model's own end; None if it does not say."""
-    if isinstance(style, JinjaStyle):
-        return None
-    segments = style.render([{"role": "assistant", "content": "."}], bos=tokenizer.bos, eos=tokenizer.eos)
-    ends = [segment.text for segment in segments if segment.trained and segment.template]
-    return tokenizer.control.get(ends[-1]) if ends else None
+    end = answer_end(style, tokenizer.bos, tokenizer.eos, tokenizer.control)
+    return None if end is None else tokenizer.control[end]
 
 
 def answer_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:

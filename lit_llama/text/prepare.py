@@ -16,7 +16,7 @@ from lit_llama.text.findings import Findings
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.reading import Reader
 from lit_llama.text.report import write_report
-from lit_llama.text.samples import Encoded, Encoder, Overflow, TrainOn
+from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
 from lit_llama.text.show import ShownSample, shown_sample
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
@@ -59,6 +59,7 @@ def prepare(
     tokenizer_path: Path,
     style: PromptStyle,
     rules: Rules,
+    on_error: OnError = "stop",
     key: str = "",
     plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
@@ -72,6 +73,7 @@ def prepare(
         tokenizer_path: Where it is, for people.
         style: How conversations are rendered.
         rules: How rows become samples.
+        on_error: A row that the style cannot render stops the command, or is dropped with its reason.
         key: Identity of everything that decides the contents.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
         commands: For the report: what made this folder.
@@ -89,6 +91,7 @@ def prepare(
         mask_inputs=rules.mask_inputs,
         train_on=rules.train_on,
         overflow=rules.overflow,
+        on_error=on_error,
     )
     with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules) as work:
         for rows in _chunks(count(reader, "encoding")):
@@ -112,7 +115,8 @@ def prepare(
             "splits": {name: dict(counts) for name, counts in work.sides.counts.items()},
         }
         findings = work.findings.result(work.text_of)
-        meta["test_rows_also_in_train"] = findings["leakage"]["normalised"]["rows"]
+        leaked = findings["leakage"]
+        meta["test_rows_also_in_train"] = sum(leaked[kind]["rows"] for kind in ("exact", "normalised"))
         (folder / TEMPLATE_FILE).write_text(style.jinja(bos=bool(tokenizer.bos)), "utf-8")
         steps = step_plan(work.findings.lengths_of("train"), seed=rules.seed, **plan) if plan else None
         samples = work.shown(tokenizer)

@@ -72,6 +72,7 @@ def prepare_records(
         tokenizer_path=tokenizer_path,
         style=style,
         rules=rules,
+        on_error=on_error,
         key=key,
         plan=plan,
         commands=_next_commands(destination, tokenizer_path),
@@ -143,13 +144,12 @@ def _code() -> str:
 def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Where every row went, and what there is now, on stderr."""
     say = stderr().print
-    rows, dropped = meta["source"]["rows"], meta["dropped"]
+    name, rows, dropped = meta["source"]["file"], meta["source"]["rows"], meta["dropped"]
     lost = sum(map(len, dropped.values()))
-    say(
-        f"{meta['source']['file']}: {rows} rows = {meta['kept']} kept (of them {len(meta['cut'])} cut) + {lost} dropped"
-    )
+    say(f"{name}: {rows} rows = {meta['kept']} kept (of them {len(meta['cut'])} cut) + {lost} dropped")
     for reason, places in dropped.items():
-        shown = ", ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
+        shown = ", ".join(place.removeprefix(f"{name}:") for place in places[:_SHOWN])
+        shown += ", ..." if len(places) > _SHOWN else ""
         say(f"  dropped, {reason}: {len(places)} ({shown}; all of them in {META_FILE})", markup=False)
     if lost > rows / 10:
         say(f"  more than a tenth is dropped: raise --max_seq_length ({meta['max_seq_length']}) or see --overflow")

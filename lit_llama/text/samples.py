@@ -20,10 +20,12 @@ from lit_llama.text.arrow import Samples
 from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.encode import IGNORE_INDEX, Cutter, Run, check_style
 from lit_llama.text.formats import Example
+from lit_llama.text.prompts import JinjaStyle, trained_ends
 from lit_llama.text.styles import Message, PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
 Overflow = Literal["drop", "truncate_prompt", "truncate_response", "split", "error"]
+OnError = Literal["stop", "skip"]
 TrainOn = Literal["all", "last"]
 Pieces = list[tuple[Conversation, Samples]]
 
@@ -59,6 +61,7 @@ class Encoder:
         overflow: What becomes of longer rows: they are dropped; lose their oldest turns and the beginning of a
             question; lose the end of the last answer, but not its end-of-text token; are cut into several samples
             between turns; or are an error.
+        on_error: A row that the style cannot render stops the encoding, or is dropped with its reason.
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
@@ -74,6 +77,7 @@ class Encoder:
         mask_inputs: bool = True,
         train_on: TrainOn = "all",
         overflow: Overflow = "drop",
+        on_error: OnError = "stop",
     ) -> None:
         check_style(tokenizer, style)
         if overflow == "split" and train_on == "last":
@@ -82,6 +86,7 @@ class Encoder:
                 "--overflow truncate_prompt, which keeps as many turns before it as fit"
             )
         self._tokenizer, self._style, self._cutter = tokenizer, style, Cutter(tokenizer)
+        self._on_error = on_error
         self._limit, self._mask_inputs, self._train_on, self._overflow = max_seq_length, mask_inputs, train_on, overflow
         self._is_control = np.zeros(tokenizer.size, dtype=bool)
         self._is_control[list(tokenizer.control.values())] = True
@@ -96,14 +101,15 @@ class Encoder:
             CheckpointError: The style ends answers in no control token of this tokenizer, or begins a text with none
                 or two, or the tokenizer makes control tokens of somebody's words.
         """
-        batch, trained = self._encode(conversations)
+        dropped: list[Dropped] = []
+        conversations, rows = self._rendered(conversations, dropped)
+        batch, trained = self._encode(conversations, rows)
         if (batch.lengths <= self._limit).all():
-            return Encoded(batch, list(conversations), [], [], [])
+            return Encoded(batch, conversations, [], [], dropped)
         fits = np.flatnonzero(batch.lengths <= self._limit).tolist()
         pieces, kept = [batch.take(fits)], [conversations[i] for i in fits]
         cut: list[int] = []
         parts: list[int] = []
-        dropped: list[Dropped] = []
         ends = np.cumsum(batch.lengths)
         for index in np.flatnonzero(batch.lengths > self._limit).tolist():
             long = conversations[index]
@@ -118,9 +124,28 @@ class Encoder:
         order = sorted(range(len(kept)), key=lambda i: kept[i].row)  # stable: the parts of a row stay in order
         return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped)
 
-    def _encode(self, conversations: Sequence[Conversation]) -> tuple[Samples, npt.NDArray[np.bool_]]:
+    def _rendered(
+        self, conversations: Sequence[Conversation], dropped: list[Dropped]
+    ) -> tuple[list[Conversation], list[list[Run]]]:
+        """Conversations that the style can render, and their runs."""
+        usable, rows = [], []
+        for conversation in conversations:
+            try:
+                rows.append(self._runs(conversation))
+                usable.append(conversation)
+            except UserError as error:
+                if self._on_error == "stop":
+                    raise type(error)(f"{conversation.where}: {error}") from error
+                dropped.append(Dropped(conversation.row, conversation.where, str(error)))
+        return usable, rows
+
+    def _one(self, conversation: Conversation) -> tuple[Samples, npt.NDArray[np.bool_]]:
+        return self._encode([conversation], [self._runs(conversation)])
+
+    def _encode(
+        self, conversations: Sequence[Conversation], rows: Sequence[Sequence[Run]]
+    ) -> tuple[Samples, npt.NDArray[np.bool_]]:
         """Ids and labels, however long, and which of the tokens are of answers: (N,)."""
-        rows = [self._runs(conversation) for conversation in conversations]
         runs = list(chain.from_iterable(rows))
         texts = iter(self._tokenizer.encode_batch([run.text for run in runs if run.control is None]))
         pieces = [next(texts) if run.control is None else (run.control,) for run in runs]
@@ -155,7 +180,7 @@ class Encoder:
             run = runs[index]
             if run.trained and run.control is None and (index + 1 == len(runs) or not runs[index + 1].trained):
                 raise CheckpointError(
-                    f"{conversation.where}: the prompt style {self._style.name} ends an answer in "
+                    f"the prompt style {self._style.name} ends an answer in "
                     f"{run.text[-20:]!r}, which is no control token of this tokenizer"
                 )
             if self._train_on == "last" and run.trained and not last:
@@ -171,7 +196,9 @@ class Encoder:
             return (
                 (Segment(bos, template=True), Segment(text, trained=True), end) if bos else (Segment(text, True), end)
             )
-        return self._style.render([self._joined(message) for message in conversation.messages], bos=bos, eos=eos)
+        messages = [self._joined(message) for message in conversation.messages]
+        segments = self._style.render(messages, bos=bos, eos=eos)
+        return trained_ends(segments, self._tokenizer.control) if isinstance(self._style, JinjaStyle) else segments
 
     def _joined(self, message: Message) -> Message:
         """An instruction and its input are one content, put together as the style has it."""
@@ -224,12 +251,12 @@ class Encoder:
             return replace(long, messages=long.messages[: turns[0]] + long.messages[turns[count] :])
 
         def fits(count: int) -> bool:
-            return int(self._encode([later(count)])[0].lengths[0]) <= self._limit
+            return int(self._one(later(count))[0].lengths[0]) <= self._limit
 
         # Searched, not tried one by one: a row may have a hundred thousand turns.
         count = bisect_left(range(len(turns)), True, key=fits)
         if count < len(turns):
-            return [(later(count), self._encode([later(count)])[0])]
+            return [(later(count), self._one(later(count))[0])]
         return self._cut_question(later(len(turns) - 1))
 
     def _cut_question(self, long: Conversation) -> Pieces | Dropped:
@@ -238,7 +265,7 @@ class Encoder:
         messages = list(long.messages)
         while True:
             shorter = replace(long, messages=tuple(messages))
-            batch, trained = self._encode([shorter])
+            batch, trained = self._one(shorter)
             excess = int(batch.lengths[0]) - self._limit
             if excess <= 0:
                 return [(shorter, batch)]
@@ -263,7 +290,7 @@ class Encoder:
         for turn in turns:
             for held in (begun + turn, turn):
                 part = replace(long, messages=system + held)
-                batch, _ = self._encode([part])
+                batch, _ = self._one(part)
                 if batch.lengths[0] <= self._limit:
                     break
             else:

@@ -24,8 +24,11 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
 def count(items: Iterable[T], description: str) -> Iterator[T]:
     """Iterate over what has no known length, with a running number on a terminal, silently elsewhere."""
     console = stderr()
+    if not console.is_terminal:
+        yield from items
+        return
     columns = (SpinnerColumn(), TextColumn(description), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         for item in items:
             yield item

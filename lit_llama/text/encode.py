@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.prompts import JinjaStyle, answer_end
@@ -66,7 +67,8 @@ class Cutter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._control, self._spaced = tokenizer.control, tokenizer.spaced
         spellings = sorted(tokenizer.control, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, spellings)) or "$^")
+        pattern = re.compile(f"({'|'.join(map(re.escape, spellings)) or '(?!)'})")
+        self._split = lru_cache(4096)(pattern.split)  # texts and controls in turn; templates come again and again
 
     def runs(self, segments: Iterable[Segment]) -> list[Run]:
         """Split template text at control tokens, and join what stands between them.
@@ -76,12 +78,11 @@ class Cutter:
         """
         runs: list[Run] = []
         for segment in segments:
-            position = 0
-            for match in self._pattern.finditer(segment.text) if segment.template else ():
-                self._add(runs, segment.text[position : match.start()], segment)
-                runs.append(Run(match.group(), segment.trained, self._control[match.group()]))
-                position = match.end()
-            self._add(runs, segment.text[position:] if position else segment.text, segment)
+            for index, piece in enumerate(self._split(segment.text) if segment.template else (segment.text,)):
+                if index % 2:
+                    runs.append(Run(piece, segment.trained, self._control[piece]))
+                else:
+                    self._add(runs, piece, segment)
         return runs
 
     def _add(self, runs: list[Run], text: str, segment: Segment) -> None:

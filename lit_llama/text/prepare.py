@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
@@ -25,6 +26,7 @@ from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
 
+T = TypeVar("T")
 CHUNK = 2000  # rows encoded at a time, enough for the tokenizer to use all cores
 
 
@@ -94,10 +96,9 @@ def prepare(
         on_error=on_error,
     )
     with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules) as work:
-        for rows in _chunks(count(reader, "encoding")):
+        for rows, encoded in _ahead(_encoded(reader, encoder)):
             work.drop(row for row in rows if isinstance(row, Dropped))
-            conversations = [row for row in rows if isinstance(row, Conversation)]
-            work.add(conversations, encoder(conversations))
+            work.add([row for row in rows if isinstance(row, Conversation)], encoded)
         work.finish(reader.rows)
         meta = {
             "format": FORMAT,
@@ -248,10 +249,20 @@ def raw_row(messages: Sequence[Message]) -> dict[str, Any]:
     return {"instruction": question["content"], "input": question.get("input", ""), "output": answer["content"]}
 
 
-def _chunks(rows: Iterable[Conversation | Dropped]) -> Iterator[list[Conversation | Dropped]]:
-    rows = iter(rows)
+def _encoded(reader: Reader, encoder: Encoder) -> Iterator[tuple[list[Conversation | Dropped], Encoded]]:
+    """Some rows at a time, and what they came to."""
+    rows = iter(count(reader, "encoding"))
     while chunk := list(islice(rows, CHUNK)):
-        yield chunk
+        yield chunk, encoder([row for row in chunk if isinstance(row, Conversation)])
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made by another thread while the one before is worked on: the tokenizer needs no Python."""
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(next, items, None)
+        while (item := made.result()) is not None:
+            made = pool.submit(next, items, None)
+            yield item
 
 
 def _name(files: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lit_llama.errors import UserError
 from lit_llama.text.formats import Example
@@ -11,7 +12,7 @@ Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of a prompt or an answer.
 
@@ -112,7 +113,7 @@ class TurnStyle(PromptStyle):
         """See PromptStyle."""
 
         def own(text: str, role: str = "", trained: bool = False) -> Segment:
-            return Segment(text.format(bos=bos, eos=eos, role=role), trained, template=True)
+            return _own(text, bos, eos, role, trained)
 
         def around(turn: Turn, message: Message, trained: bool = False) -> list[Segment]:
             content = message["content"].strip() if turn.strip else message["content"]
@@ -191,6 +192,11 @@ class TurnStyle(PromptStyle):
 
     def _jinja_opening(self, bos: bool) -> str:
         return "{%- if not loop.first -%}" + _print(self.again, bos) + "{%- endif -%}" if self.again else ""
+
+
+@lru_cache(4096)  # a style has a dozen of them, and a data set a million rows
+def _own(text: str, bos: str, eos: str, role: str, trained: bool) -> Segment:
+    return Segment(text.format(bos=bos, eos=eos, role=role), trained, template=True)
 
 
 def _print(text: str, bos: bool, strip: bool = False, message: str = "message") -> str:

@@ -175,17 +175,17 @@ class Encoder:
             raise UserError(
                 f"the prompt style {self._style.name} does not say where an answer is, so it cannot be trained"
             )
-        last = True
+        last = follows = True  # whether it is of the last answer, and whether what follows is trained
         for index in range(len(runs) - 1, -1, -1):
             run = runs[index]
-            if run.trained and run.control is None and (index + 1 == len(runs) or not runs[index + 1].trained):
+            if run.trained and run.control is None and (index + 1 == len(runs) or not follows):
                 raise CheckpointError(
-                    f"the prompt style {self._style.name} ends an answer in "
-                    f"{run.text[-20:]!r}, which is no control token of this tokenizer"
+                    f"the prompt style {self._style.name} ends an answer in {run.text[-20:]!r}, which is no control "
+                    "token of this tokenizer"
                 )
             if self._train_on == "last" and run.trained and not last:
                 runs[index] = replace(run, trained=False)
-            last = last and run.trained
+            last, follows = last and run.trained, run.trained
         return runs
 
     def _segments(self, conversation: Conversation) -> Iterable[Segment]:

@@ -31,17 +31,23 @@ def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterato
 
     Raises:
         UserError: The destination is whole already and `replace` is false, or it is no folder.
+        ResourceError: Another process is replacing it.
     """
     check_destination(destination, marker, replace=replace)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        _move_in(staging, destination, marker)
-    finally:
+    staging = destination.parent / f".{destination.name}.partial"
+    with contextlib.ExitStack() as held:
+        if replace:  # two runs would mix their files; alone, we may clear away what a killed one left
+            held.enter_context(_alone(staging.with_suffix(".lock"), destination))
+        else:
+            staging = staging.with_name(f"{staging.name}-{os.getpid()}")
         shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+            _move_in(staging, destination, marker)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager

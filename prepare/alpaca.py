@@ -4,9 +4,9 @@ python prepare/alpaca.py --destination_path data/alpaca --tokenizer_path checkpo
 """
 
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.cli import CLI
-from lit_llama.text.encode import Overflow
 from lit_llama.text.prompts import StyleName
 
 
@@ -20,7 +20,7 @@ def main(
     mask_inputs: bool = False,
     data_file_name: str = "alpaca_data_cleaned_archive.json",
     prompt_style: StyleName = "alpaca",
-    overflow: Overflow = "drop",
+    overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
 ) -> None:
     """Split, render, tokenize and mask; writes splits train and test into destination_path.
 
@@ -33,20 +33,29 @@ def main(
         mask_inputs: Train on the answer only, not on the prompt.
         data_file_name: Raw file in destination_path: a JSON array of {instruction, input, output}.
         prompt_style: How an instruction is put to the model.
-        overflow: A row that is too long is dropped, its answer is cut before its end-of-text token, or it is an error.
+        overflow: What becomes of a longer row: dropped, losing the beginning of its question, losing the end of its
+            answer (not the end-of-text token), cut into several samples between turns, or an error.
     """
     from lit_llama.text.alpaca import prepare_alpaca
+    from lit_llama.text.prepare import Rules
+    from lit_llama.train.config import TrainConfig
 
+    rules = Rules(
+        max_seq_length=max_seq_length,
+        mask_inputs=mask_inputs,
+        train_on="all",
+        overflow=overflow,
+        split="shuffle",
+        test_split_size=test_split_size,
+        seed=seed,
+    )
     prepare_alpaca(
         destination_path,
         tokenizer_path=tokenizer_path,
-        test_split_size=test_split_size,
-        max_seq_length=max_seq_length,
-        seed=seed,
-        mask_inputs=mask_inputs,
         data_file_name=data_file_name,
         prompt_style=prompt_style,
-        overflow=overflow,
+        rules=rules,
+        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 
 

@@ -7,11 +7,13 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_hub import CHUNK, REPO, FakeHub
@@ -22,7 +24,13 @@ from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.text.arrow import Samples, SplitWriter, finish
+from lit_llama.text.conversation import Conversation
+from lit_llama.text.formats import Example
 from lit_llama.text.prompts import StyleName, named_style
+from lit_llama.text.samples import Encoded, Encoder
+from lit_llama.text.styles import PromptStyle
+from lit_llama.text.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
@@ -72,6 +80,54 @@ def as_transformers(model: LLaMA) -> Any:
     other = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
     other.load_state_dict(model.state_dict())
     return other
+
+
+@dataclass
+class Sample:
+    """Ids and labels of one sample."""
+
+    input_ids: list[int]
+    labels: list[int]
+    row: int = 0
+
+
+def samples_of(encoded: Encoded) -> list[Sample]:
+    """What lies end to end, one by one."""
+    ends = np.cumsum(encoded.batch.lengths)
+    columns = [np.split(column, ends)[:-1] for column in (encoded.batch.input_ids, encoded.batch.labels)]
+    return [
+        Sample(ids.tolist(), labels.tolist(), conversation.row)
+        for ids, labels, conversation in zip(*columns, encoded.conversations, strict=True)
+    ]
+
+
+def encode_examples(
+    examples: Iterable[Example], style: PromptStyle, tokenizer: Tokenizer, **options: Any
+) -> tuple[list[Sample], Encoded]:
+    """Samples of instructions and their answers."""
+    rows = []
+    for example in examples:
+        asked = {"role": "user", "content": example.instruction}
+        asked |= {"input": example.input} if example.input else {}
+        messages = (asked, {"role": "assistant", "content": example.response})
+        rows.append(Conversation(messages, example.row, f"row {example.row}"))
+    encoded = Encoder(tokenizer, style, **{"max_seq_length": 10_000, **options})(rows)
+    return samples_of(encoded), encoded
+
+
+def write_splits(folder: Path, splits: Mapping[str, Sequence[Sample]]) -> None:
+    """A saved `datasets.DatasetDict`, in batches of 1000."""
+    for name, samples in splits.items():
+        writer = SplitWriter(folder / name)
+        for start in range(0, len(samples), 1000):
+            part = samples[start : start + 1000]
+            ids, labels = (
+                np.array([i for sample in part for i in getattr(sample, column)], np.int32)
+                for column in ("input_ids", "labels")
+            )
+            writer.add(Samples(ids, labels, np.array([len(sample.input_ids) for sample in part])))
+        writer.close()
+    finish(folder, list(splits))
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -167,6 +223,18 @@ def write_adapter(
     write_json(folder / "meta.json", {"format": 1, "base": {"path": str(base), "fingerprint": fingerprint(base)}})
     save_adapter(model, config, folder, str(base))
     return folder
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
+    """Write a file into a fresh folder; gives its path."""
+
+    def write(name: str, content: bytes | str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
 
 
 @pytest.fixture

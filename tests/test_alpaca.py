@@ -3,7 +3,7 @@
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from lit_llama import folder as folder_module
 from lit_llama.errors import CheckpointError, DataError, ResourceError
 from lit_llama.folder import sha256_file
 from lit_llama.text import alpaca
+from lit_llama.text import prepare as prepare_module
 from lit_llama.text.alpaca import DATA_FILE, find_or_download, prepare_alpaca
 from lit_llama.text.dataset import Split, read_meta
 from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.prepare import Rules
 from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.split import shuffle_split
 from lit_llama.text.tokenizer import Tokenizer
@@ -41,20 +43,23 @@ def prepare(tiny_folder: Path) -> Callable[..., dict[str, Any]]:
     def run(folder: Path, **changes: Any) -> dict[str, Any]:
         options: dict[str, Any] = {
             "tokenizer_path": tiny_folder,
-            "test_split_size": 8,
-            "max_seq_length": 200,
-            "seed": 42,
-            "mask_inputs": True,
             "data_file_name": "rows.json",
             "prompt_style": "alpaca",
-            "overflow": "drop",
         }
-        return prepare_alpaca(folder, **(options | changes))
+        rules = {"test_split_size": 8, "max_seq_length": 200, "seed": 42, "mask_inputs": True, "overflow": "drop"}
+        rules |= {"train_on": "all", "split": "shuffle"}
+        changed = {name: changes.pop(name) for name in list(changes) if name in rules}
+        return prepare_alpaca(folder, rules=Rules(**(rules | changed)), **(options | changes))
 
     return run
 
 
 Prepare = Callable[..., dict[str, Any]]
+
+
+def places(folder: Path, rows: Iterable[int]) -> list[str]:
+    """What rows are called."""
+    return [f"{folder / 'rows.json'}:row {row}" for row in rows]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,7 +72,8 @@ def test_every_row_is_accounted_for(prepare: Prepare, alpaca_rows: WriteRows, ti
     folder = alpaca_rows(ROWS)
     meta = prepare(folder)
     assert meta == read_meta(folder)
-    assert meta["dropped"] == {"empty output": list(EMPTY), "longer than 200 tokens": list(LONG)}
+    wanted = {"empty output": places(folder, EMPTY), "longer than 200 tokens": places(folder, LONG)}
+    assert meta["dropped"] == wanted
     assert (meta["source"]["rows"], meta["kept"], meta["cut"]) == (40, 36, [])
     for name in ("train", "test"):
         split, counts = Split(folder, name), meta["splits"][name]
@@ -82,7 +88,9 @@ def test_meta_tells_how_the_folder_was_made(prepare: Prepare, alpaca_rows: Write
     folder = alpaca_rows(ROWS)
     meta = prepare(folder, prompt_style="chatml", mask_inputs=False, seed=3, max_seq_length=150)
     tokenizer = Tokenizer.from_path(tiny_folder)
-    assert meta["source"] == {"file": "rows.json", "sha256": sha256_file(folder / "rows.json"), "rows": 40}
+    raw = folder / "rows.json"
+    files = [{"path": str(raw), "sha256": sha256_file(raw), "rows": 40}]
+    assert meta["source"] == {"file": str(raw), "files": files, "rows": 40} and meta["schemas"] == {"Alpaca": 40}
     assert meta["tokenizer"] == {"fingerprint": tokenizer.fingerprint(), "size": 384, "path": str(tiny_folder)}
     wanted = {
         "prompt_style": "chatml",
@@ -121,8 +129,10 @@ def test_datasets_opens_the_folder(prepare: Prepare, alpaca_rows: WriteRows) -> 
 
 def test_cut_answers_are_counted(prepare: Prepare, alpaca_rows: WriteRows) -> None:
     """Catches answers that are shortened in silence."""
-    meta = prepare(alpaca_rows(ROWS), overflow="truncate_response")
-    assert meta["cut"] == list(LONG) and meta["kept"] == 38 and meta["dropped"] == {"empty output": list(EMPTY)}
+    folder = alpaca_rows(ROWS)
+    meta = prepare(folder, overflow="truncate_response")
+    assert meta["cut"] == places(folder, LONG) and meta["kept"] == 38
+    assert meta["dropped"] == {"empty output": places(folder, EMPTY)}
     assert max(counts["longest"] for counts in meta["splits"].values()) == 200
 
 
@@ -130,10 +140,11 @@ def test_all_rows_and_reasons_are_shown(
     prepare: Prepare, alpaca_rows: WriteRows, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a loss that stands only in a file nobody opens; and talk on stdout."""
-    prepare(alpaca_rows(ROWS))
+    folder = alpaca_rows(ROWS)
+    prepare(folder)
     out, err = capsys.readouterr()
     assert out == "" and "40 rows = 36 kept (of them 0 cut) + 4 dropped" in err
-    assert "empty output: 2 (rows 4, 17;" in err and "longer than 200 tokens: 2 (rows 9, 30;" in err
+    assert "empty output: 2 (row 4, row 17;" in err and "longer than 200 tokens: 2 (row 9, row 30;" in err
 
 
 def test_twice_gives_the_same_bytes_and_leaves_the_raw_file(prepare: Prepare, alpaca_rows: WriteRows) -> None:
@@ -178,12 +189,15 @@ def test_test_rows_that_stand_in_train_are_counted(prepare: Prepare, alpaca_rows
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "test split too large": ({"test_split_size": 40}, "--test_split_size is 40, but there are 40 rows"),
     "no test split": ({"test_split_size": 0}, "--test_split_size is 0"),
-    "nothing fits": ({"max_seq_length": 20}, "no row of the train split is usable: .* longer than 20 tokens"),
+    "nothing fits": (
+        {"max_seq_length": 20},
+        "no row of the train split is usable: .* 38 longer than 20 tokens",
+    ),
     "no room": ({"max_seq_length": 2}, "--max_seq_length is 2, expected 3 or more"),
     "too long": ({"overflow": "error"}, "row 9 has [0-9]+ tokens"),
     "no tokenizer": ({"tokenizer_path": Path("nowhere.model")}, "nowhere.model does not exist"),
     "mistyped file": ({"data_file_name": "row.json"}, "row.json does not exist; put the data there"),
-    "bad row": ({"data_file_name": "bad.json"}, "bad.json:row 1: field output is missing"),
+    "bad row": ({"data_file_name": "bad.json"}, "bad.json:row 1: no schema fits the fields instruction"),
 }
 
 
@@ -204,7 +218,7 @@ def test_a_failure_changes_nothing_on_disk(name: str, prepare: Prepare, alpaca_r
     assert contents(folder.parent) == whole
 
 
-@pytest.mark.parametrize("broken", ["write_splits", "write_alpaca", "write_json"])
+@pytest.mark.parametrize("broken", ["write_report", "raw_row", "write_json"])
 def test_an_interrupted_write_leaves_the_older_result(
     broken: str, prepare: Prepare, alpaca_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,10 +227,10 @@ def test_an_interrupted_write_leaves_the_older_result(
     prepare(folder)
     whole = contents(folder.parent)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(alpaca, broken, fail)
+    monkeypatch.setattr(prepare_module, broken, fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, seed=43)
     assert contents(folder.parent) == whole

@@ -10,6 +10,7 @@ import datasets
 import multiprocess
 import numpy as np
 import pytest
+from conftest import Sample, write_splits
 
 from lit_llama.errors import DataError
 from lit_llama.text.dataset import (
@@ -19,9 +20,9 @@ from lit_llama.text.dataset import (
     epoch_order,
     micro_batches,
     read_meta,
-    write_splits,
+    step_plan,
 )
-from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.encode import IGNORE_INDEX
 
 
 def draw_samples(count: int, seed: int = 0) -> list[Sample]:
@@ -242,3 +243,16 @@ def test_int64_columns_that_datasets_wrote_itself_are_read(tmp_path: Path) -> No
         ([2**31 + 5, 7], [-100, 7]),
         ([8], [8]),
     ]
+
+
+@pytest.mark.parametrize(("batch_size", "budget"), [(16, 100), (7, 2048), (500, 64)])
+def test_the_step_plan_is_what_training_will_do(split: Split, batch_size: int, budget: int) -> None:
+    """A number of steps that leaves out the last one, or a fill that training does not have."""
+    plan = step_plan(split.lengths, batch_size=batch_size, micro_batch_tokens=budget, seed=3)
+    order = epoch_order(len(split), 3, 0).tolist()
+    steps = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches = [batch for rows in steps for batch in micro_batches(split, rows, budget)]
+    tokens = sum(len(batch.input_ids) + len(batch.lengths) for batch in batches)  # each sample is one place shorter
+    assert plan["steps_per_epoch"] == len(steps) <= 500
+    assert plan["micro_batches_per_step"] == len(batches) / len(steps)
+    assert plan["fill"] == tokens / (len(batches) * budget)

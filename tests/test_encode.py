@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Sample, encode_examples
 
 from lit_llama.errors import CheckpointError, DataError, UserError
-from lit_llama.text.encode import IGNORE_INDEX, Sample, answer_opening, encode_examples, prompt_ids
-from lit_llama.text.formats import Dropped, Example
+from lit_llama.text.conversation import Dropped
+from lit_llama.text.encode import IGNORE_INDEX, answer_opening, end_id, prompt_ids
+from lit_llama.text.formats import Example
 from lit_llama.text.prompts import JinjaStyle, named_style
+from lit_llama.text.samples import Encoded
 from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -54,10 +57,9 @@ def with_bos(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 def encode(
     tokenizer: Tokenizer, *examples: Example, style: PromptStyle | None = None, **options: Any
-) -> tuple[list[Sample], list[Dropped]]:
+) -> tuple[list[Sample], Encoded]:
     """Alpaca, no limit, prompts masked, unless said otherwise."""
-    settings = {"max_seq_length": 10_000, "mask_inputs": True} | options
-    return encode_examples(examples, style or named_style("alpaca"), tokenizer, **settings)
+    return encode_examples(examples, style or named_style("alpaca"), tokenizer, **options)
 
 
 def prompt_of(tokenizer: Tokenizer, example: Example, style: PromptStyle) -> list[int]:
@@ -131,8 +133,8 @@ def test_typed_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
 def test_rows_keep_their_order_and_number(tokenizer: Tokenizer) -> None:
     """Catches the ids of one row under the number of another."""
     examples = [Example(f"Count to {n}.", "", " ".join(map(str, range(n))), 10 * n) for n in range(1, 30)]
-    samples, dropped = encode(tokenizer, *examples)
-    assert not dropped and [sample.row for sample in samples] == [example.row for example in examples]
+    samples, encoded = encode(tokenizer, *examples)
+    assert not encoded.dropped and [sample.row for sample in samples] == [example.row for example in examples]
     for example, sample in zip(examples, samples, strict=True):
         assert encode(tokenizer, example)[0] == [sample]
         assert tokenizer.decode([i for i in sample.labels if i != IGNORE_INDEX]) == example.response
@@ -152,12 +154,10 @@ def test_a_row_of_exactly_the_limit_is_kept_and_one_more_is_dropped(
     """Catches an off-by-one at the limit, and a long row that is cut or lost without its name."""
     example, size, _ = row
     for overflow in ("drop", "truncate_response", "error"):
-        [kept], dropped = encode(tokenizer, example, max_seq_length=size, overflow=overflow)
-        assert len(kept.input_ids) == size and not kept.cut and not dropped
-    assert encode(tokenizer, example, max_seq_length=size - 1) == (
-        [],
-        [Dropped(5, f"longer than {size - 1} tokens")],
-    )
+        [kept], encoded = encode(tokenizer, example, max_seq_length=size, overflow=overflow)
+        assert len(kept.input_ids) == size and not encoded.cut and not encoded.dropped
+    none, encoded = encode(tokenizer, example, max_seq_length=size - 1)
+    assert not none and encoded.dropped == [Dropped(5, "row 5", f"longer than {size - 1} tokens")]
     with pytest.raises(DataError, match=rf"row 5 has {size} tokens, more than --max_seq_length {size - 1}"):
         encode(tokenizer, example, max_seq_length=size - 1, overflow="error")
 
@@ -169,8 +169,8 @@ def test_a_cut_answer_keeps_its_end(mask_inputs: bool, row: tuple[Example, int, 
     [whole], _ = encode(tokenizer, example, mask_inputs=mask_inputs)
     for limit in range(prompt + 2, size):
         options: dict[str, Any] = {"max_seq_length": limit, "mask_inputs": mask_inputs, "overflow": "truncate_response"}
-        [cut], dropped = encode(tokenizer, example, **options)
-        assert cut.cut and not dropped and len(cut.input_ids) == len(cut.labels) == limit
+        [cut], encoded = encode(tokenizer, example, **options)
+        assert encoded.cut == [5] and not encoded.dropped and len(cut.input_ids) == len(cut.labels) == limit
         assert cut.input_ids == [*whole.input_ids[: limit - 1], tokenizer.eos_id]
         assert cut.labels == [*whole.labels[: limit - 1], tokenizer.eos_id]
 
@@ -179,8 +179,8 @@ def test_a_prompt_that_fills_the_limit_is_dropped_by_name(row: tuple[Example, in
     """Catches a sample that teaches nothing but to stop at once, or whose loss is the mean of nothing."""
     example, _, prompt = row
     for limit in (prompt + 1, prompt, prompt - 1, 3):
-        samples, dropped = encode(tokenizer, example, max_seq_length=limit, overflow="truncate_response")
-        assert not samples and dropped == [Dropped(5, f"prompt alone fills {limit} tokens")]
+        samples, encoded = encode(tokenizer, example, max_seq_length=limit, overflow="truncate_response")
+        assert not samples and encoded.dropped == [Dropped(5, "row 5", f"prompt alone fills {limit} tokens")]
 
 
 def test_the_end_of_a_style_has_to_be_in_the_tokenizer(llama_tokenizer: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_end_of_a_style_has_to_be_in_the_tokenizer(llama_tokenizer: Path) ->
             return super().render(messages, **options | {"eos": "<|end|>"})
 
     tokenizer = Tokenizer.from_path(llama_tokenizer)
-    with pytest.raises(CheckpointError, match=r"row 4 does not end in a control token of this tokenizer but in '.*>'"):
+    with pytest.raises(CheckpointError, match=r"row 4: the prompt style .* ends an answer in '.*>', which is no"):
         encode(tokenizer, Example("Do it.", "", "Done.", 4), style=Foreign())
     for style in (ChatML(), named_style("ziya")):
         missing = ", ".join(style.tokens)
@@ -202,12 +202,20 @@ def test_the_end_of_a_style_has_to_be_in_the_tokenizer(llama_tokenizer: Path) ->
             prompt_of(tokenizer, Example("Do it."), style)
 
 
-def test_a_style_that_hides_its_answers_cannot_be_trained(tiny_folder: Path) -> None:
-    """Catches an IndexError, or a silent training on no token at all, for a foreign chat template."""
+def test_a_style_that_does_not_end_its_answers_cannot_be_trained(tiny_folder: Path) -> None:
+    """Catches a model that never stops, or a silent training on no token at all, for a foreign chat template."""
     tokenizer = Tokenizer.from_path(tiny_folder)
     foreign = JinjaStyle("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(UserError, match="chat_template does not say where an answer is"):
+    with pytest.raises(CheckpointError, match=r"row 0: the prompt style .* ends an answer in 'Done\.', which"):
         encode(tokenizer, Example("Do it.", "", "Done."), style=foreign)
+    assert end_id(tokenizer, foreign) is None
+
+    class Silent(Alpaca):
+        def render(self, messages: Any, **options: Any) -> list[Segment]:
+            return [Segment(segment.text, template=segment.template) for segment in super().render(messages, **options)]
+
+    with pytest.raises(UserError, match="does not say where an answer is"):
+        encode(tokenizer, Example("Do it.", "", "Done."), style=Silent())
 
 
 def test_a_conversation_goes_on_as_it_was_trained(tokenizer: Tokenizer) -> None:

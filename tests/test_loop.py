@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run_door
+from conftest import Sample, run_door, write_splits
 from safetensors.torch import load_file
 
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, UserError
@@ -22,9 +22,10 @@ from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_o
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.dataset import Split, write_splits
-from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.dataset import Split
+from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
+from lit_llama.text.prepare import Rules
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.log import METRICS_FILE, read_metrics
@@ -49,16 +50,17 @@ def prepare(folder: Path, tokenizer_dir: Path, rows: list[dict[str, str]], **cha
     """A data folder out of rows in Alpaca's format."""
     folder.mkdir()
     (folder / "rows.json").write_text(json.dumps(rows))
-    settings: dict[str, Any] = {
-        "test_split_size": 4,
-        "max_seq_length": 256,
-        "seed": 0,
-        "mask_inputs": True,
-        "data_file_name": "rows.json",
-        "prompt_style": "alpaca",
-        "overflow": "error",
-    }
-    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, **settings | changes)
+    rules = Rules(
+        max_seq_length=changes.pop("max_seq_length", 256),
+        mask_inputs=True,
+        train_on="all",
+        overflow="error",
+        split="shuffle",
+        test_split_size=4,
+        seed=0,
+    )
+    options: dict[str, Any] = {"data_file_name": "rows.json", "prompt_style": "alpaca"} | changes
+    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, rules=rules, **options)
     return folder
 
 

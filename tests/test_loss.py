@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import as_transformers, tiny_model
+from conftest import Sample, as_transformers, tiny_model, write_splits
 from torch import Tensor, nn
 
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.text.dataset import Split, collate, write_splits
-from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.dataset import Split, collate
+from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.train import loss as loss_module
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.log import Log, read_metrics

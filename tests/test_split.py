@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import random_split
 
 from lit_llama.errors import DataError
-from lit_llama.text.split import shared, shuffle_split
+from lit_llama.text.split import shuffle_split
 
 
 @pytest.mark.parametrize(("rows", "test_rows"), [(2, 1), (3, 2), (10, 1), (10, 9), (999, 200), (4097, 2000)])
@@ -32,9 +32,3 @@ def test_empty_split_is_an_error_that_names_the_flag(test_rows: int) -> None:
     """Catches a training run on nothing, or a test loss of nothing."""
     with pytest.raises(DataError, match=rf"--test_split_size is {test_rows}, but there are 5 rows: expected 1 to 4"):
         shuffle_split(5, test_rows, 42)
-
-
-def test_shared_counts_test_rows_that_stand_in_train() -> None:
-    """Catches counting train rows, or counting a repeated test row once."""
-    assert shared(["a", "a", "b"], ["a", "c", "a", "d"]) == 2
-    assert shared(["a"], ["b"]) == 0

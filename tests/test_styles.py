@@ -1,13 +1,13 @@
-"""The published words of Ziya and Vicuna, and their ids against transformers' and sentencepiece's own."""
+"""Every style against its Jinja twin; Ziya's and Vicuna's published words, and their ids against other programs."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import pytest
 import sentencepiece
-from conftest import write_adapter
+from conftest import encode_examples, write_adapter
 from hypothesis import given
 from test_prompts import CHATS, FUZZ, Chat, chat, chats, chats_of_any_order, text_of
 from test_prompts import tiny as tiny  # a fixture
@@ -16,9 +16,9 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.chat import Conversation
 from lit_llama.generate.load import load
 from lit_llama.generate.sampling import Sampling
-from lit_llama.text.encode import IGNORE_INDEX, encode_examples, prompt_ids
+from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.formats import Example
-from lit_llama.text.prompts import folder_style, named_style
+from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import Segment
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -76,7 +76,7 @@ def test_vicuna_as_published() -> None:
 
 def test_no_prompt_ends_in_a_space() -> None:
     """Catches a space that sentencepiece joins to the first word of an answer: mask and generation would part."""
-    for name in ("alpaca", "chatml", "ziya", "vicuna"):
+    for name in get_args(StyleName):
         for messages in (chat("a"), chat("a", "b", "c")):
             assert not text_of(named_style(name), messages, eos="</s>", answer=True).endswith(" ")
 
@@ -91,7 +91,7 @@ def same_text(tokenizer: Any, style: str, messages: Chat) -> None:
             assert text_of(known, messages, bos=bos, eos=EOS, answer=answer) == twin
 
 
-@pytest.mark.parametrize("style", ["ziya", "vicuna"])
+@pytest.mark.parametrize("style", get_args(StyleName))
 @pytest.mark.parametrize("name", CHATS)
 def test_text_equals_the_jinja_twin(style: str, name: str, tiny: Any) -> None:
     """Catches a folder whose chat_template.jinja makes other programs prompt the model differently from us."""
@@ -102,7 +102,7 @@ def test_text_equals_the_jinja_twin(style: str, name: str, tiny: Any) -> None:
 @given(chats_of_any_order)
 def test_text_equals_the_jinja_twin_for_any_words(tiny: Any, messages: Chat) -> None:
     """As above, for any order of the two roles and any characters."""
-    for style in ("ziya", "vicuna"):
+    for style in get_args(StyleName):
         if messages:
             same_text(tiny, style, messages)
 
@@ -110,8 +110,12 @@ def test_text_equals_the_jinja_twin_for_any_words(tiny: Any, messages: Chat) -> 
 def test_a_system_message_is_kept_or_refused(tiny: Any) -> None:
     """Catches a system message that is dropped in silence, by us or by the twin."""
     system = {"role": "system", "content": "Be {{ short }}."}
-    same_text(tiny, "vicuna", [system, *chat("Hi.", "A", "Hi.")])
-    for style, messages in (("ziya", [system, *chat("Hi.")]), ("vicuna", [*chat("Hi."), system])):
+    for style in ("chatml", "vicuna", "llama-2", "llama-3"):
+        same_text(tiny, style, [system, *chat("Hi.", "A", "Hi.")])
+        assert Segment("Be {{ short }}.") in named_style(style).render([system]), "words of the user"
+    refused = [(style, [system, *chat("Hi.")]) for style in ("alpaca", "ziya", "mistral", "plain")]
+    late = [(style, [*chat("Hi."), system]) for style in ("vicuna", "llama-2")]
+    for style, messages in refused + late:
         with pytest.raises(UserError, match=f"{style} has no system message"):
             named_style(style).render(messages)
         with pytest.raises(jinja2.TemplateError, match=f"{style} has no system message"):

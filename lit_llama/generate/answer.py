@@ -59,7 +59,8 @@ def _print_stream(speaker: Speaker, steps: Iterable[tuple[list[int], str]]) -> N
 def instruction_ids(speaker: Speaker, example: Example) -> list[int]:
     """Ids of the prompt for an instruction, in the style the model was trained with."""
     style = speaker.require_style()
-    return prompt_ids(speaker.tokenizer, style, [{"role": "user", "content": style.user(example)}])
+    turns = example.turns or [{"role": "user", "content": style.user(example)}]
+    return prompt_ids(speaker.tokenizer, style, turns)
 
 
 def answer_all(
@@ -141,13 +142,7 @@ def answer_file(
     start = time.perf_counter()
     answers = answer_all(speaker, examples, max_new_tokens, sampling, batch_size)
     rows = [
-        {
-            "instruction": example.instruction,
-            "input": example.input,
-            "output": example.response,
-            "answer": answer.text,
-            "stopped": answer.stopped,
-        }
+        _asked(example) | {"output": example.response, "answer": answer.text, "stopped": answer.stopped}
         for example, answer in zip(examples, answers, strict=True)
     ]
     if output_file is not None:
@@ -159,6 +154,12 @@ def answer_file(
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
     report(sum(answer.tokens for answer in answers), time.perf_counter() - start, speaker.model.lm_head.weight.device)
     return measures
+
+
+def _asked(example: Example) -> dict[str, Any]:
+    if example.turns:
+        return {"messages": list(example.turns)}
+    return {"instruction": example.instruction, "input": example.input}
 
 
 def measure(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Any]:

@@ -18,14 +18,14 @@ MAX_FILE_SIZE = 500_000_000
 
 
 @dataclass(frozen=True)
-class Batch:
+class Samples:
     """Samples laid end to end, as they are stored."""
 
     input_ids: npt.NDArray[np.int32]  # (N,)
     labels: npt.NDArray[np.int32]  # (N,)
     lengths: npt.NDArray[np.int64]  # (samples,); they sum to N
 
-    def take(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> "Batch":
+    def take(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> "Samples":
         """Some of the samples, in another order."""
         ends = np.cumsum(self.lengths)
         index = np.asarray(rows, dtype=np.int64)
@@ -33,7 +33,7 @@ class Batch:
         # Place of every token: where its sample begins, and its number in it.
         begins = np.repeat(ends[index] - lengths, lengths)
         places = begins + np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return Batch(self.input_ids[places], self.labels[places], lengths)
+        return Samples(self.input_ids[places], self.labels[places], lengths)
 
 
 class SplitWriter:
@@ -56,7 +56,7 @@ class SplitWriter:
         self._writer: Any = None
         self._written = 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Samples) -> None:
         """Append samples."""
         import pyarrow as pa
 

@@ -4,7 +4,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
-from lit_llama.text.encode import IGNORE_INDEX, Sample
+from lit_llama.text.encode import IGNORE_INDEX
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"
 SPLITS = ("train", "test")
 FORMAT = 1
 Ids = npt.NDArray[np.int32]
-
-
-def write_splits(folder: Path, splits: Mapping[str, Sequence[Sample]]) -> None:
-    """Save the splits for `datasets.load_from_disk`; the same samples give the same bytes."""
-    import datasets
-    import pyarrow as pa
-
-    datasets.disable_progress_bars()
-    tables = {}
-    for name, samples in splits.items():
-        column = pa.list_(pa.int32())
-        table = pa.table(
-            {
-                "input_ids": pa.array([sample.input_ids for sample in samples], column),
-                "labels": pa.array([sample.labels for sample in samples], column),
-            }
-        )
-        tables[name] = datasets.Dataset(table, fingerprint=name)  # the default one is drawn from the clock
-    datasets.DatasetDict(tables).save_to_disk(folder)  # num_proc=1 would start processes, too
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -80,7 +61,9 @@ class Split:
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
         self.lengths = self._ids.lengths
         if not len(self) or not np.array_equal(self.lengths, self._labels.lengths):
-            raise DataError(f"{folder / name}: expected rows with input_ids and labels of the same length")
+            raise DataError(
+                f"{folder / name}: expected rows with input_ids and labels of the same length; prepare the data again"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -145,13 +128,47 @@ def micro_batches(split: Split, rows: Sequence[int], micro_batch_tokens: int) ->
 
     The gradient of a step does not depend on how its samples are cut. A longer sample is a batch of its own.
     """
+    for group in _groups(split.lengths, rows, micro_batch_tokens):
+        yield collate([split[row] for row in group])
+
+
+def _groups(lengths: npt.NDArray[np.int64], rows: Sequence[int], micro_batch_tokens: int) -> Iterator[list[int]]:
     group: list[int] = []
     tokens = 0
-    for row in sorted(rows, key=lambda row: (-split.lengths[row], row)):
-        if group and tokens + split.lengths[row] > micro_batch_tokens:
-            yield collate([split[other] for other in group])
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        if group and tokens + lengths[row] > micro_batch_tokens:
+            yield group
             group, tokens = [], 0
         group.append(row)
-        tokens += int(split.lengths[row])
+        tokens += int(lengths[row])
     if group:
-        yield collate([split[other] for other in group])
+        yield group
+
+
+def step_plan(
+    lengths: npt.NDArray[np.int64], *, batch_size: int, micro_batch_tokens: int, seed: int
+) -> dict[str, int | float]:
+    """What a pass over samples of these lengths will come to.
+
+    Args:
+        lengths: (rows,) tokens of each sample of the training split.
+        batch_size: Samples per optimizer step.
+        micro_batch_tokens: Most tokens per forward pass.
+        seed: Of the order.
+
+    Returns:
+        The settings, `steps_per_epoch`, `micro_batches_per_step` and `fill`, the share of micro_batch_tokens in use;
+        the last two from at most 500 steps.
+    """
+    order = epoch_order(len(lengths), seed, 0)
+    starts = range(0, len(order), batch_size)[:500]
+    cut = [list(_groups(lengths, order[at : at + batch_size].tolist(), micro_batch_tokens)) for at in starts]
+    batches = sum(map(len, cut))
+    tokens = sum(int(lengths[group].sum()) for groups in cut for group in groups)
+    return {
+        "batch_size": batch_size,
+        "micro_batch_tokens": micro_batch_tokens,
+        "steps_per_epoch": -(-len(lengths) // batch_size),
+        "micro_batches_per_step": batches / max(len(cut), 1),
+        "fill": tokens / max(batches * micro_batch_tokens, 1),
+    }

@@ -5,74 +5,21 @@ equal to one of the built-in styles is rendered by it, any other by sandboxed Ji
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.special import SETTINGS_FILE, read_object
-from lit_llama.text.styles import Alpaca, ChatML, Message, PromptStyle, Segment, Vicuna, Ziya
+from lit_llama.text.styles import Alpaca, ChatML, Llama2, Llama3, Mistral, Plain, PromptStyle, Segment, Vicuna, Ziya
+from lit_llama.text.template import TEMPLATE_FILE as TEMPLATE_FILE
+from lit_llama.text.template import JinjaStyle as JinjaStyle
 
-TEMPLATE_FILE = "chat_template.jinja"
-StyleName = Literal["alpaca", "chatml", "ziya", "vicuna"]
+StyleName = Literal["alpaca", "chatml", "ziya", "vicuna", "llama-2", "llama-3", "mistral", "plain"]
 
-
-class JinjaStyle(PromptStyle):
-    """A model's own chat template, rendered in a sandbox.
-
-    Contents are rendered as marks and put back afterwards, so that what a user typed can never become a control token
-    or part of the template.
-    """
-
-    name = "chat_template"
-    _MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters, which no template spells
-
-    def __init__(self, template: str) -> None:
-        self._source = template
-
-    def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
-    ) -> list[Segment]:
-        """See PromptStyle; nothing is trained, as a template does not say where an answer ends."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        # Blanks stay around a mark, so that a template may trim a content or ask whether there is one.
-        words = [message["content"].strip() for message in messages]
-        marked = [
-            {**message, "content": message["content"].replace(word, f"\ue000{index}\ue001", 1)} if word else message
-            for index, (message, word) in enumerate(zip(messages, words, strict=True))
-        ]
-        try:
-            template = environment.from_string(self._source)
-            text = template.render(
-                messages=marked, tools=None, documents=None, add_generation_prompt=answer, bos_token=bos, eos_token=eos
-            )
-        except Exception as error:  # a template may fail in any way
-            raise CheckpointError(f"{TEMPLATE_FILE} cannot be rendered: {error}") from error
-        if any(words[-1:]) and f"\ue000{len(words) - 1}\ue001" not in text:
-            raise CheckpointError(
-                f"{TEMPLATE_FILE} is no chat template, since it leaves out what is said ({self._source[:60]!r}): "
-                "download it again, or name the style with --prompt_style"
-            )
-        segments = []
-        for index, part in enumerate(self._MARK.split(text)):  # text and marks in turn
-            segments.append(Segment(words[int(part)]) if index % 2 else Segment(part, template=True))
-        return [segment for segment in segments if segment.text]
-
-    def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
-        return self._source
-
-
-_STYLES: dict[str, PromptStyle] = {style.name: style for style in (Alpaca(), ChatML(), Ziya(), Vicuna())}
+_STYLES: dict[str, PromptStyle] = {
+    style.name: style for style in (Alpaca(), ChatML(), Ziya(), Vicuna(), Llama2(), Llama3(), Mistral(), Plain())
+}
 assert set(_STYLES) == set(get_args(StyleName))
 
 
@@ -89,8 +36,61 @@ def style_of(template: str) -> PromptStyle:
     return JinjaStyle(template)
 
 
+def trained_ends(segments: Iterable[Segment], control: Collection[str]) -> list[Segment]:
+    """Segments in which the end of every answer is trained: the template's text up to its first control token.
+
+    What ends an answer already, or is followed by somebody's words before a control token, stays as it is.
+
+    Args:
+        segments: As a style rendered them.
+        control: Spellings of the tokenizer's control tokens.
+    """
+    pattern = _any_of(control)
+    result: list[Segment] = []
+    end: int | None = None  # where the text behind an open answer begins
+    for segment in segments:
+        if not segment.template:
+            end = len(result) + 1 if segment.trained else None
+            result.append(segment)
+            continue
+        match = pattern.search(segment.text) if end is not None else None
+        if end is None or match is None:
+            result.append(segment)
+            continue
+        result[end:] = [Segment(held.text, trained=True, template=True) for held in result[end:]]
+        cut = len(segment.text) if segment.trained else match.end()
+        rest = Segment(segment.text[cut:], template=True)
+        result += [Segment(segment.text[:cut], trained=True, template=True), *([rest] if rest.text else [])]
+        end = None
+    return result
+
+
+def answer_end(style: PromptStyle, bos: str, eos: str, control: Collection[str]) -> str | None:
+    """Spelling of the token that ends an answer in a style, which need not be the model's own end.
+
+    None if the style does not say, or refuses to render one question and its answer.
+    """
+    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+    try:
+        segments = trained_ends(style.render(messages, bos=bos, eos=eos), control)
+    except CheckpointError:
+        return None
+    answers = [index for index, segment in enumerate(segments) if segment.trained and not segment.template]
+    if not answers:
+        return None
+    ends = (_any_of(control).search(segment.text) for segment in segments[answers[-1] :] if segment.trained)
+    return next((match.group() for match in ends if match), None)
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Finds the longest token at the first place where there is one."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
 def folder_style(folder: Path) -> PromptStyle | None:
     """The style a folder carries, as chat_template.jinja or inside tokenizer_config.json; None if it has none.
+
+    Of several templates it is the one named "default".
 
     Raises:
         CheckpointError: The file is not UTF-8, or not a JSON object.
@@ -98,6 +98,9 @@ def folder_style(folder: Path) -> PromptStyle | None:
     path, settings = folder / TEMPLATE_FILE, folder / SETTINGS_FILE
     if not path.is_file():
         template = read_object(settings).get("chat_template")
+        if isinstance(template, list):
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
         return style_of(template) if isinstance(template, str) else None
     try:
         return style_of(path.read_text("utf-8"))

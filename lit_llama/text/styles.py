@@ -1,7 +1,9 @@
 """Prompt styles: messages -> segments of text, each trained or not, and the equal Jinja chat template."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lit_llama.errors import UserError
 from lit_llama.text.formats import Example
@@ -10,7 +12,7 @@ Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of a prompt or an answer.
 
@@ -57,17 +59,172 @@ class PromptStyle:
         """The chat template that renders the same text; `bos` if the model wants a beginning-of-text token."""
         raise NotImplementedError
 
-    def _refuse(self, message: Message) -> UserError:
-        return UserError(f"the prompt style {self.name} has no {message['role']} message")
 
-    def _jinja_refuse(self) -> str:
-        return f"{{{{ raise_exception('the prompt style {self.name} has no ' + message['role'] + ' message') }}}}"
+@dataclass(frozen=True)
+class Turn:
+    """What a style writes around the content of a message; {bos}, {eos} and {role} stand for their spellings.
+
+    Of an assistant's turn, everything from `lead` to `end` is learned.
+
+    Attributes:
+        before: Opens the turn. A prompt ends in that of the assistant.
+        lead: Begins the answer.
+        trail: Stands behind its last word.
+        end: The token that ends it.
+        after: Closes the turn.
+        strip: The content goes without the blanks around it.
+    """
+
+    before: str = ""
+    lead: str = ""
+    trail: str = ""
+    end: str = ""
+    after: str = ""
+    strip: bool = False
+
+    @property
+    def text(self) -> str:
+        """The whole turn in one."""
+        return f"{self.before}{self.lead}{{content}}{self.trail}{self.end}{self.after}"
 
 
-class Alpaca(PromptStyle):
-    """The prompt of Stanford Alpaca as lit-llama wrote it: it ends in `### Response:` without a newline."""
+class TurnStyle(PromptStyle):
+    """A style that is told once, by its turns: the segments and the Jinja template are both made from them.
+
+    Attributes:
+        every: The turn of every role, if they are alike.
+        user_turn: That of a user otherwise.
+        assistant_turn: That of an assistant.
+        system_turn: That of a system message, which stands at the beginning. Without it there is none.
+        preface: Stands at the beginning where there is no such message.
+        again: Stands before each user's turn but the first.
+    """
+
+    every: Turn | None = None
+    user_turn = Turn()
+    assistant_turn = Turn(end="{eos}")
+    system_turn: Turn | None = None
+    preface: str = ""
+    again: str = ""
+
+    def render(
+        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
+    ) -> list[Segment]:
+        """See PromptStyle."""
+
+        def own(text: str, role: str = "", trained: bool = False) -> Segment:
+            return _own(text, bos, eos, role, trained)
+
+        def around(turn: Turn, message: Message, trained: bool = False) -> list[Segment]:
+            content = message["content"].strip() if turn.strip else message["content"]
+            return [
+                own(turn.before, message["role"]),
+                own(turn.lead, trained=trained),
+                *self._words(content, trained),
+                own(turn.trail, trained=trained),
+                own(turn.end, trained=trained),
+                own(turn.after),
+            ]
+
+        segments = [own("" if self._places_bos else "{bos}")]
+        if self.system_turn and messages and messages[0]["role"] == "system":
+            segments += around(self.system_turn, messages[0])
+            messages = messages[1:]
+        else:
+            segments.append(own(self.preface))
+        for index, message in enumerate(messages):
+            role = message["role"]
+            turn = self.every or self._turns.get(role)
+            if turn is None:
+                raise UserError(f"the prompt style {self.name} has no {role} message{self._where}")
+            if role == "user":
+                segments.append(own(self._opening(index == 0, message["content"])))
+            segments += around(turn, message, role == "assistant")
+        if answer:
+            segments.append(own((self.every or self.assistant_turn).before, "assistant"))
+        return [segment for segment in segments if segment.text]
+
+    def jinja(self, bos: bool) -> str:
+        """See PromptStyle."""
+        head, turns = "{{ bos_token }}" if bos and not self._places_bos else "", "messages"
+        if self.system_turn:
+            turns = "turns"
+            head += (
+                "{%- if messages and messages[0]['role'] == 'system' -%}{%- set turns = messages[1:] -%}"
+                + _print(self.system_turn.text, bos, self.system_turn.strip, "messages[0]")
+                + "{%- else -%}{%- set turns = messages -%}" + _print(self.preface, bos) + "{%- endif -%}"
+            )  # fmt: skip
+        if self.every:
+            body = _print(self.every.text, bos, self.every.strip)
+        else:
+            branches = [
+                f"if message['role'] == '{role}' -%}}"
+                + (self._jinja_opening(bos) if role == "user" else "")
+                + _print(turn.text, bos, turn.strip)
+                for role, turn in self._turns.items()
+            ]
+            refusal = f"'the prompt style {self.name} has no ' + message['role'] + ' message{self._where}'"
+            body = "{%- " + "{%- el".join(branches) + "{%- else -%}{{ raise_exception(" + refusal + ") }}{%- endif -%}"
+        prompt = (self.every or self.assistant_turn).before.replace("{role}", "assistant")
+        return (
+            f"{head}{{%- for message in {turns} -%}}{body}{{%- endfor -%}}"
+            + (f"{{%- if add_generation_prompt -%}}{_print(prompt, bos)}{{%- endif -%}}" if prompt else "")
+        )  # fmt: skip
+
+    @property
+    def _turns(self) -> dict[str, Turn]:
+        return {"user": self.user_turn, "assistant": self.assistant_turn}
+
+    @property
+    def _places_bos(self) -> bool:
+        return "{bos}" in self.preface
+
+    @property
+    def _where(self) -> str:
+        return " but at the beginning" if self.system_turn else ""
+
+    def _words(self, content: str, trained: bool) -> list[Segment]:
+        return [Segment(content, trained)]
+
+    def _opening(self, first: bool, content: str) -> str:
+        """Template text before a user's turn."""
+        return "" if first else self.again
+
+    def _jinja_opening(self, bos: bool) -> str:
+        return "{%- if not loop.first -%}" + _print(self.again, bos) + "{%- endif -%}" if self.again else ""
+
+
+@lru_cache(4096)  # a style has a dozen of them, and a data set a million rows
+def _own(text: str, bos: str, eos: str, role: str, trained: bool) -> Segment:
+    return Segment(text.format(bos=bos, eos=eos, role=role), trained, template=True)
+
+
+def _print(text: str, bos: bool, strip: bool = False, message: str = "message") -> str:
+    """The Jinja statement that prints a text with placeholders."""
+    values = {
+        "{bos}": "bos_token" if bos else "",
+        "{eos}": "eos_token",
+        "{role}": f"{message}['role']",
+        "{content}": f"{message}['content']" + (".strip()" if strip else ""),
+    }
+    parts = [values[part] if part in values else _quote(part) for part in re.split(r"(\{\w+\})", text) if part]
+    return f"{{{{ {' + '.join(filter(None, parts))} }}}}" if any(parts) else ""
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+class Alpaca(TurnStyle):
+    """The prompt of Stanford Alpaca as lit-llama wrote it: it ends in `### Response:` without a newline.
+
+    The answer mark is part of the user's turn, as every user turn expects an answer.
+    """
 
     name = "alpaca"
+    user_turn = Turn("### Instruction:\n", after="\n\n### Response:")
+    again = "\n\n"
     _WITH_INPUT = (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
@@ -81,160 +238,89 @@ class Alpaca(PromptStyle):
         """The instruction, and its input under a heading."""
         return example.instruction + (self._INPUT + example.input if example.input else "")
 
-    def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
-    ) -> list[Segment]:
-        """See PromptStyle. The answer mark is part of the user's turn, as every user turn expects an answer."""
-        segments = [Segment(bos, template=True)]
-        for index, message in enumerate(messages):
-            role, content = message["role"], message["content"]
-            if role == "user":
-                preamble = self._WITH_INPUT if self._INPUT in content else self._WITHOUT
-                opening = "\n\n" if index else preamble
-                segments.append(Segment(f"{opening}### Instruction:\n", template=True))
-                segments.append(Segment(content))
-                segments.append(Segment("\n\n### Response:", template=True))
-            elif role == "assistant":
-                segments.append(Segment(content, trained=True))
-                segments.append(Segment(eos, trained=True, template=True))
-            else:
-                raise self._refuse(message)
-        return [segment for segment in segments if segment.text]
+    def _opening(self, first: bool, content: str) -> str:
+        if not first:
+            return self.again
+        return self._WITH_INPUT if self._INPUT in content else self._WITHOUT
 
-    def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
+    def _jinja_opening(self, bos: bool) -> str:
         return (
-            ("{{ bos_token }}" if bos else "")
-            + "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-            + "{%- if not loop.first -%}{{ '\\n\\n' }}"
-            + "{%- elif " + _quote(self._INPUT) + " in message['content'] -%}{{ " + _quote(self._WITH_INPUT) + " }}"
-            + "{%- else -%}{{ " + _quote(self._WITHOUT) + " }}{%- endif -%}"
-            + "{{ '### Instruction:\\n' + message['content'] + '\\n\\n### Response:' }}"
-            + "{%- elif message['role'] == 'assistant' -%}{{ message['content'] + eos_token }}"
-            + "{%- else -%}" + self._jinja_refuse()
-            + "{%- endif -%}{%- endfor -%}"
+            "{%- if not loop.first -%}" + _print(self.again, bos)
+            + "{%- elif " + _quote(self._INPUT) + " in message['content'] -%}" + _print(self._WITH_INPUT, bos)
+            + "{%- else -%}" + _print(self._WITHOUT, bos) + "{%- endif -%}"
         )  # fmt: skip
 
 
-class ChatML(PromptStyle):
+class ChatML(TurnStyle):
     """`<|im_start|>role`, content, `<|im_end|>` (OpenAI's chat markup; SmolLM2, Qwen)."""
 
     name = "chatml"
     tokens = ("<|im_start|>", "<|im_end|>")
-
-    def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
-    ) -> list[Segment]:
-        """See PromptStyle."""
-        segments = [Segment(bos, template=True)]
-        for message in messages:
-            trained = message["role"] == "assistant"
-            segments.append(Segment(f"<|im_start|>{message['role']}\n", template=True))
-            segments.append(Segment(message["content"], trained))
-            segments.append(Segment("<|im_end|>", trained, template=True))
-            segments.append(Segment("\n", template=True))
-        if answer:
-            segments.append(Segment("<|im_start|>assistant\n", template=True))
-        return [segment for segment in segments if segment.text]
-
-    def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
-        return (
-            ("{{ bos_token }}" if bos else "")
-            + "{%- for message in messages -%}"
-            + "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-            + "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-        )
+    every = Turn("<|im_start|>{role}\n", end="<|im_end|>", after="\n")
 
 
-class Ziya(PromptStyle):
+class Ziya(TurnStyle):
     """Ziya-LLaMA-13B-v1: `<human>:` and the stripped question, `<bot>:` in the next line, answer and end of text."""
 
     name = "ziya"
     tokens = ("<human>", "<bot>")
-
-    def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
-    ) -> list[Segment]:
-        """See PromptStyle."""
-        segments = [Segment(bos, template=True)]
-        for message in messages:
-            role, content = message["role"], message["content"]
-            if role == "user":
-                segments.append(Segment("<human>:", template=True))
-                segments.append(Segment(content.strip()))
-                segments.append(Segment("\n", template=True))
-            elif role == "assistant":
-                segments.append(Segment("<bot>:", template=True))
-                segments.append(Segment(content, trained=True))
-                segments.append(Segment(eos, trained=True, template=True))
-            else:
-                raise self._refuse(message)
-        if answer:
-            segments.append(Segment("<bot>:", template=True))
-        return [segment for segment in segments if segment.text]
-
-    def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
-        return (
-            ("{{ bos_token }}" if bos else "")
-            + "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-            + "{{ '<human>:' + message['content'].strip() + '\\n' }}"
-            + "{%- elif message['role'] == 'assistant' -%}{{ '<bot>:' + message['content'] + eos_token }}"
-            + "{%- else -%}"
-            + self._jinja_refuse()
-            + "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<bot>:' }}{%- endif -%}"
-        )
+    user_turn = Turn("<human>:", after="\n", strip=True)
+    assistant_turn = Turn("<bot>:", end="{eos}")
 
 
-class Vicuna(PromptStyle):
+class Vicuna(TurnStyle):
     """Vicuna v1.1, as FastChat writes it; a system message takes the place of the sentence at the beginning."""
 
     name = "vicuna"
-    _SYSTEM = (
+    system_turn = Turn(after=" ")
+    preface = (
         "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     )
-
-    def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
-    ) -> list[Segment]:
-        """See PromptStyle."""
-        own = bool(messages) and messages[0]["role"] == "system"
-        system = Segment(messages[0]["content"]) if own else Segment(self._SYSTEM, template=True)
-        segments = [Segment(bos, template=True), system, Segment(" ", template=True)]
-        for message in messages[own:]:
-            role, content = message["role"], message["content"]
-            if role == "user":
-                segments.append(Segment("USER: ", template=True))
-                segments.append(Segment(content))
-                segments.append(Segment(" ", template=True))
-            elif role == "assistant":
-                segments.append(Segment("ASSISTANT:", template=True))
-                segments.append(Segment(" ", trained=True, template=True))
-                segments.append(Segment(content, trained=True))
-                segments.append(Segment(eos, trained=True, template=True))
-            else:
-                raise self._refuse(message)
-        if answer:
-            segments.append(Segment("ASSISTANT:", template=True))
-        return [segment for segment in segments if segment.text]
-
-    def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
-        return (
-            ("{{ bos_token }}" if bos else "")
-            + "{%- if messages and messages[0]['role'] == 'system' -%}{{ messages[0]['content'] }}"
-            + "{%- else -%}{{ " + _quote(self._SYSTEM) + " }}{%- endif -%}{{ ' ' }}"
-            + "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-            + "{{ 'USER: ' + message['content'] + ' ' }}"
-            + "{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
-            + "{%- elif not (loop.first and message['role'] == 'system') -%}"
-            + self._jinja_refuse()
-            + "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-        )  # fmt: skip
+    user_turn = Turn("USER: ", after=" ")
+    assistant_turn = Turn("ASSISTANT:", lead=" ", end="{eos}")
 
 
-def _quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"
+class Llama2(TurnStyle):
+    """Llama 2 Chat, as Meta's code writes it: each exchange is a text with its beginning and its end.
+
+    The system message stands within the first user's turn. There, too, the user's words are stripped on both sides,
+    where Meta leaves the blanks that they begin with.
+    """
+
+    name = "llama-2"
+    system_turn = Turn("{bos}[INST] <<SYS>>\n", after="\n<</SYS>>\n\n")
+    preface = again = "{bos}[INST] "
+    user_turn = Turn(after=" [/INST]", strip=True)
+    assistant_turn = Turn(lead=" ", trail=" ", end="{eos}", strip=True)
+
+
+class Llama3(TurnStyle):
+    """Llama 3 Instruct, as Meta's code writes it: role in a header, stripped content, `<|eot_id|>`."""
+
+    name = "llama-3"
+    tokens = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    every = Turn("<|start_header_id|>{role}<|end_header_id|>\n\n", end="<|eot_id|>", strip=True)
+
+
+class Mistral(TurnStyle):
+    """Mistral 7B Instruct 0.1 and 0.2, whose `[INST]` is text: `[INST] question [/INST] answer</s>`.
+
+    Where `[INST]` is a control token (0.3 and later), it becomes that; the template there has no blank before
+    `[/INST]`, and comes with the model's folder.
+    """
+
+    name = "mistral"
+    user_turn = Turn("[INST] ", after=" [/INST]")
+    assistant_turn = Turn(lead=" ", end="{eos}")
+
+
+class Plain(TurnStyle):
+    """No prompt at all: a text, and the answer goes on with it."""
+
+    name = "plain"
+
+    def _words(self, content: str, trained: bool) -> list[Segment]:
+        """The blank before an answer is marked as a style's, as sentencepiece would double a text's own."""
+        lead = " " if trained and content.startswith(" ") else ""
+        return [Segment(lead, trained, template=True), Segment(content.removeprefix(lead), trained)]

@@ -1,0 +1,305 @@
+"""Time and memory of preparing data, side by side with other ways to do it.
+
+python benchmarks/prepare.py --tokenizer_path checkpoints/NAME
+
+Every measurement is a process of its own; rounds are interleaved, so that a busy machine is unjust to all alike. Times
+begin when everything is imported.
+"""
+
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_llama.cli import CLI
+
+Row = dict[str, str]
+MAX_SEQ_LENGTH = 2048
+_COMMON = (
+    "the of and a to in is you that it he was for on are as with his they at be this have from or one had by word "
+    "but not what all were we when your can said there use an each which she do how their if will up other about "
+    "out many then them these so some her would make like him into time has look two more write go see number no "
+    "way could people my than first water been call who oil its now find long down day did get come made may part "
+    "over new sound take only little work know place year live me back give most very after thing our just name "
+    "good sentence man think say great where help through much before line right too mean old any same tell boy "
+    "follow came want show also around form three small set put end does another well large must big even such "
+    "because turn here why ask went men read need land different home us move try kind hand picture again change "
+    "off play spell air away animal house point page letter mother answer found study still learn should America "
+    "world "
+)
+WORDS = _COMMON.split()
+
+
+def main(
+    *,
+    tokenizer_path: Path,
+    rows: int = 52_000,
+    rows_file: Path | None = None,
+    rounds: int = 3,
+    scale: list[int] | None = None,
+    cases: list[str] | None = None,
+    out: Path | None = None,
+    measure: str | None = None,
+    file: Path | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Compare, or with --scale measure ours alone over numbers of rows.
+
+    Args:
+        tokenizer_path: A model folder with tokenizer.json; its chat template is not used.
+        rows: How many to generate.
+        rows_file: A JSON array in Alpaca's format, whose rows are repeated with some words exchanged.
+        rounds: How often each case is measured; the table shows the fastest and the median.
+        scale: Numbers of rows, such as [10000,100000,1000000].
+        cases: Only these, by their names in the table.
+        out: JSON file for all numbers.
+        measure: For the processes that this starts: the case to measure.
+        file: For them: the rows.
+        folder: For them: where to write.
+    """
+    if measure:
+        assert file is not None and folder is not None
+        print(json.dumps(_measure(CASES[measure], file, tokenizer_path, folder)))
+        return
+    with tempfile.TemporaryDirectory(prefix="prepare-") as home:
+        made = {count: Path(home) / f"{count}.json" for count in (scale or [rows])}
+        for count, path in made.items():
+            _generate(path, count, rows_file)
+        results = _rounds(made, tokenizer_path, Path(home), 1 if scale else rounds, ["ours"] if scale else cases)
+    machine = {"cpus": os.cpu_count(), "load_before": os.getloadavg()[0], "python": platform.python_version()}
+    if out:
+        out.write_text(json.dumps({"machine": machine, "rows_file": str(rows_file), "results": results}, indent=2))
+    _table(results)
+
+
+def _rounds(
+    made: dict[int, Path], tokenizer_path: Path, home: Path, rounds: int, wanted: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    results = []
+    for number in range(rounds):
+        for count, file in made.items():
+            folder = home / f"{count}-{number}"
+            for case in wanted or CASES:
+                command = [sys.executable, __file__, "--measure", case, "--tokenizer_path", str(tokenizer_path)]
+                command += ["--file", str(file), "--folder", str(folder / case.replace(" ", "_").replace(",", ""))]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                    continue
+                result = {"case": case, "rows": count, "round": number, **json.loads(done.stdout.splitlines()[-1])}
+                print(f"{case}: {result['seconds']:.2f} s", file=sys.stderr)
+                results.append(result)
+    return results
+
+
+def _table(results: list[dict[str, Any]]) -> None:
+    best: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        best.setdefault((result["case"], result["rows"]), []).append(result)
+    base = min((r["seconds"] for r in results if r["case"] == BARE), default=None)
+    print(f"{'':42}{'rows':>9}{'best s':>9}{'median s':>10}{'rows/s':>10}{'peak MB':>9}{'of bare':>9}")
+    for (case, rows), runs in best.items():
+        seconds = [run["seconds"] for run in runs]
+        ratio = f"{min(seconds) / base:9.2f}" if base else ""
+        memory = max(run["peak_rss"] for run in runs) / 1e6
+        print(
+            f"{case:42}{rows:9}{min(seconds):9.2f}{statistics.median(seconds):10.2f}{rows / min(seconds):10.0f}"
+            f"{memory:9.0f}{ratio}"
+        )
+
+
+# Rows
+
+
+def _generate(path: Path, count: int, rows_file: Path | None) -> None:
+    """Write rows in Alpaca's format, each another, one after the other so that any number fits into memory."""
+    draw = random.Random(0)
+    given: list[Row] = json.loads(rows_file.read_text("utf-8")) if rows_file else []
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for number in range(count):
+            row = _changed(given[number % len(given)], draw) if given else _drawn(draw)
+            file.write(",\n" * bool(number) + json.dumps(row, ensure_ascii=False))
+        file.write("]\n")
+
+
+def _drawn(draw: random.Random) -> Row:
+    """Sentences about as long as those of Alpaca."""
+
+    def text(words: int) -> str:
+        return " ".join(draw.choices(WORDS, k=max(3, int(draw.expovariate(1 / words))))).capitalize() + "."
+
+    return {"instruction": text(12), "input": text(20) if draw.random() < 0.4 else "", "output": text(60)}
+
+
+def _changed(row: Row, draw: random.Random) -> Row:
+    """The row with a tenth of its words exchanged."""
+    return {
+        name: " ".join(draw.choice(WORDS) if draw.random() < 0.1 else word for word in text.split(" ")) if text else ""
+        for name, text in row.items()
+    }
+
+
+# Cases: each imports and prepares, and gives what is timed
+
+
+def _measure(case: Callable[[Path, Path, Path], Callable[[], object]], *paths: Path) -> dict[str, Any]:
+    run = case(*paths)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start, busy = time.perf_counter(), time.process_time()
+    run()
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "cpu_seconds": busy, "peak_rss": peak, "peak_rss_before": before}
+
+
+def _ours(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+    import datasets  # noqa: F401
+    import jinja2  # noqa: F401
+
+    from lit_llama.text.prepare import Rules
+    from lit_llama.text.records import prepare_records
+
+    rules = Rules(
+        max_seq_length=MAX_SEQ_LENGTH,
+        mask_inputs=True,
+        train_on="all",
+        overflow="drop",
+        split="hash",
+        test_split_size=0.05,
+        seed=42,
+    )
+    return lambda: prepare_records(
+        [str(file)], folder, tokenizer_path=tokenizer_path, prompt_style="alpaca", rules=rules
+    )
+
+
+def _ours_without_near_duplicates(*paths: Path) -> Callable[[], object]:
+    from functools import partial
+
+    from lit_llama.text import prepare
+
+    prepare.Findings = partial(prepare.Findings, near_duplicates=0)  # type: ignore[misc,assignment]
+    return _ours(*paths)
+
+
+def _ours_without_report(*paths: Path) -> Callable[[], object]:
+    from lit_llama.text import prepare
+
+    prepare.Findings.add = lambda *_: None  # type: ignore[method-assign,assignment]
+    prepare.write_report = lambda *_, **__: None
+    return _ours(*paths)
+
+
+def _unchanged(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+    return _ours(file, tokenizer_path, folder.with_name("ours"))
+
+
+def _texts(row: Row) -> tuple[str, str]:
+    """Prompt and answer, as our style renders them."""
+    from lit_llama.text.formats import Example
+    from lit_llama.text.prompts import named_style
+
+    style = named_style("alpaca")
+    content = style.user(Example(row["instruction"], row["input"]))
+    prompt = style.render([{"role": "user", "content": content}], answer=True)
+    return "".join(segment.text for segment in prompt), row["output"]
+
+
+def _bare(file: Path, tokenizer_path: Path, _: Path) -> Callable[[], object]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
+    texts = [text for row in json.loads(file.read_text("utf-8")) for text in _texts(row)]
+
+    def run() -> None:
+        for start in range(0, len(texts), 4000):
+            found = tokenizer.encode_batch_fast(texts[start : start + 4000], add_special_tokens=False)
+            assert all(encoding.ids for encoding in found)
+
+    return run
+
+
+def _mapped(batched: bool) -> Callable[[Path, Path, Path], Callable[[], object]]:
+    def case(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+        import datasets
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
+        end = tokenizer.token_to_id("<|im_end|>") or 2
+
+        def one(row: Any) -> dict[str, list[int]]:
+            prompt, answer = (tokenizer.encode(text, add_special_tokens=False).ids for text in _texts(row))
+            return {"input_ids": [*prompt, *answer, end], "labels": [-100] * len(prompt) + [*answer, end]}
+
+        def many(rows: Any) -> dict[str, list[list[int]]]:
+            columns = zip(rows["instruction"], rows["input"], rows["output"], strict=True)
+            pairs = [_texts({"instruction": a, "input": b, "output": c}) for a, b, c in columns]
+            prompts, answers = (
+                [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+                for texts in zip(*pairs, strict=True)
+            )
+            both = list(zip(prompts, answers, strict=True))
+            return {
+                "input_ids": [[*prompt, *answer, end] for prompt, answer in both],
+                "labels": [[-100] * len(prompt) + [*answer, end] for prompt, answer in both],
+            }
+
+        return lambda: _map(datasets, file, folder, many if batched else one, batched=batched)
+
+    return case
+
+
+def _chat_template(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+    """What TRL's SFTTrainer does with prompt and completion: both rendered and encoded, then the prompt alone."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    from lit_llama.text.prompts import named_style
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer.chat_template = named_style("alpaca").jinja(bos=False)
+
+    def one(row: Any) -> dict[str, list[int]]:
+        content = row["instruction"] + ("\n\n### Input:\n" + row["input"] if row["input"] else "")
+        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": row["output"]}]
+        ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
+
+    return lambda: _map(datasets, file, folder, one, batched=False)
+
+
+def _map(datasets: Any, file: Path, folder: Path, function: Callable[[Any], Any], *, batched: bool) -> None:
+    """From the file to a saved data set with two splits, without its cache."""
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    raw = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
+    made = raw.map(function, batched=batched, remove_columns=raw.column_names)
+    made.train_test_split(0.05, seed=42).save_to_disk(str(folder / "made"))
+
+
+BARE = "encode_batch alone"
+CASES: dict[str, Callable[[Path, Path, Path], Callable[[], object]]] = {
+    "ours": _ours,
+    "ours, without near-duplicates": _ours_without_near_duplicates,
+    "ours, without report": _ours_without_report,
+    "ours, unchanged": _unchanged,
+    BARE: _bare,
+    "datasets.map, batched": _mapped(batched=True),
+    "datasets.map, row by row": _mapped(batched=False),
+    "apply_chat_template, row by row": _chat_template,
+}
+
+
+if __name__ == "__main__":
+    CLI(main)

@@ -1,0 +1,35 @@
+"""What every kind of data becomes before it is encoded: a conversation, or a row that is left out and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and "input" where an instruction has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What one sample is made of.
+
+    Args:
+        messages: The turns. The last one is the assistant's; no user message follows another.
+        row: Running number over all sources, from 0, the same in every run.
+        where: "chat.jsonl:line 3", "rows.json:row 17", "a.parquet:row 5".
+        text: Plain text to continue: one assistant message, no prompt.
+        split: "train", "test" or "validation" where the sources come divided into train and test already.
+    """
+
+    messages: tuple[Message, ...]
+    row: int
+    where: str
+    text: bool = False
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is left out, and why; `row` and `where` as in Conversation."""
+
+    row: int
+    where: str
+    reason: str

@@ -1,0 +1,221 @@
+"""JSON of any size, row by row: an array of objects, one object a line, or objects one after another."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import DataError
+from lit_llama.text.raw import LENIENT, LONGEST, STRICT, RawRow, explain
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_ENDLESS = "Unterminated string"
+_CUT = 16  # an error this near to the end of the window may come from the end: \\uD83D\\uDE00 and -Infinity are shorter
+
+
+class _Window:
+    """The part of a file that is looked at: rows leave it at the front, blocks of text are added at the back.
+
+    Args:
+        blocks: The text of the file.
+        path: Of the file, for messages.
+    """
+
+    def __init__(self, blocks: Iterator[str], path: Path) -> None:
+        self.path = path
+        self.text = ""
+        self.start = 0  # of what is not read yet
+        self._blocks = blocks
+        self._line, self._column, self._byte = 1, 1, 0  # where the window begins in the file
+
+    def more(self) -> bool:
+        """Let go what has been read, and at least double the rest; False at the end of the file."""
+        kept = self.text[self.start :]
+        parts, size = [kept], 0
+        while size <= len(kept) and (block := next(self._blocks, "")):
+            parts.append(block)
+            size += len(block)
+        if not size:
+            return False
+        self._line, self._column, self._byte = self.place(self.start)
+        self.text, self.start = "".join(parts), 0
+        return True
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """Line, column (both from 1) and byte (from 0) of a position of the window."""
+        passed = self.text[:position]
+        lines = passed.count("\n")
+        column = len(passed) - passed.rfind("\n") if lines else self._column + len(passed)
+        return self._line + lines, column, self._byte + len(passed.encode())
+
+    def peek(self) -> str:
+        """The next character that is no space, which the window then begins with; "" at the end."""
+        while True:
+            match = _SPACE.match(self.text, self.start)
+            assert match
+            self.start = match.end()
+            if self.start < len(self.text):
+                return self.text[self.start]
+            if not self.more():
+                return ""
+
+    def line(self) -> str | None:
+        """The next line without its end, None at the end of the file."""
+        while (end := self.text.find("\n", self.start)) < 0:
+            if len(self.text) - self.start > LONGEST:
+                raise self.too_long()
+            if not self.more():
+                end = len(self.text)
+                if self.start >= end:
+                    return None
+                break
+        line = self.text[self.start : end]
+        self.start = end + 1
+        return line
+
+    def value(self, what: str) -> Any:
+        """The next JSON value.
+
+        Raises:
+            RefusedError: It is one that is not accepted; the window stands behind it.
+            DataError: There is no way to tell where it ends.
+        """
+        while True:
+            try:
+                value, end = self._value()
+            except json.JSONDecodeError as error:
+                endless = error.msg.startswith(_ENDLESS)
+                cut = endless or error.pos >= len(self.text) - _CUT
+                if cut and len(self.text) - self.start > LONGEST:
+                    raise self.too_long() from error
+                if cut and self.more():
+                    continue
+                raise self.fault(
+                    what, error.msg, error.pos, cut=endless or error.pos >= len(self.text.rstrip())
+                ) from error
+            except RecursionError as error:
+                line, column, byte = self.place(self.start)
+                place = f"line {line}, column {column}, byte {byte}"
+                raise DataError(f"{self.path}:{what}, which begins at {place}, is nested too deep") from error
+            if end == len(self.text) and self.more():  # a number may go on
+                continue
+            self.start = end
+            if isinstance(value, Exception):
+                raise RefusedError(explain(value)) from value  # type: ignore[arg-type]
+            return value
+
+    def _value(self) -> tuple[Any, int]:
+        try:
+            return STRICT.raw_decode(self.text, self.start)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:
+            return error, LENIENT.raw_decode(self.text, self.start)[1]
+
+    def fault(self, what: str, problem: str, position: int, cut: bool = False) -> DataError:
+        """The error for wrong syntax at a position of the window."""
+        line, column, byte = self.place(position)
+        near = self.text[max(0, position - 20) : position + 20].replace("\n", " ")
+        hint = "; the file ends here: it is cut off, fetch it again" if cut else ""
+        place = f"line {line}, column {column}, byte {byte}"
+        problem = problem.removesuffix(" at")
+        return DataError(f"{self.path}:{what} is not JSON: {problem} at {place}, near {near!r}{hint}")
+
+    def too_long(self) -> DataError:
+        line = self.place(self.start)[0]
+        return DataError(
+            f"{self.path}:line {line}: a row that begins here has more than {LONGEST:,} characters: a quote or a "
+            "bracket is not closed, or all rows stand inside one object; expected an array of objects, or one a line"
+        )
+
+
+class RefusedError(ValueError):
+    """A value that is JSON but not accepted; reading can go on behind it."""
+
+
+def read_json(blocks: Iterator[str], path: Path, by_lines: bool = False) -> Iterator[RawRow]:
+    """Rows of a JSON file, whichever of the three forms it has.
+
+    Args:
+        blocks: Its text.
+        path: Its name.
+        by_lines: One row a line is expected, so that an error in one line leaves the others readable.
+
+    Raises:
+        DataError: From here on nothing can be read.
+    """
+    window = _Window(blocks, path)
+    first = window.peek()
+    if not first:
+        raise DataError(f"{path} holds no rows")
+    if first == "[":
+        return _array(window)
+    end = window.text.find("\n", window.start)
+    line = window.text[window.start : end if end >= 0 else None].rstrip()
+    if _is_object(line) or (by_lines and line != "{"):
+        return _lines(window)
+    return _sequence(window)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and LENIENT.raw_decode(line)[1] == len(line)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _row(window: _Window, number: int) -> RawRow:
+    what = f"row {number}"
+    where = f"{window.path}:{what}"
+    try:
+        return RawRow.of(where, window.value(what))
+    except RefusedError as error:
+        return RawRow.bad(where, str(error))
+
+
+def _array(window: _Window) -> Iterator[RawRow]:
+    window.start += 1
+    number = 0
+    if window.peek() == "]":
+        raise DataError(f"{window.path} holds no rows")
+    while True:
+        yield _row(window, number)
+        mark = window.peek()
+        window.start += 1
+        if mark == "]":
+            break
+        if mark != ",":
+            what = f"row {number}" if mark else f"the end of row {number}"
+            raise window.fault(what, "expected , or ] behind it", window.start - 1, cut=not mark)
+        window.peek()
+        number += 1
+    if window.peek():
+        raise window.fault("the end", "more text behind the array", window.start)
+
+
+def _sequence(window: _Window) -> Iterator[RawRow]:
+    number = 0
+    while window.peek():
+        yield _row(window, number)
+        number += 1
+
+
+def _lines(window: _Window) -> Iterator[RawRow]:
+    number = window.place(window.start)[0]
+    while (line := window.line()) is not None:
+        if line.strip(" \t\r"):
+            yield _line(window, line, number)
+        number += 1
+
+
+def _line(window: _Window, line: str, number: int) -> RawRow:
+    where = f"{window.path}:line {number}"
+    try:
+        return RawRow.of(where, STRICT.decode(line))
+    except json.JSONDecodeError as error:
+        position = window.start - 1 - len(line) + error.pos
+        cut = window.start > len(window.text) and (error.msg.startswith(_ENDLESS) or error.pos >= len(line))
+        return RawRow(where, None, window.fault(f"line {number}", error.msg, position, cut), "not JSON")
+    except (ValueError, RecursionError) as error:
+        return RawRow.bad(where, explain(error))

@@ -1,0 +1,259 @@
+"""Sources of any kind -> one stream of conversations in a fixed order, every row accounted for."""
+
+import difflib
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_llama.errors import DataError, UserError
+from lit_llama.folder import sha256_file
+from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.files import expand, is_saved, unchanged
+from lit_llama.text.oasst import Tree, join_messages
+from lit_llama.text.raw import RawRow, RowError
+from lit_llama.text.rows import read_rows
+from lit_llama.text.schemas import FIELDS, complete, recognise
+from lit_llama.text.tables import hash_dataset, is_hub_id, open_hub, open_saved, read_dataset
+
+OnError = Literal["stop", "skip"]
+_SPLIT = re.compile(r"(train|test|valid(?:ation)?|val|dev|eval)(?=[._-]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file, or one split of a data set."""
+
+    name: str
+    split: str | None
+    rows: Callable[[], Iterator[RawRow]]
+    sha256: Callable[[], str]
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Reader:
+    """Conversations of all sources, in an order that is the same in every run; each loop over it begins anew.
+
+    Attributes:
+        rows: Conversations and dropped rows so far. Each has a number below this; a tree may come to several.
+        schemas: Rows of each schema.
+        files: Path, sha256 and number of raw rows of each file that has been read to its end.
+        cut_turns: Last turns without an answer that were left off.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[_Part]],
+        fields: Mapping[str, str],
+        on_error: OnError,
+        tree: Tree,
+        weights: Sequence[float] | None,
+        seed: int,
+    ) -> None:
+        self._sources, self._fields, self._on_error, self._tree = sources, fields, on_error, tree
+        self._weights, self._seed = weights, seed
+        self._begin()
+
+    def identity(self) -> list[tuple[str, str, str | None]]:
+        """Name, sha256 and split of everything that will be read."""
+        return [(part.name, part.sha256(), part.split) for parts in self._sources for part in parts]
+
+    def _begin(self) -> None:
+        self.rows = 0
+        self.schemas: Counter[str] = Counter()
+        self.files: list[dict[str, Any]] = []
+        self.cut_turns = 0
+        self._unseen = dict(self._fields)
+
+    def __iter__(self) -> Iterator[Conversation | Dropped]:
+        """Read.
+
+        Raises:
+            DataError: A source or a row that cannot be used; the message names the place.
+        """
+        self._begin()
+        for raw, split, drawn in self._drawn():
+            if drawn:
+                for found in self._convert(raw, split):
+                    self.rows += 1
+                    yield found
+            else:
+                self.rows += 1
+                yield Dropped(self.rows - 1, raw.where, "not drawn, by the weight of its source")
+        if self._unseen:
+            ours, theirs = next(iter(self._unseen.items()))
+            raise DataError(f"--fields {ours}={theirs}: no row has a field {theirs}")
+
+    def _drawn(self) -> Iterator[tuple[RawRow, str | None, bool]]:
+        """Rows of all sources with their split, and whether they are wanted."""
+        streams = [self._read(parts) for parts in self._sources]
+        if self._weights is None:
+            for stream in streams:
+                yield from ((raw, split, True) for raw, split in stream)
+            return
+        chance = random.Random(self._seed)
+        most = max(self._weights)
+        left = list(range(len(streams)))
+        while left:
+            source = chance.choices(left, [self._weights[index] for index in left])[0]
+            if found := next(streams[source], None):
+                yield *found, chance.random() < self._weights[source] / most
+            else:
+                left.remove(source)
+
+    def _read(self, parts: Sequence[_Part]) -> Iterator[tuple[RawRow, str | None]]:
+        """Rows of one source, under our names, and its entries in `files`."""
+        for part in parts:
+            entry = {"path": part.name, "sha256": "", "rows": 0}
+            with part.guard():
+                for raw in join_messages(self._renamed(part, entry)):
+                    yield raw, part.split
+                entry["sha256"] = part.sha256()
+            self.files.append(entry)
+
+    def _renamed(self, part: _Part, entry: dict[str, Any]) -> Iterator[RawRow]:
+        for raw in part.rows():
+            entry["rows"] += 1
+            if raw.value is not None:
+                for ours, theirs in self._fields.items():
+                    if theirs in raw.value:
+                        self._unseen.pop(ours, None)
+                raw = replace(raw, value=_rename(raw.value, self._fields)) if self._fields else raw
+            yield raw
+
+    def _convert(self, raw: RawRow, split: str | None) -> Iterator[Conversation | Dropped]:
+        """What one row comes to."""
+        if raw.value is None:
+            assert raw.error
+            if self._on_error == "stop":
+                raise raw.error
+            yield Dropped(self.rows, raw.where, raw.reason)
+            return
+        try:
+            schema = recognise(raw.value)
+            self.schemas[schema.name] += 1
+            for turns in schema.turns(raw.value, self._tree):
+                try:
+                    messages, cut = complete(turns, schema)
+                except RowError as error:
+                    if not error.unusable:
+                        raise
+                    yield Dropped(self.rows, raw.where, error.reason)
+                else:
+                    self.cut_turns += cut
+                    yield Conversation(messages, self.rows, raw.where, schema.is_text, split)
+        except RowError as error:
+            if self._on_error == "stop":
+                raise DataError(f"{raw.where}: {error}") from error
+            yield Dropped(self.rows, raw.where, error.reason)
+
+
+def read_conversations(
+    sources: Sequence[str],
+    *,
+    fields: Mapping[str, str] = {},
+    on_error: OnError = "stop",
+    tree: Tree = "best",
+    weights: Sequence[float] | None = None,
+    seed: int = 42,
+) -> Reader:
+    """Read instruction, chat or text data. No row is read before the loop over the result begins.
+
+    Args:
+        sources: Files, folders, patterns, folders of the datasets library, or data sets of the Hub as OWNER/NAME, with
+            :CONFIGURATION and #SPLIT where they are wanted. A file that two sources name is read with the first one.
+        fields: Our name of a field -> its name in the data.
+        on_error: A row that cannot be used stops the reading, or is dropped with its reason. Rows without anything to
+            learn are dropped in any case; what leaves the rest of a file unreadable stops it in any case.
+        tree: Of a tree of messages, take the best replies or every branch.
+        weights: One for each source. They are relative: of the source with the largest one every row is read, of one
+            with half that weight about half the rows, and the sources are interleaved by them. No row comes twice, and
+            what is not drawn is dropped with that reason. Without weights, the sources follow one another.
+        seed: Of the drawing.
+
+    Raises:
+        UserError: An option is wrong.
+        DataError: A source is missing.
+    """
+    for ours in fields:
+        if ours not in FIELDS:
+            close = difflib.get_close_matches(ours, FIELDS, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"--fields: {ours} is none of {', '.join(FIELDS)}{hint}")
+    if not sources:
+        raise UserError("no sources: name a file, a folder or a data set of the Hub")
+    if weights is not None:
+        if len(weights) != len(sources):
+            raise UserError(f"--weights: found {len(weights)} for {len(sources)} sources, expected one for each")
+        for weight in weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(f"--weights: found {weight}, expected a number above 0; leave out unwanted sources")
+    return Reader(_known_splits(_resolve(sources)), fields, on_error, tree, weights, seed)
+
+
+def _resolve(sources: Sequence[str]) -> list[list[_Part]]:
+    """What each source comes to."""
+    seen: set[Path] = set()
+    resolved = []
+    for source in sources:
+        if is_hub_id(source):
+            resolved.append(_splits(source.partition("#")[0], open_hub(source)))
+            continue
+        parts: list[_Part] = []
+        for path in expand([source]):
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                parts += (
+                    _splits(str(path), open_saved(path))
+                    if is_saved(path)
+                    else [
+                        _Part(
+                            str(path),
+                            _split_of(path.name),
+                            partial(read_rows, path),
+                            partial(sha256_file, path),
+                            partial(unchanged, path),
+                        )
+                    ]
+                )
+        resolved.append(parts)
+    return resolved
+
+
+def _splits(name: str, splits: Mapping[str | None, Any]) -> list[_Part]:
+    return [
+        _Part(
+            f"{name}/{split}" if split else name,
+            _split_of(split or ""),
+            partial(read_dataset, dataset, name, split),
+            partial(hash_dataset, dataset),
+        )
+        for split, dataset in splits.items()
+    ]
+
+
+def _split_of(name: str) -> str | None:
+    """train-00000-of-00001.parquet -> train; valid, val, dev and eval are called validation."""
+    match = _SPLIT.match(name)
+    found = match[1].lower() if match else None
+    return found if found in ("train", "test", None) else "validation"
+
+
+def _known_splits(sources: list[list[_Part]]) -> list[list[_Part]]:
+    """Splits count only where there is something to train and something to test on."""
+    names = {part.split for parts in sources for part in parts}
+    if "train" in names and names & {"test", "validation"}:
+        return sources
+    return [[replace(part, split=None) for part in parts] for parts in sources]
+
+
+def _rename(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    given = {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
+    taken = {fields[ours] for ours in given}
+    return {name: value for name, value in row.items() if name not in taken} | given

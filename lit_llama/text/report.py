@@ -1,0 +1,166 @@
+"""What is in a data folder, for people: report.html, and every number of it in report.json."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_llama.folder import write_json
+from lit_llama.text.page import percent, render_page
+from lit_llama.text.show import ShownSample
+
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+FORMAT = 1
+_COUNTED = ("kept", "cut", "dropped", "splits", "key")  # stand elsewhere in the report
+_MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
+
+_KINDS = (("exact", "the same"), ("normalised", "the same but for case or spaces"), ("near", "nearly the same"))
+Json = dict[str, Any]
+
+
+def write_report(
+    folder: Path,
+    meta: Mapping[str, Any],
+    findings: Mapping[str, Any],
+    samples: Sequence[ShownSample],
+    *,
+    name: str = "",
+    plan: Mapping[str, Any] | None = None,
+    commands: Sequence[str] = (),
+) -> None:
+    """Write report.json and report.html, which opens without a network.
+
+    Args:
+        folder: Where to.
+        meta: As in meta.json: `source.rows` = `kept` + `dropped` (rows by reason), `cut` rows are among the kept. A row
+            is a number in `source.file`, or a text such as file:row. Everything else is shown as a setting.
+        findings: `Findings.result()`.
+        samples: Shown token by token, see `shown_sample`.
+        name: Of the data folder, if `folder` is not its final place.
+        plan: `step_plan()` with the defaults of training.
+        commands: That make and use this folder.
+    """
+    accounting = account(meta)
+    report = {
+        "format": FORMAT,
+        "name": name or folder.resolve().name,
+        "accounting": accounting,
+        "warnings": warnings(accounting, findings),
+        "findings": dict(findings),
+        "plan": dict(plan) if plan else None,
+        "settings": _flat({key: value for key, value in meta.items() if key not in _COUNTED}),
+        "commands": list(commands),
+    }
+    write_json(folder / REPORT_JSON, report)
+    (folder / REPORT_HTML).write_text(render_page(report, samples), "utf-8")
+
+
+def account(meta: Mapping[str, Any]) -> Json:
+    """Where every raw row went; a sum that does not come out is said, not hidden."""
+    file = meta["source"]["file"]
+
+    def places(rows: Sequence[int | str]) -> list[str]:
+        return [row if isinstance(row, str) else f"{file}:row {row}" for row in rows]
+
+    dropped = {reason: places(rows) for reason, rows in meta["dropped"].items()}
+    rows, cut, lost = meta["source"]["rows"], places(meta["cut"]), sum(map(len, dropped.values()))
+    return {
+        "rows": rows,
+        "kept": meta["kept"] - len(cut),
+        "cut": len(cut),
+        "dropped": lost,
+        "dropped_share": lost / rows if rows else 0.0,
+        "adds_up": rows == meta["kept"] + lost,
+        "cut_rows": cut,
+        "dropped_rows": dropped,
+    }
+
+
+def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list[Json]:
+    """What to look at, the gravest first: {"severity": "fix" | "check" | "note", "what", "why"}."""
+    found: list[Json] = []
+
+    def warn(severity: str, what: str, why: str) -> None:
+        found.append({"severity": severity, "what": what, "why": why})
+
+    if not accounting["adds_up"]:
+        warn("fix", "The rows do not add up.", "Rows were lost or counted twice: a defect, please report it.")
+    _warn_of_losses(accounting, warn)
+    _warn_of_leakage(findings, warn)
+    _warn_of_contents(findings, warn)
+    order = ("fix", "check", "note")
+    return sorted(found, key=lambda warning: order.index(warning["severity"]))
+
+
+def _warn_of_losses(accounting: Mapping[str, Any], warn: Any) -> None:
+    lost, share = accounting["dropped"], accounting["dropped_share"]
+    if lost:
+        reasons = ", ".join(f"{len(rows):,} {reason}" for reason, rows in accounting["dropped_rows"].items())
+        many = share > _MANY_DROPPED
+        more = " A larger --max_seq_length or another --overflow keeps long rows." if many else ""
+        warn(
+            "fix" if many else "note",
+            f"{_rows(lost)} dropped, {percent(share)} of all.",
+            f"{reasons}.{more}",
+        )
+    if accounting["cut"]:
+        warn(
+            "check",
+            f"{_rows(accounting['cut'])} cut: the answer ends early.",
+            "The model learns to stop there. A larger --max_seq_length keeps them whole.",
+        )
+
+
+def _warn_of_leakage(findings: Mapping[str, Any], warn: Any) -> None:
+    leakage, conflicting = findings["leakage"], findings["conflicting"]
+    if leakage["rows"]:
+        kinds = ", ".join(
+            f"{leakage[kind]['rows']:,} {words}" for kind, words in _KINDS if leakage.get(kind, {}).get("rows")
+        )
+        grave = "fix" if leakage["share"] >= _MANY_LEAKED else "check"
+        what = f"{_rows(leakage['rows'], 'test row')} also in train, {percent(leakage['share'])} of the test rows."
+        warn(grave, what, f"{kinds}. The test loss will look better than it is.")
+    if conflicting["prompts"]:
+        across = conflicting["prompts_in_train_and_test"]
+        also = f" {across:,} of them stand in train and test." if across else ""
+        have = "prompt has" if conflicting["prompts"] == 1 else "prompts have"
+        what = f"{conflicting['prompts']:,} {have} more than one answer ({conflicting['rows']:,} rows)."
+        warn("check", what, f"Fine for open questions, contradictory for closed ones.{also}")
+
+
+def _warn_of_contents(findings: Mapping[str, Any], warn: Any) -> None:
+    answers, repeated = findings["answers"], sum(kind["rows"] for kind in findings["duplicates"].values())
+    if findings["untrained"]["rows"]:
+        what = f"{_rows(findings['untrained']['rows'])} without a trained token."
+        warn("fix", what, "They cost time and teach nothing.")
+    if answers["empty"]["rows"]:
+        warn("fix", f"{_rows(answers['empty']['rows'])} with an empty answer.", "The model learns to say nothing.")
+    if answers["refused"]["rows"]:
+        what = f"{_rows(answers['refused']['rows'])} answered with a refusal."
+        warn("check", what, 'As in "I\'m sorry, but as an AI". Remove them unless the model is to learn it.')
+    if answers["short"]["rows"]:
+        limit = findings["rules"]["short_is_below"]
+        what = f"{_rows(answers['short']['rows'])} with an answer of fewer than {limit} characters."
+        warn("note", what, "Right for numbers and choices, wrong for prose.")
+    trouble = {name: entry["rows"] for name, entry in findings["encoding"].items() if entry["rows"]}
+    if trouble:
+        what = "Text that was damaged on its way: " + ", ".join(f"{name} ({n:,})" for name, n in trouble.items()) + "."
+        warn("check", what, "Mostly a file read in the wrong encoding. The model learns to write it, too.")
+    if repeated:
+        share = repeated / findings["rows"]
+        what = f"{_rows(repeated)} repeat an earlier row, exactly or nearly ({percent(share)})."
+        warn("check" if share >= _MANY_REPEATED else "note", what, "Repeated rows weigh more in training.")
+    if not findings["near_duplicates_checked"]:
+        warn("note", "Near-duplicates were not looked for.", "There are more rows than the check was allowed to take.")
+
+
+def _rows(count: int, what: str = "row") -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Json:
+    """Nested settings by dotted names."""
+    flat: Json = {}
+    for key, entry in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(entry, f"{name}.") if isinstance(entry, Mapping) else {name: entry}
+    return flat

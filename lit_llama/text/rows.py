@@ -1,0 +1,48 @@
+"""A file in any known format -> its rows one after another, in little memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lit_llama.errors import DataError
+from lit_llama.text.csv_rows import read_csv
+from lit_llama.text.files import FORMATS, decoded, is_saved, open_bytes, plain_suffix, unchanged
+from lit_llama.text.json_rows import read_json
+from lit_llama.text.raw import RawRow, shown
+from lit_llama.text.tables import MAGIC, open_saved, read_dataset, read_parquet
+
+__all__ = ["RawRow", "read_rows"]
+
+
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """Rows of a file, or of a folder saved by the datasets library, in their order.
+
+    A row is an object, or carries the error that concerns it alone. JSON is an array of objects, one object a line, or
+    objects one after another, whatever the name says.
+
+    Raises:
+        DataError: The file cannot be read, or not from some place on; the message names it.
+    """
+    if is_saved(path):
+        for split, dataset in open_saved(path).items():
+            yield from read_dataset(dataset, str(path), split)
+        return
+    with unchanged(path):
+        yield from _read_file(path)
+
+
+def _read_file(path: Path) -> Iterator[RawRow]:
+    ending = plain_suffix(path)
+    with open_bytes(path) as stream:
+        start = stream.peek(64)[:64]
+        if start.startswith(MAGIC) or ending == ".parquet":
+            yield from read_parquet(path)
+            return
+        looks_like_json = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+        if ending in (".csv", ".tsv"):
+            if looks_like_json:
+                raise DataError(f"{path} is named {ending} but holds JSON: rename it to .json or .jsonl")
+            yield from read_csv(decoded(stream, path), path, "\t" if ending == ".tsv" else None)
+        elif ending in (".json", ".jsonl", ".ndjson") or looks_like_json:
+            yield from read_json(decoded(stream, path), path, by_lines=ending in (".jsonl", ".ndjson"))
+        else:
+            raise DataError(f"{path}: its format is not known (it begins with {shown(start[:20])}); expected {FORMATS}")

@@ -1,0 +1,88 @@
+"""The process that renders foreign templates: started when it is needed, ended when it takes too long."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from lit_llama.errors import CheckpointError
+
+SECONDS = 2.0
+_LONGEST = _ROOM = 1 << 16  # characters of a template, and of what it may write beside the contents
+
+
+class Sandbox:
+    """One process for all templates of this process.
+
+    Args:
+        name: What the template is called in messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def render(self, source: str, names: dict[str, Any], chats: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+        """Render a template.
+
+        Args:
+            source: The template.
+            names: What it finds beside the messages.
+            chats: Each with its "messages", and what to write "around" the {% generation %} blocks.
+
+        Returns:
+            The text of every chat, and the tags that the template looks for in contents.
+
+        Raises:
+            CheckpointError: It fails, takes too long, or writes too much.
+        """
+        if len(source) > _LONGEST:
+            raise CheckpointError(f"{self._name} has {len(source):,} characters, more than {_LONGEST:,}")
+        words = sum(len(message["content"]) for chat in chats for message in chat["messages"])
+        request = {"source": source, "names": names, "chats": chats, "room": _ROOM + 4 * words, "seconds": SECONDS}
+        with self._lock:
+            reply = self._ask(json.dumps(request))
+        if "error" in reply:
+            raise CheckpointError(f"{self._name} cannot be rendered: {reply['error']}")
+        return reply["texts"], reply["tags"]
+
+    def _ask(self, request: str) -> dict[str, Any]:
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if line.endswith("\n"):
+                reply: dict[str, Any] = json.loads(line)
+                return reply
+        except BrokenPipeError:
+            pass
+        except BaseException:  # Ctrl-C: the reply would be taken for that of the next request
+            process.kill()
+            process.wait()
+            raise
+        status = process.wait()
+        slow = status == -signal.SIGALRM
+        return {"error": f"it takes longer than {SECONDS:g} s" if slow else f"its process ended with status {status}"}
+
+    def _started(self) -> subprocess.Popen[str]:
+        """The process; a new one if the last has ended, or belongs to the process that this one was forked from."""
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("renderer.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="ascii",
+                start_new_session=True,  # Ctrl-C is meant for the caller
+            )
+            self._owner = os.getpid()
+        return self._process

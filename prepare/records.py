@@ -1,0 +1,82 @@
+"""Prepare any instruction, chat or text data for fine-tuning.
+
+python prepare/records.py --source chats.jsonl --destination_path data/chats --tokenizer_path checkpoints/NAME
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from lit_llama.cli import CLI
+from lit_llama.text.prompts import StyleName
+
+
+def main(
+    *,
+    source: str | list[str],
+    destination_path: Path,
+    tokenizer_path: Path,
+    prompt_style: StyleName | Literal["chat_template"] = "alpaca",
+    max_seq_length: int = 2048,
+    mask_inputs: bool = True,
+    train_on: Literal["all", "last"] = "all",
+    overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
+    split: Literal["hash", "shuffle", "given"] = "hash",
+    test_split_size: float = 0.05,
+    seed: int = 42,
+    fields: dict[str, str] | None = None,
+    weights: list[float] | None = None,
+    tree: Literal["best", "all"] = "best",
+    on_error: Literal["stop", "skip"] = "stop",
+) -> None:
+    """Read, render, tokenize, mask and split; writes train and test, a report and the prompt style.
+
+    Args:
+        source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the
+            datasets library, or data sets of the Hub; several as [a.jsonl,b.csv]. The schema of every row is
+            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text.
+        destination_path: Folder to make, such as data/NAME.
+        tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
+        prompt_style: How a conversation is put to the model; chat_template is the model's own.
+        max_seq_length: Most tokens of a sample.
+        mask_inputs: Train on answers only, not on prompts.
+        train_on: Every answer of a conversation, or the last one.
+        overflow: What becomes of a longer row: dropped, losing the oldest turns and the beginning of its question,
+            losing the end of its answer, cut into several samples between turns, or an error.
+        split: By a hash of the question (rows that ask the same stand on one side, and no row moves when others are
+            added), by shuffling as lit-llama did, or as the sources are divided.
+        test_split_size: Rows held out for testing: their share, or with --split shuffle their number.
+        seed: Of the split and of mixing.
+        fields: Our names of fields and those in the data, as {"instruction":"question","output":"answer"}.
+        weights: For several sources, how often a row is drawn from each, as [1,0.5].
+        tree: Of a tree of messages, the best path or every one.
+        on_error: A row that cannot be used stops the command, or is dropped with its reason.
+    """
+    from lit_llama.text.prepare import Rules
+    from lit_llama.text.records import prepare_records
+    from lit_llama.train.config import TrainConfig
+
+    rules = Rules(
+        max_seq_length=max_seq_length,
+        mask_inputs=mask_inputs,
+        train_on=train_on,
+        overflow=overflow,
+        split=split,
+        test_split_size=test_split_size,
+        seed=seed,
+    )
+    prepare_records(
+        [source] if isinstance(source, str) else source,
+        destination_path,
+        tokenizer_path=tokenizer_path,
+        prompt_style=prompt_style,
+        rules=rules,
+        fields=fields or {},
+        on_error=on_error,
+        tree=tree,
+        weights=weights,
+        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
+    )
+
+
+if __name__ == "__main__":
+    CLI(main)

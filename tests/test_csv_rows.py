@@ -1,0 +1,68 @@
+"""CSV: read as the csv module reads it, every mistake named with its line."""
+
+import csv
+import io
+
+import pytest
+from raw_rows import ROWS, Put, errors, read, values
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_csv_is_read_as_the_csv_module_reads_it(delimiter: str, end: str, mark: str, put: Put) -> None:
+    """Catches a wrong delimiter, a mark that becomes part of the first name, and lines cut inside quotes."""
+    out = io.StringIO()
+    rows = [*ROWS, {"instruction": "x" * 200_000, "output": "behind a field longer than the module's limit"}]
+    writer = csv.DictWriter(out, ["instruction", "output"], delimiter=delimiter, lineterminator=end)
+    writer.writeheader()
+    writer.writerows(rows)
+    limit = csv.field_size_limit()
+    assert values(put("a.csv", mark + out.getvalue())) == rows and csv.field_size_limit() == limit
+    assert values(put("b.csv", f"{mark}sep={delimiter}{end}{out.getvalue()}")) == rows
+    if delimiter == "\t":
+        assert values(put("a.tsv", mark + out.getvalue())) == rows
+
+
+def test_lines_of_csv_are_counted_in_the_file(put: Put) -> None:
+    """Catches numbers of records in place of lines, as soon as a field holds a line break."""
+    path = put("a.csv", 'a,b\n1,"x\ny\nz"\n\n2,3\n4\n5,6\n')
+    found, error = read(path)
+    assert not error and [row.where for row in found] == [f"{path}:line {number}" for number in (2, 6, 7, 8)]
+    assert errors(path) == ["line 7: found 1 fields, expected 2 (a, b); put fields that hold the delimiter into quotes"]
+    path = put("a.csv", 'sep=;\na;b\n"x\ny";1\n2\n')
+    assert [row.where for row in read(path)[0]] == [f"{path}:line 3", f"{path}:line 5"]
+
+
+BAD_CSV: dict[str, tuple[str, list[str]]] = {
+    "ragged": ("a,b\n1\n2,3,4\n5,6", ["line 2: found 1 fields, expected 2 (a, b)", "line 3: found 3 fields"]),
+    "the same column twice": ("a,b,a\n1,2,3", ["line 1: the column 'a' stands there twice; expected a header"]),
+    "column without a name": ("a,,c\n1,2,3", ["line 1: column 2 has no name; expected a header"]),
+    "no header, long text": (f"{'Explain. ' * 30},Yes.\nb,c", ["line 1: 'Explain. Expl"]),
+    "no header, numbers": ("1,2\n3,4", ["line 1: '1' is no name of a column; expected a header"]),
+    "empty header": (",\n1,2", ["line 1: column 2 has no name"]),
+    "blank header": (" \n1", ["line 1: found no header"]),
+    "only a header": ("a,b\n", ["holds no rows, only a header"]),
+    "blank": ("\n \n", ["line 2: found no header"]),
+    "quote never closed": ('a,b\n1,2\n3,"4\n5,6\n', ["line 3: a quote that opens here is never closed"]),
+    "quote closed too early": ('a,b\n1,"2" 3\n', ["line 2: ',' expected after '\"' (quotes inside a field"]),
+    "old Mac lines": ("a,b\r1,2\r3,4", ["line 1: a carriage return stands alone"]),
+    "NUL": ("a,b\n1,\0\n", ["line 2: found a NUL character: the file is damaged or not CSV"]),
+    "JSON": ('[{"a": 1}]', ["is named .csv but holds JSON: rename it"]),
+    "long sep": ("sep=--\na,b", ["line 1: sep='--', expected one character that separates fields"]),
+    "odd sep": ('sep="\na,b\n', ["line 1: sep='\"', expected one character that separates fields"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CSV)
+def test_malformed_csv_is_an_error_with_its_line(name: str, put: Put) -> None:
+    """Catches fields that slip into another column, and rows that a quote swallows."""
+    content, messages = BAD_CSV[name]
+    found = errors(put("a.csv", content))
+    assert len(found) == len(messages) and all(a in b for a, b in zip(messages, found, strict=True)), found
+
+
+def test_the_index_that_pandas_writes_is_no_mistake(put: Put) -> None:
+    """Catches refusing the commonest CSV there is: its first column has no name."""
+    assert values(put("a.csv", ",a\n0,x\n")) == [{"": "0", "a": "x"}]
+    assert values(put("b.csv", "text\nx\n\ny\n")) == [{"text": "x"}, {"text": "y"}]

@@ -1,0 +1,389 @@
+"""Samples against an independent construction: turn by turn, what generation would be fed, and what is lost of it."""
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CORPUS, Sample, samples_of
+
+from lit_llama.errors import CheckpointError, DataError, UserError
+from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
+from lit_llama.text.prompts import JinjaStyle, named_style
+from lit_llama.text.samples import Encoded, Encoder
+from lit_llama.text.styles import Alpaca, ChatML, Message, PromptStyle, Segment, Vicuna
+from lit_llama.text.tokenizer import Tokenizer
+
+WORDS = ["Zoë", "北京", "😀", "plain", "two  blanks", "\nline", " before", "after ", "<|im_end|>", "</s>", "<s>", "1,2"]
+CHATML = JinjaStyle(
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Both kinds: one without a beginning that ends in <|im_end|>, one with <s> and </s>."""
+    name = {"byte-level": "tiny_folder", "sentencepiece": "llama_tokenizer"}[request.param]
+    return Tokenizer.from_path(request.getfixturevalue(name))
+
+
+def styles(tokenizer: Tokenizer) -> list[PromptStyle]:
+    """Those whose control tokens the tokenizer has."""
+    return [Alpaca(), Vicuna(), *([ChatML(), CHATML] if "<|im_end|>" in tokenizer.control else [])]
+
+
+def chat(turns: int, seed: int = 0, system: str = "") -> list[Message]:
+    """Questions and answers out of words that are hard to cut."""
+    draw = random.Random(seed)
+    words = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 9))) or "x" for _ in range(2 * turns)]
+    roles = ["user", "assistant"] * turns
+    messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    return [{"role": "system", "content": system}, *messages] if system else list(messages)
+
+
+def rows_of(*chats: Sequence[Message]) -> list[Conversation]:
+    return [Conversation(tuple(messages), row, f"a.jsonl:line {row + 1}") for row, messages in enumerate(chats)]
+
+
+def text_rows(*texts: str) -> list[Conversation]:
+    return [replace(row, text=True) for row in rows_of(*([{"role": "assistant", "content": text}] for text in texts))]
+
+
+def encode(
+    tokenizer: Tokenizer, rows: Sequence[Conversation], style: PromptStyle | None = None, **options: Any
+) -> tuple[list[Sample], Encoded]:
+    encoded = Encoder(tokenizer, style or Alpaca(), **{"max_seq_length": 100_000, **options})(rows)
+    return samples_of(encoded), encoded
+
+
+def answer_ids(tokenizer: Tokenizer, style: PromptStyle, answer: str) -> list[int]:
+    """What a model has to say, up to its end."""
+    opening = " " if style.name == "vicuna" and not tokenizer.spaced else ""
+    end = tokenizer.control["<|im_end|>"] if style.name in ("chatml", "chat_template") else tokenizer.eos_id
+    return [*tokenizer.encode(opening + answer), end]
+
+
+def built(tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], last_only: bool) -> Sample:
+    """The sample as generation would come to it: ask, append the answer, ask again."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = prompt_ids(tokenizer, style, messages[:index])
+            assert prompt[: len(ids)] == ids, "what is asked begins with what was trained"
+            answer = answer_ids(tokenizer, style, message["content"])
+            trained = index + 1 == len(messages) or not last_only
+            labels += [IGNORE_INDEX] * (len(prompt) - len(ids)) + (answer if trained else [IGNORE_INDEX] * len(answer))
+            ids = prompt + answer
+    return Sample(ids, labels)
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_chats_are_what_generation_feeds_token_for_token(turns: int, train_on: Any, tokenizer: Tokenizer) -> None:
+    """Catches a mask off by one, a history with other ids than generation gives it, and a turn that carries no loss."""
+    for style in styles(tokenizer):
+        for seed in range(6):
+            system = "Be brief." if style.name != "alpaca" and seed % 2 else ""
+            messages = chat(turns, seed, system)
+            [sample], encoded = encode(tokenizer, rows_of(messages), style, train_on=train_on)
+            assert sample == built(tokenizer, style, messages, train_on == "last")
+            assert not (encoded.cut or encoded.parts or encoded.dropped)
+            [whole], _ = encode(tokenizer, rows_of(messages), style, train_on=train_on, mask_inputs=False)
+            assert whole.input_ids == whole.labels == sample.input_ids
+
+
+def test_many_rows_at_once_are_each_what_they_are_alone(tokenizer: Tokenizer) -> None:
+    """Catches ids or labels of one row under another, and an order that is not that of the file."""
+    rows = rows_of(*(chat(1 + seed % 4, seed) for seed in range(50)))
+    together, encoded = encode(tokenizer, rows)
+    assert encoded.conversations == rows
+    for row, sample in zip(rows, together, strict=True):
+        assert [sample] == encode(tokenizer, [row])[0]
+    assert encode(tokenizer, [])[0] == []
+
+
+@pytest.mark.parametrize("style", [Alpaca(), Vicuna()], ids=["alpaca", "vicuna"])
+def test_no_control_token_comes_of_what_somebody_wrote(style: PromptStyle, tokenizer: Tokenizer) -> None:
+    """Catches a row that ends the answer early or opens another turn: as many control tokens as of harmless words."""
+    evil = " ".join([*tokenizer.control, "<|im_start|>user"])
+    messages = [{"role": role, "content": evil} for role in ("user", "assistant") * 2]
+    harmless = [{**message, "content": "x"} for message in messages]
+    samples = encode(tokenizer, rows_of(messages, harmless), style)[0]
+    controls = [[i for i in s.input_ids if i in tokenizer.control.values()] for s in samples]
+    assert controls[0] == controls[1] and evil in tokenizer.decode(samples[0].input_ids)
+
+
+# Longer than the limit: everything that is lost is counted, nothing else is lost
+
+
+def lengths(tokenizer: Tokenizer, rows: Sequence[Conversation], style: PromptStyle | None = None) -> list[int]:
+    return [len(sample.input_ids) for sample in encode(tokenizer, rows, style)[0]]
+
+
+@pytest.fixture
+def mixed(tokenizer: Tokenizer) -> tuple[list[Conversation], int]:
+    """Rows of which about half are longer than a limit, one of them by one token and one of them not."""
+    rows = rows_of(*(chat(1 + seed % 5, seed) for seed in range(40)))
+    return rows, sorted(lengths(tokenizer, rows))[20]
+
+
+@pytest.mark.parametrize("overflow", ["drop", "truncate_prompt", "truncate_response", "split"])
+def test_every_policy_keeps_what_fits_and_accounts_for_the_rest(
+    overflow: Any, mixed: tuple[list[Conversation], int], tokenizer: Tokenizer
+) -> None:
+    """Catches rows that are lost, cut without being counted, counted twice, longer than the limit, or out of order."""
+    rows, limit = mixed
+    whole = encode(tokenizer, rows)[0]
+    samples, encoded = encode(tokenizer, rows, max_seq_length=limit, overflow=overflow)
+    long = {row for row, sample in enumerate(whole) if len(sample.input_ids) > limit}
+    assert len(long) > 10 and any(len(sample.input_ids) == limit for sample in whole)
+    touched = [*encoded.cut, *encoded.parts, *(entry.row for entry in encoded.dropped)]
+    assert sorted(touched) == sorted(long)
+    assert [s for s in samples if s.row not in long] == [s for s in whole if s.row not in long]
+    kept = [sample.row for sample in samples]
+    assert kept == sorted(kept) and set(kept) == set(range(40)) - {entry.row for entry in encoded.dropped}
+    assert all(len(sample.input_ids) == len(sample.labels) <= limit for sample in samples)
+    assert all(any(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in samples)
+    assert all(entry.where == f"a.jsonl:line {entry.row + 1}" for entry in encoded.dropped)
+    if overflow == "drop":
+        assert {entry.reason for entry in encoded.dropped} == {f"longer than {limit} tokens"}
+        assert not encoded.cut and not encoded.parts
+    else:
+        assert bool(encoded.parts) == (overflow == "split") and bool(encoded.cut) == (overflow != "split")
+
+
+def test_an_error_names_the_first_row_that_is_too_long(
+    mixed: tuple[list[Conversation], int], tokenizer: Tokenizer
+) -> None:
+    """Catches a policy that stops at rows that fit, or does not say which one does not."""
+    rows, limit = mixed
+    first, size = next((i, n) for i, n in enumerate(lengths(tokenizer, rows)) if n > limit)
+    with pytest.raises(DataError, match=rf"line {first + 1} has {size} tokens, more than --max_seq_length {limit}"):
+        encode(tokenizer, rows, max_seq_length=limit, overflow="error")
+    assert encode(tokenizer, rows, max_seq_length=max(lengths(tokenizer, rows)), overflow="error")[0]
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_the_oldest_turns_go_first_and_as_few_as_it_takes(system: str, tokenizer: Tokenizer) -> None:
+    """Catches a turn too many, a lost system message, and an answer without its question."""
+    style, messages = Vicuna(), chat(8, 3, system)
+    head, turns = messages[: bool(system)], messages[bool(system) :]
+    for dropped in range(1, 8):
+        rest = [*head, *turns[2 * dropped :]]
+        [wanted], _ = encode(tokenizer, rows_of(rest), style)
+        for limit in (len(wanted.input_ids), len(wanted.input_ids) + 1):
+            [found], encoded = encode(
+                tokenizer, rows_of(messages), style, max_seq_length=limit, overflow="truncate_prompt"
+            )
+            assert found == wanted and encoded.cut == [0]
+            assert list(encoded.conversations[0].messages) == rest
+
+
+def test_a_hundred_thousand_turns_are_cut_in_no_time(tiny_folder: Path) -> None:
+    """Catches encoding a chat anew for each of its turns."""
+    tokenizer = Tokenizer.from_path(tiny_folder)
+    messages = [{"role": role, "content": str(n)} for n in range(10_000) for role in ("user", "assistant")]
+    [sample], _ = encode(tokenizer, rows_of(messages), ChatML(), max_seq_length=200, overflow="truncate_prompt")
+    assert 150 < len(sample.input_ids) <= 200
+
+
+def test_then_the_beginning_of_the_question_goes_of_its_input_first(tokenizer: Tokenizer) -> None:
+    """Catches an instruction cut before its input, a lost end of the question, and a lost answer."""
+    asked = {"role": "user", "content": "Count these words.", "input": " ".join(map(str, range(200)))}
+    messages = [asked, {"role": "assistant", "content": "There are 200 of them."}]
+    [size] = lengths(tokenizer, rows_of(messages))
+    [bare] = lengths(tokenizer, rows_of([{**asked, "input": "9"}, messages[1]]))
+    answer = answer_ids(tokenizer, Alpaca(), messages[1]["content"])
+    for limit in range(bare + 9, size, 37):
+        [sample], encoded = encode(tokenizer, rows_of(messages), max_seq_length=limit, overflow="truncate_prompt")
+        question = encoded.conversations[0].messages[0]
+        assert sample.labels[-len(answer) :] == answer and encoded.cut == [0] and len(sample.input_ids) <= limit
+        assert asked["input"].endswith(question["input"]) and asked["content"].endswith(question["content"])
+        assert question["content"] == asked["content"] or not question["input"]
+        assert len(sample.input_ids) > 0.9 * limit - 30, "not much more goes than has to"
+    reason = f"what cannot be cut fills {len(answer)} tokens"
+    _, encoded = encode(tokenizer, rows_of(messages), max_seq_length=len(answer), overflow="truncate_prompt")
+    assert encoded.dropped == [Dropped(0, "a.jsonl:line 1", reason)]
+
+
+def test_a_chat_is_split_between_turns_each_part_with_the_system_message(tokenizer: Tokenizer) -> None:
+    """Catches a lost or doubled turn, parts that could be one, and a part without its system message."""
+    style, messages = Vicuna(), chat(9, 5, "Be brief.")
+    alone = rows_of(*([messages[0], *messages[i : i + 2]] for i in range(1, 19, 2)))
+    longest = max(lengths(tokenizer, alone, style))
+    for limit in (longest + 40, longest + 90, 4 * longest):
+        samples, encoded = encode(tokenizer, rows_of(messages), style, max_seq_length=limit, overflow="split")
+        assert encoded.parts == [0] and len(samples) > 1 and not encoded.cut and not encoded.dropped
+        parts = [list(conversation.messages) for conversation in encoded.conversations]
+        assert all(part[0] == messages[0] for part in parts)
+        assert [message for part in parts for message in part[1:]] == messages[1:]
+        assert [s.input_ids for s in samples] == [s.input_ids for s in encode(tokenizer, rows_of(*parts), style)[0]]
+        for part, following in itertools.pairwise(parts):
+            [together] = encode(tokenizer, rows_of([*part, *following[1:3]]), style)[0]
+            assert len(together.input_ids) > limit
+    [first] = encode(tokenizer, rows_of(messages[:3]), style)[0]
+    _, encoded = encode(tokenizer, rows_of(messages), style, max_seq_length=len(first.input_ids) - 1, overflow="split")
+    assert [entry.reason[:14] for entry in encoded.dropped] == ["one turn alone"] and not encoded.parts
+
+
+def test_parts_without_anything_to_learn_are_refused(tokenizer: Tokenizer) -> None:
+    """Catches samples without a label, or answers trained that were not to be."""
+    with pytest.raises(UserError, match=r"--overflow split with --train_on last.*truncate_prompt"):
+        Encoder(tokenizer, Alpaca(), max_seq_length=9, train_on="last", overflow="split")
+
+
+# Plain text
+
+
+@pytest.mark.parametrize("limit", [3, 4, 17, 64])
+@pytest.mark.parametrize("mask_inputs", [True, False])
+def test_every_token_of_a_text_is_predicted_once(limit: int, mask_inputs: bool, tokenizer: Tokenizer) -> None:
+    """Catches tokens lost between windows, a window of one token, and an end in the middle of a text."""
+    texts = [" ".join(random.Random(seed).choices(WORDS, k=3 + 20 * seed)) for seed in range(6)]
+    rows = text_rows(*texts)
+    samples, encoded = encode(tokenizer, rows, max_seq_length=limit, overflow="split", mask_inputs=mask_inputs)
+    assert set(encoded.parts) | {row.row for row in rows if len(tokenizer.encode(texts[row.row])) + 2 <= limit} == {
+        *range(6)
+    }
+    for row, text in enumerate(texts):
+        windows = [sample for sample in samples if sample.row == row]
+        whole = [*tokenizer.encode(text), tokenizer.eos_id]
+        if tokenizer.bos:
+            assert all(window.input_ids[0] == tokenizer.control[tokenizer.bos] for window in windows)
+        else:
+            whole = whole[1:]  # nothing stands before it
+        assert [i for window in windows for i in window.labels[1:]] == whole
+        assert all(window.input_ids[1:] == window.labels[1:] for window in windows)
+        assert all(1 < len(window.input_ids) <= limit for window in windows)
+        assert all(len(window.input_ids) == limit for window in windows[:-1])
+
+
+def test_windows_carry_the_words_they_are_made_of(tokenizer: Tokenizer) -> None:
+    """Catches a whole book kept for each of its windows, which a report would take for duplicates."""
+    text = " ".join(f"word{n}" for n in range(300))
+    _, encoded = encode(tokenizer, text_rows(text), max_seq_length=50, overflow="split")
+    words = [row.messages[0]["content"] for row in encoded.conversations]
+    assert "".join(words).replace(" ", "") == text.replace(" ", "") and len(words) > 10
+    assert max(map(len, words)) < len(text) / 5
+
+
+@pytest.mark.parametrize("overflow", ["drop", "truncate_prompt", "truncate_response"])
+def test_a_long_text_is_dropped_or_loses_its_end(overflow: Any, tokenizer: Tokenizer) -> None:
+    """Catches a text that has no prompt and so ends in a traceback."""
+    samples, encoded = encode(tokenizer, text_rows("many words " * 50), max_seq_length=20, overflow=overflow)
+    if overflow == "truncate_response":
+        assert encoded.cut == [0] and len(samples[0].input_ids) == 20 and samples[0].labels[-1] == tokenizer.eos_id
+    else:
+        assert not samples and len(encoded.dropped) == 1
+
+
+# What is promised of every sample is checked on every sample
+
+
+def test_a_tokenizer_that_makes_controls_of_words_is_found_out(tiny_folder: Path) -> None:
+    """Catches an injection through a tokenizer that parses control tokens in any text."""
+    tokenizer = Tokenizer.from_path(tiny_folder)
+    encode_batch = tokenizer.encode_batch
+
+    def parsing(texts: Sequence[str]) -> list[list[int]]:
+        return [ids + [2] * ("<|im_end|>" in text) for ids, text in zip(encode_batch(texts), texts, strict=True)]
+
+    tokenizer.encode_batch = parsing  # type: ignore[method-assign]
+    good, evil = chat(1, 2), [*chat(1)[:1], {"role": "assistant", "content": "<|im_end|>"}]
+    with pytest.raises(CheckpointError, match=r"a\.jsonl:line 3: this tokenizer makes a control token \(id 2\)"):
+        encode(tokenizer, rows_of(*[[{**m, "content": "x"} for m in good]] * 2, evil), ChatML())
+
+
+def test_what_a_tokenizer_cannot_spell_is_no_control_token(tmp_path: Path) -> None:
+    """Catches refusing every row with a character outside an old vocabulary, whose <unk> is an added token."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_path(tmp_path)
+    [sample], _ = encode(tokenizer, rows_of([*chat(1)[:1], {"role": "assistant", "content": "ὦ"}]))
+    assert 0 in sample.labels and sample.input_ids.count(1) == 1
+
+
+class Unended(Alpaca):
+    """Forgets the end of every answer but the last."""
+
+    def render(self, messages: Sequence[Message], **options: Any) -> list[Segment]:
+        segments = super().render(messages, **options)
+        ends = [index for index, segment in enumerate(segments) if segment.template and segment.trained]
+        return [segment for index, segment in enumerate(segments) if index not in ends[:-1]]
+
+
+class Untrained(Alpaca):
+    """Has the loss on the answer, but not on its end."""
+
+    def render(self, messages: Sequence[Message], **options: Any) -> list[Segment]:
+        return [
+            replace(segment, trained=segment.trained and not segment.template)
+            for segment in super().render(messages, **options)
+        ]
+
+
+class Unbegun(Alpaca):
+    """Forgets the beginning."""
+
+    def render(self, messages: Sequence[Message], **options: Any) -> list[Segment]:
+        return super().render(messages, **options | {"bos": ""})
+
+
+class Twice(Alpaca):
+    """Begins twice."""
+
+    def render(self, messages: Sequence[Message], **options: Any) -> list[Segment]:
+        return [Segment(options["bos"], template=True), *super().render(messages, **options)]
+
+
+@pytest.mark.parametrize(
+    ("style", "message"),
+    [
+        (Unended(), "line 2: the prompt style alpaca ends an answer in"),
+        (Untrained(), "line 1: the prompt style alpaca ends an answer in"),
+        (Unbegun(), "line 1: expected one <s> at the beginning, found none or two"),
+        (Twice(), "line 1: expected one <s> at the beginning, found none or two"),
+    ],
+)
+def test_a_style_that_breaks_a_promise_is_found_out(style: PromptStyle, message: str, llama_tokenizer: Path) -> None:
+    """Catches a model that never stops after its first answer, or meets its beginning twice or never."""
+    tokenizer = Tokenizer.from_path(llama_tokenizer)
+    with pytest.raises(CheckpointError, match=message):
+        encode(tokenizer, rows_of(chat(1), chat(3)), style)
+    assert len(encode(tokenizer, rows_of(chat(1), chat(3)))[0]) == 2
+
+
+def test_a_row_that_the_style_cannot_render_is_named_or_dropped(tokenizer: Tokenizer) -> None:
+    """Catches one odd row among a million that stops everything without saying which one it is."""
+    rows = rows_of(chat(1), chat(1, system="Be brief."), chat(2))
+    with pytest.raises(UserError, match=r"a\.jsonl:line 2: the prompt style alpaca has no system message"):
+        encode(tokenizer, rows)
+    samples, encoded = encode(tokenizer, rows, on_error="skip")
+    assert [sample.row for sample in samples] == [0, 2] == [row.row for row in encoded.conversations]
+    assert [(entry.row, entry.reason) for entry in encoded.dropped] == [
+        (1, "the prompt style alpaca has no system message")
+    ]
+
+
+def test_a_models_own_template_trains_as_the_built_in_style(tiny_folder: Path) -> None:
+    """Catches --prompt_style chat_template that trains nothing, or other tokens than the same style built in."""
+    tokenizer = Tokenizer.from_path(tiny_folder)
+    rows = rows_of(*(chat(1 + seed % 3, seed, "Be brief." * (seed % 2)) for seed in range(12)))
+    options: list[dict[str, Any]] = [{}, {"train_on": "last"}, {"max_seq_length": 90, "overflow": "truncate_response"}]
+    for option in options:
+        found, wanted = (encode(tokenizer, rows, style, **option)[0] for style in (CHATML, named_style("chatml")))
+        assert found == wanted and found

@@ -1,0 +1,151 @@
+"""Parquet and folders of the datasets library: the rows that those give, damage named for what it is."""
+
+import gzip
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+from raw_rows import CHAT, ROWS, errors, read, values
+
+from lit_llama.errors import ResourceError, UserError
+from lit_llama.text import tables
+from lit_llama.text.reading import read_conversations
+
+
+def test_parquet_gives_the_rows_that_pyarrow_gives(tmp_path: Path) -> None:
+    """Catches rows lost between batches and row groups, and nested chats that come out in another form."""
+    rows = [{**row, **CHAT, "tags": ["a", None]} for row in ROWS * 99]
+    table = pa.Table.from_pylist(rows)
+    table = table.append_column("kind", pa.array(["x", "y"] * (len(rows) // 2)).dictionary_encode())
+    table = table.append_column("large", pa.array(["é"] * len(rows), pa.large_string()))
+    for compression in ("snappy", "zstd", "gzip", "none"):
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=100, compression=compression)
+        assert values(tmp_path / "a.parquet") == pq.read_table(tmp_path / "a.parquet").to_pylist()
+    (tmp_path / "a.parquet").rename(tmp_path / "no name")
+    assert len(values(tmp_path / "no name")) == len(rows)
+
+
+def test_columns_without_a_word_in_json_keep_their_type(tmp_path: Path) -> None:
+    """Catches binary, decimal and dates turned to text in silence: the schema has to see what they are."""
+    row = {"a": b"x", "b": Decimal("1.5"), "c": date(2020, 1, 1), "d": None}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == [row]
+
+
+def test_parquet_that_is_none_is_named(tmp_path: Path) -> None:
+    """Catches Arrow's own words about a footer, and zero rows that pass as read."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    whole = path.read_bytes()
+    middle = bytearray(whole)
+    middle[20:60] = b"\xff" * 40
+    for content, message in (
+        (whole[:-9], "is cut off: it ends with"),
+        (whole[:-300], "is cut off: it ends with"),
+        (b"[]", "is no Parquet file: it begins with b'[]', expected b'PAR1'"),
+        (b"PAR1", "cannot be read as Parquet"),
+        (b"PAR1" * 9, "cannot be read as Parquet"),
+        (gzip.compress(whole), "is Parquet and packed once more: unpack it"),
+        (bytes(middle), "cannot be read as Parquet"),
+    ):
+        path.write_bytes(content)
+        assert message in read(path)[1]
+    pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), path)
+    assert "holds no rows" in read(path)[1]
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    assert "the column 'text' stands there twice" in read(path)[1]
+
+
+def test_a_text_that_is_not_utf8_is_named_with_its_row(tmp_path: Path) -> None:
+    """Catches a UnicodeDecodeError without a place, and good rows of the same batch that get lost."""
+    texts = pa.array([b"a", b"b\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"n": [1, 2, 3], "text": texts}), tmp_path / "a.parquet")
+    found, error = read(tmp_path / "a.parquet")
+    assert [row.value for row in found] == [{"n": 1, "text": "a"}, None, {"n": 3, "text": "c"}] and not error
+    assert errors(tmp_path / "a.parquet") == ["row 1: field text is not UTF-8: byte 0xff at offset 1"]
+
+
+def test_folders_of_the_datasets_library_are_read_as_it_reads_them(tmp_path: Path) -> None:
+    """Catches a split left out, and rows in another order than the library's."""
+    rows = [{**row, **CHAT} for row in ROWS * 99]
+    whole = datasets.Dataset.from_list(rows)
+    rows = list(whole)
+    whole.select(range(len(rows) - 1, -1, -1)).save_to_disk(str(tmp_path / "one"))
+    splits = datasets.DatasetDict({"train": whole, "test": whole.select([3, 1])})
+    splits.save_to_disk(str(tmp_path / "two"))
+    assert values(tmp_path / "one") == rows[::-1]
+    assert values(tmp_path / "two") == [*rows, rows[3], rows[1]]
+    assert read(tmp_path / "two")[0][-1].where == f"{tmp_path / 'two'}/test:row 1"
+
+
+def test_a_damaged_folder_of_the_datasets_library_is_named(tmp_path: Path) -> None:
+    """Catches the library's traceback about a file that nobody has heard of."""
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:40])
+    assert "cannot be" in read(tmp_path / "one")[1]
+    (tmp_path / "one" / "state.json").write_text("{")
+    assert "cannot be opened as a folder of the datasets library" in read(tmp_path / "one")[1]
+
+
+def test_a_name_of_the_hub_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mistyped path that is looked for in the network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert all(map(tables.is_hub_id, ["tatsu-lab/alpaca", "openai/gsm8k:main", "a/b#train[:10%]", "a/b:c#train_sft"]))
+    assert not any(map(tables.is_hub_id, ["data/alpaca", "a/b.jsonl", "a/b/c", "alpaca", "../a", "a/b.csv.gz", "/a/b", "a b/c"]))  # fmt: skip # noqa: E501
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_fetched_says_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of the network for what may be a mistyped path, and the kinds of refusal mixed up."""
+
+    def fail(error: Exception) -> Callable[..., Any]:
+        def load(*_: object, **__: object) -> Any:
+            raise error
+
+        return load
+
+    for error, kind, message in (
+        (ConnectionError("Couldn't reach 'x/y' on the Hub"), ResourceError, "cannot be fetched from the Hub: Couldn't"),
+        (
+            DatasetNotFoundError("Dataset 'x/y' doesn't exist"),
+            UserError,
+            "neither a file .*hf auth login",
+        ),
+        (
+            ValueError("Config name is missing.\nPick one among: ['a']"),
+            UserError,
+            "Pick one.*configuration as x/y:N",
+        ),
+    ):
+        monkeypatch.setattr(datasets, "load_dataset", fail(error))
+        with pytest.raises(kind, match=message):
+            read_conversations(["x/y"])
+
+
+def test_a_data_set_of_the_hub_is_read_with_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a configuration or split that is not passed on."""
+    asked = []
+    made = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"instruction": name, "output": name}]) for name in ("train", "test_sft")}
+    )
+
+    def load(name: str, configuration: str | None, split: str | None) -> Any:
+        asked.append((name, configuration, split))
+        return made[split] if split else made
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = list(read_conversations(["x/y:main"]))
+    assert [(entry.where, getattr(entry, "split", "")) for entry in found] == [
+        ("x/y:main/train:row 0", "train"),
+        ("x/y:main/test_sft:row 0", "test"),
+    ]
+    assert [entry.where for entry in read_conversations(["x/y#test_sft"])] == ["x/y/test_sft:row 0"]
+    assert asked == [("x/y", "main", None), ("x/y", None, "test_sft")]

@@ -163,7 +163,7 @@ def test_a_piece_that_is_no_text_is_named(at: Folders) -> None:
 def test_a_template_that_leaves_out_the_question_is_refused(at: Folders, content: str) -> None:
     """Catches a page taken for a chat template: the model would answer every question alike, and nobody knew why."""
     (at["model"] / "chat_template.jinja").write_text(content)
-    refused(at, 4, ("no chat template", "--prompt_style"), *door("instruct", at, "model"))
+    refused(at, 4, ("leaves out the user message", "--prompt_style"), *door("instruct", at, "model"))
 
 
 @pytest.mark.parametrize("folder", ["parts", "torch"])

@@ -256,7 +256,7 @@ def test_a_cut_file_is_an_error(tiny_folder: Path, folder: Path, size: int) -> N
     """Catches a traceback of the package."""
     path = folder / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|is empty"):
         load_adapter(load_model(tiny_folder), folder)
 
 

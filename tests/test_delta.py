@@ -19,7 +19,7 @@ from lit_llama.convert.delta.folders import apply, make, verify
 from lit_llama.convert.delta.policy import Policy, blocks, mean_row
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder import read_manifest, resume
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.weights import INDEX_FILE, Stored, Weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -99,6 +99,24 @@ def test_a_sum_is_bit_for_bit_that_of_the_publishers_scripts(base: Path, tmp_pat
     assert load_model(tmp_path / "merged").config.vocab_size == ROWS
 
 
+def test_torch_files_are_added_as_safetensors_are(base: Path, tmp_path: Path) -> None:
+    """Catches a base or delta refused for being stored as Ziya's is, and an identity that depends on the container."""
+    folders = {"base": base, "delta": folder_of(tmp_path / "delta", delta_of("ziya"))}
+    apply(*folders.values(), tmp_path / "merged")
+    make(base, tmp_path / "merged", tmp_path / "made")
+    for name, folder in folders.items():
+        old = Path(shutil.copytree(folder, tmp_path / f"{name}-bin"))
+        torch.save(read(folder), old / "pytorch_model.bin")
+        (old / "model.safetensors").unlink()
+    apply(tmp_path / "base-bin", tmp_path / "delta-bin", tmp_path / "again")
+    verify(tmp_path / "again", tmp_path / "base-bin", tmp_path / "delta-bin")
+    assert_same(read(tmp_path / "again"), read(tmp_path / "merged"))
+    origins = [json.loads((tmp_path / name / "meta.json").read_text())["delta"] for name in ("merged", "again")]
+    assert [[origin[side].pop("path") for side in ("base", "delta")] for origin in origins] and origins[0] == origins[1]
+    apply(tmp_path / "base-bin", tmp_path / "made", tmp_path / "third")  # which says from which base it was made
+    assert fingerprint(base) == origins[0]["base"]["fingerprint"]
+
+
 def test_equal_shapes_are_added(tmp_path: Path) -> None:
     """Catches a policy `add` that does anything else, and an `auto` that finds another one."""
     base = folder_of(tmp_path / "base", state_of(0, ROWS))
@@ -137,7 +155,7 @@ def test_a_sum_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     """Catches an infinity that a file would carry to every program that reads it."""
     base, delta = state_of(0, ROWS), delta_of("add")
     base["model.layers.1.mlp.up_proj.weight"][3, 4] = delta["model.layers.1.mlp.up_proj.weight"][3, 4] = 60000
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .*not finite in F16"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .*not finite in float16"):
         apply(folder_of(tmp_path / "b", base), folder_of(tmp_path / "d", delta), tmp_path / "merged", policy="add")
     assert not (tmp_path / "merged").exists()
 

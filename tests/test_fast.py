@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import sentencepiece
 from conftest import CORPUS
 from plain import write_sentencepiece
 
-from lit_llama.convert.tokens.fast import fast_tokenizer
+from lit_llama.convert.tokens.fast import complete, fast_tokenizer
 from lit_llama.convert.tokens.files import read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer, Tokenizer
@@ -165,3 +166,31 @@ def test_a_damaged_tiktoken_file_is_refused(tiktoken_folder: Path, change: objec
     path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())) + b"\n")
     with pytest.raises(CheckpointError, match=message):
         read_vocabulary(tiktoken_folder, 656, 8192)
+
+
+def test_a_folder_with_added_tokens_gets_its_tokenizer_json(beside: Callable[..., Path]) -> None:
+    """Catches a merged model that transformers cannot ask: no tokenizer.json, other ids, or no space behind <human>."""
+    from transformers import AutoTokenizer
+
+    folder = beside()
+    pieces = Tokenizer.from_path(folder).size
+    added = {"<human>": pieces, "<bot>": pieces + 1}
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    beside(added_tokens=added, tokenizer_config=settings)
+    ours = Tokenizer.from_path(folder)
+    complete(folder)
+    assert Tokenizer.from_path(folder).fingerprint() == ours.fingerprint()
+    theirs = AutoTokenizer.from_pretrained(folder)
+    wanted = [1, pieces, *ours.encode(":Zoë's café\n"), pieces + 1, *ours.encode(":")]
+    assert theirs("<human>:Zoë's café\n<bot>:")["input_ids"] == wanted
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    complete(folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_gap_between_the_added_tokens_leaves_the_folder_as_it_is(beside: Callable[..., Path]) -> None:
+    """Catches a tokenizer.json in which a token has moved to another id, since the package numbers them itself."""
+    folder = beside(added_tokens={"<human>": 1000})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    complete(folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

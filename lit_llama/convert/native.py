@@ -47,7 +47,7 @@ def open_folder(folder: Path) -> Source:
     stored = Weights(folder).locate() if safe else _locate_bin(folder)
     # Old files carry the rotary frequencies, which follow from the configuration.
     places = {name: place for name, place in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-    notes: dict[str, Any] = {"weights": "safetensors" if safe else "torch .bin"}
+    notes: dict[str, Any] = {} if safe else {"weights": "torch .bin"}
     if config.tie_word_embeddings and HEAD in places:
         if EMBEDDING not in places or not same(places[EMBEDDING], places.pop(HEAD)):
             raise CheckpointError(

@@ -12,7 +12,7 @@ from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import adapters, apply_lora
-from lit_llama.model.weights import check_names
+from lit_llama.model.weights import check_names, describe_wrong_file
 
 CONFIG_FILE, WEIGHTS_FILE, META_FILE = "adapter_config.json", "adapter_model.safetensors", "meta.json"
 _PREFIX = "base_model.model."
@@ -86,7 +86,7 @@ def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str]:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; finetune/lora.py writes adapter folders") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: expected an object with peft_type LORA")
@@ -110,10 +110,12 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
         CheckpointError: The file is missing, unreadable, empty, not finite, or every update is zero.
     """
     path = folder / WEIGHTS_FILE
+    if wrong := describe_wrong_file(path):  # also a pipe, which would be waited for
+        raise CheckpointError(f"{path} is {wrong}")
     try:
         raw = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
     weights = {name.removeprefix(_PREFIX).removesuffix(".weight"): value for name, value in raw.items()}
     if not weights:
         raise CheckpointError(f"{path} is empty: it holds no tensor")
@@ -170,7 +172,7 @@ def base_of(adapter_dir: Path) -> Path:
             if "source" in known and "base" not in known:  # downloaded: its author gave no fingerprint
                 return base
             expected = known["base"]["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
         if fingerprint(base) != expected:
             raise IntegrityError(

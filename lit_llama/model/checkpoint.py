@@ -5,16 +5,20 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.weights import DTYPES, Weights, check_names, read_header, weight_files
+from lit_llama.model.weights import DTYPES, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
 
+_DELTA = 0.05
+"""Root mean square of all norm weights below which a folder is a difference: models have 0.3 and more."""
 _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that go into a fingerprint
 
 
@@ -27,7 +31,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         dtype: Convert the weights to it; None keeps what is stored.
 
     Raises:
-        CheckpointError: Tensors are missing, unknown, or of another shape than config.json says.
+        CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
+            delta.
     """
     config = LLaMAConfig.from_folder(folder)
     weights = Weights(folder)
@@ -40,6 +45,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     if tied:
         expected.pop("lm_head.weight")
     check_names(folder, set(expected), dict.fromkeys(names))
+    _check_whole(folder, weights)
     state = {}
     for name in track(names, f"loading {folder}"):
         stored, shape = weights.spec(name)
@@ -57,23 +63,59 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     return model.requires_grad_(False).eval()
 
 
+def _check_whole(folder: Path, weights: Weights) -> None:
+    """A delta runs as well as a model does, and says nothing: its norms, which scale all there is, are near zero."""
+    norms = torch.cat([weights[name].flatten().float() for name in weights if name.endswith("norm.weight")])
+    if (size := norms.square().mean().sqrt().item()) < _DELTA:
+        raise CheckpointError(
+            f"{folder} holds a delta and no model: its norms are near zero (root mean square {size:.2g}, expected 0.3 "
+            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir {folder} "
+            f"--destination_path {folder}-merged"
+        )
+
+
 def fingerprint(folder: Path) -> str:
     """Identity of the weights in a folder, however they are sharded: a hash over every tensor's name, dtype, shape and
     three samples of its bytes.
 
     It tells one base from another in a moment, also for the largest; it is no proof against a flipped bit.
     """
+    found: dict[str, _Place] = {}
+    for path in set(weight_files(folder).values()):
+        start, header = read_header(path)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            found[name] = _Place(entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
+    return _fingerprint(found)
+
+
+def fingerprint_stored(stored: Mapping[str, Stored]) -> str:
+    """The same of tensors wherever they lie, which need not be in safetensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return _fingerprint(
+        {
+            name: _Place(names[place.dtype], place.shape, place.path, place.offset, place.size)
+            for name, place in stored.items()
+        }
+    )
+
+
+class _Place(NamedTuple):
+    """Dtype and shape of a tensor, and where its bytes lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    size: int
+
+
+def _fingerprint(places: Mapping[str, _Place]) -> str:
     digest = hashlib.sha256()
-    headers = {path: read_header(path) for path in set(weight_files(folder).values())}
-    entries = {
-        name: (path, start, entry) for path, (start, header) in headers.items() for name, entry in header.items()
-    }
-    for name in sorted(entries):
-        path, start, entry = entries[name]
-        begin, end = entry["data_offsets"]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        with path.open("rb") as file:
-            for offset in (begin, (begin + end) // 2, max(begin, end - _SAMPLE)):
-                file.seek(start + offset)
-                digest.update(file.read(min(_SAMPLE, end - offset)))
+    for name, place in sorted(places.items()):
+        digest.update(json.dumps([name, place.dtype, place.shape]).encode())
+        with place.path.open("rb") as file:
+            for offset in (0, place.size // 2, max(0, place.size - _SAMPLE)):
+                file.seek(place.start + offset)
+                digest.update(file.read(min(_SAMPLE, place.size - offset)))
     return digest.hexdigest()

@@ -154,6 +154,11 @@ class LLaMAConfig:
     def from_folder(cls, folder: Path) -> "LLaMAConfig":
         """Read `folder/config.json`; errors name the file."""
         path = folder / "config.json"
+        if not path.is_file() and (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is an adapter and no model: put it into its base first, with python finetune/merge.py "
+                f"--adapter_dir {folder} --destination_path {folder}-merged"
+            )
         if not path.is_file():
             raise CheckpointError(
                 f"{path} does not exist; a checkpoint folder has config.json, *.safetensors and tokenizer files. "
@@ -163,7 +168,7 @@ class LLaMAConfig:
             return cls.from_dict(json.loads(path.read_text("utf-8")))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        except (ValueError, AttributeError, TypeError, ArithmeticError) as error:
+        except (ValueError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a model configuration: {error}") from error
 
     def to_dict(self, dtype: str) -> dict[str, Any]:

@@ -48,6 +48,14 @@ class Stored:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes from the first element to the last."""
+        if not math.prod(self.shape):
+            return 0
+        steps = zip(self.shape, self.stride or _contiguous(self.shape), strict=True)
+        return self.dtype.itemsize * (1 + sum((size - 1) * step for size, step in steps))
+
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Copy rows start to stop (of the first dimension), or the whole tensor, into memory.
 
@@ -142,8 +150,15 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 return dict.fromkeys(file.keys(), single)
         except (SafetensorError, OSError) as error:
             raise _unreadable(single, error) from error
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found or 'nothing'})")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["no such folder"]
+    hint = ""
+    if any(name.endswith((".bin", ".pth")) for name in names):
+        hint = (
+            f"; bring the weights into this layout: python prepare/checkpoint.py --source {folder} --destination_path "
+            f"{folder}-converted. A delta is added to its base as it is, with prepare/delta.py apply"
+        )
+    found = ", ".join(names[:8]) or "nothing"
+    raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}){hint}")
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -272,8 +287,8 @@ def plan_shards(specs: Mapping[str, Spec], max_shard_size: int = MAX_SHARD_SIZE)
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> str:
-    """Write one safetensors file from tensors in the order of `specs`.
+def write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor | Iterable[Tensor]]) -> str:
+    """Write one safetensors file from tensors in the order of `specs`, each whole or as blocks of its rows in order.
 
     Returns:
         The sha256 of the file.
@@ -287,7 +302,7 @@ def write_shard(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor]
     return digest.hexdigest()
 
 
-def _encode(specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> Iterator[Any]:
+def _encode(specs: Mapping[str, Spec], tensors: Iterable[Tensor | Iterable[Tensor]]) -> Iterator[Any]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
@@ -296,9 +311,17 @@ def _encode(specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> Iterator[An
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
-        assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[dtype], shape), name
-        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    values = iter(tensors)
+    for name, (dtype, shape) in specs.items():
+        value, rows = next(values), 0
+        for block in [value] if isinstance(value, Tensor) else value:
+            assert (block.dtype, tuple(block.shape[1:])) == (DTYPES[dtype], shape[1:]), name
+            rows += len(block) if shape else 1
+            yield block.contiguous().view(-1).view(torch.uint8).numpy().data
+            del block
+        assert rows == (shape[0] if shape else 1), name
+        del value  # before the next one is made
+    assert next(values, None) is None
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], specs: Mapping[str, Spec]) -> None:

@@ -26,9 +26,12 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object: {error}") from error
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a JSON object: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object but {str(value)[:60]!r}; download it again")
+    return value
 
 
 def spelling_of(token: Any) -> str:

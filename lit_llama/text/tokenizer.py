@@ -140,11 +140,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.load(str(path))
-        except RuntimeError as error:
+            self._model.id_to_piece(list(range(self._model.vocab_size())))  # all of them are text
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
         self.remarks = []
         self._pieces = self._model.vocab_size()
         self.unknown = self._model.unk_id()
+        if self.unknown < 0:
+            raise CheckpointError(f"{path} is damaged: it has no token for what is unknown; download it again")
         added = self._added(path)
         ids = [i for i in range(self._pieces) if self._model.is_control(i)]
         self.control = {self._model.id_to_piece(i): i for i in ids} | {token.spelling: token.id for token in added}

@@ -16,7 +16,7 @@ from lit_llama.convert.source import META_FILE, Source
 from lit_llama.convert.source import check_shapes as check_model
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.folder import MANIFEST, check_absent, check_apart, read_manifest, sha256_file
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
 from lit_llama.text.prompts import StyleName
@@ -51,7 +51,7 @@ def apply(
     check_apart(destination, base_dir, delta_dir)
     work_base, work_delta = open_folder(base_dir), open_folder(delta_dir)
     base, delta = _side(work_base), _side(work_delta)
-    _check_origin(base_dir, delta_dir)
+    _check_origin(base, delta)
     check_size(base, delta)
     check_pair(base, delta)
     chosen = find_policy(base, delta) if policy == "auto" else policy
@@ -124,18 +124,18 @@ def _side(source: Source) -> Side:
     return Side(source.path, source.stored)
 
 
-def _check_origin(base_dir: Path, delta_dir: Path) -> None:
+def _check_origin(base: Side, delta: Side) -> None:
     """What the folders themselves say of where they came from."""
-    merged = read_object(base_dir / META_FILE).get("delta")
+    merged = read_object(base.folder / META_FILE).get("delta")
     if isinstance(merged, dict):
         raise CheckpointError(
-            f"{base_dir} is merged already: its {META_FILE} says by which delta ({merged.get('delta')}); "
+            f"{base.folder} is merged already: its {META_FILE} says by which delta ({merged.get('delta')}); "
             "--base_dir needs the original weights"
         )
-    made = read_object(delta_dir / META_FILE).get("difference")
-    if isinstance(made, dict) and made["base"]["fingerprint"] != fingerprint(base_dir):
+    made = read_object(delta.folder / META_FILE).get("difference")
+    if isinstance(made, dict) and made["base"]["fingerprint"] != fingerprint_stored(base.stored):
         raise IntegrityError(
-            f"{delta_dir} was made from other weights than those in {base_dir} (then at {made['base']['path']}): "
+            f"{delta.folder} was made from other weights than those in {base.folder} (then at {made['base']['path']}): "
             "the sum would be neither model"
         )
 
@@ -175,7 +175,7 @@ def _compare(merged: Side, base: Side, delta: Side, policy: Policy) -> int:
     for name in track(sorted(merged.stored), "adding rows again"):
         stored = merged.stored[name]
         for start, stop in _ranges(stored.shape, draw):
-            wanted = combine(base, delta, policy, name, stored.dtype, rows=(start, stop))
+            wanted = torch.cat(list(combine(base, delta, policy, name, stored.dtype, rows=(start, stop))))
             if not torch.equal(stored.read(start, stop), wanted):
                 raise IntegrityError(f"{merged.folder}: {name} is not the sum of {base.folder} and {delta.folder}")
             count += stop - start

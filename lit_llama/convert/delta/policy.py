@@ -77,14 +77,15 @@ def combine(
     *,
     sign: int = 1,
     rows: tuple[int, int] | None = None,
-) -> Tensor:
-    """A tensor of base + delta, or with sign -1 of target - base, in `dtype`: all of it, or the rows start to stop.
+) -> Iterator[Tensor]:
+    """A tensor of base + delta, or with sign -1 of target - base, in `dtype`: all of it, or the rows start to stop, in
+    blocks of rows, so that memory holds one block.
 
-    Memory holds the result and a block of rows.
+    Raises:
+        CheckpointError: A value is not finite.
     """
     part, ground = other.stored[name], base.stored[name]
     first, last = rows or (0, part.shape[0])
-    result = torch.empty((last - first, *part.shape[1:]), dtype=dtype)
     own = name in VOCABULARY
     for start, stop in blocks(part.shape, first, last):
         value = part.read(start, stop).float()
@@ -93,8 +94,10 @@ def combine(
             value[:old] += sign * ground.read(start, start + old).float() if old else 0
             if own and policy == "alpaca":
                 value[old:] += sign * mean_row(ground)
-        result[start - first : stop - first] = value.to(dtype)
-    return result
+        block = value.to(dtype)
+        if not block.isfinite().all():
+            raise CheckpointError(f"{name}: the result has values that are not finite in {str(dtype)[6:]}")
+        yield block
 
 
 @lru_cache(maxsize=2)

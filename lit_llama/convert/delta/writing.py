@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lit_llama.convert.delta.policy import Policy, Side, combine, digest
 from lit_llama.convert.source import META_FILE, Source, write_files
+from lit_llama.convert.tokens.fast import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import Staging, check_space, resume, write_json, write_manifest
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import DTYPES, Spec, byte_size, plan_shards, write_index, write_shard
 from lit_llama.progress import stderr, track
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
@@ -70,7 +71,7 @@ class Work:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides every byte of the weights."""
-        base, other = fingerprint(self.base.path), fingerprint(self.other.path)
+        base, other = fingerprint_stored(self.base.stored), fingerprint_stored(self.other.stored)
         return {"base": base, "other": other, "policy": self.policy, "sign": self.sign}
 
     def describe(self) -> str:
@@ -120,16 +121,13 @@ def _write_file(work: Work, staging: Staging, file: str, names: list[str], bar: 
     """One file of weights; what went into it is hashed on the way."""
     hashes: dict[str, dict[str, str]] = {side: {} for side in work.sides}
 
-    def tensors() -> Iterator[Tensor]:
+    def tensors() -> Iterator[Iterator[Tensor]]:
         for name in names:
             next(bar)
             dtype = DTYPES[work.specs[name][0]]
-            value = combine(work.sides["base"], work.sides["other"], work.policy, name, dtype, sign=work.sign)
-            if not value.isfinite().all():
-                raise CheckpointError(f"{name}: the result has values that are not finite in {work.specs[name][0]}")
             for side, places in work.sides.items():
                 hashes[side][name] = digest(places.stored[name])
-            yield value
+            yield combine(work.sides["base"], work.sides["other"], work.policy, name, dtype, sign=work.sign)
 
     part = staging.path / f"{file}.part"
     sha256 = write_shard(part, {name: work.specs[name] for name in names}, tensors())
@@ -142,6 +140,8 @@ def _write_settings(work: Work, folder: Path, style: StyleName | None) -> None:
     rows = work.sides["other"].rows()
     result = replace(work.other, config={**work.other.config, "vocab_size": rows}, specs=work.specs)
     write_files(result, folder)
+    if work.sign > 0:
+        complete(folder)
     tokenizer = Tokenizer.from_path(folder)
     named = named_style(style) if style else folder_style(folder)
     if named is None and {"<human>", "<bot>"} <= tokenizer.control.keys():

@@ -28,8 +28,7 @@ from lit_llama.convert.source import (
     expected_shapes,
     settings,
 )
-from lit_llama.convert.tokens.files import FILE as TOKENIZER_FILE
-from lit_llama.convert.tokens.files import read_vocabulary, tokenizer_model
+from lit_llama.convert.tokens.files import read_vocabulary, write_tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish
 from lit_llama.model.config import LLaMAConfig
@@ -174,8 +173,7 @@ def write_lit(source: Source, destination: Path) -> None:
     with publish(destination, FILE) as folder:
         check_space(destination, sum(map(byte_size, specs.values())))
         write_pth(folder / FILE, specs, produce)
-        if (tokenizer := tokenizer_model(source.files)) is not None:
-            (folder / TOKENIZER_FILE).write_bytes(tokenizer)
+        write_tokenizer_model(folder, source.files)
 
 
 def _check_expressible(source: Source) -> None:

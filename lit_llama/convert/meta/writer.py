@@ -18,7 +18,7 @@ from lit_llama.convert.meta.reader import (
 from lit_llama.convert.pth.files import write_pth
 from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
-from lit_llama.convert.tokens.files import FILE, tokenizer_model
+from lit_llama.convert.tokens.files import write_tokenizer_model
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
@@ -60,8 +60,7 @@ def write_meta(source: Source, destination: Path, num_shards: int = 1) -> None:
                 return _part(meta, in_pairs(name, source.read(name), config), config, shard, num_shards)
 
             write_pth(folder / f"consolidated.{shard:02d}.pth", specs, produce)
-        if (tokenizer := tokenizer_model(source.files)) is not None:
-            (folder / FILE).write_bytes(tokenizer)
+        write_tokenizer_model(folder, source.files)
         write_json(folder / PARAMS_FILE, params)
         lines = [f"{md5_file(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         (folder / CHECKLIST_FILE).write_text("".join(lines), "utf-8")

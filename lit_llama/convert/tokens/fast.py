@@ -9,6 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lit_llama.errors import CheckpointError
+from lit_llama.folder import write_json
+from lit_llama.text.special import SETTINGS_FILE, added_tokens, read_object
+from lit_llama.text.tokenizer import Tokenizer
+
 Token = TypeVar("Token", str, bytes)
 _SPACE = "\u2581"
 _PROBES = (
@@ -90,6 +95,35 @@ def fast_tokenizer(path: Path) -> dict[str, Any] | None:
     return raw if _encode(raw, texts) == model.encode(texts) else None
 
 
+def complete(folder: Path) -> None:
+    """Put a tokenizer.json beside a tokenizer.model that has none, with the tokens added to it, if it says the same.
+
+    Most programs read nothing else. `legacy` tells transformers to encode what stands after a control token as if a
+    space stood before it, as sentencepiece does, and as these models were trained.
+    """
+    path, settings = folder / "tokenizer.json", folder / SETTINGS_FILE
+    if path.is_file() or not (folder / "tokenizer.model").is_file():
+        return
+    own, raw = Tokenizer.from_path(folder), fast_tokenizer(folder / "tokenizer.model")
+    if raw is None:
+        return
+    known = {token["content"] for token in raw["added_tokens"]}
+    raw["added_tokens"] += [
+        {"id": token.id, "content": token.spelling, **_ADDED, "special": token.special}
+        for token in added_tokens(folder)
+        if token.spelling not in known
+    ]
+    write_json(path, raw)
+    try:
+        same = Tokenizer.from_path(folder)
+    except CheckpointError:  # an id that the package does not keep
+        same = None
+    if same is None or (same.fingerprint(), same.bos, same.eos) != (own.fingerprint(), own.bos, own.eos):
+        path.unlink()
+        return
+    write_json(settings, {"legacy": True} | read_object(settings))
+
+
 def merges(ids: Mapping[Token, int], order: Callable[[Token], Any] | None = None) -> list[tuple[Token, Token]]:
     """Every way to cut a token into two tokens, first the most wanted: those of the first token.
 
@@ -106,7 +140,7 @@ def merges(ids: Mapping[Token, int], order: Callable[[Token], Any] | None = None
 
 
 def _encode(raw: dict[str, Any], texts: list[str]) -> list[list[int]]:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Backend
 
-    tokenizer = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))  # text is never a control token
+    tokenizer = Backend.from_str(json.dumps(raw | {"added_tokens": []}))  # text is never a control token
     return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]

@@ -16,6 +16,7 @@ from lit_llama.convert.tokens.bpe import tokenizer_json
 from lit_llama.convert.tokens.fast import fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
+from lit_llama.progress import stderr
 from lit_llama.text.tokenizer import SentencePieceTokenizer
 
 FILE = "tokenizer.model"
@@ -92,7 +93,7 @@ def _bytes(content: Path | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
-def _settings(tokenizer_class: str, **tokens: str) -> bytes:
+def _settings(tokenizer_class: str, **tokens: str | bool) -> bytes:
     rules = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     return encode_json({"tokenizer_class": tokenizer_class, **tokens, **rules})
 
@@ -101,7 +102,8 @@ def _from_sentencepiece(path: Path) -> Vocabulary:
     tokenizer = SentencePieceTokenizer(path)
     if not tokenizer.bos:
         raise CheckpointError(f"{path} has no token that begins a text, as every LLaMA has; {_FETCH}")
-    settings = _settings("LlamaTokenizer", bos_token=tokenizer.bos, eos_token=tokenizer.eos, unk_token="<unk>")
+    roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "unk_token": "<unk>"}
+    settings = _settings("LlamaTokenizer", **roles, legacy=True)  # legacy: see fast.py
     files: dict[str, Path | bytes] = {FILE: path, "tokenizer_config.json": settings}
     if (fast := fast_tokenizer(path)) is not None:  # most programs read this, and the model only with more packages
         files["tokenizer.json"] = encode_json(fast)
@@ -156,6 +158,14 @@ _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 def _spell(token: bytes) -> str:
     return "".join(_CHARACTERS[byte] for byte in token)
+
+
+def write_tokenizer_model(folder: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Write tokenizer.model for the layouts that read nothing else, or say that it is missing."""
+    if (tokenizer := tokenizer_model(files)) is not None:
+        (folder / FILE).write_bytes(tokenizer)
+    else:
+        stderr().print(f"no {FILE} is written: the tokenizer is of a kind that this layout does not know")
 
 
 def tokenizer_model(files: Mapping[str, Path | bytes]) -> bytes | None:

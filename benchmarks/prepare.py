@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -87,10 +88,11 @@ def _rounds(
     results = []
     for number in range(rounds):
         for count, file in made.items():
-            folder = home / f"{count}-{number}"
-            for case in wanted or CASES:
-                command = [sys.executable, __file__, "--measure", case, "--tokenizer_path", str(tokenizer_path)]
-                command += ["--file", str(file), "--folder", str(folder / case.replace(" ", "_").replace(",", ""))]
+            folder = home / f"{count}-{number}"  # "ours, unchanged" finds what "ours" made
+            for case in wanted or list(CASES):
+                paths = {"tokenizer_path": tokenizer_path, "file": file, "folder": folder / re.sub(r"\W+", "_", case)}
+                command = [sys.executable, __file__, "--measure", case]
+                command += [str(word) for name, path in paths.items() for word in (f"--{name}", path)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -102,19 +104,14 @@ def _rounds(
 
 
 def _table(results: list[dict[str, Any]]) -> None:
-    best: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for result in results:
-        best.setdefault((result["case"], result["rows"]), []).append(result)
     base = min((r["seconds"] for r in results if r["case"] == BARE), default=None)
-    print(f"{'':42}{'rows':>9}{'best s':>9}{'median s':>10}{'rows/s':>10}{'peak MB':>9}{'of bare':>9}")
-    for (case, rows), runs in best.items():
-        seconds = [run["seconds"] for run in runs]
-        ratio = f"{min(seconds) / base:9.2f}" if base else ""
-        memory = max(run["peak_rss"] for run in runs) / 1e6
-        print(
-            f"{case:42}{rows:9}{min(seconds):9.2f}{statistics.median(seconds):10.2f}{rows / min(seconds):10.0f}"
-            f"{memory:9.0f}{ratio}"
-        )
+    print(f"{'':34}{'rows':>9}{'best s':>9}{'median s':>10}{'CPU s':>8}{'rows/s':>8}{'peak MB':>9}{'of bare':>9}")
+    for case, rows in dict.fromkeys((result["case"], result["rows"]) for result in results):
+        runs = [result for result in results if (result["case"], result["rows"]) == (case, rows)]
+        best, median = (choose(run["seconds"] for run in runs) for choose in (min, statistics.median))
+        busy, memory = min(run["cpu_seconds"] for run in runs), max(run["peak_rss"] for run in runs) / 1e6
+        ratio = f"{best / base:9.2f}" if base else ""
+        print(f"{case:34}{rows:9}{best:9.2f}{median:10.2f}{busy:8.1f}{rows / best:8.0f}{memory:9.0f}{ratio}")
 
 
 # Rows
@@ -188,15 +185,17 @@ def _ours_without_near_duplicates(*paths: Path) -> Callable[[], object]:
 
     from lit_llama.text import prepare
 
-    prepare.Findings = partial(prepare.Findings, near_duplicates=0)  # type: ignore[misc,assignment]
+    module: Any = prepare
+    module.Findings = partial(module.Findings, near_duplicates=0)
     return _ours(*paths)
 
 
 def _ours_without_report(*paths: Path) -> Callable[[], object]:
     from lit_llama.text import prepare
 
-    prepare.Findings.add = lambda *_: None  # type: ignore[method-assign,assignment]
-    prepare.write_report = lambda *_, **__: None
+    module: Any = prepare
+    module.Findings.add = lambda *_: None
+    module.write_report = lambda *_, **__: None
     return _ours(*paths)
 
 
@@ -231,14 +230,15 @@ def _bare(file: Path, tokenizer_path: Path, _: Path) -> Callable[[], object]:
 
 def _mapped(batched: bool) -> Callable[[Path, Path, Path], Callable[[], object]]:
     def case(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
-        import datasets
+        from functools import partial
+
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
         end = tokenizer.token_to_id("<|im_end|>") or 2
 
         def one(row: Any) -> dict[str, list[int]]:
-            prompt, answer = (tokenizer.encode(text, add_special_tokens=False).ids for text in _texts(row))
+            prompt, answer = (list(tokenizer.encode(text, add_special_tokens=False).ids) for text in _texts(row))
             return {"input_ids": [*prompt, *answer, end], "labels": [-100] * len(prompt) + [*answer, end]}
 
         def many(rows: Any) -> dict[str, list[list[int]]]:
@@ -254,19 +254,19 @@ def _mapped(batched: bool) -> Callable[[Path, Path, Path], Callable[[], object]]
                 "labels": [[-100] * len(prompt) + [*answer, end] for prompt, answer in both],
             }
 
-        return lambda: _map(datasets, file, folder, many if batched else one, batched=batched)
+        function: Callable[[Any], Any] = many if batched else one
+        return partial(_map, _datasets(), file, folder, function, batched=batched)
 
     return case
 
 
 def _chat_template(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
     """What TRL's SFTTrainer does with prompt and completion: both rendered and encoded, then the prompt alone."""
-    import datasets
     from transformers import AutoTokenizer
 
     from lit_llama.text.prompts import named_style
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_path)
     tokenizer.chat_template = named_style("alpaca").jinja(bos=False)
 
     def one(row: Any) -> dict[str, list[int]]:
@@ -276,13 +276,20 @@ def _chat_template(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[
         prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
         return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
+    datasets = _datasets()
     return lambda: _map(datasets, file, folder, one, batched=False)
+
+
+def _datasets() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    return datasets
 
 
 def _map(datasets: Any, file: Path, folder: Path, function: Callable[[Any], Any], *, batched: bool) -> None:
     """From the file to a saved data set with two splits, without its cache."""
-    datasets.disable_progress_bars()
-    datasets.disable_caching()
     raw = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
     made = raw.map(function, batched=batched, remove_columns=raw.column_names)
     made.train_test_split(0.05, seed=42).save_to_disk(str(folder / "made"))

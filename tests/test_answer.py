@@ -22,6 +22,7 @@ from lit_llama.generate.answer import (
 )
 from lit_llama.generate.load import Speaker, load
 from lit_llama.generate.sampling import Sampling
+from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
 
 EXAMPLES = [
@@ -169,6 +170,22 @@ def test_a_blank_instruction_is_refused(speaker: Speaker) -> None:
     """An answer to an unset shell variable."""
     with pytest.raises(UserError, match="--prompt is empty"):
         answer_one(speaker, Example(" \n"), 5, Sampling())
+
+
+def test_a_chat_is_answered_where_it_stands(speaker: Speaker, tmp_path: Path) -> None:
+    """Catches a last question that is asked without the turns before it, or with its answer."""
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    path, output = tmp_path / "chats.jsonl", tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:1]}) + "\n")
+    run_file(speaker, path, output_file=output)
+    [chat, single] = [json.loads(line) for line in output.read_text().splitlines()]
+    style = speaker.require_style()
+    prompts = [prompt_ids(speaker.tokenizer, style, asked) for asked in (turns[:3], turns[:1])]
+    for row, prompt in zip((chat, single), prompts, strict=True):
+        ids = [i for step, _ in speaker.stream(prompt, 12, Sampling()) for i in step]
+        assert row["answer"] == speaker.tokenizer.decode([i for i in ids if i not in speaker.stop_ids])
+    assert chat["messages"] == turns[:3] and chat["output"] == "assistant 1"
+    assert (single["instruction"], single["input"], single["output"]) == ("user 0", "", "")
 
 
 def test_without_an_output_file_each_row_is_a_line_on_stdout(

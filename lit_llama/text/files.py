@@ -39,24 +39,23 @@ _OTHER_MAGIC = {
 }
 
 
-def expand(sources: Sequence[str]) -> list[Path]:
+def expand(sources: Sequence[str], endings: Sequence[str] = ENDINGS) -> list[Path]:
     """Paths, patterns and folders -> files and folders saved by the datasets library, each once.
 
     Sources stay in the order given; what one pattern or folder comes to is sorted. Of a folder, all files are taken
-    whose names end in a known format, those in its subfolders too; hidden and linked ones
-    are not.
+    whose names end in one of `endings`, those in its subfolders too; hidden and linked ones are not.
 
     Raises:
         DataError: A source names nothing.
     """
     found: dict[Path, Path] = {}
     for source in sources:
-        for path in _expand_one(source):
+        for path in _expand_one(source, endings):
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
 
-def _expand_one(source: str) -> list[Path]:
+def _expand_one(source: str, endings: Sequence[str]) -> list[Path]:
     path = Path(source)
     if not source.strip():
         raise DataError("a source is empty, expected a file, a folder or a pattern")
@@ -68,26 +67,27 @@ def _expand_one(source: str) -> list[Path]:
             return [path]
         if is_saved(path):
             return [path]
-        if not (inside := _data_in(path)):
+        if not (inside := _data_in(path, endings)):
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise DataError(f"{path} is a folder without data files (it holds {names}); expected {FORMATS}")
+            formats = FORMATS if endings == ENDINGS else ", ".join(endings)
+            raise DataError(f"{path} is a folder without data files (it holds {names}); expected {formats}")
         return inside
     if glob.has_magic(source):
         if matches := sorted(glob.glob(source, recursive=True)):
-            return [entry for match in matches for entry in _expand_one(match)]
+            return [entry for match in matches for entry in _expand_one(match, endings)]
         raise DataError(f"{source} matches no file (working folder: {Path.cwd()})")
     raise missing(path)
 
 
-def _data_in(folder: Path) -> list[Path]:
+def _data_in(folder: Path, endings: Sequence[str]) -> list[Path]:
     """Data files below a folder, and saved folders in place of their files; linked folders might lead in a circle."""
     found = []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") or (entry.is_dir() and entry.is_symlink()):
             continue
         if entry.is_dir():
-            found += [entry] if is_saved(entry) else _data_in(entry)
-        elif plain_suffix(entry) in ENDINGS:
+            found += [entry] if is_saved(entry) else _data_in(entry, endings)
+        elif plain_suffix(entry) in endings:
             found.append(entry)
     return found
 

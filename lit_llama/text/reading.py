@@ -15,7 +15,8 @@ from typing import Any, Literal
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.text.conversation import Conversation, Dropped
-from lit_llama.text.files import expand, is_saved, unchanged
+from lit_llama.text.documents import TEXT_ENDINGS, Documents, read_documents
+from lit_llama.text.files import ENDINGS, expand, is_saved, unchanged
 from lit_llama.text.oasst import Tree, join_messages
 from lit_llama.text.raw import RawRow, RowError
 from lit_llama.text.rows import read_rows
@@ -162,6 +163,7 @@ def read_conversations(
     tree: Tree = "best",
     weights: Sequence[float] | None = None,
     seed: int = 42,
+    documents: Documents | None = None,
 ) -> Reader:
     """Read instruction, chat or text data. No row is read before the loop over the result begins.
 
@@ -176,6 +178,7 @@ def read_conversations(
             with half that weight about half the rows, and the sources are interleaved by them. No row comes twice, and
             what is not drawn is dropped with that reason. Without weights, the sources follow one another.
         seed: Of the drawing.
+        documents: The sources are files of plain text, or folders of such; this says what a document is.
 
     Raises:
         UserError: An option is wrong.
@@ -194,19 +197,19 @@ def read_conversations(
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"--weights: found {weight}, expected a number above 0; leave out unwanted sources")
-    return Reader(_known_splits(_resolve(sources)), fields, on_error, tree, weights, seed)
+    return Reader(_known_splits(_resolve(sources, documents)), fields, on_error, tree, weights, seed)
 
 
-def _resolve(sources: Sequence[str]) -> list[list[_Part]]:
+def _resolve(sources: Sequence[str], documents: Documents | None) -> list[list[_Part]]:
     """What each source comes to."""
     seen: set[Path] = set()
     resolved = []
     for source in sources:
-        if is_hub_id(source):
+        if documents is None and is_hub_id(source):
             resolved.append(_splits(source.partition("#")[0], open_hub(source)))
             continue
         parts: list[_Part] = []
-        for path in expand([source]):
+        for path in expand([source], TEXT_ENDINGS if documents else ENDINGS):
             if path.resolve() not in seen:
                 seen.add(path.resolve())
                 parts += (
@@ -216,7 +219,7 @@ def _resolve(sources: Sequence[str]) -> list[list[_Part]]:
                         _Part(
                             str(path),
                             _split_of(path.name),
-                            partial(read_rows, path),
+                            partial(read_documents, path, documents) if documents else partial(read_rows, path),
                             partial(sha256_file, path),
                             partial(unchanged, path),
                         )

@@ -12,6 +12,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
+from lit_llama.text.documents import Documents
 from lit_llama.text.prepare import Rules, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.reading import OnError, Reader, read_conversations
@@ -36,9 +37,10 @@ def prepare_records(
     on_error: OnError = "stop",
     tree: Literal["best", "all"] = "best",
     weights: Sequence[float] | None = None,
+    documents: Documents | None = None,
     plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Make the data folder `destination`; the parameters are those of prepare/records.py.
+    """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
 
     Nothing is done where the folder was made of the same bytes, tokenizer, style and rules by this same code.
 
@@ -56,8 +58,30 @@ def prepare_records(
             f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
             "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
         )
-    reader = read_conversations(sources, fields=fields, on_error=on_error, tree=tree, weights=weights, seed=rules.seed)
-    chosen = [prompt_style, asdict(rules), dict(fields), on_error, tree, list(weights or []), dict(plan or {})]
+    reader = read_conversations(
+        sources,
+        fields=fields,
+        on_error=on_error,
+        tree=tree,
+        weights=weights,
+        seed=rules.seed,
+        documents=documents,
+    )
+    if documents == "file" and len(reader.identity()) == 1:
+        raise UserError(
+            f"{sources[0]} is one document, which cannot be for training and for testing: name more files, or use "
+            "--documents paragraph or line"
+        )
+    chosen = [
+        documents,
+        prompt_style,
+        asdict(rules),
+        dict(fields),
+        on_error,
+        tree,
+        list(weights or []),
+        dict(plan or {}),
+    ]
     key = _key(reader, tokenizer_path, chosen)
     meta = read_object(destination / META_FILE)
     if meta.get("key") == key and _complete(destination, meta):

@@ -1,0 +1,69 @@
+"""Plain text files -> documents: a whole file, paragraphs between blank lines, or lines."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from lit_llama.errors import DataError
+from lit_llama.text.files import decoded, open_bytes
+from lit_llama.text.raw import LONGEST, RawRow
+
+Documents = Literal["file", "paragraph", "line"]
+TEXT_ENDINGS = (".txt", ".text", ".md")
+
+
+def read_documents(path: Path, documents: Documents) -> Iterator[RawRow]:
+    """Documents of a file one after another, each as a row with a field `text`.
+
+    A line ends at LF or CRLF, which is not part of it; a paragraph ends at a line of white space.
+
+    Raises:
+        DataError: The file cannot be read, is not UTF-8, or a document has more than LONGEST characters.
+    """
+    with open_bytes(path) as stream:
+        blocks = _bounded(decoded(stream, path), path) if documents == "file" else decoded(stream, path)
+        if documents == "file":
+            yield RawRow(str(path), {"text": "".join(blocks).replace("\r\n", "\n")})
+            return
+        begun: list[str] = []
+        first = 1
+        for number, line in enumerate(_lines(blocks, path), 1):
+            if documents == "line":
+                if line.strip():
+                    yield RawRow(f"{path}:line {number}", {"text": line})
+            elif line.strip():
+                first = first if begun else number
+                begun.append(line)
+            elif begun:
+                yield RawRow(f"{path}:line {first}", {"text": "\n".join(begun)})
+                begun = []
+        if begun:
+            yield RawRow(f"{path}:line {first}", {"text": "\n".join(begun)})
+
+
+def _lines(blocks: Iterable[str], path: Path) -> Iterator[str]:
+    """Lines without their ends; other characters that Python calls line ends stand within."""
+    rest = ""
+    for block in blocks:
+        *lines, rest = (rest + block).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+        if len(rest) > LONGEST:
+            raise _too_long(path)
+    if rest:
+        yield rest.removesuffix("\r")
+
+
+def _bounded(blocks: Iterable[str], path: Path) -> Iterator[str]:
+    size = 0
+    for block in blocks:
+        size += len(block)
+        if size > LONGEST:
+            raise _too_long(path)
+        yield block
+
+
+def _too_long(path: Path) -> DataError:
+    return DataError(
+        f"{path}: a document has more than {LONGEST:,} characters; cut the file, or use --documents paragraph or line"
+    )

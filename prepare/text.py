@@ -1,0 +1,66 @@
+"""Prepare plain text for training on every token of it.
+
+python prepare/text.py --source books --destination_path data/books --tokenizer_path checkpoints/NAME
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from lit_llama.cli import CLI
+
+
+def main(
+    *,
+    source: str | list[str],
+    destination_path: Path,
+    tokenizer_path: Path,
+    documents: Literal["file", "paragraph", "line"] = "file",
+    max_seq_length: int = 2048,
+    overflow: Literal["split", "drop", "truncate_response", "error"] = "split",
+    split: Literal["hash", "shuffle", "given"] = "hash",
+    test_split_size: float = 0.05,
+    seed: int = 42,
+) -> None:
+    """Read, tokenize, cut into windows and split; writes train and test and a report.
+
+    Args:
+        source: Text files in UTF-8 (each also .gz or .zst), patterns, or folders with files named .txt, .text or .md;
+            several as [a.txt,b.txt].
+        destination_path: Folder to make, such as data/NAME.
+        tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
+        documents: What belongs together and ends in an end-of-text token: a file, a paragraph between blank lines, or a
+            line (as lit-llama's prepare_any_text.py had it).
+        max_seq_length: Most tokens of a sample.
+        overflow: What becomes of a longer document: cut into windows that follow each other, dropped, losing its end,
+            or an error.
+        split: By a hash of the document (no document moves when others are added), by shuffling as lit-llama did, or
+            as the sources are divided. All windows of a document stand on one side.
+        test_split_size: Documents held out for testing: their share, or with --split shuffle their number.
+        seed: Of the split.
+    """
+    from lit_llama.text.prepare import Rules
+    from lit_llama.text.records import prepare_records
+    from lit_llama.train.config import TrainConfig
+
+    rules = Rules(
+        max_seq_length=max_seq_length,
+        mask_inputs=False,
+        train_on="all",
+        overflow=overflow,
+        split=split,
+        test_split_size=test_split_size,
+        seed=seed,
+    )
+    prepare_records(
+        [source] if isinstance(source, str) else source,
+        destination_path,
+        tokenizer_path=tokenizer_path,
+        prompt_style="plain",
+        rules=rules,
+        documents=documents,
+        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
+    )
+
+
+if __name__ == "__main__":
+    CLI(main)

@@ -1,0 +1,197 @@
+"""When a data folder is made anew and when it is not, what is said of it, and what is refused before any work."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_here
+from test_prepare import Prepare, bytes_of, contents
+from test_prepare import prepare as prepare  # a fixture
+from test_prepare import rows as rows  # a fixture
+
+from lit_llama.errors import CheckpointError, DataError, UserError
+from lit_llama.text import records
+from lit_llama.text.dataset import read_meta
+
+
+@pytest.fixture
+def tokenizer_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the tiny model, to be changed."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_folder / name, folder / name)
+    return folder
+
+
+def test_an_unchanged_second_run_does_nothing_in_no_time(
+    prepare: Prepare, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches work done again, and files written again, which would make everything after them out of date."""
+    meta = prepare(rows)
+    before = contents(tmp_path)
+    monkeypatch.setattr(records, "prepare", None)
+    monkeypatch.setattr(records.Tokenizer, "from_path", None)
+    capsys.readouterr()
+    start = time.perf_counter()
+    assert prepare(rows) == meta
+    assert time.perf_counter() - start < 0.2
+    assert contents(tmp_path) == before
+    assert "data: unchanged, made of the same data by the same rules" in capsys.readouterr().err
+
+
+def change_row(rows: Path, tokenizer: Path, folder: Path) -> None:
+    rows.write_text(rows.read_text().replace("Question 11", "Question eleven"))
+
+
+def add_row(rows: Path, tokenizer: Path, folder: Path) -> None:
+    rows.write_text(rows.read_text() + '{"instruction": "one more", "output": "x"}\n')
+
+
+def change_tokenizer(rows: Path, tokenizer: Path, folder: Path) -> None:
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+
+
+def change_template(rows: Path, tokenizer: Path, folder: Path) -> None:
+    path = tokenizer / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "model"))
+
+
+def rename(rows: Path, tokenizer: Path, folder: Path) -> None:
+    rows.rename(rows.with_name("others.jsonl"))
+
+
+def lose_split(rows: Path, tokenizer: Path, folder: Path) -> None:
+    shutil.rmtree(folder / "train")
+
+
+def cut_file(rows: Path, tokenizer: Path, folder: Path) -> None:
+    [path] = (folder / "test").glob("*.arrow")
+    os.truncate(path, 100)
+
+
+def lose_meta(rows: Path, tokenizer: Path, folder: Path) -> None:
+    (folder / "meta.json").unlink()
+
+
+def spoil_meta(rows: Path, tokenizer: Path, folder: Path) -> None:
+    (folder / "meta.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_row, add_row, change_tokenizer, change_template, rename, lose_split, cut_file, lose_meta, spoil_meta],
+)
+def test_whatever_changed_is_made_anew(
+    change: Callable[..., None], prepare: Prepare, rows: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Catches training on yesterday's rows, tokenizer or template, or on a folder of which a part was deleted."""
+    options: dict[str, Any] = {"tokenizer_path": tokenizer_folder, "prompt_style": "chat_template"}
+    prepare(rows, **options)
+    change(rows, tokenizer_folder, tmp_path / "data")
+    renamed = rows if rows.exists() else rows.with_name("others.jsonl")
+    made = prepare(renamed, **options)
+    fresh = prepare(renamed, folder=tmp_path / "fresh" / "data", **options)
+    told = {"report.json", "report.html", "meta.json"}  # of where the folder is
+    found, wanted = bytes_of(tmp_path / "data"), bytes_of(tmp_path / "fresh" / "data")
+    assert {n: b for n, b in found.items() if n not in told} == {n: b for n, b in wanted.items() if n not in told}
+    assert {**made, "files": 0} == {**fresh, "files": 0} and made == read_meta(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"seed": 2},
+        {"max_seq_length": 180},
+        {"mask_inputs": False},
+        {"train_on": "last"},
+        {"overflow": "truncate_prompt"},
+        {"split": "shuffle"},
+        {"test_split_size": 0.3},
+        {"prompt_style": "vicuna"},
+        {"on_error": "skip"},
+        {"fields": {"instruction": "instruction"}},
+        {"tree": "all"},
+        {"weights": [1.0]},
+    ],
+)
+def test_every_option_counts(option: dict[str, Any], prepare: Prepare, rows: Path, tmp_path: Path) -> None:
+    """Catches an option left out of the key: the folder would stay what it was in silence."""
+    key = prepare(rows)["key"]
+    assert prepare(rows, folder=tmp_path / "other", **option)["key"] != key
+    assert prepare(rows, folder=tmp_path / "same")["key"] == key
+
+
+def test_other_code_counts(prepare: Prepare, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a folder that outlives a repaired defect."""
+    key = prepare(rows)["key"]
+    assert records._code() == records._code() and len(records._code()) == 64
+    monkeypatch.setattr(records, "_code", lambda: "repaired")
+    assert prepare(rows)["key"] != key
+
+
+def test_the_models_own_template_is_taken_or_asked_for(
+    prepare: Prepare, rows: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Catches another style than the model's in silence, and a template that is lost on the way."""
+    options: dict[str, Any] = {"tokenizer_path": tokenizer_folder, "prompt_style": "chat_template"}
+    prepare(rows, **options)
+    template = (tokenizer_folder / "chat_template.jinja").read_text()
+    assert (tmp_path / "data" / "chat_template.jinja").read_text() == template
+    (tokenizer_folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"--prompt_style chat_template: .* has no chat_template\.jinja; name"):
+        prepare(rows, **options)
+
+
+def test_what_is_refused_is_refused_before_any_work(prepare: Prepare, rows: Path, tmp_path: Path) -> None:
+    """Catches an hour of encoding before a mistyped path is found, and a folder made for nothing."""
+    for options, error, message in (
+        ({"max_seq_length": 2}, DataError, "--max_seq_length is 2, expected 3 or more"),
+        ({"tokenizer_path": tmp_path / "none"}, CheckpointError, "none does not exist"),
+        ({"prompt_style": "ziya"}, CheckpointError, "ziya needs the tokens <human>"),
+        ({"train_on": "last", "overflow": "split"}, UserError, "--overflow split with --train_on last"),
+        ({"fields": {"answer": "x"}}, UserError, "--fields: answer is none of"),
+    ):
+        with pytest.raises(error, match=message):
+            prepare(rows, **options)
+        assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+def test_all_rows_and_reasons_are_said(
+    prepare: Prepare, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a loss that stands only in a file nobody opens, talk on stdout, and a summary without the way on."""
+    prepare(rows)
+    out, err = capsys.readouterr()
+    assert out == "" and f"{rows}: 120 rows = 96 kept (of them 0 cut) + 24 dropped" in err
+    assert "dropped, empty output: 12 (line 4, line 14," in err and "line 74, ...; all of them in meta.json)" in err
+    assert "more than a tenth is dropped: raise --max_seq_length (200) or see --overflow" in err
+    assert "recognised: 96 OpenAI messages, 24 Alpaca; prompt style chatml" in err
+    assert f"look at report.html; ready for finetune/lora.py --data_dir {tmp_path / 'data'}" in err
+
+
+def test_the_script_has_the_same_options_and_tells_the_report_of_training(
+    rows: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Catches a flag that goes nowhere, and a report without the steps that training will take."""
+    flags = ["--source", rows, "--destination_path", tmp_path / "data", "--tokenizer_path", tiny_folder]
+    flags += ["--prompt_style", "chat_template", "--max_seq_length", 150, "--split", "shuffle", "--mask_inputs", False]
+    flags += ["--test_split_size", 10, "--seed", 5, "--train_on", "last", "--overflow", "truncate_response"]
+    flags += ["--on_error", "skip", "--tree", "all"]
+    done = run_here("prepare/records.py", *flags)
+    assert done.returncode == 0, done.stderr
+    meta = read_meta(tmp_path / "data")
+    wanted = {"max_seq_length": 150, "mask_inputs": False, "train_on": "last", "overflow": "truncate_response"}
+    assert wanted.items() <= meta.items() and (meta["split"], meta["seed"], meta["test_split_size"]) == (
+        "shuffle",
+        5,
+        10,
+    )
+    report = json.loads((tmp_path / "data" / "report.json").read_text("utf-8"))
+    assert report["plan"]["steps_per_epoch"] == -(-meta["splits"]["train"]["rows"] // 16)
+    assert report["commands"][0] == f"python prepare/show.py --data_dir {tmp_path / 'data'}"

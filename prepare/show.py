@@ -24,7 +24,7 @@ def main(
         split: train or test.
         tokenizer_path: The tokenizer, if it is no longer where it was when the data were made.
     """
-    from lit_llama.text.show import show_rows
+    from lit_llama.text.report.show import show_rows
 
     show_rows(data_dir, rows, split, tokenizer_path)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.rows import RawRow, read_rows
+from lit_llama.text.read.rows import RawRow, read_rows
 
 ROW = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TEXTS = ["a\u2028b", "a\u0085b\x0bc\x0cd\x1ee", 'quote " and \\ and \n', "北京 😀 \ufffd", "\r\n", "", " ", "a,b;c\td"]

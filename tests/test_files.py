@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from lit_llama.errors import DataError
-from lit_llama.text.files import decoded, expand, open_bytes, unchanged
+from lit_llama.text.read.files import decoded, expand, open_bytes, unchanged
 
 
 def read(path: Path) -> str:

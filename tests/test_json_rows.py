@@ -7,7 +7,7 @@ import pytest
 from raw_rows import CHAT, FORMS, ROW, ROWS, Put, errors, read, values
 
 from lit_llama.errors import DataError
-from lit_llama.text.rows import read_rows
+from lit_llama.text.read.rows import read_rows
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "json.gz"])
@@ -27,7 +27,7 @@ def test_borders_of_blocks_fall_anywhere(put: Put, monkeypatch: pytest.MonkeyPat
     rows = [{"a": [1234567, -1.5e-7, True, None, False], "b": '😀 é \\ " 北京'}, {"c": {"d": []}}] * 3
     for form in FORMS:
         for size in (1, 2, 3, 5, 7, 64):
-            monkeypatch.setattr("lit_llama.text.files.BLOCK", size)
+            monkeypatch.setattr("lit_llama.text.read.files.BLOCK", size)
             assert values(put("a.json", FORMS[form](rows))) == rows
 
 

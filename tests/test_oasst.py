@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from lit_llama.text.oasst import branches, join_messages
-from lit_llama.text.raw import RawRow, RowError
+from lit_llama.text.read.oasst import branches, join_messages
+from lit_llama.text.read.raw import RawRow, RowError
 
 
 def node(text: str, role: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -239,7 +239,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from lit_llama import folder
-from lit_llama.text import arrow, report, sides
+from lit_llama.text import arrow, sides
+from lit_llama.text.report import report
 from lit_llama.text.prepare import Rules
 from lit_llama.text.records import prepare_records
 

@@ -18,7 +18,7 @@ import pytest
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.text.conversation import Conversation, Dropped
-from lit_llama.text.reading import Reader, read_conversations
+from lit_llama.text.read.reading import Reader, read_conversations
 
 Put = Callable[[str, bytes | str], Path]
 

@@ -12,13 +12,13 @@ import pytest
 from conftest import encode_examples
 
 from lit_llama.text.dataset import step_plan
-from lit_llama.text.findings import Findings
 from lit_llama.text.formats import Example
-from lit_llama.text.page import differences, histogram, percent
-from lit_llama.text.pairs import CUT
 from lit_llama.text.prompts import named_style
-from lit_llama.text.report import account, warnings, write_report
-from lit_llama.text.show import ShownSample, shown_sample
+from lit_llama.text.report.findings import Findings
+from lit_llama.text.report.page import differences, histogram, percent
+from lit_llama.text.report.pairs import CUT
+from lit_llama.text.report.report import account, warnings, write_report
+from lit_llama.text.report.show import ShownSample, shown_sample
 from lit_llama.text.tokenizer import Tokenizer
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&amp; {{ 7 * 7 }} \x1b[31m"

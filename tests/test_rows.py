@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_rows import CHAT, FORMS, ROWS, Put, read, values
 
-from lit_llama.text import raw
+from lit_llama.text.read import raw
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -25,7 +25,7 @@ def test_a_row_without_an_end_stops_with_its_line(put: Put, monkeypatch: pytest.
     """Catches a file of many gigabytes that is gathered in memory because one quote is not closed."""
     for module in ("raw", "json_rows", "csv_rows"):
         monkeypatch.setattr(f"lit_llama.text.{module}.LONGEST", 1000)
-    monkeypatch.setattr("lit_llama.text.files.BLOCK", 100)
+    monkeypatch.setattr("lit_llama.text.read.files.BLOCK", 100)
     long = json.dumps({"a": "x" * 2000})
     assert (
         "line 2: a row that begins here has more than 1,000 characters"
@@ -90,7 +90,7 @@ def test_whatever_json_writes_is_read_back(put: Put, rows: list[dict[str, Any]])
 STREAM = """
 import re, sys
 from pathlib import Path
-from lit_llama.text.rows import read_rows
+from lit_llama.text.read.rows import read_rows
 def peak():  # not ru_maxrss, which begins with that of the parent
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 import pyarrow.parquet

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lit_llama.text.raw import RowError
-from lit_llama.text.schemas import FIELDS, SCHEMAS, complete, recognise
+from lit_llama.text.read.raw import RowError
+from lit_llama.text.read.schemas import FIELDS, SCHEMAS, complete, recognise
 
 
 def convert(row: dict[str, Any]) -> tuple[str, list[tuple[str, ...]], int]:

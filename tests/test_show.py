@@ -15,7 +15,7 @@ from lit_llama.errors import UserError
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
-from lit_llama.text.show import ShownSample, coloured_text, parse_rows, plain_text, shown_sample, visible
+from lit_llama.text.report.show import ShownSample, coloured_text, parse_rows, plain_text, shown_sample, visible
 from lit_llama.text.tokenizer import Tokenizer
 
 TEXTS = [

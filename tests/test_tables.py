@@ -15,8 +15,8 @@ from datasets.exceptions import DatasetNotFoundError
 from raw_rows import CHAT, ROWS, errors, read, values
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.text import tables
-from lit_llama.text.reading import read_conversations
+from lit_llama.text.read import tables
+from lit_llama.text.read.reading import read_conversations
 
 
 def test_parquet_gives_the_rows_that_pyarrow_gives(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.encode import prompt_ids
+from lit_llama.text.jinja.template import JinjaStyle
 from lit_llama.text.prompts import answer_end, folder_style, trained_ends
 from lit_llama.text.styles import Segment
-from lit_llama.text.template import JinjaStyle
 from lit_llama.text.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be {{ brief }}."}

@@ -7,10 +7,10 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.text.conversation import Message
-from lit_llama.text.files import NOT_DATA
-from lit_llama.text.raw import RowError
-from lit_llama.text.rows import read_rows
-from lit_llama.text.schemas import complete, recognise
+from lit_llama.text.read.files import NOT_DATA
+from lit_llama.text.read.raw import RowError
+from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.schemas import complete, recognise
 
 _ANSWERS = {"instruction": "output", "prompt": "completion"}  # fields that may be missing here
 

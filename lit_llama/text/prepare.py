@@ -13,12 +13,12 @@ from lit_llama.folder import publish, write_json
 from lit_llama.progress import count
 from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, Split, step_plan
-from lit_llama.text.findings import Findings
 from lit_llama.text.prompts import TEMPLATE_FILE
-from lit_llama.text.reading import Reader
-from lit_llama.text.report import write_report
+from lit_llama.text.read.reading import Reader
+from lit_llama.text.report.findings import Findings
+from lit_llama.text.report.report import write_report
+from lit_llama.text.report.show import ShownSample, shown_sample
 from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
-from lit_llama.text.show import ShownSample, shown_sample
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
 from lit_llama.text.styles import Message, PromptStyle

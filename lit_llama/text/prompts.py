@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.jinja.template import TEMPLATE_FILE as TEMPLATE_FILE
+from lit_llama.text.jinja.template import JinjaStyle as JinjaStyle
 from lit_llama.text.special import SETTINGS_FILE, read_object
 from lit_llama.text.styles import Alpaca, ChatML, Llama2, Llama3, Mistral, Plain, PromptStyle, Segment, Vicuna, Ziya
-from lit_llama.text.template import TEMPLATE_FILE as TEMPLATE_FILE
-from lit_llama.text.template import JinjaStyle as JinjaStyle
 
 StyleName = Literal["alpaca", "chatml", "ziya", "vicuna", "llama-2", "llama-3", "mistral", "plain"]
 

@@ -12,11 +12,11 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
-from lit_llama.text.documents import Documents
 from lit_llama.text.prepare import Rules, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
-from lit_llama.text.reading import OnError, Reader, read_conversations
-from lit_llama.text.report import REPORT_HTML
+from lit_llama.text.read.documents import Documents
+from lit_llama.text.read.reading import OnError, Reader, read_conversations
+from lit_llama.text.report.report import REPORT_HTML
 from lit_llama.text.special import read_object
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from lit_llama.text.conversation import Message
-from lit_llama.text.oasst import Tree, branches
-from lit_llama.text.raw import RowError, kind, listed, shown, text_of
-from lit_llama.text.suggest import suggest
+from lit_llama.text.read.oasst import Tree, branches
+from lit_llama.text.read.raw import RowError, kind, listed, shown, text_of
+from lit_llama.text.read.suggest import suggest
 
 Row = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.sandbox import Sandbox
+from lit_llama.text.jinja.sandbox import Sandbox
 from lit_llama.text.styles import Message, PromptStyle, Segment
 
 TEMPLATE_FILE = "chat_template.jinja"

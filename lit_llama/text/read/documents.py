@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.errors import DataError
-from lit_llama.text.files import decoded, open_bytes
-from lit_llama.text.raw import LONGEST, RawRow
+from lit_llama.text.read.files import decoded, open_bytes
+from lit_llama.text.read.raw import LONGEST, RawRow
 
 Documents = Literal["file", "paragraph", "line"]
 TEXT_ENDINGS = (".txt", ".text", ".md")

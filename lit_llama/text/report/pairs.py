@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.duplicates import Keys, Pairs, Rows, earliest, partners
+from lit_llama.text.report.duplicates import Keys, Pairs, Rows, earliest, partners
 
 LISTED = 20  # rows or pairs shown of each finding
 CUT = " …"  # stands where an excerpt ends before its text

@@ -15,13 +15,13 @@ from typing import Any, Literal
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.text.conversation import Conversation, Dropped
-from lit_llama.text.documents import TEXT_ENDINGS, Documents, read_documents
-from lit_llama.text.files import ENDINGS, expand, is_saved, unchanged
-from lit_llama.text.oasst import Tree, join_messages
-from lit_llama.text.raw import RawRow, RowError
-from lit_llama.text.rows import read_rows
-from lit_llama.text.schemas import FIELDS, complete, recognise
-from lit_llama.text.tables import hash_dataset, is_hub_id, open_hub, open_saved, read_dataset
+from lit_llama.text.read.documents import TEXT_ENDINGS, Documents, read_documents
+from lit_llama.text.read.files import ENDINGS, expand, is_saved, unchanged
+from lit_llama.text.read.oasst import Tree, join_messages
+from lit_llama.text.read.raw import RawRow, RowError
+from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.schemas import FIELDS, complete, recognise
+from lit_llama.text.read.tables import hash_dataset, is_hub_id, open_hub, open_saved, read_dataset
 
 OnError = Literal["stop", "skip"]
 _SPLIT = re.compile(r"(train|test|valid(?:ation)?|val|dev|eval)(?=[._-]|$)", re.IGNORECASE)

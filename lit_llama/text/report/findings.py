@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.characters import SCRIPTS, TROUBLE, count_characters
-from lit_llama.text.duplicates import SIMILARITY, NearDuplicates, earliest
-from lit_llama.text.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
+from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest
+from lit_llama.text.report.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
 from lit_llama.text.split import normalised
 
 SHORT = 3  # characters of an answer that is not very short

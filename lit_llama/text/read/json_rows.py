@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.raw import LENIENT, LONGEST, STRICT, RawRow, explain
+from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ENDLESS = "Unterminated string"

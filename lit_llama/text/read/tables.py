@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError, UserError
-from lit_llama.text.files import ENDINGS, plain_suffix
-from lit_llama.text.raw import RawRow, shown
+from lit_llama.text.read.files import ENDINGS, plain_suffix
+from lit_llama.text.read.raw import RawRow, shown
 
 BATCH = 500  # rows turned into objects at a time
 BUFFER = 1 << 20  # bytes read at a time of each column

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from lit_llama.text.raw import RawRow, RowError, kind, shown
+from lit_llama.text.read.raw import RawRow, RowError, kind, shown
 
 Tree = Literal["best", "all"]
 Node = dict[str, Any]

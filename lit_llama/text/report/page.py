@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from lit_llama.text.pairs import CUT
-from lit_llama.text.show import ShownSample, ShownToken, visible
+from lit_llama.text.report.pairs import CUT
+from lit_llama.text.report.show import ShownSample, ShownToken, visible
 
 LISTED = 50  # rows shown before a list is folded
 FOLDED = 1000  # and in all; the others are in report.json
@@ -66,7 +66,7 @@ def render_page(report: Mapping[str, Any], samples: Sequence[ShownSample]) -> st
         text = {"number": number, "percent": percent}[style](found)
         return Markup('<data value="{}" data-from="{}">{}</data>').format(found, path, text)
 
-    package = files("lit_llama.text")
+    package = files("lit_llama.text.report")
     template = environment.from_string((package / "report.html.jinja").read_text("utf-8"))
     style = Markup((package / "report.css").read_text("utf-8"))  # ours, nothing of the data's
     return template.render(report, style=style, samples=samples, value=value, listed=LISTED, folded=FOLDED)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.folder import write_json
-from lit_llama.text.page import percent, render_page
-from lit_llama.text.show import ShownSample
+from lit_llama.text.report.page import percent, render_page
+from lit_llama.text.report.show import ShownSample
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.characters import code_points
+from lit_llama.text.report.characters import code_points
 
 SHINGLE = 5  # characters
 SIMILARITY = 0.8

@@ -4,7 +4,7 @@ import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from lit_llama.text.raw import listed
+from lit_llama.text.read.raw import listed
 
 _MEANT = {
     "instruction": ("question", "query", "problem", "prompt", "user", "request", "input", "source", "human"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.raw import LONGEST, RawRow, listed, shown
+from lit_llama.text.read.raw import LONGEST, RawRow, listed, shown
 
 _DELIMITERS = ",;\t"
 _LONG_NAME = 100  # characters; a longer "name" is a text

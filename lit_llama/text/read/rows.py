@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_llama.errors import DataError
-from lit_llama.text.csv_rows import read_csv
-from lit_llama.text.files import FORMATS, decoded, is_saved, open_bytes, plain_suffix, unchanged
-from lit_llama.text.json_rows import read_json
-from lit_llama.text.raw import RawRow, shown
-from lit_llama.text.tables import MAGIC, open_saved, read_dataset, read_parquet
+from lit_llama.text.read.csv_rows import read_csv
+from lit_llama.text.read.files import FORMATS, decoded, is_saved, open_bytes, plain_suffix, unchanged
+from lit_llama.text.read.json_rows import read_json
+from lit_llama.text.read.raw import RawRow, shown
+from lit_llama.text.read.tables import MAGIC, open_saved, read_dataset, read_parquet
 
 __all__ = ["RawRow", "read_rows"]
 

@@ -14,6 +14,7 @@ from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.load import load
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
+from lit_llama.text.prepare import Rules
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity, special_ids
 from lit_llama.train.config import TrainConfig
@@ -29,9 +30,17 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def prepare(tokenizer_path: Path, data: Path) -> dict[str, Any]:
-    options: dict[str, Any] = {"prompt_style": "chatml", "overflow": "drop", "data_file_name": "rows.json", "seed": 1}
+    rules = Rules(
+        max_seq_length=200,
+        mask_inputs=True,
+        train_on="all",
+        overflow="drop",
+        split="shuffle",
+        test_split_size=2,
+        seed=1,
+    )
     return prepare_alpaca(
-        data, tokenizer_path=tokenizer_path, test_split_size=2, max_seq_length=200, mask_inputs=True, **options
+        data, tokenizer_path=tokenizer_path, data_file_name="rows.json", prompt_style="chatml", rules=rules
     )
 
 

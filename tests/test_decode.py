@@ -68,13 +68,13 @@ def test_greedy_answers_of_the_real_model_are_those_of_transformers(real_folder:
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
         for text in REAL_PROMPTS
     ]
-    made = run(load_model(real_folder, dtype=torch.float32), prompts, 64, {2})
-    assert made[0][:24] == reference(theirs, prompts[0], 24, [2])
+    made = run(load_model(real_folder, dtype=torch.float32), prompts, 32, {2})
+    assert made[0][:12] == reference(theirs, prompts[0], 12, [2])
     for prompt, answer in zip(prompts, made, strict=True):  # the same claim, by induction over the steps, but quick
         with torch.inference_mode():
             logits = theirs(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
         assert logits.argmax(-1).tolist() == answer
-        assert len(answer) == 64 or (answer[-1] == 2 and 2 not in answer[:-1])
+        assert len(answer) == 32 or (answer[-1] == 2 and 2 not in answer[:-1])
 
 
 @pytest.mark.parametrize("seed", range(3))

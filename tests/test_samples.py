@@ -11,11 +11,11 @@ import pytest
 from conftest import CORPUS, Sample, samples_of
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.conversation import Conversation
+from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.prompts import JinjaStyle, named_style
 from lit_llama.text.samples import Encoded, Encoder
-from lit_llama.text.styles import Alpaca, ChatML, Message, PromptStyle, Segment, Vicuna
+from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
 from lit_llama.text.tokenizer import Tokenizer
 
 WORDS = ["Zoë", "北京", "😀", "plain", "two  blanks", "\nline", " before", "after ", "<|im_end|>", "</s>", "<s>", "1,2"]

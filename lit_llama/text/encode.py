@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.conversation import Message
 from lit_llama.text.prompts import JinjaStyle, answer_end
-from lit_llama.text.styles import Message, PromptStyle, Segment
+from lit_llama.text.styles import PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100

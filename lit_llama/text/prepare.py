@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
 from lit_llama.progress import count
-from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.conversation import Conversation, Dropped, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, Split, step_plan
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
@@ -21,7 +21,7 @@ from lit_llama.text.report.show import ShownSample, shown_sample
 from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
-from lit_llama.text.styles import Message, PromptStyle
+from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity

@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.arrow import Samples
-from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.conversation import Conversation, Dropped, Message
 from lit_llama.text.encode import IGNORE_INDEX, Cutter, Run, check_style
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import JinjaStyle, trained_ends
-from lit_llama.text.styles import Message, PromptStyle, Segment
+from lit_llama.text.styles import PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
 
 Overflow = Literal["drop", "truncate_prompt", "truncate_response", "split", "error"]

@@ -105,7 +105,7 @@ def as_controls(model: bytes, ids: set[int]) -> bytes:
         if tag == 0x0A:
             body += b"\x18\x03" if piece in ids else b""
             piece += 1
-        output += model[position:after] + _varint(len(body)) + body
+        output += model[position:after] + encode_varint(len(body)) + body
         position = start + size
     return bytes(output)
 
@@ -121,9 +121,11 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
             return value, position
 
 
-def _varint(value: int) -> bytes:
+def encode_varint(value: int) -> bytes:
+    """A whole number as protobuf writes it: seven bits a byte, the low ones first."""
+    value &= 2**64 - 1  # a negative number takes ten bytes
     output = bytearray()
-    while value >= 0x80:
+    while value > 0x7F:
         output.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*output, value])

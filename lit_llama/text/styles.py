@@ -1,15 +1,13 @@
 """Prompt styles: messages -> segments of text, each trained or not, and the equal Jinja chat template."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from lit_llama.errors import UserError
+from lit_llama.text.conversation import Message
 from lit_llama.text.formats import Example
-
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.special import encode_varint
 
 
 class Kind(IntEnum):
@@ -176,22 +177,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         yield key >> 3, data[at - size : at]
 
 
-def _varint(value: int) -> bytes:
-    value &= 2**64 - 1  # a negative number takes ten bytes
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
 def _integer(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
+    return encode_varint(number << 3) + encode_varint(value)
 
 
 def _bytes(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
+    return encode_varint(number << 3 | 2) + encode_varint(len(value)) + value
 
 
 def _float(number: int, value: float) -> bytes:
-    return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return encode_varint(number << 3 | 5) + struct.pack("<f", value)

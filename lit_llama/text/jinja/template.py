@@ -7,8 +7,9 @@ from functools import cache
 from typing import Any
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.conversation import Message
 from lit_llama.text.jinja.sandbox import Sandbox
-from lit_llama.text.styles import Message, PromptStyle, Segment
+from lit_llama.text.styles import PromptStyle, Segment
 
 TEMPLATE_FILE = "chat_template.jinja"
 _SANDBOX = Sandbox(TEMPLATE_FILE)

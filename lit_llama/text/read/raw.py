@@ -105,24 +105,6 @@ def explain(error: ValueError | RecursionError) -> str:
     return str(error).split(";")[0]  # an integer of more digits than Python converts, and a hint for programmers
 
 
-def parse_json(text: str, where: str) -> Any:
-    """A JSON text as a whole.
-
-    Raises:
-        DataError: It is none, or not a strict one.
-    """
-    try:
-        return STRICT.decode(text)
-    except json.JSONDecodeError as error:
-        snippet = text[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ")
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where} is not JSON: {error.msg} at {place}, near {snippet!r}") from error
-    except RecursionError as error:
-        raise DataError(f"{where} is nested too deep") from error
-    except ValueError as error:
-        raise DataError(f"{where}: {explain(error)}") from error
-
-
 class RowError(ValueError):
     """Why a row is no conversation.
 

@@ -18,7 +18,6 @@ from lit_llama.text.tokenizer import Streamer, Tokenizer
 
 _STYLES = {"trained": "bold green", "masked": "bright_black", "control": "bold reverse magenta"}
 _LEGEND = "trained: in the loss", "masked: read only", "control token"
-_INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories
 _PART = "‥"  # a token that ends within a character
 
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lit_llama.convert.tokens.ranks import from_ranks
-from lit_llama.convert.tokens.spm import SentencePieces
 from lit_llama.errors import CheckpointError
+from lit_llama.text.pieces import SentencePieces
 from lit_llama.text.tokenizer import SentencePieceTokenizer
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from lit_llama.convert.tokens.spm import Kind, Piece, SentencePieces, from_metadata, padding
+from lit_llama.convert.tokens.spm import from_metadata, padding
 from lit_llama.errors import CheckpointError
+from lit_llama.text.pieces import Kind, Piece, SentencePieces
 from lit_llama.text.tokenizer import SentencePieceTokenizer
 
 ODD = [

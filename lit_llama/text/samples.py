@@ -147,15 +147,16 @@ class Encoder:
     ) -> tuple[Samples, npt.NDArray[np.bool_]]:
         """Ids and labels, however long, and which of the tokens are of answers: (N,)."""
         runs = list(chain.from_iterable(rows))
-        texts = iter(self._tokenizer.encode_batch([run.text for run in runs if run.control is None]))
-        pieces = [next(texts) if run.control is None else (run.control,) for run in runs]
-        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
-        ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
+        ours = np.fromiter((run.control is not None for run in runs), bool, len(runs))
+        ids, lengths_of_texts = self._tokenizer.encode_flat([run.text for run in runs if run.control is None])
+        sizes = np.ones(len(runs), np.int64)
+        sizes[~ours] = lengths_of_texts
+        controls = np.fromiter((run.control for run in runs if run.control is not None), np.int32)
+        ids = _interleaved(ids, controls, np.repeat(ours, sizes))
         trained = np.repeat(np.fromiter((run.trained for run in runs), bool, len(runs)), sizes)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX)) if self._mask_inputs else ids
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         lengths = np.add.reduceat(sizes, np.cumsum(counts) - counts) if len(rows) else np.zeros(0, np.int64)
-        ours = np.fromiter((run.control is not None for run in runs), bool, len(runs))
         wrong = np.flatnonzero(self._is_control[ids] & ~np.repeat(ours, sizes))
         if len(wrong):
             at = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
@@ -326,6 +327,16 @@ class Encoder:
     def _text(self, ids: npt.NDArray[np.int32]) -> str:
         """What a window says; its borders may go through a character."""
         return self._tokenizer.decode(ids[~self._is_control[ids]].tolist()).strip("\ufffd")
+
+
+def _interleaved(
+    texts: npt.NDArray[np.int32], controls: npt.NDArray[np.int32], is_control: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int32]:
+    """(N,) control tokens where they stand, and texts everywhere else."""
+    ids = np.empty(len(is_control), np.int32)
+    ids[is_control] = controls
+    ids[~is_control] = texts
+    return ids
 
 
 def _join(batches: Sequence[Samples]) -> Samples:

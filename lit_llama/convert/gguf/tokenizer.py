@@ -8,9 +8,10 @@ from typing import Any
 
 from lit_llama.convert.tokens import bpe
 from lit_llama.convert.tokens.ranks import from_ranks
-from lit_llama.convert.tokens.spm import SPACE, Kind, Piece, SentencePieces, padding
+from lit_llama.convert.tokens.spm import padding
 from lit_llama.errors import CheckpointError
 from lit_llama.progress import stderr
+from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.special import (
     ADDED_FILE,

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lit_llama.convert.tokens.spm import Kind, padding
+from lit_llama.convert.tokens.spm import padding
 from lit_llama.errors import CheckpointError
+from lit_llama.text.pieces import Kind
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.tokens.fast import merges
-from lit_llama.convert.tokens.spm import SPACE, Kind, Piece, SentencePieces
 from lit_llama.errors import CheckpointError
+from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
 from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -111,7 +111,8 @@ def encode_examples(
         asked |= {"input": example.input} if example.input else {}
         messages = (asked, {"role": "assistant", "content": example.response})
         rows.append(Conversation(messages, example.row, f"row {example.row}"))
-    encoded = Encoder(tokenizer, style, **{"max_seq_length": 10_000, **options})(rows)
+    encoder = Encoder(tokenizer, style, **{"max_seq_length": 10_000, **options})
+    encoded = encoder.encode(encoder.render(rows))
     return samples_of(encoded), encoded
 
 

@@ -57,7 +57,8 @@ def text_rows(*texts: str) -> list[Conversation]:
 def encode(
     tokenizer: Tokenizer, rows: Sequence[Conversation], style: PromptStyle | None = None, **options: Any
 ) -> tuple[list[Sample], Encoded]:
-    encoded = Encoder(tokenizer, style or Alpaca(), **{"max_seq_length": 100_000, **options})(rows)
+    encoder = Encoder(tokenizer, style or Alpaca(), **{"max_seq_length": 100_000, **options})
+    encoded = encoder.encode(encoder.render(rows))
     return samples_of(encoded), encoded
 
 

@@ -18,7 +18,7 @@ from lit_llama.text.read.reading import Reader
 from lit_llama.text.report.findings import Findings
 from lit_llama.text.report.report import write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
-from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
+from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, Rendered, TrainOn
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
 from lit_llama.text.styles import PromptStyle
@@ -27,6 +27,7 @@ from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
 
 T = TypeVar("T")
+Rows = list[Conversation | Dropped]
 CHUNK = 2000  # rows encoded at a time, enough for the tokenizer to use all cores
 
 
@@ -96,7 +97,7 @@ def prepare(
         on_error=on_error,
     )
     with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules) as work:
-        for rows, encoded in _ahead(_encoded(reader, encoder)):
+        for rows, encoded in _ahead(_encoded(_ahead(_rendered(reader, encoder)), encoder)):
             work.drop(row for row in rows if isinstance(row, Dropped))
             work.add([row for row in rows if isinstance(row, Conversation)], encoded)
         work.finish(reader.rows)
@@ -249,15 +250,24 @@ def raw_row(messages: Sequence[Message]) -> dict[str, Any]:
     return {"instruction": question["content"], "input": question.get("input", ""), "output": answer["content"]}
 
 
-def _encoded(reader: Reader, encoder: Encoder) -> Iterator[tuple[list[Conversation | Dropped], Encoded]]:
-    """Some rows at a time, and what they came to."""
+def _rendered(reader: Reader, encoder: Encoder) -> Iterator[tuple[Rows, Rendered]]:
+    """Some rows at a time, ready for the tokenizer."""
     rows = iter(count(reader, "encoding"))
     while chunk := list(islice(rows, CHUNK)):
-        yield chunk, encoder([row for row in chunk if isinstance(row, Conversation)])
+        yield chunk, encoder.render([row for row in chunk if isinstance(row, Conversation)])
+
+
+def _encoded(rendered: Iterable[tuple[Rows, Rendered]], encoder: Encoder) -> Iterator[tuple[Rows, Encoded]]:
+    """The same rows, and what they came to."""
+    for rows, part in rendered:
+        yield rows, encoder.encode(part)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, each made by another thread while the one before is worked on: the tokenizer needs no Python."""
+    """The same, each made by another thread while the one before is worked on.
+
+    The tokenizer needs no Python: while it encodes, rows are read before it and written behind it.
+    """
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(next, items, None)
         while (item := made.result()) is not None:

@@ -31,6 +31,21 @@ Pieces = list[tuple[Conversation, Samples]]
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """Conversations on their way into samples.
+
+    Args:
+        conversations: Those that can be rendered.
+        runs: Of each of them.
+        dropped: The others.
+    """
+
+    conversations: list[Conversation]
+    runs: list[list[Run]]
+    dropped: list[Dropped]
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Samples of some conversations.
 
@@ -93,17 +108,34 @@ class Encoder:
         if tokenizer.unknown is not None:
             self._is_control[tokenizer.unknown] = False  # what a text may well come to
 
-    def __call__(self, conversations: Sequence[Conversation]) -> Encoded:
-        """Encode.
+    def render(self, conversations: Sequence[Conversation]) -> Rendered:
+        """Cut conversations into what is encoded apart: all that is to do before the tokenizer has its turn.
+
+        Raises:
+            UserError: The style cannot render a row, or does not say where an answer is.
+            CheckpointError: The style ends answers in no control token of this tokenizer.
+        """
+        rendered = Rendered([], [], [])
+        for conversation in conversations:
+            try:
+                rendered.runs.append(self._runs(conversation))
+                rendered.conversations.append(conversation)
+            except UserError as error:
+                if self._on_error == "stop":
+                    raise type(error)(f"{conversation.where}: {error}") from error
+                rendered.dropped.append(Dropped(conversation.row, conversation.where, str(error)))
+        return rendered
+
+    def encode(self, rendered: Rendered) -> Encoded:
+        """Make samples of what was rendered.
 
         Raises:
             DataError: A row is too long and `overflow` is "error".
-            CheckpointError: The style ends answers in no control token of this tokenizer, or begins a text with none
-                or two, or the tokenizer makes control tokens of somebody's words.
+            CheckpointError: The style begins a text with no beginning or two, or the tokenizer makes control tokens of
+                somebody's words.
         """
-        dropped: list[Dropped] = []
-        conversations, rows = self._rendered(conversations, dropped)
-        batch, trained = self._encode(conversations, rows)
+        conversations, dropped = rendered.conversations, list(rendered.dropped)
+        batch, trained = self._encode(conversations, rendered.runs)
         if (batch.lengths <= self._limit).all():
             return Encoded(batch, conversations, [], [], dropped)
         fits = np.flatnonzero(batch.lengths <= self._limit).tolist()
@@ -123,21 +155,6 @@ class Encoder:
             (cut if self._overflow != "split" else parts).append(long.row)
         order = sorted(range(len(kept)), key=lambda i: kept[i].row)  # stable: the parts of a row stay in order
         return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped)
-
-    def _rendered(
-        self, conversations: Sequence[Conversation], dropped: list[Dropped]
-    ) -> tuple[list[Conversation], list[list[Run]]]:
-        """Conversations that the style can render, and their runs."""
-        usable, rows = [], []
-        for conversation in conversations:
-            try:
-                rows.append(self._runs(conversation))
-                usable.append(conversation)
-            except UserError as error:
-                if self._on_error == "stop":
-                    raise type(error)(f"{conversation.where}: {error}") from error
-                dropped.append(Dropped(conversation.row, conversation.where, str(error)))
-        return usable, rows
 
     def _one(self, conversation: Conversation) -> tuple[Samples, npt.NDArray[np.bool_]]:
         return self._encode([conversation], [self._runs(conversation)])

@@ -27,7 +27,7 @@ from lit_llama.text.special import (
 )
 
 _ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
-_MANY = 5_000  # texts, from which on looking for a quicker way pays
+_MANY = 8_000  # texts, from which on looking for a quicker way pays
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -269,6 +269,7 @@ class HubTokenizer(Tokenizer):
             raw["truncation"] = raw["padding"] = None  # would cut or fill in silence
             self._decoder = Backend.from_str(json.dumps(raw))
             added = raw.pop("added_tokens", None) or []
+            self._raw = raw
             # A copy that knows no added tokens: what somebody typed is never parsed as one.
             self._encoder = Backend.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
         except Exception as error:  # the package raises plain Exception
@@ -329,7 +330,7 @@ class HubTokenizer(Tokenizer):
             raise DataError(f"text cannot be encoded: {error}") from error
 
     def _find_quick(self) -> ByteLevel | None:
-        return byte_level(json.loads(self._encoder.to_str()), self._encoder)
+        return byte_level(self._raw, self._encoder)
 
     def _decode(self, ids: list[int]) -> str:
         return self._decoder.decode(ids, skip_special_tokens=True)

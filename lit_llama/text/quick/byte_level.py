@@ -10,7 +10,7 @@ Shapes: N tokens.
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -141,37 +141,52 @@ def _is_plain_bpe(model: Mapping[str, Any]) -> bool:
 def merges_by_id(raw: Mapping[str, Any], lost: Iterable[str]) -> bool:
     """Whether merging the listed pairs in their order is merging whatever gives the token of the lowest id.
 
-    It is, if merges are listed by the ids of what they give, a merged token has a higher id than its halves, and every
-    pair of tokens that spells a third is a merge wherever it comes up. Two tokens that spell t can only come up where
-    t alone is cut that way, so the last condition holds for a t that is encoded as itself, and for one of which all
-    pairs are listed. Where a token has several merges, no two of them may overlap and be listed against the direction
-    of reading.
+    It is, if merges are listed by the ids of what they give, and every pair of tokens that spells a third is a merge
+    wherever it comes up. Two tokens that spell t can only come up where t alone is cut that way, so this holds for a t
+    that is encoded as itself, and for one of which all pairs are listed. Where a token has several merges, one package
+    takes them as they are listed, the other from the left: that has to come to the same.
 
     Args:
         raw: Contents of tokenizer.json.
         lost: Tokens that merging does not come to.
     """
-    model = raw["model"]
-    vocabulary: dict[str, int] = model["vocab"]
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    try:
-        triples = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in merges]
-    except (KeyError, ValueError):
+    vocabulary: dict[str, int] = raw["model"]["vocab"]
+    listed = raw["model"]["merges"]
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in listed]
+    halves: dict[str, list[tuple[str, str]]] = {}
+    for left, right in merges:
+        halves.setdefault(left + right, []).append((left, right))
+    made = [vocabulary.get(left + right, -1) for left, right in merges]
+    if -1 in made or any(a > b for a, b in pairwise(made)) or not {*chain(*merges)} <= vocabulary.keys():
         return False
-    if any(a[2] > b[2] for a, b in pairwise(triples)) or any(made <= max(halves) for *halves, made in triples):
-        return False
-    place = {pair: index for index, pair in enumerate(merges)}
-    for (left, right), index in place.items():
-        token = left + right
-        overlaps = token.startswith(right) and place.get((right, token[len(right) :]), index) < index
-        if overlaps and not _runs(vocabulary, token):
-            return False
-    return all(
-        (token[:cut], token[cut:]) in place
+    several = {token: pairs for token, pairs in halves.items() if len(pairs) > 1}
+    return _in_any_order(vocabulary, several) and all(
+        (token[:cut], token[cut:]) in halves.get(token, ())
         for token in lost
         for cut in range(1, len(token))
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     )
+
+
+def _in_any_order(vocabulary: Mapping[str, int], several: Mapping[str, list[tuple[str, str]]]) -> bool:
+    """Whether it makes no difference which of the merges into one token is done first.
+
+    It would, where two overlap (x y x, both of whose pairs spell t) and the right one is listed first; and where
+    one that is done is at once merged on, into a token of a lower id that goes over half of the other.
+    """
+    for token, pairs in several.items():
+        for place, (_, right) in enumerate(pairs):
+            overlaps = token.startswith(right) and (right, token[len(right) :]) in pairs[:place]
+            if overlaps and not _runs(vocabulary, token):
+                return False
+    for token, index in vocabulary.items() if several else ():
+        for cut in range(1, len(token)):
+            begun, ended = token[:cut], token[cut:]
+            first = vocabulary.get(begun, -1) > index and any(ended.endswith(x) for x, _ in several.get(begun, ()))
+            last = vocabulary.get(ended, -1) > index and any(begun.startswith(y) for _, y in several.get(ended, ()))
+            if (first or last) and not _runs(vocabulary, token):
+                return False
+    return True
 
 
 def _runs(vocabulary: Mapping[str, int], token: str) -> bool:

@@ -76,7 +76,7 @@ def _words(text: str) -> list[str]:
     """The words of a text, each with the spaces before it but one: the first word is given one, as by the model."""
     if SPACE in text:
         text = text.replace(SPACE, " ")  # the model cannot tell them from each other
-    if "  " in text:
+    if "  " in text or text.startswith(" "):
         return _WORD.findall(" " + text)
     return text.split(" ") if text else []
 

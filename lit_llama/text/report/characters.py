@@ -63,6 +63,8 @@ _MOJIBAKE = re.compile(
     f"[ÂÃ][{_HIGH}]|â[€„†‚ˆ][{_HIGH}]|(?:[ÎÏÐÑ][{_HIGH}]){{2,}}|ðŸ[{_HIGH}]{{2}}|(?:[ã-í][{_HIGH}]{{2}}){{2,}}|ï»¿|ï¿½"
 )
 
+_SUSPECT = re.compile("[ÂÃâÎÏÐÑðã-íï]")  # what all of these begin with; most texts are done with this
+
 
 @functools.cache
 def _table() -> npt.NDArray[np.uint8]:
@@ -99,5 +101,5 @@ def count_characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.N
     text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     counts = np.bincount(text_of * _CLASSES + classes, minlength=len(texts) * _CLASSES).reshape(len(texts), _CLASSES)
     letters, trouble = counts[:, 1 : 1 + len(SCRIPTS)], counts[:, 1 + len(SCRIPTS) :] > 0
-    mojibake = [not text.isascii() and _MOJIBAKE.search(text) is not None for text in texts]
+    mojibake = [bool(not text.isascii() and _SUSPECT.search(text) and _MOJIBAKE.search(text)) for text in texts]
     return letters, np.column_stack([trouble, mojibake])

@@ -1,9 +1,11 @@
 """Rows that are equal, and rows that are nearly equal, in bounded memory.
 
-Near-duplicates are found by MinHash (Broder 1997) over character 5-grams with banding (Leskovec, Rajaraman, Ullman,
-Mining of Massive Datasets, chapter 3): at a Jaccard similarity of 0.8 a pair is missed once in 2,800 times.
+Of every row the smallest hashes of its character 5-grams are kept (Broder 1997). Dealt to bins by their last bits, the
+smallest in each bin are a MinHash of one permutation (Li, Owen, Zhang 2012, arXiv:1208.1259), where empty bins borrow
+from the next (Shrivastava and Li 2014, arXiv:1406.4784). Rows that agree in a band of bins are compared (Leskovec,
+Rajaraman, Ullman, Mining of Massive Datasets, chapter 3): at a Jaccard similarity of 0.8 one pair in 20,000 does not.
 
-Shapes: N rows, K hash functions, P pairs, S values of a sketch.
+Shapes: N rows, K bins, P pairs, S values of a sketch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,15 +17,12 @@ from lit_llama.text.report.characters import code_points
 
 SHINGLE = 5  # characters
 SIMILARITY = 0.8
-_BANDS, _PER_BAND = 20, 5
+_BINS, _BANDS, _PER_BAND = 128, 25, 5
 _SKETCH = 256  # smallest hashes kept of a row; a row with fewer shingles is kept whole
-_LIKELY = 0.6  # of equal minima, five standard deviations below SIMILARITY
+_LIKELY = 0.6  # of equal bins, five standard deviations below SIMILARITY
 _NEIGHBOURS = 8  # compared in one bucket; buckets of templated rows would cost the square of their size
 _BLOCK = 8192  # pairs compared at a time
 _NONE = np.uint32(0xFFFFFFFF)
-_DRAW = np.random.Generator(np.random.PCG64(5))
-_FACTORS = _DRAW.integers(0, 2**32, _BANDS * _PER_BAND, dtype=np.uint32) | np.uint32(1)
-_TERMS = _DRAW.integers(0, 2**32, _BANDS * _PER_BAND, dtype=np.uint32)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 Keys = npt.NDArray[np.uint64]
@@ -52,7 +51,7 @@ def partners(keys: Keys, sought: npt.NDArray[np.bool_], among: npt.NDArray[np.bo
 
 
 class NearDuplicates:
-    """Collects a sketch of every row, at most 1.4 kB, and finds the pairs in the end.
+    """Collects a sketch of every row, at most 1 kB, and finds the pairs in the end.
 
     Args:
         limit: Rows up to which it runs; with one more it forgets everything.
@@ -65,7 +64,6 @@ class NearDuplicates:
     def __init__(self, limit: int) -> None:
         self.rows = 0
         self._limit = limit
-        self._minima: list[npt.NDArray[np.uint32]] = []
         self._sketches: list[npt.NDArray[np.uint32]] = []
         self._lengths: list[Rows] = []
 
@@ -78,20 +76,11 @@ class NearDuplicates:
         """Take in the next rows, some hundred kB at a time for speed."""
         self.rows += len(texts)
         if not self.active:
-            self._minima, self._sketches, self._lengths = [], [], []
+            self._sketches, self._lengths = [], []
             return
-        shingles, starts = _shingles(texts)
-        minima = np.empty((len(_FACTORS), len(texts)), np.uint32)
-        hashed = np.empty_like(shingles)
-        for index, (factor, term) in enumerate(zip(_FACTORS, _TERMS, strict=True)):
-            np.multiply(shingles, factor, out=hashed)
-            np.add(hashed, term, out=hashed)
-            np.minimum.reduceat(hashed, starts, out=minima[index])
-        lengths = np.diff(np.append(starts, len(shingles)))
-        position = np.arange(len(shingles)) - np.repeat(starts, lengths)
-        self._minima.append(np.ascontiguousarray(minima.T))  # (N, K)
-        self._sketches.append(shingles[position < _SKETCH])
-        self._lengths.append(np.minimum(lengths, _SKETCH))
+        values, lengths = _sketches(texts)
+        self._sketches.append(values)
+        self._lengths.append(lengths)
 
     def pairs(self, among: npt.NDArray[np.bool_]) -> Pairs:
         """Pairs of rows with a Jaccard similarity of SIMILARITY or more.
@@ -110,14 +99,13 @@ class NearDuplicates:
         if len(rows) < 2:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
         # Joined for good, as two copies of everything would be the most memory that is ever used.
-        self._minima = [np.concatenate(self._minima)]
         self._sketches = [np.concatenate(self._sketches)]
         self._lengths = [np.concatenate(self._lengths)]
-        codes = np.unique(np.concatenate(list(_candidates(self._minima[0], rows))))
-        first, second = codes // self.rows, codes % self.rows
-        blocks = range(0, len(first), _BLOCK)
         values, lengths = self._sketches[0], self._lengths[0]
         starts = np.cumsum(lengths) - lengths
+        codes = np.unique(np.concatenate(list(_candidates(_minima(values, starts, lengths), rows))))
+        first, second = codes // self.rows, codes % self.rows
+        blocks = range(0, len(first), _BLOCK)
         similarity = np.concatenate(
             [np.zeros(0)]
             + [_jaccard(values, starts, lengths, first[at : at + _BLOCK], second[at : at + _BLOCK]) for at in blocks]
@@ -126,27 +114,50 @@ class NearDuplicates:
         return first[alike], second[alike], similarity[alike]
 
 
-def _shingles(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], Rows]:
-    """Sorted distinct hashes of each text's 5-grams, laid end to end, and where each text starts."""
+def _sketches(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], Rows]:
+    """The smallest distinct hashes of each text's 5-grams, sorted and laid end to end, and how many are of each."""
     texts = [text.ljust(SHINGLE) for text in texts]
-    points = code_points(texts).astype(np.uint64)
     lengths = np.array([len(text) for text in texts])
+    points = code_points(texts)
+    hashes = _hashes(points)
+    owner = np.repeat(np.arange(len(texts), dtype=np.uint64), lengths)[: len(hashes)]
+    ends = np.repeat(np.cumsum(lengths), lengths)[: len(hashes)]
+    inside = np.arange(len(hashes)) + SHINGLE <= ends  # a 5-gram across two texts is nobody's
+    keys = np.sort((owner[inside] << np.uint64(32)) | hashes[inside])
+    keys = keys[np.append(True, keys[1:] != keys[:-1])]
+    counts = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))
+    position = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return keys[position < _SKETCH].astype(np.uint32), np.minimum(counts, _SKETCH)
+
+
+def _hashes(points: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """A hash below _NONE of every five characters."""
     count = len(points) - SHINGLE + 1
-    hashes = points[:count].copy()
+    hashes = points[:count].astype(np.uint64)
     for offset in range(1, SHINGLE):
         hashes *= _MIX
         hashes += points[offset : offset + count]
     hashes ^= hashes >> np.uint64(32)
     hashes *= _MIX
     hashes >>= np.uint64(32)
-    hashes = np.minimum(hashes, np.uint64(_NONE - 1))
-    owner = np.repeat(np.arange(len(texts), dtype=np.uint64), lengths)[:count]
-    ends = np.repeat(np.cumsum(lengths), lengths)[:count]
-    inside = np.arange(count) + SHINGLE <= ends  # a 5-gram across two texts is nobody's
-    keys = np.sort((owner[inside] << np.uint64(32)) | hashes[inside])
-    keys = keys[np.append(True, keys[1:] != keys[:-1])]
-    starts = np.searchsorted(keys, np.arange(len(texts), dtype=np.uint64) << np.uint64(32))
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32), starts
+    return np.minimum(hashes, np.uint64(_NONE - 1)).astype(np.uint32)
+
+
+def _minima(values: npt.NDArray[np.uint32], starts: Rows, lengths: Rows) -> npt.NDArray[np.uint32]:
+    """(N, K) the smallest hash in each bin, of rows whose hashes are sorted."""
+    minima = np.full((len(lengths), _BINS), _NONE)
+    for at in range(0, len(lengths), _BLOCK):
+        block = minima[at : at + _BLOCK]
+        counts = lengths[at : at + _BLOCK]
+        row = np.repeat(np.arange(len(counts)), counts)
+        inside = values[starts[at] : starts[at] + counts.sum()]
+        block[row[::-1], (inside & np.uint32(_BINS - 1))[::-1]] = inside[::-1]  # of several, the last one stays
+        # An empty bin takes the value of the next one that is not, marked with the way to it.
+        twice = np.where(np.tile(block, 2) != _NONE, np.arange(2 * _BINS), 2 * _BINS)
+        source = np.minimum.accumulate(twice[:, ::-1], axis=1)[:, ::-1][:, :_BINS]
+        way = (source - np.arange(_BINS)).astype(np.uint32)
+        block[:] = np.take_along_axis(block, source % _BINS, axis=1) + way * np.uint32(0x9E3779B1)
+    return minima
 
 
 def _candidates(minima: npt.NDArray[np.uint32], rows: Rows) -> Iterator[Rows]:

@@ -1,6 +1,6 @@
 """What is in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
 
-Rows stream through; of each some 50 bytes stay, and 1.4 kB while near-duplicates are looked for. Two texts are the same
+Rows stream through; of each some 50 bytes stay, and 1 kB while near-duplicates are looked for. Two texts are the same
 after normalisation if they differ in case, white space or Unicode form (NFKC) alone.
 """
 
@@ -205,7 +205,8 @@ def _key(*texts: str) -> int:
 def refused(answer: str) -> bool:
     """Whether a normalised answer begins as a refusal does."""
     opening = answer[:_OPENING].replace("’", "'")
-    return any(phrase in opening for phrase in (_ASCII_REFUSALS if opening.isascii() else REFUSALS))
+    phrases = _ASCII_REFUSALS if opening.isascii() else REFUSALS
+    return True in map(opening.__contains__, phrases)  # no generator: every row is asked
 
 
 def lengths(values: Iterable[int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.cpu_attention import causal_attention
 
 PADDING = 1.15
 """Samples share a block of attention as long as padding them to one length wastes at most 15 %."""
@@ -65,10 +66,14 @@ class Packed:
         outputs = []
         for tokens, pad, unpad, samples in self._blocks:
             queries, keys, values = (_block(x[tokens], pad, samples) for x in (q, k, v))  # (B, H or G, L, D)
-            if window is None or window >= queries.shape[2]:
+            whole = window is None or window >= queries.shape[2]
+            if whole and q.device.type == "cpu" and q.requires_grad:
+                y = causal_attention(queries, keys, values)
+            elif whole:
                 grouped = q.shape[1] != k.shape[1]
                 y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
             else:
+                assert window is not None
                 y = _windowed(queries, keys, values, window)
             y = y.transpose(1, 2).flatten(0, 1)  # (B L, H, D)
             outputs.append(y if unpad is None else y.index_select(0, unpad))

@@ -15,8 +15,9 @@ from lit_llama.text.dataset import step_plan
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
 from lit_llama.text.report.findings import Findings
-from lit_llama.text.report.page import differences, histogram, percent
+from lit_llama.text.report.page import differences, histogram
 from lit_llama.text.report.pairs import CUT
+from lit_llama.text.report.render import percent
 from lit_llama.text.report.report import account, warnings, write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
 from lit_llama.text.tokenizer import Tokenizer

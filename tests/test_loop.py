@@ -28,9 +28,11 @@ from lit_llama.text.formats import Example
 from lit_llama.text.prepare import Rules
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.log import METRICS_FILE, read_metrics
 from lit_llama.train.loop import RUN_FILE, evaluate, finetune_lora
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.report.report import REPORT_HTML, REPORT_JSON
+from lit_llama.train.samples import SAMPLES_FILE
 
 COLORS = ("red", "blue", "green", "black", "white")
 THINGS = ("lamp", "chair", "table", "cup")
@@ -88,7 +90,7 @@ def run(
 ) -> Path:
     """finetune_lora as the door calls it."""
     paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed}
+    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed, "loggers": None}
     finetune_lora(
         checkpoint, data, out, lora=lora, train=train, precision="32-true", seed=seed, arguments=paths | settings
     )
@@ -99,12 +101,6 @@ def run(
 def short_run(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch of a small adapter. Do not change it."""
     return run(tiny_folder, data, tmp_path_factory.mktemp("loop") / "short")
-
-
-def metrics_without_time(folder: Path) -> list[list[str]]:
-    lines = (folder / METRICS_FILE).read_text().splitlines()
-    assert lines[0].split(",")[-1] == "seconds"
-    return [line.split(",")[:-1] for line in lines]
 
 
 def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -137,6 +133,10 @@ def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Pa
         WEIGHTS_FILE,
         META_FILE,
         METRICS_FILE,
+        TIMING_FILE,
+        SAMPLES_FILE,
+        REPORT_HTML,
+        REPORT_JSON,
         RUN_FILE,
         "loss.png",
         "chat_template.jinja",
@@ -165,7 +165,8 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, data: Path, short
     torch.manual_seed(99)  # whatever ran before must not matter
     again = run(tiny_folder, data, tmp_path / "again")
     assert (again / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
-    assert metrics_without_time(again) == metrics_without_time(short_run)
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        assert (again / name).read_bytes() == (short_run / name).read_bytes()
 
 
 def test_another_seed_gives_another_adapter(tiny_folder: Path, data: Path, short_run: Path, tmp_path: Path) -> None:
@@ -262,7 +263,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
     monkeypatch.setattr(TokenLoss, "forward", poisoned)
     with pytest.raises(NumericalError, match=r"step \d: loss nan.*no adapter was written"):
         run(tiny_folder, data, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_FILE, METRICS_FILE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(RUN_FILE, META_FILE, METRICS_FILE, TIMING_FILE, SAMPLES_FILE, REPORT_HTML, REPORT_JSON)
+    }
     assert not list(tmp_path.glob(".*"))
     assert len(read_metrics(tmp_path / "out")["loss"]) >= 1
     monkeypatch.setattr(TokenLoss, "forward", forward)

@@ -31,8 +31,8 @@ from lit_llama.train.config import TrainConfig
 from lit_llama.train.loop import RUN_FILE, evaluate, finetune_lora
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
-from lit_llama.train.report.report import REPORT_HTML, REPORT_JSON
-from lit_llama.train.samples import SAMPLES_FILE
+from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
+from lit_llama.train.sampler import SAMPLES_FILE
 
 COLORS = ("red", "blue", "green", "black", "white")
 THINGS = ("lamp", "chair", "table", "cup")

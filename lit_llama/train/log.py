@@ -13,8 +13,8 @@ from lit_llama.progress import stderr
 from lit_llama.train.config import LoggerName
 from lit_llama.train.loggers import open_loggers
 from lit_llama.train.metrics import COLUMNS, METRICS_FILE, Lines, csv_line, perplexity, rows_of
-from lit_llama.train.report.report import write_run_report
-from lit_llama.train.samples import SAMPLES_FILE, Sampler
+from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.sampler import SAMPLES_FILE, Sampler
 
 
 class Log:

@@ -40,8 +40,8 @@ from lit_llama.train.curve import draw_curve
 from lit_llama.train.log import Log
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.report.report import write_run_report
-from lit_llama.train.samples import Sampler
+from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.sampler import Sampler
 from lit_llama.train.schedule import learning_rate
 
 

@@ -87,7 +87,9 @@ class Lines:
 def csv_line(values: Sequence[Any]) -> str:
     """A row, numbers to six digits."""
     text = io.StringIO()
-    csv.writer(text).writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+    csv.writer(text, lineterminator="\n").writerow(
+        [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+    )
     return text.getvalue()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lit_llama.text.report.show import visible
 
 _HERE = "lit_llama.text.report"
-_FLAG = re.compile(r"--\w+")
+_FLAG = re.compile(r"--\w+(?:\.\w+)*")
 
 
 def render(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lit_llama.train.metrics import Series
 
 MOST = 500  # places along a line; more are drawn as the least and the greatest of each place
+_MOST_TICKS = 7
 _LOG_FROM = 8.0  # greatest / least, from which on a logarithmic scale says more
 
 
@@ -130,13 +131,13 @@ def _linear_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
-    """A scale a little wider than the values, with ticks at 1, 2 and 5 times powers of ten, or at powers alone."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
-    every = -(-len(powers) // 6)
+    """A scale a little wider than the values; as many round ticks as there is room for."""
     low, high = low / 1.1, high * 1.1
-    ticks = [factor * 10.0**power for power in powers[::every] for factor in factors]
-    return low, high, [tick for tick in ticks if low <= tick <= high]
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    finer = [[by * 10.0**power for power in powers for by in factors] for factors in ((1, 2, 5), (1, 3), (1,))]
+    coarser = [[10.0**power for power in powers if power % every == 0] for every in range(2, len(powers))]
+    kept = [[tick for tick in ticks if low <= tick <= high] for ticks in (*finer, *coarser)]
+    return low, high, next((ticks for ticks in kept if len(ticks) <= _MOST_TICKS), kept[-1])
 
 
 def _step_of_ticks(end: int) -> int:

@@ -50,7 +50,7 @@ def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
         chart(
             "Tokens per second, smoothed",
             [
-                Line("all tokens", "second", smooth(speed["tokens"])),
+                Line("all tokens", "third", smooth(speed["tokens"])),
                 Line("trained tokens", "main", smooth(speed["trained_tokens"])),
             ],
             steps,

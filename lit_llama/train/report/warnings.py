@@ -13,9 +13,19 @@ _CLIPPED = 0.5  # share of steps whose gradients were scaled down
 _APART = 2.0  # test loss / training loss at the end
 
 
-def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json) -> list[Json]:
-    """The gravest first: {"severity": "fix" | "check" | "note", "what", "why"}."""
+def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json, data: Json) -> list[Json]:
+    """The gravest first: {"severity": "fix" | "check" | "note", "what", "why"}.
+
+    Args:
+        verdict: As in report.json.
+        series: The columns of metrics.csv.
+        settings: What stands in run.yaml.
+        data: meta.json of the data.
+    """
     found = [*_of_steps(verdict, series, settings), *_of_evaluations(verdict)]
+    if leaked := data.get("test_rows_also_in_train"):
+        what = f"{leaked:,} test row{'' if leaked == 1 else 's'} also in train."
+        found.append(("check", what, "The test loss looks better than it is; see the report of the data."))
     order = ("fix", "check", "note")
     return sorted(
         ({"severity": severity, "what": what, "why": why} for severity, what, why in found),
@@ -29,6 +39,9 @@ def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
         listed = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         what = f"{_steps(len(skipped))} skipped: loss or gradients were not finite."
         found.append(("fix", what, f"Steps {listed}. A lower --train.learning_rate or --precision 32-true may help."))
+    if lost := [step for step, value in series["test_loss"] if not math.isfinite(value)]:
+        what = f"The test loss was not finite at step {lost[0]:,}."
+        found.append(("fix", what, "The adapter cannot be used; lower --train.learning_rate."))
     limit = settings.get("train", {}).get("max_grad_norm", 0)
     norms = [value for _, value in series["grad_norm"]]
     clipped = sum(value > limit for value in norms) if limit else 0

@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from lit_llama.train.config import RUN_FILE, TrainConfig
 from lit_llama.train.metrics import Series, read_metrics, smooth
 from lit_llama.train.report.page import render_page
 from lit_llama.train.report.warnings import warnings
-from lit_llama.train.samples import SAMPLES_FILE
+from lit_llama.train.sampler import SAMPLES_FILE
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1
+_LISTED = 5  # raw files that are named
 _PATHS = ("checkpoint_dir", "data_dir", "out_dir")
 _DEFAULTS: dict[str, Any] = {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())}
 Json = dict[str, Any]
@@ -59,7 +61,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         "format": FORMAT,
         "name": folder.resolve().name,
         "verdict": verdict,
-        "warnings": warnings(verdict, series, settings),
+        "warnings": warnings(verdict, series, settings, meta.get("data", {})),
         "evaluations": evaluations,
         "settings": flat,
         "changed": {
@@ -72,12 +74,17 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
 
 
 def _evaluations(series: Mapping[str, Series]) -> list[Json]:
-    """Each evaluation with what else is known of its step; the training loss is the smoothed one."""
+    """Each evaluation with what else is known of its step; the training loss is the smoothed one.
+
+    What is not finite is left out, as JSON has no word for it.
+    """
     known = {name: dict(series[name]) for name in ("epoch", "perplexity", "stopped", "learning_rate")}
     known["loss"] = dict(smooth(series["loss"]))
     return [
-        {"step": step, "test_loss": loss} | {name: values[step] for name, values in known.items() if step in values}
+        {"step": step, "test_loss": loss}
+        | {name: values[step] for name, values in known.items() if isfinite(values.get(step, nan))}
         for step, loss in series["test_loss"]
+        if isfinite(loss)
     ]
 
 
@@ -92,17 +99,16 @@ def _speed(series: Mapping[str, Series]) -> Json:
 def identity(settings: Json, meta: Json) -> Json:
     """Which base and which data, as names and hashes; what is not known is left out."""
     data, run = meta.get("data", {}), meta.get("run", {})
-    source, splits = data.get("source", {}), data.get("splits", {})
     rows = [
         f"{name} {counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them trained"
-        for name, counts in splits.items()
+        for name, counts in data.get("splits", {}).items()
     ]
     about = {
         "base": settings.get("checkpoint_dir") or meta.get("base", {}).get("path"),
         "base fingerprint": meta.get("base", {}).get("fingerprint"),
         "data": settings.get("data_dir"),
-        "made of": source.get("file"),
-        "sha256 of that": source.get("sha256"),
+        "data key": data.get("key"),
+        "made of": _files(data.get("source", {})),
         "rows": "; ".join(rows),
         "prompt style": data.get("prompt_style"),
         "tokenizer fingerprint": data.get("tokenizer", {}).get("fingerprint"),
@@ -111,6 +117,14 @@ def identity(settings: Json, meta: Json) -> Json:
         "torch": run.get("torch"),
     }
     return {name: value for name, value in about.items() if value not in (None, "")}
+
+
+def _files(source: Json) -> str:
+    """The raw files, the first of many, with their hashes."""
+    files = source.get("files") or ([source] if "file" in source else [])
+    named = [f"{file.get('path') or file['file']} (sha256 {file.get('sha256')})" for file in files[:_LISTED]]
+    more = [f"and {len(files) - _LISTED:,} more"] if len(files) > _LISTED else []
+    return ", ".join(named + more)
 
 
 def commands(folder: Path, settings: Json) -> list[Json]:

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from conftest import Sample, run_door, write_splits
 from safetensors.torch import load_file
 
-from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, UserError
+from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, ResourceError, UserError
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.load import load
 from lit_llama.generate.sampling import Sampling
@@ -271,6 +272,41 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
     monkeypatch.setattr(TokenLoss, "forward", forward)
     run(tiny_folder, data, tmp_path / "out")
     assert base_of(tmp_path / "out") == tiny_folder
+
+
+def test_a_run_without_sample_prompts_answers_none(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches answers that cost time although nobody wants them, and training that depends on them."""
+    short = replace(SHORT, max_steps=2)
+    with_them, without = (
+        run(tiny_folder, data, tmp_path / name, train=train)
+        for name, train in (("with", short), ("without", replace(short, sample_prompts=0)))
+    )
+    assert (with_them / WEIGHTS_FILE).read_bytes() == (without / WEIGHTS_FILE).read_bytes()
+    assert not (without / SAMPLES_FILE).exists() and read_metrics(without)["stopped"] == []
+    assert read_metrics(with_them)["loss"] == read_metrics(without)["loss"]
+    assert len((with_them / SAMPLES_FILE).read_text("utf-8").splitlines()) == 2 * 4
+
+
+def test_a_data_folder_without_test_rows_trains_and_says_so(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that ends, or is silent, because a file for people is missing."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    out = run(tiny_folder, tmp_path / "data", tmp_path / "out", train=replace(SHORT, max_steps=1))
+    assert "no sample answers: " in capsys.readouterr().err and (out / CONFIG_FILE).exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_absent_logger_is_said_before_anything_is_made(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that stops after minutes of loading because a package is missing."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    options: dict[str, Any] = {"lora": LORA, "train": SHORT, "precision": "32-true", "seed": 0, "arguments": {}}
+    with pytest.raises(ResourceError, match=r"lit_llama\[wandb\]"):
+        finetune_lora(tiny_folder, data, tmp_path / "out", loggers=["wandb"], **options)
+    assert not (tmp_path / "out").exists()
 
 
 def never_fits(*arguments: Any) -> None:

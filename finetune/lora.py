@@ -34,7 +34,7 @@ def main(
         precision: Of the frozen base and the activations; auto is bfloat16 where the hardware is fast at it. The
             adapter itself is always float32.
         seed: Of the adapter's start, the order of the samples and dropout.
-        loggers: Also tell tensorboard, wandb or mlflow; several as [tensorboard,wandb].
+        loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
     """
     from lit_llama.train.loop import finetune_lora
 

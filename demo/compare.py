@@ -24,7 +24,7 @@ def main(*, run_dir: Path = Path("out/lora/demo"), samples: int = 3) -> None:
 
     from lit_llama.generate.answer import Answer, measure
     from lit_llama.text.formats import Example
-    from lit_llama.train.log import read_metrics
+    from lit_llama.train.metrics import read_metrics
 
     answers = {name: _read(run_dir / f"{name}.jsonl") for name in ("before", "after")}
     measures = {

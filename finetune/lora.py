@@ -9,7 +9,7 @@ from pathlib import Path
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
 from lit_llama.model.config import LoRAConfig
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import LoggerName, TrainConfig
 
 
 def main(
@@ -21,23 +21,25 @@ def main(
     train: TrainConfig = TrainConfig(),
     precision: Precision = "auto",
     seed: int = 1337,
+    loggers: list[LoggerName] | None = None,
 ) -> None:
     """Train low-rank adapters; the base stays as it is.
 
     Args:
         checkpoint_dir: Base model, a folder in Hugging Face layout.
         data_dir: Data folder made by prepare/.
-        out_dir: Folder to make for the adapter, metrics.csv, loss.png and run.yaml.
+        out_dir: Folder to make for the adapter, report.html, metrics.csv, loss.png and run.yaml.
         lora: Shape of the adapter.
         train: Course of the training.
         precision: Of the frozen base and the activations; auto is bfloat16 where the hardware is fast at it. The
             adapter itself is always float32.
         seed: Of the adapter's start, the order of the samples and dropout.
+        loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
     """
     from lit_llama.train.loop import finetune_lora
 
     paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": precision, "seed": seed}
+    settings = {"lora": asdict(lora), "train": asdict(train), "precision": precision, "seed": seed, "loggers": loggers}
     finetune_lora(
         checkpoint_dir,
         data_dir,
@@ -47,6 +49,7 @@ def main(
         precision=precision,
         seed=seed,
         arguments=paths | settings,
+        loggers=loggers or (),
     )
 
 

@@ -84,3 +84,12 @@ def peak_memory(device: "torch.device") -> int:
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(device: "torch.device") -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {cores()} {'core' if cores() == 1 else 'cores'}"

@@ -88,3 +88,11 @@ def test_gpu_equals_cpu() -> None:
     (loss, gradient), (gpu_loss, gpu_gradient) = (_step(torch.float32, torch.device(name)) for name in ("cpu", "cuda"))
     assert abs(gpu_loss - loss) < 1e-3
     assert torch.nn.functional.cosine_similarity(gradient, gpu_gradient, dim=0) > 0.999
+
+
+def test_a_device_has_a_name_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches speeds that nobody can compare, as it is not said on what."""
+    monkeypatch.setattr(device, "cores", lambda: 3)
+    assert device.describe(torch.device("cpu")) == "cpu, 3 cores"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    assert device.describe(torch.device("cuda", 0)) == "NVIDIA H100"

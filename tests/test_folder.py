@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.folder import check_destination, publish, publish_later, sha256_file, write_json, write_json_lines
+from lit_llama.folder import (
+    check_destination,
+    publish,
+    publish_later,
+    replace_file,
+    sha256_file,
+    write_json,
+    write_json_lines,
+)
 
 MARKER = "meta.json"
 
@@ -274,3 +282,21 @@ def test_hashes_are_sha256(tmp_path: Path, content: bytes) -> None:
     """A hash of the first block only."""
     (tmp_path / "x").write_bytes(content)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a reader that finds half of a file, and a half-written one that stays behind."""
+    path = tmp_path / "page.html"
+    replace_file(path, b"old")
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def torn(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:1])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", torn)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, b"newer")
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["page.html"]

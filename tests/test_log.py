@@ -1,20 +1,27 @@
-"""What a run writes down: metrics.csv, the loss curve, and lines on stderr."""
+"""What a run writes down: its files, the loss curve, and lines on stderr."""
 
 import csv
-import functools
 import io
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lit_llama.generate.answer import Answer
 from lit_llama.train import log as log_module
-from lit_llama.train.log import COLUMNS, CURVE_FILE, METRICS_FILE, Log, draw_curve, read_metrics
+from lit_llama.train.curve import CURVE_FILE, draw_curve
+from lit_llama.train.log import Log
+from lit_llama.train.metrics import METRICS, METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
+from lit_llama.train.sampler import SAMPLES_FILE
 
 
 def metrics(step: int, **more: float) -> dict[str, Any]:
     values = {"step": step, "epoch": step / 10, "learning_rate": 3e-4, "loss": 2.0 / step, "grad_norm": 0.123456789}
-    return values | {"trained_tokens": 120, "tokens": 300, "seconds": 0.5} | more
+    return values | {"trained_tokens": 120, "tokens": 300, "seconds": 0.5, "memory": 10**9} | more
 
 
 def write_run(folder: Path, steps: int = 20) -> None:
@@ -29,21 +36,14 @@ def test_metrics_have_one_row_a_step_and_known_columns(tmp_path: Path) -> None:
     write_run(tmp_path)
     with (tmp_path / METRICS_FILE).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
-    assert COLUMNS == (
-        "step",
-        "epoch",
-        "learning_rate",
-        "loss",
-        "test_loss",
-        "grad_norm",
-        "trained_tokens",
-        "tokens",
-        "seconds",
-    )
+    assert tuple(rows[0]) == METRICS
+    assert (
+        *("step", "epoch", "learning_rate", "loss", "test_loss", "perplexity", "stopped", "grad_norm"),
+        *("trained_tokens", "tokens"),
+    ) == METRICS
     assert [int(row["step"]) for row in rows] == list(range(21))
     assert {name for name, value in rows[0].items() if value} == {"step", "test_loss"}
-    assert {name for name, value in rows[1].items() if not value} == {"test_loss"}
+    assert {name for name, value in rows[1].items() if not value} == {"test_loss", "perplexity", "stopped"}
     assert {name: float(rows[10][name]) for name in ("epoch", "learning_rate", "loss", "test_loss")} == {
         "epoch": 1.0,
         "learning_rate": 3e-4,
@@ -93,18 +93,6 @@ def test_the_curve_of_a_single_step_and_of_a_loss_of_zero_is_drawn(tmp_path: Pat
     assert draw_curve(tmp_path).stat().st_size > 5000
 
 
-def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
-    """Catches a mean that starts at zero and makes the first steps look good."""
-    smooth = functools.partial(log_module._smooth, keep=0.9)
-    assert smooth([(1, 4.0), (2, 4.0), (3, 4.0)]) == [
-        (1, pytest.approx(4)),
-        (2, pytest.approx(4)),
-        (3, pytest.approx(4)),
-    ]
-    (_, first), (_, second) = smooth([(1, 1.0), (2, 2.0)])
-    assert first == pytest.approx(1.0) and second == pytest.approx((0.9 * 0.1 * 1 + 0.1 * 2) / 0.19)
-
-
 def test_without_a_terminal_there_are_plain_lines_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a bar's control sequences in a log file, a line for each of a thousand steps, and talk on stdout."""
     write_run(tmp_path, steps=40)
@@ -124,3 +112,97 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(log_module, "stderr", lambda: Console(file=shown, force_terminal=True, width=160))
     write_run(tmp_path)
     assert "20/20" in shown.getvalue() and "loss 0.1000" in shown.getvalue()
+
+
+def test_what_the_machine_decides_stands_apart(tmp_path: Path) -> None:
+    """Two runs that differ in time and memory alone have the same metrics.csv; catches a time among the metrics."""
+    for name, seconds in (("a", 0.5), ("b", 7.25)):
+        (tmp_path / name).mkdir()
+        with Log(tmp_path / name, 1) as log:
+            log.step(metrics(1, seconds=seconds, memory=int(seconds * 1e9)))
+    files = [(tmp_path / name / METRICS_FILE).read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    assert (tmp_path / "b" / TIMING_FILE).read_text() == "step,seconds,memory\n1,7.25,7250000000\n"
+
+
+class Sayings:
+    """A sampler without a model: says the same, and stops every second time."""
+
+    def answers(self) -> list[Answer]:
+        return [Answer("yes", True, 2), Answer("no, no", False, 9)]
+
+    def rows(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        return [
+            {"row": row, "prompt": "Say!", "answer": answer.text, "reference": "yes", "stopped": answer.stopped}
+            for row, answer in enumerate(answers)
+        ]
+
+
+def sampled_run(log: Log, first: int, last: int) -> None:
+    if first == 0:
+        log.step({"step": 0} | log.evaluated(0, 3.0))
+    for step in range(max(first, 1), last + 1):
+        log.step(metrics(step) | (log.evaluated(step, 2.5 / step) if step % 4 == 0 else {}))
+
+
+def test_an_evaluation_gives_perplexity_and_the_share_of_answers_that_stop(tmp_path: Path) -> None:
+    """Catches an average over the wrong count, answers that are not written down, and an overflow."""
+    with Log(tmp_path, 8, sampler=Sayings()) as log:  # type: ignore[arg-type]
+        assert log.evaluated(0, 2.0) == {"test_loss": 2.0, "perplexity": pytest.approx(math.e**2), "stopped": 0.5}
+        assert log.evaluated(4, 1e4)["perplexity"] == math.inf
+    rows = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    assert [(row["step"], row["answer"], row["stopped"]) for row in rows] == [
+        *((0, "yes", True), (0, "no, no", False), (4, "yes", True), (4, "no, no", False))
+    ]
+
+
+@pytest.mark.parametrize("step", range(11))
+def test_resumed_files_equal_those_of_a_run_that_was_never_stopped(tmp_path: Path, step: int) -> None:
+    """At every step, with rows beyond it and a torn last line; catches rows that are lost, doubled or rewritten."""
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+        with Log(tmp_path / name, 10, sampler=Sayings()) as log:  # type: ignore[arg-type]
+            sampled_run(log, 0, 10)
+    torn = {METRICS_FILE: "11,0.", TIMING_FILE: "1", SAMPLES_FILE: '{"step": 11, "pro'}
+    for name, text in torn.items():
+        with (tmp_path / "resumed" / name).open("a") as file:
+            file.write(text)
+    with Log(tmp_path / "resumed", 10, sampler=Sayings()) as log:  # type: ignore[arg-type]
+        log.resume(step)
+        kept = (tmp_path / "resumed" / METRICS_FILE).read_bytes()
+        assert (tmp_path / "whole" / METRICS_FILE).read_bytes().startswith(kept)
+        assert kept.count(b"\n") == step + 2
+        sampled_run(log, step + 1, 10)
+    for name in torn:
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_rows_that_are_missing_at_a_resume_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a curve with a hole that nobody is told of."""
+    write_run(tmp_path, steps=4)
+    with Log(tmp_path, 10) as log:
+        log.resume(6)
+        log.step(metrics(7))
+    assert f"{tmp_path / METRICS_FILE} lacks the steps 5 to 6" in capsys.readouterr().err.replace("\n", " ")
+    assert [step for step, _ in read_metrics(tmp_path)["loss"]] == [1, 2, 3, 4, 7]
+
+
+def test_a_run_from_the_start_keeps_nothing_of_an_older_one(tmp_path: Path) -> None:
+    """Catches answers and rows of a killed run that stand among those of the next."""
+    with Log(tmp_path, 8, sampler=Sayings()) as log:  # type: ignore[arg-type]
+        sampled_run(log, 0, 8)
+    with Log(tmp_path, 2) as log:
+        log.step({"step": 0} | log.evaluated(0, 3.0))
+    assert not (tmp_path / SAMPLES_FILE).exists()
+    assert read_metrics(tmp_path)["step"] == [(0, 0.0)] and read_metrics(tmp_path)["memory"] == []
+
+
+def test_the_report_can_be_looked_at_during_the_run(tmp_path: Path) -> None:
+    """Catches a report that is written at the end only, or not after each evaluation."""
+    with Log(tmp_path, 8) as log:
+        sampled_run(log, 0, 3)
+        assert json.loads((tmp_path / REPORT_JSON).read_text())["verdict"]["after"]["step"] == 0
+        sampled_run(log, 4, 5)
+        assert json.loads((tmp_path / REPORT_JSON).read_text())["verdict"]["after"]["step"] == 4
+        assert "0.6250" in (tmp_path / REPORT_HTML).read_text("utf-8")
+    assert not list(tmp_path.glob(".*")), "no partial file is left"

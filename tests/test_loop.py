@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from conftest import Sample, run_door, write_splits
 from safetensors.torch import load_file
 
-from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, UserError
+from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, ResourceError, UserError
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.load import load
 from lit_llama.generate.sampling import Sampling
@@ -28,9 +29,11 @@ from lit_llama.text.formats import Example
 from lit_llama.text.prepare import Rules
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.log import METRICS_FILE, read_metrics
 from lit_llama.train.loop import RUN_FILE, evaluate, finetune_lora
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
+from lit_llama.train.sampler import SAMPLES_FILE
 
 COLORS = ("red", "blue", "green", "black", "white")
 THINGS = ("lamp", "chair", "table", "cup")
@@ -88,7 +91,7 @@ def run(
 ) -> Path:
     """finetune_lora as the door calls it."""
     paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed}
+    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed, "loggers": None}
     finetune_lora(
         checkpoint, data, out, lora=lora, train=train, precision="32-true", seed=seed, arguments=paths | settings
     )
@@ -99,12 +102,6 @@ def run(
 def short_run(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch of a small adapter. Do not change it."""
     return run(tiny_folder, data, tmp_path_factory.mktemp("loop") / "short")
-
-
-def metrics_without_time(folder: Path) -> list[list[str]]:
-    lines = (folder / METRICS_FILE).read_text().splitlines()
-    assert lines[0].split(",")[-1] == "seconds"
-    return [line.split(",")[:-1] for line in lines]
 
 
 def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -137,6 +134,10 @@ def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Pa
         WEIGHTS_FILE,
         META_FILE,
         METRICS_FILE,
+        TIMING_FILE,
+        SAMPLES_FILE,
+        REPORT_HTML,
+        REPORT_JSON,
         RUN_FILE,
         "loss.png",
         "chat_template.jinja",
@@ -165,7 +166,8 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, data: Path, short
     torch.manual_seed(99)  # whatever ran before must not matter
     again = run(tiny_folder, data, tmp_path / "again")
     assert (again / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
-    assert metrics_without_time(again) == metrics_without_time(short_run)
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        assert (again / name).read_bytes() == (short_run / name).read_bytes()
 
 
 def test_another_seed_gives_another_adapter(tiny_folder: Path, data: Path, short_run: Path, tmp_path: Path) -> None:
@@ -262,12 +264,49 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
     monkeypatch.setattr(TokenLoss, "forward", poisoned)
     with pytest.raises(NumericalError, match=r"step \d: loss nan.*no adapter was written"):
         run(tiny_folder, data, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_FILE, METRICS_FILE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(RUN_FILE, META_FILE, METRICS_FILE, TIMING_FILE, SAMPLES_FILE, REPORT_HTML, REPORT_JSON)
+    }
     assert not list(tmp_path.glob(".*"))
     assert len(read_metrics(tmp_path / "out")["loss"]) >= 1
     monkeypatch.setattr(TokenLoss, "forward", forward)
     run(tiny_folder, data, tmp_path / "out")
     assert base_of(tmp_path / "out") == tiny_folder
+
+
+def test_a_run_without_sample_prompts_answers_none(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches answers that cost time although nobody wants them, and training that depends on them."""
+    short = replace(SHORT, max_steps=2)
+    with_them, without = (
+        run(tiny_folder, data, tmp_path / name, train=train)
+        for name, train in (("with", short), ("without", replace(short, sample_prompts=0)))
+    )
+    assert (with_them / WEIGHTS_FILE).read_bytes() == (without / WEIGHTS_FILE).read_bytes()
+    assert not (without / SAMPLES_FILE).exists() and read_metrics(without)["stopped"] == []
+    assert read_metrics(with_them)["loss"] == read_metrics(without)["loss"]
+    assert len((with_them / SAMPLES_FILE).read_text("utf-8").splitlines()) == 2 * 4
+
+
+def test_a_data_folder_without_test_rows_trains_and_says_so(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that ends, or is silent, because a file for people is missing."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    out = run(tiny_folder, tmp_path / "data", tmp_path / "out", train=replace(SHORT, max_steps=1))
+    assert "no sample answers: " in capsys.readouterr().err and (out / CONFIG_FILE).exists()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_absent_logger_is_said_before_anything_is_made(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that stops after minutes of loading because a package is missing."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    options: dict[str, Any] = {"lora": LORA, "train": SHORT, "precision": "32-true", "seed": 0, "arguments": {}}
+    with pytest.raises(ResourceError, match=r"lit_llama\[wandb\]"):
+        finetune_lora(tiny_folder, data, tmp_path / "out", loggers=["wandb"], **options)
+    assert not (tmp_path / "out").exists()
 
 
 def never_fits(*arguments: Any) -> None:

@@ -84,25 +84,39 @@ def answer_all(
         task = progress.add_task("answering", total=len(prompts))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            made: list[list[int]] = [[] for _ in rows]
-            steps = generate(
-                speaker.model,
-                [prompts[row] for row in rows],
-                max_new_tokens=max_new_tokens,
-                stop_ids=speaker.stop_ids,
-                sampling=sampling,
-                tokens=speaker.tokenizer.size,
-                numbers=rows,
-            )
-            for step in steps:
-                for index, token in step:
-                    made[index].append(token)
-            for row, ids in zip(rows, made, strict=True):
-                stopped = ids[-1] in speaker.stop_ids
-                text = speaker.tokenizer.decode(ids[:-1] if stopped else ids).removeprefix(speaker.opening)
-                answers[row] = Answer(text, stopped, len(ids))
+            made = answer_batch(speaker, [prompts[row] for row in rows], max_new_tokens, sampling, rows)
+            answers.update(zip(rows, made, strict=True))
             progress.advance(task, len(rows))
     return [answers[row] for row in range(len(prompts))]
+
+
+def answer_batch(
+    speaker: Speaker,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    numbers: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Answer prompts, given as ids, all at once; `numbers` as in `generate`."""
+    made: list[list[int]] = [[] for _ in prompts]
+    steps = generate(
+        speaker.model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=speaker.stop_ids,
+        sampling=sampling,
+        tokens=speaker.tokenizer.size,
+        numbers=numbers,
+    )
+    for step in steps:
+        for index, token in step:
+            made[index].append(token)
+    answers = []
+    for ids in made:
+        stopped = ids[-1] in speaker.stop_ids
+        text = speaker.tokenizer.decode(ids[:-1] if stopped else ids).removeprefix(speaker.opening)
+        answers.append(Answer(text, stopped, len(ids)))
+    return answers
 
 
 def answer_file(

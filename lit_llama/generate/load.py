@@ -111,8 +111,13 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
     special = special_ids(base, tokenizer)
     for remark in (*tokenizer.remarks, *special.remarks):
         stderr().print(remark, markup=False)
+    return make_speaker(model, tokenizer, style, special.ends)
+
+
+def make_speaker(model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int]) -> Speaker:
+    """Put a speaker together; its answers end in one of `ends`, or in what ends an answer in its style."""
     end = end_id(tokenizer, style) if style else None
-    stop_ids = special.ends if end is None else special.ends | {end}
+    stop_ids = ends if end is None else ends | {end}
     return Speaker(model, tokenizer, style, stop_ids, answer_opening(tokenizer, style) if style else "")
 
 

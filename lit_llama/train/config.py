@@ -5,6 +5,9 @@ from typing import Literal
 
 from lit_llama.errors import UserError
 
+RUN_FILE = "run.yaml"
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -21,6 +24,7 @@ class TrainConfig:
         weight_decay: Decay of the adapter's weights (AdamW).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them as they are.
         eval_interval: Optimizer steps between evaluations on the test split; it is also evaluated before and after.
+        sample_prompts: Rows of the test split that are answered at every evaluation; 0 for none.
     """
 
     epochs: int = 3
@@ -33,6 +37,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_interval: int = 100
+    sample_prompts: int = 4
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval"):
@@ -41,6 +46,7 @@ class TrainConfig:
         _expect(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "more than 0 and at most 1")
         _expect(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "0 <= warmup_ratio < 1")
         _expect(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _expect(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "0 or more")
         _expect(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 or more")
 
     def steps(self, rows: int) -> int:

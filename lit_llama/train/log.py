@@ -1,43 +1,67 @@
-"""What a run tells: a bar with loss, rate, speed and time left, metrics.csv, and the loss curve as a picture."""
+"""What a run tells: its files as they grow, a bar or plain lines on stderr, and loggers elsewhere."""
 
-import csv
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_llama.progress import stderr
-
-METRICS_FILE, CURVE_FILE = "metrics.csv", "loss.png"
-COLUMNS = ("step", "epoch", "learning_rate", "loss", "test_loss", "grad_norm", "trained_tokens", "tokens", "seconds")
+from lit_llama.train.config import LoggerName
+from lit_llama.train.loggers import open_loggers
+from lit_llama.train.metrics import COLUMNS, METRICS_FILE, Lines, csv_line, perplexity, rows_of
+from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.sampler import SAMPLES_FILE, Sampler
 
 
 class Log:
-    """Rows of metrics.csv as they come, and progress on stderr: a bar on a terminal, plain lines elsewhere.
+    """Rows of metrics.csv, timing.csv and samples.jsonl as they come, the report, and progress on stderr.
+
+    Nothing is written before the first `step`, which begins the files anew unless `resume` came first.
 
     Args:
-        folder: Where metrics.csv goes.
+        folder: The run folder.
         steps: Optimizer steps of the whole run.
+        sampler: Answers fixed prompts at every evaluation.
+        loggers: Told the same numbers.
     """
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(
+        self, folder: Path, steps: int, *, sampler: Sampler | None = None, loggers: Sequence[LoggerName] = ()
+    ) -> None:
+        self._folder, self._steps, self._sampler = folder, steps, sampler
         self._console = stderr()
-        self._steps = steps
-        self._file = (folder / METRICS_FILE).open("w", encoding="utf-8", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
+        self._files = {name: Lines(folder / name, csv_line(columns)) for name, columns in COLUMNS.items()}
+        self._files[SAMPLES_FILE] = Lines(folder / SAMPLES_FILE)
+        self._begun = False
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("training", total=steps)
+        self._loggers = open_loggers(loggers, folder)
 
     def __enter__(self) -> "Log":
         self._progress.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
-        self._file.close()
+        for file in self._files.values():
+            file.close()
+        for logger in self._loggers:
+            logger.close(failed=kind is not None)
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: what the files say beyond it is cut off, what they said before stays to the byte."""
+        self._begun = True
+        kept = {name: file.resume(step) for name, file in self._files.items()}
+        if kept[METRICS_FILE] < step:
+            self.say(f"{self._folder / METRICS_FILE} lacks the steps {kept[METRICS_FILE] + 1} to {step}")
+        self._progress.update(self._task, completed=step)
 
     def status(self, text: str) -> None:
         """What is going on, beside the bar."""
@@ -45,15 +69,54 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        self._progress.console.print(text)
+        self._progress.console.print(text, markup=False)
+
+    def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
+        """Answer the fixed prompts after `step`.
+
+        Returns:
+            The metrics of an evaluation: test_loss, perplexity and stopped, the share of answers that stop by
+            themselves; for `step`.
+        """
+        metrics = {"test_loss": test_loss, "perplexity": perplexity(test_loss)}
+        if self._sampler is None:
+            return metrics
+        self._begin()
+        self.status("answering the sample prompts")
+        answers = self._sampler.answers()
+        rows = [{"step": step} | row for row in self._sampler.rows(answers)]
+        self._files[SAMPLES_FILE].append("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return metrics | {"stopped": sum(answer.stopped for answer in answers) / len(answers)}
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """One optimizer step, or an evaluation, is over."""
-        self._writer.writerow({name: _short(value) for name, value in metrics.items()})
-        self._file.flush()
+        """One optimizer step, or an evaluation, is over; after an evaluation the report is written anew."""
+        self._begin()
+        for name, row in rows_of(metrics):
+            self._files[name].append(row)
+        for logger in self._loggers:
+            logger.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"])
+        self._show(metrics)
+        if "test_loss" in metrics:
+            write_run_report(self._folder)
+
+    def sync(self) -> None:
+        """Have what was written on the disk before anything that relies on it."""
+        for file in self._files.values():
+            if file.path.exists():
+                with file.path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+
+    def _begin(self) -> None:
+        if not self._begun:
+            for file in self._files.values():
+                file.start()
+        self._begun = True
+
+    def _show(self, metrics: Mapping[str, Any]) -> None:
         done = metrics["step"]
         if "test_loss" in metrics:
-            self.say(f"step {done}/{self._steps}  test loss {metrics['test_loss']:.4f}")
+            stopped = f"  stopped {metrics['stopped']:.0%}" if "stopped" in metrics else ""
+            self.say(f"step {done}/{self._steps}  test loss {metrics['test_loss']:.4f}{stopped}")
         if "loss" not in metrics:
             return
         speed = metrics["trained_tokens"] / metrics["seconds"]
@@ -62,51 +125,3 @@ class Log:
         self._progress.update(self._task, completed=done)
         if not self._console.is_terminal and (done == 1 or done % max(1, self._steps // 10) == 0):
             self.say(f"step {done}/{self._steps}  {state}")
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each column of metrics.csv as pairs of step and value."""
-    series: dict[str, list[tuple[int, float]]] = {name: [] for name in COLUMNS}
-    with (folder / METRICS_FILE).open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            for name in COLUMNS:
-                if row[name]:
-                    series[name].append((int(row["step"]), float(row[name])))
-    return series
-
-
-def draw_curve(folder: Path) -> Path:
-    """Draw training and test loss over the steps into loss.png."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    series = read_metrics(folder)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*series["loss"], strict=True), color="#9db8d9", linewidth=1, label="train, each step")
-    axes.plot(*zip(*_smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
-    axes.plot(*zip(*series["test_loss"], strict=True), "o:", color="#d1495b", linewidth=1, label="test split")
-    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.resolve().name)
-    if min(value for _, value in series["loss"]) > 0:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    path = folder / CURVE_FILE
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
-
-
-def _smooth(points: list[tuple[int, float]], keep: float = 0.8) -> list[tuple[int, float]]:
-    """Exponential mean with the bias of its start taken out."""
-    mean, weight, smoothed = 0.0, 0.0, []
-    for step, value in points:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append((step, mean / weight))
-    return smoothed

@@ -12,8 +12,17 @@ from typing import Any
 import torch
 import yaml
 
-from lit_llama.device import Precision, cores, keep_freed_memory, peak_memory, pick_device, pick_dtype, seed_everything
-from lit_llama.errors import DataError, NumericalError
+from lit_llama.device import (
+    Precision,
+    cores,
+    describe,
+    keep_freed_memory,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    seed_everything,
+)
+from lit_llama.errors import DataError, NumericalError, UserError
 from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, save_adapter
 from lit_llama.model.checkpoint import fingerprint, load_model
@@ -26,12 +35,14 @@ from lit_llama.text.formats import read_text
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
-from lit_llama.train.config import TrainConfig
-from lit_llama.train.log import Log, draw_curve
+from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
+from lit_llama.train.curve import draw_curve
+from lit_llama.train.log import Log
+from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.sampler import Sampler
 from lit_llama.train.schedule import learning_rate
-
-RUN_FILE = "run.yaml"
 
 
 def finetune_lora(
@@ -44,10 +55,12 @@ def finetune_lora(
     precision: Precision,
     seed: int,
     arguments: dict[str, Any],
+    loggers: Sequence[LoggerName] = (),
 ) -> None:
     """Train an adapter and write its folder; the parameters are those of finetune/lora.py.
 
-    run.yaml and metrics.csv are there from the start; the folder is an adapter once adapter_config.json is, at the end.
+    run.yaml, meta.json and metrics.csv are there from the start; the folder is an adapter once adapter_config.json is,
+    at the end.
 
     Args:
         arguments: The whole configuration, saved as run.yaml.
@@ -58,6 +71,7 @@ def finetune_lora(
     """
     start = time.perf_counter()
     check_destination(out_dir, CONFIG_FILE)
+    check_loggers(loggers)
     # All that the adapter's folder will hold is read first: hours later it may be gone.
     meta, splits = _read_fitting(checkpoint_dir, data_dir)
     template = read_text(data_dir / TEMPLATE_FILE)
@@ -72,8 +86,12 @@ def finetune_lora(
     steps = train.steps(len(splits["train"]))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
-    with Log(out_dir, steps) as log:
-        trainable = sum(parameter.numel() for parameter in lora_parameters(model))
+    trainable = sum(parameter.numel() for parameter in lora_parameters(model))
+    run = {"trainable": trainable, "dtype": _name(dtype), "device": describe(device), "torch": torch.__version__}
+    about = {"format": 1, "base": identity, "data": meta, "steps": steps, "run": run}
+    write_json(out_dir / META_FILE, about)
+    sampler = _sampler(model, checkpoint_dir, data_dir, train)
+    with Log(out_dir, steps, sampler=sampler, loggers=loggers) as log:
         log.say(
             f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "
             f"{len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
@@ -81,12 +99,13 @@ def finetune_lora(
         )
         fit(model, splits["train"], splits["test"], train, seed, log)
     with publish(out_dir, CONFIG_FILE) as folder:
-        write_json(folder / META_FILE, {"format": 1, "base": identity, "data": meta, "steps": steps})
+        write_json(folder / META_FILE, about)
         (folder / TEMPLATE_FILE).write_text(template, "utf-8")
         save_adapter(model, lora, folder, str(checkpoint_dir))
     draw_curve(out_dir)
+    write_run_report(out_dir)
     log.say(
-        f"{out_dir}: adapter, metrics.csv, loss.png, run.yaml; {time.perf_counter() - start:.1f} s, "
+        f"{out_dir}: adapter, report.html, metrics.csv, loss.png, run.yaml; {time.perf_counter() - start:.1f} s, "
         f"peak memory {peak_memory(device) / 1e9:.2f} GB"
     )
     log.say(
@@ -113,7 +132,8 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
     steps = config.steps(len(train))
     per_epoch = math.ceil(len(train) / config.batch_size)
     log.status("evaluating on the test split")
-    log.step({"step": 0, "test_loss": evaluate(loss_of, test, config.micro_batch_tokens)})
+    test_loss = evaluate(loss_of, test, config.micro_batch_tokens)
+    log.step({"step": 0, "memory": peak_memory(device), **log.evaluated(0, test_loss)})
     model.train()
     for step in range(steps):
         start = time.perf_counter()
@@ -151,8 +171,9 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
         }
         if (step + 1) % config.eval_interval == 0 or step + 1 == steps:
             log.status("evaluating on the test split")
-            metrics["test_loss"] = evaluate(loss_of, test, config.micro_batch_tokens)
-        log.step(metrics)
+            test_loss = evaluate(loss_of, test, config.micro_batch_tokens)
+            metrics |= log.evaluated(step + 1, test_loss)
+        log.step(metrics | {"memory": peak_memory(device)})
 
 
 @torch.no_grad()
@@ -203,6 +224,16 @@ def _read_fitting(checkpoint_dir: Path, data_dir: Path) -> tuple[dict[str, Any],
                 f"{config.context_length}; prepare the data with a smaller --max_seq_length"
             )
     return meta, splits
+
+
+def _sampler(model: LLaMA, checkpoint_dir: Path, data_dir: Path, config: TrainConfig) -> Sampler | None:
+    if not config.sample_prompts:
+        return None
+    try:
+        return Sampler.from_folders(model, checkpoint_dir, data_dir, config.sample_prompts, config.micro_batch_tokens)
+    except UserError as error:
+        stderr().print(f"no sample answers: {error}", markup=False)
+        return None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,19 +1,18 @@
-"""report.html: one page that loads nothing and runs nothing; every text in it is escaped."""
+"""report.html of a data folder: its drawings, differences and tokens."""
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from lit_llama.text.report.pairs import CUT
+from lit_llama.text.report.render import render
 from lit_llama.text.report.show import ShownSample, ShownToken, visible
 
 LISTED = 50  # rows shown before a list is folded
 FOLDED = 1000  # and in all; the others are in report.json
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
-_FLAG = re.compile(r"--\w+")
 
 
 @dataclass(frozen=True)
@@ -51,37 +50,17 @@ class Histogram:
 
 def render_page(report: Mapping[str, Any], samples: Sequence[ShownSample]) -> str:
     """The HTML of a report (see `write_report`) and of samples shown token by token."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "visible": visible, "flags": flags_html}
-    environment.globals |= {"histogram": histogram, "differences": differences, "tokens": tokens_html}
-
-    def value(path: str, style: str = "number") -> Any:
-        """A number of report.json, which the element names."""
-        found: Any = report
-        for key in path.split("/"):
-            found = found[key]
-        text = {"number": number, "percent": percent}[style](found)
-        return Markup('<data value="{}" data-from="{}">{}</data>').format(found, path, text)
-
-    package = files("lit_llama.text.report")
-    template = environment.from_string((package / "report.html.jinja").read_text("utf-8"))
-    style = Markup((package / "report.css").read_text("utf-8"))  # ours, nothing of the data's
-    return template.render(report, style=style, samples=samples, value=value, listed=LISTED, folded=FOLDED)
-
-
-def number(value: float) -> str:
-    """1,234 or 1.23."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
-
-
-def percent(share: float) -> str:
-    """A share for people: a little is never shown as nothing, nor nearly all as all."""
-    if 0 < share < 0.0005:
-        return "under 0.1%"
-    return "over 99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
+    return render(
+        "lit_llama.text.report",
+        "report.html.jinja",
+        report,
+        samples=samples,
+        histogram=histogram,
+        differences=differences,
+        tokens=tokens_html,
+        listed=LISTED,
+        folded=FOLDED,
+    )
 
 
 def histogram(lengths: Mapping[str, Any], limit: int | None) -> Histogram:
@@ -124,13 +103,6 @@ def differences(first: str, second: str) -> tuple[list[tuple[str, bool]], list[t
         right.append(("".join(other[ends[2] : ends[3]]), differs))
     end = [(CUT, False)] if cut else []
     return [piece for piece in left + end if piece[0]], [piece for piece in right + end if piece[0]]
-
-
-def flags_html(text: str) -> Any:
-    """Escaped, with flags such as --seed set as code."""
-    from markupsafe import Markup, escape
-
-    return Markup(_FLAG.sub(lambda flag: f"<code>{flag.group()}</code>", escape(visible(text))))
 
 
 def tokens_html(tokens: Sequence[ShownToken]) -> Any:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.folder import write_json
-from lit_llama.text.report.page import percent, render_page
+from lit_llama.text.report.page import render_page
+from lit_llama.text.report.render import percent
 from lit_llama.text.report.show import ShownSample
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"

@@ -1,0 +1,31 @@
+"""The loss curve as a picture."""
+
+from pathlib import Path
+
+from lit_llama.train.metrics import read_metrics, smooth
+
+CURVE_FILE = "loss.png"
+
+
+def draw_curve(folder: Path) -> Path:
+    """Draw training and test loss over the steps into loss.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    series = read_metrics(folder)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*series["loss"], strict=True), color="#9db8d9", linewidth=1, label="train, each step")
+    axes.plot(*zip(*smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
+    axes.plot(*zip(*series["test_loss"], strict=True), "o:", color="#d1495b", linewidth=1, label="test split")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.resolve().name)
+    if min(value for _, value in series["loss"]) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = folder / CURVE_FILE
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

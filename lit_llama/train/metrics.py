@@ -1,0 +1,128 @@
+"""metrics.csv and timing.csv: a row for each optimizer step, and one for the evaluation before the first.
+
+metrics.csv holds what follows from data, base, settings and seed, so that the same run has the same bytes; timing.csv
+holds what depends on the machine.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+METRICS_FILE, TIMING_FILE = "metrics.csv", "timing.csv"
+METRICS = (
+    *("step", "epoch", "learning_rate", "loss", "test_loss", "perplexity", "stopped", "grad_norm", "trained_tokens"),
+    "tokens",
+)
+TIMING = ("step", "seconds", "memory")
+COLUMNS = {METRICS_FILE: METRICS, TIMING_FILE: TIMING}
+Series = list[tuple[int, float]]
+
+
+class Lines:
+    """A text file that grows with the steps of a run and can be cut back to one of them.
+
+    Args:
+        path: The file; it appears with its first line.
+        header: A line before all others, or "".
+    """
+
+    def __init__(self, path: Path, header: str = "") -> None:
+        self.path, self._header = path, header
+        self._file: BinaryIO | None = None
+
+    def start(self) -> None:
+        """Begin anew."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def resume(self, step: int) -> int:
+        """Keep the lines up to `step`, byte for byte, and go on behind them.
+
+        A line that a killed run has not finished goes as well.
+
+        Returns:
+            The step of the last line that is kept, -1 if there is none.
+        """
+        self.close()
+        if not self.path.exists():
+            return -1
+        self._file = self.path.open("r+b")
+        end, last = 0, -1
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                break
+            if not (self._header and number == 0):
+                if (found := self._step(line)) > step:
+                    break
+                last = found
+            end += len(line)
+        self._file.truncate(end)
+        self._file.seek(end)
+        return last
+
+    @staticmethod
+    def _step(line: bytes) -> int:
+        """The number of a line: both kinds of file name it first."""
+        return int(line.partition(b",")[0].removeprefix(b'{"step": '))
+
+    def append(self, text: str) -> None:
+        """Write lines that are there for others at once."""
+        if self._file is None:
+            self._file = self.path.open("wb")
+        if self._file.tell() == 0:
+            self._file.write(self._header.encode())
+        self._file.write(text.encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+
+def csv_line(values: Sequence[Any]) -> str:
+    """A row, numbers to six digits."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(
+        [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+    )
+    return text.getvalue()
+
+
+def rows_of(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What each file says about a step: its name and the row."""
+    for name, columns in COLUMNS.items():
+        yield name, csv_line([metrics.get(column, "") for column in columns])
+
+
+def read_metrics(folder: Path) -> dict[str, Series]:
+    """Each column of metrics.csv and timing.csv as pairs of step and value."""
+    series: dict[str, Series] = {name: [] for columns in COLUMNS.values() for name in columns}
+    for file_name, columns in COLUMNS.items():
+        if not (folder / file_name).exists():
+            continue
+        with (folder / file_name).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                for name in columns if file_name == METRICS_FILE else columns[1:]:
+                    if row[name]:
+                        series[name].append((int(row["step"]), float(row[name])))
+    return series
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss): among how many tokens, all equally likely, the model would be as unsure."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def smooth(points: Series, keep: float = 0.8) -> Series:
+    """Exponential mean with the bias of its start taken out; values that are not finite are passed over."""
+    mean, weight, smoothed = 0.0, 0.0, []
+    for step, value in points:
+        if math.isfinite(value):
+            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+            smoothed.append((step, mean / weight))
+    return smoothed

@@ -1,0 +1,144 @@
+"""Lines over the steps of a run, as shapes in a square of 100 by 100 that the page stretches; words are set beside."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lit_llama.train.metrics import Series
+
+MOST = 500  # places along a line; more are drawn as the least and the greatest of each place
+_MOST_TICKS = 7
+_LOG_FROM = 8.0  # greatest / least, from which on a logarithmic scale says more
+
+
+@dataclass(frozen=True)
+class Line:
+    """What to draw.
+
+    Args:
+        label: Its name in the legend.
+        kind: Its class in the style sheet.
+        points: Steps and values.
+        dots: Mark every point, with its value.
+    """
+
+    label: str
+    kind: str
+    points: Series
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A line in the drawing: `path` as in SVG, `dots` its marked points with their words."""
+
+    label: str
+    kind: str
+    path: str
+    dots: list[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the page draws; places in percent from the left and from the top, ticks with their words."""
+
+    title: str
+    lines: list[Drawn]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    summary: str
+
+
+def chart(title: str, lines: Sequence[Line], steps: int, *, from_zero: bool = False) -> Chart | None:
+    """Lay out a chart, None if there is no point to draw.
+
+    The scale is logarithmic where all values are above 0 and far apart, unless it is to begin at 0.
+
+    Args:
+        title: What is drawn, with its unit.
+        lines: Those without points are left out.
+        steps: The last step of the scale.
+        from_zero: Begin the scale at 0.
+    """
+    lines = [Line(line.label, line.kind, list(_finite(line.points)), line.dots) for line in lines]
+    lines = [line for line in lines if line.points]
+    values = [value for line in lines for _, value in line.points]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    logarithmic = not from_zero and low > 0 and high / low > _LOG_FROM
+    if logarithmic:
+        low, high, ticks = _log_ticks(low, high)
+    else:
+        low, high, ticks = _linear_ticks(0.0 if from_zero else low, high)
+    x_steps = max(steps, max(step for line in lines for step, _ in line.points), 1)
+
+    def place(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
+        return 100 - 100 * share
+
+    drawn = [
+        Drawn(
+            line.label,
+            line.kind,
+            "M" + "L".join(f"{100 * step / x_steps:.2f} {place(value):.2f}" for step, value in _thin(line.points)),
+            [
+                (100 * step / x_steps, place(value), f"step {step:,}: {figure(value)}")
+                for step, value in (line.points if line.dots else [])
+            ],
+        )
+        for line in lines
+    ]
+    x_ticks = [(100 * at / x_steps, f"{at:,}") for at in range(0, x_steps + 1, _step_of_ticks(x_steps))]
+    said = "; ".join(f"{line.label} from {figure(line.points[0][1])} to {figure(line.points[-1][1])}" for line in lines)
+    return Chart(title, drawn, x_ticks, [(place(tick), figure(tick)) for tick in ticks], f"{title}: {said}")
+
+
+def figure(value: float) -> str:
+    """Three digits that matter: 1,230, 0.0123, 3e-04."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
+
+
+def _finite(points: Series) -> Iterator[tuple[int, float]]:
+    return ((step, value) for step, value in points if math.isfinite(value))
+
+
+def _thin(points: Series) -> Iterable[tuple[int, float]]:
+    """Of many points those that show: the least and the greatest of each place, in their order."""
+    if len(points) <= 2 * MOST:
+        return points
+    width = -(-len(points) // MOST)
+    kept = []
+    for start in range(0, len(points), width):
+        part = points[start : start + width]
+        ends = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def _linear_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
+    """Round numbers around the values: the ends of the scale and three to six ticks."""
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(power * by for by in (0.2, 0.5, 1, 2, 5, 10) if span / (power * by) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
+    return first * step, last * step, [at * step for at in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
+    """A scale a little wider than the values; as many round ticks as there is room for."""
+    low, high = low / 1.1, high * 1.1
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    finer = [[by * 10.0**power for power in powers for by in factors] for factors in ((1, 2, 5), (1, 3), (1,))]
+    coarser = [[10.0**power for power in powers if power % every == 0] for every in range(2, len(powers))]
+    kept = [[tick for tick in ticks if low <= tick <= high] for ticks in (*finer, *coarser)]
+    return low, high, next((ticks for ticks in kept if len(ticks) <= _MOST_TICKS), kept[-1])
+
+
+def _step_of_ticks(end: int) -> int:
+    return next(by * 10**power for power in range(19) for by in (1, 2, 5) if by * 10**power * 6 >= end)

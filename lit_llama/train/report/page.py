@@ -1,0 +1,89 @@
+"""report.html of a run: its curves, and how its numbers are written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_llama.text.report.render import render
+from lit_llama.train.metrics import Series, smooth
+from lit_llama.train.report.chart import Chart, Line, chart, figure
+
+
+def render_page(report: Mapping[str, Any], series: Mapping[str, Series]) -> str:
+    """The HTML of a report (see `run_report`) and the curves of metrics.csv and timing.csv."""
+    formats = {"loss": loss, "figure": figure, "duration": duration, "size": size, "short_percent": short_percent}
+    return render(
+        "lit_llama.train.report",
+        "run.html.jinja",
+        report,
+        styles=("run.css",),
+        formats=formats,
+        charts=charts(series, report["verdict"]["of_steps"]),
+    )
+
+
+def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
+    """Loss, learning rate, gradient norm, tokens per second and memory, as far as they are known."""
+    seconds = {step: value for step, value in series["seconds"] if value > 0}
+    speed = {
+        name: [(step, count / seconds[step]) for step, count in series[name] if step in seconds]
+        for name in ("trained_tokens", "tokens")
+    }
+    drawn = [
+        chart(
+            "Loss per trained token",
+            [
+                Line("train, each step", "raw", series["loss"]),
+                Line("train, smoothed", "main", smooth(series["loss"])),
+                Line("test split", "second", series["test_loss"], dots=True),
+            ],
+            steps,
+        ),
+        chart("Learning rate", [Line("learning rate", "main", series["learning_rate"])], steps, from_zero=True),
+        chart(
+            "Norm of the gradient, before clipping",
+            [
+                Line("each step", "raw", series["grad_norm"]),
+                Line("smoothed", "main", smooth(series["grad_norm"])),
+            ],
+            steps,
+        ),
+        chart(
+            "Tokens per second, smoothed",
+            [
+                Line("all tokens", "third", smooth(speed["tokens"])),
+                Line("trained tokens", "main", smooth(speed["trained_tokens"])),
+            ],
+            steps,
+            from_zero=True,
+        ),
+        chart(
+            "Peak memory so far, GB",
+            [Line("peak memory", "main", [(step, value / 1e9) for step, value in series["memory"]])],
+            steps,
+            from_zero=True,
+        ),
+    ]
+    return [entry for entry in drawn if entry is not None]
+
+
+def loss(value: float) -> str:
+    """Four places behind the point, as in the run's lines."""
+    return f"{value:,.4f}"
+
+
+def duration(seconds: float) -> str:
+    """1.5 s, 4 min 30 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes in GB, or MB where that is more exact."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+def short_percent(share: float) -> str:
+    """25 %, of so few that a place behind the point says nothing."""
+    return f"{share:.0%}"

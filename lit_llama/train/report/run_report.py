@@ -1,0 +1,173 @@
+"""How a run went, for people: report.html, and the numbers of it in report.json, out of nothing but the run folder."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_llama.folder import encode_json, replace_file
+from lit_llama.model.adapter import CONFIG_FILE, META_FILE
+from lit_llama.model.config import LoRAConfig
+from lit_llama.train.config import RUN_FILE, TrainConfig
+from lit_llama.train.metrics import Series, read_metrics, smooth
+from lit_llama.train.report.page import render_page
+from lit_llama.train.report.warnings import warnings
+from lit_llama.train.sampler import SAMPLES_FILE
+
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+FORMAT = 1
+_LISTED = 5  # raw files that are named
+_PATHS = ("checkpoint_dir", "data_dir", "out_dir")
+_DEFAULTS: dict[str, Any] = {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())}
+Json = dict[str, Any]
+
+
+def write_run_report(folder: Path) -> None:
+    """Write report.json and report.html of a run that has begun; each is replaced at once, so it can be looked at.
+
+    Read are run.yaml, metrics.csv and, where they are there, timing.csv, samples.jsonl and meta.json.
+    """
+    settings = yaml.safe_load((folder / RUN_FILE).read_text("utf-8")) if (folder / RUN_FILE).exists() else {}
+    meta = json.loads((folder / META_FILE).read_text("utf-8")) if (folder / META_FILE).exists() else {}
+    series = read_metrics(folder)
+    report = run_report(folder, settings, meta, series, _read_samples(folder / SAMPLES_FILE))
+    replace_file(folder / REPORT_JSON, encode_json(report))
+    replace_file(folder / REPORT_HTML, render_page(report, series).encode())
+
+
+def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Series], samples: Sequence[Json]) -> Json:
+    """What stands in report.json."""
+    evaluations = _evaluations(series)
+    steps = max((step for step, _ in series["step"]), default=0)
+    verdict = {
+        "steps": steps,
+        "of_steps": meta.get("steps", steps),
+        "finished": (folder / CONFIG_FILE).exists(),
+        "before": evaluations[0] if evaluations else None,
+        "after": evaluations[-1] if evaluations else None,
+        "best": min(evaluations, key=lambda row: row["test_loss"]) if evaluations else None,
+        "seconds": sum(value for _, value in series["seconds"]),
+        "memory": int(max((value for _, value in series["memory"]), default=0)),
+        **_speed(series),
+    }
+    flat = _flat({key: value for key, value in settings.items() if key not in _PATHS})
+    defaults = _flat({key: value for key, value in _DEFAULTS.items() if key in settings})
+    return {
+        "format": FORMAT,
+        "name": folder.resolve().name,
+        "verdict": verdict,
+        "warnings": warnings(verdict, series, settings, meta.get("data", {})),
+        "evaluations": evaluations,
+        "settings": flat,
+        "changed": {
+            name: defaults[name] for name, value in flat.items() if name in defaults and value != defaults[name]
+        },
+        "identity": identity(settings, meta),
+        "samples": _by_prompt(samples),
+        "commands": commands(folder, settings),
+    }
+
+
+def _evaluations(series: Mapping[str, Series]) -> list[Json]:
+    """Each evaluation with what else is known of its step; the training loss is the smoothed one.
+
+    What is not finite is left out, as JSON has no word for it.
+    """
+    known = {name: dict(series[name]) for name in ("epoch", "perplexity", "stopped", "learning_rate")}
+    known["loss"] = dict(smooth(series["loss"]))
+    return [
+        {"step": step, "test_loss": loss}
+        | {name: values[step] for name, values in known.items() if isfinite(values.get(step, nan))}
+        for step, loss in series["test_loss"]
+        if isfinite(loss)
+    ]
+
+
+def _speed(series: Mapping[str, Series]) -> Json:
+    """Tokens per second over the whole run, trained ones and all, and how many they were."""
+    timed = dict(series["seconds"])
+    seconds = sum(timed.values())
+    counts = {name: sum(int(value) for _, value in series[name]) for name in ("trained_tokens", "tokens")}
+    return counts | {f"{name}_per_second": count / seconds if seconds else 0.0 for name, count in counts.items()}
+
+
+def identity(settings: Json, meta: Json) -> Json:
+    """Which base and which data, as names and hashes; what is not known is left out."""
+    data, run = meta.get("data", {}), meta.get("run", {})
+    rows = [
+        f"{name} {counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them trained"
+        for name, counts in data.get("splits", {}).items()
+    ]
+    about = {
+        "base": settings.get("checkpoint_dir") or meta.get("base", {}).get("path"),
+        "base fingerprint": meta.get("base", {}).get("fingerprint"),
+        "data": settings.get("data_dir"),
+        "data key": data.get("key"),
+        "made of": _files(data.get("source", {})),
+        "rows": "; ".join(rows),
+        "prompt style": data.get("prompt_style"),
+        "tokenizer fingerprint": data.get("tokenizer", {}).get("fingerprint"),
+        "trainable parameters": f"{run['trainable']:,}" if "trainable" in run else None,
+        "trained on": ", ".join(run[name] for name in ("device", "dtype") if name in run),
+        "torch": run.get("torch"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "")}
+
+
+def _files(source: Json) -> str:
+    """The raw files, the first of many, with their hashes."""
+    files = source.get("files") or ([source] if "file" in source else [])
+    named = [f"{file.get('path') or file['file']} (sha256 {file.get('sha256')})" for file in files[:_LISTED]]
+    more = [f"and {len(files) - _LISTED:,} more"] if len(files) > _LISTED else []
+    return ", ".join(named + more)
+
+
+def commands(folder: Path, settings: Json) -> list[Json]:
+    """What to type next: {"what", "command"}."""
+    out, name = shlex.quote(str(folder)), folder.resolve().name
+    again = shlex.quote(f"{folder}-again")
+    merged = shlex.quote(f"checkpoints/{name}-merged")
+    found = {
+        "Repeat the run": f"python finetune/lora.py --config {shlex.quote(str(folder / RUN_FILE))} --out_dir {again}",
+        "Talk to it": f"python generate/chat.py --checkpoint_dir {out}",
+        "Merge it into its base": f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}",
+    }
+    if "data_dir" in settings:
+        data = shlex.quote(str(settings["data_dir"]))
+        found["Answer the test split"] = f"python generate/instruct.py --checkpoint_dir {out} --data_dir {data}"
+    return [{"what": what, "command": command} for what, command in found.items()]
+
+
+def _read_samples(path: Path) -> list[Json]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def _by_prompt(rows: Sequence[Json]) -> list[Json]:
+    """Each prompt with its answers at the first, the middle and the last evaluation."""
+    steps = sorted({row["step"] for row in rows})
+    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    prompts: dict[int, Json] = {}
+    for row in rows:
+        entry = prompts.setdefault(
+            row["row"], {name: row[name] for name in ("row", "prompt", "reference")} | {"answers": []}
+        )
+        if row["step"] in shown:
+            entry["answers"].append({name: row[name] for name in ("step", "answer", "stopped")})
+    return list(prompts.values())
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Json:
+    """Nested settings by dotted names."""
+    flat: Json = {}
+    for key, entry in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(entry, f"{name}.") if isinstance(entry, Mapping) else {name: entry}
+    return flat

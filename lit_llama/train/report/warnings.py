@@ -1,0 +1,80 @@
+"""What to look at in a run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lit_llama.train.metrics import Series
+
+Json = dict[str, Any]
+_ROSE = 1.02  # last test loss / best, from which on the run went on too long
+_STOP = 0.5  # share of answers that have to stop by themselves
+_CLIPPED = 0.5  # share of steps whose gradients were scaled down
+_APART = 2.0  # test loss / training loss at the end
+
+
+def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json, data: Json) -> list[Json]:
+    """The gravest first: {"severity": "fix" | "check" | "note", "what", "why"}.
+
+    Args:
+        verdict: As in report.json.
+        series: The columns of metrics.csv.
+        settings: What stands in run.yaml.
+        data: meta.json of the data.
+    """
+    found = [*_of_steps(verdict, series, settings), *_of_evaluations(verdict)]
+    if leaked := data.get("test_rows_also_in_train"):
+        what = f"{leaked:,} test row{'' if leaked == 1 else 's'} also in train."
+        found.append(("check", what, "The test loss looks better than it is; see the report of the data."))
+    order = ("fix", "check", "note")
+    return sorted(
+        ({"severity": severity, "what": what, "why": why} for severity, what, why in found),
+        key=lambda warning: order.index(warning["severity"]),
+    )
+
+
+def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json) -> list[tuple[str, str, str]]:
+    found = []
+    if skipped := sorted({s for name in ("loss", "grad_norm") for s, v in series[name] if not math.isfinite(v)}):
+        listed = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        what = f"{_steps(len(skipped))} skipped: loss or gradients were not finite."
+        found.append(("fix", what, f"Steps {listed}. A lower --train.learning_rate or --precision 32-true may help."))
+    if lost := [step for step, value in series["test_loss"] if not math.isfinite(value)]:
+        what = f"The test loss was not finite at step {lost[0]:,}."
+        found.append(("fix", what, "The adapter cannot be used; lower --train.learning_rate."))
+    limit = settings.get("train", {}).get("max_grad_norm", 0)
+    norms = [value for _, value in series["grad_norm"]]
+    clipped = sum(value > limit for value in norms) if limit else 0
+    if norms and clipped > _CLIPPED * len(norms):
+        what = f"Gradients were scaled down in {clipped} of {_steps(len(norms))}."
+        found.append(
+            ("note", what, "Lower --train.learning_rate or raise --train.max_grad_norm if the loss is uneven.")
+        )
+    if not verdict["finished"]:
+        what = f"The run is at step {verdict['steps']:,} of {verdict['of_steps']:,}: there is no adapter yet."
+        found.append(("note", what, "This page is written anew at every evaluation."))
+    return found
+
+
+def _of_evaluations(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    before, after, best = verdict["before"], verdict["after"], verdict["best"]
+    found = []
+    if after is None or after is before:
+        return []
+    if after["test_loss"] >= before["test_loss"]:
+        found.append(("fix", "The test loss did not fall.", "Nothing was learned that helps on rows it has not seen."))
+    elif after["test_loss"] > _ROSE * best["test_loss"]:
+        what = f"The test loss was lowest at step {best['step']:,} ({best['test_loss']:.4f}) and has risen since."
+        found.append(("check", what, "From there on the rows were learned by heart; fewer --train.epochs are better."))
+    if "loss" in after and after["test_loss"] > _APART * after["loss"] and after["loss"] > 0:
+        times = after["test_loss"] / after["loss"]
+        what = f"The test loss is {times:.1f} times the training loss."
+        found.append(("check", what, "The model knows the rows of training much better than others like them."))
+    if after.get("stopped", 1.0) < _STOP:
+        what = f"Only {after['stopped']:.0%} of the sample answers stop by themselves."
+        found.append(("check", what, "Long answers that were cut at the limit, or an end that is not learned yet."))
+    return found
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"

@@ -1,0 +1,151 @@
+"""Answers to the same few prompts of the test split throughout a run, taken without disturbing it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import DataError
+from lit_llama.generate.answer import Answer, answer_batch, instruction_ids
+from lit_llama.generate.load import Speaker, make_speaker
+from lit_llama.generate.sampling import Sampling
+from lit_llama.model.llama import LLaMA
+from lit_llama.text.dataset import TEST_FILE
+from lit_llama.text.formats import Example, read_prompts
+from lit_llama.text.prompts import folder_style
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import special_ids
+
+SAMPLES_FILE = "samples.jsonl"
+MAX_NEW_TOKENS = 128
+OPENING = 64
+"""Most tokens of a plain text that are given to be continued."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One test row to be answered.
+
+    Args:
+        row: Its number in test.jsonl, from 0.
+        text: What is asked, for people.
+        reference: The answer of the data.
+        ids: What the model is given.
+    """
+
+    row: int
+    text: str
+    reference: str
+    ids: Sequence[int]
+
+
+class Sampler:
+    """Greedy answers to fixed prompts.
+
+    Args:
+        speaker: The model in training, with what its prompts and answers are made of.
+        prompts: At least one.
+        micro_batch_tokens: Prompts are answered together while their cache stays below so many tokens, so that it is
+            small beside what a training step holds.
+    """
+
+    def __init__(self, speaker: Speaker, prompts: Sequence[Prompt], micro_batch_tokens: int) -> None:
+        self._speaker, self.prompts, self._limit = speaker, prompts, micro_batch_tokens
+
+    @classmethod
+    def from_folders(
+        cls, model: LLaMA, checkpoint_dir: Path, data_dir: Path, count: int, micro_batch_tokens: int
+    ) -> "Sampler":
+        """Ask `count` rows of the test split in the style of the data folder.
+
+        Raises:
+            DataError: No row of test.jsonl can be asked.
+        """
+        tokenizer = Tokenizer.from_path(checkpoint_dir)
+        ends = special_ids(checkpoint_dir, tokenizer).ends
+        speaker = make_speaker(model, tokenizer, folder_style(data_dir), ends)
+        return cls(speaker, test_prompts(speaker, data_dir / TEST_FILE, count), micro_batch_tokens)
+
+    def answers(self) -> list[Answer]:
+        """Answer every prompt with at most MAX_NEW_TOKENS tokens.
+
+        No random number is drawn, and the model is left in the mode in which it was found.
+        """
+        model = self._speaker.model
+        training = model.training
+        model.eval()
+        try:
+            return [answer for prompts in self._groups() for answer in self._answer(prompts)]
+        finally:
+            model.train(training)
+
+    def rows(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+        """Answers beside what was asked, as they stand in samples.jsonl."""
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            yield {
+                "row": prompt.row,
+                "prompt": prompt.text,
+                "answer": answer.text,
+                "reference": prompt.reference,
+                "stopped": answer.stopped,
+            }
+
+    def _answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        ids = [prompt.ids for prompt in prompts]
+        room = self._speaker.model.config.context_length - max(map(len, ids))
+        return answer_batch(self._speaker, ids, min(MAX_NEW_TOKENS, room), Sampling())
+
+    def _groups(self) -> Iterator[list[Prompt]]:
+        group: list[Prompt] = []
+        for prompt in self.prompts:
+            longest = max(len(other.ids) for other in (*group, prompt))
+            if group and (len(group) + 1) * (longest + MAX_NEW_TOKENS) > self._limit:
+                yield group
+                group = []
+            group.append(prompt)
+        yield group
+
+
+def test_prompts(speaker: Speaker, path: Path, count: int) -> list[Prompt]:
+    """Rows that stand evenly over the file; one that leaves the model no room is passed over for the next that fits.
+
+    Raises:
+        DataError: The file is missing or unusable, or no row of it fits.
+    """
+    rows = _read(path)
+    found: dict[int, Prompt] = {}
+    for start in range(min(count, len(rows))):
+        at = start * len(rows) // min(count, len(rows))
+        for number in (*range(at, len(rows)), *range(at)):
+            if number not in found and (prompt := _prompt(speaker, number, rows[number])) is not None:
+                found[number] = prompt
+                break
+    if not found:
+        raise DataError(f"{path}: no row can be asked of a model that reads {speaker.model.config.context_length}")
+    return [found[number] for number in sorted(found)]
+
+
+def _read(path: Path) -> Sequence[Example | str]:
+    """The rows of test.jsonl: what they ask, or plain texts."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            plain = "text" in json.loads(file.readline())
+            file.seek(0)
+            return [json.loads(line)["text"] for line in file] if plain else read_prompts(path)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _prompt(speaker: Speaker, number: int, row: Example | str) -> Prompt | None:
+    tokenizer = speaker.tokenizer
+    if isinstance(row, str):
+        ids = tokenizer.encode(row[: 40 * (OPENING + MAX_NEW_TOKENS)])
+        cut = min(OPENING, len(ids) // 2)
+        text, reference = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + MAX_NEW_TOKENS])
+        ids = [*([tokenizer.control[tokenizer.bos]] if tokenizer.bos else []), *ids[:cut]]
+    else:
+        ids, reference = instruction_ids(speaker, row), row.response
+        turns = [f"{turn['role']}: {turn['content']}" for turn in row.turns]
+        text = "\n\n".join(turns or filter(None, (row.instruction, row.input)))
+    return Prompt(number, text, reference, ids) if 0 < len(ids) < speaker.model.config.context_length else None

@@ -168,7 +168,13 @@ def test_adapters_are_float32_on_a_bfloat16_base() -> None:
 
 @pytest.mark.parametrize(
     ("target", "hint"),
-    [("q_porj", "did you mean q_proj"), ("gate", "gate_proj"), ("norm", "norm"), ("roj", "roj")],
+    [
+        ("q_porj", "did you mean q_proj"),
+        ("gate", "gate_proj"),
+        ("embed_token", "did you mean embed_tokens"),
+        ("norm", "there are"),
+        ("roj", "roj"),
+    ],
 )
 def test_a_target_that_matches_nothing_is_an_error(target: str, hint: str) -> None:
     """Catches a typing error that trains fewer layers than asked for, and a match by part of a name."""

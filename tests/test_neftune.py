@@ -15,7 +15,7 @@ LENGTHS = [4, 100, 25]
 
 
 def test_the_noise_is_as_large_as_each_samples_own_length_says() -> None:
-    """alpha / sqrt(L C) of the paper; catches the length of the whole batch, a normal distribution, a draw per token."""
+    """alpha / sqrt(L C) of the paper; catches the length of the batch, a normal distribution, one draw a token."""
     noise, x = EmbeddingNoise(5.0).train(), torch.zeros(sum(LENGTHS), 64)
     torch.manual_seed(0)
     parts = torch.stack([noise(x, Packed(LENGTHS)) for _ in range(40)]).split(LENGTHS, dim=1)

@@ -25,11 +25,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     model.requires_grad_(False)
     able = adaptable(model)
-    linears = [name for name in able if not isinstance(able[name], nn.Embedding)]
     for target in config.targets:
         if not any(_matches(name, target) for name in able):
-            near = _nearest(target, sorted({name.rpartition(".")[2] for name in linears}))
-            raise UserError(f"--lora.target_modules: {target!r} matches no linear layer of the model{near}")
+            near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
+            raise UserError(
+                f"--lora.target_modules: {target!r} matches no linear layer or embedding of the model{near}"
+            )
     adapted = [name for name in able if any(_matches(name, target) for target in config.targets)]
     copied = _copied(model, config)
     if both := [name for name in copied if name in adapted]:

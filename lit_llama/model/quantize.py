@@ -5,6 +5,7 @@ value; nf4-dq holds the scales in 8 bits, too, 4.13 bits a value. int8 (Dettmers
 arXiv:2208.07339) has 255 levels and a scale for each row; activations stay as they are, on every device.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -81,12 +82,23 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.dense(gradient.dtype), None
 
 
-def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
-    """The packed values, and what is needed to unpack them: bitsandbytes' state of nf4, the scales (out,) of int8."""
+def _library() -> Any:
+    """bitsandbytes' functions, without its advice about kernels that are not used here."""
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = advice.level
+    advice.setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError as error:
         raise ResourceError("4-bit and 8-bit weights need bitsandbytes: pip install 'lit_llama[quantize]'") from error
+    finally:
+        advice.setLevel(level)
+    return functional
+
+
+def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
+    """The packed values, and what is needed to unpack them: bitsandbytes' state of nf4, the scales (out,) of int8."""
+    functional = _library()
     try:
         if method == "int8":
             packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
@@ -107,7 +119,6 @@ def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
 def _unpack(packed: Tensor, state: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if isinstance(state, Tensor):
         return (packed * state[:, None]).to(dtype)
-    from bitsandbytes import functional
-
     state.dtype = dtype
-    return functional.dequantize_4bit(packed, state).reshape(shape)
+    weight: Tensor = _library().dequantize_4bit(packed, state)
+    return weight.reshape(shape)

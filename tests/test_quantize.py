@@ -60,7 +60,8 @@ def test_int8_is_a_scale_for_each_row() -> None:
     left = through(weight, "int8")
     levels = left / step
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
-    assert ((left - weight).abs() <= 0.502 * step).all() and levels.abs().amax(1).round().eq(127).all()
+    # The library forms the levels in float16, which has steps of 1/16 near 127.
+    assert ((left - weight).abs() <= 0.55 * step).all() and levels.abs().amax(1).round().eq(127).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

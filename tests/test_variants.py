@@ -278,15 +278,15 @@ def test_dropout_falls_where_it_falls_in_peft(apart: Path, settings: dict[str, A
 
 
 def test_small_changes_of_a_length_are_heard_in_bfloat16(apart: Path) -> None:
-    """Catches m / |V| rounded to bfloat16, where 1.001 is 1."""
+    """Catches m / |V| rounded to bfloat16, which has nothing between 1.0039 and 1.0078."""
     model = load_model(apart, dtype=torch.bfloat16)
     apply_lora(model, lora_of({"use_dora": True, "target_modules": ["up_proj"]}))
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     before = layer(x).float()
-    layer.magnitude.data *= 1.001
+    layer.magnitude.data *= 1.0055
     change = (layer(x).float() / before).nanmean().item()
-    assert abs(change - 1.001) < 3e-4
+    assert abs(change - 1.0055) < 5e-4
 
 
 def test_dora_notices_new_weights_in_evaluation(apart: Path) -> None:

@@ -63,7 +63,8 @@ def finetune_lora(
     # All that the adapter's folder will hold is read first: hours later it may be gone.
     meta, splits = _read_fitting(checkpoint_dir, data_dir)
     template = read_text(data_dir / TEMPLATE_FILE)
-    identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir), "quantize": quantize}
+    identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
+    identity |= {"quantize": quantize} if quantize else {}
     device = pick_device()
     dtype = pick_dtype(precision, device)
     keep_freed_memory()

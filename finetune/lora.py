@@ -5,6 +5,7 @@ python finetune/lora.py --checkpoint_dir checkpoints/NAME --data_dir data/NAME -
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
@@ -20,6 +21,7 @@ def main(
     lora: LoRAConfig = LoRAConfig(),
     train: TrainConfig = TrainConfig(),
     precision: Precision = "auto",
+    quantize: Literal["nf4", "nf4-dq", "int8"] | None = None,
     seed: int = 1337,
     loggers: list[LoggerName] | None = None,
 ) -> None:
@@ -33,13 +35,22 @@ def main(
         train: Course of the training.
         precision: Of the frozen base and the activations; auto is bfloat16 where the hardware is fast at it. The
             adapter itself is always float32.
+        quantize: Hold the linear layers of the frozen base in 4 bits (nf4; nf4-dq, a little smaller yet) or 8 (int8),
+            which saves most of their memory and costs time. Merging and generating do the same by themselves.
         seed: Of the adapter's start, the order of the samples and dropout.
         loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
     """
     from lit_llama.train.loop import finetune_lora
 
     paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": precision, "seed": seed, "loggers": loggers}
+    settings = {
+        "lora": asdict(lora),
+        "train": asdict(train),
+        "precision": precision,
+        "quantize": quantize,
+        "seed": seed,
+        "loggers": loggers,
+    }
     finetune_lora(
         checkpoint_dir,
         data_dir,
@@ -47,6 +58,7 @@ def main(
         lora=lora,
         train=train,
         precision=precision,
+        quantize=quantize,
         seed=seed,
         arguments=paths | settings,
         loggers=loggers or (),

@@ -18,7 +18,7 @@ def main(
     format: Literal["hf", "gguf"] = "hf",
     dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
     precision: Precision = "auto",
-    onto: Literal["stored", "nf4"] = "stored",
+    onto: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 
@@ -28,8 +28,8 @@ def main(
         format: hf for a Hugging Face folder, gguf for one file that llama.cpp and Ollama read.
         dtype: Store the weights in this dtype; left out, in that of the base. q8_0 (8 bits) is for GGUF files.
         precision: In which the logits are compared; auto is bfloat16 where the hardware is fast at it.
-        onto: Add the update to the base as it is stored, or to what 4-bit quantisation (nf4) leaves of it, which is
-            what an adapter from QLoRA training has seen.
+        onto: Add the update to the base as it is stored, or to what quantisation leaves of it. Left out, it is what the
+            adapter has seen in its training, as its folder records; anything else gives another model than that.
     """
     from lit_llama.convert.merge import merge, merge_into_gguf
 

@@ -4,6 +4,7 @@ python generate/base.py --checkpoint_dir checkpoints/NAME --prompt "Hello, my na
 """
 
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
@@ -19,6 +20,7 @@ def main(
     top_p: float = 1.0,
     seed: int = 1234,
     precision: Precision = "auto",
+    quantize: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
 ) -> None:
     """Stream the continuation of a text to stdout, until a token that ends it or the limit.
 
@@ -31,6 +33,7 @@ def main(
         top_p: Draw among the fewest most likely tokens that together have this probability.
         seed: Of the draws.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.generate.decode import check_counts
     from lit_llama.generate.sampling import Sampling
@@ -40,7 +43,7 @@ def main(
     from lit_llama.generate.answer import continue_text
     from lit_llama.generate.load import load
 
-    continue_text(load(checkpoint_dir, precision=precision), prompt, max_new_tokens, sampling)
+    continue_text(load(checkpoint_dir, precision=precision, quantize=quantize), prompt, max_new_tokens, sampling)
 
 
 if __name__ == "__main__":

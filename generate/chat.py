@@ -4,6 +4,7 @@ python generate/chat.py --checkpoint_dir checkpoints/NAME
 """
 
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
@@ -20,6 +21,7 @@ def main(
     seed: int = 1234,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
+    quantize: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
 ) -> None:
     """Read messages from the terminal, or a line each from a pipe, and stream the answers to stdout.
 
@@ -32,6 +34,7 @@ def main(
         seed: Of the draws.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.generate.decode import check_counts
     from lit_llama.generate.sampling import Sampling
@@ -41,7 +44,12 @@ def main(
     from lit_llama.generate.chat import line_reader, talk
     from lit_llama.generate.load import load
 
-    talk(load(checkpoint_dir, precision=precision, prompt_style=prompt_style), max_new_tokens, sampling, line_reader())
+    talk(
+        load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize),
+        max_new_tokens,
+        sampling,
+        line_reader(),
+    )
 
 
 if __name__ == "__main__":

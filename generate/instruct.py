@@ -5,6 +5,7 @@ python generate/instruct.py --checkpoint_dir out/lora/NAME --data_dir data/NAME
 """
 
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
@@ -28,6 +29,7 @@ def main(
     seed: int = 1234,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
+    quantize: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
 ) -> None:
     """Put instructions in the style the model was trained with and print the answers.
 
@@ -48,6 +50,7 @@ def main(
         seed: Of the draws.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.errors import UserError
     from lit_llama.generate.decode import check_counts
@@ -61,7 +64,7 @@ def main(
     from lit_llama.generate.load import load
     from lit_llama.text.formats import Example
 
-    speaker = load(checkpoint_dir, precision=precision, prompt_style=prompt_style)
+    speaker = load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize)
     if data_dir is None and input_file is None:
         answer_one(speaker, Example(prompt, input), max_new_tokens, sampling)
     else:

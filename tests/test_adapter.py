@@ -113,17 +113,12 @@ def test_what_is_saved_loads_back_bit_for_bit(tiny_folder: Path, folder: Path) -
 
 # Settings that PEFT itself writes when a variant is chosen.
 VARIANTS: dict[str, Any] = {
-    "use_dora": True,
-    "use_rslora": True,
-    "modules_to_save": ["lm_head"],
     "bias": "all",
     "lora_bias": True,
     "fan_in_fan_out": True,
     "layers_to_transform": [0],
     "layers_pattern": "layers",
     "exclude_modules": ["v_proj"],
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 2},
     "trainable_token_indices": [1, 2],
     "target_parameters": ["experts.gate"],
     "use_qalora": True,
@@ -161,6 +156,13 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
 
     harmless = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
     harmless |= {"inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "runtime_config"}
+    harmless |= {
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    }  # computed: test_variants
     harmless |= {"megatron_core", "qalora_group_size"}  # of variants refused by another key
     harmless |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}  # start and training
     assert set(LoraConfig.__dataclass_fields__) == harmless | VARIANTS.keys()
@@ -176,6 +178,9 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
         ({"r": "eight"}, CONFIG_FILE),
         ({"lora_alpha": None}, CONFIG_FILE),
         ({"lora_alpha": -1}, "alpha is -1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
+        ({"rank_pattern": ["q_proj"]}, CONFIG_FILE),
+        ({"use_dora": "yes"}, "use_dora"),
     ],
 )
 def test_settings_that_make_no_sense_are_errors(folder: Path, changes: dict[str, Any], named: str) -> None:
@@ -222,7 +227,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "B missing": (lambda tensors: tensors.pop(f"{Q_PROJ}.lora_B.weight"), "1 missing"),
     "DoRA": (
-        lambda tensors: tensors.update({f"{Q_PROJ}.lora_magnitude_vector.weight": torch.ones(64)}),
+        lambda tensors: tensors.update({f"{Q_PROJ}.lora_magnitude_vector": torch.ones(64)}),
         "1 unknown",
     ),
     "layer that is not there": (
@@ -231,11 +236,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "embedding": (
         lambda tensors: tensors.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 384)}),
-        "adapts model.embed_tokens",
+        "1 missing (model.embed_tokens.lora_embedding_B",
     ),
     "saved whole": (
         lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(384, 64)}),
-        "adapts",
+        "lm_head whole, which is no module that modules_to_save names",
     ),
 }
 

@@ -183,6 +183,13 @@ def test_what_is_written_reads_back_equal_here_and_in_transformers(tmp_path: Pat
         {"target_modules": []},
         {"target_modules": ""},
         {"target_modules": "q_proj,,v_proj"},
+        {"r": 1.5},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": "8"}},
+        {"rank_pattern": {"q_(proj": 8}},
+        {"alpha_pattern": {"q_proj": -1.0}},
+        {"modules_to_save": "lm_head,"},
+        {"loraplus_lr_ratio": 0.0},
     ],
 )
 def test_lora_settings_are_checked(wrong: dict[str, Any]) -> None:
@@ -193,12 +200,32 @@ def test_lora_settings_are_checked(wrong: dict[str, Any]) -> None:
 
 def test_lora_scale_and_targets() -> None:
     """Catches r / alpha for alpha / r, a set of layers that is not all-linear, and a bare name taken for all layers."""
-    assert LoRAConfig(r=4, alpha=6).scale == 1.5
+    assert LoRAConfig(r=4, alpha=6).shape_of("q_proj") == (4, 1.5)
+    assert LoRAConfig(r=4, alpha=6, use_rslora=True).shape_of("q_proj") == (4, 3.0)
     assert LoRAConfig().targets == list(LINEARS)
     assert sorted(LINEARS) == sorted({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
     assert LoRAConfig(target_modules=["q_proj", "lm_head"]).targets == ["q_proj", "lm_head"]
     assert LoRAConfig(target_modules="q_proj").targets == ["q_proj"]
     assert LoRAConfig(target_modules="q_proj, v_proj").targets == ["q_proj", "v_proj"]
+
+
+def test_patterns_choose_rank_and_scale() -> None:
+    """Catches the last match taken for the first, a name matched in its middle, and a rank without its scale."""
+    lora = LoRAConfig(
+        r=8,
+        alpha=16,
+        rank_pattern={"layers.1.mlp.up_proj": 4, "up_proj": 2, r".*\.0\.self_attn\.[qv]_proj": 16},
+        alpha_pattern={"up_proj": 6},
+    )
+    wanted = {
+        "model.layers.1.mlp.up_proj": (4, 1.5),
+        "model.layers.0.mlp.up_proj": (2, 3.0),
+        "model.layers.0.self_attn.v_proj": (16, 1.0),
+        "model.layers.1.self_attn.v_proj": (8, 2.0),
+        "model.layers.1.mlp.group_proj": (8, 2.0),
+        "model.layers.1.mlp.up_proj.more": (8, 2.0),
+    }
+    assert {name: lora.shape_of(name) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(

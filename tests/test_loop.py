@@ -91,7 +91,8 @@ def run(
 ) -> Path:
     """finetune_lora as the door calls it."""
     paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed, "loggers": None}
+    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "quantize": None, "seed": seed}
+    settings["loggers"] = None
     finetune_lora(
         checkpoint, data, out, lora=lora, train=train, precision="32-true", seed=seed, arguments=paths | settings
     )

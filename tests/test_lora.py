@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lit_llama.errors import UserError
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import LoRALinear, adapters, apply_lora, disabled, lora_parameters, merge_weight
+from lit_llama.model.lora import adapters, apply_lora, lora_parameters, parameter_groups
+from lit_llama.model.low_rank import LoRALinear, merge_weight
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "all linear layers, alpha = 2 r": {"r": 4, "alpha": 8},
@@ -82,14 +83,15 @@ def test_dropout_acts_only_in_training_and_leaves_the_base_path_whole() -> None:
     model.train()
     torch.manual_seed(0)
     assert not torch.allclose(model(ids), model(ids), atol=1e-3)
-    with disabled(model):
-        torch.testing.assert_close(model(ids), tiny_model()(ids), atol=1e-5, rtol=0)
+    for _, module in adapters(model):
+        module.scale = 0.0
+    torch.testing.assert_close(model(ids), tiny_model()(ids), atol=1e-5, rtol=0)
 
 
 def test_dropout_keeps_the_mean() -> None:
     """Catches dropout that is not scaled up by 1 / (1 - p), or taken after A."""
     base = nn.Linear(64, 3, bias=False)
-    layer = LoRALinear(base, LoRAConfig(r=2, alpha=4, dropout=0.25))
+    layer = LoRALinear(base, rank=2, scale=2.0, dropout=0.25)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     wanted = layer.eval()(x)
@@ -166,7 +168,13 @@ def test_adapters_are_float32_on_a_bfloat16_base() -> None:
 
 @pytest.mark.parametrize(
     ("target", "hint"),
-    [("q_porj", "did you mean q_proj"), ("gate", "gate_proj"), ("embed_tokens", "embed_tokens"), ("roj", "roj")],
+    [
+        ("q_porj", "did you mean q_proj"),
+        ("gate", "gate_proj"),
+        ("embed_token", "did you mean embed_tokens"),
+        ("norm", "there are"),
+        ("roj", "roj"),
+    ],
 )
 def test_a_target_that_matches_nothing_is_an_error(target: str, hint: str) -> None:
     """Catches a typing error that trains fewer layers than asked for, and a match by part of a name."""
@@ -177,16 +185,49 @@ def test_a_target_that_matches_nothing_is_an_error(target: str, hint: str) -> No
     assert not list(adapters(model)), "the model must be left as it was"
 
 
-def test_disabled_gives_the_base_alone_and_ends() -> None:
-    """Catches a scale that is not put back, also after an error inside."""
-    model, ids = trained_model(LoRAConfig(r=2, alpha=4)), random_ids(9)
-    adapted = model(ids)
-    with disabled(model):
-        torch.testing.assert_close(model(ids), tiny_model()(ids), atol=1e-6, rtol=0)
-    assert torch.equal(model(ids), adapted)
-    with pytest.raises(ZeroDivisionError), disabled(model):
-        raise ZeroDivisionError
-    assert torch.equal(model(ids), adapted)
+def test_patterns_that_match_nothing_are_errors() -> None:
+    """Catches a rank that is asked for and not given, by a typing error or for a layer that is not adapted."""
+    for option, key, hint in (
+        ("rank_pattern", "v_porj", "did you mean v_proj"),
+        ("rank_pattern", "norm", "there are q_proj, v_proj"),
+        ("alpha_pattern", "layers.7.v_proj", "did you mean v_proj"),
+    ):
+        model = tiny_model()
+        with pytest.raises(UserError, match=rf"--lora\.{option}: '{key}' matches no adapted module") as caught:
+            apply_lora(model, LoRAConfig(target_modules=["q_proj", "v_proj"], **{option: {key: 4}}))
+        assert hint in str(caught.value)
+        assert not list(adapters(model)), "the model must be left as it was"
+
+
+def test_b_learns_faster_than_a_by_the_ratio() -> None:
+    """Catches A and B exchanged, a parameter in no group or in two, and vectors that decay."""
+    model = tiny_model()
+    apply_lora(model, LoRAConfig(target_modules=["embed_tokens", "q_proj"], modules_to_save=["model.norm", "lm_head"]))
+    groups = parameter_groups(model, 16.0, 0.1)
+    where = {id(p): (g["lr_ratio"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert sorted(map(id, (p for g in groups for p in g["params"]))) == sorted(map(id, lora_parameters(model)))
+    assert set(where) == {id(p) for p in model.parameters() if p.requires_grad}
+    layer, decoder = model.model.layers[0].self_attn.q_proj, model.model
+    assert where[id(layer.lora_A)] == (1, 0.1) and where[id(layer.lora_B)] == (16, 0.1)
+    assert where[id(decoder.embed_tokens.lora_A)] == where[id(decoder.embed_tokens.lora_B)] == (1, 0.1)
+    assert where[id(decoder.norm.trained)] == (1, 0) and where[id(model.lm_head.trained)] == (1, 0.1)
+
+
+def test_groups_agree_with_those_of_peft() -> None:
+    """PEFT's LoRA+ optimizer gives the same learning rate to the same factor of linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    twin = get_peft_model(as_transformers(tiny_model()), LoraConfig(r=8, target_modules=["q_proj", "o_proj"]))
+    optimizer = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0)
+    theirs = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    model = tiny_model()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj", "o_proj"]))
+    ours = {id(p): 1e-3 * group["lr_ratio"] for group in parameter_groups(model, 8.0) for p in group["params"]}
+    for name, module in adapters(model):
+        other = twin.get_submodule(f"base_model.model.{name}")
+        assert ours[id(module.lora_A)] == theirs[id(other.lora_A["default"].weight)]
+        assert ours[id(module.lora_B)] == theirs[id(other.lora_B["default"].weight)] == 8e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

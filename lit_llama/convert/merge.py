@@ -5,38 +5,33 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_llama.convert.gguf.writer import check_file, write_gguf
+from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import companions, open_folder
 from lit_llama.device import Precision, pick_device, pick_dtype
-from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
 from lit_llama.model.adapter import (
     META_FILE,
     WEIGHTS_FILE,
     base_of,
     load_adapter,
-    read_adapter_config,
-    read_adapter_weights,
+    trained_on,
 )
 from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import LLaMAConfig, Onto
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import disabled, merge_weight
-from lit_llama.model.quantize import is_quantized, quantize_in_place, through_nf4
-from lit_llama.model.weights import DTYPES, Weights, byte_size, write_weights
+from lit_llama.model.weights import byte_size, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import end_id, prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
 from lit_llama.text.special import read_object
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity
-
-Onto = Literal["stored", "nf4"]
 
 PROBES = (
     "What food do llamas eat?",
@@ -58,16 +53,23 @@ class Proof:
 
 
 def merge(
-    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto = "stored"
+    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto | None = None
 ) -> Proof:
-    """Write W + scale * B A, added in float32 and rounded once, tensor by tensor; then compare logits.
+    """Write what the adapter makes of each weight, computed in float32 and rounded once; then compare logits.
+
+    Low-rank updates give W + scale * B A, DoRA m V / |V| of that, modules trained whole their copy. A head that was
+    tied to the embedding is stored apart where the two differ now.
+
+    An adapter has learned to work with what it saw. Where its base was quantised, that is what quantisation leaves of
+    the weights, and added to the stored ones it gives another model than the one that was trained: often a good one,
+    never the same. So `onto` is by default what the adapter's folder records.
 
     Args:
         adapter_dir: What finetune/lora.py wrote.
         destination: Folder to make.
         dtype: Dtype of the adapted tensors; None keeps that of the base.
         precision: In which the logits are compared.
-        onto: The base's weights as they are stored, or what nf4 leaves of them.
+        onto: The base's weights as they are stored, or what quantisation leaves of them; None as in the training.
 
     Raises:
         CheckpointError: The adapter is empty, all zero, or does not fit its base, or the base's tokenizer does not.
@@ -78,38 +80,18 @@ def merge(
     if dtype == "q8_0":
         raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
     base = base_of(adapter_dir)
-    config, _ = read_adapter_config(adapter_dir)
+    onto = _choose(adapter_dir, onto)
     tokenizer, shape = Tokenizer.from_path(base), LLaMAConfig.from_folder(base)
     check_vocabulary(base, shape.vocab_size, tokenizer)
     for record in (base, adapter_dir):
         check_recorded(record, tokenizer, base)
-    adapter = read_adapter_weights(adapter_dir)
-    weights = Weights(base)
-    with torch.device("meta"):
-        load_adapter(LLaMA(shape), adapter_dir)  # names and shapes fit
+    merged = Merged(base, adapter_dir, onto, dtype)
     raw = json.loads((base / "config.json").read_text("utf-8"))
-    stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(dtype or "")
-    specs = {name: (stored or weights.spec(name)[0], weights.spec(name)[1]) for name in weights}
-    if foreign := [f"{name} ({kind})" for name, (kind, _) in specs.items() if kind not in DTYPES]:
-        raise CheckpointError(f"{base}: {foreign[0]} is stored in another dtype than {', '.join(DTYPES)}")
-    if "lm_head.lora_A" in adapter:  # a tied head goes its own way from here
-        specs.setdefault("lm_head.weight", specs["model.embed_tokens.weight"])
+    if merged.unties:
         raw["tie_word_embeddings"] = False
-
-    def produce(name: str) -> Tensor:
-        source = name if name in weights else "model.embed_tokens.weight"
-        module, target = name.removesuffix(".weight"), DTYPES[specs[name][0]]
-        weight = weights[source]
-        if onto == "nf4" and is_quantized(name):
-            weight = through_nf4(weight)
-        if f"{module}.lora_A" not in adapter:
-            return weight.to(target)
-        pair = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
-        return merge_weight(weight, *pair, config.scale, target)
-
     with publish(destination, "config.json") as folder:
-        check_space(folder, sum(map(byte_size, specs.values())))
-        write_weights(folder, specs, produce)
+        check_space(folder, sum(map(byte_size, merged.specs.values())))
+        write_weights(folder, merged.specs, merged.__getitem__)
         if dtype:
             raw |= {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in raw else {})
         write_json(folder / "config.json", raw)
@@ -128,8 +110,23 @@ def merge(
     return proof
 
 
+def _choose(adapter_dir: Path, onto: Onto | None) -> Onto:
+    """What to merge onto, with a line where that is not what the adapter was trained on."""
+    trained: Onto = trained_on(adapter_dir) or "stored"
+    if onto is not None and onto != trained:
+        stderr().print(
+            f"--onto {onto}: the adapter was trained on the base {_name(trained)}; merged onto it {_name(onto)} the "
+            "model is another than the one that was trained"
+        )
+    return onto or trained
+
+
+def _name(onto: Onto) -> str:
+    return "as it is stored" if onto == "stored" else f"quantised to {onto}"
+
+
 def merge_into_gguf(
-    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto = "stored"
+    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto | None = None
 ) -> Proof:
     """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
 
@@ -180,17 +177,18 @@ def _prove(
         prompt_ids(tokenizer, style, [{"role": "user", "content": text}]) if style else tokenizer.encode(text)
         for text in PROBES
     ]
-    model = load_model(base, device, dtype)
-    if onto == "nf4":
-        stored = _logits(model, probes)
-        quantize_in_place(model)
-        moved = (_logits(model, probes) - stored).abs().mean().item()
-        stderr().print(f"nf4 moves the logits of the base by {moved:.2e} in the mean; the adapter is merged onto that")
+    held = None if onto == "stored" else onto
+    stored = _logits(load_model(base, device, dtype), probes) if held else None
+    model = load_model(base, device, dtype, held)
+    plain = _logits(model, probes)
+    if stored is not None:
+        moved = (plain - stored).abs().mean().item()
+        stderr().print(
+            f"{held} moves the logits of the base by {moved:.2e} in the mean; the adapter is merged onto that"
+        )
     load_adapter(model, adapter_dir)
     model.eval()
     wanted = _logits(model, probes)
-    with disabled(model):
-        plain = _logits(model, probes)
     del model  # one model at a time
     found = _logits(load_model(merged, device, dtype), probes)
     difference = (found - wanted).abs()
@@ -217,5 +215,5 @@ def _prove(
 
 @torch.inference_mode()
 def _logits(model: LLaMA, probes: list[list[int]]) -> Tensor:
-    device = model.lm_head.weight.device
+    device = model.model.embed_tokens.weight.device
     return torch.cat([model(torch.tensor(ids, device=device)).float().cpu() for ids in probes])

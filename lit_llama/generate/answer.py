@@ -53,7 +53,7 @@ def _print_stream(speaker: Speaker, steps: Iterable[tuple[list[int], str]]) -> N
         count += len(ids)
         print(text, end="", flush=True)
     print(flush=True)
-    report(count, time.perf_counter() - start, speaker.model.lm_head.weight.device)
+    report(count, time.perf_counter() - start, speaker.model.model.embed_tokens.weight.device)
 
 
 def instruction_ids(speaker: Speaker, example: Example) -> list[int]:
@@ -166,7 +166,11 @@ def answer_file(
             print(json.dumps(row, ensure_ascii=False), file=sys.stdout)
     measures = measure(examples, answers)
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
-    report(sum(answer.tokens for answer in answers), time.perf_counter() - start, speaker.model.lm_head.weight.device)
+    report(
+        sum(answer.tokens for answer in answers),
+        time.perf_counter() - start,
+        speaker.model.model.embed_tokens.weight.device,
+    )
     return measures
 
 

@@ -156,7 +156,7 @@ def _answer(conversation: Conversation, text: str, speaker: Speaker) -> None:
         return
     print(flush=True)
     tokens = len(speaker.tokenizer.encode(conversation.messages[-1]["content"]))
-    report(tokens, time.perf_counter() - start, speaker.model.lm_head.weight.device)
+    report(tokens, time.perf_counter() - start, speaker.model.model.embed_tokens.weight.device)
 
 
 def line_reader() -> Callable[[], str]:

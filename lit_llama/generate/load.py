@@ -11,9 +11,10 @@ from lit_llama.device import Precision, cores, peak_memory, pick_device, pick_dt
 from lit_llama.errors import CheckpointError
 from lit_llama.generate.decode import generate
 from lit_llama.generate.sampling import Sampling
-from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter
+from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.attention import KVCache
 from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import Onto
 from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id
@@ -80,15 +81,24 @@ class Speaker:
         return self.style
 
 
-def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | None = None) -> Speaker:
+def load(
+    folder: Path,
+    *,
+    precision: Precision = "auto",
+    prompt_style: str | None = None,
+    quantize: Onto | None = None,
+) -> Speaker:
     """Load a checkpoint folder, or an adapter folder with its base.
 
     Args:
         folder: What finetune/ or prepare/checkpoint.py wrote, or any Hugging Face model folder.
         precision: Of weights and activations.
         prompt_style: Ask in this style instead of the folder's own.
+        quantize: How to hold the linear layers; None as they were held when the adapter was trained, or as they are
+            stored.
 
     Raises:
+        ResourceError: The quantisation cannot be had here.
         CheckpointError: Something is missing or does not fit.
         IntegrityError: The base or its tokenizer is not the one the adapter was trained on.
     """
@@ -97,7 +107,9 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
     dtype = pick_dtype(precision, device)
     torch.set_num_threads(cores())
     base = base_of(folder) if (folder / CONFIG_FILE).is_file() else folder
-    model = load_model(base, device, dtype)
+    method = trained_on(folder) if quantize is None and base != folder else quantize
+    held = None if method == "stored" else method
+    model = load_model(base, device, dtype, held)
     if base != folder:
         load_adapter(model, folder)
         model.requires_grad_(False).eval()
@@ -107,7 +119,8 @@ def load(folder: Path, *, precision: Precision = "auto", prompt_style: str | Non
         check_recorded(record, tokenizer, base)
     style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
     what = f"{folder} on {base}" if base != folder else str(folder)
-    stderr().print(f"{what}: {str(dtype)[6:]} on {device}, loaded in {time.perf_counter() - start:.1f} s")
+    how = f"{held} and {str(dtype)[6:]}" if held else str(dtype)[6:]
+    stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
     special = special_ids(base, tokenizer)
     for remark in (*tokenizer.remarks, *special.remarks):
         stderr().print(remark, markup=False)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.quantize import QuantizedLinear, is_quantized
 from lit_llama.model.weights import DTYPES, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
 
@@ -22,15 +23,22 @@ _DELTA = 0.05
 _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that go into a fingerprint
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LLaMA:
+def load_model(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Quantization | None = None,
+) -> LLaMA:
     """Build the model of a checkpoint folder, frozen and in evaluation mode.
 
     Args:
         folder: A folder in Hugging Face layout.
         device: Where to put it.
         dtype: Convert the weights to it; None keeps what is stored.
+        quantize: Hold the linear layers of the decoder like this, each made so as soon as it is read.
 
     Raises:
+        ResourceError: The quantisation cannot be had here.
         CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
             delta.
     """
@@ -46,13 +54,20 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         expected.pop("lm_head.weight")
     check_names(folder, set(expected), dict.fromkeys(names))
     _check_whole(folder, weights)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name in track(names, f"loading {folder}"):
         stored, shape = weights.spec(name)
         if shape != expected[name] or stored not in DTYPES:
             wanted = f"{expected[name]} of {', '.join(DTYPES)}"
             raise CheckpointError(f"{folder}: {name} is {shape} of {stored}, config.json asks for {wanted}")
-        state[name] = weights[name].to(device=device, dtype=dtype)
+        if quantize and is_quantized(name):
+            module = name.removesuffix(".weight")
+            bias = dict(model.get_submodule(module).named_parameters()).get("bias")
+            layer = QuantizedLinear(weights[name].to(device), bias, quantize)
+            model.set_submodule(module, layer)
+            state[f"{module}.packed"] = layer.packed
+        else:
+            state[name] = weights[name].to(device=device, dtype=dtype)
     if config.tie_word_embeddings:
         embedding = state["model.embed_tokens.weight"]
         if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):

@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
@@ -106,12 +107,12 @@ class LLaMAConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and value >= 1):
-                raise CheckpointError(f"{field.name} is {value!r}, expected a positive whole number")
-            if field.type is bool and not isinstance(value, bool):
-                raise CheckpointError(f"{field.name} is {value!r}, expected true or false")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type is int and not (isinstance(value, int) and value >= 1):
+                raise CheckpointError(f"{entry.name} is {value!r}, expected a positive whole number")
+            if entry.type is bool and not isinstance(value, bool):
+                raise CheckpointError(f"{entry.name} is {value!r}, expected true or false")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -181,6 +182,12 @@ class LLaMAConfig:
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of one decoder layer, which `all-linear` stands for."""
 
+Quantization = Literal["nf4", "nf4-dq", "int8"]
+"""How the linear layers of a base are held: see quantize.py."""
+
+Onto = Literal["stored", "nf4", "nf4-dq", "int8"]
+"""What an adapter is put on: the base as it is stored, or with quantised linear layers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -190,33 +197,89 @@ class LoRAConfig:
         r: Rank of A (r, in) and B (out, r).
         alpha: The update is scaled by alpha / r.
         dropout: Probability of dropping an element of the input of A while training.
-        target_modules: all-linear, or names of linear layers such as q_proj,v_proj.
+        target_modules: all-linear, or names such as q_proj,v_proj; lm_head and embed_tokens can be named, too.
+        use_rslora: Scale by alpha / sqrt(r) instead, which keeps the size of the update when r grows (Kalajdzievski
+            2023, arXiv:2312.03732).
+        use_dora: Train the length of each row of W + (alpha / r) B A apart from its direction (Liu et al. 2024,
+            arXiv:2402.09353).
+        rank_pattern: Another r for modules whose name, or its end from a dot on, a regular expression matches, such as
+            '{"v_proj": 16, "layers.0.mlp.up_proj": 4}'; the first match counts.
+        alpha_pattern: Another alpha likewise.
+        modules_to_save: Names, or ends of names, of modules of which a whole copy is trained: embed_tokens, lm_head
+            (both after --resize_vocab), norm. A tied head and embedding go separate ways from here.
+        loraplus_lr_ratio: The learning rate of B is this many times that of A (LoRA+, Hayou et al. 2024,
+            arXiv:2402.12354).
     """
 
     r: int = 8
     alpha: float = 16
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: str | list[str] = field(default_factory=list)
+    loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"--lora.r is {self.r}, expected 1 or more")
-        if not self.alpha > 0:
-            raise UserError(f"--lora.alpha is {self.alpha}, expected more than 0")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"--lora.{name} is {getattr(self, name)!r}, expected true or false")
+        _check_rank("r", self.r)
+        _check_alpha("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
         if not all(self.targets):
             raise UserError("--lora.target_modules is empty, expected all-linear or names such as q_proj,v_proj")
-
-    @property
-    def scale(self) -> float:
-        """Factor of B A."""
-        return self.alpha / self.r
+        if not all(self.saved):
+            raise UserError("--lora.modules_to_save holds an empty name, expected names such as embed_tokens,lm_head")
+        if not 0 < self.loraplus_lr_ratio < math.inf:
+            raise UserError(f"--lora.loraplus_lr_ratio is {self.loraplus_lr_ratio}, expected more than 0")
+        for key, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    raise UserError(f"--lora.{name}: {key!r} is no regular expression: {error}") from error
 
     @property
     def targets(self) -> list[str]:
-        """Names of the linear layers to adapt."""
+        """Names of the modules to adapt."""
         if self.target_modules == "all-linear":
             return list(LINEARS)
-        names = self.target_modules
-        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names or [""]
+        return _names(self.target_modules) or [""]
+
+    @property
+    def saved(self) -> list[str]:
+        """Names, or ends of names, of the modules that are trained whole."""
+        return _names(self.modules_to_save)
+
+    def shape_of(self, name: str) -> tuple[int, float]:
+        """Rank of a module's update and the factor of B A, by its full name."""
+        rank = next((rank for key, rank in self.rank_pattern.items() if matches_pattern(name, key)), self.r)
+        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if matches_pattern(name, key)), self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def matches_pattern(name: str, key: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the module of this full name, as PEFT decides it."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _names(names: str | list[str]) -> list[str]:
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+
+def _check_rank(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"--lora.{name} is {value}, expected a whole number of 1 or more")
+
+
+def _check_alpha(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UserError(f"--lora.{name} is {value}, expected more than 0")

@@ -55,11 +55,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.noise: nn.Module | None = None  # what training may add to the embeddings; see neftune.py
 
     def forward(self, input_ids: Tensor, layout: Layout | None = None) -> Tensor:
         """(T,) -> (T, C)."""
         layout = layout or Packed([len(input_ids)], input_ids.device)
         x = self.embed_tokens(input_ids)  # (T, C)
+        x = x if self.noise is None else self.noise(x, layout)
         rotation = rotary(self.config, layout, x.dtype)
         for layer in self.layers:
             x = layer(x, rotation, layout)

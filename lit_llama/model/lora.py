@@ -1,95 +1,148 @@
-"""Low-rank adapters on a built model (Hu et al. 2021, arXiv:2106.09685).
-
-Shapes: r rank; A (r, in_features), B (out_features, r). The update is scale * B A with scale = alpha / r.
-"""
+"""Adapters on a built model: which modules they take the place of, and what an optimizer is given."""
 
 import difflib
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lit_llama.errors import UserError
-from lit_llama.model.config import LoRAConfig
-
-
-class LoRALinear(nn.Linear):
-    """A frozen linear layer with trainable A and B: y = x W' + scale * dropout(x) A' B'.
-
-    A and B are kept in float32 whatever the base is in, because their updates are far below bfloat16's resolution.
-    """
-
-    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.scale = config.scale
-        self.dropout = nn.Dropout(config.dropout)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))  # (out, r)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
-        y = F.linear(x, self.weight, self.bias)
-        u = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (T, r)
-        return torch.addmm(y, u, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+from lit_llama.model.config import LoRAConfig, matches_pattern
+from lit_llama.model.dora import DoRALinear
+from lit_llama.model.low_rank import Adapter, LoRAEmbedding, LoRALinear, LoRAOnQuantized
+from lit_llama.model.quantize import QuantizedLinear
+from lit_llama.model.whole import whole
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Freeze `model` and put adapters on the linear layers that `config` names, in place.
+    """Freeze `model` and put adapters on the modules that `config` names, in place.
 
     Returns:
-        The full names of the adapted modules.
+        The full names of the modules with an update of low rank; those trained whole are not among them.
 
     Raises:
-        UserError: A target names no linear layer of the model.
+        UserError: A name or pattern means no module that can be adapted, or two things are asked of one module.
     """
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    last = {name.rpartition(".")[2] for name in linears}
+    able = adaptable(model)
     for target in config.targets:
-        if not any(_matches(name, target) for name in linears):
-            close = difflib.get_close_matches(target, last, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(last))}"
-            raise UserError(f"--lora.target_modules: {target!r} matches no linear layer of the model{hint}")
-    adapted = [name for name in linears if any(_matches(name, target) for target in config.targets)]
-    for name in adapted:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(linears[name], config))
+        if not any(_matches(name, target) for name in able):
+            near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
+            raise UserError(
+                f"--lora.target_modules: {target!r} matches no linear layer or embedding of the model{near}"
+            )
+    adapted = [name for name in able if any(_matches(name, target) for target in config.targets)]
+    copied = _copied(model, config)
+    if both := [name for name in copied if name in adapted]:
+        raise UserError(
+            f"--lora.modules_to_save and --lora.target_modules both name {both[0]}: it is trained whole or by an "
+            "update of low rank, name it once"
+        )
+    last = sorted({name.rpartition(".")[2] for name in adapted})
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if not any(matches_pattern(name, key) for name in adapted):
+                raise UserError(f"--lora.{option}: {key!r} matches no adapted module{_nearest(key, last)}")
+    adapt(model, config, adapted, copied)
     return adapted
+
+
+def adapt(model: nn.Module, config: LoRAConfig, names: Sequence[str], copied: Sequence[str] = ()) -> None:
+    """Put updates of low rank on the modules of these names, and whole copies in place of others.
+
+    Raises:
+        UserError: A module is of a kind that cannot carry it.
+    """
+    for name in names:
+        _replace(model, name, _update(model.get_submodule(name), name, config))
+    for name in copied:
+        copy = whole(model.get_submodule(name))
+        if copy is None:
+            raise UserError(
+                f"--lora.modules_to_save: {name} is no embedding, norm, or linear layer without bias and in full "
+                "precision, of which a copy could be trained; name for example embed_tokens, lm_head or norm"
+            )
+        _replace(model, name, copy)
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that can carry an update of low rank, by their full names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding, QuantizedLinear)
+    }
+
+
+def _update(base: nn.Module, name: str, config: LoRAConfig) -> Adapter:
+    rank, scale = config.shape_of(name)
+    if isinstance(base, nn.Embedding):
+        if config.use_dora:
+            raise UserError(
+                f"--lora.use_dora: {name} is an embedding, on which it is not implemented; leave it out of "
+                "--lora.target_modules, or train it whole with --lora.modules_to_save"
+            )
+        return LoRAEmbedding(base, rank, scale)
+    assert isinstance(base, nn.Linear | QuantizedLinear)
+    if config.use_dora:
+        return DoRALinear(base, rank, scale, config.dropout)
+    if isinstance(base, QuantizedLinear):
+        return LoRAOnQuantized(base, rank, scale, config.dropout)
+    return LoRALinear(base, rank, scale, config.dropout)
+
+
+def _copied(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Modules whose names end in one of `modules_to_save`, as PEFT decides it: `norm` is every norm."""
+    names = [name for name, module in model.named_modules() if name and type(module) is not nn.Identity]
+    for wanted in config.saved:
+        if not any(name.endswith(wanted) for name in names):
+            near = _nearest(wanted, sorted({name.rpartition(".")[2] for name in names}))
+            raise UserError(f"--lora.modules_to_save: {wanted!r} matches no module of the model{near}")
+    return [name for name in names if name.endswith(tuple(config.saved))]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The adapted layers with their full names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """The adapted modules with their full names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All A and B, what an optimizer is given."""
-    return [parameter for _, module in adapters(model) for parameter in (module.lora_A, module.lora_B)]
+    """All that adapters train."""
+    return [parameter for _, module in adapters(model) for parameter in module.parts().values()]
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone: adapters add nothing inside this context."""
-    scales = {module: module.scale for _, module in adapters(model)}
-    try:
-        for module in scales:
-            module.scale = 0.0
-        yield
-    finally:
-        for module, scale in scales.items():
-            module.scale = scale
+def parameter_groups(
+    model: nn.Module, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """What adapters train, grouped for an optimizer.
 
+    B learns faster than A by a ratio (LoRA+, Hayou et al. 2024, arXiv:2402.12354). Both factors of an embedding, whose
+    A takes the part that B has elsewhere, and whole copies learn as A does. Vectors (norms, DoRA's magnitudes) do not
+    decay.
 
-def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W + scale * B A, added in float32 and rounded once to `dtype`: (out, in)."""
-    return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scale).to(dtype)
+    Returns:
+        Groups that are not empty, with their `params`, `weight_decay`, and `lr_ratio`: by how much the learning rate of
+        the schedule is multiplied.
+    """
+    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for _, module in adapters(model):
+        for stored, parameter in module.parts().items():
+            ratio = loraplus_lr_ratio if stored == "lora_B.weight" else 1.0
+            kinds.setdefault((ratio, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr_ratio": ratio, "weight_decay": decay} for (ratio, decay), parameters in kinds.items()
+    ]

@@ -25,6 +25,8 @@ class TrainConfig:
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them as they are.
         eval_interval: Optimizer steps between evaluations on the test split; it is also evaluated before and after.
         sample_prompts: Rows of the test split that are answered at every evaluation; 0 for none.
+        neftune_noise_alpha: Size of the noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914), 5
+            to 15 in the paper; 0 for none.
     """
 
     epochs: int = 3
@@ -38,6 +40,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_interval: int = 100
     sample_prompts: int = 4
+    neftune_noise_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval"):
@@ -48,6 +51,7 @@ class TrainConfig:
         _expect(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _expect(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "0 or more")
         _expect(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 or more")
+        _expect(0 <= self.neftune_noise_alpha < 1e3, "neftune_noise_alpha", self.neftune_noise_alpha, "0 to 1000")
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left."""

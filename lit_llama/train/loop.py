@@ -26,9 +26,10 @@ from lit_llama.errors import DataError, NumericalError, UserError
 from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, save_adapter
 from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.model.lora import apply_lora, lora_parameters, parameter_groups
+from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE, SPLITS, Batch, Split, epoch_order, micro_batches, read_meta
 from lit_llama.text.formats import read_text
@@ -53,6 +54,7 @@ def finetune_lora(
     lora: LoRAConfig,
     train: TrainConfig,
     precision: Precision,
+    quantize: Quantization | None = None,
     seed: int,
     arguments: dict[str, Any],
     loggers: Sequence[LoggerName] = (),
@@ -76,13 +78,15 @@ def finetune_lora(
     meta, splits = _read_fitting(checkpoint_dir, data_dir)
     template = read_text(data_dir / TEMPLATE_FILE)
     identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
+    identity |= {"quantize": quantize} if quantize else {}
     device = pick_device()
     dtype = pick_dtype(precision, device)
     keep_freed_memory()
     torch.set_num_threads(cores())
     seed_everything(seed)
-    model = load_model(checkpoint_dir, device, dtype)
+    model = load_model(checkpoint_dir, device, dtype, quantize)
     adapted = apply_lora(model, lora)
+    add_noise(model, train.neftune_noise_alpha)
     steps = train.steps(len(splits["train"]))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
@@ -93,11 +97,11 @@ def finetune_lora(
     sampler = _sampler(model, checkpoint_dir, data_dir, train)
     with Log(out_dir, steps, sampler=sampler, loggers=loggers) as log:
         log.say(
-            f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "
-            f"{len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
-            f"{time.perf_counter() - start:.1f} s"
+            f"{trainable:,} trainable parameters in {len(adapted)} layers, "
+            f"base in {quantize or _name(dtype)} on {device}; {len(splits['train'])} rows, "
+            f"{steps} steps of {train.batch_size}; ready in {time.perf_counter() - start:.1f} s"
         )
-        fit(model, splits["train"], splits["test"], train, seed, log)
+        fit(model, splits["train"], splits["test"], train, seed, log, lora.loraplus_lr_ratio)
     with publish(out_dir, CONFIG_FILE) as folder:
         write_json(folder / META_FILE, about)
         (folder / TEMPLATE_FILE).write_text(template, "utf-8")
@@ -113,7 +117,9 @@ def finetune_lora(
     )
 
 
-def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int, log: Log) -> None:
+def fit(
+    model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int, log: Log, loraplus_lr_ratio: float = 1.0
+) -> None:
     """Optimize the adapters of `model` in place.
 
     The loss of a step is the sum over the trained tokens of its whole batch divided by their number, however the batch
@@ -127,7 +133,8 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
     device = next(model.parameters()).device
     fabric = Fabric(accelerator=device.type, devices=1)
     parameters = lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    groups = parameter_groups(model, loraplus_lr_ratio, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     loss_of, optimizer = fabric.setup(TokenLoss(model), optimizer)
     steps = config.steps(len(train))
     per_epoch = math.ceil(len(train) / config.batch_size)
@@ -145,7 +152,7 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
             raise DataError(f"step {step + 1}: no token of its {len(rows)} samples carries a loss")
         rate = learning_rate(step, steps, config)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         total = torch.zeros((), device=device)
         for batch in batches:
             loss = loss_of(*_tensors(batch, device)) / count

@@ -1,0 +1,71 @@
+"""The tensors of base + adapter, made one at a time."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_llama.errors import CheckpointError
+from lit_llama.model.adapter import load_adapter
+from lit_llama.model.config import LLaMAConfig, Onto
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import adapters
+from lit_llama.model.quantize import is_quantized, through
+from lit_llama.model.weights import DTYPES, Spec, Weights
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_STORED = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+
+
+class Merged:
+    """What a checkpoint holds once an adapter is part of it.
+
+    Attributes:
+        specs: Dtype and shape of every tensor, in the order of the base.
+        unties: A head that was tied to the embedding is a matrix of its own now.
+
+    Args:
+        base: Checkpoint folder.
+        adapter_dir: The adapter.
+        onto: What its updates are added to.
+        dtype: Dtype of all tensors; None keeps that of the base.
+
+    Raises:
+        CheckpointError: The adapter does not fit the base, or that is stored in a dtype that cannot be merged into.
+    """
+
+    def __init__(self, base: Path, adapter_dir: Path, onto: Onto, dtype: str | None) -> None:
+        shape = LLaMAConfig.from_folder(base)
+        self._weights, self._onto = Weights(base), onto
+        with torch.device("meta"):
+            frame = LLaMA(shape)
+        load_adapter(frame, adapter_dir)  # names and shapes fit; the adapter alone takes memory
+        self._adapters = {f"{name}.weight": module for name, module in adapters(frame)}
+        self.specs = {name: self._spec(name, dtype) for name in self._weights}
+        if foreign := [f"{name} ({kind})" for name, (kind, _) in self.specs.items() if kind not in DTYPES]:
+            raise CheckpointError(f"{base}: {foreign[0]} is stored in another dtype than {', '.join(DTYPES)}")
+        self.unties = shape.tie_word_embeddings and self._differ()
+        if self.unties:
+            self.specs.setdefault(_HEAD, self.specs[_EMBEDDING])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor, computed in float32 and rounded once."""
+        return self._make(name).to(DTYPES[self.specs[name][0]])
+
+    @torch.no_grad()
+    def _make(self, name: str) -> Tensor:
+        weight = self._weights[name if name in self._weights else _EMBEDDING]  # a tied head may be stored or not
+        if self._onto != "stored" and is_quantized(name):
+            weight = through(weight, self._onto)
+        module = self._adapters.get(name)
+        return weight if module is None else module.merged(weight)
+
+    def _spec(self, name: str, dtype: str | None) -> Spec:
+        kind, shape = self._weights.spec(name)
+        return _STORED[dtype] if dtype else kind, shape
+
+    def _differ(self) -> bool:
+        """Whether the adapter makes two matrices of the tied one."""
+        if not {_EMBEDDING, _HEAD} & self._adapters.keys():
+            return False
+        return not torch.equal(self._make(_HEAD), self._make(_EMBEDDING))

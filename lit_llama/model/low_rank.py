@@ -1,0 +1,124 @@
+"""Modules that carry a low-rank update, in place of those of the base (Hu et al. 2021, arXiv:2106.09685).
+
+Shapes: r rank; A (r, in_features), B (out_features, r). The update is scale * B A. Of an embedding of V rows and C
+columns, A is (r, V) and B (C, r); the update is scale * (B A)'.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_llama.model.quantize import QuantizedLinear
+
+
+class Adapter(nn.Module):
+    """A module in place of one of the base, with that one's frozen weight and parameters that are trained.
+
+    The parameters are float32 whatever the base is in, because their updates are far below bfloat16's resolution.
+    """
+
+    PARTS: ClassVar[Mapping[str, str]]
+    """Names of the parameters: after the module's name in a file of PEFT, and here."""
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names of PEFT's files."""
+        return {stored: self.get_parameter(name) for stored, name in self.PARTS.items()}
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """What `weight`, that of the base, becomes: computed in float32 and not rounded."""
+        raise NotImplementedError
+
+
+class LowRank(Adapter):
+    """What all updates by A and B have in common."""
+
+    PARTS: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+    def start(self, base: nn.Linear | QuantizedLinear, rank: int, scale: float, dropout: float) -> None:
+        """Make A as nn.Linear would and B zero, so that nothing changes at first."""
+        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        device = device_of(base)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # (out, r)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (T, out) + scale * dropout(x) A' B', for x (T, in)."""
+        u = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (T, r)
+        return torch.addmm(y, u, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + scale * B A: (out, in)."""
+        return merge_weight(weight, self.lora_A, self.lora_B, self.scale, torch.float32)
+
+
+class LoRALinear(LowRank, nn.Linear):
+    """A frozen linear layer with trainable A and B: y = x W' + scale * dropout(x) A' B'."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.start(base, rank, scale, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out)."""
+        return self.add_update(F.linear(x, self.weight, self.bias), x)
+
+
+class LoRAOnQuantized(LowRank):
+    """The same on a quantised layer, which is called and never multiplied with (Dettmers et al. 2023, QLoRA,
+    arXiv:2305.14314)."""
+
+    def __init__(self, base: QuantizedLinear, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.start(base, rank, scale, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out)."""
+        return self.add_update(self.base_layer(x), x)
+
+
+class LoRAEmbedding(Adapter, nn.Embedding):
+    """A frozen embedding with an update to each row: y = E[i] + scale * A'[i] B'.
+
+    Here A starts at zero and B is normal. Nothing is dropped, as in PEFT. A head that is tied to the embedding keeps
+    the matrix of the base.
+    """
+
+    PARTS: ClassVar[Mapping[str, str]] = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+
+    def __init__(self, base: nn.Embedding, rank: int, scale: float) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
+        self.weight, self.scale = base.weight, scale
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, device=device))  # (r, V)
+        self.lora_B = nn.Parameter(torch.empty(base.embedding_dim, rank, device=device))  # (C, r)
+        nn.init.normal_(self.lora_B)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(T,) -> (T, C)."""
+        update = F.linear(F.embedding(ids, self.lora_A.t()), self.lora_B)  # (T, C)
+        y = F.embedding(ids, self.weight)
+        return torch.add(y, update, alpha=self.scale).to(y.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """E + scale * (B A)': (V, C)."""
+        return merge_weight(weight, self.lora_B.t(), self.lora_A.t(), self.scale, torch.float32)
+
+
+def device_of(base: nn.Linear | QuantizedLinear) -> torch.device:
+    """Where a linear layer is."""
+    return base.packed.device if isinstance(base, QuantizedLinear) else base.weight.device
+
+
+def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W + scale * B A, added in float32 and rounded once to `dtype`: (out, in)."""
+    return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scale).to(dtype)

@@ -5,6 +5,7 @@ python finetune/lora.py --checkpoint_dir checkpoints/NAME --data_dir data/NAME -
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
@@ -21,31 +22,36 @@ def main(
     train: TrainConfig = TrainConfig(),
     precision: Precision = "auto",
     seed: int = 1337,
+    resume: Literal["never", "auto"] | Path = "never",
 ) -> None:
     """Train low-rank adapters; the base stays as it is.
 
     Args:
         checkpoint_dir: Base model, a folder in Hugging Face layout.
         data_dir: Data folder made by prepare/.
-        out_dir: Folder to make for the adapter, metrics.csv, loss.png and run.yaml.
+        out_dir: Folder to make for the adapter, metrics.csv, loss.png, run.yaml and states/.
         lora: Shape of the adapter.
         train: Course of the training.
         precision: Of the frozen base and the activations; auto is bfloat16 where the hardware is fast at it. The
             adapter itself is always float32.
         seed: Of the adapter's start, the order of the samples and dropout.
+        resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
+            OUT/states/step-000100. The result is that of a run that was never stopped.
     """
-    from lit_llama.train.loop import finetune_lora
+    from lit_llama.train.method import LoRA
+    from lit_llama.train.run import finetune
 
     paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
     settings = {"lora": asdict(lora), "train": asdict(train), "precision": precision, "seed": seed}
-    finetune_lora(
+    finetune(
+        LoRA(lora),
         checkpoint_dir,
         data_dir,
         out_dir,
-        lora=lora,
         train=train,
         precision=precision,
         seed=seed,
+        resume=resume,
         arguments=paths | settings,
     )
 

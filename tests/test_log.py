@@ -39,7 +39,6 @@ def test_metrics_have_one_row_a_step_and_known_columns(tmp_path: Path) -> None:
         "grad_norm",
         "trained_tokens",
         "tokens",
-        "seconds",
     )
     assert [int(row["step"]) for row in rows] == list(range(21))
     assert {name for name, value in rows[0].items() if value} == {"step", "test_loss"}

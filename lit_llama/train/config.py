@@ -21,6 +21,8 @@ class TrainConfig:
         weight_decay: Decay of the adapter's weights (AdamW).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them as they are.
         eval_interval: Optimizer steps between evaluations on the test split; it is also evaluated before and after.
+        save_interval: Optimizer steps between states that the run can be continued from; one is also saved at the end
+            and when a signal stops the run.
     """
 
     epochs: int = 3
@@ -33,9 +35,10 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_interval: int = 100
+    save_interval: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval"):
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval", "save_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _expect(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         _expect(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "more than 0 and at most 1")

@@ -19,7 +19,8 @@ def CLI(*mains: Callable[..., Any]) -> None:
     Several functions are subcommands by their names.
 
     Exit status: 0, 2 for usage, 3 data, 4 model or format, 5 resources, 6 integrity, 70 numbers that are not finite,
-    75 another process is at work there, 128 + n for signal n. Any other exception is a defect of this program and keeps its traceback.
+    75 another process is at work there, 128 + n for signal n. Any other exception is a defect of this program and keeps
+    its traceback.
     """
     # Unwinding clears away what is half made; the default action would not.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -67,8 +68,8 @@ def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
     """Parameters of a function, and the fields of those that are groups, such as train.epochs."""
     for name, parameter in inspect.signature(function).parameters.items():
         yield prefix + name
-        if dataclasses.is_dataclass(parameter.annotation):
-            yield from _names(parameter.annotation, f"{prefix}{name}.")
+        if isinstance(kind := parameter.annotation, type) and dataclasses.is_dataclass(kind):
+            yield from _names(kind, f"{prefix}{name}.")
 
 
 def _fail(error: object, status: int) -> None:

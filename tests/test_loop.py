@@ -1,18 +1,22 @@
 """Whole training runs on the tiny model: they learn, repeat, replay, and refuse what does not fit before they start."""
 
+import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Container, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import Sample, run_door, write_splits
 from safetensors.torch import load_file
+from small_runs import LORA, ROWS, SHORT, prepare, run
 
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, UserError
 from lit_llama.generate.answer import answer_all
@@ -21,49 +25,16 @@ from lit_llama.generate.sampling import Sampling
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
-from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.dataset import Split
+from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
-from lit_llama.text.prepare import Rules
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.log import METRICS_FILE, TIMES_FILE, read_metrics
 from lit_llama.train.loop import Trainer, evaluate
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.method import LoRA
-from lit_llama.train.run import RUN_FILE, finetune
-from lit_llama.train.state import STATES_DIR
-
-COLORS = ("red", "blue", "green", "black", "white")
-THINGS = ("lamp", "chair", "table", "cup")
-ROWS = [
-    {
-        "instruction": f"Order {i + 2} {color} {thing}s.",
-        "input": "",
-        "output": f'{{"{thing}": {i + 2}, "c": "{color}"}}',
-    }
-    for i, (color, thing) in enumerate((color, thing) for color in COLORS for thing in THINGS)
-]
-SHORT = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-3, micro_batch_tokens=256, eval_interval=2)
-LORA = LoRAConfig(r=2, alpha=4)
-
-
-def prepare(folder: Path, tokenizer_dir: Path, rows: list[dict[str, str]], **changes: Any) -> Path:
-    """A data folder out of rows in Alpaca's format."""
-    folder.mkdir()
-    (folder / "rows.json").write_text(json.dumps(rows))
-    rules = Rules(
-        max_seq_length=changes.pop("max_seq_length", 256),
-        mask_inputs=True,
-        train_on="all",
-        overflow="error",
-        split="shuffle",
-        test_split_size=4,
-        seed=0,
-    )
-    options: dict[str, Any] = {"data_file_name": "rows.json", "prompt_style": "alpaca"} | changes
-    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, rules=rules, **options)
-    return folder
+from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.run import RUN_FILE
+from lit_llama.train.state import STATES_DIR, find_states
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,32 +54,6 @@ def one_core() -> Iterator[None]:
 def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 rows to train on, and 4 of them again to test on. Do not change it."""
     return prepare(tmp_path_factory.mktemp("loop") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
-
-
-def run(
-    checkpoint: Path,
-    data: Path,
-    out: Path,
-    lora: LoRAConfig = LORA,
-    train: TrainConfig = SHORT,
-    seed: int = 0,
-    resume: str | Path = "never",
-) -> Path:
-    """finetune as the door of LoRA calls it."""
-    paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "seed": seed}
-    finetune(
-        LoRA(lora),
-        checkpoint,
-        data,
-        out,
-        train=train,
-        precision="32-true",
-        seed=seed,
-        resume=resume,
-        arguments=paths | settings,
-    )
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -260,26 +205,103 @@ def test_gradients_are_clipped_to_the_norm(
     assert given == [pytest.approx(whole, rel=1e-4), pytest.approx(1e-3, rel=1e-3)]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
-    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a run that goes on with NaN for hours, and an adapter of NaN that looks whole. What is known of the run
-    up to there stays, and the folder can be used again."""
-    forward, calls = TokenLoss.forward, []
+def poison(monkeypatch: pytest.MonkeyPatch, good: Container[int], value: float = torch.nan) -> None:
+    """The losses of all training batches are `value`, but for those with numbers in `good`."""
+    forward, calls = TokenLoss.forward, itertools.count()
 
     def poisoned(self: TokenLoss, *batch: Any) -> Any:
-        calls.append(self.training)
-        return forward(self, *batch) * (torch.nan if calls.count(True) > 3 else 1.0)
+        bad = self.training and next(calls) not in good
+        return forward(self, *batch) * (value if bad else 1.0)
 
     monkeypatch.setattr(TokenLoss, "forward", poisoned)
-    with pytest.raises(NumericalError, match=r"step \d: loss nan.*no adapter was written"):
-        run(tiny_folder, data, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_FILE, METRICS_FILE}
-    assert not list(tmp_path.glob(".*"))
-    assert len(read_metrics(tmp_path / "out")["loss"]) >= 1
-    monkeypatch.setattr(TokenLoss, "forward", forward)
-    run(tiny_folder, data, tmp_path / "out")
-    assert base_of(tmp_path / "out") == tiny_folder
+
+
+WHOLE = replace(SHORT, epochs=2, micro_batch_tokens=10_000)  # ten steps of one micro-batch
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_steps_that_are_not_finite_are_skipped_and_at_last_end_the_run(
+    tiny_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+) -> None:
+    """Catches a run that goes on with NaN for hours, an adapter of NaN that looks whole, and rows that are not named.
+    What is known of the run up to there stays: the state of the last good step can still be read, and is finite."""
+    poison(monkeypatch, range(3), value)
+    out = tmp_path / "out"
+    with pytest.raises(NumericalError, match=r"step 8: loss (nan|inf), .*rows \d.* 5 steps in a row were not finite"):
+        run(tiny_folder, data, out, train=replace(WHOLE, save_interval=3))
+    said = capsys.readouterr().err
+    named = re.findall(r"step (\d+): loss \S+, gradient norm \S+; rows ([\d, ]+) of the train split\. The step", said)
+    order = epoch_order(20, 0, 0).tolist() + epoch_order(20, 0, 1).tolist()
+    expected = [(str(n + 1), ", ".join(map(str, sorted(order[4 * n : 4 * n + 4])))) for n in range(3, 7)]
+    assert named == expected
+    assert not (out / CONFIG_FILE).exists() and not list(tmp_path.glob(".*"))
+    assert [step for step, _ in read_metrics(out)["loss"]] == [1, 2, 3]
+    states = find_states(out / STATES_DIR)
+    assert [state.name for state in states] == ["step-000003", "step-000006"]
+    weights = [load_file(state / WEIGHTS_FILE) for state in states]
+    assert all(tensor.isfinite().all() for part in weights for tensor in part.values())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "a skipped step changes nothing"
+    assert (states[0] / OPTIMIZER_FILE).read_bytes() == (states[1] / OPTIMIZER_FILE).read_bytes()
+
+
+def test_a_run_survives_steps_that_are_not_finite_here_and_there(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a count that is not set back by a good step, and a NaN that stays in the gradients for the next one."""
+    good = [0, 1, 5, 6]  # not 2, 3, 4, nor 7, 8, 9: six in all
+    poison(monkeypatch, good)
+    out = run(tiny_folder, data, tmp_path / "out", train=WHOLE)
+    assert [step for step, _ in read_metrics(out)["loss"]] == [n + 1 for n in good]
+    assert base_of(out) == tiny_folder
+    assert all(tensor.isfinite().all() for tensor in load_file(out / WEIGHTS_FILE).values())
+
+
+def test_weights_that_are_not_finite_are_never_written(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a state, or a result, of values that overflowed in the optimizer although every gradient was finite."""
+    out = tmp_path / "out"
+
+    def overflow(self: Any, *rest: Any) -> None:
+        for group in self.param_groups:
+            group["params"][0].data.fill_(torch.inf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overflow)
+        with pytest.raises(NumericalError, match="is not finite after step 1: no state of it is written"):
+            run(tiny_folder, data, out, train=replace(SHORT, max_steps=1))
+    assert find_states(out / STATES_DIR) == [] and not (out / CONFIG_FILE).exists()
+
+
+def test_a_loss_that_jumps_is_remarked(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a warning at every step, none at all, and one that does not say which rows it is about."""
+    forward, calls = TokenLoss.forward, itertools.count(1)
+
+    def jumping(self: TokenLoss, *batch: Any) -> Any:
+        return forward(self, *batch) * (10 if self.training and next(calls) == 30 else 1)
+
+    monkeypatch.setattr(TokenLoss, "forward", jumping)
+    run(tiny_folder, data, tmp_path / "out", train=replace(WHOLE, epochs=7, learning_rate=1e-5, eval_interval=1000))
+    said = capsys.readouterr().err
+    losses = np.array([loss for _, loss in read_metrics(tmp_path / "out")["loss"]])
+    far = []
+    for step in range(21, 36):
+        before = losses[: step - 1]
+        if losses[step - 1] > np.median(before) + 6 * np.median(abs(before - np.median(before))):
+            far.append(step)
+    assert [int(step) for step in re.findall(r"step (\d+): loss \S+ stands far above", said)] == far
+    rows = epoch_order(20, 0, 5)[16:].tolist()
+    assert 30 in far and len(far) < 8, "the jump, and little else"
+    assert re.search(
+        rf"step 30: loss 6\S+ stands far above the last 29 steps \(median 6\..*rows "
+        rf"{', '.join(map(str, sorted(rows)))} of the train split",
+        said,
+    )
 
 
 def never_fits(*arguments: Any) -> None:

@@ -173,7 +173,8 @@ def _execute(
         )
         training.go()
     draw_curve(run.out_dir)
-    with publish(run.out_dir, run.method.marker) as folder:
+    # Nothing is replaced, as the run is not finished; but what a killed process left on the way is cleared away.
+    with publish(run.out_dir, run.method.marker, replace=True) as folder:
         training.write_result(folder)
     log.say(
         f"{run.out_dir}: {run.method.result}, metrics.csv, loss.png, run.yaml; {time.perf_counter() - start:.1f} s, "

@@ -6,6 +6,7 @@ SHA256SUMS over them. It is written aside, synced to the disk and renamed, so th
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,8 +94,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         IntegrityError: A file is missing or has other bytes.
     """
     sums = read_manifest(folder)
-    if missing := {STATE_FILE, OPTIMIZER_FILE} - set(sums):
-        raise IntegrityError(f"{folder / MANIFEST} is damaged: it does not name {min(missing)}")
+    there = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if unnamed := (there | {STATE_FILE, OPTIMIZER_FILE}) - set(sums):
+        raise IntegrityError(f"{folder / MANIFEST} is damaged: it does not name {min(unnamed)}")
     for name, digest in sums.items():
         path = folder / name
         if not path.is_file():
@@ -134,7 +136,7 @@ def choose_state(states: list[Path], resume: str | Path, out_dir: Path, command:
         whole = [path for path in states if path != chosen and is_whole(path)]
         way = (
             f"bring it back, or go on from step {step_of(whole[-1])} and lose what came after: "
-            f"{command.replace('--resume auto', f'--resume {whole[-1]}')}"
+            f"{command.replace('--resume auto', f'--resume {shlex.quote(str(whole[-1]))}')}"
             if whole
             else "no other state is whole: bring it back, or begin again with another --out_dir"
         )

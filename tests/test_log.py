@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lit_llama.errors import IntegrityError
 from lit_llama.train import log as log_module
-from lit_llama.train.log import COLUMNS, CURVE_FILE, METRICS_FILE, Log, draw_curve, read_metrics
+from lit_llama.train.log import COLUMNS, CURVE_FILE, METRICS_FILE, TIMES_FILE, Log, draw_curve, read_metrics
 
 
 def metrics(step: int, **more: float) -> dict[str, Any]:
@@ -49,6 +50,41 @@ def test_metrics_have_one_row_a_step_and_known_columns(tmp_path: Path) -> None:
         "loss": 0.2,
         "test_loss": 0.25,
     }
+
+
+def test_what_no_run_can_repeat_stands_apart(tmp_path: Path) -> None:
+    """Catches times in metrics.csv, which keep two equal runs from having equal files."""
+    write_run(tmp_path)
+    assert "0.5" not in (tmp_path / METRICS_FILE).read_text().splitlines()[3].split(",")
+    lines = (tmp_path / TIMES_FILE).read_text().splitlines()
+    assert lines[:2] == ["step,seconds", "1,0.5"] and len(lines) == 21
+    assert read_metrics(tmp_path)["seconds"] == [(step, 0.5) for step in range(1, 21)]
+
+
+def test_a_log_that_goes_on_forgets_what_came_after(tmp_path: Path) -> None:
+    """Catches rows of steps that are done again, which would stand there twice, and a torn last row."""
+    with Log(tmp_path, 4) as log:
+        log.step(metrics(1))
+        log.step(metrics(2))
+        kept = log.sync()
+        log.step(metrics(3))
+    whole = (tmp_path / METRICS_FILE).read_bytes()
+    assert kept == whole.index(b"3,0.3")
+    (tmp_path / TIMES_FILE).write_text("step,seconds\r\n1,0.5\r\n2,0.5\r\n3,0.5\r\n1", newline="")
+    with Log(tmp_path, 4, 2, kept) as log:
+        log.step(metrics(3))
+    assert (tmp_path / METRICS_FILE).read_bytes() == whole
+    assert (tmp_path / TIMES_FILE).read_text().split() == ["step,seconds", "1,0.5", "2,0.5", "3,0.5"]
+    with pytest.raises(IntegrityError, match=f"expected {kept} bytes that end with step 1"):
+        Log(tmp_path, 4, 1, kept)
+
+
+def test_a_step_that_was_skipped_has_no_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a row or a line that needs a loss."""
+    skipped = {name: value for name, value in metrics(1).items() if name not in ("loss", "grad_norm")}
+    with Log(tmp_path, 2) as log:
+        log.step(skipped | {"test_loss": 2.0})
+    assert read_metrics(tmp_path)["loss"] == [] and "test loss 2.0000" in capsys.readouterr().err
 
 
 def test_what_is_written_is_there_at_once(tmp_path: Path) -> None:

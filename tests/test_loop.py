@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Sample, run_door, write_splits
+from conftest import Sample, write_splits
 from safetensors.torch import load_file
 from small_runs import LORA, ROWS, SHORT, prepare, run
 
@@ -140,17 +140,6 @@ def test_dropout_repeats_with_the_seed(tiny_folder: Path, data: Path, short_run:
     first, second = (run(tiny_folder, data, tmp_path / name, lora) for name in ("a", "b"))
     assert (first / WEIGHTS_FILE).read_bytes() == (second / WEIGHTS_FILE).read_bytes()
     assert (first / WEIGHTS_FILE).read_bytes() != (short_run / WEIGHTS_FILE).read_bytes()
-
-
-def test_a_run_replays_from_its_run_file(short_run: Path, tmp_path: Path) -> None:
-    """Catches a setting that is not written down, or one that the door does not read back."""
-    out = tmp_path / "replayed"
-    done = run_door("finetune/lora.py", "--config", short_run / RUN_FILE, "--out_dir", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert (out / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
-    first, second = (yaml.safe_load((folder / RUN_FILE).read_text()) for folder in (short_run, out))
-    assert second == first | {"out_dir": str(out)}
 
 
 def test_evaluation_covers_all_rows_however_they_are_cut(tiny_folder: Path, data: Path) -> None:

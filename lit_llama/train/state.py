@@ -83,7 +83,7 @@ def set_aside(folder: Path) -> None:
 
 def _clear(states: Path) -> None:
     """Remove what was set aside, and what a killed process had begun."""
-    for path in states.glob(".*"):
+    for path in states.glob(".step-*"):
         shutil.rmtree(path)
 
 
@@ -94,7 +94,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         IntegrityError: A file is missing or has other bytes.
     """
     sums = read_manifest(folder)
-    there = {path.name for path in folder.iterdir()} - {MANIFEST}
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
     if unnamed := (there | {STATE_FILE, OPTIMIZER_FILE}) - set(sums):
         raise IntegrityError(f"{folder / MANIFEST} is damaged: it does not name {min(unnamed)}")
     for name, digest in sums.items():

@@ -88,3 +88,15 @@ def test_gpu_equals_cpu() -> None:
     (loss, gradient), (gpu_loss, gpu_gradient) = (_step(torch.float32, torch.device(name)) for name in ("cpu", "cuda"))
     assert abs(gpu_loss - loss) < 1e-3
     assert torch.nn.functional.cosine_similarity(gradient, gpu_gradient, dim=0) > 0.999
+
+
+def test_a_micro_batch_draws_what_its_place_says() -> None:
+    """Catches numbers that depend on what was drawn before, and places that draw the same."""
+    drawn = {}
+    for place in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (7, 10**6, 3)]:
+        torch.rand(3)
+        device.seed_micro_batch(*place)
+        drawn[place] = (*torch.rand(4).tolist(), random.random())
+        device.seed_micro_batch(*place)
+        assert (*torch.rand(4).tolist(), random.random()) == drawn[place]
+    assert len(set(drawn.values())) == 5

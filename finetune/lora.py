@@ -23,6 +23,7 @@ def main(
     precision: Precision = "auto",
     quantize: Literal["nf4", "nf4-dq", "int8"] | None = None,
     seed: int = 1337,
+    resume: Literal["never", "auto"] | Path = "never",
     loggers: list[LoggerName] | None = None,
 ) -> None:
     """Train low-rank adapters; the base stays as it is.
@@ -30,7 +31,7 @@ def main(
     Args:
         checkpoint_dir: Base model, a folder in Hugging Face layout.
         data_dir: Data folder made by prepare/.
-        out_dir: Folder to make for the adapter, report.html, metrics.csv, loss.png and run.yaml.
+        out_dir: Folder to make for the adapter, report.html, metrics.csv, run.yaml and states/.
         lora: Shape of the adapter.
         train: Course of the training.
         precision: Of the frozen base and the activations; auto is bfloat16 where the hardware is fast at it. The
@@ -38,9 +39,12 @@ def main(
         quantize: Hold the linear layers of the frozen base in 4 bits (nf4; nf4-dq, a little smaller yet) or 8 (int8),
             which saves most of their memory and costs time. Merging and generating do the same by themselves.
         seed: Of the adapter's start, the order of the samples and dropout.
+        resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
+            OUT/states/step-000100. The result is that of a run that was never stopped.
         loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
     """
-    from lit_llama.train.loop import finetune_lora
+    from lit_llama.train.method import LoRA
+    from lit_llama.train.run import finetune
 
     paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
     settings = {
@@ -51,15 +55,16 @@ def main(
         "seed": seed,
         "loggers": loggers,
     }
-    finetune_lora(
+    finetune(
+        LoRA(lora),
         checkpoint_dir,
         data_dir,
         out_dir,
-        lora=lora,
         train=train,
         precision=precision,
         quantize=quantize,
         seed=seed,
+        resume=resume,
         arguments=paths | settings,
         loggers=loggers or (),
     )

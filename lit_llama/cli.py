@@ -1,9 +1,13 @@
 """Turns typed functions into a command: every parameter a flag, and what a user caused is one line on stderr."""
 
+import dataclasses
+import difflib
+import inspect
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lit_llama.errors import ResourceError, UserError
@@ -15,7 +19,8 @@ def CLI(*mains: Callable[..., Any]) -> None:
     Several functions are subcommands by their names.
 
     Exit status: 0, 2 for usage, 3 data, 4 model or format, 5 resources, 6 integrity, 70 numbers that are not finite,
-    128 + n for signal n. Any other exception is a defect of this program and keeps its traceback.
+    75 another process is at work there, 128 + n for signal n. Any other exception is a defect of this program and keeps
+    its traceback.
     """
     # Unwinding clears away what is half made; the default action would not.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -39,9 +44,32 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
         components = mains[0] if len(mains) == 1 else list(mains)
         jsonargparse.auto_cli(components, as_positional=False, exit_on_error=False, allow_abbrev=False)
     except jsonargparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}{_nearest(str(error), mains)}") from error
     finally:
         sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
+
+
+_UNKNOWN = re.compile(
+    r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option|unrecognized arguments:) '?(?P<key>[-\w.]+)"
+)
+
+
+def _nearest(message: str, mains: Sequence[Callable[..., Any]]) -> str:
+    """The parameter that was probably meant by an unknown key or flag, as an end of the message."""
+    if not (found := _UNKNOWN.search(message)):
+        return ""
+    key = ".".join(part.lstrip("-") for part in found.group("group", "key") if part)
+    names = [name for main in mains for name in _names(main)]
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
+    """Parameters of a function, and the fields of those that are groups, such as train.epochs."""
+    for name, parameter in inspect.signature(function).parameters.items():
+        yield prefix + name
+        if isinstance(kind := parameter.annotation, type) and dataclasses.is_dataclass(kind):
+            yield from _names(kind, f"{prefix}{name}.")
 
 
 def _fail(error: object, status: int) -> None:

@@ -50,6 +50,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
+    """Seed the same generators as a function of the place in a run, on every kind of device.
+
+    What is drawn in a micro-batch (dropout, say) then depends on nothing that was drawn before it, so that a run can
+    be continued without the state of any generator.
+    """
+    import numpy as np
+
+    seed_everything(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0]))
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks of a step for the next one.
 

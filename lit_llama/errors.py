@@ -28,6 +28,12 @@ class ResourceError(UserError):
     exit_status = 5
 
 
+class LockedError(ResourceError):
+    """Another process is at work on the same folder; trying again later helps (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_status = 75
+
+
 class IntegrityError(UserError):
     """Something is not what its folder says it is."""
 
@@ -38,3 +44,16 @@ class NumericalError(UserError):
     """Training produced values that are not finite."""
 
     exit_status = 70
+
+
+class Interrupted(UserError):
+    """A signal ended the run, and its state is saved.
+
+    Args:
+        number: Of the signal; the exit status is 128 more, as a shell has it.
+        message: Where the run stands and what continues it.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number

@@ -1,7 +1,6 @@
 """Folders that describe themselves: written aside and moved into place, the describing file last."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
+from lit_llama.lock import hold
 
 MANIFEST = "SHA256SUMS"
 
@@ -31,14 +31,14 @@ def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterato
 
     Raises:
         UserError: The destination is whole already and `replace` is false, or it is no folder.
-        ResourceError: Another process is replacing it.
+        LockedError: Another process is replacing it.
     """
     check_destination(destination, marker, replace=replace)
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = destination.parent / f".{destination.name}.partial"
     with contextlib.ExitStack() as held:
         if replace:  # two runs would mix their files; alone, we may clear away what a killed one left
-            held.enter_context(_alone(staging.with_suffix(".lock"), destination))
+            held.enter_context(hold(staging.with_suffix(".lock"), destination))
         else:
             staging = staging.with_name(f"{staging.name}-{os.getpid()}")
         shutil.rmtree(staging, ignore_errors=True)
@@ -56,12 +56,12 @@ def publish_later(destination: Path, marker: str) -> Iterator[Path]:
 
     Raises:
         UserError: The destination is whole already, or it is no folder.
-        ResourceError: Another process is at work on it.
+        LockedError: Another process is at work on it.
     """
     check_destination(destination, marker)
     staging = destination.parent / f".{destination.name}.unfinished"
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(staging.with_name(f"{staging.name}.lock"), destination):
+    with hold(staging.with_name(f"{staging.name}.lock"), destination):
         check_destination(destination, marker)  # another run may have ended meanwhile
         staging.mkdir(exist_ok=True)
         try:
@@ -72,33 +72,17 @@ def publish_later(destination: Path, marker: str) -> Iterator[Path]:
                 staging.rmdir()  # which it does only where nothing is kept
 
 
-@contextlib.contextmanager
-def _alone(lock: Path, destination: Path) -> Iterator[None]:
-    """Hold `lock`; a process that dies lets it go."""
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(f"another run is at work on {destination}: wait until it has ended") from error
-        if not os.fstat(file.fileno()).st_nlink:
-            raise ResourceError(f"another run on {destination} has ended just now: run the same command again")
-        try:
-            yield
-        finally:
-            lock.unlink()
-
-
 def _move_in(staging: Path, destination: Path, marker: str) -> None:
     _sync_tree(staging)
     if not destination.exists() or not any(destination.iterdir()):
         staging.rename(destination)  # in one step
     else:
         (destination / marker).unlink(missing_ok=True)
-        _sync(destination)
+        sync(destination)
         for entry in sorted(staging.iterdir(), key=lambda path: path.name == marker):
             _move(entry, destination / entry.name)
-        _sync(destination)
-    _sync(destination.parent)
+        sync(destination)
+    sync(destination.parent)
 
 
 class Staging:
@@ -116,11 +100,11 @@ class Staging:
 
     def finish(self, file: str, record: dict[str, Any]) -> None:
         """Note that `file` is whole; `record` holds its sha256 and whatever else a later run wants to know."""
-        _sync(self.path / file)
-        _sync(self.path)
+        sync(self.path / file)
+        sync(self.path)
         with (self.path / self.JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(_line({"file": file, **record}))
-        _sync(self.path / self.JOURNAL)
+        sync(self.path / self.JOURNAL)
         self.done[file] = record
 
     def recover(self, plan: str) -> None:
@@ -138,9 +122,9 @@ class Staging:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         part = journal.with_suffix(".part")
         part.write_text("".join(map(_line, kept)), "utf-8")
-        _sync(part)
+        sync(part)
         part.replace(journal)
-        _sync(self.path)
+        sync(self.path)
 
 
 def _line(value: Any) -> str:
@@ -157,7 +141,7 @@ def resume(destination: Path, plan: str) -> Iterator[Staging]:
 
     Raises:
         UserError: The destination exists already.
-        ResourceError: Another process is making it.
+        LockedError: Another process is making it.
     """
     check_absent(destination)
     with publish_later(destination, MANIFEST) as folder:
@@ -237,7 +221,8 @@ def _move(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -247,8 +232,8 @@ def _sync(path: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def encode_json(value: Any) -> bytes:
@@ -265,6 +250,17 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and move it there: a reader sees the old one or the new one."""
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        part.write_text(text, "utf-8")
+        sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:

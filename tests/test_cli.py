@@ -101,6 +101,23 @@ def test_a_wrong_configuration_file_is_refused(run: Run, tmp_path: Path, text: s
     assert "colour" not in text or "'colour' is not accepted" in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--config", "c.yaml"], "number"),
+        (["--path", "x", "--nmber", "4"], "number"),
+        (["--path", "x", "--zzz", "4"], None),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(
+    run: Run, tmp_path: Path, arguments: list[str], meant: str | None
+) -> None:
+    """A page of help to search through for one letter, or a guess where nothing is near."""
+    (tmp_path / "c.yaml").write_text("path: x\nnumbr: 4\n")
+    message = one_line(run(*arguments), 2)
+    assert message.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in message
+
+
 def test_the_printed_configuration_can_be_used_again(run: Run, tmp_path: Path) -> None:
     """A printed form that the parser does not read."""
     printed = run("--path", "x", "--number", 9, "--print_config")
@@ -117,6 +134,7 @@ def test_the_printed_configuration_can_be_used_again(run: Run, tmp_path: Path) -
         ("errors.CheckpointError", 4),
         ("errors.ResourceError", 5),
         ("errors.IntegrityError", 6),
+        ("errors.LockedError", 75),
         ("errors.NumericalError", 70),
         ("OSError", 5),
         ("PermissionError", 5),

@@ -17,6 +17,7 @@ from lit_llama.text.dataset import (
     FORMAT,
     Split,
     collate,
+    data_fingerprint,
     epoch_order,
     micro_batches,
     read_meta,
@@ -256,3 +257,12 @@ def test_the_step_plan_is_what_training_will_do(split: Split, batch_size: int, b
     assert plan["steps_per_epoch"] == len(steps) <= 500
     assert plan["micro_batches_per_step"] == len(batches) / len(steps)
     assert plan["fill"] == tokens / (len(batches) * budget)
+
+
+def test_a_fingerprint_is_of_every_byte_of_both_splits(tmp_path: Path) -> None:
+    """Catches data that is prepared again with other rows under the same name, or swapped splits."""
+    one, two = [Sample([1, 2, 3], [1, 2, 3])], [Sample([1, 2, 4], [1, 2, 4])]
+    for name, splits in {"a": (one, two), "again": (one, two), "swapped": (two, one), "other": (one, one)}.items():
+        write_splits(tmp_path / name, dict(zip(("train", "test"), splits, strict=True)))
+    found = {name: data_fingerprint(tmp_path / name) for name in ("a", "again", "swapped", "other")}
+    assert found["a"] == found["again"] and len(set(found.values())) == 3

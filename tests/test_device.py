@@ -96,3 +96,15 @@ def test_a_device_has_a_name_for_people(monkeypatch: pytest.MonkeyPatch) -> None
     assert device.describe(torch.device("cpu")) == "cpu, 3 cores"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     assert device.describe(torch.device("cuda", 0)) == "NVIDIA H100"
+
+
+def test_a_micro_batch_draws_what_its_place_says() -> None:
+    """Catches numbers that depend on what was drawn before, and places that draw the same."""
+    drawn = {}
+    for place in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (7, 10**6, 3)]:
+        torch.rand(3)
+        device.seed_micro_batch(*place)
+        drawn[place] = (*torch.rand(4).tolist(), random.random())
+        device.seed_micro_batch(*place)
+        assert (*torch.rand(4).tolist(), random.random()) == drawn[place]
+    assert len(set(drawn.values())) == 5

@@ -1,19 +1,23 @@
 """Whole training runs on the tiny model: they learn, repeat, replay, and refuse what does not fit before they start."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Sample, run_door, write_splits
+from conftest import Sample, write_splits
 from safetensors.torch import load_file
+from small_runs import LORA, ROWS, SHORT, prepare, run
 
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, NumericalError, ResourceError, UserError
 from lit_llama.generate.answer import answer_all
@@ -22,49 +26,19 @@ from lit_llama.generate.sampling import Sampling
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
-from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.dataset import Split
+from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
-from lit_llama.text.prepare import Rules
-from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.loop import RUN_FILE, evaluate, finetune_lora
+from lit_llama.train.loop import Trainer, evaluate
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.method import LoRA
 from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
+from lit_llama.train.run import RUN_FILE, finetune
 from lit_llama.train.sampler import SAMPLES_FILE
-
-COLORS = ("red", "blue", "green", "black", "white")
-THINGS = ("lamp", "chair", "table", "cup")
-ROWS = [
-    {
-        "instruction": f"Order {i + 2} {color} {thing}s.",
-        "input": "",
-        "output": f'{{"{thing}": {i + 2}, "c": "{color}"}}',
-    }
-    for i, (color, thing) in enumerate((color, thing) for color in COLORS for thing in THINGS)
-]
-SHORT = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-3, micro_batch_tokens=256, eval_interval=2)
-LORA = LoRAConfig(r=2, alpha=4)
-
-
-def prepare(folder: Path, tokenizer_dir: Path, rows: list[dict[str, str]], **changes: Any) -> Path:
-    """A data folder out of rows in Alpaca's format."""
-    folder.mkdir()
-    (folder / "rows.json").write_text(json.dumps(rows))
-    rules = Rules(
-        max_seq_length=changes.pop("max_seq_length", 256),
-        mask_inputs=True,
-        train_on="all",
-        overflow="error",
-        split="shuffle",
-        test_split_size=4,
-        seed=0,
-    )
-    options: dict[str, Any] = {"data_file_name": "rows.json", "prompt_style": "alpaca"} | changes
-    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, rules=rules, **options)
-    return folder
+from lit_llama.train.state import STATES_DIR, find_states
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,19 +58,6 @@ def one_core() -> Iterator[None]:
 def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 rows to train on, and 4 of them again to test on. Do not change it."""
     return prepare(tmp_path_factory.mktemp("loop") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
-
-
-def run(
-    checkpoint: Path, data: Path, out: Path, lora: LoRAConfig = LORA, train: TrainConfig = SHORT, seed: int = 0
-) -> Path:
-    """finetune_lora as the door calls it."""
-    paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "quantize": None, "seed": seed}
-    settings["loggers"] = None
-    finetune_lora(
-        checkpoint, data, out, lora=lora, train=train, precision="32-true", seed=seed, arguments=paths | settings
-    )
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +97,10 @@ def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Pa
         META_FILE,
         METRICS_FILE,
         TIMING_FILE,
-        SAMPLES_FILE,
         REPORT_HTML,
         REPORT_JSON,
         RUN_FILE,
+        STATES_DIR,
         "loss.png",
         "chat_template.jinja",
     }
@@ -167,8 +128,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, data: Path, short
     torch.manual_seed(99)  # whatever ran before must not matter
     again = run(tiny_folder, data, tmp_path / "again")
     assert (again / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
-    for name in (METRICS_FILE, SAMPLES_FILE):
-        assert (again / name).read_bytes() == (short_run / name).read_bytes()
+    assert (again / METRICS_FILE).read_bytes() == (short_run / METRICS_FILE).read_bytes()
 
 
 def test_another_seed_gives_another_adapter(tiny_folder: Path, data: Path, short_run: Path, tmp_path: Path) -> None:
@@ -186,17 +146,6 @@ def test_dropout_repeats_with_the_seed(tiny_folder: Path, data: Path, short_run:
     first, second = (run(tiny_folder, data, tmp_path / name, lora) for name in ("a", "b"))
     assert (first / WEIGHTS_FILE).read_bytes() == (second / WEIGHTS_FILE).read_bytes()
     assert (first / WEIGHTS_FILE).read_bytes() != (short_run / WEIGHTS_FILE).read_bytes()
-
-
-def test_a_run_replays_from_its_run_file(short_run: Path, tmp_path: Path) -> None:
-    """Catches a setting that is not written down, or one that the door does not read back."""
-    out = tmp_path / "replayed"
-    done = run_door("finetune/lora.py", "--config", short_run / RUN_FILE, "--out_dir", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert (out / WEIGHTS_FILE).read_bytes() == (short_run / WEIGHTS_FILE).read_bytes()
-    first, second = (yaml.safe_load((folder / RUN_FILE).read_text()) for folder in (short_run, out))
-    assert second == first | {"out_dir": str(out)}
 
 
 def test_evaluation_covers_all_rows_however_they_are_cut(tiny_folder: Path, data: Path) -> None:
@@ -251,63 +200,103 @@ def test_gradients_are_clipped_to_the_norm(
     assert given == [pytest.approx(whole, rel=1e-4), pytest.approx(1e-3, rel=1e-3)]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
-    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a run that goes on with NaN for hours, and an adapter of NaN that looks whole. What is known of the run
-    up to there stays, and the folder can be used again."""
-    forward, calls = TokenLoss.forward, []
+def poison(monkeypatch: pytest.MonkeyPatch, good: Container[int], value: float = torch.nan) -> None:
+    """The losses of all training batches are `value`, but for those with numbers in `good`."""
+    forward, calls = TokenLoss.forward, itertools.count()
 
     def poisoned(self: TokenLoss, *batch: Any) -> Any:
-        calls.append(self.training)
-        return forward(self, *batch) * (torch.nan if calls.count(True) > 3 else 1.0)
+        bad = self.training and next(calls) not in good
+        return forward(self, *batch) * (value if bad else 1.0)
 
     monkeypatch.setattr(TokenLoss, "forward", poisoned)
-    with pytest.raises(NumericalError, match=r"step \d: loss nan.*no adapter was written"):
-        run(tiny_folder, data, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *(RUN_FILE, META_FILE, METRICS_FILE, TIMING_FILE, SAMPLES_FILE, REPORT_HTML, REPORT_JSON)
-    }
-    assert not list(tmp_path.glob(".*"))
-    assert len(read_metrics(tmp_path / "out")["loss"]) >= 1
-    monkeypatch.setattr(TokenLoss, "forward", forward)
-    run(tiny_folder, data, tmp_path / "out")
-    assert base_of(tmp_path / "out") == tiny_folder
 
 
-def test_a_run_without_sample_prompts_answers_none(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
-    """Catches answers that cost time although nobody wants them, and training that depends on them."""
-    short = replace(SHORT, max_steps=2)
-    with_them, without = (
-        run(tiny_folder, data, tmp_path / name, train=train)
-        for name, train in (("with", short), ("without", replace(short, sample_prompts=0)))
-    )
-    assert (with_them / WEIGHTS_FILE).read_bytes() == (without / WEIGHTS_FILE).read_bytes()
-    assert not (without / SAMPLES_FILE).exists() and read_metrics(without)["stopped"] == []
-    assert read_metrics(with_them)["loss"] == read_metrics(without)["loss"]
-    assert len((with_them / SAMPLES_FILE).read_text("utf-8").splitlines()) == 2 * 4
+WHOLE = replace(SHORT, epochs=2, micro_batch_tokens=10_000)  # ten steps of one micro-batch
 
 
-def test_a_data_folder_without_test_rows_trains_and_says_so(
-    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_steps_that_are_not_finite_are_skipped_and_at_last_end_the_run(
+    tiny_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
 ) -> None:
-    """Catches a run that ends, or is silent, because a file for people is missing."""
-    shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "test.jsonl").unlink()
-    out = run(tiny_folder, tmp_path / "data", tmp_path / "out", train=replace(SHORT, max_steps=1))
-    assert "no sample answers: " in capsys.readouterr().err and (out / CONFIG_FILE).exists()
+    """Catches a run that goes on with NaN for hours, an adapter of NaN that looks whole, and rows that are not named.
+    What is known of the run up to there stays: the state of the last good step can still be read, and is finite."""
+    poison(monkeypatch, range(3), value)
+    out = tmp_path / "out"
+    with pytest.raises(NumericalError, match=r"step 8: loss (nan|inf), .*rows \d.* 5 steps in a row were not finite"):
+        run(tiny_folder, data, out, train=replace(WHOLE, save_interval=3))
+    said = capsys.readouterr().err
+    named = re.findall(r"step (\d+): loss \S+, gradient norm \S+; rows ([\d, ]+) of the train split\. The step", said)
+    order = epoch_order(20, 0, 0).tolist() + epoch_order(20, 0, 1).tolist()
+    expected = [(str(n + 1), ", ".join(map(str, sorted(order[4 * n : 4 * n + 4])))) for n in range(3, 7)]
+    assert named == expected
+    assert not (out / CONFIG_FILE).exists() and not list(tmp_path.glob(".*"))
+    assert [step for step, _ in read_metrics(out)["loss"]] == [1, 2, 3]
+    states = find_states(out / STATES_DIR)
+    assert [state.name for state in states] == ["step-000003", "step-000006"]
+    weights = [load_file(state / WEIGHTS_FILE) for state in states]
+    assert all(tensor.isfinite().all() for part in weights for tensor in part.values())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "a skipped step changes nothing"
+    assert (states[0] / OPTIMIZER_FILE).read_bytes() == (states[1] / OPTIMIZER_FILE).read_bytes()
 
 
-@pytest.mark.usefixtures("no_training")
-def test_an_absent_logger_is_said_before_anything_is_made(
+def test_a_run_survives_steps_that_are_not_finite_here_and_there(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a run that stops after minutes of loading because a package is missing."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    options: dict[str, Any] = {"lora": LORA, "train": SHORT, "precision": "32-true", "seed": 0, "arguments": {}}
-    with pytest.raises(ResourceError, match=r"lit_llama\[wandb\]"):
-        finetune_lora(tiny_folder, data, tmp_path / "out", loggers=["wandb"], **options)
-    assert not (tmp_path / "out").exists()
+    """Catches a count that is not set back by a good step, and a NaN that stays in the gradients for the next one."""
+    good = [0, 1, 5, 6]  # not 2, 3, 4, nor 7, 8, 9: six in all
+    poison(monkeypatch, good)
+    out = run(tiny_folder, data, tmp_path / "out", train=WHOLE)
+    assert [step for step, _ in read_metrics(out)["loss"]] == [n + 1 for n in good]
+    assert base_of(out) == tiny_folder
+    assert all(tensor.isfinite().all() for tensor in load_file(out / WEIGHTS_FILE).values())
+
+
+def test_weights_that_are_not_finite_are_never_written(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a state, or a result, of values that overflowed in the optimizer although every gradient was finite."""
+    out = tmp_path / "out"
+
+    def overflow(self: Any, *rest: Any) -> None:
+        for group in self.param_groups:
+            group["params"][0].data.fill_(torch.inf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overflow)
+        with pytest.raises(NumericalError, match="is not finite after step 1: no state of it is written"):
+            run(tiny_folder, data, out, train=replace(SHORT, max_steps=1))
+    assert find_states(out / STATES_DIR) == [] and not (out / CONFIG_FILE).exists()
+
+
+def test_a_loss_that_jumps_is_remarked(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a warning at every step, none at all, and one that does not say which rows it is about."""
+    forward, calls = TokenLoss.forward, itertools.count(1)
+
+    def jumping(self: TokenLoss, *batch: Any) -> Any:
+        return forward(self, *batch) * (10 if self.training and next(calls) == 30 else 1)
+
+    monkeypatch.setattr(TokenLoss, "forward", jumping)
+    run(tiny_folder, data, tmp_path / "out", train=replace(WHOLE, epochs=7, learning_rate=1e-5, eval_interval=1000))
+    said = capsys.readouterr().err
+    losses = np.array([loss for _, loss in read_metrics(tmp_path / "out")["loss"]])
+    far = []
+    for step in range(21, 36):
+        before = losses[: step - 1]
+        if losses[step - 1] > np.median(before) + 6 * np.median(abs(before - np.median(before))):
+            far.append(step)
+    assert [int(step) for step in re.findall(r"step (\d+): loss \S+ stands far above", said)] == far
+    rows = epoch_order(20, 0, 5)[16:].tolist()
+    assert 30 in far and len(far) < 8, "the jump, and little else"
+    assert re.search(
+        rf"step 30: loss 6\S+ stands far above the last 29 steps \(median 6\..*rows "
+        rf"{', '.join(map(str, sorted(rows)))} of the train split",
+        said,
+    )
 
 
 def never_fits(*arguments: Any) -> None:
@@ -317,7 +306,8 @@ def never_fits(*arguments: Any) -> None:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors must come before the first step."""
-    monkeypatch.setattr(loop, "fit", never_fits)
+    monkeypatch.setattr(Trainer, "step", never_fits)
+    monkeypatch.setattr(Trainer, "evaluate", never_fits)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -433,4 +423,38 @@ def test_what_the_adapter_folder_needs_is_read_before_training(tiny_folder: Path
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match=r"chat_template\.jinja does not exist"):
         run(tiny_folder, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_sample_prompts_answers_none(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches answers that cost time although nobody wants them, and training that depends on them."""
+    short = replace(SHORT, max_steps=2)
+    with_them, without = (
+        run(tiny_folder, data, tmp_path / name, train=train)
+        for name, train in (("with", replace(short, sample_prompts=4)), ("without", replace(short, sample_prompts=0)))
+    )
+    assert (with_them / WEIGHTS_FILE).read_bytes() == (without / WEIGHTS_FILE).read_bytes()
+    assert not (without / SAMPLES_FILE).exists() and read_metrics(without)["stopped"] == []
+    assert read_metrics(with_them)["loss"] == read_metrics(without)["loss"]
+    assert len((with_them / SAMPLES_FILE).read_text("utf-8").splitlines()) == 2 * 4
+
+
+def test_a_data_folder_without_test_rows_trains_and_says_so(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that ends, or is silent, because a file for people is missing."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    out = run(tiny_folder, tmp_path / "data", tmp_path / "out", train=replace(SHORT, max_steps=1, sample_prompts=4))
+    assert "no sample answers: " in capsys.readouterr().err and (out / CONFIG_FILE).exists()
+
+
+def test_an_absent_logger_is_said_before_anything_is_made(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that stops after minutes of loading because a package is missing."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    options: dict[str, Any] = {"train": SHORT, "precision": "32-true", "seed": 0, "arguments": {}}
+    with pytest.raises(ResourceError, match=r"lit_llama\[wandb\]"):
+        finetune(LoRA(LORA), tiny_folder, data, tmp_path / "out", loggers=["wandb"], **options)
     assert not (tmp_path / "out").exists()

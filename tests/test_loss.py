@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.model.lora import apply_lora, lora_parameters, parameter_groups
 from lit_llama.text.dataset import Split, collate
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.train import loss as loss_module
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.log import Log, read_metrics
-from lit_llama.train.loop import fit
+from lit_llama.train.interrupt import Interrupt
+from lit_llama.train.log import Log
+from lit_llama.train.loop import Trainer, fit
 from lit_llama.train.loss import TokenLoss, linear_cross_entropy
+from lit_llama.train.metrics import read_metrics
 
 CHUNK = 4
 TARGETS = {"all linear layers": "all-linear", "with the head": ["q_proj", "lm_head"]}
@@ -167,7 +169,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, targets:
         config = TrainConfig(epochs=1, batch_size=8, micro_batch_tokens=tokens, learning_rate=3e-4, warmup_ratio=0)
         (tmp_path / name).mkdir()
         with Log(tmp_path / name, 1) as log:
-            fit(model, *splits, config, 0, log)
+            fit(Trainer(model, parameter_groups(model), *splits, config, 0, log.say), log, lambda: None, Interrupt())
         metrics = read_metrics(tmp_path / name)
         results.append((lora_parameters(model), metrics["loss"][0][1], metrics["grad_norm"][0][1]))
     reference = trained_model(targets)

@@ -18,7 +18,8 @@ from lit_llama.text.prepare import Rules
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity, special_ids
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.loop import finetune_lora
+from lit_llama.train.method import LoRA
+from lit_llama.train.run import finetune
 
 Beside = Callable[..., Path]
 Rows = Callable[[list[dict[str, str]]], Path]
@@ -45,9 +46,9 @@ def prepare(tokenizer_path: Path, data: Path) -> dict[str, Any]:
 
 
 def train(checkpoint: Path, data: Path, out: Path) -> None:
-    options: dict[str, Any] = {"precision": "32-true", "seed": 1, "arguments": {}}
+    options: dict[str, Any] = {"precision": "32-true", "seed": 1, "resume": "never", "arguments": {}}
     settings = TrainConfig(max_steps=1, batch_size=2)
-    finetune_lora(checkpoint, data, out, lora=LoRAConfig(r=2), train=settings, **options)
+    finetune(LoRA(LoRAConfig(r=2)), checkpoint, data, out, train=settings, **options)
 
 
 @pytest.fixture

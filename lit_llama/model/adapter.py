@@ -52,10 +52,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
     Raises:
         UserError: A value is not finite; nothing is written.
     """
-    tensors = {}
-    for name, module in adapters(model):
-        for part, value in module.parts().items():
-            tensors[f"{_PREFIX}{name}.{part}"] = value.detach().cpu().contiguous()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _parameters(model).items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise UserError(f"{bad[0]} has values that are not finite; the adapter is not written")
@@ -78,6 +75,28 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
         "inference_mode": True,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def restore_adapter(model: nn.Module, folder: Path) -> None:
+    """Put what `save_adapter` wrote back into the adapters that are on `model`, bit by bit.
+
+    Raises:
+        CheckpointError: Names or shapes are not those of the adapters.
+    """
+    path = folder / WEIGHTS_FILE
+    saved, parameters = load_file(path), _parameters(model)
+    check_names(path, set(parameters), saved)
+    for name, parameter in parameters.items():
+        if parameter.shape != saved[name].shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(saved[name].shape)}, expected {tuple(parameter.shape)}")
+        parameter.data.copy_(saved[name])
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by PEFT's names."""
+    return {
+        f"{_PREFIX}{name}.{part}": value for name, module in adapters(model) for part, value in module.parts().items()
+    }
 
 
 def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str]:

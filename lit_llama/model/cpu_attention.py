@@ -31,6 +31,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, H, L, D).
     """
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     y: Tensor = _CausalAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return y
 

@@ -3,6 +3,7 @@
 Columns `input_ids` and `labels`, lists of int32 of the same length; labels are unshifted, IGNORE_INDEX is no loss.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
+from lit_llama.folder import sha256_file
 from lit_llama.text.encode import IGNORE_INDEX
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"
@@ -42,6 +44,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         raise DataError(f"{path}: format is {meta.get('format')}, expected {FORMAT}; prepare the data again")
     return dict(meta)
+
+
+def data_fingerprint(folder: Path) -> str:
+    """Identity of the samples of a data folder: a hash over the bytes of both splits."""
+    files = [path for name in SPLITS for path in sorted((folder / name).glob("*.arrow"))]
+    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
 
 
 class Split:

@@ -27,6 +27,8 @@ class TrainConfig:
         sample_prompts: Rows of the test split that are answered at every evaluation; 0 for none.
         neftune_noise_alpha: Size of the noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914), 5
             to 15 in the paper; 0 for none.
+        save_interval: Optimizer steps between states that the run can be continued from; one is also saved at the end
+            and when a signal stops the run.
     """
 
     epochs: int = 3
@@ -41,9 +43,10 @@ class TrainConfig:
     eval_interval: int = 100
     sample_prompts: int = 4
     neftune_noise_alpha: float = 0.0
+    save_interval: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval"):
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval", "save_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _expect(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         _expect(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "more than 0 and at most 1")

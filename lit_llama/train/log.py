@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lit_llama.errors import IntegrityError
 from lit_llama.progress import stderr
 from lit_llama.train.config import LoggerName
 from lit_llama.train.loggers import open_loggers
@@ -56,11 +57,18 @@ class Log:
             logger.close(failed=kind is not None)
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: what the files say beyond it is cut off, what they said before stays to the byte."""
+        """Go on after `step`: what the files say beyond it is cut off, what they said before stays to the byte.
+
+        Raises:
+            IntegrityError: metrics.csv does not go as far.
+        """
         self._begun = True
         kept = {name: file.resume(step) for name, file in self._files.items()}
         if kept[METRICS_FILE] < step:
-            self.say(f"{self._folder / METRICS_FILE} lacks the steps {kept[METRICS_FILE] + 1} to {step}")
+            raise IntegrityError(
+                f"{self._folder / METRICS_FILE} is not as the run left it: it lacks the steps {kept[METRICS_FILE] + 1} "
+                f"to {step}. Bring it back, or begin anew in another --out_dir"
+            )
         self._progress.update(self._task, completed=step)
 
     def status(self, text: str) -> None:
@@ -97,7 +105,10 @@ class Log:
             logger.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"])
         self._show(metrics)
         if "test_loss" in metrics:
-            write_run_report(self._folder)
+            try:
+                write_run_report(self._folder)
+            except OSError as error:  # a full disk: training is worth more, and its states say so themselves
+                self.say(f"no report this time: {error}")
 
     def sync(self) -> None:
         """Have what was written on the disk before anything that relies on it."""

@@ -1,186 +1,220 @@
-"""LoRA fine-tuning: checkpoint + data -> adapter folder.
+"""The optimization: steps over the training split, evaluations on the test split.
 
 Shapes: T tokens of a micro-batch, N of them with a label.
 """
 
 import math
+import statistics
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import yaml
+from torch import Tensor
 
-from lit_llama.device import (
-    Precision,
-    cores,
-    describe,
-    keep_freed_memory,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    seed_everything,
-)
-from lit_llama.errors import DataError, NumericalError, UserError
-from lit_llama.folder import check_destination, publish, write_json
-from lit_llama.model.adapter import CONFIG_FILE, save_adapter
-from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
+from lit_llama.device import peak_memory, seed_micro_batch
+from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters, parameter_groups
-from lit_llama.model.neftune import add_noise
-from lit_llama.progress import stderr
-from lit_llama.text.dataset import META_FILE, SPLITS, Batch, Split, epoch_order, micro_batches, read_meta
-from lit_llama.text.formats import read_text
-from lit_llama.text.prompts import TEMPLATE_FILE
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
-from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
-from lit_llama.train.curve import draw_curve
+from lit_llama.text.dataset import Batch, Split, epoch_order, micro_batches
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
-from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.report.run_report import write_run_report
-from lit_llama.train.sampler import Sampler
 from lit_llama.train.schedule import learning_rate
 
+PATIENCE = 5
+"""Steps in a row that may be skipped because they are not finite; the last of them ends the run."""
+WINDOW, FEW, FAR = 100, 20, 6
+"""A loss further above the median of the last WINDOW steps than FAR median deviations is remarked, after FEW steps."""
 
-def finetune_lora(
-    checkpoint_dir: Path,
-    data_dir: Path,
-    out_dir: Path,
-    *,
-    lora: LoRAConfig,
-    train: TrainConfig,
-    precision: Precision,
-    quantize: Quantization | None = None,
-    seed: int,
-    arguments: dict[str, Any],
-    loggers: Sequence[LoggerName] = (),
-) -> None:
-    """Train an adapter and write its folder; the parameters are those of finetune/lora.py.
 
-    run.yaml, meta.json and metrics.csv are there from the start; the folder is an adapter once adapter_config.json is,
-    at the end.
+@dataclass
+class Progress:
+    """Where a run stands: with the weights and what the optimizer remembers, all that its next step depends on.
 
-    Args:
-        arguments: The whole configuration, saved as run.yaml.
-
-    Raises:
-        UserError: Settings, checkpoint or data that do not fit each other.
-        NumericalError: The loss is not finite; no adapter is written.
+    Attributes:
+        step: Optimizer steps done, the skipped ones among them.
+        trained_tokens: Tokens with a loss so far.
+        tokens: Tokens that went in so far.
+        skipped: Steps skipped in a row up to here.
+        losses: Of the last WINDOW steps.
     """
-    start = time.perf_counter()
-    check_destination(out_dir, CONFIG_FILE)
-    check_loggers(loggers)
-    # All that the adapter's folder will hold is read first: hours later it may be gone.
-    meta, splits = _read_fitting(checkpoint_dir, data_dir)
-    template = read_text(data_dir / TEMPLATE_FILE)
-    identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
-    identity |= {"quantize": quantize} if quantize else {}
-    device = pick_device()
-    dtype = pick_dtype(precision, device)
-    keep_freed_memory()
-    torch.set_num_threads(cores())
-    seed_everything(seed)
-    model = load_model(checkpoint_dir, device, dtype, quantize)
-    adapted = apply_lora(model, lora)
-    add_noise(model, train.neftune_noise_alpha)
-    steps = train.steps(len(splits["train"]))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
-    trainable = sum(parameter.numel() for parameter in lora_parameters(model))
-    run = {"trainable": trainable, "dtype": _name(dtype), "device": describe(device), "torch": torch.__version__}
-    about = {"format": 1, "base": identity, "data": meta, "steps": steps, "run": run}
-    write_json(out_dir / META_FILE, about)
-    sampler = _sampler(model, checkpoint_dir, data_dir, train)
-    with Log(out_dir, steps, sampler=sampler, loggers=loggers) as log:
-        log.say(
-            f"{trainable:,} trainable parameters in {len(adapted)} layers, "
-            f"base in {quantize or _name(dtype)} on {device}; {len(splits['train'])} rows, "
-            f"{steps} steps of {train.batch_size}; ready in {time.perf_counter() - start:.1f} s"
-        )
-        fit(model, splits["train"], splits["test"], train, seed, log, lora.loraplus_lr_ratio)
-    with publish(out_dir, CONFIG_FILE) as folder:
-        write_json(folder / META_FILE, about)
-        (folder / TEMPLATE_FILE).write_text(template, "utf-8")
-        save_adapter(model, lora, folder, str(checkpoint_dir))
-    draw_curve(out_dir)
-    write_run_report(out_dir)
-    log.say(
-        f"{out_dir}: adapter, report.html, metrics.csv, loss.png, run.yaml; {time.perf_counter() - start:.1f} s, "
-        f"peak memory {peak_memory(device) / 1e9:.2f} GB"
-    )
-    log.say(
-        f"next: python finetune/merge.py --adapter_dir {out_dir} --destination_path checkpoints/{out_dir.name}-merged"
-    )
+
+    step: int = 0
+    trained_tokens: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    losses: list[float] = field(default_factory=list)
 
 
-def fit(
-    model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int, log: Log, loraplus_lr_ratio: float = 1.0
-) -> None:
-    """Optimize the adapters of `model` in place.
+class Trainer:
+    """A model with the optimizer of its weights that require gradients, its data, and how far they are.
 
     The loss of a step is the sum over the trained tokens of its whole batch divided by their number, however the batch
-    is cut. Which samples a step takes follows from (seed, epoch), its learning rate from the step.
+    is cut. Which samples a step takes follows from (seed, epoch), its learning rate from the step, and what it draws
+    from (seed, step, micro-batch): the step that follows a restored `Progress` is the one that would have followed.
 
-    Raises:
-        NumericalError: Loss or gradients are not finite.
+    Args:
+        model: In the state of its beginning.
+        groups: Its weights that train, as an optimizer is told, with the `lr_ratio` of each group.
+        train: Rows to train on.
+        test: Rows to evaluate on.
+        config: Course of the training.
+        seed: Of the order of the samples and of dropout.
+        say: Takes remarks on single steps.
     """
-    from lightning.fabric import Fabric  # takes seconds, which a wrong path need not wait for
 
-    device = next(model.parameters()).device
-    fabric = Fabric(accelerator=device.type, devices=1)
-    parameters = lora_parameters(model)
-    groups = parameter_groups(model, loraplus_lr_ratio, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    loss_of, optimizer = fabric.setup(TokenLoss(model), optimizer)
-    steps = config.steps(len(train))
-    per_epoch = math.ceil(len(train) / config.batch_size)
-    log.status("evaluating on the test split")
-    test_loss = evaluate(loss_of, test, config.micro_batch_tokens)
-    log.step({"step": 0, "memory": peak_memory(device), **log.evaluated(0, test_loss)})
-    model.train()
-    for step in range(steps):
+    def __init__(
+        self,
+        model: LLaMA,
+        groups: list[dict[str, Any]],
+        train: Split,
+        test: Split,
+        config: TrainConfig,
+        seed: int,
+        say: Callable[[str], None],
+    ) -> None:
+        from lightning.fabric import Fabric  # takes seconds, which a wrong path need not wait for
+
+        self.config, self.progress = config, Progress()
+        self.steps = config.steps(len(train))
+        self._train, self._test, self._seed, self._say = train, test, seed, say
+        self._per_epoch = math.ceil(len(train) / config.batch_size)
+        self._device = next(model.parameters()).device
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        self._fabric = Fabric(accelerator=self._device.type, devices=1)
+        self._loss_of, self._stepper = self._fabric.setup(TokenLoss(model), self.optimizer)
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of the training split that make up a step (from 0); the last of an epoch takes what is left."""
+        epoch, position = divmod(step, self._per_epoch)
+        start = position * self.config.batch_size
+        return epoch_order(len(self._train), self._seed, epoch)[start : start + self.config.batch_size].tolist()
+
+    def step(self) -> dict[str, Any]:
+        """Do the next step; one whose loss or gradients are not finite changes neither weights nor optimizer.
+
+        Returns:
+            The row of metrics.csv, without `loss` and `grad_norm` if the step was skipped.
+
+        Raises:
+            DataError: No token of the step's samples carries a loss.
+            NumericalError: Too many steps in a row were not finite.
+        """
         start = time.perf_counter()
-        epoch, position = divmod(step, per_epoch)
-        rows = epoch_order(len(train), seed, epoch)[position * config.batch_size :][: config.batch_size].tolist()
-        batches = list(micro_batches(train, rows, config.micro_batch_tokens))
+        number, rows = self.progress.step, self.rows(self.progress.step)
+        batches = list(micro_batches(self._train, rows, self.config.micro_batch_tokens))
         count = sum(len(batch.targets) for batch in batches)
         if not count:
-            raise DataError(f"step {step + 1}: no token of its {len(rows)} samples carries a loss")
-        rate = learning_rate(step, steps, config)
-        for group in optimizer.param_groups:
+            raise DataError(f"step {number + 1}: no token of its {len(rows)} samples carries a loss")
+        rate = learning_rate(number, self.steps, self.config)
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
-        total = torch.zeros((), device=device)
-        for batch in batches:
-            loss = loss_of(*_tensors(batch, device)) / count
-            fabric.backward(loss)
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        if not (total + norm).isfinite():
-            raise NumericalError(
-                f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
-                "no adapter was written. Lower --train.learning_rate, or use --precision 32-true"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics = {
-            "step": step + 1,
-            "epoch": (step + 1) / per_epoch,
+        loss, norm = self._gradients(batches, count)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self._stepper.step()
+        self._stepper.zero_grad()
+        tokens = sum(len(batch.input_ids) for batch in batches)
+        self._advance(count, tokens)
+        if finite:
+            self._look_at(loss, rows)
+        else:
+            self._skip(loss, norm, rows)
+        return {
+            "step": number + 1,
+            "epoch": (number + 1) / self._per_epoch,
             "learning_rate": rate,
-            "loss": total.item(),
-            "grad_norm": norm.item(),
+            **({"loss": loss, "grad_norm": norm} if finite else {}),
             "trained_tokens": count,
-            "tokens": sum(len(batch.input_ids) for batch in batches),
+            "tokens": tokens,
             "seconds": time.perf_counter() - start,
         }
-        if (step + 1) % config.eval_interval == 0 or step + 1 == steps:
+
+    def _gradients(self, batches: Sequence[Batch], count: int) -> tuple[float, float]:
+        """Sum up the gradients of a step and clip them; gives its loss and their norm before that."""
+        self._loss_of.train()
+        total = torch.zeros((), device=self._device)
+        for index, batch in enumerate(batches):
+            seed_micro_batch(self._seed, self.progress.step, index)
+            loss = self._loss_of(*_tensors(batch, self._device)) / count
+            self._fabric.backward(loss)
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
+        return total.item(), norm.item()
+
+    def _advance(self, trained_tokens: int, tokens: int) -> None:
+        self.progress.step += 1
+        self.progress.trained_tokens += trained_tokens
+        self.progress.tokens += tokens
+
+    def _look_at(self, loss: float, rows: Sequence[int]) -> None:
+        """Remark a loss that stands far out."""
+        progress = self.progress
+        progress.skipped = 0
+        if len(progress.losses) >= FEW:
+            median = statistics.median(progress.losses)
+            deviation = statistics.median(abs(other - median) for other in progress.losses)
+            if loss > median + FAR * deviation:
+                self._say(
+                    f"step {progress.step}: loss {loss:.4f} stands far above the last {len(progress.losses)} steps "
+                    f"(median {median:.4f}, median deviation {deviation:.4f}); {_name_rows(rows)}"
+                )
+        progress.losses = [*progress.losses, loss][-WINDOW:]
+
+    def _skip(self, loss: float, norm: float, rows: Sequence[int]) -> None:
+        """Remark a step that is left out, or end the run."""
+        self.progress.skipped += 1
+        what = f"step {self.progress.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {_name_rows(rows)}"
+        if self.progress.skipped >= PATIENCE:
+            raise NumericalError(
+                f"{what}. {PATIENCE} steps in a row were not finite; nothing of them is kept. Begin anew with a lower "
+                "--train.learning_rate, or with --precision 32-true"
+            )
+        self._say(f"{what}. The step is skipped")
+
+    def bytes(self) -> int:
+        """Size of the weights that train and of what the optimizer remembers of them."""
+        remembered = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self._parameters, *(value for value in remembered if isinstance(value, Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def memory(self) -> int:
+        """Most bytes held so far."""
+        return peak_memory(self._device)
+
+    def evaluate(self) -> float:
+        """The loss on the test split."""
+        return evaluate(self._loss_of, self._test, self.config.micro_batch_tokens)
+
+
+def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interrupt) -> None:
+    """Do the steps that are left, or as many as a signal allows.
+
+    Args:
+        trainer: What to train.
+        log: Takes a row for each step.
+        save: Saves the state; called between steps, the last time when all are done.
+        interrupt: Ends the training after a step and a save.
+    """
+    config, progress = trainer.config, trainer.progress
+    if not progress.step:
+        log.status("evaluating on the test split")
+        log.step({"step": 0, "memory": trainer.memory(), **log.evaluated(0, trainer.evaluate())})
+    while progress.step < trainer.steps:
+        metrics = trainer.step()
+        last = progress.step == trainer.steps
+        if last or progress.step % config.eval_interval == 0:
             log.status("evaluating on the test split")
-            test_loss = evaluate(loss_of, test, config.micro_batch_tokens)
-            metrics |= log.evaluated(step + 1, test_loss)
-        log.step(metrics | {"memory": peak_memory(device)})
+            metrics |= log.evaluated(progress.step, trainer.evaluate())
+        log.step(metrics | {"memory": trainer.memory()})
+        if last or progress.step % config.save_interval == 0 or interrupt.received:
+            log.status("saving")
+            save()
+        if interrupt.received:
+            return
 
 
 @torch.no_grad()
@@ -200,48 +234,10 @@ def evaluate(loss_of: torch.nn.Module, split: Split, micro_batch_tokens: int) ->
     return total / count
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor]:
+def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Sequence[int], Tensor, Tensor]:
     ids, select, targets = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.select, batch.targets))
     return ids, batch.lengths, select, targets
 
 
-def _read_fitting(checkpoint_dir: Path, data_dir: Path) -> tuple[dict[str, Any], dict[str, Split]]:
-    """meta.json and the splits of the data, if they fit the base."""
-    config = LLaMAConfig.from_folder(checkpoint_dir)
-    meta = read_meta(data_dir)
-    tokenizer = Tokenizer.from_path(checkpoint_dir)
-    check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer)
-    check_recorded(checkpoint_dir, tokenizer, checkpoint_dir)
-    for remark in (*tokenizer.remarks, *special_ids(checkpoint_dir, tokenizer).remarks):
-        stderr().print(remark, markup=False)
-    recorded = meta.get("tokenizer", {})
-    if tokenizer.fingerprint() != recorded.get("fingerprint"):
-        raise DataError(
-            f"{data_dir} was prepared with {recorded.get('path')}, whose vocabulary is not that of "
-            f"{checkpoint_dir}; prepare it again with --tokenizer_path {checkpoint_dir}"
-        )
-    splits = {name: Split(data_dir, name) for name in SPLITS}
-    for name, split in splits.items():
-        longest = int(split.lengths.max())
-        if not split.trained_tokens():
-            raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
-        if longest > config.context_length:
-            raise DataError(
-                f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
-                f"{config.context_length}; prepare the data with a smaller --max_seq_length"
-            )
-    return meta, splits
-
-
-def _sampler(model: LLaMA, checkpoint_dir: Path, data_dir: Path, config: TrainConfig) -> Sampler | None:
-    if not config.sample_prompts:
-        return None
-    try:
-        return Sampler.from_folders(model, checkpoint_dir, data_dir, config.sample_prompts, config.micro_batch_tokens)
-    except UserError as error:
-        stderr().print(f"no sample answers: {error}", markup=False)
-        return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name_rows(rows: Sequence[int]) -> str:
+    return f"rows {', '.join(map(str, sorted(rows)))} of the train split"

@@ -1,0 +1,92 @@
+"""What a run reads before it trains, and whether its parts fit each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import DataError, UserError
+from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.progress import stderr
+from lit_llama.text.dataset import SPLITS, Split, data_fingerprint, read_meta
+from lit_llama.text.formats import read_text
+from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that the folder of the result will hold of them is read at once: hours later they may be gone.
+
+    Attributes:
+        train: Rows to train on.
+        test: Rows to evaluate on.
+        data: meta.json of the data folder.
+        template: Its prompt style, a Jinja template.
+        base: Path and fingerprint of the checkpoint.
+        identity: Fingerprints of data, base and tokenizer, by which a run that goes on knows them again.
+    """
+
+    train: Split
+    test: Split
+    data: dict[str, Any]
+    template: str
+    base: dict[str, str]
+    identity: dict[str, str]
+
+
+def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs:
+    """Read data and descriptions; no weight is loaded.
+
+    Raises:
+        DataError: The data is not there, cannot be trained on, or does not fit the checkpoint.
+        CheckpointError: The checkpoint cannot be used.
+        UserError: A batch is larger than the training split.
+    """
+    config = LLaMAConfig.from_folder(checkpoint_dir)
+    meta = read_meta(data_dir)
+    tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)
+    splits = {name: Split(data_dir, name) for name in SPLITS}
+    for name, split in splits.items():
+        _check_split(name, split, checkpoint_dir, config, data_dir)
+    if batch_size > (rows := len(splits["train"])):
+        raise UserError(
+            f"--train.batch_size is {batch_size}, but the train split of {data_dir} has {rows} rows: expected 1 to "
+            f"{rows}"
+        )
+    template = read_text(data_dir / TEMPLATE_FILE)
+    base = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
+    identity = {
+        "data": data_fingerprint(data_dir),
+        "base": base["fingerprint"],
+        "tokenizer": tokenizer.fingerprint(),
+    }
+    return Inputs(**splits, data=meta, template=template, base=base, identity=identity)
+
+
+def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of the base, proven to be the one that the data was prepared with."""
+    tokenizer = Tokenizer.from_path(checkpoint_dir)
+    check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer)
+    check_recorded(checkpoint_dir, tokenizer, checkpoint_dir)
+    for remark in (*tokenizer.remarks, *special_ids(checkpoint_dir, tokenizer).remarks):
+        stderr().print(remark, markup=False)
+    recorded = meta.get("tokenizer", {})
+    if tokenizer.fingerprint() != recorded.get("fingerprint"):
+        raise DataError(
+            f"{data_dir} was prepared with {recorded.get('path')}, whose vocabulary is not that of "
+            f"{checkpoint_dir}; prepare it again with --tokenizer_path {checkpoint_dir}"
+        )
+    return tokenizer
+
+
+def _check_split(name: str, split: Split, checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path) -> None:
+    longest = int(split.lengths.max())
+    if not split.trained_tokens():
+        raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
+    if longest > config.context_length:
+        raise DataError(
+            f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
+            f"{config.context_length}; prepare the data with a smaller --max_seq_length"
+        )

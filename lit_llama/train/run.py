@@ -1,0 +1,327 @@
+"""A run: read, check, build, train, and publish the folder of the result."""
+
+import platform
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lit_llama.device import (
+    Precision,
+    cores,
+    describe,
+    keep_freed_memory,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    seed_everything,
+)
+from lit_llama.errors import Interrupted, NumericalError, UserError
+from lit_llama.folder import check_destination, publish, replace_text, write_json
+from lit_llama.lock import claim
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import Quantization
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.neftune import add_noise
+from lit_llama.progress import stderr
+from lit_llama.text.dataset import META_FILE
+from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
+from lit_llama.train.curve import draw_curve
+from lit_llama.train.inputs import Inputs, read_inputs
+from lit_llama.train.interrupt import Interrupt
+from lit_llama.train.log import Log
+from lit_llama.train.loggers import check_loggers
+from lit_llama.train.loop import Progress, Trainer, fit
+from lit_llama.train.method import Method
+from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
+from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.sampler import Sampler
+from lit_llama.train.state import (
+    STATES_DIR,
+    check_same,
+    choose_state,
+    find_states,
+    is_whole,
+    read_state,
+    save_state,
+    set_aside,
+    step_of,
+)
+
+FREE = (
+    *("checkpoint_dir", "data_dir", "out_dir", "loggers"),
+    *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
+)
+"""Settings that a run may go on without: they change no weight (what the paths lead to is compared by fingerprints)."""
+
+
+def finetune(
+    method: Method,
+    checkpoint_dir: Path,
+    data_dir: Path,
+    out_dir: Path,
+    *,
+    train: TrainConfig,
+    precision: Precision,
+    quantize: Quantization | None = None,
+    seed: int,
+    resume: str | Path = "never",
+    arguments: dict[str, Any],
+    loggers: Sequence[LoggerName] = (),
+) -> None:
+    """Train and write the folder of the result; the parameters are those of the scripts in finetune/.
+
+    run.yaml, meta.json, metrics.csv, the report and states/ grow during the run; the folder is a result once the
+    method's marker is there, at the end.
+
+    Args:
+        method: Which weights train, and how they are written.
+        resume: "never", "auto", or a state folder of this run.
+        arguments: The whole configuration, saved as run.yaml.
+
+    Raises:
+        UserError: Settings, checkpoint, data or states that do not fit each other.
+        LockedError: Another process works in `out_dir`.
+        NumericalError: Too many steps in a row were not finite.
+        ResourceError: A state could not be written.
+        Interrupted: A signal came; the state is saved.
+    """
+    start = time.perf_counter()
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, expected 0 or more")
+    check_destination(out_dir, method.marker, replace=True)
+    check_loggers(loggers)
+    run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers)
+    with claim(out_dir):
+        state = run.find_state(resume)
+        inputs = read_inputs(checkpoint_dir, data_dir, train.batch_size)
+        dtype = pick_dtype(precision, pick_device())
+        identity = run.identity(inputs, dtype)
+        if state:
+            check_same(state, read_state(state)["identity"], identity)
+        if run.is_finished:
+            stderr().print(f"{out_dir}: the run is finished, there is nothing to do", markup=False)
+        else:
+            _execute(run, inputs, identity, dtype, state, start)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for; see `finetune`."""
+
+    method: Method
+    checkpoint_dir: Path
+    data_dir: Path
+    out_dir: Path
+    train: TrainConfig
+    quantize: Quantization | None
+    seed: int
+    arguments: Mapping[str, Any]
+    loggers: Sequence[LoggerName]
+
+    @property
+    def command(self) -> str:
+        """Continues this run."""
+        return f"python {self.method.door} --config {shlex.quote(str(self.out_dir / RUN_FILE))} --resume auto"
+
+    @property
+    def states(self) -> Path:
+        """The folder of its states."""
+        return self.out_dir / STATES_DIR
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its result is there."""
+        return (self.out_dir / self.method.marker).exists()
+
+    def find_state(self, resume: str | Path) -> Path | None:
+        """The state to go on from, or the last one of a run that is finished; None to begin.
+
+        Raises:
+            UserError: The folder holds a run that is not to be continued, or no such state.
+            IntegrityError: The state is damaged.
+        """
+        states = find_states(self.states)
+        if resume != "never":
+            if self.is_finished:
+                return states[-1] if states and is_whole(states[-1]) else None
+            return choose_state(states, resume, self.out_dir, self.command)
+        if self.is_finished:
+            raise UserError(
+                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another --out_dir"
+            )
+        if states or (self.out_dir / RUN_FILE).exists():
+            raise UserError(
+                f"{self.out_dir} already holds a run that has not ended. Continue it: {self.command}; or name another "
+                "--out_dir"
+            )
+        return None
+
+    def identity(self, inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+        """By name, what must not change when the run goes on."""
+        read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
+        settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
+        return read | settings | {"--precision": _name(dtype)}
+
+
+def _execute(
+    run: Run, inputs: Inputs, identity: Mapping[str, Any], dtype: torch.dtype, state: Path | None, start: float
+) -> None:
+    """Build, train and publish."""
+    device = pick_device()
+    keep_freed_memory()
+    torch.set_num_threads(cores())
+    seed_everything(run.seed)
+    model = load_model(run.checkpoint_dir, device, dtype, run.quantize)
+    where = run.method.apply(model)
+    add_noise(model, run.train.neftune_noise_alpha)
+    replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
+    steps, sampler = run.train.steps(len(inputs.train)), _sampler(run, model)
+    with Log(run.out_dir, steps, sampler=sampler, loggers=run.loggers) as log:
+        groups = run.method.groups(model, run.train.weight_decay)
+        trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say)
+        training = _Training(run, inputs, identity, model, trainer, log, dtype)
+        if state:
+            training.restore(state, read_state(state))
+        write_json(run.out_dir / META_FILE, training.meta(steps))
+        log.say(
+            f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or _name(dtype)} on {device}; "
+            f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+        training.go()
+    draw_curve(run.out_dir)
+    # Nothing is replaced, as the run is not finished; but what a killed process left on the way is cleared away.
+    with publish(run.out_dir, run.method.marker, replace=True) as folder:
+        training.write_result(folder)
+    write_run_report(run.out_dir)
+    log.say(
+        f"{run.out_dir}: {run.method.result}, report.html, metrics.csv, loss.png, run.yaml; "
+        f"{time.perf_counter() - start:.1f} s, peak memory {peak_memory(device) / 1e9:.2f} GB"
+    )
+    log.say(f"next: {run.method.next(run.out_dir)}")
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A run that is built: what is trained, and what its states and its result are made of."""
+
+    run: Run
+    inputs: Inputs
+    identity: Mapping[str, Any]
+    model: LLaMA
+    trainer: Trainer
+    log: Log
+    dtype: torch.dtype
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def meta(self, steps: int) -> dict[str, Any]:
+        """What the folder of the result says of itself after so many steps."""
+        base = self.inputs.base | ({"quantize": self.run.quantize} if self.run.quantize else {})
+        made = {"trainable": self.trainable, "dtype": _name(self.dtype), "device": describe(pick_device())}
+        made["torch"] = torch.__version__
+        return {"format": 1, "base": base, "data": self.inputs.data, "steps": steps, "run": made}
+
+    def go(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: A signal came first.
+        """
+        with Interrupt() as interrupt:
+            fit(self.trainer, self.log, self.save, interrupt)
+        step, steps = self.trainer.progress.step, self.trainer.steps
+        if interrupt.received and step < steps:
+            raise Interrupted(
+                interrupt.received,
+                f"{interrupt.received.name} after step {step} of {steps}; its state is saved. Continue: "
+                f"{self.run.command}",
+            )
+
+    def write_result(self, folder: Path) -> None:
+        """The files of the result so far; a state holds them too, so that it can be tried out."""
+        write_json(folder / META_FILE, self.meta(self.trainer.progress.step))
+        (folder / TEMPLATE_FILE).write_text(self.inputs.template, "utf-8")
+        self.run.method.write(self.model, folder, self.run.checkpoint_dir)
+
+    def save(self) -> None:
+        """Save all that the next step depends on. Generators are not among it: every micro-batch seeds them itself."""
+        step = self.trainer.progress.step
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise NumericalError(
+                    f"{name} is not finite after step {step}: no state of it is written, the one before stays. Begin "
+                    "anew with a lower --train.learning_rate"
+                )
+
+        self.log.sync()
+
+        def write(folder: Path) -> dict[str, Any]:
+            self.write_result(folder)
+            return {
+                "progress": asdict(self.trainer.progress),
+                "optimizer": write_optimizer(self.model, self.trainer.optimizer, folder),
+                "identity": dict(self.identity),
+                "environment": _environment(),
+            }
+
+        save_state(self.run.states, step, write, self.trainer.bytes())
+
+    def restore(self, state: Path, record: Mapping[str, Any]) -> None:
+        """Put the run where it was, and states that lie further on out of the way."""
+        self.run.method.restore(self.model, state)
+        restore_optimizer(self.model, self.trainer.optimizer, state, record["optimizer"])
+        self.trainer.progress = Progress(**record["progress"])
+        self.log.resume(self.trainer.progress.step)
+        for other in find_states(self.run.states):
+            if step_of(other) > self.trainer.progress.step:
+                set_aside(other)
+        now = _environment()
+        changed = [f"{name} {was} (now {now[name]})" for name, was in record["environment"].items() if was != now[name]]
+        if changed:
+            self.log.say(f"{state} was written with {', '.join(changed)}: the last bits of what follows may differ")
+        self.log.say(f"continuing from {state}")
+
+
+def _sampler(run: Run, model: LLaMA) -> Sampler | None:
+    """What answers the prompts of the report."""
+    if not run.train.sample_prompts:
+        return None
+    prompts, tokens = run.train.sample_prompts, run.train.micro_batch_tokens
+    try:
+        return Sampler.from_folders(model, run.checkpoint_dir, run.data_dir, prompts, tokens)
+    except UserError as error:
+        stderr().print(f"no sample answers: {error}", markup=False)
+        return None
+
+
+def _environment() -> dict[str, Any]:
+    """What the last bits of a result depend on, beside the settings."""
+    return {
+        "threads": torch.get_num_threads(),
+        "device": pick_device().type,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names of their flags, such as train.epochs."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

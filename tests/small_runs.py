@@ -1,0 +1,109 @@
+"""Training runs of seconds: twenty rows, a tiny model, and the command as its door gives it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lit_llama.model.adapter import WEIGHTS_FILE
+from lit_llama.model.config import LoRAConfig
+from lit_llama.text.alpaca import prepare_alpaca
+from lit_llama.text.prepare import Rules
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.method import LoRA
+from lit_llama.train.metrics import METRICS_FILE
+from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.run import finetune
+from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
+
+COLORS = ("red", "blue", "green", "black", "white")
+THINGS = ("lamp", "chair", "table", "cup")
+ROWS = [
+    {
+        "instruction": f"Order {i + 2} {color} {thing}s.",
+        "input": "",
+        "output": f'{{"{thing}": {i + 2}, "c": "{color}"}}',
+    }
+    for i, (color, thing) in enumerate((color, thing) for color in COLORS for thing in THINGS)
+]
+SHORT = TrainConfig(
+    epochs=1, batch_size=4, learning_rate=1e-3, micro_batch_tokens=256, eval_interval=2, sample_prompts=0
+)
+LORA = LoRAConfig(r=2, alpha=4)
+STEPS = 12  # two epochs of six, the last step of each with two rows in place of four
+TWELVE = TrainConfig(
+    epochs=2,
+    batch_size=4,
+    micro_batch_tokens=150,
+    learning_rate=1e-2,
+    eval_interval=5,
+    save_interval=1,
+    sample_prompts=0,
+)
+DROPOUT = LoRAConfig(r=2, alpha=4, dropout=0.1)
+
+
+def prepare(folder: Path, tokenizer_dir: Path, rows: list[dict[str, str]], **changes: Any) -> Path:
+    """A data folder out of rows in Alpaca's format; four of them are for testing."""
+    folder.mkdir()
+    (folder / "rows.json").write_text(json.dumps(rows))
+    rules = Rules(
+        max_seq_length=changes.pop("max_seq_length", 256),
+        mask_inputs=True,
+        train_on="all",
+        overflow="error",
+        split="shuffle",
+        test_split_size=4,
+        seed=0,
+    )
+    options: dict[str, Any] = {"data_file_name": "rows.json", "prompt_style": "alpaca"} | changes
+    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, rules=rules, **options)
+    return folder
+
+
+def run(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    lora: LoRAConfig = LORA,
+    train: TrainConfig = SHORT,
+    seed: int = 0,
+    resume: str | Path = "never",
+) -> Path:
+    """finetune as the door of LoRA calls it."""
+    paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
+    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "quantize": None, "seed": seed}
+    settings["loggers"] = None
+    finetune(
+        LoRA(lora),
+        checkpoint,
+        data,
+        out,
+        train=train,
+        precision="32-true",
+        seed=seed,
+        resume=resume,
+        arguments=paths | settings,
+    )
+    return out
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """What a run and its repetition must share: the bytes of adapter, optimizer and metrics, and the numbers that the
+    next step would depend on."""
+    last = find_states(out / STATES_DIR)[-1]
+    paths = [last / WEIGHTS_FILE, last / OPTIMIZER_FILE, out / METRICS_FILE]
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in paths}
+    return found | {
+        "result": (out / WEIGHTS_FILE).read_bytes(),
+        "state": json.loads((last / STATE_FILE).read_text("utf-8")),
+    }
+
+
+def flags_of(checkpoint: Path, data: Path, out: Path) -> list[object]:
+    """The command line of a run of TWELVE."""
+    given: list[object] = ["--checkpoint_dir", checkpoint, "--data_dir", data, "--out_dir", out, "--seed", 0]
+    given += ["--precision", "32-true", "--lora.r", 2, "--lora.alpha", 4, "--lora.dropout", 0.1]
+    for name, value in TWELVE.__dict__.items():
+        given += [] if value is None else [f"--train.{name}", value]
+    return given

@@ -1,0 +1,115 @@
+"""What finetune/lora.py refuses, as a user meets it: one line, its exit status, and no folder left behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Sample, run_here, write_splits
+from small_runs import ROWS, prepare
+
+from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.train.loop import Trainer
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows to train on. Do not change it."""
+    return prepare(tmp_path_factory.mktemp("bad") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
+
+
+def no_data(data: Path) -> None:
+    shutil.rmtree(data)
+
+
+def other_tokenizer(data: Path) -> None:
+    meta = json.loads((data / "meta.json").read_text())
+    meta["tokenizer"] |= {"fingerprint": "0" * 64, "path": "checkpoints/other"}
+    (data / "meta.json").write_text(json.dumps(meta))
+
+
+def replace_train(data: Path, sample: Sample) -> None:
+    for name in ("train", "test"):
+        shutil.rmtree(data / name)
+    write_splits(data, {"train": [sample] * 8, "test": [Sample([5, 6, 7], [5, 6, 7])] * 2})
+
+
+def all_masked(data: Path) -> None:
+    replace_train(data, Sample([5, 6, 7], [5, IGNORE_INDEX, IGNORE_INDEX]))  # the first is never predicted
+
+
+def too_long(data: Path) -> None:
+    replace_train(data, Sample([5] * 300, [5] * 300))
+
+
+def as_it_is(data: Path) -> None:
+    pass
+
+
+CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
+    "no data": (no_data, [], 3, "data does not exist; make it with prepare/"),
+    "another tokenizer": (
+        other_tokenizer,
+        [],
+        3,
+        "was prepared with checkpoints/other, whose vocabulary is not that of",
+    ),
+    "all masked": (all_masked, [], 3, "no token of the train split carries a loss"),
+    "longer than the context": (too_long, [], 3, "the longest sample has 300 tokens"),
+    "no such target": (as_it_is, ["--lora.target_modules", "q_prj"], 2, "did you mean q_proj?"),
+    "rank 0": (as_it_is, ["--lora.r", 0], 2, "--lora.r is 0, expected 1 or more"),
+    "batch above the rows": (
+        as_it_is,
+        ["--train.batch_size", 21],
+        2,
+        "--train.batch_size is 21, but the train split of",
+    ),
+    "learning rate 2e4": (as_it_is, ["--train.learning_rate", "2e4"], 2, "--train.learning_rate is 20000.0, expected"),
+    "learning rate below 0": (as_it_is, ["--train.learning_rate=-0.1"], 2, "--train.learning_rate is -0.1"),
+    "learning rate no number": (as_it_is, ["--train.learning_rate", ".nan"], 2, "--train.learning_rate is nan"),
+    "no interval": (as_it_is, ["--train.save_interval", 0], 2, "--train.save_interval is 0, expected 1 or more"),
+    "negative seed": (as_it_is, ["--seed", -1], 2, "--seed is -1, expected 0 or more"),
+    "no such state": (as_it_is, ["--resume", "out/states/step-000001"], 2, "is no state of made/here; there are: none"),
+    "a key of no group": (as_it_is, ["--train.learning_rte", 1], 2, "did you mean train.learning_rate?"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_run_is_one_line_with_its_status(
+    case: str, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback, a status that says something else, training that begins, and a folder made for nothing."""
+    damage, flags, status, named = CASES[case]
+    damage(Path(shutil.copytree(data, tmp_path / "data")))
+    monkeypatch.setattr(Trainer, "evaluate", lambda _: pytest.fail("training began"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    given = ["--checkpoint_dir", tiny_folder, "--data_dir", "data", "--out_dir", "made/here", *flags]
+    result = run_here("finetune/lora.py", *given, cwd=tmp_path)
+    assert result.returncode == status, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert named in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_folder_of_another_run_is_refused(finished: bool, tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a run that is lost to another one, and a message without the way out."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.yaml").write_text("seed: 7\n")
+    if finished:
+        (out / "adapter_config.json").write_text("{}")
+    given = ["--checkpoint_dir", tiny_folder, "--data_dir", data, "--out_dir", out]
+    result = run_here("finetune/lora.py", *given)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert ("the end of a run; name another --out_dir" if finished else "--resume auto") in result.stderr
+    assert (out / "run.yaml").read_text() == "seed: 7\n" and not (out / ".lock").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches an error of the system in place of our own."""
+    (tmp_path / "out").write_text("x")
+    given = ["--checkpoint_dir", tiny_folder, "--data_dir", data, "--out_dir", tmp_path / "out"]
+    result = run_here("finetune/lora.py", *given)
+    assert result.returncode == 2 and "is a file, expected a folder" in result.stderr

@@ -22,23 +22,32 @@ _DELTA = 0.05
 _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that go into a fingerprint
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LLaMA:
+def load_model(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    linear_dtype: torch.dtype | None = None,
+) -> LLaMA:
     """Build the model of a checkpoint folder, frozen and in evaluation mode.
 
     Args:
         folder: A folder in Hugging Face layout.
         device: Where to put it.
         dtype: Convert the weights to it; None keeps what is stored.
+        linear_dtype: The same of the weights of linear layers, where theirs is another. A head that is the embedding
+            follows the embedding.
 
     Raises:
         CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
-            delta.
+            delta, or a value does not fit float16.
     """
     config = LLaMAConfig.from_folder(folder)
     weights = Weights(folder)
     with torch.device("meta"):
         model = LLaMA(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear -= {"lm_head.weight"} if config.tie_word_embeddings else set()
     # Old files carry the rotary frequencies, which follow from the configuration.
     names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
@@ -52,7 +61,10 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         if shape != expected[name] or stored not in DTYPES:
             wanted = f"{expected[name]} of {', '.join(DTYPES)}"
             raise CheckpointError(f"{folder}: {name} is {shape} of {stored}, config.json asks for {wanted}")
-        state[name] = weights[name].to(device=device, dtype=dtype)
+        wanted_dtype = linear_dtype or dtype if name in linear else dtype
+        state[name] = weights[name].to(device=device, dtype=wanted_dtype)
+        if wanted_dtype == torch.float16 and not state[name].isfinite().all():
+            raise CheckpointError(f"{folder}: {name} has values beyond float16; use --precision 32-true or bf16-true")
     if config.tie_word_embeddings:
         embedding = state["model.embed_tokens.weight"]
         if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):

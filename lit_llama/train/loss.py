@@ -3,25 +3,29 @@
 Shapes: T tokens, N trained tokens, C hidden, V vocabulary.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_llama.device import Numerics
 from lit_llama.model.attention import Packed
 from lit_llama.model.llama import LLaMA
 
 CHUNK = 1024
 """Trained tokens whose logits are held at a time."""
+_LIFT = 256.0
+"""Float16 loses values below 6e-8, which a sure token's gradient is soon; the scale of the loss comes only later."""
 
 
 class TokenLoss(nn.Module):
     """A model together with its loss, so that one call is all a device does for a batch."""
 
-    def __init__(self, model: LLaMA) -> None:
+    def __init__(self, model: LLaMA, numerics: Numerics | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.numerics = model, numerics
 
     def forward(self, input_ids: Tensor, lengths: list[int], select: Tensor, targets: Tensor) -> Tensor:
         """Sum of -log p(target) over the selected places.
@@ -35,6 +39,10 @@ class TokenLoss(nn.Module):
         Returns:
             A float32 scalar.
         """
+        with self.numerics.autocast() if self.numerics else nullcontext():
+            return self._forward(input_ids, lengths, select, targets)
+
+    def _forward(self, input_ids: Tensor, lengths: list[int], select: Tensor, targets: Tensor) -> Tensor:
         hidden = self.model.model(input_ids, Packed(lengths, input_ids.device)).index_select(0, select)  # (N, C)
         head = self.model.lm_head
         if type(head) is nn.Linear and not head.weight.requires_grad:
@@ -66,6 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
+        kind = hidden.device.type
+        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        lift = _LIFT if product == torch.float16 else 1.0
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             logits = F.linear(hidden[part], weight).float()  # (n, V)
@@ -74,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 torch.softmax(logits, -1, out=logits)
                 logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=logits.dtype))
-                gradient[part] = logits.to(weight.dtype) @ weight
+                gradient[part] = (logits.mul_(lift).to(product) @ weight).to(gradient.dtype) / lift
         ctx.save_for_backward(gradient)
         return total
 

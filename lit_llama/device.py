@@ -8,6 +8,7 @@ import random
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lit_llama.errors import ResourceError
@@ -79,8 +80,6 @@ def numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
     Raises:
         ResourceError: The device does not compute so; the message names what it does.
     """
-    import torch
-
     fast = _fast_bf16(device)
     if precision == "auto":
         precision = "bf16-true" if fast else "16-mixed" if device.type == "cuda" else "32-true"
@@ -89,6 +88,19 @@ def numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
     if precision == "16-mixed" and device.type != "cuda":
         known = "bf16-true, bf16-mixed or 32-true" if fast else "32-true"
         raise ResourceError(f"--precision 16-mixed is for GPUs; on this {device.type} use --precision {known}")
+    return _numerics(precision, device)
+
+
+def gpu_numerics(precision: TrainingPrecision) -> Numerics:
+    """The numbers of a run on a GPU that is not here, whatever it can do; "auto" is bf16-true."""
+    import torch
+
+    return _numerics("bf16-true" if precision == "auto" else precision, torch.device("cuda"))
+
+
+def _numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
+    import torch
+
     half = torch.float16 if precision == "16-mixed" else torch.bfloat16
     if precision.endswith("mixed"):
         return Numerics(device=device, linear=half, rest=torch.float32, product=half, scaled=half == torch.float16)
@@ -117,8 +129,19 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks of a step for the next one.
 
     By default it returns large blocks to the kernel at once and every new one costs page faults, a third of the time
-    of a training step on a CPU. Elsewhere than on glibc this does nothing.
+    of a training step on a CPU. The price are holes: up to about twice the memory that is in use. Elsewhere than on
+    glibc this does nothing.
     """
+    _set_threshold(1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Ask glibc to give freed blocks back at once, so that what a process takes is what is in use."""
+    _set_threshold(1 << 17)
+
+
+def _set_threshold(size: int) -> None:
+    """Blocks from this size on come from the kernel and go back to it."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -128,8 +151,39 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_threshold, size)
+    mallopt(trim_threshold, size)
+
+
+def total_memory(device: "torch.device") -> int:
+    """Bytes that this process may hold at once, with those it holds already: what is free, and its own.
+
+    On the CPU a limit of the container counts where it is lower than what the machine has.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text("ascii") for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        pass
+    return free + resident_memory()
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; 0 where that is not known."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def peak_memory(device: "torch.device") -> int:

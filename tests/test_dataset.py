@@ -18,6 +18,7 @@ from lit_llama.text.dataset import (
     Split,
     collate,
     epoch_order,
+    largest_group,
     micro_batches,
     read_meta,
     step_plan,
@@ -256,3 +257,18 @@ def test_the_step_plan_is_what_training_will_do(split: Split, batch_size: int, b
     assert plan["steps_per_epoch"] == len(steps) <= 500
     assert plan["micro_batches_per_step"] == len(batches) / len(steps)
     assert plan["fill"] == tokens / (len(batches) * budget)
+
+
+@pytest.mark.parametrize(("batch_size", "budget", "steps"), [(16, 60, 147), (16, 60, 300), (7, 100, 5), (3000, 90, 2)])
+def test_the_largest_micro_batch_is_that_of_the_steps(split: Split, batch_size: int, budget: int, steps: int) -> None:
+    """Against all micro-batches of all steps, one by one; catches a cut that differs, a last batch that is filled up,
+    and steps that the run never makes."""
+    per_epoch, sizes = -(-len(split) // batch_size), []
+    for step in range(steps):
+        epoch, position = divmod(step, per_epoch)
+        rows = epoch_order(len(split), 3, epoch)[position * batch_size :][:batch_size].tolist()
+        sizes += [(len(batch.input_ids) + len(batch.lengths)) for batch in micro_batches(split, rows, budget)]
+    rows = largest_group(split.lengths, batch_size=batch_size, micro_batch_tokens=budget, seed=3, steps=steps)
+    assert int(split.lengths[rows].sum()) == max(sizes) and len(set(rows)) == len(rows)
+    (batch,) = micro_batches(split, rows, max(sizes))
+    assert sum(batch.lengths) == max(sizes) - len(rows)

@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
 
     def poisoned(self: TokenLoss, *batch: Any) -> Any:
         calls.append(self.training)
-        return forward(self, *batch) * (torch.nan if calls.count(True) > 3 else 1.0)
+        return forward(self, *batch) * (torch.nan if calls.count(True) > 5 else 1.0)  # 2 warm up
 
     monkeypatch.setattr(TokenLoss, "forward", poisoned)
     with pytest.raises(NumericalError, match=r"step \d: loss nan.*no adapter was written"):

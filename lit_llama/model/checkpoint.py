@@ -46,8 +46,7 @@ def load_model(
     with torch.device("meta"):
         model = LLaMA(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    linear -= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    linear = linear_weights(model)
     # Old files carry the rotary frequencies, which follow from the configuration.
     names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
@@ -73,6 +72,12 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+def linear_weights(model: LLaMA) -> set[str]:
+    """Names of the weights of linear layers; a head that is the embedding is none of them."""
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return names - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
 
 
 def _check_whole(folder: Path, weights: Weights) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 import yaml
 
-from lit_llama.device import Precision, cores, keep_freed_memory, peak_memory, pick_device, pick_dtype, seed_everything
+from lit_llama.device import (
+    Numerics,
+    TrainingPrecision,
+    cores,
+    keep_freed_memory,
+    peak_memory,
+    return_freed_memory,
+    seed_everything,
+)
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, save_adapter
@@ -29,7 +37,14 @@ from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.log import Log, draw_curve
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.optim import build_optimizer, set_learning_rate
+from lit_llama.train.plan import make_plan
+from lit_llama.train.plan_table import advice, does_not_fit, explained, short
+from lit_llama.train.recompute import recompute_activations
+from lit_llama.train.scaling import overflowed
 from lit_llama.train.schedule import learning_rate
+from lit_llama.train.stopping import Best
+from lit_llama.train.warm_up import largest_batch, warm_up
 
 RUN_FILE = "run.yaml"
 
@@ -41,7 +56,7 @@ def finetune_lora(
     *,
     lora: LoRAConfig,
     train: TrainConfig,
-    precision: Precision,
+    precision: TrainingPrecision,
     seed: int,
     arguments: dict[str, Any],
 ) -> None:
@@ -55,6 +70,7 @@ def finetune_lora(
     Raises:
         UserError: Settings, checkpoint or data that do not fit each other.
         NumericalError: The loss is not finite; no adapter is written.
+        ResourceError: Memory ran out.
     """
     start = time.perf_counter()
     check_destination(out_dir, CONFIG_FILE)
@@ -62,24 +78,31 @@ def finetune_lora(
     meta, splits = _read_fitting(checkpoint_dir, data_dir)
     template = read_text(data_dir / TEMPLATE_FILE)
     identity = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
-    device = pick_device()
-    dtype = pick_dtype(precision, device)
-    keep_freed_memory()
+    config = LLaMAConfig.from_folder(checkpoint_dir)
+    plan = make_plan(config, splits, lora=lora, train=train, precision=precision, seed=seed)
+    numerics, device = plan.numerics, plan.numerics.device
+    stderr().print(f"plan: {short(plan)}", markup=False)
+    if not plan.fits:
+        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
+    (keep_freed_memory if plan.roomy else return_freed_memory)()
     torch.set_num_threads(cores())
     seed_everything(seed)
-    model = load_model(checkpoint_dir, device, dtype)
-    adapted = apply_lora(model, lora)
+    with explained(plan):
+        model = load_model(checkpoint_dir, device, numerics.rest, numerics.linear)
+        adapted = apply_lora(model, lora)
+        recompute_activations(model, train.activation_checkpointing)
     steps = train.steps(len(splits["train"]))
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RUN_FILE).write_text(yaml.safe_dump(arguments, sort_keys=False), "utf-8")
     with Log(out_dir, steps) as log:
         trainable = sum(parameter.numel() for parameter in lora_parameters(model))
         log.say(
-            f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(dtype)} on {device}; "
-            f"{len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
+            f"{trainable:,} trainable parameters in {len(adapted)} layers, base in {_name(numerics.linear)} on "
+            f"{device}; {len(splits['train'])} rows, {steps} steps of {train.batch_size}; ready in "
             f"{time.perf_counter() - start:.1f} s"
         )
-        fit(model, splits["train"], splits["test"], train, seed, log)
+        with explained(plan):
+            fit(model, splits["train"], splits["test"], train, seed, log, numerics)
     with publish(out_dir, CONFIG_FILE) as folder:
         write_json(folder / META_FILE, {"format": 1, "base": identity, "data": meta, "steps": steps})
         (folder / TEMPLATE_FILE).write_text(template, "utf-8")
@@ -94,7 +117,7 @@ def finetune_lora(
     )
 
 
-def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int, log: Log) -> None:
+def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int, log: Log, numerics: Numerics) -> None:
     """Optimize the adapters of `model` in place.
 
     The loss of a step is the sum over the trained tokens of its whole batch divided by their number, however the batch
@@ -108,13 +131,17 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
     device = next(model.parameters()).device
     fabric = Fabric(accelerator=device.type, devices=1)
     parameters = lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
-    loss_of, optimizer = fabric.setup(TokenLoss(model), optimizer)
+    optimizer = build_optimizer(parameters, config, device)
+    loss_of, optimizer = fabric.setup(TokenLoss(model, numerics), optimizer)
+    scaler, best = numerics.scaler(), Best()
+    kept = [parameter.detach().clone() for parameter in parameters] if config.keep == "best" else []
     steps = config.steps(len(train))
     per_epoch = math.ceil(len(train) / config.batch_size)
     log.status("evaluating on the test split")
     log.step({"step": 0, "test_loss": evaluate(loss_of, test, config.micro_batch_tokens)})
     model.train()
+    log.status("trying the largest micro-batch")
+    warm_up(loss_of, fabric.backward, largest_batch(train, config, seed))
     for step in range(steps):
         start = time.perf_counter()
         epoch, position = divmod(step, per_epoch)
@@ -124,20 +151,23 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
         if not count:
             raise DataError(f"step {step + 1}: no token of its {len(rows)} samples carries a loss")
         rate = learning_rate(step, steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         total = torch.zeros((), device=device)
         for batch in batches:
             loss = loss_of(*_tensors(batch, device)) / count
-            fabric.backward(loss)
+            fabric.backward(scaler.scale(loss))
             total += loss.detach()
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        if not (total + norm).isfinite():
+        skipped = overflowed(scaler, total, norm)
+        if not skipped and not (total + norm).isfinite():
             raise NumericalError(
                 f"step {step + 1}: loss {total.item():.4g}, gradient norm {norm.item():.4g}; "
                 "no adapter was written. Lower --train.learning_rate, or use --precision 32-true"
             )
-        optimizer.step()
+        if not skipped:
+            optimizer.step()
+        scaler.update()
         optimizer.zero_grad()
         metrics = {
             "step": step + 1,
@@ -152,7 +182,16 @@ def fit(model: LLaMA, train: Split, test: Split, config: TrainConfig, seed: int,
         if (step + 1) % config.eval_interval == 0 or step + 1 == steps:
             log.status("evaluating on the test split")
             metrics["test_loss"] = evaluate(loss_of, test, config.micro_batch_tokens)
+            if best.update(step + 1, metrics["test_loss"], config.min_delta) and config.keep == "best":
+                torch._foreach_copy_(kept, [parameter.detach() for parameter in parameters])
         log.step(metrics)
+        if best.exhausted(config):
+            log.say(f"no lower test loss in {best.waited} evaluations; stopped after step {step + 1}")
+            break
+    if config.keep == "best" and best.step:
+        with torch.no_grad():
+            torch._foreach_copy_(list[torch.Tensor](parameters), kept)
+        log.say(f"kept the adapter of step {best.step}, test loss {best.loss:.4f}")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.device import Numerics
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.llama import LLaMA
 
 CHUNK = 1024
@@ -40,10 +40,11 @@ class TokenLoss(nn.Module):
             A float32 scalar.
         """
         with self.numerics.autocast() if self.numerics else nullcontext():
-            return self._forward(input_ids, lengths, select, targets)
+            return self.of_layout(input_ids, Packed(lengths, input_ids.device), select, targets)
 
-    def _forward(self, input_ids: Tensor, lengths: list[int], select: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids, Packed(lengths, input_ids.device)).index_select(0, select)  # (N, C)
+    def of_layout(self, input_ids: Tensor, layout: Layout, select: Tensor, targets: Tensor) -> Tensor:
+        """The same for samples whose layout is known."""
+        hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
         head = self.model.lm_head
         if type(head) is nn.Linear and not head.weight.requires_grad:
             return linear_cross_entropy(hidden, head.weight, targets)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from conftest import tiny_config
 
-from lit_llama.device import Numerics, keep_freed_memory, resident_memory
+from lit_llama.device import Numerics, resident_memory, return_freed_memory
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
@@ -55,7 +55,7 @@ class Peak(threading.Thread):
 
 
 def main(dtype: str, checkpointing: str, tokens: int) -> None:
-    keep_freed_memory()
+    return_freed_memory()
     torch.set_num_threads(1)
     numerics = Numerics(device=CPU, linear=getattr(torch, dtype), rest=getattr(torch, dtype))
     lora, train = LoRAConfig(), TrainConfig(activation_checkpointing=checkpointing)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +394,19 @@ def test_what_the_adapter_folder_needs_is_read_before_training(tiny_folder: Path
     with pytest.raises(DataError, match=r"chat_template\.jinja does not exist"):
         run(tiny_folder, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_adapter_is_left_and_the_run_stops(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test losses are made up, so that step 4 is the best; catches an adapter of another step under `keep best`, and
+    patience that is not kept. With `keep last` the same run leaves other bytes."""
+    for keep in ("best", "last"):
+        losses = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0])
+        monkeypatch.setattr(loop, "evaluate", lambda *_, losses=losses: next(losses))
+        train = TrainConfig(epochs=4, batch_size=4, learning_rate=1e-3, eval_interval=2, patience=3)
+        train = replace(train, keep=keep)  # type: ignore[arg-type]
+        run(tiny_folder, data, tmp_path / keep, LORA, train)
+        assert [step for step, _ in read_metrics(tmp_path / keep)["loss"]] == list(range(1, 11))
+    kept, last = (load_file(tmp_path / keep / WEIGHTS_FILE) for keep in ("best", "last"))
+    assert any(not torch.equal(kept[name], last[name]) for name in last)

@@ -1,4 +1,4 @@
-"""Mixed precision: what is stored in half gives the bits of what autocast rounds, and the loss is scaled and unscaled."""
+"""Mixed precision: what is stored in half gives the bits that autocast rounds to, and the loss is scaled."""
 
 from pathlib import Path
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import Sample, as_transformers, tiny_model, write_splits
 from torch import Tensor, nn
 
+from lit_llama.device import numerics
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
@@ -167,7 +168,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, targets:
         config = TrainConfig(epochs=1, batch_size=8, micro_batch_tokens=tokens, learning_rate=3e-4, warmup_ratio=0)
         (tmp_path / name).mkdir()
         with Log(tmp_path / name, 1) as log:
-            fit(model, *splits, config, 0, log)
+            fit(model, *splits, config, 0, log, numerics("32-true", torch.device("cpu")))
         metrics = read_metrics(tmp_path / name)
         results.append((lora_parameters(model), metrics["loss"][0][1], metrics["grad_norm"][0][1]))
     reference = trained_model(targets)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
-from lit_llama.device import Precision
+from lit_llama.device import TrainingPrecision
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train.config import LoggerName, TrainConfig
 
@@ -20,11 +20,13 @@ def main(
     out_dir: Path = Path("out/lora/alpaca"),
     lora: LoRAConfig = LoRAConfig(),
     train: TrainConfig = TrainConfig(),
-    precision: Precision = "auto",
+    precision: TrainingPrecision = "auto",
     quantize: Literal["nf4", "nf4-dq", "int8"] | None = None,
     seed: int = 1337,
     resume: Literal["never", "auto"] | Path = "never",
     loggers: list[LoggerName] | None = None,
+    plan: bool = False,
+    plan_memory: str | None = None,
 ) -> None:
     """Train low-rank adapters; the base stays as it is.
 
@@ -34,16 +36,33 @@ def main(
         out_dir: Folder to make for the adapter, report.html, metrics.csv, run.yaml and states/.
         lora: Shape of the adapter.
         train: Course of the training.
-        precision: Of the frozen base and the activations; auto is bfloat16 where the hardware is fast at it. The
-            adapter itself is always float32.
+        precision: Of the frozen base and the activations; auto is bf16-true where the hardware is fast at it, 16-mixed
+            on a GPU without bfloat16. In the mixed ones only matrix products have 16 bits. The adapter itself is
+            always float32.
         quantize: Hold the linear layers of the frozen base in 4 bits (nf4; nf4-dq, a little smaller yet) or 8 (int8),
             which saves most of their memory and costs time. Merging and generating do the same by themselves.
         seed: Of the adapter's start, the order of the samples and dropout.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
             OUT/states/step-000100. The result is that of a run that was never stopped.
         loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
+        plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
+        plan_memory: The same for a GPU with this much memory, such as 16GB, that is not here.
     """
     from lit_llama.train.method import LoRA
+
+    if plan or plan_memory is not None:
+        from lit_llama.train.plan_table import print_plan
+
+        return print_plan(
+            LoRA(lora),
+            checkpoint_dir,
+            data_dir,
+            train=train,
+            precision=precision,
+            quantize=quantize,
+            seed=seed,
+            memory=plan_memory,
+        )
     from lit_llama.train.run import finetune
 
     paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}

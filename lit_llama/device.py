@@ -6,6 +6,9 @@ torch is imported where it is used, because scripts name the precisions and thei
 import os
 import random
 import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lit_llama.errors import ResourceError
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "bf16-true", "32-true"]
+TrainingPrecision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true"]
 
 
 def pick_device() -> "torch.device":
@@ -31,6 +35,82 @@ def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
     if precision == "bf16-true" and device.type == "cuda" and not fast:
         raise ResourceError("--precision bf16-true: this GPU has no bfloat16; use --precision 32-true")
     return torch.bfloat16 if precision == "bf16-true" or (precision == "auto" and fast) else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """In which numbers a run keeps its frozen weights and computes; what is trained is always float32.
+
+    In the mixed precisions, matrix products are computed in half of the bits and all else, the residual stream and the
+    norms above all, in float32 (Micikevicius et al. 2018, arXiv:1710.03740). A product would round a float32 weight to
+    its own dtype at each use, so a frozen weight is stored rounded once: the same bits come out of half the memory, and
+    13 billion of them fit where float32 would not.
+
+    Args:
+        device: Where the run computes.
+        linear: Dtype in which the frozen weights of linear layers are stored.
+        rest: That of embeddings and norms.
+        product: Dtype of matrix products if it is not that of the weights and activations (autocast), else None.
+        scaled: The loss is scaled up before the backward pass, because small gradients are zero in float16.
+    """
+
+    device: "torch.device"
+    linear: "torch.dtype"
+    rest: "torch.dtype"
+    product: "torch.dtype | None" = None
+    scaled: bool = False
+
+    def __str__(self) -> str:
+        """bfloat16, or bfloat16 and float32 for a mixed one."""
+        names = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.linear, self.rest))
+        return " and ".join(names)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of a forward pass."""
+        import torch
+
+        return torch.autocast(self.device.type, self.product or torch.bfloat16, enabled=self.product is not None)
+
+    def scaler(self) -> "torch.amp.GradScaler":
+        """What scales the loss; it leaves the loss as it is where that is not needed."""
+        import torch
+
+        return torch.amp.GradScaler(self.device.type, enabled=self.scaled)
+
+
+def numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
+    """The numbers of a training run. "auto" is what the device multiplies fast: bf16-true; 16-mixed on a GPU that knows
+    no bfloat16, such as a V100; 32-true on a processor that does not.
+
+    Raises:
+        ResourceError: The device does not compute so; the message names what it does.
+    """
+    fast = _fast_bf16(device)
+    if precision == "auto":
+        precision = "bf16-true" if fast else "16-mixed" if device.type == "cuda" else "32-true"
+    if precision.startswith("bf16") and device.type == "cuda" and not fast:
+        raise ResourceError(f"--precision {precision}: this GPU has no bfloat16; use --precision 16-mixed or 32-true")
+    if precision == "16-mixed" and device.type != "cuda":
+        known = "bf16-true, bf16-mixed or 32-true" if fast else "32-true"
+        raise ResourceError(f"--precision 16-mixed is for GPUs; on this {device.type} use --precision {known}")
+    return _numerics(precision, device)
+
+
+def gpu_numerics(precision: TrainingPrecision) -> Numerics:
+    """The numbers of a run on a GPU that is not here, whatever it can do; "auto" is bf16-true."""
+    import torch
+
+    return _numerics("bf16-true" if precision == "auto" else precision, torch.device("cuda"))
+
+
+def _numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
+    import torch
+
+    half = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    if precision.endswith("mixed"):
+        return Numerics(device=device, linear=half, rest=torch.float32, product=half, scaled=half == torch.float16)
+    dtype = half if precision == "bf16-true" else torch.float32
+    return Numerics(device=device, linear=dtype, rest=dtype)
 
 
 def _fast_bf16(device: "torch.device") -> bool:
@@ -65,8 +145,19 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks of a step for the next one.
 
     By default it returns large blocks to the kernel at once and every new one costs page faults, a third of the time
-    of a training step on a CPU. Elsewhere than on glibc this does nothing.
+    of a training step on a CPU. The price are holes: up to about twice the memory that is in use. Elsewhere than on
+    glibc this does nothing.
     """
+    _set_threshold(1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Ask glibc to give freed blocks back at once, so that what a process takes is what is in use."""
+    _set_threshold(1 << 17)
+
+
+def _set_threshold(size: int) -> None:
+    """Blocks from this size on come from the kernel and go back to it."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -76,8 +167,39 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_threshold, size)
+    mallopt(trim_threshold, size)
+
+
+def total_memory(device: "torch.device") -> int:
+    """Bytes that this process may hold at once, with those it holds already: what is free, and its own.
+
+    On the CPU a limit of the container counts where it is lower than what the machine has.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text("ascii") for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        pass
+    return free + resident_memory()
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; 0 where that is not known."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def peak_memory(device: "torch.device") -> int:

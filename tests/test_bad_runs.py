@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
     "all masked": (all_masked, [], 3, "no token of the train split carries a loss"),
     "longer than the context": (too_long, [], 3, "the longest sample has 300 tokens"),
     "no such target": (as_it_is, ["--lora.target_modules", "q_prj"], 2, "did you mean q_proj?"),
-    "rank 0": (as_it_is, ["--lora.r", 0], 2, "--lora.r is 0, expected 1 or more"),
+    "rank 0": (as_it_is, ["--lora.r", 0], 2, "--lora.r is 0, expected a whole number of 1 or more"),
     "batch above the rows": (
         as_it_is,
         ["--train.batch_size", 21],

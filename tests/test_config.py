@@ -252,6 +252,32 @@ def test_training_settings_are_checked(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_lr_ratio": 1.0},
+        {"min_lr_ratio": 0.1, "schedule": "constant"},
+        {"warmup_ratio": 0.1, "warmup_steps": 10},
+        {"warmup_steps": -1},
+        {"decay_ratio": 0.1},
+        {"decay_ratio": 0.0, "schedule": "wsd"},
+        {"warmup_ratio": 0.6, "decay_ratio": 0.5, "schedule": "wsd"},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"eps": 0.0},
+        {"weight_decay": float("nan")},
+        {"max_grad_norm": float("inf")},
+        {"patience": 0},
+        {"min_delta": -0.1, "patience": 2},
+        {"min_delta": 0.1},
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(wrong: dict[str, Any]) -> None:
+    """Catches a setting out of its range, and one that would be accepted and read by nothing."""
+    with pytest.raises(UserError, match=f"--train.{next(iter(wrong))} "):
+        TrainConfig(**wrong)
+
+
+@pytest.mark.parametrize(
     ("rows", "settings", "steps"),
     [
         (64, {"epochs": 2, "batch_size": 16}, 8),

@@ -19,6 +19,7 @@ from lit_llama.text.dataset import (
     collate,
     data_fingerprint,
     epoch_order,
+    largest_group,
     micro_batches,
     read_meta,
     step_plan,
@@ -266,3 +267,18 @@ def test_a_fingerprint_is_of_every_byte_of_both_splits(tmp_path: Path) -> None:
         write_splits(tmp_path / name, dict(zip(("train", "test"), splits, strict=True)))
     found = {name: data_fingerprint(tmp_path / name) for name in ("a", "again", "swapped", "other")}
     assert found["a"] == found["again"] and len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize(("batch_size", "budget", "steps"), [(16, 60, 147), (16, 60, 300), (7, 100, 5), (3000, 90, 2)])
+def test_the_largest_micro_batch_is_that_of_the_steps(split: Split, batch_size: int, budget: int, steps: int) -> None:
+    """Against all micro-batches of all steps, one by one; catches a cut that differs, a last batch that is filled up,
+    and steps that the run never makes."""
+    per_epoch, sizes = -(-len(split) // batch_size), []
+    for step in range(steps):
+        epoch, position = divmod(step, per_epoch)
+        rows = epoch_order(len(split), 3, epoch)[position * batch_size :][:batch_size].tolist()
+        sizes += [(len(batch.input_ids) + len(batch.lengths)) for batch in micro_batches(split, rows, budget)]
+    rows = largest_group(split.lengths, batch_size=batch_size, micro_batch_tokens=budget, seed=3, steps=steps)
+    assert int(split.lengths[rows].sum()) == max(sizes) and len(set(rows)) == len(rows)
+    (batch,) = micro_batches(split, rows, max(sizes))
+    assert sum(batch.lengths) == max(sizes) - len(rows)

@@ -36,6 +36,36 @@ def test_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
         device.pick_dtype("bf16-true", torch.device("cuda"))
 
 
+def test_training_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bfloat16 emulated on a V100 and float16 on a processor, and an error that names what is as wrong."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(device, "_fast_bf16", lambda where: False)
+    assert device.numerics("auto", CPU).linear == torch.float32
+    mixed = device.numerics("auto", gpu)
+    assert (mixed.linear, mixed.rest, mixed.product, mixed.scaled) == (
+        torch.float16,
+        torch.float32,
+        torch.float16,
+        True,
+    )
+    for precision in ("bf16-true", "bf16-mixed"):
+        with pytest.raises(ResourceError, match=f"{precision}: this GPU has no bfloat16; use --precision 16-mixed"):
+            device.numerics(precision, gpu)  # type: ignore[arg-type]
+    with pytest.raises(ResourceError, match="16-mixed is for GPUs; on this cpu use --precision 32-true"):
+        device.numerics("16-mixed", CPU)
+    monkeypatch.setattr(device, "_fast_bf16", lambda where: True)
+    assert device.numerics("auto", gpu).linear == torch.bfloat16
+    assert not device.numerics("bf16-mixed", gpu).scaled
+    with pytest.raises(ResourceError, match="use --precision bf16-true, bf16-mixed or 32-true"):
+        device.numerics("16-mixed", CPU)
+
+
+def test_memory_of_this_machine_is_told() -> None:
+    """Catches kilobytes taken for bytes, and a process that does not count its own."""
+    held = torch.ones(50_000_000)
+    assert held.nbytes < device.resident_memory() < device.total_memory(CPU) < 100e12
+
+
 def test_seeds_repeat_python_and_torch() -> None:
     """Catches one of the generators left out."""
     draws = []

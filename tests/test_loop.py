@@ -29,6 +29,7 @@ from lit_llama.model.config import LINEARS, LoRAConfig
 from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
+from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.loop import Trainer, evaluate
 from lit_llama.train.loss import TokenLoss
@@ -201,11 +202,12 @@ def test_gradients_are_clipped_to_the_norm(
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, good: Container[int], value: float = torch.nan) -> None:
-    """The losses of all training batches are `value`, but for those with numbers in `good`."""
-    forward, calls = TokenLoss.forward, itertools.count()
+    """The losses of all training batches are `value`, but for those with numbers in `good`, and the two that try out
+    the largest batch."""
+    forward, calls = TokenLoss.forward, itertools.count(-2)
 
     def poisoned(self: TokenLoss, *batch: Any) -> Any:
-        bad = self.training and next(calls) not in good
+        bad = self.training and (number := next(calls)) >= 0 and number not in good
         return forward(self, *batch) * (value if bad else 1.0)
 
     monkeypatch.setattr(TokenLoss, "forward", poisoned)
@@ -268,14 +270,16 @@ def test_weights_that_are_not_finite_are_never_written(tiny_folder: Path, data: 
         patch.setattr(torch.optim.AdamW, "step", overflow)
         with pytest.raises(NumericalError, match="is not finite after step 1: no state of it is written"):
             run(tiny_folder, data, out, train=replace(SHORT, max_steps=1))
-    assert find_states(out / STATES_DIR) == [] and not (out / CONFIG_FILE).exists()
+    assert [state.name for state in find_states(out / STATES_DIR)] == ["step-000000"] and not (
+        out / CONFIG_FILE
+    ).exists()
 
 
 def test_a_loss_that_jumps_is_remarked(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a warning at every step, none at all, and one that does not say which rows it is about."""
-    forward, calls = TokenLoss.forward, itertools.count(1)
+    forward, calls = TokenLoss.forward, itertools.count(-1)  # the largest batch is tried out twice before
 
     def jumping(self: TokenLoss, *batch: Any) -> Any:
         return forward(self, *batch) * (10 if self.training and next(calls) == 30 else 1)
@@ -458,3 +462,19 @@ def test_an_absent_logger_is_said_before_anything_is_made(
     with pytest.raises(ResourceError, match=r"lit_llama\[wandb\]"):
         finetune(LoRA(LORA), tiny_folder, data, tmp_path / "out", loggers=["wandb"], **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_adapter_is_left_and_the_run_stops(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test losses are made up, so that step 4 is the best; catches an adapter of another step under `keep best`, and
+    patience that is not kept. With `keep last` the same run leaves other bytes."""
+    for keep in ("best", "last"):
+        losses = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0])
+        monkeypatch.setattr(loop, "evaluate", lambda *_, losses=losses: next(losses))
+        train = TrainConfig(epochs=4, batch_size=4, learning_rate=1e-3, eval_interval=2, patience=3)
+        train = replace(train, keep=keep)  # type: ignore[arg-type]
+        run(tiny_folder, data, tmp_path / keep, LORA, train)
+        assert [step for step, _ in read_metrics(tmp_path / keep)["loss"]] == list(range(1, 11))
+    kept, last = (load_file(tmp_path / keep / WEIGHTS_FILE) for keep in ("best", "last"))
+    assert any(not torch.equal(kept[name], last[name]) for name in last)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import Sample, as_transformers, tiny_model, write_splits
 from torch import Tensor, nn
 
+from lit_llama.device import numerics
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters, parameter_groups
@@ -168,8 +169,14 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path: Path, targets:
         model = trained_model(targets)
         config = TrainConfig(epochs=1, batch_size=8, micro_batch_tokens=tokens, learning_rate=3e-4, warmup_ratio=0)
         (tmp_path / name).mkdir()
+        cpu = numerics("32-true", torch.device("cpu"))
         with Log(tmp_path / name, 1) as log:
-            fit(Trainer(model, parameter_groups(model), *splits, config, 0, log.say), log, lambda: None, Interrupt())
+            fit(
+                Trainer(model, parameter_groups(model), *splits, config, 0, log.say, cpu),
+                log,
+                lambda: None,
+                Interrupt(),
+            )
         metrics = read_metrics(tmp_path / name)
         results.append((lora_parameters(model), metrics["loss"][0][1], metrics["grad_norm"][0][1]))
     reference = trained_model(targets)

@@ -28,6 +28,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantize: Quantization | None = None,
+    linear_dtype: torch.dtype | None = None,
 ) -> LLaMA:
     """Build the model of a checkpoint folder, frozen and in evaluation mode.
 
@@ -36,17 +37,20 @@ def load_model(
         device: Where to put it.
         dtype: Convert the weights to it; None keeps what is stored.
         quantize: Hold the linear layers of the decoder like this, each made so as soon as it is read.
+        linear_dtype: The same of the weights of linear layers, where theirs is another. A head that is the embedding
+            follows the embedding.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
         CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
-            delta.
+            delta, or a value does not fit float16.
     """
     config = LLaMAConfig.from_folder(folder)
     weights = Weights(folder)
     with torch.device("meta"):
         model = LLaMA(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    linear = linear_weights(model)
     # Old files carry the rotary frequencies, which follow from the configuration.
     names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
@@ -67,7 +71,12 @@ def load_model(
             model.set_submodule(module, layer)
             state[f"{module}.packed"] = layer.packed
         else:
-            state[name] = weights[name].to(device=device, dtype=dtype)
+            wanted_dtype = linear_dtype or dtype if name in linear else dtype
+            state[name] = weights[name].to(device=device, dtype=wanted_dtype)
+            if wanted_dtype == torch.float16 and not state[name].isfinite().all():
+                raise CheckpointError(
+                    f"{folder}: {name} has values beyond float16; use --precision 32-true or bf16-true"
+                )
     if config.tie_word_embeddings:
         embedding = state["model.embed_tokens.weight"]
         if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
@@ -76,6 +85,12 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+def linear_weights(model: LLaMA) -> set[str]:
+    """Names of the weights of linear layers; a head that is the embedding is none of them."""
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return names - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
 
 
 def _check_whole(folder: Path, weights: Weights) -> None:

@@ -153,6 +153,35 @@ def _groups(lengths: npt.NDArray[np.int64], rows: Sequence[int], micro_batch_tok
         yield group
 
 
+def largest_group(
+    lengths: npt.NDArray[np.int64], *, batch_size: int, micro_batch_tokens: int, seed: int, steps: int
+) -> list[int]:
+    """Rows of the largest micro-batch, in tokens, that the first `steps` optimizer steps of a run will meet.
+
+    All steps of an epoch are cut at once, sample by sample, as `_groups` cuts each of them.
+    """
+    largest, rows = -1, [0]
+    per_epoch = -(-len(lengths) // batch_size)
+    for epoch in range(-(-steps // per_epoch)):
+        order = np.full(per_epoch * batch_size, -1)
+        order[: len(lengths)] = epoch_order(len(lengths), seed, epoch)
+        batches = order.reshape(per_epoch, batch_size)[: steps - epoch * per_epoch]  # (S, batch_size)
+        sizes = np.where(batches < 0, 0, lengths[batches])
+        places = np.lexsort((batches, -sizes))
+        batches, sizes = np.take_along_axis(batches, places, 1), np.take_along_axis(sizes, places, 1)
+        tokens = np.zeros(len(batches), np.int64)
+        start = np.zeros(len(batches), np.int64)
+        for column in range(batch_size):
+            full = (tokens > 0) & (tokens + sizes[:, column] > micro_batch_tokens)
+            tokens = np.where(full, 0, tokens) + sizes[:, column]
+            start = np.where(full, column, start)
+            step = int(tokens.argmax())
+            if tokens[step] > largest:
+                largest = int(tokens[step])
+                rows = [int(row) for row in batches[step, start[step] : column + 1] if row >= 0]
+    return rows
+
+
 def step_plan(
     lengths: npt.NDArray[np.int64], *, batch_size: int, micro_batch_tokens: int, seed: int
 ) -> dict[str, int | float]:

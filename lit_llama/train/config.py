@@ -1,5 +1,6 @@
 """Settings of a training run. Imports no torch, so that `--help` stays quick."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,8 @@ from lit_llama.errors import UserError
 
 RUN_FILE = "run.yaml"
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +22,28 @@ class TrainConfig:
         batch_size: Samples per optimizer step.
         micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients.
         learning_rate: Highest learning rate.
-        schedule: Course of the learning rate after the warm-up.
-        warmup_ratio: Share of the steps over which the learning rate rises.
-        weight_decay: Decay of the adapter's weights (AdamW).
+        schedule: Course of the learning rate after the warm-up; wsd stays at the top and falls at the end.
+        min_lr_ratio: Where cosine, linear and wsd end, as a share of the highest learning rate.
+        warmup_ratio: Share of the steps over which the learning rate rises; 0.03 if warmup_steps is not given either.
+        warmup_steps: The same as a number of optimizer steps.
+        decay_ratio: Share of the steps over which wsd falls at the end; 0.1 if it is not given.
+        optimizer: The 8-bit ones keep their two moments in a byte each; paged lets them leave the GPU when it is full.
+        beta1: How much of the mean of the gradients is kept from step to step; the momentum of sgd.
+        beta2: How much of the mean of their squares is kept.
+        eps: Added to the root of that mean before dividing by it.
+        weight_decay: Share of a weight, times the learning rate, that each step takes away (not from norms and biases).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them as they are.
+        activation_checkpointing: What is computed again in the backward pass instead of being kept: selective the
+            inside of the MLP, full every layer. Less memory, more time, the same gradients.
         eval_interval: Optimizer steps between evaluations on the test split; it is also evaluated before and after.
         sample_prompts: Rows of the test split that are answered at every evaluation; 0 for none.
         neftune_noise_alpha: Size of the noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914), 5
             to 15 in the paper; 0 for none.
         save_interval: Optimizer steps between states that the run can be continued from; one is also saved at the end
             and when a signal stops the run.
+        patience: Stop after this many evaluations in a row without a lower test loss; none trains to the end.
+        min_delta: How much lower the test loss must be to count as better.
+        keep: Which adapter the run leaves: that with the lowest test loss, or the last.
     """
 
     epochs: int = 3
@@ -36,25 +51,70 @@ class TrainConfig:
     batch_size: int = 16
     micro_batch_tokens: int = 2048
     learning_rate: float = 3e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    min_lr_ratio: float = 0.0
+    warmup_ratio: float | None = None
+    warmup_steps: int | None = None
+    decay_ratio: float | None = None
+    optimizer: Optimizer = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    activation_checkpointing: Checkpointing = "none"
     eval_interval: int = 100
     sample_prompts: int = 4
     neftune_noise_alpha: float = 0.0
     save_interval: int = 100
+    patience: int | None = None
+    min_delta: float = 0.0
+    keep: Literal["best", "last"] = "last"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval", "save_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _expect(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         _expect(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "more than 0 and at most 1")
-        _expect(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "0 <= warmup_ratio < 1")
-        _expect(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _expect(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "0 or more")
-        _expect(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "0 or more")
         _expect(0 <= self.neftune_noise_alpha < 1e3, "neftune_noise_alpha", self.neftune_noise_alpha, "0 to 1000")
+        self._check_schedule()
+        for name in ("beta1", "beta2"):
+            _expect(0 <= getattr(self, name) < 1, name, getattr(self, name), f"0 <= {name} < 1")
+        _expect(0 < self.eps < 1, "eps", self.eps, "more than 0 and less than 1")
+        for name in ("weight_decay", "max_grad_norm", "min_delta"):
+            _expect(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        _expect(self.patience is None or self.patience >= 1, "patience", self.patience, "1 or more")
+        if self.min_delta and self.patience is None and self.keep == "last":
+            raise UserError(
+                f"--train.min_delta is {self.min_delta}, which nothing reads; it goes with --train.patience or "
+                "--train.keep best"
+            )
+
+    def _check_schedule(self) -> None:
+        _expect(0 <= self.min_lr_ratio < 1, "min_lr_ratio", self.min_lr_ratio, "0 <= min_lr_ratio < 1")
+        if self.min_lr_ratio and self.schedule == "constant":
+            raise UserError(
+                f"--train.min_lr_ratio is {self.min_lr_ratio}, but --train.schedule constant never falls; "
+                "choose cosine, linear or wsd"
+            )
+        ratio, steps, decay = self.warmup_ratio, self.warmup_steps, self.decay_ratio
+        if ratio is not None and steps is not None:
+            raise UserError(
+                f"--train.warmup_ratio {ratio} and --train.warmup_steps {steps} are both given; give one of them"
+            )
+        _expect(ratio is None or 0 <= ratio < 1, "warmup_ratio", ratio, "0 <= warmup_ratio < 1")
+        _expect(steps is None or steps >= 0, "warmup_steps", steps, "0 or more")
+        _expect(decay is None or 0 < decay <= 1, "decay_ratio", decay, "0 < decay_ratio <= 1")
+        if decay is not None and self.schedule != "wsd":
+            raise UserError(
+                f"--train.decay_ratio is {decay}, which --train.schedule {self.schedule} does not read; "
+                "it goes with wsd"
+            )
+        if (ratio or 0) + (decay or 0) > 1:
+            raise UserError(
+                f"--train.warmup_ratio {ratio} and --train.decay_ratio {decay} are more than the whole run together"
+            )
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left."""

@@ -20,20 +20,30 @@ class Inputs:
     """All that the folder of the result will hold of them is read at once: hours later they may be gone.
 
     Attributes:
-        train: Rows to train on.
-        test: Rows to evaluate on.
+        config: Shape of the base.
+        splits: Rows to train on, and rows to evaluate on.
         data: meta.json of the data folder.
         template: Its prompt style, a Jinja template.
         base: Path and fingerprint of the checkpoint.
         identity: Fingerprints of data, base and tokenizer, by which a run that goes on knows them again.
     """
 
-    train: Split
-    test: Split
+    config: LLaMAConfig
+    splits: dict[str, Split]
     data: dict[str, Any]
     template: str
     base: dict[str, str]
     identity: dict[str, str]
+
+    @property
+    def train(self) -> Split:
+        """Rows to train on."""
+        return self.splits["train"]
+
+    @property
+    def test(self) -> Split:
+        """Rows to evaluate on."""
+        return self.splits["test"]
 
 
 def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs:
@@ -62,7 +72,7 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs
         "base": base["fingerprint"],
         "tokenizer": tokenizer.fingerprint(),
     }
-    return Inputs(**splits, data=meta, template=template, base=base, identity=identity)
+    return Inputs(config=config, splits=splits, data=meta, template=template, base=base, identity=identity)
 
 
 def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: dict[str, Any]) -> Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llama.device import peak_memory, seed_micro_batch
+from lit_llama.device import Numerics, peak_memory, seed_micro_batch
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset import Batch, Split, epoch_order, micro_batches
@@ -21,7 +21,11 @@ from lit_llama.train.config import TrainConfig
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.optim import build_optimizer, set_learning_rate
+from lit_llama.train.scaling import overflowed
 from lit_llama.train.schedule import learning_rate
+from lit_llama.train.stopping import Best
+from lit_llama.train.warm_up import largest_batch, warm_up
 
 PATIENCE = 5
 """Steps in a row that may be skipped because they are not finite; the last of them ends the run."""
@@ -39,6 +43,7 @@ class Progress:
         tokens: Tokens that went in so far.
         skipped: Steps skipped in a row up to here.
         losses: Of the last WINDOW steps.
+        begun: The evaluation before the first step is done.
     """
 
     step: int = 0
@@ -46,6 +51,7 @@ class Progress:
     tokens: int = 0
     skipped: int = 0
     losses: list[float] = field(default_factory=list)
+    begun: bool = False
 
 
 class Trainer:
@@ -63,6 +69,7 @@ class Trainer:
         config: Course of the training.
         seed: Of the order of the samples and of dropout.
         say: Takes remarks on single steps.
+        numerics: In which numbers to compute.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Trainer:
         config: TrainConfig,
         seed: int,
         say: Callable[[str], None],
+        numerics: Numerics,
     ) -> None:
         from lightning.fabric import Fabric  # takes seconds, which a wrong path need not wait for
 
@@ -83,9 +91,11 @@ class Trainer:
         self._per_epoch = math.ceil(len(train) / config.batch_size)
         self._device = next(model.parameters()).device
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        self.optimizer = build_optimizer(groups, config, self._device)
+        self.scaler, self.best = numerics.scaler(), Best()
+        self.kept = [p.detach().clone() for p in self._parameters] if config.keep == "best" else []
         self._fabric = Fabric(accelerator=self._device.type, devices=1)
-        self._loss_of, self._stepper = self._fabric.setup(TokenLoss(model), self.optimizer)
+        self._loss_of, self._stepper = self._fabric.setup(TokenLoss(model, numerics), self.optimizer)
 
     def rows(self, step: int) -> list[int]:
         """Rows of the training split that make up a step (from 0); the last of an epoch takes what is left."""
@@ -110,17 +120,19 @@ class Trainer:
         if not count:
             raise DataError(f"step {number + 1}: no token of its {len(rows)} samples carries a loss")
         rate = learning_rate(number, self.steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
+        set_learning_rate(self.optimizer, rate)
         loss, norm = self._gradients(batches, count)
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite, spoilt = math.isfinite(loss) and math.isfinite(norm), overflowed(self.scaler, loss, norm)
         if finite:
             self._stepper.step()
+        self.scaler.update()
         self._stepper.zero_grad()
         tokens = sum(len(batch.input_ids) for batch in batches)
         self._advance(count, tokens)
         if finite:
             self._look_at(loss, rows)
+        elif spoilt:
+            self._say(f"step {number + 1} is skipped: gradients beyond float16; the loss is scaled down from here on")
         else:
             self._skip(loss, norm, rows)
         return {
@@ -140,8 +152,9 @@ class Trainer:
         for index, batch in enumerate(batches):
             seed_micro_batch(self._seed, self.progress.step, index)
             loss = self._loss_of(*_tensors(batch, self._device)) / count
-            self._fabric.backward(loss)
+            self._fabric.backward(self.scaler.scale(loss))
             total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
         return total.item(), norm.item()
 
@@ -189,6 +202,31 @@ class Trainer:
         """The loss on the test split."""
         return evaluate(self._loss_of, self._test, self.config.micro_batch_tokens)
 
+    def try_largest(self) -> None:
+        """Run the largest micro-batch of all, so that running out of memory happens in the first minute."""
+        self._loss_of.train()
+        warm_up(self._loss_of, self._fabric.backward, largest_batch(self._train, self.config, self._seed))
+
+    def compare(self, test_loss: float) -> None:
+        """Remember the weights if none were better."""
+        better = self.best.update(self.progress.step, test_loss, self.config.min_delta)
+        if better and self.kept:
+            torch._foreach_copy_(self.kept, [parameter.detach() for parameter in self._parameters])
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is no step left, or the last of them brought nothing."""
+        return self.progress.step >= self.steps or self.best.exhausted(self.config)
+
+    def take_best(self) -> None:
+        """End with the best weights, where they are wanted."""
+        if self.best.exhausted(self.config):
+            self._say(f"no lower test loss in {self.best.waited} evaluations; stopped after step {self.progress.step}")
+        if self.kept and self.best.step:
+            with torch.no_grad():
+                torch._foreach_copy_(list[Tensor](self._parameters), self.kept)
+            self._say(f"kept the weights of step {self.best.step}, test loss {self.best.loss:.4f}")
+
 
 def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interrupt) -> None:
     """Do the steps that are left, or as many as a signal allows.
@@ -196,21 +234,26 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
     Args:
         trainer: What to train.
         log: Takes a row for each step.
-        save: Saves the state; called between steps, the last time when all are done.
+        save: Saves the state; called before the first step, between steps, and when all are done.
         interrupt: Ends the training after a step and a save.
     """
     config, progress = trainer.config, trainer.progress
-    if not progress.step:
+    if not progress.begun:
         log.status("evaluating on the test split")
+        log.status("trying the largest micro-batch")
+        trainer.try_largest()
         log.step({"step": 0, "memory": trainer.memory(), **log.evaluated(0, trainer.evaluate())})
-    while progress.step < trainer.steps:
+        progress.begun = True
+        log.status("saving")
+        save()
+    while not trainer.ended:
         metrics = trainer.step()
-        last = progress.step == trainer.steps
-        if last or progress.step % config.eval_interval == 0:
+        if progress.step == trainer.steps or progress.step % config.eval_interval == 0:
             log.status("evaluating on the test split")
             metrics |= log.evaluated(progress.step, trainer.evaluate())
+            trainer.compare(metrics["test_loss"])
         log.step(metrics | {"memory": trainer.memory()})
-        if last or progress.step % config.save_interval == 0 or interrupt.received:
+        if trainer.ended or progress.step % config.save_interval == 0 or interrupt.received:
             log.status("saving")
             save()
         if interrupt.received:

@@ -3,25 +3,29 @@
 Shapes: T tokens, N trained tokens, C hidden, V vocabulary.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.model.attention import Packed
+from lit_llama.device import Numerics
+from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.llama import LLaMA
 
 CHUNK = 1024
 """Trained tokens whose logits are held at a time."""
+_LIFT = 256.0
+"""Float16 loses values below 6e-8, which a sure token's gradient is soon; the scale of the loss comes only later."""
 
 
 class TokenLoss(nn.Module):
     """A model together with its loss, so that one call is all a device does for a batch."""
 
-    def __init__(self, model: LLaMA) -> None:
+    def __init__(self, model: LLaMA, numerics: Numerics | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.numerics = model, numerics
 
     def forward(self, input_ids: Tensor, lengths: list[int], select: Tensor, targets: Tensor) -> Tensor:
         """Sum of -log p(target) over the selected places.
@@ -35,7 +39,12 @@ class TokenLoss(nn.Module):
         Returns:
             A float32 scalar.
         """
-        hidden = self.model.model(input_ids, Packed(lengths, input_ids.device)).index_select(0, select)  # (N, C)
+        with self.numerics.autocast() if self.numerics else nullcontext():
+            return self.of_layout(input_ids, Packed(lengths, input_ids.device), select, targets)
+
+    def of_layout(self, input_ids: Tensor, layout: Layout, select: Tensor, targets: Tensor) -> Tensor:
+        """The same for samples whose layout is known."""
+        hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
         head = self.model.lm_head
         if type(head) is nn.Linear and not head.weight.requires_grad:
             return linear_cross_entropy(hidden, head.weight, targets)
@@ -66,6 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
+        kind = hidden.device.type
+        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        lift = _LIFT if product == torch.float16 else 1.0
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             logits = F.linear(hidden[part], weight).float()  # (n, V)
@@ -74,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 torch.softmax(logits, -1, out=logits)
                 logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=logits.dtype))
-                gradient[part] = logits.to(weight.dtype) @ weight
+                gradient[part] = (logits.mul_(lift).to(product) @ weight).to(gradient.dtype) / lift
         ctx.save_for_backward(gradient)
         return total
 

@@ -25,6 +25,10 @@ class Method(Protocol):
     def marker(self) -> str:
         """The file that makes a folder a result: it is written last."""
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer is treated alike."""
+
     def apply(self, model: LLaMA) -> str:
         """Let the weights require gradients that are to train; says in a few words what they are.
 
@@ -53,6 +57,11 @@ class LoRA:
     door: str = "finetune/lora.py"
     result: str = "adapter"
     marker: str = CONFIG_FILE
+
+    @property
+    def uniform(self) -> bool:
+        config = self.config
+        return not any("." in name for name in (*config.targets, *config.rank_pattern, *config.alpha_pattern))
 
     def apply(self, model: LLaMA) -> str:
         adapted = apply_lora(model, self.config)

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lit_llama.device import (
-    Precision,
+    Numerics,
+    TrainingPrecision,
     cores,
     describe,
     keep_freed_memory,
     peak_memory,
     pick_device,
-    pick_dtype,
+    return_freed_memory,
     seed_everything,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError
@@ -40,6 +42,9 @@ from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
+from lit_llama.train.plan import Plan, make_plan
+from lit_llama.train.plan_table import advice, does_not_fit, explained, short
+from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import Sampler
 from lit_llama.train.state import (
@@ -53,7 +58,10 @@ from lit_llama.train.state import (
     set_aside,
     step_of,
 )
+from lit_llama.train.stopping import Best
 
+BEST_FILE = "best.safetensors"
+"""In a state, the weights with the lowest test loss so far, where those are to be kept."""
 FREE = (
     *("checkpoint_dir", "data_dir", "out_dir", "loggers"),
     *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
@@ -68,7 +76,7 @@ def finetune(
     out_dir: Path,
     *,
     train: TrainConfig,
-    precision: Precision,
+    precision: TrainingPrecision,
     quantize: Quantization | None = None,
     seed: int,
     resume: str | Path = "never",
@@ -101,14 +109,17 @@ def finetune(
     with claim(out_dir):
         state = run.find_state(resume)
         inputs = read_inputs(checkpoint_dir, data_dir, train.batch_size)
-        dtype = pick_dtype(precision, pick_device())
-        identity = run.identity(inputs, dtype)
+        plan = make_plan(
+            method, inputs.config, inputs.splits, train=train, precision=precision, quantize=quantize, seed=seed
+        )
+        identity = run.identity(inputs, plan.numerics)
         if state:
             check_same(state, read_state(state)["identity"], identity)
         if run.is_finished:
             stderr().print(f"{out_dir}: the run is finished, there is nothing to do", markup=False)
         else:
-            _execute(run, inputs, identity, dtype, state, start)
+            with explained(plan):
+                _execute(run, inputs, identity, plan, state, start)
 
 
 @dataclass(frozen=True)
@@ -163,35 +174,39 @@ class Run:
             )
         return None
 
-    def identity(self, inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
         """By name, what must not change when the run goes on."""
         read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
         settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
-        return read | settings | {"--precision": _name(dtype)}
+        return read | settings | {"--precision": str(numerics)}
 
 
 def _execute(
-    run: Run, inputs: Inputs, identity: Mapping[str, Any], dtype: torch.dtype, state: Path | None, start: float
+    run: Run, inputs: Inputs, identity: Mapping[str, Any], plan: Plan, state: Path | None, start: float
 ) -> None:
     """Build, train and publish."""
-    device = pick_device()
-    keep_freed_memory()
+    numerics, device = plan.numerics, plan.numerics.device
+    stderr().print(f"plan: {short(plan)}", markup=False)
+    if not plan.fits:
+        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
+    (keep_freed_memory if plan.roomy else return_freed_memory)()
     torch.set_num_threads(cores())
     seed_everything(run.seed)
-    model = load_model(run.checkpoint_dir, device, dtype, run.quantize)
+    model = load_model(run.checkpoint_dir, device, numerics.rest, run.quantize, numerics.linear)
     where = run.method.apply(model)
     add_noise(model, run.train.neftune_noise_alpha)
+    recompute_activations(model, run.train.activation_checkpointing)
     replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
     steps, sampler = run.train.steps(len(inputs.train)), _sampler(run, model)
     with Log(run.out_dir, steps, sampler=sampler, loggers=run.loggers) as log:
         groups = run.method.groups(model, run.train.weight_decay)
-        trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say)
-        training = _Training(run, inputs, identity, model, trainer, log, dtype)
+        trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say, numerics)
+        training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:
             training.restore(state, read_state(state))
         write_json(run.out_dir / META_FILE, training.meta(steps))
         log.say(
-            f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or _name(dtype)} on {device}; "
+            f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "
             f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
             f"{time.perf_counter() - start:.1f} s"
         )
@@ -218,7 +233,7 @@ class _Training:
     model: LLaMA
     trainer: Trainer
     log: Log
-    dtype: torch.dtype
+    numerics: Numerics
 
     @property
     def trainable(self) -> int:
@@ -228,7 +243,7 @@ class _Training:
     def meta(self, steps: int) -> dict[str, Any]:
         """What the folder of the result says of itself after so many steps."""
         base = self.inputs.base | ({"quantize": self.run.quantize} if self.run.quantize else {})
-        made = {"trainable": self.trainable, "dtype": _name(self.dtype), "device": describe(pick_device())}
+        made = {"trainable": self.trainable, "dtype": str(self.numerics), "device": describe(pick_device())}
         made["torch"] = torch.__version__
         return {"format": 1, "base": base, "data": self.inputs.data, "steps": steps, "run": made}
 
@@ -241,12 +256,13 @@ class _Training:
         with Interrupt() as interrupt:
             fit(self.trainer, self.log, self.save, interrupt)
         step, steps = self.trainer.progress.step, self.trainer.steps
-        if interrupt.received and step < steps:
+        if interrupt.received and not self.trainer.ended:
             raise Interrupted(
                 interrupt.received,
                 f"{interrupt.received.name} after step {step} of {steps}; its state is saved. Continue: "
                 f"{self.run.command}",
             )
+        self.trainer.take_best()
 
     def write_result(self, folder: Path) -> None:
         """The files of the result so far; a state holds them too, so that it can be tried out."""
@@ -268,9 +284,13 @@ class _Training:
 
         def write(folder: Path) -> dict[str, Any]:
             self.write_result(folder)
+            write_optimizer(self.model, self.trainer.optimizer, folder)
+            if self.trainer.kept:
+                save_file({str(n): value.cpu() for n, value in enumerate(self.trainer.kept)}, folder / BEST_FILE)
             return {
                 "progress": asdict(self.trainer.progress),
-                "optimizer": write_optimizer(self.model, self.trainer.optimizer, folder),
+                "best": self.trainer.best.state(),
+                "scaler": self.trainer.scaler.state_dict(),
                 "identity": dict(self.identity),
                 "environment": _environment(),
             }
@@ -280,7 +300,12 @@ class _Training:
     def restore(self, state: Path, record: Mapping[str, Any]) -> None:
         """Put the run where it was, and states that lie further on out of the way."""
         self.run.method.restore(self.model, state)
-        restore_optimizer(self.model, self.trainer.optimizer, state, record["optimizer"])
+        restore_optimizer(self.model, self.trainer.optimizer, state)
+        self.trainer.best = Best.from_state(record["best"])
+        self.trainer.scaler.load_state_dict(record["scaler"])
+        kept = load_file(state / BEST_FILE) if self.trainer.kept else {}
+        for number, value in enumerate(self.trainer.kept):
+            value.copy_(kept[str(number)])
         self.trainer.progress = Progress(**record["progress"])
         self.log.resume(self.trainer.progress.step)
         for other in find_states(self.run.states):
@@ -321,7 +346,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

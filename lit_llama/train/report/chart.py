@@ -74,6 +74,8 @@ def chart(title: str, lines: Sequence[Line], steps: int, *, from_zero: bool = Fa
     x_steps = max(steps, max(step for line in lines for step, _ in line.points), 1)
 
     def place(value: float) -> float:
+        if low == high:  # values that differ by less than a tick can show
+            return 50.0
         share = math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
         return 100 - 100 * share
 

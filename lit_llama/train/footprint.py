@@ -1,0 +1,205 @@
+"""How many bytes a forward and backward pass holds at most, found by running it without numbers.
+
+The real model, its adapters and its loss run on tensors that have a shape and no content, while every storage that
+comes and goes is counted. Whatever autograd keeps, recomputes or copies is in the result, for any kind of adapter, and
+the result cannot drift from the code.
+
+Shapes: T tokens, C hidden.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_llama.device import Numerics
+from lit_llama.model.attention import Packed
+from lit_llama.model.checkpoint import linear_weights
+from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.quantize import is_quantized
+from lit_llama.train.config import Checkpointing
+from lit_llama.train.loss import TokenLoss
+from lit_llama.train.method import Method
+from lit_llama.train.recompute import recompute_activations
+
+_FEW, _MORE = 2, 3
+"""Layers of the two small models from which a deep one is extrapolated: each layer more adds the same."""
+
+
+QUANTIZED_BYTES: dict[Quantization, float] = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0}
+"""Bytes for each value, the scales of blocks of 64 values and of blocks of 256 scales among them."""
+
+
+class Sizes(NamedTuple):
+    """What a model weighs.
+
+    Args:
+        base: Bytes of the frozen weights as they are stored in training.
+        plain: Bytes of the frozen weights when they are not quantised.
+        trained: Values that are trained.
+        unpacked: Bytes of the largest quantised weight when it is unpacked for use.
+    """
+
+    base: int
+    plain: int
+    trained: int
+    unpacked: int
+
+
+class Shape(NamedTuple):
+    """What of a micro-batch its memory depends on.
+
+    Args:
+        lengths: Places of each sample, in order.
+        trained: How many of all places carry a loss.
+    """
+
+    lengths: Sequence[int]
+    trained: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What of a run the memory of its passes depends on."""
+
+    config: LLaMAConfig
+    method: Method
+    numerics: Numerics
+    checkpointing: Checkpointing
+    quantize: Quantization | None = None
+
+    def sizes(self) -> Sizes:
+        """What the model weighs, without a pass."""
+        with torch.device("meta"):
+            model = LLaMA(self.config)
+        names = linear_weights(model)
+        base = plain = unpacked = 0
+        for name, value in model.named_parameters():
+            itemsize = (self.numerics.linear if name in names else self.numerics.rest).itemsize
+            plain += value.numel() * itemsize
+            if self.quantize and is_quantized(name):
+                base += round(value.numel() * QUANTIZED_BYTES[self.quantize])
+                unpacked = max(unpacked, value.numel() * itemsize)
+            else:
+                base += value.numel() * itemsize
+        self.method.apply(model)
+        trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        return Sizes(base, plain, trained, unpacked)
+
+    def training_peak(self, shape: Shape) -> int:
+        """Most bytes that a forward and backward pass holds beside the parameters and their gradients."""
+        return self._deep(lambda build: build._run(shape, train=True))
+
+    def evaluation_peak(self, shape: Shape) -> int:
+        """Most bytes that a forward pass without gradients holds beside the parameters."""
+        return self._deep(lambda build: build._run(shape, train=False))
+
+    def _deep(self, peak: Callable[["Build"], int]) -> int:
+        """The peak of all layers from that of a few, where the layers are alike."""
+        layers, alike = self.config.num_hidden_layers, len(set(self.config.layer_types)) < 2
+        if layers <= _MORE or not alike or not self.method.uniform:
+            return peak(self)
+        few, more = (peak(self._with_layers(number)) for number in (_FEW, _MORE))
+        return more + (layers - _MORE) * (more - few) // (_MORE - _FEW)
+
+    def _with_layers(self, number: int) -> "Build":
+        types = self.config.layer_types[:number]
+        return replace(self, config=replace(self.config, num_hidden_layers=number, layer_types=types))
+
+    def _run(self, shape: Shape, *, train: bool) -> int:
+        layout = Packed(shape.lengths)  # with numbers, as where the padding goes depends on them
+        with ExitStack() as stack:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            loss_of = TokenLoss(self._model()).train(train)
+            ids, targets = (torch.empty(n, dtype=torch.int64) for n in (sum(shape.lengths), shape.trained))
+            for parameter in loss_of.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            count = stack.enter_context(_Count(loss_of))
+            stack.enter_context(torch.set_grad_enabled(train))
+            with replace(self.numerics, device=torch.device("cpu")).autocast():
+                loss = loss_of.of_layout(ids, layout, targets, targets)
+            if train:
+                loss.backward()
+        return count.peak
+
+    def _model(self) -> LLaMA:
+        """The adapted model, on tensors without content, as checkpoint.load_model stores it."""
+        with torch.device("meta"):
+            model = LLaMA(self.config)
+        names = linear_weights(model)
+        state = {
+            name: torch.empty(value.shape, dtype=self.numerics.linear if name in names else self.numerics.rest)
+            for name, value in model.state_dict().items()
+        }
+        model.load_state_dict(state, assign=True)
+        if self.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        self.method.apply(model)
+        if self.numerics.device.type == "cuda":
+            for module in list(model.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.RMSNorm):
+                        setattr(module, name, _FusedNorm(child))
+        recompute_activations(model, self.checkpointing)
+        return model
+
+
+class _Count(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most they were; what `module` owns does not count."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        own = [tensor for parameter in module.parameters() for tensor in (parameter, parameter.grad)]
+        self._known = {tensor.untyped_storage()._cdata for tensor in own if tensor is not None}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _FusedNorm(nn.Module):
+    """A GPU's norm is one kernel that keeps its input; elsewhere it is a chain of operations that keep more."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Norm.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None

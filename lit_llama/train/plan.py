@@ -1,0 +1,263 @@
+"""What a run will need and whether it fits, said before any weight is read: config.json and the data's lengths do."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import get_args
+
+from lit_llama.device import (
+    Numerics,
+    TrainingPrecision,
+    gpu_numerics,
+    numerics,
+    pick_device,
+    resident_memory,
+    total_memory,
+)
+from lit_llama.errors import UserError
+from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.text.dataset import Split, collate, largest_group
+from lit_llama.train.config import Checkpointing, TrainConfig
+from lit_llama.train.footprint import Build, Shape, Sizes
+from lit_llama.train.loss import CHUNK
+from lit_llama.train.method import Method
+from lit_llama.train.optim import STATE_BYTES
+
+CUDA_BYTES = 500 * 10**6
+"""What a CUDA context and its libraries take; an assumption, as it differs from GPU to GPU."""
+_UNITS = {"": 1, "M": 10**6, "MB": 10**6, "MiB": 2**20, "G": 10**9, "GB": 10**9, "GiB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What there is.
+
+    Args:
+        total: Bytes that the run may take.
+        program: Those that Python and torch take of them before any tensor is there.
+    """
+
+    total: int
+    program: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run, what it needs, and what there is.
+
+    Args:
+        config: Shape of the base.
+        splits: The data.
+        method: What trains.
+        train: Course of the training.
+        numerics: Where and in which numbers.
+        quantize: How the base's linear layers are stored, if not in the dtype of `numerics`.
+        seed: Of the order of the samples.
+        memory: What there is.
+    """
+
+    config: LLaMAConfig
+    splits: Mapping[str, Split]
+    method: Method
+    train: TrainConfig
+    numerics: Numerics
+    quantize: Quantization | None
+    seed: int
+    memory: Memory
+    _passes: dict[object, int] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.train.steps(len(self.splits["train"]))
+
+    @cached_property
+    def largest(self) -> Shape:
+        """The largest micro-batch that the steps of this run meet."""
+        return self._shape("train", self.train.batch_size, self.steps)
+
+    @cached_property
+    def largest_test(self) -> Shape:
+        """The same of an evaluation, which takes the whole test split at once."""
+        return self._shape("test", len(self.splits["test"]), 1)
+
+    def _shape(self, name: str, batch_size: int, steps: int) -> Shape:
+        split, tokens = self.splits[name], self.train.micro_batch_tokens
+        rows = largest_group(
+            split.lengths, batch_size=batch_size, micro_batch_tokens=tokens, seed=self.seed, steps=steps
+        )
+        batch = collate([split[row] for row in rows])
+        return Shape(batch.lengths, len(batch.targets))
+
+    @cached_property
+    def build(self) -> Build:
+        """The model as this run has it."""
+        return Build(
+            config=self.config,
+            method=self.method,
+            numerics=self.numerics,
+            checkpointing=self.train.activation_checkpointing,
+            quantize=self.quantize,
+        )
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of the base, and how many values are trained."""
+        return self.build.sizes()
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Bytes that are there from the first step to the last."""
+        trained = self.sizes.trained
+        return {
+            "weights": self.sizes.base,
+            "adapter": 4 * trained * (2 if self.train.keep == "best" else 1),
+            "gradients": 4 * trained,
+            "optimizer": int(STATE_BYTES[self.train.optimizer] * trained),
+        }
+
+    @cached_property
+    def passing(self) -> dict[str, int]:
+        """Bytes that come and go, never two of them at once."""
+        on_cpu = self.numerics.device.type == "cpu"
+        return {
+            "training": self._pass("training", self.largest, self.build.training_peak) + self.sizes.unpacked,
+            "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + self.sizes.unpacked,
+            # A file is written from the CPU's memory, whole.
+            "saving": self.kept["adapter"] + self.kept["optimizer"] if on_cpu else 0,
+        }
+
+    def _pass(self, name: str, shape: Shape, peak: Callable[[Shape], int]) -> int:
+        """A peak, found once for all plans that were made out of each other: what is quantised changes none."""
+        key = (name, name == "training" and self.train.activation_checkpointing, *shape.lengths, shape.trained)
+        if key not in self._passes:
+            self._passes[key] = peak(shape)
+        return self._passes[key]
+
+    @property
+    def resting(self) -> int:
+        """Bytes between two steps."""
+        return self.memory.program + sum(self.kept.values())
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at any time."""
+        return self.resting + max(self.passing.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is as much memory as is needed."""
+        # What cannot rest need not be run, which takes longer to find out.
+        return self.resting <= self.memory.total and self.peak <= self.memory.total
+
+    @property
+    def roomy(self) -> bool:
+        """Whether a CPU's heap may have holes as large as all that comes and goes; see device.keep_freed_memory."""
+        return self.fits and self.peak + max(self.passing.values()) <= self.memory.total
+
+    @property
+    def merging(self) -> int:
+        """Bytes that finetune/merge.py takes to compare the merged model with base and adapter, one after the other."""
+        return self.sizes.plain + self.kept["adapter"]
+
+    @property
+    def logits(self) -> int:
+        """Bytes of the logits that are held at once, in the dtype of the products and in float32."""
+        half = (self.numerics.product or self.numerics.linear).itemsize
+        return min(CHUNK, self.largest.trained) * self.config.vocab_size * (4 + (half if half < 4 else 0))
+
+    def changed(self, checkpointing: Checkpointing, micro_batch_tokens: int, quantize: Quantization | None) -> "Plan":
+        """The same run with other settings."""
+        train = replace(self.train, activation_checkpointing=checkpointing, micro_batch_tokens=micro_batch_tokens)
+        return replace(self, train=train, quantize=quantize)
+
+    def tokens(self) -> tuple[int, int]:
+        """Tokens that the run goes through, and how many of them are trained, as far as its steps take whole epochs."""
+        split = self.splits["train"]
+        passes = min(self.steps * self.train.batch_size / len(split), self.train.epochs)
+        return round(passes * int((split.lengths - 1).sum())), round(passes * split.trained_tokens())
+
+
+def make_plan(
+    method: Method,
+    config: LLaMAConfig,
+    splits: Mapping[str, Split],
+    *,
+    train: TrainConfig,
+    precision: TrainingPrecision,
+    quantize: Quantization | None = None,
+    seed: int,
+    memory: str | None = None,
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        method: What trains.
+        config: Shape of the base.
+        splits: The data.
+        train: Course of the training.
+        precision: Of base and computation.
+        quantize: How the base's linear layers are stored, if not in the dtype of `precision`.
+        seed: Of the order of the samples.
+        memory: Of a GPU that is not here, such as 16GB; None plans for this machine.
+
+    Raises:
+        UserError: `memory` is no amount.
+        ResourceError: This machine does not compute in `precision`.
+    """
+    if memory is None:
+        device = pick_device()
+        numbers = numerics(precision, device)
+        program = resident_memory() if device.type == "cpu" else CUDA_BYTES
+        there = Memory(total=total_memory(device), program=program)
+    else:
+        numbers, there = gpu_numerics(precision), Memory(total=parse_memory(memory), program=CUDA_BYTES)
+    return Plan(
+        config=config,
+        splits=splits,
+        method=method,
+        train=train,
+        numerics=numbers,
+        quantize=quantize,
+        seed=seed,
+        memory=there,
+    )
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of an amount such as 16GB, 16GiB or 500M."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2] not in _UNITS or not float(found[1]):
+        raise UserError(f"--plan_memory is {text!r}, expected an amount such as 16GB or 15.5GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def smaller(plan: Plan) -> Iterator[Plan]:
+    """The same run with settings that need less memory, the mildest changes first, each as far as it must go.
+
+    A micro-batch is never cut below its longest sample, so a budget below that changes nothing.
+    """
+    longest = int(plan.splits["train"].lengths.max())
+    modes = get_args(Checkpointing)
+    for store in dict.fromkeys((plan.quantize, plan.quantize or "nf4")):
+        for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
+            tokens = plan.train.micro_batch_tokens
+            while True:
+                other = plan.changed(mode, tokens, store)
+                if other != plan:
+                    yield other
+                if other.resting > other.memory.total or other.fits or tokens <= longest:
+                    break
+                tokens = max(tokens // 2, longest)
+
+
+def lighter(plan: Plan) -> list[Plan]:
+    """The same run with one setting changed by one notch, where that needs less memory."""
+    train, modes = plan.train, get_args(Checkpointing)
+    mode, tokens = train.activation_checkpointing, train.micro_batch_tokens
+    half = max(tokens // 2, int(plan.splits["train"].lengths.max()))
+    changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
+    changes += [(mode, tokens, plan.quantize or "nf4")]
+    found = [plan.changed(*change) for change in changes]
+    return [other for other in found if other.peak < plan.peak]

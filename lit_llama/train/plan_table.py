@@ -1,0 +1,154 @@
+"""The plan of a run as people read it: a table, one line, and what to do where the run does not fit."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lit_llama.device import TrainingPrecision
+from lit_llama.errors import ResourceError
+from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.text.dataset import SPLITS, Split, read_meta
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.method import Method
+from lit_llama.train.plan import Plan, lighter, make_plan, smaller
+
+
+def print_plan(
+    method: Method,
+    checkpoint_dir: Path,
+    data_dir: Path,
+    *,
+    train: TrainConfig,
+    precision: TrainingPrecision,
+    quantize: Quantization | None,
+    seed: int,
+    memory: str | None,
+) -> None:
+    """Print the plan of a run on stdout; of the checkpoint only config.json is read. See `make_plan`.
+
+    Raises:
+        ResourceError: It does not fit.
+    """
+    config = LLaMAConfig.from_folder(checkpoint_dir)
+    read_meta(data_dir)
+    splits = {name: Split(data_dir, name) for name in SPLITS}
+    plan = make_plan(
+        method, config, splits, train=train, precision=precision, quantize=quantize, seed=seed, memory=memory
+    )
+    Console().print(table(plan))
+    if not plan.fits:
+        raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
+
+
+def table(plan: Plan) -> Table:
+    """The plan for people: what is needed, out of what there is, and what the run will go through."""
+    device = plan.numerics.device.type
+    found = Table(title=f"Plan: {_settings(plan)}", title_justify="left", box=box.SIMPLE_HEAD)
+    found.add_column("memory")
+    found.add_column("GB", justify="right")
+    found.add_column("what it is")
+    kept, passing, largest = plan.kept, plan.passing, plan.largest
+    notes = {
+        "program": "python and torch" if device == "cpu" else "CUDA context and libraries (assumed)",
+        "weights": f"frozen, {plan.quantize or _name(plan.numerics.linear)}",
+        "adapter": f"{plan.sizes.trained:,} values, float32",
+        "gradients": "float32",
+        "optimizer": plan.train.optimizer,
+        "training": f"largest micro-batch: {sum(largest.lengths):,} tokens of {len(largest.lengths)} samples, "
+        f"{largest.trained:,} trained; logits {_gb(plan.logits)} of it",
+        "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens",
+        "saving": "adapter and optimizer",
+    }
+    for name, size in {"program": plan.memory.program, **kept, **passing}.items():
+        found.add_row(name, _gb(size), notes[name] + (" (one of these three at a time)" if name == "saving" else ""))
+    found.add_section()
+    found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}")
+    found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
+    found.add_section()
+    found.add_row("run", "", _course(plan))
+    return found
+
+
+def short(plan: Plan) -> str:
+    """The plan in one line."""
+    kept = sum(plan.kept.values()) - plan.kept["weights"]
+    return (
+        f"{_gb(plan.peak)} GB of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
+        f"program {_gb(plan.memory.program)}, weights {_gb(plan.kept['weights'])}, adapter with gradients and "
+        f"optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} ({sum(plan.largest.lengths):,} tokens), "
+        f"evaluation {_gb(plan.passing['evaluation'])}"
+    )
+
+
+def does_not_fit(plan: Plan) -> str:
+    """The one number that decides, against what there is."""
+    least = plan.resting > plan.memory.total
+    need = f"{_gb(plan.resting)} GB before the first step" if least else f"{_gb(plan.peak)} GB"
+    return f"the run needs {need}, there are {_gb(plan.memory.total)} GB on the {plan.numerics.device.type}"
+
+
+def advice(plan: Plan) -> str:
+    """Settings with which the run fits, found by planning with them, or what to do where none does."""
+    found = list(islice((_change(plan, other) for other in smaller(plan) if other.fits), 3))
+    return f"it fits with {', or '.join(found)}" if found else "no setting makes it fit; take a smaller base"
+
+
+@contextmanager
+def explained(plan: Plan) -> Iterator[None]:
+    """Running out of memory inside is an error that shows the plan and three smaller settings.
+
+    Raises:
+        ResourceError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's has no class
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        found = ", or ".join(_change(plan, other) for other in lighter(plan)[:3])
+        way_out = f"try {found}" if found else "take a smaller base, or a larger machine"
+        raise ResourceError(f"out of memory; the plan was {short(plan)}; {way_out}") from error
+
+
+def _change(plan: Plan, other: Plan) -> str:
+    """What is to be typed to come from one to the other, and what that needs."""
+    flags = []
+    if other.train.micro_batch_tokens != plan.train.micro_batch_tokens:
+        flags.append(f"--train.micro_batch_tokens {other.train.micro_batch_tokens}")
+    if other.train.activation_checkpointing != plan.train.activation_checkpointing:
+        flags.append(f"--train.activation_checkpointing {other.train.activation_checkpointing}")
+    if other.quantize != plan.quantize:
+        flags.append(f"--quantize {other.quantize}")
+    return f"{' '.join(flags)} ({_gb(other.peak)} GB)"
+
+
+def _settings(plan: Plan) -> str:
+    train, numbers = plan.train, plan.numerics
+    product = f", products in {_name(numbers.product)}" if numbers.product else ""
+    return (
+        f"{plan.config.num_hidden_layers} layers in {_name(numbers.linear)}{product}, "
+        f"micro_batch_tokens {train.micro_batch_tokens}, activation_checkpointing {train.activation_checkpointing}"
+    )
+
+
+def _course(plan: Plan) -> str:
+    tokens, trained = plan.tokens()
+    return (
+        f"{plan.steps:,} steps of {plan.train.batch_size} samples, {tokens:,} tokens, {trained:,} of them trained; "
+        "the time is known after the first steps"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,35 @@
+"""The worst micro-batch first, so that running out of memory happens in the first minute."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lit_llama.text.dataset import Batch, Split, collate, largest_group
+from lit_llama.train.config import TrainConfig
+
+
+def largest_batch(split: Split, config: TrainConfig, seed: int) -> Batch:
+    """The largest micro-batch that the steps of a run meet."""
+    rows = largest_group(
+        split.lengths,
+        batch_size=config.batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=seed,
+        steps=config.steps(len(split)),
+    )
+    return collate([split[row] for row in rows])
+
+
+def warm_up(loss_of: nn.Module, backward: Callable[[Tensor], object], batch: Batch) -> None:
+    """Run `batch` forward and backward and leave no trace: no gradients, the same random numbers afterwards.
+
+    It runs twice, as the second time meets the gradients of the first, and real steps have several micro-batches.
+    """
+    device = next(loss_of.parameters()).device
+    ids, select, targets = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.select, batch.targets))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            backward(loss_of(ids, batch.lengths, select, targets))
+    for parameter in loss_of.parameters():
+        parameter.grad = None

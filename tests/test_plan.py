@@ -1,0 +1,197 @@
+"""The plan against what a step really takes, and what is said when it does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
+
+from lit_llama.device import Numerics, gpu_numerics
+from lit_llama.errors import ResourceError, UserError
+from lit_llama.folder import write_json
+from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.text.dataset import Split
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.footprint import Build, Shape
+from lit_llama.train.loss import TokenLoss
+from lit_llama.train.method import LoRA
+from lit_llama.train.plan import Plan, lighter, make_plan, parse_memory, smaller
+from lit_llama.train.plan_table import advice, explained, short
+from lit_llama.train.warm_up import largest_batch, warm_up
+
+CPU = torch.device("cpu")
+LLAMA_13B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 samples of 20 to 600 tokens, half of each trained. Do not change it."""
+    folder = tmp_path_factory.mktemp("plan") / "data"
+    draw = np.random.Generator(np.random.PCG64(0))
+    samples = []
+    for length in draw.integers(20, 600, 400).tolist():
+        ids = list(range(3, 3 + length))
+        samples.append(Sample(ids, [-100] * (length // 2) + ids[length // 2 :]))
+    write_splits(folder, {"train": samples[:380], "test": samples[380:]})
+    write_json(folder / "meta.json", {"format": 1})
+    return folder
+
+
+def plan_of(data: Path, config: LLaMAConfig, **changes: Any) -> Plan:
+    settings: dict[str, Any] = {"precision": "16-mixed", "train": TrainConfig(), "memory": "32GB"}
+    splits = {name: Split(data, name) for name in ("train", "test")}
+    return make_plan(LoRA(LoRAConfig()), config, splits, seed=0, **(settings | changes))
+
+
+@pytest.mark.parametrize("arguments", ["float32 none 768", "float32 full 2048", "bfloat16 selective 1024"])
+def test_the_plan_is_within_15_percent_of_what_a_step_takes(arguments: str) -> None:
+    """A step of 38 million weights in a process of its own; catches whatever the plan forgets or counts twice."""
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("measures through /proc")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "measure_step.py"), *arguments.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["planned"] > 1.5 * found["weights"], "activations count"
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_deep_model_is_as_many_of_its_layers(mode: Any, mixed: bool) -> None:
+    """Seven layers, extrapolated and run in full; catches a layer counted twice, or never."""
+    half = torch.bfloat16
+    numbers = Numerics(device=CPU, linear=half, rest=torch.float32 if mixed else half, product=half if mixed else None)
+    config = tiny_config(num_hidden_layers=7)
+    build = Build(config=config, method=LoRA(LoRAConfig()), numerics=numbers, checkpointing=mode)
+    shape = Shape([60, 50, 20], 80)
+    assert build.training_peak(shape) == pytest.approx(build._run(shape, train=True), rel=1e-3)
+    assert build.evaluation_peak(shape) == pytest.approx(build._run(shape, train=False), rel=1e-3)
+
+
+def test_sizes_are_those_of_the_model() -> None:
+    """Catches a tied head that is counted twice, and adapters that are not counted."""
+    model = tiny_model(tie_word_embeddings=True)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    build = Build(
+        config=model.config,
+        method=LoRA(LoRAConfig()),
+        numerics=Numerics(device=CPU, linear=torch.bfloat16, rest=torch.bfloat16),
+        checkpointing="none",
+    )
+    apply_lora(model, LoRAConfig())
+    trained = sum(parameter.numel() for parameter in lora_parameters(model))
+    assert build.sizes() == (2 * weights, 2 * weights, trained, 0)
+    assert replace(build, quantize="nf4").sizes().base < 2 * weights
+
+
+def test_13b_on_a_v100_is_answered_without_weights(data: Path, tmp_path: Path) -> None:
+    """The door's answer from config.json alone: 16 GB need four bits, 32 GB a checkpointed pass, 80 GB nothing."""
+    checkpoint = tmp_path / "13b"
+    checkpoint.mkdir()
+    write_json(checkpoint / "config.json", LLAMA_13B)
+    flags = ("--checkpoint_dir", checkpoint, "--data_dir", data, "--precision", "16-mixed", "--plan_memory")
+    small, middle, large = (run_here("finetune/lora.py", *flags, size) for size in ("16GB", "32GB", "80GB"))
+    assert (small.returncode, middle.returncode, large.returncode) == (5, 5, 0)
+    assert small.stderr.startswith("error: the run needs 27.") and small.stderr.count("\n") == 1
+    assert "--quantize nf4" in small.stderr and "full (" not in small.stderr
+    assert "--train.activation_checkpointing full (29." in middle.stderr
+    for result in (small, middle, large):
+        assert "weights" in result.stdout and "largest micro-batch" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"13b"}
+
+
+def test_what_is_advised_fits_and_is_less(data: Path) -> None:
+    """Catches advice that was never tried, and the settings of the run itself as advice."""
+    config = LLaMAConfig.from_dict(LLAMA_13B)
+    for memory in ("16GB", "32GB"):
+        plan = plan_of(data, config, memory=memory)
+        assert not plan.fits and any(other.fits for other in smaller(plan))
+        assert all(other.peak <= plan.peak for other in smaller(plan))
+    assert advice(plan_of(data, config, memory="5GB")) == "no setting makes it fit; take a smaller base"
+
+
+def test_quantised_and_best_adapters_are_counted(data: Path) -> None:
+    """Catches a plan that ignores a setting."""
+    plain = plan_of(data, tiny_config(max_position_embeddings=1024))
+    kept = plan_of(data, plain.config, train=TrainConfig(keep="best")).kept["adapter"]
+    assert kept == 2 * plain.kept["adapter"]
+    sgd = plan_of(data, plain.config, train=TrainConfig(optimizer="sgd"))
+    assert sgd.kept["optimizer"] * 2 == plain.kept["optimizer"]
+    assert gpu_numerics("auto").linear == torch.bfloat16
+
+
+@pytest.mark.parametrize(("text", "size"), [("16GB", 16e9), ("15.5 GiB", 15.5 * 2**30), ("500M", 5e8), ("1000", 1000)])
+def test_amounts_of_memory(text: str, size: float) -> None:
+    """Catches thousands taken for 1024."""
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "16TB", "-1GB", "0GB"])
+def test_what_is_no_amount_is_refused(text: str) -> None:
+    """Catches nonsense that is planned with."""
+    with pytest.raises(UserError, match=r"--plan_memory is .*expected an amount such as 16GB"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000000 bytes."),
+    ],
+)
+def test_running_out_of_memory_says_what_to_change(error: Exception, data: Path) -> None:
+    """Catches a traceback after hours, and advice that needs as much."""
+    plan = plan_of(data, tiny_config(max_position_embeddings=1024))
+    with pytest.raises(ResourceError) as caught, explained(plan):
+        raise error
+    message = str(caught.value)
+    assert short(plan) in message and message.count("--") == 3 and "\n" not in message
+    assert all(other.peak < plan.peak for other in lighter(plan))
+    with pytest.raises(RuntimeError, match="shape"), explained(plan):
+        raise RuntimeError("shape mismatch")
+
+
+def test_the_warm_up_leaves_no_trace(data: Path) -> None:
+    """Catches gradients that go into the first step, and random numbers that are used up."""
+    split, model = Split(data, "train"), tiny_model(vocab_size=700, max_position_embeddings=1024)
+    apply_lora(model, LoRAConfig(dropout=0.5))
+    loss_of = TokenLoss(model).train()
+    before = [parameter.clone() for parameter in model.parameters()]
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    ran: list[int] = []
+    batch = largest_batch(split, TrainConfig(), 0)
+    warm_up(loss_of, lambda loss: (ran.append(1), loss.backward()), batch)
+    assert torch.equal(torch.rand(3), wanted) and ran
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert len(batch.input_ids) > 1900 and loss_of.training

@@ -17,6 +17,8 @@ from lit_llama.text.report.characters import code_points
 
 SHINGLE = 5  # characters
 SIMILARITY = 0.8
+NEAR_DUPLICATES = 200_000
+"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 200 MB."""
 _BINS, _BANDS, _PER_BAND = 128, 25, 5
 _SKETCH = 256  # smallest hashes kept of a row; a row with fewer shingles is kept whole
 _LIKELY = 0.6  # of equal bins, five standard deviations below SIMILARITY

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.report.duplicates import NEAR_DUPLICATES as NEAR_DUPLICATES
 from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest
 from lit_llama.text.report.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
 from lit_llama.text.split import normalised
@@ -56,7 +57,8 @@ class Findings:
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
     """
 
-    def __init__(self, *, near_duplicates: int = 200_000) -> None:
+    def __init__(self, *, near_duplicates: int = NEAR_DUPLICATES) -> None:
+        self._limit = near_duplicates
         self._near = NearDuplicates(near_duplicates)
         self._pending: list[tuple[str, str]] = []
         self._characters = 0
@@ -121,6 +123,7 @@ class Findings:
             "rows": rows,
             "splits": {name: self._counts(split == code) for name, code in self._splits.items() if code in split},
             "near_duplicates_checked": near is not None,
+            "near_duplicates_limit": self._limit,
             "duplicates": duplicates(exact, first, near, lister),
             "leakage": leakage(exact, same, first, near, train, test, lister),
             "conflicting": conflicting(asked, same, _key(""), train, test, lister),
@@ -200,6 +203,17 @@ def _key(*texts: str) -> int:
     """8 bytes for texts in this order; 0xFF stands in no UTF-8."""
     data = b"\xff".join(text.encode("utf-8", "surrogatepass") for text in texts)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def unchecked(rows: int, limit: int) -> str:
+    """Why near-duplicates were not looked for, and what would do it.
+
+    Args:
+        rows: How many there are.
+        limit: Up to how many they were to be looked for.
+    """
+    why = f"there are {rows:,} rows, more than --near_duplicates {limit}" if limit else "--near_duplicates is 0"
+    return f"{why}; --near_duplicates {rows} would take about {max(1, rows // 1000):,} MB of memory"
 
 
 def refused(answer: str) -> bool:

@@ -11,7 +11,6 @@ from lit_llama.text.report.pairs import CUT
 from lit_llama.text.report.show import ShownSample, ShownToken, visible
 
 LISTED = 50  # rows shown before a list is folded
-FOLDED = 1000  # and in all; the others are in report.json
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
 _FLAG = re.compile(r"--\w+")
 
@@ -69,7 +68,7 @@ def render_page(report: Mapping[str, Any], samples: Sequence[ShownSample]) -> st
     package = files("lit_llama.text.report")
     template = environment.from_string((package / "report.html.jinja").read_text("utf-8"))
     style = Markup((package / "report.css").read_text("utf-8"))  # ours, nothing of the data's
-    return template.render(report, style=style, samples=samples, value=value, listed=LISTED, folded=FOLDED)
+    return template.render(report, style=style, samples=samples, value=value, listed=LISTED)
 
 
 def number(value: float) -> str:

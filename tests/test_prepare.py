@@ -339,3 +339,33 @@ def test_memory_does_not_grow_with_what_was_written(tmp_path: Path) -> None:
             assert texts[number // 2] == values[number // 2]
     assert [texts[number] for number in range(299, -1, -1)] == values[::-1] and len(texts) == 300
     assert not list(tmp_path.iterdir()), "the file has no name, so that nothing is left of it"
+
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from lit_llama.text.prepare import Rules
+from lit_llama.text.records import prepare_records
+
+folder, rows, split, tokenizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+with (folder / "rows.jsonl").open("w") as file:
+    for n in range(rows):
+        file.write(json.dumps({"instruction": f"{n // 99} {n % 99} ?", "output": "yes" if n % 4 else ""}) + "\\n")
+rules = Rules(max_seq_length=100, mask_inputs=True, train_on="all", overflow="drop", split=split, test_split_size=0.1,
+              seed=1, near_duplicates=0)
+options = {"tokenizer_path": tokenizer, "prompt_style": "plain", "rules": rules}
+prepare_records([str(folder / "rows.jsonl")], folder / "data", **options)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.parametrize("split", ["hash", "shuffle"])
+def test_memory_hardly_grows_with_the_rows(split: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches tokens, words or places of rows that are kept: 100 bytes of each are allowed, and 4 MB of noise."""
+    peaks = []
+    for rows in (20_000, 60_000):
+        (folder := tmp_path / str(rows)).mkdir()
+        command = [sys.executable, "-c", PEAK, folder, rows, split, tiny_folder]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 100 * 40_000 + 4_000_000, peaks

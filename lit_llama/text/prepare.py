@@ -10,7 +10,7 @@ from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
 from lit_llama.text.blocks import Block, encode_blocks, read_blocks
 from lit_llama.text.conversation import Conversation, Message
-from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, Split, step_plan
+from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
 from lit_llama.text.losses import Losses
 from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
@@ -235,13 +235,10 @@ class _Work:
         return words(self._texts[number][0])
 
     def shown(self, tokenizer: Tokenizer) -> list[ShownSample]:
-        """The first samples of each split, and the longest of train."""
+        """The first samples of each split, and the longest."""
         shown = []
         for name, wanted in (("train", 6), ("test", 2)):
-            split = Split(self._folder, name)
-            rows = dict.fromkeys([*range(min(wanted, len(split))), int(split.lengths.argmax())])
-            for row in rows:
-                ids, labels = split[row]
+            for row, (ids, labels) in self.sides.counts[name].shown(wanted).items():
                 where = f"{name} {row}"
                 shown.append(shown_sample(tokenizer, ids.tolist(), labels.tolist(), row=row, where=where, split=name))
         return shown

@@ -15,6 +15,9 @@ from lit_llama.text.dataset import SPLITS
 from lit_llama.text.encode import IGNORE_INDEX
 
 SplitRule = Literal["hash", "shuffle", "given", "from"]
+Pair = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+SHOWN = 6
+"""Most of the first samples of a split that are remembered for the report."""
 _GATHERED = 5000  # samples brought into their order at a time
 
 
@@ -106,16 +109,31 @@ class _Aside:
 
 
 class _Counts:
-    """What a split holds."""
+    """What a split holds, and a few of its samples, so that nobody has to read it again."""
 
     def __init__(self) -> None:
         self.samples = self.tokens = self.trained = self.longest = 0
+        self.first: list[Pair] = []
+        self.longest_sample: tuple[int, Pair] | None = None
 
     def add(self, batch: Samples) -> None:
+        self._remember(batch)
         self.samples += len(batch.lengths)
         self.tokens += int(batch.lengths.sum())
         self.trained += int(trained_tokens(batch).sum())
         self.longest = max(self.longest, int(batch.lengths.max(initial=0)))
+
+    def _remember(self, batch: Samples) -> None:
+        wanted = range(min(SHOWN - len(self.first), len(batch.lengths)))
+        self.first += [batch.sample(index) for index in wanted]
+        if batch.lengths.max(initial=0) > self.longest:
+            index = int(batch.lengths.argmax())
+            self.longest_sample = self.samples + index, batch.sample(index)
+
+    def shown(self, wanted: int) -> dict[int, Pair]:
+        """The first samples, and the longest one, by their numbers in the split."""
+        assert wanted <= SHOWN
+        return dict(enumerate(self.first[:wanted])) | dict([self.longest_sample] if self.longest_sample else [])
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         names = ("rows", "tokens", "trained_tokens", "longest")

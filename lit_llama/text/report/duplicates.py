@@ -34,8 +34,12 @@ Pairs = tuple[Rows, Rows, npt.NDArray[np.float64]]
 
 def earliest(keys: Keys) -> Rows:
     """(N,) index of the first row with the same key; a row that repeats none has its own."""
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    return first[group]
+    order = np.argsort(keys, kind="stable")  # np.unique would take twice the memory
+    ranked = keys[order]
+    starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1])[: len(keys)])
+    first = np.empty(len(keys), np.int64)
+    first[order] = np.repeat(order[starts], np.diff(np.append(starts, len(keys))))
+    return first
 
 
 def partners(keys: Keys, sought: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_]) -> Rows:

@@ -112,13 +112,13 @@ class Findings:
                 text.
         """
         self._take_in()
-        exact, same, asked = (np.array(keys, np.uint64) for keys in (self._exact, self._same, self._asked))
-        split = np.array(self._split)
+        exact, same, asked = (np.asarray(keys, np.uint64) for keys in (self._exact, self._same, self._asked))
+        split = np.asarray(self._split)
         train, test = (split == self._splits.get(name, -1) for name in ("train", "test"))
         first = earliest(same)
         near = self._near.pairs(first == np.arange(len(first))) if self._near.active else None
         lister, rows = Lister(self._place, text_of), len(split)
-        untrained = np.flatnonzero(np.array(self._trained) == 0)
+        untrained = np.flatnonzero(np.asarray(self._trained) == 0)
         return {
             "rows": rows,
             "splits": {name: self._counts(split == code) for name, code in self._splits.items() if code in split},
@@ -138,7 +138,8 @@ class Findings:
 
     def lengths_of(self, split: str) -> npt.NDArray[np.int64]:
         """(N,) tokens of the samples of a split, in the order in which they came."""
-        return np.array(self._tokens, np.int64)[np.array(self._split) == self._splits.get(split, -1)]
+        inside = np.asarray(self._split) == self._splits.get(split, -1)
+        return np.asarray(self._tokens)[inside].astype(np.int64)
 
     def _take_in(self) -> None:
         if not self._pending:
@@ -173,7 +174,7 @@ class Findings:
         return {"row": self._rows[index], "where": where, "split": list(self._splits)[self._split[index]]}
 
     def _counts(self, inside: Mask) -> dict[str, int]:
-        tokens, trained = np.array(self._tokens)[inside], np.array(self._trained)[inside]
+        tokens, trained = np.asarray(self._tokens)[inside], np.asarray(self._trained)[inside]
         return {
             "rows": len(tokens),
             "tokens": int(tokens.sum(dtype=np.int64)),
@@ -194,7 +195,7 @@ class Findings:
         return {"letters": total, "rows_without_letters": int((script < 0).sum()), "by_script": found}
 
     def _longest(self) -> list[dict[str, Any]]:
-        tokens = np.array(self._tokens)
+        tokens = np.asarray(self._tokens)
         order = np.argsort(-tokens, kind="stable")[:LISTED].tolist()
         return [self._place(i) | {"tokens": self._tokens[i], "trained_tokens": self._trained[i]} for i in order]
 
@@ -225,7 +226,7 @@ def refused(answer: str) -> bool:
 
 def lengths(values: Iterable[int]) -> dict[str, Any]:
     """Percentiles (values that occur) and a histogram of at most 40 bins, bin k from k * width on."""
-    given = np.array(values, np.int64)
+    given = np.asarray(values, np.int64)
     if not len(given):
         return {"sum": 0, "mean": 0.0, "percentiles": {}, "histogram": {"width": 1, "counts": []}}
     points = np.percentile(given, PERCENTILES, method="inverted_cdf").tolist()

@@ -350,7 +350,8 @@ from lit_llama.text.records import prepare_records
 folder, rows, split, tokenizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 with (folder / "rows.jsonl").open("w") as file:
     for n in range(rows):
-        file.write(json.dumps({"instruction": f"{n // 99} {n % 99} ?", "output": "yes and no " * 9 * (n % 4 > 0)}) + "\\n")
+        answer = "yes and no " * 9 if n % 4 else ""
+        file.write(json.dumps({"instruction": f"{n // 99} {n % 99} ?", "output": answer}) + "\\n")
 rules = Rules(max_seq_length=100, mask_inputs=True, train_on="all", overflow="drop", split=split, test_split_size=0.1,
               seed=1, near_duplicates=0)
 options = {"tokenizer_path": tokenizer, "prompt_style": "plain", "rules": rules}

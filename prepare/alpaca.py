@@ -21,6 +21,7 @@ def main(
     data_file_name: str = "alpaca_data_cleaned_archive.json",
     prompt_style: StyleName = "alpaca",
     overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
+    near_duplicates: int = 200_000,
 ) -> None:
     """Split, render, tokenize and mask; writes splits train and test into destination_path.
 
@@ -35,6 +36,7 @@ def main(
         prompt_style: How an instruction is put to the model.
         overflow: What becomes of a longer row: dropped, losing the beginning of its question, losing the end of its
             answer (not the end-of-text token), cut into several samples between turns, or an error.
+        near_duplicates: Rows up to which nearly equal rows are looked for, at 1 kB of memory a row; 0 for not at all.
     """
     from lit_llama.text.alpaca import prepare_alpaca
     from lit_llama.text.prepare import Rules
@@ -48,6 +50,7 @@ def main(
         split="shuffle",
         test_split_size=test_split_size,
         seed=seed,
+        near_duplicates=near_duplicates,
     )
     prepare_alpaca(
         destination_path,

@@ -23,10 +23,14 @@ def main(
     split: Literal["hash", "shuffle", "given"] = "hash",
     test_split_size: float = 0.05,
     seed: int = 42,
+    split_from: Path | None = None,
+    near_duplicates: int = 200_000,
     fields: dict[str, str] | None = None,
     weights: list[float] | None = None,
     tree: Literal["best", "all"] = "best",
     on_error: Literal["stop", "skip"] = "stop",
+    shard: str | None = None,
+    shards: str | list[str] | None = None,
 ) -> None:
     """Read, render, tokenize, mask and split; writes train and test, a report and the prompt style.
 
@@ -46,10 +50,15 @@ def main(
             added), by shuffling as lit-llama did, or as the sources are divided.
         test_split_size: Rows held out for testing: their share, or with --split shuffle their number.
         seed: Of the split and of mixing.
+        split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
+            case and white space) are for testing, all others for training, in place of --split.
+        near_duplicates: Rows up to which nearly equal ones are looked for, at 1 kB of memory each; 0 for not at all.
         fields: Our names of fields and those in the data, as {"instruction":"question","output":"answer"}.
         weights: For several sources, how often a row is drawn from each, as [1,0.5].
         tree: Of a tree of messages, the best path or every one.
         on_error: A row that cannot be used stops the command, or is dropped with its reason.
+        shard: Encode one part of the rows only, such as 0/3, 1/3 or 2/3, into a folder of its own.
+        shards: The folders, or a pattern, of all these parts: put them together, as if all had been encoded here.
     """
     from lit_llama.text.prepare import Rules
     from lit_llama.text.records import prepare_records
@@ -63,6 +72,7 @@ def main(
         split=split,
         test_split_size=test_split_size,
         seed=seed,
+        near_duplicates=near_duplicates,
     )
     prepare_records(
         [source] if isinstance(source, str) else source,
@@ -74,6 +84,9 @@ def main(
         on_error=on_error,
         tree=tree,
         weights=weights,
+        split_from=split_from,
+        shard=shard,
+        shards=[shards] if isinstance(shards, str) else shards or (),
         plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 

@@ -20,6 +20,10 @@ def main(
     split: Literal["hash", "shuffle", "given"] = "hash",
     test_split_size: float = 0.05,
     seed: int = 42,
+    split_from: Path | None = None,
+    near_duplicates: int = 200_000,
+    shard: str | None = None,
+    shards: str | list[str] | None = None,
 ) -> None:
     """Read, tokenize, cut into windows and split; writes train and test and a report.
 
@@ -37,6 +41,11 @@ def main(
             as the sources are divided. All windows of a document stand on one side.
         test_split_size: Documents held out for testing: their share, or with --split shuffle their number.
         seed: Of the split.
+        split_from: A data folder, or a file like those of --source: its documents for testing are for testing here too
+            (whatever their case and white space), all others for training, in place of --split.
+        near_duplicates: Documents up to which nearly equal ones are looked for, at 1 kB of memory each; 0 for never.
+        shard: Encode one part of the documents only, such as 0/3, 1/3 or 2/3, into a folder of its own.
+        shards: The folders, or a pattern, of all these parts: put them together, as if all had been encoded here.
     """
     from lit_llama.text.prepare import Rules
     from lit_llama.text.records import prepare_records
@@ -50,6 +59,7 @@ def main(
         split=split,
         test_split_size=test_split_size,
         seed=seed,
+        near_duplicates=near_duplicates,
     )
     prepare_records(
         [source] if isinstance(source, str) else source,
@@ -58,6 +68,9 @@ def main(
         prompt_style="plain",
         rules=rules,
         documents=documents,
+        split_from=split_from,
+        shard=shard,
+        shards=[shards] if isinstance(shards, str) else shards or (),
         plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 

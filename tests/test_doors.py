@@ -255,7 +255,7 @@ def test_the_command_of_lit_llama_works_verbatim(tmp_path: Path, alpaca_file: Pa
     made = datasets.load_from_disk(str(tmp_path / "data" / "alpaca"))
     assert set(made) == {"train", "test"} and made["train"].column_names == ["input_ids", "labels"]
     meta = json.loads((tmp_path / "data" / "alpaca" / "meta.json").read_text())
-    dropped = sum(len(numbers) for numbers in meta["dropped"].values())
+    dropped = sum(tally["rows"] for tally in meta["dropped"].values())
     assert len(made["train"]) + len(made["test"]) + dropped == 2200
     assert len(made["train"]) <= 200 < len(made["test"]) <= 2000
     assert all(row["input_ids"] == row["labels"] and len(row["labels"]) <= 256 for row in made["train"])

@@ -18,13 +18,14 @@ from conftest import ROOT
 
 from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.folder import publish
-from lit_llama.text import prepare as module
+from lit_llama.text import blocks, losses
 from lit_llama.text.dataset import Split, read_meta
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import read_prompts
 from lit_llama.text.prepare import Rules
 from lit_llama.text.records import prepare_records
 from lit_llama.text.split import hash_side, shuffle_split
+from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer
 
 Prepare = Callable[..., dict[str, Any]]
@@ -47,7 +48,7 @@ EMPTY, TOO_LONG = ([n for n in range(120) if n % 10 == end] for end in (3, 6))
 
 RULES: dict[str, Any] = {
     **{"max_seq_length": 200, "mask_inputs": True, "train_on": "all", "overflow": "drop"},
-    **{"split": "hash", "test_split_size": 0.2, "seed": 1},
+    **{"split": "hash", "test_split_size": 0.2, "seed": 1, "near_duplicates": 1000},
 }
 
 
@@ -92,14 +93,20 @@ def test_every_row_is_kept_or_dropped_with_its_place(
     split: str, chunk: int, prepare: Prepare, rows: Path, tmp_path: Path, tiny_folder: Path, monkeypatch: Any
 ) -> None:
     """Catches rows lost between chunks or splits, and a place that is not the line in the file."""
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(blocks, "ROWS", chunk)
+    monkeypatch.setattr(losses, "FIRST", 9)
     meta = prepare(rows, split=split)
     assert meta == read_meta(tmp_path / "data")
+    reasons = {"empty output": EMPTY, "longer than 200 tokens": TOO_LONG}
     assert meta["dropped"] == {
-        "empty output": [f"{rows}:line {n + 1}" for n in EMPTY],
-        "longer than 200 tokens": [f"{rows}:line {n + 1}" for n in TOO_LONG],
+        reason: {"rows": 12, "first": [f"{rows}:line {n + 1}" for n in numbers[:9]]}
+        for reason, numbers in reasons.items()
     }
-    assert (meta["source"]["rows"], meta["kept"]) == (120, 96) and meta["cut"] == [] and meta["in_parts"] == 0
+    lost = sorted((n, reason) for reason, numbers in reasons.items() for n in numbers)
+    wanted = [{"where": f"{rows}:line {n + 1}", "what": "dropped", "reason": reason} for n, reason in lost]
+    assert [json.loads(line) for line in (tmp_path / "data" / "lost.jsonl").open()] == wanted
+    assert (meta["source"]["rows"], meta["kept"], meta["in_parts"]) == (120, 96, 0)
+    assert meta["cut"] == {"rows": 0, "first": []}
     tokenizer = Tokenizer.from_path(tiny_folder)
     found = [text for name in ("train", "test") for text in answers(tmp_path / "data", name, tokenizer)]
     usable = [n for n in range(120) if n not in EMPTY + TOO_LONG]
@@ -157,7 +164,7 @@ def test_all_parts_of_a_row_stand_on_the_side_of_the_whole(overflow: str, prepar
     path = tmp_path / "chats.json"
     path.write_text(json.dumps(chats))
     meta = prepare(path, max_seq_length=120, overflow=overflow)
-    assert meta["in_parts"] == 60 or len(meta["cut"]) == 60
+    assert meta["in_parts"] == 60 or meta["cut"]["rows"] == 60
     test = [json.loads(line)["messages"] for line in (tmp_path / "data" / "test.jsonl").open()]
     found = {int(turns[-1]["content"].split(":")[0]) for turns in test}
     wanted = {n for n in range(60) if hash_side(chats[n]["messages"][0]["content"], 0.2, 1) == "test"}
@@ -193,7 +200,7 @@ def test_plain_text_comes_in_windows(prepare: Prepare, tmp_path: Path) -> None:
 
 def test_a_split_without_rows_says_where_they_went(prepare: Prepare, rows: Path) -> None:
     """Catches a test loss of nothing, and an error without a way out."""
-    with pytest.raises(DataError, match=r"train split.*of 120 rows 12 empty output, 108 longer than 20 tokens"):
+    with pytest.raises(DataError, match=r"train split.*of 120 rows 108 longer than 20 tokens, 12 empty output"):
         prepare(rows, max_seq_length=20, test_split_size=0.001)
     with pytest.raises(DataError, match=r"test split.*--test_split_size is 1e-06, and --seed another draw"):
         prepare(rows, test_split_size=1e-6)
@@ -211,7 +218,7 @@ def test_a_row_that_cannot_be_used_stops_or_is_dropped(prepare: Prepare, tmp_pat
     with pytest.raises(DataError, match=r"bad.jsonl:line 31: no schema fits"):
         prepare(path)
     meta = prepare(path, on_error="skip", prompt_style="alpaca")
-    lost = {place: reason for reason, places in meta["dropped"].items() for place in places}
+    lost = {place: reason for reason, tally in meta["dropped"].items() for place in tally["first"]}
     assert [lost[f"{path}:line {n}"].split(" ")[0] for n in (31, 32, 33)] == ["no", "found", "the"]
     assert meta["source"]["rows"] == 123 == meta["kept"] + len(lost)
 
@@ -324,7 +331,7 @@ def test_a_full_disk_is_an_error_that_changes_nothing(prepare: Prepare, rows: Pa
 
 def test_memory_does_not_grow_with_what_was_written(tmp_path: Path) -> None:
     """Catches words of rows kept in memory."""
-    texts = module.Texts(tmp_path)
+    texts = Texts(tmp_path)
     values = [[{"role": "user", "content": f"{n} \ud800 北京 " * 50}] for n in range(300)]
     for number, value in enumerate(values):
         texts.add(value)
@@ -332,3 +339,34 @@ def test_memory_does_not_grow_with_what_was_written(tmp_path: Path) -> None:
             assert texts[number // 2] == values[number // 2]
     assert [texts[number] for number in range(299, -1, -1)] == values[::-1] and len(texts) == 300
     assert not list(tmp_path.iterdir()), "the file has no name, so that nothing is left of it"
+
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from lit_llama.text.prepare import Rules
+from lit_llama.text.records import prepare_records
+
+folder, rows, split, tokenizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+with (folder / "rows.jsonl").open("w") as file:
+    for n in range(rows):
+        answer = "yes and no " * 9 if n % 4 else ""
+        file.write(json.dumps({"instruction": f"{n // 99} {n % 99} ?", "output": answer}) + "\\n")
+rules = Rules(max_seq_length=100, mask_inputs=True, train_on="all", overflow="drop", split=split, test_split_size=0.1,
+              seed=1, near_duplicates=0)
+options = {"tokenizer_path": tokenizer, "prompt_style": "plain", "rules": rules}
+prepare_records([str(folder / "rows.jsonl")], folder / "data", **options)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.parametrize("split", ["hash", "shuffle"])
+def test_memory_hardly_grows_with_the_rows(split: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches tokens, words or places of rows that are kept: 100 bytes of each are allowed, and 4 MB of noise."""
+    peaks = []
+    for rows in (20_000, 60_000):
+        (folder := tmp_path / str(rows)).mkdir()
+        command = [sys.executable, "-c", PEAK, folder, rows, split, tiny_folder]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 100 * 40_000 + 4_000_000, peaks

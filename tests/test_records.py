@@ -17,6 +17,7 @@ from test_prepare import rows as rows  # a fixture
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text import records
 from lit_llama.text.dataset import read_meta
+from lit_llama.text.report.duplicates import NEAR_DUPLICATES
 
 
 @pytest.fixture
@@ -118,6 +119,7 @@ def test_whatever_changed_is_made_anew(
         {"fields": {"instruction": "instruction"}},
         {"tree": "all"},
         {"weights": [1.0]},
+        {"near_duplicates": 7},
     ],
 )
 def test_every_option_counts(option: dict[str, Any], prepare: Prepare, rows: Path, tmp_path: Path) -> None:
@@ -169,10 +171,37 @@ def test_all_rows_and_reasons_are_said(
     prepare(rows)
     out, err = capsys.readouterr()
     assert out == "" and f"{rows}: 120 rows = 96 kept (of them 0 cut) + 24 dropped" in err
-    assert "dropped, empty output: 12 (line 4, line 14," in err and "line 74, ...; all of them in meta.json)" in err
+    assert "dropped, empty output: 12 (line 4, line 14," in err and "line 74, ...; all of them in lost.jsonl)" in err
     assert "more than a tenth is dropped: raise --max_seq_length (200) or see --overflow" in err
     assert "recognised: 96 OpenAI messages, 24 Alpaca; prompt style chatml" in err
     assert f"look at report.html; ready for finetune/lora.py --data_dir {tmp_path / 'data'}" in err
+
+
+@pytest.mark.parametrize(("limit", "why"), [(0, "--near_duplicates is 0"), (95, "96 rows, more than --near_d")])
+def test_near_duplicates_that_are_not_looked_for_are_said(
+    limit: int, why: str, prepare: Prepare, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a check that is left out in silence, on stderr or in the report, and a flag that goes nowhere."""
+    assert prepare(rows)["near_duplicates_checked"] is True
+    assert "near-duplicates" not in capsys.readouterr().err
+    meta = prepare(rows, near_duplicates=limit)
+    assert (meta["near_duplicates"], meta["near_duplicates_checked"]) == (limit, False)
+    said = capsys.readouterr().err
+    assert why in said and "--near_duplicates 96 would take about 1 MB of memory" in said
+    report = json.loads((tmp_path / "data" / "report.json").read_text("utf-8"))
+    [note] = [warning for warning in report["warnings"] if warning["what"].startswith("Near-duplicates were not")]
+    assert "--near_duplicates 96 would" in note["why"]
+
+
+def test_the_doors_have_the_default_of_the_library(tmp_path: Path, rows: Path, tiny_folder: Path) -> None:
+    """Catches three defaults in place of one, and a negative number taken for something."""
+    flags = ["--source", rows, "--destination_path", tmp_path / "data", "--tokenizer_path", tiny_folder]
+    for door in ("records", "text", "alpaca"):
+        given = flags if door != "alpaca" else flags[2:]
+        printed = run_here(f"prepare/{door}.py", *given, "--print_config")
+        assert f"near_duplicates: {NEAR_DUPLICATES}\n" in printed.stdout, printed.stderr
+    refused = run_here("prepare/records.py", *flags, "--near_duplicates", -1)
+    assert refused.returncode == UserError.exit_status and "--near_duplicates is -1, expected" in refused.stderr
 
 
 def test_the_script_has_the_same_options_and_tells_the_report_of_training(

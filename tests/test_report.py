@@ -45,8 +45,11 @@ def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool
     meta = {
         "source": {"file": file, "sha256": "0" * 64, "rows": len(samples) + 73},
         "kept": len(samples),
-        "cut": [1],
-        "dropped": {"longer than 300 tokens": list(range(100, 172)), "empty output": [172]},
+        "cut": {"rows": 1, "first": [f"{file}:row 1"]},
+        "dropped": {
+            "longer than 300 tokens": {"rows": 72, "first": [f"{file}:row {row}" for row in range(100, 160)]},
+            "empty output": {"rows": 1, "first": [f"{file}:row 172"]},
+        },
         "max_seq_length": 300,
         "splits": {},
         "tokenizer": {"fingerprint": tokenizer.fingerprint(), "path": HOSTILE if hostile else "t"},
@@ -112,7 +115,8 @@ def test_the_rows_add_up_or_that_is_the_first_warning(
     """Rows that vanish without a word."""
     sums = made[1]["accounting"]
     assert sums["rows"] == sums["kept"] + sums["cut"] + sums["dropped"] and sums["adds_up"]
-    assert len(sums["dropped_rows"]["longer than 300 tokens"]) == 72 and sums["cut_rows"] == [f"{HOSTILE}:row 1"]
+    assert sums["dropped_rows"]["longer than 300 tokens"]["rows"] == 72
+    assert sums["cut_rows"] == {"rows": 1, "first": [f"{HOSTILE}:row 1"]}
     wrong = build(tmp_path / "wrong", tiny_folder, hostile=False, source={"file": "a.json", "sha256": "", "rows": 3})
     assert wrong["warnings"][0]["severity"] == "fix" and "add up" in wrong["warnings"][0]["what"]
 
@@ -134,7 +138,7 @@ def test_clean_data_raise_no_warning() -> None:
     for number in range(50):
         word = f"{number * 7919 % 10007:05}"
         findings.add(number, f"a:{number}", "test" if number % 5 == 0 else "train", f"Say {word}", word * 9, 30, 20)
-    meta = {"source": {"file": "a", "rows": 50}, "kept": 50, "cut": [], "dropped": {}}
+    meta = {"source": {"file": "a", "rows": 50}, "kept": 50, "cut": {"rows": 0, "first": []}, "dropped": {}}
     assert warnings(account(meta), findings.result()) == []
 
 
@@ -142,18 +146,27 @@ def test_long_lists_are_folded_and_short_ones_are_not(made: tuple[Path, Any]) ->
     """A page of a thousand rows to scroll past."""
     text = (made[0] / "report.html").read_text("utf-8")
     assert "<summary>Dropped, longer than 300 tokens: 72 rows</summary>" in text
+    assert "The first 60; all are in lost.jsonl." in text
     assert "<h3>Dropped, empty output: 1 row</h3>" in text
 
 
 def test_an_empty_report_is_a_page(tmp_path: Path) -> None:
     """A division by zero, or a template that expects a limit, a plan, samples or texts."""
-    meta = {"source": {"file": "a", "rows": 0}, "kept": 0, "cut": [], "dropped": {}, "max_seq_length": None}
+    meta = {
+        "source": {"file": "a", "rows": 0},
+        "kept": 0,
+        "cut": {"rows": 0, "first": []},
+        "dropped": {},
+        "max_seq_length": None,
+    }
     write_report(tmp_path, meta, Findings().result(), [])
     findings = Findings(near_duplicates=0)
     findings.add(0, "a:0", "train", "p", "an answer", 9, 5)
     findings.add(1, "a:1", "train", "p", "an answer", 9, 5)
     write_report(tmp_path, meta, findings.result(), [ShownSample(0, "a:0", "train", [])])
-    Page((tmp_path / "report.html").read_text("utf-8"))
+    text = (tmp_path / "report.html").read_text("utf-8")
+    Page(text)
+    assert "<code>--near_duplicates</code> is 0; <code>--near_duplicates</code> 2 would take" in text
 
 
 def test_histogram_covers_all_rows_and_marks_the_limit() -> None:

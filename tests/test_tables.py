@@ -1,6 +1,8 @@
 """Parquet and folders of the datasets library: the rows that those give, damage named for what it is."""
 
 import gzip
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
@@ -11,11 +13,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from datasets.exceptions import DatasetNotFoundError
 from raw_rows import CHAT, ROWS, errors, read, values
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.text.read import tables
+from lit_llama.text.read.pages import check_pages
 from lit_llama.text.read.reading import read_conversations
 
 
@@ -149,3 +153,84 @@ def test_a_data_set_of_the_hub_is_read_with_its_splits(monkeypatch: pytest.Monke
     ]
     assert [entry.where for entry in read_conversations(["x/y#test_sft"])] == ["x/y/test_sft:row 0"]
     assert asked == [("x/y", "main", None), ("x/y", None, "test_sft")]
+
+
+def zigzag(value: int) -> bytes:
+    """A number as Thrift's compact protocol writes it."""
+    value, out = value << 1, b""
+    while value > 127:
+        value, out = value >> 7, out + bytes([value & 127 | 128])
+    return out + bytes([value])
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from lit_llama.text.read.tables import read_parquet
+import pyarrow.parquet
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(len(list(read_parquet(Path(sys.argv[1])))))
+except ValueError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_a_page_of_two_gigabytes_in_a_small_file_is_refused(compression: Any, tmp_path: Path) -> None:
+    """Catches Arrow allocating, and touching, what a damaged page header names."""
+    texts = [f"some words {n} " * 8 for n in range(3000)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), path, compression=compression, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    head = bytes(data[column.data_page_offset :][:20])
+    # Fields 1 and 2: the type and the uncompressed size; field 3, a byte 0x15 before it, is to be replaced.
+    at = column.data_page_offset + head.index(b"\x15", 3) + 1
+    end = next(place for place in range(at, at + 5) if data[place] < 128) + 1
+    data[at:end] = zigzag(2**31 - 5)
+    path.write_bytes(data)
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, cwd=ROOT, check=True)
+    said, grown = done.stdout.splitlines()
+    assert f"cannot be read as Parquet: the page at byte {column.data_page_offset} is said to have 2147483643" in said
+    assert int(grown) < 100
+
+
+def test_all_kinds_of_pages_are_passed_over(tmp_path: Path) -> None:
+    """Catches a good file that is refused: pages of both versions, with statistics, checksums, long values, nothing."""
+    rows = [{"text": "x" * n, "words": ["a"] * (n % 4), "n": n % 3, "b": n % 2 > 0, "no": None} for n in range(2000)]
+    table = pa.Table.from_pylist(rows)
+    table = table.append_column("id", pa.array([bytes([n % 256]) * 16 for n in range(2000)], pa.binary(16)))
+    for version in ("1.0", "2.0"):
+        for compression in ("none", "zstd"):
+            pq.write_table(
+                *(table, tmp_path / "a.parquet"),
+                data_page_version=version,
+                compression=compression,
+                data_page_size=4000,
+                row_group_size=700,
+                write_page_checksum=True,
+                write_page_index=version == "2.0",
+            )
+            assert values(tmp_path / "a.parquet") == pq.read_table(tmp_path / "a.parquet").to_pylist()
+
+
+def test_a_column_outside_of_the_file_is_named(tmp_path: Path) -> None:
+    """Catches a footer that is believed."""
+
+    class Column:
+        data_page_offset, has_dictionary_page, total_compressed_size, path_in_schema = 4, False, 10**9, "text"
+
+    class Footer:
+        num_row_groups = num_columns = 1
+
+        def row_group(self, _: int) -> Any:
+            return type("Group", (), {"column": lambda *_: Column()})()
+
+    (tmp_path / "a").write_bytes(b"PAR1" * 9)
+    with pytest.raises(ValueError, match="column text does not fit into the file"):
+        check_pages(tmp_path / "a", Footer())
+    Column.total_compressed_size = 32  # whose headers are no Thrift
+    with pytest.raises(ValueError, match="header"):
+        check_pages(tmp_path / "a", Footer())

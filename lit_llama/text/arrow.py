@@ -35,6 +35,12 @@ class Samples:
         places = begins + np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return Samples(self.input_ids[places], self.labels[places], lengths)
 
+    def sample(self, row: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """A copy of the ids and the labels of one sample."""
+        end = int(self.lengths[: row + 1].sum())
+        inside = slice(end - int(self.lengths[row]), end)
+        return self.input_ids[inside].copy(), self.labels[inside].copy()
+
 
 class SplitWriter:
     """One split of a data folder.

@@ -18,6 +18,8 @@ from lit_llama.folder import sha256_file
 from lit_llama.text.encode import IGNORE_INDEX
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"
+TEST_KEYS_FILE = "test_keys.txt"
+"""In a data folder: for each line of test.jsonl, the key of what its row opened with before anything was cut."""
 SPLITS = ("train", "test")
 FORMAT = 1
 Ids = npt.NDArray[np.int32]

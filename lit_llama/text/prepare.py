@@ -1,34 +1,31 @@
 """From raw rows to a data folder: read, encode, split, write, account for every row, and say what is in it."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
-from lit_llama.progress import count
-from lit_llama.text.conversation import Conversation, Dropped, Message
-from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, Split, step_plan
+from lit_llama.text.blocks import Block, encode_blocks, read_blocks
+from lit_llama.text.conversation import Conversation, Message
+from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
+from lit_llama.text.losses import Losses
+from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
-from lit_llama.text.report.findings import Findings
+from lit_llama.text.report.findings import NEAR_DUPLICATES, Findings
 from lit_llama.text.report.report import write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
-from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, Rendered, TrainOn
+from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
+from lit_llama.text.shards import Shards
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
-
-T = TypeVar("T")
-Rows = list[Conversation | Dropped]
-CHUNK = 2000  # rows encoded at a time, enough for the tokenizer to use all cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,10 @@ class Rules:
         mask_inputs: Only answers carry loss.
         train_on: Every answer of a conversation, or the last one.
         overflow: What becomes of longer rows.
-        split: By a hash of the question, by shuffling, or as the sources are divided.
+        split: By a hash of the question, by shuffling, as the sources are divided, or as other data is.
         test_split_size: Rows for testing: below 1 their share, else (shuffle) their number.
         seed: Of the split.
+        near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
     """
 
     max_seq_length: int
@@ -52,6 +50,7 @@ class Rules:
     split: SplitRule
     test_split_size: float
     seed: int
+    near_duplicates: int = NEAR_DUPLICATES
 
 
 def prepare(
@@ -64,6 +63,8 @@ def prepare(
     rules: Rules,
     on_error: OnError = "stop",
     key: str = "",
+    members: Members | None = None,
+    shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def prepare(
         rules: How rows become samples.
         on_error: A row that the style cannot render stops the command, or is dropped with its reason.
         key: Identity of everything that decides the contents.
+        members: Which rows are for testing, where the split is "from" other data.
+        shards: Encoded rows; without them all rows are encoded here.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
         commands: For the report: what made this folder.
 
@@ -87,20 +90,14 @@ def prepare(
     Raises:
         DataError: Rows that cannot be used, or a split without rows.
     """
-    encoder = Encoder(
-        tokenizer,
-        style,
-        max_seq_length=rules.max_seq_length,
-        mask_inputs=rules.mask_inputs,
-        train_on=rules.train_on,
-        overflow=rules.overflow,
-        on_error=on_error,
-    )
-    with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules) as work:
-        for rows, encoded in _ahead(_encoded(_ahead(_rendered(reader, encoder)), encoder)):
-            work.drop(row for row in rows if isinstance(row, Dropped))
-            work.add([row for row in rows if isinstance(row, Conversation)], encoded)
+    encoder = new_encoder(tokenizer, style, rules, on_error)
+    with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules, members) as work:
+        blocks = read_blocks(reader)
+        for block, encoded in shards.encoded(blocks) if shards else encode_blocks(blocks, encoder):
+            work.add(block, encoded)
         work.finish(reader.rows)
+        findings = work.findings.result(work.text_of)
+        leaked = findings["leakage"]
         meta = {
             "format": FORMAT,
             "key": key,
@@ -109,16 +106,16 @@ def prepare(
             "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
             "prompt_style": style.name,
             **asdict(rules),
-            "kept": reader.rows - sum(map(len, work.dropped.values())),
-            "cut": work.cut,
+            "kept": reader.rows - work.losses.dropped_rows,
+            **work.losses.meta(),
             "in_parts": work.parts,
-            "dropped": work.dropped,
             "turns_cut": reader.cut_turns,
             "splits": {name: dict(counts) for name, counts in work.sides.counts.items()},
+            "near_duplicates_checked": findings["near_duplicates_checked"],
+            "test_rows_also_in_train": sum(leaked[kind]["rows"] for kind in ("exact", "normalised")),
         }
-        findings = work.findings.result(work.text_of)
-        leaked = findings["leakage"]
-        meta["test_rows_also_in_train"] = sum(leaked[kind]["rows"] for kind in ("exact", "normalised"))
+        if members:
+            meta["split_from"] = members.meta()
         (folder / TEMPLATE_FILE).write_text(style.jinja(bos=bool(tokenizer.bos)), "utf-8")
         steps = step_plan(work.findings.lengths_of("train"), seed=rules.seed, **plan) if plan else None
         samples = work.shown(tokenizer)
@@ -130,48 +127,62 @@ def prepare(
     return meta
 
 
+def new_encoder(tokenizer: Tokenizer, style: PromptStyle, rules: Rules, on_error: OnError) -> Encoder:
+    """What makes samples by these rules."""
+    return Encoder(
+        tokenizer,
+        style,
+        max_seq_length=rules.max_seq_length,
+        mask_inputs=rules.mask_inputs,
+        train_on=rules.train_on,
+        overflow=rules.overflow,
+        on_error=on_error,
+    )
+
+
 class _Work:
     """The contents of a data folder in the making."""
 
-    def __init__(self, folder: Path, rules: Rules) -> None:
-        self._rules, self._folder = rules, folder
+    def __init__(self, folder: Path, rules: Rules, members: Members | None) -> None:
+        self._rules, self._folder, self._members = rules, folder, members
         self._drawn = rules.split == "shuffle"
         self.sides = Sides(folder, drawn=self._drawn)
-        self.findings = Findings()
-        self.dropped: dict[str, list[str]] = {}
-        self.cut: list[str] = []
+        self.findings = Findings(near_duplicates=rules.near_duplicates)
+        self.losses = Losses(folder)
         self.parts = 0
         self._texts = Texts(folder)  # of each sample, by its number of arrival
         self._test = (folder / TEST_FILE).open("w", encoding="utf-8")
+        self._keys = (folder / TEST_KEYS_FILE).open("w", encoding="ascii")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._test.close()
+        self._close()
 
-    def drop(self, rows: Iterable[Dropped]) -> None:
-        """Account for rows that are left out."""
-        for row in rows:
-            self.dropped.setdefault(row.reason, []).append(row.where)
+    def _close(self) -> None:
+        for file in (self.losses, self._test, self._keys):
+            file.close()
 
-    def add(self, conversations: Sequence[Conversation], encoded: Encoded) -> None:
+    def add(self, block: Block, encoded: Encoded) -> None:
         """Take in some rows and the samples that they came to."""
-        self.drop(encoded.dropped)
-        where = {conversation.row: conversation.where for conversation in conversations}
-        self.cut += [where[row] for row in encoded.cut]
+        whole = {conversation.row: conversation for conversation in block.conversations}
+        self.losses.add([*block.dropped, *encoded.dropped], [whole[row] for row in encoded.cut])
         self.parts += len(encoded.parts)
-        side_of = {conversation.row: self._side(conversation) for conversation in conversations}  # all parts on one
+        side_of = {row: self._side(conversation) for row, conversation in whole.items()}  # all parts on one
+        if self._members:
+            self._members.lost += sum(side_of[row.row] == "test" for row in encoded.dropped)
         rows = [conversation.row for conversation in encoded.conversations]
         sides = [side_of[row] for row in rows]
         self.sides.add(encoded.batch, rows, sides)
         lengths, trained = encoded.batch.lengths.tolist(), trained_tokens(encoded.batch).tolist()
         for conversation, side, tokens, learned in zip(encoded.conversations, sides, lengths, trained, strict=True):
-            messages = conversation.messages
+            messages, row = conversation.messages, whole[conversation.row]
             self.findings.add(len(self._texts), conversation.where, side, *words(messages), tokens, learned)
-            self._texts.add(messages)
+            opened = None if conversation is row else opening(row.messages)  # a row that was cut may open otherwise
+            self._texts.add((messages, opened))
             if side == "test":
-                self._hold_out(messages)
+                self._hold_out(messages, opened)
 
     def _side(self, conversation: Conversation) -> str:
         if self._rules.split == "given":
@@ -183,12 +194,13 @@ class _Work:
             return "train" if conversation.split == "train" else "test"
         if self._drawn:
             return ""
-        question = next((message for message in conversation.messages if message["role"] == "user"), None)
-        opening = (question or conversation.messages[0])["content"] + (question or {}).get("input", "")
-        return hash_side(opening, self._rules.test_split_size, self._rules.seed)
+        if self._members:
+            return self._members.side(conversation)
+        return hash_side(opening(conversation.messages), self._rules.test_split_size, self._rules.seed)
 
-    def _hold_out(self, messages: Sequence[Message]) -> None:
+    def _hold_out(self, messages: Sequence[Message], opened: str | None) -> None:
         self._test.write(json.dumps(raw_row(messages), ensure_ascii=False) + "\n")
+        self._keys.write(opening_key(opening(messages) if opened is None else opened) + "\n")
 
     def finish(self, rows: int) -> None:
         """Deal what is not dealt yet.
@@ -197,19 +209,22 @@ class _Work:
             rows: Raw rows, those that were dropped among them.
 
         Raises:
-            DataError: A split has no rows.
+            DataError: A split has no rows, or not all of the rows that were to be for testing are there.
         """
+        if self._members:
+            self._members.check()
         if self._drawn:
             size = self._rules.test_split_size
             drawn = shuffle_split(rows, int(size if size >= 1 else size * rows), self._rules.seed)
             for name, samples in self.sides.deal(dict(zip(SPLITS, drawn, strict=True))).items():
                 self.findings.assign(name, samples)
-                for number in samples.tolist() if name == "test" else ():
-                    self._hold_out(self._texts[number])
-        self._test.close()
+                for number in samples if name == "test" else ():
+                    self._hold_out(*self._texts[number])
+        self._close()
         for name, counts in self.sides.counts.items():
             if not counts.samples:
-                lost = ", ".join(f"{len(places)} {reason}" for reason, places in self.dropped.items()) or "none dropped"
+                dropped = self.losses.dropped.items()
+                lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
                 size = self._rules.test_split_size
                 hint = f"; --test_split_size is {size}, and --seed another draw" if self._rules.split == "hash" else ""
                 raise DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
@@ -217,16 +232,13 @@ class _Work:
 
     def text_of(self, number: int) -> tuple[str, str]:
         """Prompt and answer of a sample."""
-        return words(self._texts[number])
+        return words(self._texts[number][0])
 
     def shown(self, tokenizer: Tokenizer) -> list[ShownSample]:
-        """The first samples of each split, and the longest of train."""
+        """The first samples of each split, and the longest."""
         shown = []
         for name, wanted in (("train", 6), ("test", 2)):
-            split = Split(self._folder, name)
-            rows = dict.fromkeys([*range(min(wanted, len(split))), int(split.lengths.argmax())])
-            for row in rows:
-                ids, labels = split[row]
+            for row, (ids, labels) in self.sides.counts[name].shown(wanted).items():
                 where = f"{name} {row}"
                 shown.append(shown_sample(tokenizer, ids.tolist(), labels.tolist(), row=row, where=where, split=name))
         return shown
@@ -248,31 +260,6 @@ def raw_row(messages: Sequence[Message]) -> dict[str, Any]:
         return {"messages": list(messages)}
     question, answer = messages
     return {"instruction": question["content"], "input": question.get("input", ""), "output": answer["content"]}
-
-
-def _rendered(reader: Reader, encoder: Encoder) -> Iterator[tuple[Rows, Rendered]]:
-    """Some rows at a time, ready for the tokenizer."""
-    rows = iter(count(reader, "encoding"))
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk, encoder.render([row for row in chunk if isinstance(row, Conversation)])
-
-
-def _encoded(rendered: Iterable[tuple[Rows, Rendered]], encoder: Encoder) -> Iterator[tuple[Rows, Encoded]]:
-    """The same rows, and what they came to."""
-    for rows, part in rendered:
-        yield rows, encoder.encode(part)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, each made by another thread while the one before is worked on.
-
-    The tokenizer needs no Python: while it encodes, rows are read before it and written behind it.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(next, items, None)
-        while (item := made.result()) is not None:
-            made = pool.submit(next, items, None)
-            yield item
 
 
 def _name(files: Sequence[Mapping[str, Any]]) -> str:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,15 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
-from lit_llama.text.prepare import Rules, prepare
+from lit_llama.text.losses import LOST_FILE
+from lit_llama.text.members import read_members
+from lit_llama.text.prepare import Rules, new_encoder, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.read.documents import Documents
-from lit_llama.text.read.reading import OnError, Reader, read_conversations
+from lit_llama.text.read.reading import OnError, read_conversations
+from lit_llama.text.report.findings import unchecked
 from lit_llama.text.report.report import REPORT_HTML
+from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -38,6 +42,9 @@ def prepare_records(
     tree: Literal["best", "all"] = "best",
     weights: Sequence[float] | None = None,
     documents: Documents | None = None,
+    split_from: Path | None = None,
+    shard: str | None = None,
+    shards: Sequence[str] = (),
     plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
@@ -45,50 +52,56 @@ def prepare_records(
     Nothing is done where the folder was made of the same bytes, tokenizer, style and rules by this same code.
 
     Returns:
-        What stands in meta.json.
+        What stands in meta.json; with `shard`, in shard.json.
 
     Raises:
         DataError: Rows that cannot be used, or too few of them.
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
-    if rules.max_seq_length < 3:
-        raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
-    if rules.split == "hash" and not 0 < rules.test_split_size < 1:
-        raise UserError(
-            f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
-            "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
-        )
-    reader = read_conversations(
-        sources,
-        fields=fields,
-        on_error=on_error,
-        tree=tree,
-        weights=weights,
-        seed=rules.seed,
-        documents=documents,
+    _check(rules, split_from)
+    part = Part.parse(shard) if shard else None
+    if part and shards:
+        raise UserError("--shard makes one shard and --shards takes all together: give one of them")
+    read = partial(
+        read_conversations, fields=fields, on_error=on_error, tree=tree, seed=rules.seed, documents=documents
     )
+    reader = read(sources, weights=weights)
     if documents == "file" and len(reader.identity()) == 1:
         raise UserError(
             f"{sources[0]} is one document, which cannot be for training and for testing: name more files, or use "
             "--documents paragraph or line"
         )
-    chosen = [
-        documents,
-        prompt_style,
-        asdict(rules),
-        dict(fields),
-        on_error,
-        tree,
-        list(weights or []),
-        dict(plan or {}),
-    ]
-    key = _key(reader, tokenizer_path, chosen)
-    meta = read_object(destination / META_FILE)
-    if meta.get("key") == key and _complete(destination, meta):
+    members = read_members(split_from, lambda source: read([source])) if split_from else None
+    rules = replace(rules, split="from") if members else rules
+    made_of: dict[str, Any] = {
+        "sources": [list(source) for source in reader.identity()],
+        "tokenizer": _tokenizer_files(tokenizer_path),
+        "version of this program": _code(),
+        "--documents": documents,
+        "--prompt_style": prompt_style,
+        **{f"--{name}": value for name, value in asdict(rules).items()},
+        "--split_from": members.identity() if members else None,
+        "--fields": dict(fields),
+        "--on_error": on_error,
+        "--tree": tree,
+        "--weights": list(weights or []),
+        "plan of steps": dict(plan or {}),
+    }
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    meta = read_object(destination / (SHARD_FILE if part else META_FILE))
+    if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == shard:
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
+    if not part and (destination / SHARD_FILE).exists():
+        raise UserError(f"--destination_path {destination} is a shard; name another folder for the data")
+    together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
     tokenizer = _read_tokenizer(tokenizer_path)
     style = _style(prompt_style, tokenizer_path)
+    if part:
+        encoder = new_encoder(tokenizer, style, rules, on_error)
+        made = write_shard(reader, encoder, destination, part, key=key, made_of=made_of)
+        _shard_summary(destination, made, part)
+        return made
     meta = prepare(
         reader,
         destination,
@@ -98,11 +111,28 @@ def prepare_records(
         rules=rules,
         on_error=on_error,
         key=key,
+        members=members,
+        shards=together,
         plan=plan,
         commands=_next_commands(destination, tokenizer_path),
     )
     _summary(destination, meta, tokenizer)
     return meta
+
+
+def _check(rules: Rules, split_from: Path | None) -> None:
+    if rules.max_seq_length < 3:
+        raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
+    if rules.near_duplicates < 0:
+        raise UserError(f"--near_duplicates is {rules.near_duplicates}, expected a number of rows, or 0 for none")
+    if split_from:
+        if rules.split != "hash":
+            raise UserError(f"--split_from says which rows are for testing: leave out --split {rules.split}")
+    elif rules.split == "hash" and not 0 < rules.test_split_size < 1:
+        raise UserError(
+            f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
+            "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
+        )
 
 
 def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
@@ -145,14 +175,12 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _key(reader: Reader, tokenizer_path: Path, chosen: Sequence[Any]) -> str:
-    """Identity of all that decides the contents: raw bytes, tokenizer and template, rules, and this code."""
-    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+def _tokenizer_files(path: Path) -> dict[str, str]:
+    """Sha256 of all that says how texts are encoded and rendered."""
+    folder = path if path.is_dir() else path.parent
     beside = (*TOKENIZER_FILES, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", TEMPLATE_FILE)
     files = {name: sha256_file(folder / name) for name in beside if (folder / name).is_file()}
-    files["tokenizer"] = sha256_file(tokenizer_path) if tokenizer_path.is_file() else ""
-    parts = [reader.identity(), files, chosen, _code()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return files | {"tokenizer": sha256_file(path) if path.is_file() else ""}
 
 
 @cache
@@ -169,18 +197,24 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     """Where every row went, and what there is now, on stderr."""
     say = stderr().print
     name, rows, dropped = meta["source"]["file"], meta["source"]["rows"], meta["dropped"]
-    lost = sum(map(len, dropped.values()))
-    say(f"{name}: {rows} rows = {meta['kept']} kept (of them {len(meta['cut'])} cut) + {lost} dropped")
-    for reason, places in dropped.items():
-        shown = ", ".join(place.removeprefix(f"{name}:") for place in places[:_SHOWN])
-        shown += ", ..." if len(places) > _SHOWN else ""
-        say(f"  dropped, {reason}: {len(places)} ({shown}; all of them in {META_FILE})", markup=False)
+    lost = sum(tally["rows"] for tally in dropped.values())
+    say(f"{name}: {rows} rows = {meta['kept']} kept (of them {meta['cut']['rows']} cut) + {lost} dropped")
+    for reason, tally in dropped.items():
+        shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
+        shown += ", ..." if tally["rows"] > _SHOWN else ""
+        say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})", markup=False)
     if lost > rows / 10:
         say(f"  more than a tenth is dropped: raise --max_seq_length ({meta['max_seq_length']}) or see --overflow")
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
         say(f"  {meta['in_parts']} rows became several samples")
+    if given := meta.get("split_from"):
+        also = f", {given['dropped']} of them dropped" if given["dropped"] else ""
+        say(f"  split as in {given['path']}: {given['rows']} rows ask its {given['questions']} test questions{also}")
+    if not meta["near_duplicates_checked"]:
+        samples = sum(counts["rows"] for counts in meta["splits"].values())
+        say(f"  near-duplicates were not looked for: {unchecked(samples, meta['near_duplicates'])}")
     if meta["test_rows_also_in_train"]:
         say(f"  {meta['test_rows_also_in_train']} test rows stand in train too: the test loss will flatter")
     for name, counts in meta["splits"].items():
@@ -193,3 +227,10 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
     say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {destination}")
+
+
+def _shard_summary(destination: Path, made: Mapping[str, Any], part: Part) -> None:
+    stderr().print(
+        f"{destination}: shard {part}, {made['rows']} of {made['of_rows']} rows encoded, {made['tokens']:,} tokens; "
+        f"when all {part.of} are made, run the same command with --shards and the folders of all"
+    )

@@ -3,11 +3,14 @@
 import hashlib
 import unicodedata
 
+import numpy as np
+import numpy.typing as npt
+
 from lit_llama.errors import DataError
 
 
-def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of train and test, as lit-llama drew them: torch.utils.data.random_split with a seeded generator.
+def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(rows,) indices of train and test, as lit-llama drew them: torch.utils.data.random_split with a seeded generator.
 
     Raises:
         DataError: Either split would be empty.
@@ -19,7 +22,7 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[list[int]
             f"--test_split_size is {test_split_size}, but there are {rows} rows: expected 1 to {rows - 1}, "
             "so that train and test both have rows"
         )
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).numpy()
     return order[: rows - test_split_size], order[rows - test_split_size :]
 
 

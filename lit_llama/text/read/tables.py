@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.text.read.files import ENDINGS, plain_suffix
+from lit_llama.text.read.pages import check_pages
 from lit_llama.text.read.raw import RawRow, shown
 
 BATCH = 500  # rows turned into objects at a time
@@ -29,6 +30,7 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
 
         # Without its buffers and threads Arrow is as fast here, and holds no row group in memory.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+            check_pages(path, file.metadata)
             batches = file.iter_batches(BATCH, use_threads=False)
             yield from _rows(batches, file.schema_arrow.names, str(path))
 

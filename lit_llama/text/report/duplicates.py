@@ -17,6 +17,8 @@ from lit_llama.text.report.characters import code_points
 
 SHINGLE = 5  # characters
 SIMILARITY = 0.8
+NEAR_DUPLICATES = 200_000
+"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 200 MB."""
 _BINS, _BANDS, _PER_BAND = 128, 25, 5
 _SKETCH = 256  # smallest hashes kept of a row; a row with fewer shingles is kept whole
 _LIKELY = 0.6  # of equal bins, five standard deviations below SIMILARITY
@@ -32,8 +34,12 @@ Pairs = tuple[Rows, Rows, npt.NDArray[np.float64]]
 
 def earliest(keys: Keys) -> Rows:
     """(N,) index of the first row with the same key; a row that repeats none has its own."""
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    return first[group]
+    order = np.argsort(keys, kind="stable")  # np.unique would take twice the memory
+    ranked = keys[order]
+    starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1])[: len(keys)])
+    first = np.empty(len(keys), np.int64)
+    first[order] = np.repeat(order[starts], np.diff(np.append(starts, len(keys))))
+    return first
 
 
 def partners(keys: Keys, sought: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_]) -> Rows:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.report.duplicates import NEAR_DUPLICATES as NEAR_DUPLICATES
 from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest
 from lit_llama.text.report.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
 from lit_llama.text.split import normalised
@@ -56,7 +57,8 @@ class Findings:
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
     """
 
-    def __init__(self, *, near_duplicates: int = 200_000) -> None:
+    def __init__(self, *, near_duplicates: int = NEAR_DUPLICATES) -> None:
+        self._limit = near_duplicates
         self._near = NearDuplicates(near_duplicates)
         self._pending: list[tuple[str, str]] = []
         self._characters = 0
@@ -110,17 +112,18 @@ class Findings:
                 text.
         """
         self._take_in()
-        exact, same, asked = (np.array(keys, np.uint64) for keys in (self._exact, self._same, self._asked))
-        split = np.array(self._split)
+        exact, same, asked = (np.asarray(keys, np.uint64) for keys in (self._exact, self._same, self._asked))
+        split = np.asarray(self._split)
         train, test = (split == self._splits.get(name, -1) for name in ("train", "test"))
         first = earliest(same)
         near = self._near.pairs(first == np.arange(len(first))) if self._near.active else None
         lister, rows = Lister(self._place, text_of), len(split)
-        untrained = np.flatnonzero(np.array(self._trained) == 0)
+        untrained = np.flatnonzero(np.asarray(self._trained) == 0)
         return {
             "rows": rows,
             "splits": {name: self._counts(split == code) for name, code in self._splits.items() if code in split},
             "near_duplicates_checked": near is not None,
+            "near_duplicates_limit": self._limit,
             "duplicates": duplicates(exact, first, near, lister),
             "leakage": leakage(exact, same, first, near, train, test, lister),
             "conflicting": conflicting(asked, same, _key(""), train, test, lister),
@@ -135,7 +138,8 @@ class Findings:
 
     def lengths_of(self, split: str) -> npt.NDArray[np.int64]:
         """(N,) tokens of the samples of a split, in the order in which they came."""
-        return np.array(self._tokens, np.int64)[np.array(self._split) == self._splits.get(split, -1)]
+        inside = np.asarray(self._split) == self._splits.get(split, -1)
+        return np.asarray(self._tokens)[inside].astype(np.int64)
 
     def _take_in(self) -> None:
         if not self._pending:
@@ -170,7 +174,7 @@ class Findings:
         return {"row": self._rows[index], "where": where, "split": list(self._splits)[self._split[index]]}
 
     def _counts(self, inside: Mask) -> dict[str, int]:
-        tokens, trained = np.array(self._tokens)[inside], np.array(self._trained)[inside]
+        tokens, trained = np.asarray(self._tokens)[inside], np.asarray(self._trained)[inside]
         return {
             "rows": len(tokens),
             "tokens": int(tokens.sum(dtype=np.int64)),
@@ -191,7 +195,7 @@ class Findings:
         return {"letters": total, "rows_without_letters": int((script < 0).sum()), "by_script": found}
 
     def _longest(self) -> list[dict[str, Any]]:
-        tokens = np.array(self._tokens)
+        tokens = np.asarray(self._tokens)
         order = np.argsort(-tokens, kind="stable")[:LISTED].tolist()
         return [self._place(i) | {"tokens": self._tokens[i], "trained_tokens": self._trained[i]} for i in order]
 
@@ -200,6 +204,17 @@ def _key(*texts: str) -> int:
     """8 bytes for texts in this order; 0xFF stands in no UTF-8."""
     data = b"\xff".join(text.encode("utf-8", "surrogatepass") for text in texts)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def unchecked(rows: int, limit: int) -> str:
+    """Why near-duplicates were not looked for, and what would do it.
+
+    Args:
+        rows: How many there are.
+        limit: Up to how many they were to be looked for.
+    """
+    why = f"there are {rows:,} rows, more than --near_duplicates {limit}" if limit else "--near_duplicates is 0"
+    return f"{why}; --near_duplicates {rows} would take about {max(1, rows // 1000):,} MB of memory"
 
 
 def refused(answer: str) -> bool:
@@ -211,7 +226,7 @@ def refused(answer: str) -> bool:
 
 def lengths(values: Iterable[int]) -> dict[str, Any]:
     """Percentiles (values that occur) and a histogram of at most 40 bins, bin k from k * width on."""
-    given = np.array(values, np.int64)
+    given = np.asarray(values, np.int64)
     if not len(given):
         return {"sum": 0, "mean": 0.0, "percentiles": {}, "histogram": {"width": 1, "counts": []}}
     points = np.percentile(given, PERCENTILES, method="inverted_cdf").tolist()

@@ -11,7 +11,6 @@ from lit_llama.text.report.render import render
 from lit_llama.text.report.show import ShownSample, ShownToken, visible
 
 LISTED = 50  # rows shown before a list is folded
-FOLDED = 1000  # and in all; the others are in report.json
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
 
 
@@ -59,7 +58,6 @@ def render_page(report: Mapping[str, Any], samples: Sequence[ShownSample]) -> st
         differences=differences,
         tokens=tokens_html,
         listed=LISTED,
-        folded=FOLDED,
     )
 
 

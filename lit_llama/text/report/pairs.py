@@ -3,7 +3,7 @@
 Shapes: N rows. A row counts under the strictest kind that holds for it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,9 @@ class Lister:
         self._place = place
         self._text_of = text_of
 
-    def rows(self, found: Iterable[int], of: int, *, listed: int = LISTED) -> dict[str, Any]:
+    def rows(self, found: Rows | Sequence[int], of: int, *, listed: int = LISTED) -> dict[str, Any]:
         """How many were found among `of`, and the first of them."""
-        rows = [int(index) for index in found]
-        return share(len(rows), of) | {"listed": [self._place(index) for index in rows[:listed]]}
+        return share(len(found), of) | {"listed": [self._place(int(index)) for index in found[:listed]]}
 
     def pairs(self, first: Rows, second: Rows) -> list[dict[str, Any]]:
         """The first pairs, with what surrounds their first difference."""

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.folder import write_json
+from lit_llama.text.report.findings import unchecked
 from lit_llama.text.report.page import render_page
 from lit_llama.text.report.render import percent
 from lit_llama.text.report.show import ShownSample
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1
-_COUNTED = ("kept", "cut", "dropped", "splits", "key")  # stand elsewhere in the report
+_COUNTED = ("kept", "cut", "dropped", "splits", "key", "near_duplicates_checked")  # stand elsewhere in the report
 _MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
 
 _KINDS = (("exact", "the same"), ("normalised", "the same but for case or spaces"), ("near", "nearly the same"))
@@ -32,8 +33,8 @@ def write_report(
 
     Args:
         folder: Where to.
-        meta: As in meta.json: `source.rows` = `kept` + `dropped` (rows by reason), `cut` rows are among the kept. A row
-            is a number in `source.file`, or a text such as file:row. Everything else is shown as a setting.
+        meta: As in meta.json: `source.rows` = `kept` + `dropped` (by reason), `cut` rows are among the kept; of both
+            the number of `rows` and the `first` of their places. Everything else is shown as a setting.
         findings: `Findings.result()`.
         samples: Shown token by token, see `shown_sample`.
         name: Of the data folder, if `folder` is not its final place.
@@ -57,17 +58,12 @@ def write_report(
 
 def account(meta: Mapping[str, Any]) -> Json:
     """Where every raw row went; a sum that does not come out is said, not hidden."""
-    file = meta["source"]["file"]
-
-    def places(rows: Sequence[int | str]) -> list[str]:
-        return [row if isinstance(row, str) else f"{file}:row {row}" for row in rows]
-
-    dropped = {reason: places(rows) for reason, rows in meta["dropped"].items()}
-    rows, cut, lost = meta["source"]["rows"], places(meta["cut"]), sum(map(len, dropped.values()))
+    rows, cut, dropped = meta["source"]["rows"], meta["cut"], meta["dropped"]
+    lost = sum(tally["rows"] for tally in dropped.values())
     return {
         "rows": rows,
-        "kept": meta["kept"] - len(cut),
-        "cut": len(cut),
+        "kept": meta["kept"] - cut["rows"],
+        "cut": cut["rows"],
         "dropped": lost,
         "dropped_share": lost / rows if rows else 0.0,
         "adds_up": rows == meta["kept"] + lost,
@@ -95,7 +91,7 @@ def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list
 def _warn_of_losses(accounting: Mapping[str, Any], warn: Any) -> None:
     lost, share = accounting["dropped"], accounting["dropped_share"]
     if lost:
-        reasons = ", ".join(f"{len(rows):,} {reason}" for reason, rows in accounting["dropped_rows"].items())
+        reasons = ", ".join(f"{tally['rows']:,} {reason}" for reason, tally in accounting["dropped_rows"].items())
         many = share > _MANY_DROPPED
         more = " A larger --max_seq_length or another --overflow keeps long rows." if many else ""
         warn(
@@ -151,7 +147,8 @@ def _warn_of_contents(findings: Mapping[str, Any], warn: Any) -> None:
         what = f"{_rows(repeated)} repeat an earlier row, exactly or nearly ({percent(share)})."
         warn("check" if share >= _MANY_REPEATED else "note", what, "Repeated rows weigh more in training.")
     if not findings["near_duplicates_checked"]:
-        warn("note", "Near-duplicates were not looked for.", "There are more rows than the check was allowed to take.")
+        why = unchecked(findings["rows"], findings["near_duplicates_limit"])
+        warn("note", "Near-duplicates were not looked for.", f"{why[0].upper()}{why[1:]}.")
 
 
 def _rows(count: int, what: str = "row") -> str:

@@ -180,7 +180,7 @@ class Contest:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         python = python_of(contender.peer, self._environments) if contender.peer else Path(sys.executable)
-        command = [python, "-m", f"benchmarks.training.{contender.module}", job.write(folder)]
+        command: list[str | Path] = [python, "-m", f"benchmarks.training.{contender.module}", job.write(folder)]
         done = run(command, folder / "log", KEEP_FREED_MEMORY if contender.tuned else {})
         return _result(folder, job, rows, done)
 

@@ -22,7 +22,7 @@ from benchmarks.training.environments import PEERS
 from benchmarks.training.process import ROOT, check_idle
 from benchmarks.training.show import plot, table
 from lit_llama.cli import CLI
-from lit_llama.errors import UserError
+from lit_llama.errors import ResourceError, UserError
 
 FILES = ("alpaca_en_demo.json", "gsm8k_train.json")
 IDLE = 0.5
@@ -131,7 +131,11 @@ def _rounds(contest: Contest, chosen: Sequence[str], micro_batch: dict[str, int]
         for name in chosen:
             if number and name.endswith("stock"):
                 continue
-            found = contest.train(name, number, micro_batch[name])
+            try:
+                found = contest.train(name, number, micro_batch[name])
+            except ResourceError as error:  # hours of the others' runs are not lost with it
+                print(f"{name}, round {number + 1}: {error}", file=sys.stderr)
+                continue
             seconds = ", ".join(f"{value:.1f}" for value in found["seconds"])
             print(f"{name}, round {number + 1}: {seconds} s; first loss {found['losses'][0]:.4f}", file=sys.stderr)
             runs.append(found)

@@ -1,0 +1,96 @@
+"""Whether two runs are the same training, and how their speeds compare."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PER_STEP, MEAN, HELD_OUT = 1e-2, 2e-3, 2e-3
+"""Rounding of bfloat16 moves a loss by less: at one step, over all on average, and held out (as a share)."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Distance of a run from the float32 reference.
+
+    Attributes:
+        largest: Absolute difference of the losses at the step where it is largest.
+        mean: Mean of the absolute differences.
+        held_out: Relative difference of the held-out losses.
+    """
+
+    largest: float
+    mean: float
+    held_out: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether a speed counts. NaN does not."""
+        return self.largest <= PER_STEP and self.mean <= MEAN and self.held_out <= HELD_OUT
+
+
+def agreement(losses: Sequence[float], held_out: float, wanted: Sequence[float], wanted_held_out: float) -> Agreement:
+    """Compare losses per step and the held-out loss with those of the reference."""
+    distances = [abs(loss - other) for loss, other in zip(losses, wanted, strict=True)]
+    return Agreement(max(distances), statistics.fmean(distances), abs(held_out - wanted_held_out) / wanted_held_out)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the runs of a contender come to; per-second values are of the median run.
+
+    Attributes:
+        samples: Per second.
+        best_samples: Those of its fastest run.
+        trained_tokens: Per second.
+        tokens: Of the samples per second; padding is no work.
+        peak_rss: Bytes, the most of all runs.
+        first_step: Seconds from the start of the process to the end of its first step, the fewest of all runs.
+        runs: How many.
+    """
+
+    samples: float
+    best_samples: float
+    trained_tokens: float
+    tokens: float
+    peak_rss: int
+    first_step: float
+    runs: int
+
+
+def speed(runs: Sequence[dict[str, Any]], *, warmup: int, samples: int, trained_tokens: int, tokens: int) -> Speed:
+    """Sum up the runs of one contender.
+
+    Args:
+        runs: With `seconds` (of each step), `peak_rss` and `first_step`.
+        warmup: Steps at the beginning that are not counted.
+        samples: In the steps that are counted, as the following two.
+        trained_tokens: Labels with a loss.
+        tokens: Without padding.
+    """
+    seconds = [sum(run["seconds"][warmup:]) for run in runs]
+    median = statistics.median(seconds)
+    return Speed(
+        samples=samples / median,
+        best_samples=samples / min(seconds),
+        trained_tokens=trained_tokens / median,
+        tokens=tokens / median,
+        peak_rss=max(run["peak_rss"] for run in runs),
+        first_step=min(run["first_step"] for run in runs),
+        runs=len(runs),
+    )
+
+
+def summary(name: str, speed: Speed, agrees: Agreement, ours: Speed | None, details: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    ratio = ours.samples / speed.samples if ours else None
+    return {
+        "contender": name,
+        **asdict(speed),
+        "ours_is_faster_by": ratio,
+        "ours_best_of_best": ours.best_samples / speed.best_samples if ours else None,
+        "memory_of_ours": speed.peak_rss / ours.peak_rss if ours else None,
+        **{f"loss_{key}": value for key, value in asdict(agrees).items()},
+        "comparable": agrees.holds,
+        **details,
+    }

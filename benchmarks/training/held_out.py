@@ -1,0 +1,47 @@
+"""Loss of adapters on the rows held out, in float32, by transformers and PEFT for everybody alike.
+
+python -m benchmarks.training.held_out CHECKPOINT_DIR ROWS.npz ADAPTER_DIR [ADAPTER_DIR ...]
+
+prints a JSON array: the base's loss, then one for each adapter.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.training.rows import IGNORE_INDEX, load_rows
+
+
+def main() -> None:
+    """Evaluate the base and the adapters named on the command line."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    checkpoint_dir, rows_file, *adapters = sys.argv[1:]
+    rows = load_rows(rows_file).held_out
+    losses = []
+    for adapter in (None, *adapters):
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter)
+        losses.append(_loss(model.eval(), rows))
+    print(json.dumps(losses))
+
+
+@torch.no_grad()
+def _loss(model: Any, rows: Any) -> float:
+    """Sum over the trained tokens divided by their number, row by row, so that nothing is padded."""
+    total, count = 0.0, 0
+    for ids, labels in rows:
+        targets = torch.from_numpy(labels[1:]).long()
+        logits = model(torch.from_numpy(ids[None]).long()).logits[0, :-1]  # (T - 1, V)
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        total += loss.item()
+        count += int((targets != IGNORE_INDEX).sum())
+    return total / count
+
+
+if __name__ == "__main__":
+    main()

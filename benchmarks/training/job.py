@@ -1,0 +1,95 @@
+"""What a contender is told to do and what it reports: two JSON files between processes. Needs nothing but Python."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+JOB_FILE, RESULT_FILE = "job.json", "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run in a process of its own.
+
+    Args:
+        checkpoint_dir: Base model in Hugging Face layout.
+        data_dir: Ours reads this data folder, which holds the rows of `rows_file`.
+        rows_file: Ids, labels and the rows of every step, as rows.py dumps them.
+        start_file: PEFT adapter file with the lora_A that all begin with; empty for the run that makes it.
+        out_dir: Folder for the adapter in PEFT's layout.
+        steps: Optimizer steps.
+        batch_size: Samples per optimizer step.
+        micro_batch: Samples per forward pass of the peers; ours has its own default.
+        learning_rate: Constant over the run.
+        r: Rank of the adapter on all linear layers.
+        alpha: The update is scaled by alpha / r.
+        seed: Of our order and our lora_A, which the peers are given.
+        precision: Of ours, as its flag.
+        tuned: The peers' best settings instead of their defaults.
+    """
+
+    checkpoint_dir: str
+    data_dir: str
+    rows_file: str
+    start_file: str
+    out_dir: str
+    steps: int
+    batch_size: int
+    micro_batch: int
+    learning_rate: float
+    r: int
+    alpha: int
+    seed: int
+    precision: Literal["auto", "bf16-true", "32-true"] = "auto"
+    tuned: bool = False
+
+    def write(self, folder: Path) -> Path:
+        """Save as job.json."""
+        path = folder / JOB_FILE
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        return path
+
+    @classmethod
+    def read(cls) -> "Job":
+        """The job that this process was started with: `python -m MODULE job.json`."""
+        return cls(**json.loads(Path(sys.argv[1]).read_text("utf-8")))
+
+
+@dataclass(kw_only=True)
+class Course:
+    """Filled in while a contender trains.
+
+    Attributes:
+        losses: Sum over the trained tokens of each step, divided by their number.
+        seconds: Of each whole step: data, forward, backward, optimizer, logging.
+        first_step: When the first one was over, in seconds of `time.monotonic`, which all processes share.
+        trained_tokens: Of each step, where the contender counts them itself.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    first_step: float = 0.0
+    trained_tokens: list[int] = field(default_factory=list)
+    _before: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """The next step begins now."""
+        self._before = time.monotonic()
+
+    def step(self, loss: float, seconds: float | None = None, trained_tokens: int | None = None) -> None:
+        """A step is over. Its time is taken since the last call, if the contender does not give it."""
+        now = time.monotonic()
+        self.first_step = self.first_step or now
+        self.losses.append(loss)
+        self.seconds.append(now - self._before if seconds is None else seconds)
+        if trained_tokens is not None:
+            self.trained_tokens.append(trained_tokens)
+        self.begin()
+
+    def write(self, job: Job) -> None:
+        """Save beside the adapter's folder, where the benchmark looks for it."""
+        known: dict[str, Any] = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        (Path(job.out_dir).parent / RESULT_FILE).write_text(json.dumps(known) + "\n", "utf-8")

@@ -1,0 +1,63 @@
+"""This project's contender, finetune/lora.py as it is: `python -m benchmarks.training.ours job.json`.
+
+Its settings are the defaults, but for what all contenders share.
+"""
+
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.job import Course, Job
+
+DOOR = Path(__file__).parent.parent.parent / "finetune" / "lora.py"
+
+
+def main() -> None:
+    """Run the door, listening to what it logs."""
+    from lit_llama.train.log import Log
+
+    job, course, log_step = Job.read(), Course(), Log.step
+
+    def step(self: Log, metrics: Mapping[str, Any]) -> None:
+        log_step(self, metrics)
+        if "loss" in metrics:
+            # The time of an evaluation after the last step is none of the step's.
+            seconds = metrics["seconds"] if "test_loss" in metrics else None
+            course.step(metrics["loss"], seconds, metrics["trained_tokens"])
+        else:
+            course.begin()
+
+    Log.step = step  # type: ignore[method-assign]
+    sys.argv = [str(DOOR), *flags(job)]
+    runpy.run_path(str(DOOR), run_name="__main__")
+    course.write(job)
+
+
+def flags(job: Job) -> list[str]:
+    """The command line: what is shared with the peers, and else the defaults."""
+    values = {
+        "checkpoint_dir": job.checkpoint_dir,
+        "data_dir": job.data_dir,
+        "out_dir": job.out_dir,
+        "precision": job.precision,
+        "seed": job.seed,
+        "lora.r": job.r,
+        "lora.alpha": job.alpha,
+        "lora.dropout": 0,
+        "train.max_steps": job.steps,
+        "train.epochs": job.steps,  # enough of them, whatever the number of rows
+        "train.batch_size": job.batch_size,
+        "train.learning_rate": job.learning_rate,
+        "train.schedule": "constant",
+        "train.warmup_ratio": 0,
+        "train.weight_decay": 0,
+        "train.max_grad_norm": 0,
+        "train.eval_interval": job.steps,
+    }
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Tests of the benchmarks' own pieces; no peer is needed."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file
+
+from benchmarks import scaling
+from benchmarks.training import contest, environments, peer_litgpt, peer_trl, process, show, synthetic
+from benchmarks.training.compare import Speed, agreement, speed, summary
+from benchmarks.training.contest import CONTENDERS, OURS, Contest, Settings
+from benchmarks.training.job import Course, Job
+from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
+from lit_llama.errors import DataError, IntegrityError, ResourceError
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import LoRAConfig
+from lit_llama.model.lora import adapters, apply_lora
+
+Samples = list[tuple[Any, Any]]
+
+
+def samples(*lengths: int, seed: int = 0) -> Samples:
+    draw = np.random.default_rng(seed)
+    made = []
+    for length in lengths:
+        ids = draw.integers(3, 300, length, dtype=np.int32)
+        made.append((ids, np.where(np.arange(length) < length // 2, np.int32(IGNORE_INDEX), ids)))
+    return made
+
+
+def rows_of(*lengths: int, steps: list[list[int]]) -> Rows:
+    return Rows(samples(*lengths), samples(4, 9, seed=1), steps)
+
+
+def equal(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(
+        np.array_equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+# rows
+
+
+def test_rows_come_back_as_they_were_dumped(tmp_path: Path) -> None:
+    rows = rows_of(5, 2, 11, 7, steps=[[2, 0], [3, 1]])
+    save_rows(rows, tmp_path / "rows.npz")
+    found = load_rows(tmp_path / "rows.npz")
+    assert equal(found.train, rows.train)
+    assert equal(found.held_out, rows.held_out)
+    assert found.steps == rows.steps
+
+
+def test_rows_of_a_step_are_counted_without_their_first_label() -> None:
+    ids = np.arange(4, dtype=np.int32)
+    rows = Rows([(ids, ids), (ids, np.array([IGNORE_INDEX, 1, IGNORE_INDEX, 3], np.int32))], [], [[0, 1]])
+    assert (rows.trained_tokens(0), rows.tokens(0)) == (3 + 2, 8)
+
+
+def test_order_by_length_never_leaves_a_step() -> None:
+    rows = rows_of(5, 2, 11, 7, steps=[[1, 0], [3, 2]])
+    plain, sorted_ = (rows.ordered(2, by_length=by) for by in (False, True))
+    assert [len(ids) for ids, _ in plain] == [2, 5, 7, 11]
+    assert [len(ids) for ids, _ in sorted_] == [5, 2, 11, 7]
+    assert len(rows.ordered(1, by_length=True)) == 2
+
+
+# jobs
+
+
+def test_a_job_is_read_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny_job(tmp_path, tuned=True)
+    monkeypatch.setattr(sys, "argv", ["", str(job.write(tmp_path))])
+    assert Job.read() == job
+
+
+def tiny_job(folder: Path, **changes: Any) -> Job:
+    settings: dict[str, Any] = {
+        "checkpoint_dir": "base",
+        "data_dir": "data",
+        "rows_file": "rows.npz",
+        "start_file": "",
+        "out_dir": str(folder / "run" / "adapter"),
+        "steps": 2,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "learning_rate": 1e-3,
+        "r": 2,
+        "alpha": 4,
+        "seed": 1,
+    }
+    return Job(**settings | changes)
+
+
+def test_a_course_takes_the_time_of_each_step() -> None:
+    course = Course()
+    course.begin()
+    course.step(2.0)
+    course.step(1.0, seconds=0.5, trained_tokens=7)
+    assert course.losses == [2.0, 1.0]
+    assert 0 <= course.seconds[0] < 5
+    assert course.seconds[1] == 0.5
+    assert course.trained_tokens == [7]
+    assert course.first_step > 0
+
+
+# comparison
+
+
+def test_agreement_is_held_to_each_of_its_limits() -> None:
+    wanted = [2.0, 1.5, 1.0, 0.5, 0.4]
+    assert agreement(wanted, 1.0, wanted, 1.0).holds
+    assert agreement([2.009, *wanted[1:]], 1.0, wanted, 1.0).holds  # one step, and little on average
+    assert not agreement([2.011, *wanted[1:]], 1.0, wanted, 1.0).holds  # per step
+    assert not agreement([loss + 0.003 for loss in wanted], 1.0, wanted, 1.0).holds  # mean
+    assert not agreement(wanted, 1.003, wanted, 1.0).holds  # held out
+    assert not agreement([math.nan, *wanted[1:]], 1.0, wanted, 1.0).holds
+    with pytest.raises(ValueError, match="zip"):
+        agreement(wanted[:-1], 1.0, wanted, 1.0)
+
+
+def test_speed_is_that_of_the_median_run_after_the_warm_up() -> None:
+    runs = [{"seconds": [90.0, x, x], "peak_rss": int(x), "first_step": 10 * x} for x in (1.0, 4.0, 2.0)]
+    found = speed(runs, warmup=1, samples=32, trained_tokens=800, tokens=1600)
+    assert found == Speed(8.0, 16.0, 200.0, 400.0, 4, 10.0, 3)
+
+
+def line(name: str, samples_per_second: float, *, held_out: float = 1.0) -> dict[str, Any]:
+    made = Speed(samples_per_second, samples_per_second, 1.0, 2.0, 10**9, 3.0, 1)
+    return summary(name, made, agreement([1.0], held_out, [1.0], 1.0), Speed(8, 8, 1, 2, 5 * 10**8, 3, 1), {})
+
+
+def test_the_table_gives_ratios_and_says_what_is_not_comparable(tmp_path: Path) -> None:
+    lines = [line(OURS, 8.0), line("peer", 2.0), line("other", 4.0, held_out=1.01)]
+    text = show.table(lines).splitlines()
+    assert "x4.00" in text[2] and "not comparable" not in text[2]
+    assert "x2.00" in text[3] and text[3].endswith("not comparable")
+    assert lines[1]["memory_of_ours"] == 2.0
+    show.plot(lines, tmp_path / "bars.png", "title")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+# processes
+
+
+def test_a_program_is_measured_by_itself(tmp_path: Path) -> None:
+    done = process.run([sys.executable, "-c", "x = b'1' * 300_000_000; print(len(x))"], tmp_path / "log")
+    assert done.stdout == "300000000\n"
+    assert 300e6 < done.peak_rss < 600e6
+    assert done.seconds > 0
+    assert 0 <= done.busy_before <= 1
+
+
+def test_a_program_that_fails_gives_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"status 3, see .*log: nothing works"):
+        process.run(
+            [sys.executable, "-c", "import sys; print('nothing works', file=sys.stderr); exit(3)"], tmp_path / "log"
+        )
+
+
+def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(process.os, "getloadavg", lambda: (0.7, 0.0, 0.0))
+    with pytest.raises(ResourceError, match=r"load average is 0\.70, expected 0\.5"):
+        process.check_idle(0.5, warn=False)
+    assert process.check_idle(0.5, warn=True) == 0.7
+    assert "WARNING" in capsys.readouterr().err
+    assert process.check_idle(0.8, warn=False) == 0.7
+
+
+def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(environments.venv, "create", lambda home, **_: home.mkdir(parents=True))
+    monkeypatch.setattr(environments, "_pip", lambda python, *words: calls.append(words))
+    for _ in range(2):
+        assert environments.python_of("litgpt", tmp_path) == tmp_path / "litgpt" / "bin" / "python"
+    assert len(calls) == 2  # what it needs, then itself without its own list
+    assert "torch==2.13.0" in calls[0]
+    assert calls[1][0] == "--no-deps"
+
+
+# the peers' adapters
+
+
+def test_the_start_reaches_every_layer_of_a_peft_model() -> None:
+    peft = pytest.importorskip("peft")
+    from conftest import as_transformers, tiny_model
+
+    made = peft.get_peft_model(
+        as_transformers(tiny_model()), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    )
+    start = {
+        name.replace(".default.", "."): torch.full_like(value, 0.5)
+        for name, value in made.named_parameters()
+        if ".lora_A." in name
+    }
+    peer_trl.begin_with(made, start)
+    for name, value in made.named_parameters():
+        assert not value.requires_grad or (value == (0.5 if ".lora_A." in name else 0)).all()
+    start.popitem()
+    with pytest.raises(ValueError, match="other layers"):
+        peer_trl.begin_with(made, start)
+
+
+def test_litgpt_gives_back_the_start_by_the_same_names(tiny_folder: Path) -> None:
+    """Queries, keys and values lie in one matrix there."""
+    model = load_model(tiny_folder)
+    apply_lora(model, LoRAConfig(r=2, alpha=4))
+    config = model.config
+    start = {f"base_model.model.{name}.lora_A.weight": m.lora_A.detach() for name, m in adapters(model)}
+    state = peer_litgpt.to_litgpt(start, config.num_hidden_layers)
+    widths = {name: m.lora_B.shape[0] for name, m in adapters(model)}
+    for name in list(state):
+        layer, _, part = name.removeprefix("transformer.h.").removesuffix(".lora_A").partition(".")
+        ours = [f"model.layers.{layer}.{n}" for n in peer_litgpt.QKV]
+        if part != "attn.qkv":
+            ours = [f"model.layers.{layer}.{peer_litgpt.NAMES[part]}"]
+        state[name.replace("lora_A", "lora_B")] = torch.cat([torch.full((widths[n], 2), hash(n) % 97.0) for n in ours])
+    shape = SimpleNamespace(
+        head_size=config.head_dim,
+        n_head=config.num_attention_heads,
+        n_query_groups=config.num_key_value_heads,
+        n_layer=config.num_hidden_layers,
+        lora_r=2,
+    )
+    found = peer_litgpt.to_peft(state, shape)
+    assert {name: value.shape for name, value in found.items() if "lora_A" in name} == {
+        name: value.shape for name, value in start.items()
+    }
+    assert all(torch.equal(found[name], start[name]) for name in start)
+    for name, width in widths.items():
+        b = found[f"base_model.model.{name}.lora_B.weight"]
+        assert b.shape == (width, 2) and (b == hash(name) % 97.0).all()
+
+
+# the contest, with ours alone
+
+
+@pytest.fixture
+def tiny_contest(tiny_folder: Path, tmp_path: Path) -> Contest:
+    rows = [{"instruction": f"add {n} and {n * n}", "input": "", "output": f"it is {n + n * n}"} for n in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = Settings(
+        checkpoint_dir=tiny_folder,
+        files=[tmp_path / "rows.json"],
+        rows=40,
+        held_out=6,
+        max_seq_length=256,
+        steps=3,
+        batch_size=8,
+        learning_rate=1e-3,
+        seed=5,
+    )
+    return Contest(settings, tmp_path / "environments", tmp_path / "work")
+
+
+def test_ours_trains_on_the_dumped_rows_from_the_dumped_start(
+    tiny_contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the peers are given is what ours does: rows, their order, and lora_A before the first step."""
+    monkeypatch.setattr(process, "busy_share", lambda: 0.0)
+    found = tiny_contest.train(OURS, 0, 1)  # it checks the trained tokens of each step by itself
+    assert len(found["losses"]) == len(found["seconds"]) == 3
+    assert 0 < found["first_step"] < found["wall"]
+    rows = tiny_contest.rows
+    assert len(rows.train) == 38 and len(rows.held_out) == 4  # two each are the test split that a folder needs
+    model = load_model(Path(tiny_contest._settings.checkpoint_dir)).double()
+    total = 0.0
+    for row in rows.steps[0]:
+        ids, labels = rows.train[row]
+        logits = model(torch.from_numpy(ids).long())[:-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[1:]).long(), reduction="sum").item()
+    assert found["losses"][0] == pytest.approx(total / rows.trained_tokens(0), rel=0.01)  # bfloat16
+    start = load_file(tiny_contest.start_file)
+    torch.manual_seed(5)
+    apply_lora(fresh := load_model(Path(tiny_contest._settings.checkpoint_dir)), LoRAConfig(r=8, alpha=16))
+    for name, module in adapters(fresh):
+        assert torch.equal(start[f"base_model.model.{name}.lora_A.weight"], module.lora_A)
+
+
+def test_other_rows_are_noticed(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, steps=1)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    course = Course()
+    course.step(1.0, trained_tokens=3)
+    course.write(job)
+    done = process.Done("", 0.0, 1.0, 1, 0.0)
+    with pytest.raises(IntegrityError, match=r"trained on \[3\] tokens, expected \[5\]"):
+        contest._result(folder, job, rows_of(4, 6, steps=[[0, 1]]), done)
+
+
+def test_too_few_rows_are_an_error(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 20))
+    settings = Settings(
+        checkpoint_dir=tiny_folder,
+        files=[tmp_path / "rows.json"],
+        rows=10,
+        held_out=8,
+        max_seq_length=64,
+        steps=4,
+        batch_size=4,
+        learning_rate=1e-3,
+        seed=0,
+    )
+    with pytest.raises(DataError, match="10 rows and 8 behind them, expected 4 steps of 4"):
+        contest._write_sources(tmp_path, settings)
+
+
+def test_stock_and_tuned_share_a_program() -> None:
+    assert [name for name, contender in CONTENDERS.items() if contender.tuned] == [
+        "TRL + PEFT, tuned",
+        "litgpt, tuned",
+    ]
+
+
+# synthetic models and scaling
+
+
+def test_micro_batches_are_filled_exactly() -> None:
+    for sample_tokens in (None, 100):
+        for batch in synthetic.packed(3, 2048, 300, sample_tokens):
+            assert sum(batch.lengths) == len(batch.input_ids) == 2048
+            assert 0 < len(batch.targets) < 2048
+    mean = np.mean([length for batch in synthetic.packed(20, 8192, 300, None) for length in batch.lengths])
+    assert 90 < mean < 150
+
+
+def test_a_synthetic_model_is_measured_and_learns() -> None:
+    batch = next(synthetic.packed(1, 512, tiny_config().vocab_size, None))
+    found = synthetic.train(tiny_config(), torch.device("cpu"), torch.float32, [batch] * 12, warmup=2)
+    assert found["first_loss"] == pytest.approx(math.log(tiny_config().vocab_size), rel=0.05)
+    assert found["last_loss"] < found["first_loss"]
+    assert found["tokens_per_second"] > 0
+    assert synthetic.ceilings("cpu", 64)["matmul_tflops"] > 0
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.738), ("llama-3-8b", 8.030), ("llama-13b", 13.016)])
+def test_synthetic_shapes_are_the_real_ones(name: str, billions: float) -> None:
+    from lit_llama.model.config import LLaMAConfig
+    from lit_llama.model.llama import LLaMA
+
+    with torch.device("meta"):
+        model = LLaMA(LLaMAConfig(**synthetic.SHAPES[name]))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+def test_growth_is_an_exponent() -> None:
+    points = [{"axis": "rank", "value": v, "seconds": 3.0 * v, "memory": 5 * v * v, "tokens": 10} for v in (1, 2, 4, 8)]
+    assert scaling.growth(points, "seconds") == pytest.approx(1)
+    assert scaling.growth(points, "memory") == pytest.approx(2)
+    assert "value^1.00 in time, value^2.00 in memory" in scaling.table(points)
+
+
+def test_points_of_each_axis_can_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scaling, "TOKENS", 256)
+    points = [
+        {"axis": axis, "value": value, **scaling._step(axis, value, 1)}
+        for axis, value in (("sequence_length", 128), ("micro_batch_tokens", 256), ("rank", 4))
+    ]
+    points.append({"axis": "rows", "value": 100, **scaling._rows(100)})
+    assert all(point["seconds"] > 0 for point in points)
+    scaling.plot(points, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000

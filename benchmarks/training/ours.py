@@ -55,6 +55,7 @@ def flags(job: Job) -> list[str]:
         "train.weight_decay": 0,
         "train.max_grad_norm": 0,
         "train.eval_interval": job.steps,
+        "train.sample_prompts": 0,
     }
     return [f"--{name}={value}" for name, value in values.items()]
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_llama.model.lora_product import lora_product
 from lit_llama.model.quantize import QuantizedLinear
 
 
@@ -49,10 +50,10 @@ class LowRank(Adapter):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # (out, r)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (T, out) + scale * dropout(x) A' B', for x (T, in)."""
+    def update(self, x: Tensor) -> Tensor:
+        """scale * dropout(x) A' B', for x (T, in)."""
         u = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (T, r)
-        return torch.addmm(y, u, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+        return F.linear(u, (self.lora_B * self.scale).to(x.dtype))
 
     def merged(self, weight: Tensor) -> Tensor:
         """W + scale * B A: (out, in)."""
@@ -69,7 +70,9 @@ class LoRALinear(LowRank, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out)."""
-        return self.add_update(F.linear(x, self.weight, self.bias), x)
+        dropped = self.dropout(x) if self.dropout.p and self.training else None
+        y = lora_product(x, dropped, self.weight, self.lora_A, self.lora_B, self.scale)
+        return y if self.bias is None else y + self.bias
 
 
 class LoRAOnQuantized(LowRank):
@@ -83,7 +86,8 @@ class LoRAOnQuantized(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out)."""
-        return self.add_update(self.base_layer(x), x)
+        y = self.base_layer.product(x, self.update(x))  # the update is small, and y not rounded yet
+        return y if self.base_layer.bias is None else y + self.base_layer.bias
 
 
 class LoRAEmbedding(Adapter, nn.Embedding):

@@ -57,9 +57,9 @@ class QuantizedLinear(nn.Module):
         """The weight that is computed with: (out, in)."""
         return _unpack(self.packed, self._state, torch.Size((self.out_features, self.in_features)), dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W', without the bias: (T, in) -> (T, out)."""
-        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+    def product(self, x: Tensor, start: Tensor | None = None) -> Tensor:
+        """x W', without the bias: (T, in) -> (T, out); `start` (T, out) is added before anything is rounded."""
+        y: Tensor = _Product.apply(x, start, self)  # type: ignore[no-untyped-call]
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,14 +72,15 @@ class _Product(torch.autograd.Function):
     """x W', unpacking W again on the way back, so that nobody keeps it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype))
+    def forward(ctx: Any, x: Tensor, start: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer, ctx.started = layer, start is not None
+        weight = layer.dense(x.dtype)
+        return F.linear(x, weight) if start is None else torch.addmm(start, x, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (gradient,) = grad_outputs
-        return gradient @ ctx.layer.dense(gradient.dtype), None
+        return gradient @ ctx.layer.dense(gradient.dtype), gradient if ctx.started else None, None
 
 
 def _library() -> Any:

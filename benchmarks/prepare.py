@@ -43,6 +43,7 @@ WORDS = _COMMON.split()
 def main(
     *,
     tokenizer_path: Path,
+    trl_python: Path | None = None,
     rows: int = 52_000,
     rows_file: Path | None = None,
     rounds: int = 3,
@@ -56,7 +57,10 @@ def main(
     """Compare, or with --scale measure ours alone over numbers of rows.
 
     Args:
-        tokenizer_path: A model folder with tokenizer.json; its chat template is not used.
+        tokenizer_path: A model folder with tokenizer.json (its chat template is not used), or a tokenizer.model, for
+            which only ours and the bare library are measured.
+        trl_python: Python of an environment with TRL, such as benchmarks/train.py makes; without it that case is left
+            out.
         rows: How many to generate.
         rows_file: A JSON array in Alpaca's format, whose rows are repeated with some words exchanged.
         rounds: How often each case is measured; the table shows the fastest and the median.
@@ -75,7 +79,11 @@ def main(
         made = {count: Path(home) / f"{count}.json" for count in (scale or [rows])}
         for count, path in made.items():
             _generate(path, count, rows_file)
-        results = _rounds(made, tokenizer_path, Path(home), 1 if scale else rounds, ["ours"] if scale else cases)
+        if scale:
+            cases = cases or ["ours"]
+        elif tokenizer_path.suffix == ".model":
+            cases = cases or [case for case in CASES if case.startswith("ours") or case == BARE]
+        results = _rounds(made, tokenizer_path, Path(home), 1 if scale else rounds, cases, trl_python)
     machine = {"cpus": os.cpu_count(), "load_before": os.getloadavg()[0], "python": platform.python_version()}
     if out:
         out.write_text(json.dumps({"machine": machine, "rows_file": str(rows_file), "results": results}, indent=2))
@@ -83,16 +91,24 @@ def main(
 
 
 def _rounds(
-    made: dict[int, Path], tokenizer_path: Path, home: Path, rounds: int, wanted: Sequence[str] | None
+    made: dict[int, Path],
+    tokenizer_path: Path,
+    home: Path,
+    rounds: int,
+    wanted: Sequence[str] | None,
+    trl_python: Path | None,
 ) -> list[dict[str, Any]]:
     results = []
     for number in range(rounds):
         for count, file in made.items():
             folder = home / f"{count}-{number}"  # "ours, unchanged" finds what "ours" made
-            for case in wanted or list(CASES):
+            for case in wanted or [*CASES, *([TRL] if trl_python else [])]:
                 paths = {"tokenizer_path": tokenizer_path, "file": file, "folder": folder / re.sub(r"\W+", "_", case)}
                 command = [sys.executable, __file__, "--measure", case]
                 command += [str(word) for name, path in paths.items() for word in (f"--{name}", path)]
+                if case == TRL:
+                    script, prompts = Path(__file__).with_name("prepare_trl.py"), _prompts(file)
+                    command = [str(trl_python), str(script), *map(str, (prompts, tokenizer_path, paths["folder"]))]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -101,6 +117,17 @@ def _rounds(
                 print(f"{case}: {result['seconds']:.2f} s", file=sys.stderr)
                 results.append(result)
     return results
+
+
+def _prompts(file: Path) -> Path:
+    """The rows as prompt and completion, which is what TRL is given."""
+    path = file.with_suffix(".prompts.jsonl")
+    if not path.exists():
+        with path.open("w", encoding="utf-8") as out:
+            for row in json.loads(file.read_text("utf-8")):
+                prompt, completion = _texts(row)
+                out.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    return path
 
 
 def _table(results: list[dict[str, Any]]) -> None:
@@ -159,7 +186,7 @@ def _measure(case: Callable[[Path, Path, Path], Callable[[], object]], *paths: P
     return {"seconds": seconds, "cpu_seconds": busy, "peak_rss": peak, "peak_rss_before": before}
 
 
-def _ours(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+def _ours(file: Path, tokenizer_path: Path, folder: Path, near_duplicates: int = 200_000) -> Callable[[], object]:
     import datasets  # noqa: F401
     import jinja2  # noqa: F401
 
@@ -174,29 +201,24 @@ def _ours(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object
         split="hash",
         test_split_size=0.05,
         seed=42,
+        near_duplicates=near_duplicates,
     )
     return lambda: prepare_records(
         [str(file)], folder, tokenizer_path=tokenizer_path, prompt_style="alpaca", rules=rules
     )
 
 
-def _ours_without_near_duplicates(*paths: Path) -> Callable[[], object]:
-    from functools import partial
-
-    from lit_llama.text import prepare
-
-    module: Any = prepare
-    module.Findings = partial(module.Findings, near_duplicates=0)
-    return _ours(*paths)
+def _ours_without_near_duplicates(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+    return _ours(file, tokenizer_path, folder, near_duplicates=0)
 
 
-def _ours_without_report(*paths: Path) -> Callable[[], object]:
+def _ours_without_report(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
     from lit_llama.text import prepare
 
     module: Any = prepare
     module.Findings.add = lambda *_: None
     module.write_report = lambda *_, **__: None
-    return _ours(*paths)
+    return _ours(file, tokenizer_path, folder)
 
 
 def _unchanged(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
@@ -215,10 +237,15 @@ def _texts(row: Row) -> tuple[str, str]:
 
 
 def _bare(file: Path, tokenizer_path: Path, _: Path) -> Callable[[], object]:
+    texts = [text for row in json.loads(file.read_text("utf-8")) for text in _texts(row)]
+    if tokenizer_path.suffix == ".model":
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+        return lambda: [model.encode(texts[at : at + 4000], num_threads=-1) for at in range(0, len(texts), 4000)]
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
-    texts = [text for row in json.loads(file.read_text("utf-8")) for text in _texts(row)]
 
     def run() -> None:
         for start in range(0, len(texts), 4000):
@@ -295,7 +322,7 @@ def _map(datasets: Any, file: Path, folder: Path, function: Callable[[Any], Any]
     made.train_test_split(0.05, seed=42).save_to_disk(str(folder / "made"))
 
 
-BARE = "encode_batch alone"
+BARE, TRL = "encode_batch alone", "TRL's SFTTrainer"
 CASES: dict[str, Callable[[Path, Path, Path], Callable[[], object]]] = {
     "ours": _ours,
     "ours, without near-duplicates": _ours_without_near_duplicates,

@@ -103,7 +103,7 @@ def byte_level(raw: Mapping[str, Any], backend: Any) -> ByteLevel | None:
     plain = normalizer is None or normalizer == {"type": "NFC"}
     if pattern is None or not plain or not _is_plain_bpe(raw["model"]):
         return None
-    lost = _not_itself(raw)
+    lost = _not_itself(raw, backend)
     if not merges_by_id(raw, lost):
         return None
     spelled = {character: byte for byte, character in enumerate(_CHARACTERS)}
@@ -203,15 +203,24 @@ def _runs(vocabulary: Mapping[str, int], token: str) -> bool:
     return all(vocabulary.get(piece, vocabulary[unit] + 1) > vocabulary[unit] for piece in across)
 
 
-def _not_itself(raw: Mapping[str, Any]) -> set[str]:
+def _not_itself(raw: Mapping[str, Any], backend: Any) -> set[str]:
     """The tokens that merging does not come to."""
     from tokenizers import Tokenizer as Backend
 
-    model = {**raw["model"], "ignore_merges": False}
-    steps = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    backend = Backend.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **steps}))
+    model = raw["model"]
+    if model.get("ignore_merges"):  # a copy that does not
+        steps = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+        plain: dict[str, Any] = {
+            "version": "1.0",
+            "added_tokens": [],
+            "model": {**model, "ignore_merges": False},
+            **steps,
+        }
+        bare = Backend.from_str(json.dumps(plain))
+    else:
+        bare = Backend(backend.model)
     tokens = list(model["vocab"])
-    found = backend.encode_batch_fast(tokens, add_special_tokens=False)
+    found = bare.encode_batch_fast(tokens, add_special_tokens=False)
     return {token for token, each in zip(tokens, found, strict=True) if each.ids != [model["vocab"][token]]}
 
 

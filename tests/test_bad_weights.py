@@ -73,7 +73,16 @@ def door(name: str, at: Folders, folder: str) -> tuple[object, ...]:
         "base": ("prepare/delta.py", "apply", "--base_dir", path, "--delta_dir", sides["delta"], *made),
         "delta": ("prepare/delta.py", "apply", "--base_dir", sides["base"], "--delta_dir", path, *made),
         "merge": ("finetune/merge.py", "--adapter_dir", path, *made, "--precision", "32-true"),
-        "finetune": ("finetune/lora.py", "--checkpoint_dir", path, *train, "--precision", "32-true"),
+        "finetune": (
+            "finetune/lora.py",
+            "--checkpoint_dir",
+            path,
+            *train,
+            "--train.batch_size",
+            1,
+            "--precision",
+            "32-true",
+        ),
         "generate": ("generate/base.py", "--checkpoint_dir", path, "--max_new_tokens", 1, "--precision", "32-true"),
         "instruct": ("generate/instruct.py", "--checkpoint_dir", path, "--precision", "32-true"),
         "chat": ("generate/chat.py", "--checkpoint_dir", path, "--precision", "32-true"),
@@ -439,8 +448,8 @@ def adapter_setting(**values: Any) -> Change:
 ADAPTER: list[tuple[str, Change, int, tuple[str, ...]]] = [
     ("9 another base", other_base, 6, ("{model} is not the base", "fingerprint")),
     ("9 another shape", adapter_setting(r=5), 4, ("adapter_model.safetensors", "lora_A is (4, ", "r 5 needs (5, ")),
-    ("9 DoRA", adapter_setting(use_dora=True), 4, ("use_dora is True", "not implemented")),
-    ("9 rank 0", adapter_setting(r=0), 4, ("r is 0, expected 1 or more",)),
+    ("9 DoRA", adapter_setting(use_dora=True), 4, ("14 missing", "lora_magnitude_vector")),
+    ("9 rank 0", adapter_setting(r=0), 4, ("r is 0, expected a whole number of 1 or more",)),
     (
         "9 an adapter as base",
         lambda at: edit(at["adapter"] / "adapter_config.json", base_model_name_or_path=str(at["adapter"])),

@@ -307,7 +307,7 @@ def counted(module, name):
     setattr(module, name, call)
 for name in ("combine", "write_shard", "write_index", "_write_settings", "_write_origin", "write_manifest"):
     counted(writing, name)
-for name in ("_sync", "_line"):
+for name in ("sync", "_line"):
     counted(folder, name)
 apply(*map(Path, sys.argv[1:4]), max_shard_size=60_000)
 print(steps[0])

@@ -11,6 +11,7 @@ from lit_llama.cli import CLI
 from lit_llama.device import TrainingPrecision
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train.config import LoggerName, TrainConfig
+from lit_llama.train.launch import launch
 
 
 def main(
@@ -27,6 +28,9 @@ def main(
     loggers: list[LoggerName] | None = None,
     plan: bool = False,
     plan_memory: str | None = None,
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
 ) -> None:
     """Train low-rank adapters; the base stays as it is.
 
@@ -47,6 +51,11 @@ def main(
         loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
         plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
         plan_memory: The same for a GPU with this much memory, such as 16GB, that is not here.
+        devices: GPUs of this machine that share the samples of each step, or auto for all of them; without GPUs, as
+            many processes on the CPU. The steps are those of one process, and any number of them can continue a run.
+            Under torchrun or srun, which start the processes themselves, leave this and num_nodes out.
+        num_nodes: Machines that do; each needs the same folders.
+        strategy: Each process holds the whole base (ddp), or a part of its layers (fsdp); auto is ddp where it fits.
     """
     from lit_llama.train.method import LoRA
 
@@ -63,6 +72,7 @@ def main(
             seed=seed,
             memory=plan_memory,
         )
+    launch(devices, num_nodes)
     from lit_llama.train.run import finetune
 
     paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
@@ -73,6 +83,9 @@ def main(
         "quantize": quantize,
         "seed": seed,
         "loggers": loggers,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": strategy,
     }
     finetune(
         LoRA(lora),
@@ -86,6 +99,9 @@ def main(
         resume=resume,
         arguments=paths | settings,
         loggers=loggers or (),
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
     )
 
 

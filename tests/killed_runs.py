@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets  # noqa: F401
-import lightning.fabric  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import torch
 from small_runs import flags_of, outcome

@@ -22,6 +22,8 @@ from lit_llama.text.dataset import (
     largest_group,
     micro_batches,
     read_meta,
+    share_out,
+    shared_micro_batches,
     step_plan,
 )
 from lit_llama.text.encode import IGNORE_INDEX
@@ -269,16 +271,42 @@ def test_a_fingerprint_is_of_every_byte_of_both_splits(tmp_path: Path) -> None:
     assert found["a"] == found["again"] and len(set(found.values())) == 3
 
 
+@pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.parametrize(("batch_size", "budget", "steps"), [(16, 60, 147), (16, 60, 300), (7, 100, 5), (3000, 90, 2)])
-def test_the_largest_micro_batch_is_that_of_the_steps(split: Split, batch_size: int, budget: int, steps: int) -> None:
+def test_the_largest_micro_batch_is_that_of_the_steps(
+    split: Split, batch_size: int, budget: int, steps: int, shares: int
+) -> None:
     """Against all micro-batches of all steps, one by one; catches a cut that differs, a last batch that is filled up,
     and steps that the run never makes."""
     per_epoch, sizes = -(-len(split) // batch_size), []
     for step in range(steps):
         epoch, position = divmod(step, per_epoch)
         rows = epoch_order(len(split), 3, epoch)[position * batch_size :][:batch_size].tolist()
-        sizes += [(len(batch.input_ids) + len(batch.lengths)) for batch in micro_batches(split, rows, budget)]
-    rows = largest_group(split.lengths, batch_size=batch_size, micro_batch_tokens=budget, seed=3, steps=steps)
+        for share in share_out(split.lengths, rows, shares):
+            sizes += [(len(batch.input_ids) + len(batch.lengths)) for batch in micro_batches(split, share, budget)]
+    rows = largest_group(
+        split.lengths, batch_size=batch_size, micro_batch_tokens=budget, seed=3, steps=steps, shares=shares
+    )
     assert int(split.lengths[rows].sum()) == max(sizes) and len(set(rows)) == len(rows)
     (batch,) = micro_batches(split, rows, max(sizes))
     assert sum(batch.lengths) == max(sizes) - len(rows)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 8])
+def test_samples_are_shared_out_evenly(split: Split, shares: int) -> None:
+    """Catches samples that are lost or doubled, shares that depend on the order of the rows, and a share that is
+    larger than another by more than its last and smallest sample."""
+    rows = epoch_order(len(split), 3, 0)[:50].tolist()
+    divided = share_out(split.lengths, rows, shares)
+    assert sorted(row for share in divided for row in share) == sorted(rows)
+    assert divided == share_out(split.lengths, rows[::-1], shares)
+    tokens = [int(split.lengths[share].sum()) for share in divided]
+    for share, size in zip(divided, tokens, strict=True):
+        assert size - int(split.lengths[share[-1]]) <= min(tokens)
+
+
+def test_a_share_is_filled_up_without_a_loss(split: Split) -> None:
+    """Two samples for three processes; catches a process with fewer passes than the others."""
+    cut = [list(shared_micro_batches(split, [0, 1], 1, share, 3, even=True)) for share in range(3)]
+    assert [len(batches) for batches in cut] == [1, 1, 1]
+    assert cut[2][0].lengths == [1] and len(cut[2][0].targets) == 0

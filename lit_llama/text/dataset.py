@@ -5,7 +5,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,10 @@ class Split:
     def __getitem__(self, row: int) -> tuple[Ids, Ids]:
         return self._ids[row], self._labels[row]
 
-    def trained_tokens(self) -> int:
-        """Labels with a loss; the first token of a sample is never predicted."""
-        return sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in map(self.__getitem__, range(len(self))))
+    def trained_tokens(self, rows: Iterable[int] | None = None) -> int:
+        """Labels with a loss, of some samples or all; the first token of a sample is never predicted."""
+        rows = range(len(self)) if rows is None else rows
+        return sum(int((self._labels[row][1:] != IGNORE_INDEX).sum()) for row in rows)
 
 
 class _Column:
@@ -155,33 +156,73 @@ def _groups(lengths: npt.NDArray[np.int64], rows: Sequence[int], micro_batch_tok
         yield group
 
 
+def share_out(lengths: npt.NDArray[np.int64], rows: Sequence[int], shares: int) -> list[list[int]]:
+    """Divide samples among processes: the longest first, each to the one with the fewest tokens so far."""
+    divided: list[list[int]] = [[] for _ in range(shares)]
+    tokens = [0] * shares
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        share = tokens.index(min(tokens))
+        divided[share].append(row)
+        tokens[share] += int(lengths[row])
+    return divided
+
+
+def shared_micro_batches(
+    split: Split, rows: Sequence[int], micro_batch_tokens: int, share: int, shares: int, *, even: bool
+) -> Iterator[Batch]:
+    """The micro-batches of one share of the samples of a step.
+
+    Args:
+        split: The samples.
+        rows: Those of the step, in whatever order; at least one.
+        micro_batch_tokens: See `micro_batches`.
+        share: Whose, from 0.
+        shares: How many there are.
+        even: Fill up with batches of one token without a loss, until there are as many as in the share with the most.
+    """
+    divided = share_out(split.lengths, rows, shares)
+    yield from micro_batches(split, divided[share], micro_batch_tokens)
+    if even:
+        counts = [sum(1 for _ in _groups(split.lengths, part, micro_batch_tokens)) for part in divided]
+        nothing = np.zeros(0, np.int64)
+        for _ in range(max(counts) - counts[share]):
+            yield Batch(split[rows[0]][0][:1].astype(np.int64), [1], nothing, nothing)
+
+
 def largest_group(
-    lengths: npt.NDArray[np.int64], *, batch_size: int, micro_batch_tokens: int, seed: int, steps: int
+    lengths: npt.NDArray[np.int64],
+    *,
+    batch_size: int,
+    micro_batch_tokens: int,
+    seed: int,
+    steps: int,
+    shares: int = 1,
 ) -> list[int]:
     """Rows of the largest micro-batch, in tokens, that the first `steps` optimizer steps of a run will meet.
 
-    All steps of an epoch are cut at once, sample by sample, as `_groups` cuts each of them.
+    All steps of an epoch are divided and cut at once, sample by sample, as `share_out` and `_groups` do with each.
     """
-    largest, rows = -1, [0]
+    largest, step_rows = -1, [0]
     per_epoch = -(-len(lengths) // batch_size)
     for epoch in range(-(-steps // per_epoch)):
         order = np.full(per_epoch * batch_size, -1)
         order[: len(lengths)] = epoch_order(len(lengths), seed, epoch)
         batches = order.reshape(per_epoch, batch_size)[: steps - epoch * per_epoch]  # (S, batch_size)
-        sizes = np.where(batches < 0, 0, lengths[batches])
-        places = np.lexsort((batches, -sizes))
-        batches, sizes = np.take_along_axis(batches, places, 1), np.take_along_axis(sizes, places, 1)
-        tokens = np.zeros(len(batches), np.int64)
-        start = np.zeros(len(batches), np.int64)
-        for column in range(batch_size):
-            full = (tokens > 0) & (tokens + sizes[:, column] > micro_batch_tokens)
-            tokens = np.where(full, 0, tokens) + sizes[:, column]
-            start = np.where(full, column, start)
-            step = int(tokens.argmax())
-            if tokens[step] > largest:
-                largest = int(tokens[step])
-                rows = [int(row) for row in batches[step, start[step] : column + 1] if row >= 0]
-    return rows
+        sizes = -np.sort(-np.where(batches < 0, 0, lengths[batches]), 1)
+        every = np.arange(len(batches))
+        given, tokens = np.zeros((2, len(batches), shares), np.int64)  # (S, shares): in all, and in the group
+        for size in sizes.T:
+            share = given.argmin(1)  # (S,)
+            open_group = tokens[every, share]
+            open_group = np.where((open_group > 0) & (open_group + size > micro_batch_tokens), 0, open_group) + size
+            given[every, share] += size
+            tokens[every, share] = open_group
+            step = int(open_group.argmax())
+            if open_group[step] > largest:
+                largest = int(open_group[step])
+                step_rows = [int(row) for row in batches[step] if row >= 0]
+    groups = (g for share in share_out(lengths, step_rows, shares) for g in _groups(lengths, share, micro_batch_tokens))
+    return max(groups, key=lambda group: int(lengths[group].sum()))
 
 
 def step_plan(

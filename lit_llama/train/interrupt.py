@@ -16,11 +16,15 @@ class Interrupt:
     A SIGINT after any of them raises KeyboardInterrupt: stop now. A signal that is ignored stays ignored, as SIGINT is
     for a job in the background.
 
+    Args:
+        quiet: Say nothing when a signal comes; one of several processes is enough to say it.
+
     Attributes:
         received: The first signal, once there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -40,5 +44,7 @@ class Interrupt:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
+        if self._quiet:
+            return
         # Not by print: the signal may have come in the middle of one.
         os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C stops now\n".encode())

@@ -136,3 +136,34 @@ class Log:
         self._progress.update(self._task, completed=done)
         if not self._console.is_terminal and (done == 1 or done % max(1, self._steps // 10) == 0):
             self.say(f"step {done}/{self._steps}  {state}")
+
+
+class Silence(Log):
+    """What the other processes of a run have in place of a log: the first one writes and speaks for all."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def resume(self, step: int) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
+        return {"test_loss": test_loss}
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass

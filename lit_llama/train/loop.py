@@ -4,9 +4,10 @@ Shapes: T tokens of a micro-batch, N of them with a label.
 """
 
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from lit_llama.device import Numerics, peak_memory, seed_micro_batch
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset import Batch, Split, epoch_order, micro_batches
+from lit_llama.text.dataset import Batch, Split, epoch_order, shared_micro_batches
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.optim import build_optimizer, set_learning_rate
+from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.scaling import overflowed
 from lit_llama.train.schedule import learning_rate
 from lit_llama.train.stopping import Best
@@ -58,8 +60,9 @@ class Trainer:
     """A model with the optimizer of its weights that require gradients, its data, and how far they are.
 
     The loss of a step is the sum over the trained tokens of its whole batch divided by their number, however the batch
-    is cut. Which samples a step takes follows from (seed, epoch), its learning rate from the step, and what it draws
-    from (seed, step, micro-batch): the step that follows a restored `Progress` is the one that would have followed.
+    is cut and divided among processes. Which samples a step takes follows from (seed, epoch), its learning rate from
+    the step, and what it draws from (seed, step, micro-batch): the step that follows a restored `Progress` is the one
+    that would have followed. Whatever is decided here is decided on sums over all processes, and so the same in all.
 
     Args:
         model: In the state of its beginning.
@@ -70,6 +73,7 @@ class Trainer:
         seed: Of the order of the samples and of dropout.
         say: Takes remarks on single steps.
         numerics: In which numbers to compute.
+        processes: Those that share the work.
     """
 
     def __init__(
@@ -82,20 +86,19 @@ class Trainer:
         seed: int,
         say: Callable[[str], None],
         numerics: Numerics,
+        processes: Processes = ALONE,
     ) -> None:
-        from lightning.fabric import Fabric  # takes seconds, which a wrong path need not wait for
-
         self.config, self.progress = config, Progress()
         self.steps = config.steps(len(train))
         self._train, self._test, self._seed, self._say = train, test, seed, say
+        self.processes = processes
         self._per_epoch = math.ceil(len(train) / config.batch_size)
         self._device = next(model.parameters()).device
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(groups, config, self._device)
         self.scaler, self.best = numerics.scaler(), Best()
         self.kept = [p.detach().clone() for p in self._parameters] if config.keep == "best" else []
-        self._fabric = Fabric(accelerator=self._device.type, devices=1)
-        self._loss_of, self._stepper = self._fabric.setup(TokenLoss(model, numerics), self.optimizer)
+        self._loss_of = TokenLoss(model, numerics)
 
     def rows(self, step: int) -> list[int]:
         """Rows of the training split that make up a step (from 0); the last of an epoch takes what is left."""
@@ -115,19 +118,18 @@ class Trainer:
         """
         start = time.perf_counter()
         number, rows = self.progress.step, self.rows(self.progress.step)
-        batches = list(micro_batches(self._train, rows, self.config.micro_batch_tokens))
-        count = sum(len(batch.targets) for batch in batches)
+        count = self._train.trained_tokens(rows)
         if not count:
             raise DataError(f"step {number + 1}: no token of its {len(rows)} samples carries a loss")
         rate = learning_rate(number, self.steps, self.config)
         set_learning_rate(self.optimizer, rate)
-        loss, norm = self._gradients(batches, count)
+        loss, norm = self._gradients(rows, count)
         finite, spoilt = math.isfinite(loss) and math.isfinite(norm), overflowed(self.scaler, loss, norm)
         if finite:
-            self._stepper.step()
+            self.optimizer.step()
         self.scaler.update()
-        self._stepper.zero_grad()
-        tokens = sum(len(batch.input_ids) for batch in batches)
+        self.optimizer.zero_grad()
+        tokens = int((self._train.lengths[rows] - 1).sum())
         self._advance(count, tokens)
         if finite:
             self._look_at(loss, rows)
@@ -145,15 +147,17 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
 
-    def _gradients(self, batches: Sequence[Batch], count: int) -> tuple[float, float]:
+    def _gradients(self, rows: Sequence[int], count: int) -> tuple[float, float]:
         """Sum up the gradients of a step and clip them; gives its loss and their norm before that."""
         self._loss_of.train()
         total = torch.zeros((), device=self._device)
-        for index, batch in enumerate(batches):
-            seed_micro_batch(self._seed, self.progress.step, index)
+        for index, batch in enumerate(_share(self.processes, self._train, rows, self.config.micro_batch_tokens)):
+            # Every micro-batch of a step has a number of its own, whichever process it falls to.
+            seed_micro_batch(self._seed, self.progress.step, index * self.processes.size + self.processes.rank)
             loss = self._loss_of(*_tensors(batch, self._device)) / count
-            self._fabric.backward(self.scaler.scale(loss))
+            self.scaler.scale(loss).backward()
             total += loss.detach()
+        total = self.processes.sum_gradients(self._parameters, total)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
         return total.item(), norm.item()
@@ -200,12 +204,19 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The loss on the test split."""
-        return evaluate(self._loss_of, self._test, self.config.micro_batch_tokens)
+        return evaluate(self._loss_of, self._test, self.config.micro_batch_tokens, self.processes)
+
+    def stopped(self, interrupt: Interrupt) -> bool:
+        """Whether a signal has come, to whichever process."""
+        if number := self.processes.highest(interrupt.received or 0, self._device):
+            interrupt.received = signal.Signals(number)
+        return bool(number)
 
     def try_largest(self) -> None:
         """Run the largest micro-batch of all, so that running out of memory happens in the first minute."""
         self._loss_of.train()
-        warm_up(self._loss_of, self._fabric.backward, largest_batch(self._train, self.config, self._seed))
+        batch = largest_batch(self._train, self.config, self._seed, self.processes.size)
+        warm_up(self._loss_of, Tensor.backward, batch)
 
     def compare(self, test_loss: float) -> None:
         """Remember the weights if none were better."""
@@ -253,28 +264,36 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
             metrics |= log.evaluated(progress.step, trainer.evaluate())
             trainer.compare(metrics["test_loss"])
         log.step(metrics | {"memory": trainer.memory()})
-        if trainer.ended or progress.step % config.save_interval == 0 or interrupt.received:
+        stopped = trainer.stopped(interrupt)
+        if trainer.ended or progress.step % config.save_interval == 0 or stopped:
             log.status("saving")
             save()
-        if interrupt.received:
+        if stopped:
             return
 
 
 @torch.no_grad()
-def evaluate(loss_of: torch.nn.Module, split: Split, micro_batch_tokens: int) -> float:
-    """Mean loss per trained token over a whole split, whatever the batches."""
+def evaluate(loss_of: torch.nn.Module, split: Split, micro_batch_tokens: int, processes: Processes = ALONE) -> float:
+    """Mean loss per trained token over a whole split, whatever the batches and the processes that share them."""
     training = loss_of.training
     loss_of.eval()
     device = next(loss_of.parameters()).device
-    total, count = 0.0, 0
-    for batch in micro_batches(split, range(len(split)), micro_batch_tokens):
-        if len(batch.targets):
+    total, count = 0.0, 0.0
+    for batch in _share(processes, split, range(len(split)), micro_batch_tokens):
+        if len(batch.targets) or processes.sharded:
             total += loss_of(*_tensors(batch, device)).item()
             count += len(batch.targets)
     loss_of.train(training)
+    total, count = processes.sum((total, count), device)
     if not count:
         raise DataError("no token of the test split carries a loss")
     return total / count
+
+
+def _share(processes: Processes, split: Split, rows: Sequence[int], micro_batch_tokens: int) -> Iterator[Batch]:
+    """The micro-batches that fall to this process."""
+    share, shares = processes.rank, processes.size
+    return shared_micro_batches(split, rows, micro_batch_tokens, share, shares, even=processes.sharded)
 
 
 def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Sequence[int], Tensor, Tensor]:

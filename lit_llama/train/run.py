@@ -1,12 +1,14 @@
 """A run: read, check, build, train, and publish the folder of the result."""
 
+import hashlib
 import platform
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -18,7 +20,6 @@ from lit_llama.device import (
     cores,
     describe,
     keep_freed_memory,
-    peak_memory,
     pick_device,
     return_freed_memory,
     seed_everything,
@@ -37,16 +38,18 @@ from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
 from lit_llama.train.inputs import Inputs, read_inputs
 from lit_llama.train.interrupt import Interrupt
-from lit_llama.train.log import Log
+from lit_llama.train.log import Log, Silence
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, does_not_fit, explained, short
+from lit_llama.train.processes import Processes, Strategy, described, join
 from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import Sampler
+from lit_llama.train.shards import shard, spreads
 from lit_llama.train.state import (
     STATES_DIR,
     check_same,
@@ -63,7 +66,7 @@ from lit_llama.train.stopping import Best
 BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
 FREE = (
-    *("checkpoint_dir", "data_dir", "out_dir", "loggers"),
+    *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy"),
     *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
 )
 """Settings that a run may go on without: they change no weight (what the paths lead to is compared by fingerprints)."""
@@ -82,6 +85,9 @@ def finetune(
     resume: str | Path = "never",
     arguments: dict[str, Any],
     loggers: Sequence[LoggerName] = (),
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    strategy: Strategy = "auto",
 ) -> None:
     """Train and write the folder of the result; the parameters are those of the scripts in finetune/.
 
@@ -92,6 +98,7 @@ def finetune(
         method: Which weights train, and how they are written.
         resume: "never", "auto", or a state folder of this run.
         arguments: The whole configuration, saved as run.yaml.
+        devices: Processes on each machine; more than one only where `launch` has started them.
 
     Raises:
         UserError: Settings, checkpoint, data or states that do not fit each other.
@@ -103,23 +110,38 @@ def finetune(
     start = time.perf_counter()
     if seed < 0:
         raise UserError(f"--seed is {seed}, expected 0 or more")
-    check_destination(out_dir, method.marker, replace=True)
     check_loggers(loggers)
-    run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers)
-    with claim(out_dir):
-        state = run.find_state(resume)
-        inputs = read_inputs(checkpoint_dir, data_dir, train.batch_size)
-        plan = make_plan(
-            method, inputs.config, inputs.splits, train=train, precision=precision, quantize=quantize, seed=seed
-        )
-        identity = run.identity(inputs, plan.numerics)
-        if state:
-            check_same(state, read_state(state)["identity"], identity)
-        if run.is_finished:
-            stderr().print(f"{out_dir}: the run is finished, there is nothing to do", markup=False)
-        else:
-            with explained(plan):
-                _execute(run, inputs, identity, plan, state, start)
+    with join(devices, num_nodes) as processes:
+        run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers, processes)
+        processes.first(lambda: check_destination(out_dir, method.marker, replace=True))
+        with claim(out_dir) if processes.is_first else nullcontext():
+            _run(run, precision, strategy, resume, start)
+
+
+def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
+    """Read and check everything, then train."""
+    state, finished = run.processes.first(lambda: (run.find_state(resume), run.is_finished))
+    inputs = read_inputs(run.checkpoint_dir, run.data_dir, run.train.batch_size)
+    plan = make_plan(
+        run.method,
+        inputs.config,
+        inputs.splits,
+        train=run.train,
+        precision=precision,
+        quantize=run.quantize,
+        seed=run.seed,
+    )
+    identity = run.identity(inputs, plan.numerics)
+    run.processes.check_same("checkpoint, data or setting", identity)
+    if state and run.processes.is_first:
+        check_same(state, read_state(state)["identity"], identity)
+    if finished:
+        stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do", markup=False)
+        return
+    if spreads(strategy, plan, run.processes):
+        run = replace(run, processes=replace(run.processes, sharded=True))
+    with explained(plan):
+        _execute(run, inputs, identity, plan, state, start)
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,7 @@ class Run:
     seed: int
     arguments: Mapping[str, Any]
     loggers: Sequence[LoggerName]
+    processes: Processes
 
     @property
     def command(self) -> str:
@@ -185,32 +208,44 @@ def _execute(
     run: Run, inputs: Inputs, identity: Mapping[str, Any], plan: Plan, state: Path | None, start: float
 ) -> None:
     """Build, train and publish."""
-    numerics, device = plan.numerics, plan.numerics.device
-    stderr().print(f"plan: {short(plan)}", markup=False)
-    if not plan.fits:
+    numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
+    stderr().print(f"plan: {short(plan)}{described(processes)}", markup=False)
+    if not (plan.fits or processes.sharded):
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
     (keep_freed_memory if plan.roomy else return_freed_memory)()
-    torch.set_num_threads(cores())
+    torch.set_num_threads(max(1, cores() // processes.here))
     seed_everything(run.seed)
-    model = load_model(run.checkpoint_dir, device, numerics.rest, run.quantize, numerics.linear)
+    loaded = "cpu" if processes.sharded else device
+    model = load_model(run.checkpoint_dir, loaded, numerics.rest, run.quantize, numerics.linear)
     where = run.method.apply(model)
     add_noise(model, run.train.neftune_noise_alpha)
     recompute_activations(model, run.train.activation_checkpointing)
-    replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
-    steps, sampler = run.train.steps(len(inputs.train)), _sampler(run, model)
-    with Log(run.out_dir, steps, sampler=sampler, loggers=run.loggers) as log:
+    if processes.sharded:
+        shard(model, device, processes.size)
+    if processes.is_first:
+        replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
+    steps = run.train.steps(len(inputs.train))
+    with _log(run, model, steps) as log:
         groups = run.method.groups(model, run.train.weight_decay)
-        trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say, numerics)
+        trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say, numerics, processes)
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:
             training.restore(state, read_state(state))
-        write_json(run.out_dir / META_FILE, training.meta(steps))
+        processes.check_same("adapter", training.digest())
+        if processes.is_first:
+            write_json(run.out_dir / META_FILE, training.meta(steps))
         log.say(
             f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "
             f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
             f"{time.perf_counter() - start:.1f} s"
         )
         training.go()
+    if processes.is_first:
+        _publish(run, training, log, start)
+
+
+def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
+    """Make the folder of the run a result."""
     draw_curve(run.out_dir)
     # Nothing is replaced, as the run is not finished; but what a killed process left on the way is cleared away.
     with publish(run.out_dir, run.method.marker, replace=True) as folder:
@@ -218,7 +253,7 @@ def _execute(
     write_run_report(run.out_dir)
     log.say(
         f"{run.out_dir}: {run.method.result}, report.html, metrics.csv, loss.png, run.yaml; "
-        f"{time.perf_counter() - start:.1f} s, peak memory {peak_memory(device) / 1e9:.2f} GB"
+        f"{time.perf_counter() - start:.1f} s, peak memory {training.trainer.memory() / 1e9:.2f} GB"
     )
     log.say(f"next: {run.method.next(run.out_dir)}")
 
@@ -253,7 +288,7 @@ class _Training:
         Raises:
             Interrupted: A signal came first.
         """
-        with Interrupt() as interrupt:
+        with Interrupt(quiet=not self.run.processes.is_first) as interrupt:
             fit(self.trainer, self.log, self.save, interrupt)
         step, steps = self.trainer.progress.step, self.trainer.steps
         if interrupt.received and not self.trainer.ended:
@@ -263,6 +298,14 @@ class _Training:
                 f"{self.run.command}",
             )
         self.trainer.take_best()
+
+    def digest(self) -> str:
+        """Of the weights that train, where there are several processes in which they must be the same."""
+        found = hashlib.sha256()
+        for parameter in self.model.parameters() if self.run.processes.size > 1 else ():
+            if parameter.requires_grad:
+                found.update(parameter.detach().float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def write_result(self, folder: Path) -> None:
         """The files of the result so far; a state holds them too, so that it can be tried out."""
@@ -292,10 +335,12 @@ class _Training:
                 "best": self.trainer.best.state(),
                 "scaler": self.trainer.scaler.state_dict(),
                 "identity": dict(self.identity),
-                "environment": _environment(),
+                "environment": _environment(self.run.processes),
             }
 
-        save_state(self.run.states, step, write, self.trainer.bytes())
+        if self.run.processes.is_first:
+            save_state(self.run.states, step, write, self.trainer.bytes())
+        self.run.processes.wait()
 
     def restore(self, state: Path, record: Mapping[str, Any]) -> None:
         """Put the run where it was, and states that lie further on out of the way."""
@@ -307,20 +352,31 @@ class _Training:
         for number, value in enumerate(self.trainer.kept):
             value.copy_(kept[str(number)])
         self.trainer.progress = Progress(**record["progress"])
+        self.run.processes.wait()  # until all have read it
         self.log.resume(self.trainer.progress.step)
-        for other in find_states(self.run.states):
+        for other in find_states(self.run.states) if self.run.processes.is_first else ():
             if step_of(other) > self.trainer.progress.step:
                 set_aside(other)
-        now = _environment()
+        now = _environment(self.run.processes)
         changed = [f"{name} {was} (now {now[name]})" for name, was in record["environment"].items() if was != now[name]]
         if changed:
             self.log.say(f"{state} was written with {', '.join(changed)}: the last bits of what follows may differ")
         self.log.say(f"continuing from {state}")
 
 
+def _log(run: Run, model: LLaMA, steps: int) -> Log:
+    """What a run of so many steps tells, if this is the process that tells it."""
+    if not run.processes.is_first:
+        return Silence()
+    return Log(run.out_dir, steps, sampler=_sampler(run, model), loggers=run.loggers)
+
+
 def _sampler(run: Run, model: LLaMA) -> Sampler | None:
     """What answers the prompts of the report."""
     if not run.train.sample_prompts:
+        return None
+    if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
+        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)", markup=False)
         return None
     prompts, tokens = run.train.sample_prompts, run.train.micro_batch_tokens
     try:
@@ -330,9 +386,10 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
         return None
 
 
-def _environment() -> dict[str, Any]:
+def _environment(processes: Processes) -> dict[str, Any]:
     """What the last bits of a result depend on, beside the settings."""
     return {
+        "processes": processes.size,
         "threads": torch.get_num_threads(),
         "device": pick_device().type,
         "torch": torch.__version__,

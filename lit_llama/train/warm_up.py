@@ -9,14 +9,15 @@ from lit_llama.text.dataset import Batch, Split, collate, largest_group
 from lit_llama.train.config import TrainConfig
 
 
-def largest_batch(split: Split, config: TrainConfig, seed: int) -> Batch:
-    """The largest micro-batch that the steps of a run meet."""
+def largest_batch(split: Split, config: TrainConfig, seed: int, processes: int = 1) -> Batch:
+    """The largest micro-batch that the steps of a run meet, in whichever of its processes."""
     rows = largest_group(
         split.lengths,
         batch_size=config.batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=seed,
         steps=config.steps(len(split)),
+        shares=processes,
     )
     return collate([split[row] for row in rows])
 

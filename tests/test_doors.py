@@ -179,7 +179,9 @@ def test_a_missing_path_is_one_line_with_the_way_out(
 ) -> None:
     """A traceback, or a folder made for nothing."""
     run = run_door if door in ("prepare/alpaca.py", "generate/base.py") else run_here  # all cost half a minute
-    found = ["--checkpoint_dir", tiny_folder] if door in ("finetune/lora.py", "finetune/full.py") else []  # so that only the data is absent
+    found = (
+        ["--checkpoint_dir", tiny_folder] if door in ("finetune/lora.py", "finetune/full.py") else []
+    )  # so that only the data is absent
     assert_refused(run(door, *REQUIRED[door], *found, cwd=tmp_path), status, named)
     assert list(tmp_path.iterdir()) == []
 

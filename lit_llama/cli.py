@@ -42,11 +42,30 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
 
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
-        jsonargparse.auto_cli(components, as_positional=False, exit_on_error=False, allow_abbrev=False)
+        jsonargparse.auto_cli(
+            components,
+            as_positional=False,
+            exit_on_error=False,
+            allow_abbrev=False,
+            parser_class=_with_bare_flags(jsonargparse.ArgumentParser),
+        )
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{error}{_nearest(str(error), mains)}") from error
     finally:
         sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
+
+
+def _with_bare_flags(parser: type[Any]) -> type[Any]:
+    """A parser to which `--plan` alone means `--plan true`, for every parameter that is a bool."""
+
+    class Parser(parser):  # type: ignore[misc]
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            for action in self._actions:
+                if getattr(action, "_typehint", None) is bool:
+                    action.nargs, action.const = "?", True
+            return super().parse_args(*args, **kwargs)
+
+    return Parser
 
 
 _UNKNOWN = re.compile(

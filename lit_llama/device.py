@@ -39,16 +39,17 @@ def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """In which numbers a run keeps its frozen weights and computes; what is trained is always float32.
+    """In which numbers a run keeps the weights of its base and computes; adapters are always float32.
 
     In the mixed precisions, matrix products are computed in half of the bits and all else, the residual stream and the
     norms above all, in float32 (Micikevicius et al. 2018, arXiv:1710.03740). A product would round a float32 weight to
     its own dtype at each use, so a frozen weight is stored rounded once: the same bits come out of half the memory, and
-    13 billion of them fit where float32 would not.
+    13 billion of them fit where float32 would not. A weight that is trained is not: what a step adds to it is often
+    less than half of the bits can tell.
 
     Args:
         device: Where the run computes.
-        linear: Dtype in which the frozen weights of linear layers are stored.
+        linear: Dtype in which the weights of linear layers are stored.
         rest: That of embeddings and norms.
         product: Dtype of matrix products if it is not that of the weights and activations (autocast), else None.
         scaled: The loss is scaled up before the backward pass, because small gradients are zero in float16.
@@ -62,8 +63,8 @@ class Numerics:
 
     def __str__(self) -> str:
         """bfloat16, or bfloat16 and float32 for a mixed one."""
-        names = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.linear, self.rest))
-        return " and ".join(names)
+        kinds = (self.linear, self.rest, self.product or self.rest)
+        return " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in kinds))
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context of a forward pass."""
@@ -78,37 +79,47 @@ class Numerics:
         return torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
 
-def numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
-    """The numbers of a training run. "auto" is what the device multiplies fast: bf16-true; 16-mixed on a GPU that knows
-    no bfloat16, such as a V100; 32-true on a processor that does not.
+def numerics(precision: TrainingPrecision, device: "torch.device", *, whole: bool = False) -> Numerics:
+    """The numbers of a training run. "auto" is what the device multiplies fast: bf16-true, or bf16-mixed where the
+    weights themselves train; 16-mixed on a GPU that knows no bfloat16, such as a V100; 32-true on a processor that does
+    not.
+
+    Args:
+        precision: By its name.
+        device: Where the run computes.
+        whole: The weights of the base train: the mixed precisions store them in float32.
 
     Raises:
         ResourceError: The device does not compute so; the message names what it does.
     """
     fast = _fast_bf16(device)
-    if precision == "auto":
-        precision = "bf16-true" if fast else "16-mixed" if device.type == "cuda" else "32-true"
+    if precision == "auto" and not fast:
+        precision = "16-mixed" if device.type == "cuda" else "32-true"
     if precision.startswith("bf16") and device.type == "cuda" and not fast:
         raise ResourceError(f"--precision {precision}: this GPU has no bfloat16; use --precision 16-mixed or 32-true")
     if precision == "16-mixed" and device.type != "cuda":
         known = "bf16-true, bf16-mixed or 32-true" if fast else "32-true"
         raise ResourceError(f"--precision 16-mixed is for GPUs; on this {device.type} use --precision {known}")
-    return _numerics(precision, device)
+    return _numerics(precision, device, whole)
 
 
-def gpu_numerics(precision: TrainingPrecision) -> Numerics:
-    """The numbers of a run on a GPU that is not here, whatever it can do; "auto" is bf16-true."""
+def gpu_numerics(precision: TrainingPrecision, *, whole: bool = False) -> Numerics:
+    """The numbers of a run on a GPU that is not here, whatever it can do; "auto" is that of one with bfloat16."""
     import torch
 
-    return _numerics("bf16-true" if precision == "auto" else precision, torch.device("cuda"))
+    return _numerics(precision, torch.device("cuda"), whole)
 
 
-def _numerics(precision: TrainingPrecision, device: "torch.device") -> Numerics:
+def _numerics(precision: TrainingPrecision, device: "torch.device", whole: bool) -> Numerics:
+    """As `numerics`, where the device does what is asked for, and bfloat16 fast."""
     import torch
 
+    if precision == "auto":
+        precision = "bf16-mixed" if whole else "bf16-true"
     half = torch.float16 if precision == "16-mixed" else torch.bfloat16
     if precision.endswith("mixed"):
-        return Numerics(device=device, linear=half, rest=torch.float32, product=half, scaled=half == torch.float16)
+        linear = torch.float32 if whole else half
+        return Numerics(device=device, linear=linear, rest=torch.float32, product=half, scaled=half == torch.float16)
     dtype = half if precision == "bf16-true" else torch.float32
     return Numerics(device=device, linear=dtype, rest=dtype)
 

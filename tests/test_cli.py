@@ -15,18 +15,41 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
 DOOR = '''
 import sys, time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from lit_llama import errors
 from lit_llama.cli import CLI
 
-def main(*, path: Path, number: int = 3, kind: Literal["a", "b"] = "a", then: str = "pass") -> None:
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Some.
+
+    Args:
+        deep: Very.
+    """
+
+    deep: bool = False
+
+def main(
+    *,
+    path: Path,
+    number: int = 3,
+    kind: Literal["a", "b"] = "a",
+    quick: bool = False,
+    whole: bool = True,
+    group: Group = Group(),
+    then: str = "pass",
+) -> None:
     """Say something.
 
     Args:
         path: Where.
         number: How many.
         kind: Which.
+        quick: Soon.
+        whole: All of it.
+        group: More.
         then: What to do next.
     """
     print(path, number, kind)
@@ -64,6 +87,31 @@ def test_flags_have_the_names_and_types_of_the_parameters(run: Run) -> None:
     """A value that arrives as text, or results on stderr."""
     result = run("--path", "x/y", "--number", 7, "--kind=b")
     assert (result.returncode, result.stdout, result.stderr) == (0, "x/y 7 b\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        ([], "False True False"),
+        (["--quick"], "True True False"),
+        (["--quick", "--number", 4], "True True False"),
+        (["--quick", "true", "--whole", "false"], "True False False"),
+        (["--quick=true", "--whole=false", "--group.deep=true"], "True False True"),
+        (["--quick", "false", "--whole", "--group.deep"], "False True True"),
+        (["--config", "c.yaml", "--quick"], "True False False"),
+    ],
+)
+def test_a_bare_flag_is_true(run: Run, tmp_path: Path, arguments: list[object], values: str) -> None:
+    """`--quick` that asks for a value, that takes the next flag for one, or that is true whatever is said."""
+    (tmp_path / "c.yaml").write_text("quick: false\nwhole: false\n")
+    result = run("--path", "x", "--then", "print(quick, whole, group.deep)", *arguments)
+    assert result.stdout.splitlines()[1:] == [values], result.stderr
+
+
+def test_the_help_of_a_bare_flag(run: Run) -> None:
+    """A form of the flag that nobody is told of; and words that are no answer."""
+    assert "--quick [{true,false}]" in run("--help").stdout
+    assert "quick" in one_line(run("--path", "x", "--quick", "maybe"), 2)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ REQUIRED = {
     "prepare/show.py": ["--data_dir", "absent"],
     "prepare/text.py": ["--source", "absent.txt", "--destination_path", "made", "--tokenizer_path", "absent"],
     "finetune/lora.py": ["--checkpoint_dir", "absent", "--data_dir", "absent", "--out_dir", "made"],
+    "finetune/full.py": ["--checkpoint_dir", "absent", "--data_dir", "absent", "--out_dir", "made"],
     "finetune/merge.py": ["--adapter_dir", "absent", "--destination_path", "made"],
     "generate/base.py": ["--checkpoint_dir", "absent"],
     "generate/instruct.py": ["--checkpoint_dir", "absent"],
@@ -166,6 +167,7 @@ def test_a_value_out_of_range_is_refused_before_the_model_is_loaded(
         ("prepare/show.py", 3, "prepare/alpaca.py"),
         ("prepare/text.py", 3, "absent.txt does not exist"),
         ("finetune/lora.py", 3, "prepare/alpaca.py"),
+        ("finetune/full.py", 3, "prepare/alpaca.py"),
         ("finetune/merge.py", 4, "finetune/lora.py"),
         ("generate/base.py", 4, "prepare/checkpoint.py"),
         ("generate/instruct.py", 4, "prepare/checkpoint.py"),
@@ -177,7 +179,9 @@ def test_a_missing_path_is_one_line_with_the_way_out(
 ) -> None:
     """A traceback, or a folder made for nothing."""
     run = run_door if door in ("prepare/alpaca.py", "generate/base.py") else run_here  # all cost half a minute
-    found = ["--checkpoint_dir", tiny_folder] if door == "finetune/lora.py" else []  # so that only the data is absent
+    found = (
+        ["--checkpoint_dir", tiny_folder] if door in ("finetune/lora.py", "finetune/full.py") else []
+    )  # so that only the data is absent
     assert_refused(run(door, *REQUIRED[door], *found, cwd=tmp_path), status, named)
     assert list(tmp_path.iterdir()) == []
 

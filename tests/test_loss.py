@@ -109,6 +109,60 @@ def test_chunked_loss_in_bfloat16_is_as_good_as_torchs() -> None:
     assert (ours.double() - theirs).norm() < 2e-2 * theirs.norm()
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("frozen_hidden", [False, True])
+@pytest.mark.parametrize("count", [1, CHUNK, 3 * CHUNK + 2])
+def test_gradients_of_a_trained_head_equal_those_of_torch(count: int, frozen_hidden: bool) -> None:
+    """Against autograd in float64; catches a chunk whose part of the weight's gradient is lost, or a lost factor."""
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, 16, generator=generator).requires_grad_(not frozen_hidden)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(50, (count,), generator=generator)
+    found = linear_cross_entropy(hidden, weight, targets)
+    exact = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    wanted = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    (0.37 * found).backward()
+    (0.37 * wanted).backward()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None and theirs.grad is not None
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
+    assert frozen_hidden == (hidden.grad is None)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_trained_head_under_autocast(half: torch.dtype) -> None:
+    """With the weight in float32 and products in half, a thousand times the same token; catches a sum that is rounded
+    at every chunk, and one that leaves float16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 100 * torch.rand(1000, 16, generator=generator)
+    weight = torch.randn(50, 16, generator=generator)
+    weight[7] = -1  # a wrong guess each time
+    weight.requires_grad_()
+    targets = torch.full((1000,), 7)
+    with torch.autocast("cpu", half):
+        found = linear_cross_entropy(hidden, weight, targets)
+    found.backward()
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
+    assert weight.grad is not None and exact.grad is not None and weight.grad.dtype == torch.float32
+    assert (weight.grad - exact.grad).norm() < 2e-2 * exact.grad.norm()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_trained_head_never_holds_all_logits() -> None:
+    """Catches logits that are kept for the backward pass, and a gradient that is formed where none is wanted."""
+    hidden, weight = torch.randn(64 * CHUNK, 8), torch.randn(1000, 8, requires_grad=True)
+    targets = torch.zeros(64 * CHUNK, dtype=torch.int64)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert max(saved) == weight.numel() and loss.requires_grad
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("kept"), lambda x: x):
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+
+
 def test_loss_of_extreme_logits_is_finite() -> None:
     """Catches an exponential without its maximum taken out."""
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)

@@ -85,7 +85,7 @@ def test_norms_and_biases_do_not_decay() -> None:
     model = tiny_model(attention_bias=True).requires_grad_(True)
     model.model.embed_tokens.requires_grad_(False)
     named = list(model.named_parameters())
-    decaying, still = decay_groups(named, TrainConfig(weight_decay=0.1))
+    decaying, still = decay_groups(named, 0.1)
     names = {parameter: name for name, parameter in named}
     assert (decaying["weight_decay"], still["weight_decay"]) == (0.1, 0.0)
     assert all("norm" in names[p] or names[p].endswith("bias") for p in still["params"])

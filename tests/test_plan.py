@@ -106,7 +106,7 @@ def test_sizes_are_those_of_the_model() -> None:
     )
     apply_lora(model, LoRAConfig())
     trained = sum(parameter.numel() for parameter in lora_parameters(model))
-    assert build.sizes() == (2 * weights, 2 * weights, trained, 0)
+    assert build.sizes() == (2 * weights, 2 * weights, trained, 4 * trained, 0)
     assert replace(build, quantize="nf4").sizes().base < 2 * weights
 
 
@@ -139,8 +139,8 @@ def test_what_is_advised_fits_and_is_less(data: Path) -> None:
 def test_quantised_and_best_adapters_are_counted(data: Path) -> None:
     """Catches a plan that ignores a setting."""
     plain = plan_of(data, tiny_config(max_position_embeddings=1024))
-    kept = plan_of(data, plain.config, train=TrainConfig(keep="best")).kept["adapter"]
-    assert kept == 2 * plain.kept["adapter"]
+    kept = plan_of(data, plain.config, train=TrainConfig(keep="best")).kept["trained"]
+    assert kept == 2 * plain.kept["trained"]
     sgd = plan_of(data, plain.config, train=TrainConfig(optimizer="sgd"))
     assert sgd.kept["optimizer"] * 2 == plain.kept["optimizer"]
     assert gpu_numerics("auto").linear == torch.bfloat16

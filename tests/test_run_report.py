@@ -196,7 +196,7 @@ def test_commands_can_be_typed(made: tuple[Path, Any]) -> None:
         ({"stopped": lambda s: 0.25}, "check", "Only 25% of the sample answers"),
         ({"loss": lambda s: 0.01}, "check", "times the training loss"),
         ({"grad_norm": lambda s: 5.0}, "note", "scaled down in 60 of 60 steps"),
-        ({"done": False}, "note", "there is no adapter yet"),
+        ({"done": False}, "note", "there is no result yet"),
     ],
 )
 def test_what_went_wrong_is_said(tmp_path: Path, changes: dict[str, Any], severity: str, said: str) -> None:

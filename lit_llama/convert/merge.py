@@ -1,7 +1,6 @@
 """Adapter + its base -> a plain checkpoint, proven to say the same."""
 
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_llama.convert.frame import read_companions, with_dtype, write_companions
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
-from lit_llama.convert.native import companions, open_folder
+from lit_llama.convert.native import open_folder
 from lit_llama.device import Precision, pick_device, pick_dtype
 from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
@@ -27,9 +27,8 @@ from lit_llama.model.config import LLaMAConfig, Onto
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
 from lit_llama.progress import stderr
-from lit_llama.text.encode import end_id, prompt_ids
+from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
-from lit_llama.text.special import read_object
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity
 
@@ -92,10 +91,10 @@ def merge(
     with publish(destination, "config.json") as folder:
         check_space(folder, sum(map(byte_size, merged.specs.values())))
         write_weights(folder, merged.specs, merged.__getitem__)
-        if dtype:
-            raw |= {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in raw else {})
-        write_json(folder / "config.json", raw)
-        _copy_rest(base, adapter_dir, folder, tokenizer)
+        write_json(folder / "config.json", with_dtype(raw, dtype))
+        template = adapter_dir / TEMPLATE_FILE
+        own = template.read_bytes() if template.is_file() else None
+        write_companions(folder, read_companions(base), own, folder_style(adapter_dir), tokenizer)
         proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
         meta = {
             "format": 1,
@@ -145,26 +144,6 @@ def merge_into_gguf(
         write_gguf(open_folder(folder), destination, dtype)
     stderr().print(f"{destination}: {destination.stat().st_size / 1e9:.2f} GB, ready for llama.cpp and Ollama")
     return proof
-
-
-def _copy_rest(base: Path, adapter_dir: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Tokenizer and settings of the base, chat template of the adapter."""
-    for name, path in companions(base).items():
-        shutil.copyfile(path, folder / name)
-    template, settings = adapter_dir / TEMPLATE_FILE, folder / "tokenizer_config.json"
-    if template.is_file():
-        shutil.copyfile(template, folder / TEMPLATE_FILE)
-        if settings.is_file():  # the base's own template may stand in here, too
-            values = json.loads(settings.read_text("utf-8"))
-            values.pop("chat_template", None)
-            write_json(settings, values)
-    style = folder_style(adapter_dir)
-    end = end_id(tokenizer, style) if style else None
-    path = folder / "generation_config.json"
-    named = read_object(path).get("eos_token_id")
-    ends = named if isinstance(named, list) else [tokenizer.eos_id if named is None else named]
-    if end is not None and end not in ends:  # other programs stop at these
-        write_json(path, read_object(path) | {"eos_token_id": [*ends, end]})
 
 
 def _prove(

@@ -16,7 +16,9 @@ from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Stored, Weights, ch
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _BIN_SHARD = re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja")
-_OURS = (SETTINGS_FILE, META_FILE, INDEX_FILE, BIN_INDEX_FILE)
+_OF_RUN = ("report.json", "state.json")
+"""What a fine-tuned model's folder holds of its run; see lit_llama/train/."""
+_OURS = (SETTINGS_FILE, META_FILE, INDEX_FILE, BIN_INDEX_FILE, *_OF_RUN)
 
 
 def has_safetensors(folder: Path) -> bool:

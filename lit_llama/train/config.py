@@ -43,7 +43,7 @@ class TrainConfig:
             and when a signal stops the run.
         patience: Stop after this many evaluations in a row without a lower test loss; none trains to the end.
         min_delta: How much lower the test loss must be to count as better.
-        keep: Which adapter the run leaves: that with the lowest test loss, or the last.
+        keep: Which weights the run leaves: those with the lowest test loss, or the last.
     """
 
     epochs: int = 3
@@ -125,3 +125,7 @@ class TrainConfig:
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise UserError(f"--train.{name} is {value}, expected {expected}")
+
+
+FULL = TrainConfig(learning_rate=2e-5)
+"""What full fine-tuning begins with: as every weight moves, each moves less."""

@@ -45,12 +45,14 @@ class Sizes(NamedTuple):
         base: Bytes of the frozen weights as they are stored in training.
         plain: Bytes of the frozen weights when they are not quantised.
         trained: Values that are trained.
+        trained_bytes: Bytes of these.
         unpacked: Bytes of the largest quantised weight when it is unpacked for use.
     """
 
     base: int
     plain: int
     trained: int
+    trained_bytes: int
     unpacked: int
 
 
@@ -92,7 +94,9 @@ class Build:
                 base += value.numel() * itemsize
         self.method.apply(model)
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        return Sizes(base, plain, trained, unpacked)
+        if self.method.whole:  # nothing is frozen
+            return Sizes(0, 0, trained, plain, 0)
+        return Sizes(base, plain, trained, 4 * trained, unpacked)
 
     def training_peak(self, shape: Shape) -> int:
         """Most bytes that a forward and backward pass holds beside the parameters and their gradients."""
@@ -201,5 +205,6 @@ class _Norm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return torch.empty_like(ctx.saved_tensors[0]), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.config import LLaMAConfig
@@ -25,6 +26,7 @@ class Inputs:
         data: meta.json of the data folder.
         template: Its prompt style, a Jinja template.
         base: Path and fingerprint of the checkpoint.
+        frame: All of the base but its weights.
         identity: Fingerprints of data, base and tokenizer, by which a run that goes on knows them again.
     """
 
@@ -33,6 +35,7 @@ class Inputs:
     data: dict[str, Any]
     template: str
     base: dict[str, str]
+    frame: Frame
     identity: dict[str, str]
 
     @property
@@ -72,7 +75,15 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs
         "base": base["fingerprint"],
         "tokenizer": tokenizer.fingerprint(),
     }
-    return Inputs(config=config, splits=splits, data=meta, template=template, base=base, identity=identity)
+    return Inputs(
+        config=config,
+        splits=splits,
+        data=meta,
+        template=template,
+        base=base,
+        frame=Frame.read(checkpoint_dir, tokenizer),
+        identity=identity,
+    )
 
 
 def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: dict[str, Any]) -> Tokenizer:

@@ -193,9 +193,9 @@ class Trainer:
         self._say(f"{what}. The step is skipped")
 
     def bytes(self) -> int:
-        """Size of the weights that train and of what the optimizer remembers of them."""
+        """Size of the weights that train, of the best of them, and of what the optimizer remembers."""
         remembered = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*self._parameters, *(value for value in remembered if isinstance(value, Tensor))]
+        tensors = [*self._parameters, *self.kept, *(value for value in remembered if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def memory(self) -> int:

@@ -46,7 +46,7 @@ class TokenLoss(nn.Module):
         """The same for samples whose layout is known."""
         hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
         head = self.model.lm_head
-        if type(head) is nn.Linear and not head.weight.requires_grad:
+        if type(head) is nn.Linear:
             return linear_cross_entropy(hidden, head.weight, targets)
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
@@ -54,17 +54,19 @@ class TokenLoss(nn.Module):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of `hidden @ weight.T` without ever holding all logits.
 
-    The gradient is formed along with the loss, chunk by chunk in the buffer of the logits, as the weight is frozen
-    (after Hsu et al. 2024, arXiv:2410.10989).
+    The gradients are formed along with the loss, chunk by chunk in the buffer of the logits (after Hsu et al. 2024,
+    arXiv:2410.10989); that of the weight, where it trains, is summed up in float32.
 
     Args:
         hidden: (N, C).
-        weight: (V, C), without gradient.
+        weight: (V, C).
         targets: (N,).
 
     Returns:
         A float32 scalar.
     """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # or the function would think that its gradient is wanted
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 
@@ -73,24 +75,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
+        wanted, trained = ctx.needs_input_grad[:2]
         gradient = torch.empty_like(hidden) if wanted else None
+        summed = torch.zeros_like(weight, dtype=torch.float32) if trained else None
         kind = hidden.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        lift = _LIFT if product == torch.float16 else 1.0
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            logits = F.linear(hidden[part], weight).float()  # (n, V)
-            picked = targets[part, None]
-            total += (logits.logsumexp(-1, keepdim=True) - logits.gather(1, picked)).sum()
-            if gradient is not None:
+        head, lift = weight.to(product), _LIFT if product == torch.float16 else 1.0
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(targets), CHUNK):
+                part = slice(start, start + CHUNK)
+                logits = F.linear(hidden[part].to(product), head).float()  # (n, V)
+                picked = targets[part, None]
+                total += (logits.logsumexp(-1, keepdim=True) - logits.gather(1, picked)).sum()
+                if gradient is None and summed is None:
+                    continue
                 torch.softmax(logits, -1, out=logits)
                 logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=logits.dtype))
-                gradient[part] = (logits.mul_(lift).to(product) @ weight).to(gradient.dtype) / lift
-        ctx.save_for_backward(gradient)
+                if summed is not None:
+                    _add_product(summed, logits, hidden[part], product)
+                if gradient is not None:
+                    gradient[part] = (logits.mul_(lift).to(product) @ head).to(gradient.dtype) / lift
+        ctx.save_for_backward(gradient, None if summed is None else summed.to(weight.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gradient, summed = ctx.saved_tensors
+        factor = grad_outputs[0]
+        return (
+            None if gradient is None else gradient * factor.to(gradient.dtype),
+            None if summed is None else summed.mul_(factor.to(summed.dtype)),  # in place, as it is large
+            None,
+        )
+
+
+def _add_product(summed: Tensor, logits: Tensor, hidden: Tensor, product: torch.dtype) -> None:
+    """Add the gradient of the weight by a chunk: (V, C) += (V, n) @ (n, C).
+
+    The sum over many tokens may be beyond float16, so there it is formed in float32.
+    """
+    if product in (torch.float16, torch.float32):
+        summed.addmm_(logits.T, hidden.float())
+    else:
+        summed += logits.to(product).T @ hidden.to(product)

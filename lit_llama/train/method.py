@@ -4,10 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.model.adapter import CONFIG_FILE, restore_adapter, save_adapter
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, parameter_groups
+from lit_llama.model.weights import Weights
+from lit_llama.train.inputs import Inputs
+from lit_llama.train.optim import decay_groups
 
 
 class Method(Protocol):
@@ -29,6 +35,10 @@ class Method(Protocol):
     def uniform(self) -> bool:
         """Whether every layer is treated alike."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether the weights of the base train, so that nothing of it is frozen."""
+
     def apply(self, model: LLaMA) -> str:
         """Let the weights require gradients that are to train; says in a few words what they are.
 
@@ -39,8 +49,15 @@ class Method(Protocol):
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         """What trains, in groups for an optimizer: `params`, `weight_decay`, and `lr_ratio` to the learning rate."""
 
-    def write(self, model: LLaMA, folder: Path, checkpoint_dir: Path) -> None:
-        """Write the trained weights into `folder`, in the layout of the result."""
+    def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
+        """Write the trained weights into `folder`, in the layout of the result.
+
+        Args:
+            model: What is trained.
+            folder: Where to.
+            inputs: What the run has read.
+            exact: For a state, which `restore` reads: every bit. Otherwise in the dtype of the result.
+        """
 
     def restore(self, model: LLaMA, folder: Path) -> None:
         """Put what `write` wrote back into a model after `apply`, bit by bit."""
@@ -58,6 +75,8 @@ class LoRA:
     result: str = "adapter"
     marker: str = CONFIG_FILE
 
+    whole: bool = False
+
     @property
     def uniform(self) -> bool:
         config = self.config
@@ -70,8 +89,8 @@ class LoRA:
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return parameter_groups(model, self.config.loraplus_lr_ratio, weight_decay)
 
-    def write(self, model: LLaMA, folder: Path, checkpoint_dir: Path) -> None:
-        save_adapter(model, self.config, folder, str(checkpoint_dir))
+    def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
+        save_adapter(model, self.config, folder, inputs.base["path"])
 
     def restore(self, model: LLaMA, folder: Path) -> None:
         restore_adapter(model, folder)
@@ -79,3 +98,39 @@ class LoRA:
     def next(self, out_dir: Path) -> str:
         merged = f"checkpoints/{out_dir.name}-merged"
         return f"python finetune/merge.py --adapter_dir {out_dir} --destination_path {merged}"
+
+
+@dataclass(frozen=True)
+class Full:
+    """All weights; the result is a checkpoint folder.
+
+    Args:
+        dtype: In which the result is stored, such as bfloat16; None for that of each tensor of the base.
+    """
+
+    dtype: str | None = None
+    door: str = "finetune/full.py"
+    result: str = "model"
+    marker: str = SETTINGS_FILE
+    uniform: bool = True
+    whole: bool = True
+
+    def apply(self, model: LLaMA) -> str:
+        model.requires_grad_(True)
+        return "(all of them)"
+
+    def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(model.named_parameters(), weight_decay)
+
+    def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
+        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.") if exact else self.dtype
+        inputs.frame.write(folder, model.state_dict(), dtype, inputs.template)
+
+    def restore(self, model: LLaMA, folder: Path) -> None:
+        stored = Weights(folder)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(stored[name])
+
+    def next(self, out_dir: Path) -> str:
+        return f"python generate/chat.py --checkpoint_dir {out_dir}"

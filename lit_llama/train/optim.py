@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llama.errors import ResourceError
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import Optimizer, TrainConfig
 
 Group = dict[str, Any]
 """What torch calls a parameter group: `params`, and settings of its own such as weight_decay or lr_ratio."""
@@ -52,7 +52,7 @@ def build_optimizer(
     return built
 
 
-def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> list[Group]:
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
     """Trainable parameters in two groups: matrices, which decay, and norms and biases, which do not.
 
     For full fine-tuning: a norm scales a whole channel, and pulling it to zero pulls the model there.
@@ -60,7 +60,7 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig)
     trained = [parameter for _, parameter in named if parameter.requires_grad]
     matrices, vectors = ([p for p in trained if (p.ndim > 1) is wide] for wide in (True, False))
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
@@ -113,4 +113,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Sequence[nn.Parameter]:
 
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256, "sgd": 4.0}
-"""Bytes of state for each trained value."""
+"""Bytes of state for each trained value in float32."""
+
+
+def state_bytes(optimizer: Optimizer, values: int, size: int) -> int:
+    """Bytes of state for so many trained values that take `size` bytes; moments of full size are in their dtype."""
+    return int(STATE_BYTES[optimizer] * (values if "8bit" in optimizer else size / 4))

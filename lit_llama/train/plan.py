@@ -22,7 +22,7 @@ from lit_llama.train.config import Checkpointing, TrainConfig
 from lit_llama.train.footprint import Build, Shape, Sizes
 from lit_llama.train.loss import CHUNK
 from lit_llama.train.method import Method
-from lit_llama.train.optim import STATE_BYTES
+from lit_llama.train.optim import state_bytes
 
 CUDA_BYTES = 500 * 10**6
 """What a CUDA context and its libraries take; an assumption, as it differs from GPU to GPU."""
@@ -109,12 +109,12 @@ class Plan:
     @property
     def kept(self) -> dict[str, int]:
         """Bytes that are there from the first step to the last."""
-        trained = self.sizes.trained
+        sizes, copies = self.sizes, 2 if self.train.keep == "best" else 1
         return {
-            "weights": self.sizes.base,
-            "adapter": 4 * trained * (2 if self.train.keep == "best" else 1),
-            "gradients": 4 * trained,
-            "optimizer": int(STATE_BYTES[self.train.optimizer] * trained),
+            "weights": sizes.base,
+            "trained": sizes.trained_bytes * copies,
+            "gradients": sizes.trained_bytes,
+            "optimizer": state_bytes(self.train.optimizer, sizes.trained, sizes.trained_bytes),
         }
 
     @cached_property
@@ -124,8 +124,8 @@ class Plan:
         return {
             "training": self._pass("training", self.largest, self.build.training_peak) + self.sizes.unpacked,
             "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + self.sizes.unpacked,
-            # A file is written from the CPU's memory, whole.
-            "saving": self.kept["adapter"] + self.kept["optimizer"] if on_cpu else 0,
+            # A file is written from the CPU's memory, whole; but a model one tensor at a time.
+            "saving": self.kept["optimizer"] + (0 if self.method.whole else self.kept["trained"]) if on_cpu else 0,
         }
 
     def _pass(self, name: str, shape: Shape, peak: Callable[[Shape], int]) -> int:
@@ -158,8 +158,9 @@ class Plan:
 
     @property
     def merging(self) -> int:
-        """Bytes that finetune/merge.py takes to compare the merged model with base and adapter, one after the other."""
-        return self.sizes.plain + self.kept["adapter"]
+        """Bytes that finetune/merge.py takes to compare the merged model with base and adapter, one after the other; 0
+        where nothing is to be merged."""
+        return 0 if self.method.whole else self.sizes.plain + self.kept["trained"]
 
     @property
     def logits(self) -> int:
@@ -208,11 +209,12 @@ def make_plan(
     """
     if memory is None:
         device = pick_device()
-        numbers = numerics(precision, device)
+        numbers = numerics(precision, device, whole=method.whole)
         program = resident_memory() if device.type == "cpu" else CUDA_BYTES
         there = Memory(total=total_memory(device), program=program)
     else:
-        numbers, there = gpu_numerics(precision), Memory(total=parse_memory(memory), program=CUDA_BYTES)
+        numbers = gpu_numerics(precision, whole=method.whole)
+        there = Memory(total=parse_memory(memory), program=CUDA_BYTES)
     return Plan(
         config=config,
         splits=splits,
@@ -240,7 +242,7 @@ def smaller(plan: Plan) -> Iterator[Plan]:
     """
     longest = int(plan.splits["train"].lengths.max())
     modes = get_args(Checkpointing)
-    for store in dict.fromkeys((plan.quantize, plan.quantize or "nf4")):
+    for store in dict.fromkeys((plan.quantize, None if plan.method.whole else plan.quantize or "nf4")):
         for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
             tokens = plan.train.micro_batch_tokens
             while True:
@@ -258,6 +260,6 @@ def lighter(plan: Plan) -> list[Plan]:
     mode, tokens = train.activation_checkpointing, train.micro_batch_tokens
     half = max(tokens // 2, int(plan.splits["train"].lengths.max()))
     changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
-    changes += [(mode, tokens, plan.quantize or "nf4")]
+    changes += [] if plan.method.whole else [(mode, tokens, plan.quantize or "nf4")]
     found = [plan.changed(*change) for change in changes]
     return [other for other in found if other.peak < plan.peak]

@@ -55,22 +55,24 @@ def table(plan: Plan) -> Table:
     found.add_column("GB", justify="right")
     found.add_column("what it is")
     kept, passing, largest = plan.kept, plan.passing, plan.largest
+    kind = _name(plan.numerics.rest) if plan.method.whole else "float32"
     notes = {
         "program": "python and torch" if device == "cpu" else "CUDA context and libraries (assumed)",
         "weights": f"frozen, {plan.quantize or _name(plan.numerics.linear)}",
-        "adapter": f"{plan.sizes.trained:,} values, float32",
-        "gradients": "float32",
+        "trained": f"{plan.sizes.trained:,} values, {kind}",
+        "gradients": kind,
         "optimizer": plan.train.optimizer,
         "training": f"largest micro-batch: {sum(largest.lengths):,} tokens of {len(largest.lengths)} samples, "
         f"{largest.trained:,} trained; logits {_gb(plan.logits)} of it",
         "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens",
-        "saving": "adapter and optimizer",
+        "saving": "optimizer" if plan.method.whole else "adapter and optimizer",
     }
     for name, size in {"program": plan.memory.program, **kept, **passing}.items():
         found.add_row(name, _gb(size), notes[name] + (" (one of these three at a time)" if name == "saving" else ""))
     found.add_section()
     found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}")
-    found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
+    if plan.merging:
+        found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
     found.add_section()
     found.add_row("run", "", _course(plan))
     return found
@@ -81,8 +83,9 @@ def short(plan: Plan) -> str:
     kept = sum(plan.kept.values()) - plan.kept["weights"]
     return (
         f"{_gb(plan.peak)} GB of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
-        f"program {_gb(plan.memory.program)}, weights {_gb(plan.kept['weights'])}, adapter with gradients and "
-        f"optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} ({sum(plan.largest.lengths):,} tokens), "
+        f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
+        f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
+        f"({sum(plan.largest.lengths):,} tokens), "
         f"evaluation {_gb(plan.passing['evaluation'])}"
     )
 
@@ -97,7 +100,9 @@ def does_not_fit(plan: Plan) -> str:
 def advice(plan: Plan) -> str:
     """Settings with which the run fits, found by planning with them, or what to do where none does."""
     found = list(islice((_change(plan, other) for other in smaller(plan) if other.fits), 3))
-    return f"it fits with {', or '.join(found)}" if found else "no setting makes it fit; take a smaller base"
+    if found:
+        return f"it fits with {', or '.join(found)}"
+    return f"no setting makes it fit; take a smaller base{', or finetune/lora.py' if plan.method.whole else ''}"
 
 
 @contextmanager

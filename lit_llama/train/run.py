@@ -66,7 +66,7 @@ from lit_llama.train.stopping import Best
 BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
 FREE = (
-    *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy"),
+    *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
     *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
 )
 """Settings that a run may go on without: they change no weight (what the paths lead to is compared by fingerprints)."""
@@ -249,7 +249,7 @@ def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
     draw_curve(run.out_dir)
     # Nothing is replaced, as the run is not finished; but what a killed process left on the way is cleared away.
     with publish(run.out_dir, run.method.marker, replace=True) as folder:
-        training.write_result(folder)
+        training.write_result(folder, exact=False)
     write_run_report(run.out_dir)
     log.say(
         f"{run.out_dir}: {run.method.result}, report.html, metrics.csv, loss.png, run.yaml; "
@@ -278,7 +278,12 @@ class _Training:
     def meta(self, steps: int) -> dict[str, Any]:
         """What the folder of the result says of itself after so many steps."""
         base = self.inputs.base | ({"quantize": self.run.quantize} if self.run.quantize else {})
-        made = {"trainable": self.trainable, "dtype": str(self.numerics), "device": describe(pick_device())}
+        made = {
+            "door": self.run.method.door,
+            "trainable": self.trainable,
+            "dtype": str(self.numerics),
+            "device": describe(pick_device()),
+        }
         made["torch"] = torch.__version__
         return {"format": 1, "base": base, "data": self.inputs.data, "steps": steps, "run": made}
 
@@ -307,11 +312,11 @@ class _Training:
                 found.update(parameter.detach().float().cpu().numpy().tobytes())
         return found.hexdigest()
 
-    def write_result(self, folder: Path) -> None:
-        """The files of the result so far; a state holds them too, so that it can be tried out."""
+    def write_result(self, folder: Path, *, exact: bool) -> None:
+        """The files of the result so far; a state holds them too, every bit, so that it can be tried out."""
         write_json(folder / META_FILE, self.meta(self.trainer.progress.step))
         (folder / TEMPLATE_FILE).write_text(self.inputs.template, "utf-8")
-        self.run.method.write(self.model, folder, self.run.checkpoint_dir)
+        self.run.method.write(self.model, folder, self.inputs, exact=exact)
 
     def save(self) -> None:
         """Save all that the next step depends on. Generators are not among it: every micro-batch seeds them itself."""
@@ -326,7 +331,7 @@ class _Training:
         self.log.sync()
 
         def write(folder: Path) -> dict[str, Any]:
-            self.write_result(folder)
+            self.write_result(folder, exact=True)
             write_optimizer(self.model, self.trainer.optimizer, folder)
             if self.trainer.kept:
                 save_file({str(n): value.cpu() for n, value in enumerate(self.trainer.kept)}, folder / BEST_FILE)

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.folder import encode_json, replace_file
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE
 from lit_llama.model.config import LoRAConfig
-from lit_llama.train.config import RUN_FILE, TrainConfig
+from lit_llama.train.config import FULL, RUN_FILE, TrainConfig
 from lit_llama.train.metrics import Series, read_metrics, smooth
 from lit_llama.train.report.page import render_page
 from lit_llama.train.report.warnings import warnings
@@ -23,6 +24,7 @@ REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1
 _LISTED = 5  # raw files that are named
 _PATHS = ("checkpoint_dir", "data_dir", "out_dir")
+_LORA = "finetune/lora.py"
 _DEFAULTS: dict[str, Any] = {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())}
 Json = dict[str, Any]
 
@@ -43,11 +45,12 @@ def write_run_report(folder: Path) -> None:
 def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Series], samples: Sequence[Json]) -> Json:
     """What stands in report.json."""
     evaluations = _evaluations(series)
+    door = meta.get("run", {}).get("door", _LORA)
     steps = max((step for step, _ in series["step"]), default=0)
     verdict = {
         "steps": steps,
         "of_steps": meta.get("steps", steps),
-        "finished": (folder / CONFIG_FILE).exists(),
+        "finished": (folder / (CONFIG_FILE if door == _LORA else SETTINGS_FILE)).exists(),
         "before": evaluations[0] if evaluations else None,
         "after": evaluations[-1] if evaluations else None,
         "best": min(evaluations, key=lambda row: row["test_loss"]) if evaluations else None,
@@ -56,7 +59,8 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         **_speed(series),
     }
     flat = _flat({key: value for key, value in settings.items() if key not in _PATHS})
-    defaults = _flat({key: value for key, value in _DEFAULTS.items() if key in settings})
+    known = _DEFAULTS if door == _LORA else {"train": asdict(FULL)}
+    defaults = _flat({key: value for key, value in known.items() if key in settings})
     return {
         "format": FORMAT,
         "name": folder.resolve().name,
@@ -69,7 +73,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         },
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
-        "commands": commands(folder, settings),
+        "commands": commands(folder, settings, door),
     }
 
 
@@ -127,16 +131,17 @@ def _files(source: Json) -> str:
     return ", ".join(named + more)
 
 
-def commands(folder: Path, settings: Json) -> list[Json]:
+def commands(folder: Path, settings: Json, door: str) -> list[Json]:
     """What to type next: {"what", "command"}."""
     out, name = shlex.quote(str(folder)), folder.resolve().name
     again = shlex.quote(f"{folder}-again")
     merged = shlex.quote(f"checkpoints/{name}-merged")
     found = {
-        "Repeat the run": f"python finetune/lora.py --config {shlex.quote(str(folder / RUN_FILE))} --out_dir {again}",
+        "Repeat the run": f"python {door} --config {shlex.quote(str(folder / RUN_FILE))} --out_dir {again}",
         "Talk to it": f"python generate/chat.py --checkpoint_dir {out}",
-        "Merge it into its base": f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}",
     }
+    if door == _LORA:
+        found["Merge it into its base"] = f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}"
     if "data_dir" in settings:
         data = shlex.quote(str(settings["data_dir"]))
         found["Answer the test split"] = f"python generate/instruct.py --checkpoint_dir {out} --data_dir {data}"

@@ -41,7 +41,7 @@ def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
         found.append(("fix", what, f"Steps {listed}. A lower --train.learning_rate or --precision 32-true may help."))
     if lost := [step for step, value in series["test_loss"] if not math.isfinite(value)]:
         what = f"The test loss was not finite at step {lost[0]:,}."
-        found.append(("fix", what, "The adapter cannot be used; lower --train.learning_rate."))
+        found.append(("fix", what, "The result cannot be used; lower --train.learning_rate."))
     limit = settings.get("train", {}).get("max_grad_norm", 0)
     norms = [value for _, value in series["grad_norm"]]
     clipped = sum(value > limit for value in norms) if limit else 0
@@ -51,7 +51,7 @@ def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
             ("note", what, "Lower --train.learning_rate or raise --train.max_grad_norm if the loss is uneven.")
         )
     if not verdict["finished"]:
-        what = f"The run is at step {verdict['steps']:,} of {verdict['of_steps']:,}: there is no adapter yet."
+        what = f"The run is at step {verdict['steps']:,} of {verdict['of_steps']:,}: there is no result yet."
         found.append(("note", what, "This page is written anew at every evaluation."))
     return found
 

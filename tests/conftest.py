@@ -151,6 +151,12 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
+def own_core(allowed: set[int]) -> int:
+    """A core for this process of the tests alone, where there are as many cores as processes."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return sorted(allowed)[number % len(allowed)]
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with a random model, written by transformers, and its tokenizer. Do not change it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import own_core, run_here
 from safetensors.torch import load_file, save_file
 from small_runs import ROWS, SHORT, prepare
 
@@ -45,7 +45,7 @@ def one_core() -> Iterator[None]:
         yield
         return
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(allowed)})
+    os.sched_setaffinity(0, {own_core(allowed)})
     yield
     os.sched_setaffinity(0, allowed)
     torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Sample, write_splits
+from conftest import Sample, own_core, write_splits
 from safetensors.torch import load_file
 from small_runs import LORA, ROWS, SHORT, prepare, run
 
@@ -49,7 +49,7 @@ def one_core() -> Iterator[None]:
         yield
         return
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(allowed)})
+    os.sched_setaffinity(0, {own_core(allowed)})
     yield
     os.sched_setaffinity(0, allowed)
     torch.set_num_threads(threads)

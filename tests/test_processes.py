@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, own_core
 from safetensors.torch import load_file
 from small_runs import ROWS, TWELVE, prepare, run
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def one_core() -> Iterator[None]:
         yield
         return
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(allowed)})
+    os.sched_setaffinity(0, {own_core(allowed)})
     yield
     os.sched_setaffinity(0, allowed)
     torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_door, run_here
+from conftest import ROOT, own_core, run_door, run_here
 from small_runs import DROPOUT, ROWS, STEPS, TWELVE, flags_of, outcome, prepare, run
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
@@ -37,7 +37,7 @@ def one_core() -> Iterator[None]:
         yield
         return
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(allowed)})
+    os.sched_setaffinity(0, {own_core(allowed)})
     yield
     os.sched_setaffinity(0, allowed)
     torch.set_num_threads(threads)

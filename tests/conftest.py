@@ -157,6 +157,25 @@ def own_core(allowed: set[int]) -> int:
     return sorted(allowed)[number % len(allowed)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def passes_are_counted_once() -> Iterator[None]:
+    """Most runs of the tests are of the same few shapes: what a pass of one takes, which every run finds out for its
+    plan, is found once for all."""
+    from lit_llama.train.footprint import Build
+
+    run, known = Build._run, dict[str, int]()
+
+    def once(self: Build, shape: Any, *, train: bool) -> int:
+        key = repr((self, shape, train))
+        if key not in known:
+            known[key] = run(self, shape, train=train)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Build, "_run", once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with a random model, written by transformers, and its tokenizer. Do not change it."""

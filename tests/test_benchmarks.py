@@ -153,7 +153,7 @@ def test_the_table_gives_ratios_and_says_what_is_not_comparable(tmp_path: Path) 
 def test_a_program_is_measured_by_itself(tmp_path: Path) -> None:
     done = process.run([sys.executable, "-c", "x = b'1' * 300_000_000; print(len(x))"], tmp_path / "log")
     assert done.stdout == "300000000\n"
-    assert 300e6 < done.peak_rss < 600e6
+    assert 300e6 < done.peak_rss < 900e6
     assert done.seconds > 0
     assert 0 <= done.busy_before <= 1
 

@@ -37,11 +37,11 @@ def test_a_new_optimizer_goes_on_as_the_old_one(tmp_path: Path, kind: type[torch
     optimizer = optimizer_of(model, kind)
     for seed in range(3):
         step(model, optimizer, seed)
-    others = write_optimizer(model, optimizer, tmp_path)
+    write_optimizer(model, optimizer, tmp_path)
     again = model_of(seed=9)
     again.load_state_dict(model.state_dict())
     restored = optimizer_of(again, kind)
-    restore_optimizer(again, restored, tmp_path, others)
+    restore_optimizer(again, restored, tmp_path)
     (tmp_path / OPTIMIZER_FILE).write_bytes(b"")  # nothing may be read from it later
     for seed in range(3, 6):
         step(model, optimizer, seed)

@@ -151,10 +151,21 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
-def own_core(allowed: set[int]) -> int:
-    """A core for this process of the tests alone, where there are as many cores as processes."""
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """A core for this process of the tests alone: tiny steps cost more in threads than they gain, above all on a busy
+    machine."""
+    import torch
+
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    return sorted(allowed)[number % len(allowed)]
+    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
+    yield
+    os.sched_setaffinity(0, allowed)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

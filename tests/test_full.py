@@ -1,15 +1,13 @@
 """Full fine-tuning: it learns, goes on exactly, steps as torch does, and leaves a model that others read."""
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import own_core, run_here
+from conftest import run_here
 from safetensors.torch import load_file, save_file
 from small_runs import ROWS, SHORT, prepare
 
@@ -30,25 +28,14 @@ from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 from lit_llama.train.run import finetune
 from lit_llama.train.state import STATES_DIR, find_states
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 WEIGHTS = "model.safetensors"
 STEPS = 6
 SIX = TrainConfig(
     epochs=2, batch_size=8, micro_batch_tokens=150, learning_rate=1e-3, eval_interval=2, save_interval=1, keep="best"
 )
 IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """As in test_loop.py: threads cost more than they give here."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {own_core(allowed)})
-    yield
-    os.sched_setaffinity(0, allowed)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

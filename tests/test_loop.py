@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Sample, own_core, write_splits
+from conftest import Sample, write_splits
 from safetensors.torch import load_file
 from small_runs import LORA, ROWS, SHORT, prepare, run
 
@@ -41,18 +40,7 @@ from lit_llama.train.run import RUN_FILE, finetune
 from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.state import STATES_DIR, find_states
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """These steps are so small that threads cost more than they give, above all on a busy machine."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {own_core(allowed)})
-    yield
-    os.sched_setaffinity(0, allowed)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +242,8 @@ def test_a_run_survives_steps_that_are_not_finite_here_and_there(
     poison(monkeypatch, good)
     out = run(tiny_folder, data, tmp_path / "out", train=WHOLE)
     assert [step for step, _ in read_metrics(out)["loss"]] == [n + 1 for n in good]
+    report = json.loads((out / REPORT_JSON).read_text("utf-8"))
+    assert any("6 steps skipped" in warning["what"] for warning in report["warnings"]), "the page says so, too"
     assert base_of(out) == tiny_folder
     assert all(tensor.isfinite().all() for tensor in load_file(out / WEIGHTS_FILE).values())
 

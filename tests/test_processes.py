@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, own_core
+from conftest import ROOT
 from safetensors.torch import load_file
 from small_runs import ROWS, TWELVE, prepare, run
 from torch import Tensor, nn
@@ -33,23 +33,12 @@ from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 from lit_llama.train.processes import Processes, join
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 PLAIN = LoRAConfig(r=2, alpha=4)
 # At a lower rate: AdamW divides gradients of almost nothing by their own size, rounding and all.
 LONG = replace(TWELVE, save_interval=100, learning_rate=1e-3)
 ALONE_IN_ENVIRONMENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "NODE_RANK")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """As in test_loop.py: threads cost more than they give here."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {own_core(allowed)})
-    yield
-    os.sched_setaffinity(0, allowed)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

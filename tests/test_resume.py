@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, own_core, run_door, run_here
+from conftest import ROOT, run_door, run_here
 from small_runs import DROPOUT, ROWS, STEPS, TWELVE, flags_of, outcome, prepare, run
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
@@ -29,18 +28,7 @@ from lit_llama.train.run import RUN_FILE
 from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """As in test_loop.py: threads cost more than they give here."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {own_core(allowed)})
-    yield
-    os.sched_setaffinity(0, allowed)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings:
 
 def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json) -> list[tuple[str, str, str]]:
     found = []
-    if skipped := sorted({s for name in ("loss", "grad_norm") for s, v in series[name] if not math.isfinite(v)}):
+    # Of a step that was skipped, metrics.csv says what went in, and no loss.
+    if skipped := sorted({step for step, _ in series["trained_tokens"]} - {step for step, _ in series["loss"]}):
         listed = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         what = f"{_steps(len(skipped))} skipped: loss or gradients were not finite."
         found.append(("fix", what, f"Steps {listed}. A lower --train.learning_rate or --precision 32-true may help."))

@@ -11,6 +11,7 @@ from conftest import tiny_config
 
 from lit_llama.device import Numerics, resident_memory, return_freed_memory
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.config import TrainConfig
@@ -32,6 +33,7 @@ def step(config: LLaMAConfig, lora: LoRAConfig, numerics: Numerics, train: Train
         assign=True,
     )
     apply_lora(model, lora)
+    fuse(model, train.activation_checkpointing)
     recompute_activations(model, train.activation_checkpointing)
     optimizer = build_optimizer(lora_parameters(model), train, CPU)
     set_learning_rate(optimizer, 1e-4)

@@ -77,7 +77,7 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(arguments: str) -> N
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["planned"] > 1.5 * found["weights"], "activations count"
+    assert found["planned"] > 1.4 * found["weights"], "activations count"
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
 
 

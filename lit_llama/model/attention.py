@@ -7,6 +7,8 @@ D head size.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -49,7 +51,12 @@ class Packed:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.counts = self.lengths = list(lengths)
         self.position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)  # (T,)
-        self._blocks: list[tuple[slice, Tensor | None, Tensor | None, int]] = []
+        self._device = device
+
+    @cached_property
+    def _blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
+        """Of each block: its tokens, what pads them and takes the padding out again, how many samples it has."""
+        lengths, blocks = self.counts, []
         start = first = 0
         for end in range(1, len(lengths) + 1):
             group = lengths[first:end]
@@ -58,8 +65,15 @@ class Packed:
             ):
                 continue
             stop = start + sum(group)
-            self._blocks.append((slice(start, stop), *_padding(group, device), len(group)))
+            blocks.append((slice(start, stop), *_padding(group, self._device), len(group)))
             start, first = stop, end
+        return blocks
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(B + 1,) where each sample begins, and the last ends; int64 on a CPU, int32 on a GPU, as its kernels ask."""
+        ends = torch.tensor([0, *accumulate(self.counts)])
+        return ends if torch.device(self._device).type == "cpu" else ends.to(self._device, torch.int32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""

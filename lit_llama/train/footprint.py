@@ -23,6 +23,7 @@ from lit_llama.device import Numerics
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import linear_weights
 from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized
 from lit_llama.train.config import Checkpointing
@@ -152,6 +153,7 @@ class Build:
                 for name, child in module.named_children():
                     if isinstance(child, nn.RMSNorm):
                         setattr(module, name, _FusedNorm(child))
+        fuse(model, self.checkpointing)
         recompute_activations(model, self.checkpointing)
         return model
 

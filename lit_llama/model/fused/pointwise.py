@@ -1,0 +1,126 @@
+"""What lies between the matrix products of a decoder layer, each in as few passes as it takes.
+
+Every operation writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
+plainly and in float32, as it is meant; in kernels.cpp, for a CPU; and compiled by torch from the plain form, for a GPU.
+
+Shapes: T tokens, C hidden, I intermediate, N heads, D head size, V vocabulary, n trained tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llama.model.fused.kernels import call, native
+
+
+def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
+    if native(x, weight):
+        return call("norm", x.dtype, out, out.stride(0), x, x.stride(0), weight, *x.shape, eps)
+    _fitting(plain_norm, x)(out, x, weight, eps)
+
+
+def plain_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    wide = x.float()
+    out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float())
+
+
+def norm_backward(
+    dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
+) -> None:
+    """dx = residual + the gradient of the norm's input; again = the norm itself. All (T, C)."""
+    if native(x, weight):
+        rows = (v for tensor in (dx, again, dy, x) for v in (tensor, tensor.stride(0)))
+        return call("norm_backward", x.dtype, *rows, weight, residual, residual.stride(0), *x.shape, eps)
+    _fitting(plain_norm_backward, x)(dx, again, dy, x, weight, residual, eps)
+
+
+def plain_norm_backward(
+    dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
+) -> None:
+    wide, scaled = x.float(), dy.float() * weight.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    direction = wide * inverse
+    along = (scaled * direction).mean(-1, keepdim=True)
+    dx.copy_(residual.float() + inverse * (scaled - direction * along))
+    again.copy_(direction * weight.float())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False) -> None:
+    """Turn the first N heads of x (T, at least N D) in place, or back again; cos and sin are (T, D/2)."""
+    sign = -1.0 if back else 1.0
+    if native(x, cos):
+        return call("rotate", x.dtype, x, x.stride(0), cos, sin, len(x), heads, cos.shape[1], sign)
+    _fitting(plain_rotate, x)(x, cos, sin, heads, sign)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float) -> None:
+    half = cos.shape[1]
+    turned = x[:, : heads * 2 * half].unflatten(1, (heads, 2 * half))  # (T, N, D)
+    left, right = (part.float() for part in turned.split(half, dim=2))
+    cos, sin = cos.float()[:, None], sin.float()[:, None] * sign  # (T, 1, D/2)
+    turned.copy_(torch.cat((left * cos - right * sin, right * cos + left * sin), 2))
+
+
+def swiglu(out: Tensor, gate_up: Tensor) -> None:
+    """out (T, I) = silu(gate) * up, side by side in gate_up (T, 2 I)."""
+    if native(gate_up):
+        return call("swiglu", out.dtype, out, out.stride(0), gate_up, gate_up.stride(0), *out.shape)
+    _fitting(plain_swiglu, out)(out, gate_up)
+
+
+def plain_swiglu(out: Tensor, gate_up: Tensor) -> None:
+    gate, up = (part.float() for part in gate_up.split(out.shape[1], dim=1))
+    out.copy_(gate * torch.sigmoid(gate) * up)
+
+
+def swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
+    """d_gate_up (T, 2 I) is the gradient of gate_up, if `out` (T, I) holds that of silu(gate) * up.
+
+    Afterwards `out` holds silu(gate) * up itself.
+    """
+    if native(gate_up):
+        rows = (v for tensor in (d_gate_up, out, gate_up) for v in (tensor, tensor.stride(0)))
+        return call("swiglu_backward", out.dtype, *rows, *out.shape)
+    _fitting(plain_swiglu_backward, out)(d_gate_up, out, gate_up)
+
+
+def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
+    gate, up = (part.float() for part in gate_up.split(out.shape[1], dim=1))
+    gradient, sigmoid = out.float(), torch.sigmoid(gate)
+    d_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up.copy_(torch.cat((d_gate, gradient * gate * sigmoid), 1))
+    out.copy_(gate * sigmoid * up)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """-log p(target) of each row in float32 (n,); logits (n, V) become `scale` times their gradient, unless it is 0."""
+    if native(logits):
+        loss = logits.new_empty(len(targets), dtype=torch.float32)
+        call("cross_entropy", logits.dtype, loss, logits, logits.stride(0), targets, *logits.shape, scale)
+        return loss
+    found: Tensor = _fitting(plain_cross_entropy, logits)(logits, targets, scale)
+    return found
+
+
+def plain_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    wide, picked = logits.float(), targets[:, None]
+    lse = wide.logsumexp(-1, keepdim=True)
+    loss = (lse - wide.gather(1, picked))[:, 0]
+    if scale:
+        right = torch.arange(wide.shape[1], device=wide.device) == picked
+        logits.copy_(((wide - lse).exp() - right.float()) * scale)
+    return loss
+
+
+def _fitting(plain: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """The plain operation, compiled where that pays."""
+    return _compiled(plain) if x.device.type == "cuda" else plain
+
+
+@functools.cache
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(plain)

@@ -239,24 +239,25 @@ def test_what_is_no_number_stays_none(way: str) -> None:
 @pytest.mark.parametrize("window", [None, 1, 50, 500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(4, 2, 16), (3, 3, 6), (9, 3, 64)], ids=str)
+@pytest.mark.parametrize("lengths", [LENGTHS, [attention.LONG] * 2], ids=len)
 def test_attention_is_the_formula(
-    way: str, shape: tuple[int, int, int], dtype: torch.dtype, window: int | None, device: str
+    way: str, lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype, window: int | None, device: str
 ) -> None:
     """Output and gradients against float64; catches a key that is seen too early or too late, and one of another
     sample."""
     heads, groups, size = shape
     if device == "cuda" and size % 8:
         pytest.skip("no kernel on a GPU takes such heads")
-    qkv = _draw(torch.float32, sum(LENGTHS), (heads + 2 * groups) * size).to(device, dtype)
+    qkv = _draw(torch.float32, sum(lengths), (heads + 2 * groups) * size).to(device, dtype)
     parts = [x.unflatten(1, (-1, size)) for x in qkv.split([heads * size, groups * size, groups * size], dim=1)]
-    dy = _draw(torch.float32, sum(LENGTHS) + 1, heads * size)[1:].unflatten(1, (heads, size)).to(device, dtype)
-    layout, y = Packed(LENGTHS, device), torch.empty_like(dy)
+    dy = _draw(torch.float32, sum(lengths) + 1, heads * size)[1:].unflatten(1, (heads, size)).to(device, dtype)
+    layout, y = Packed(lengths, device), torch.empty_like(dy)
     q, k, v = parts
     kept = attention.attend(y, (q, k, v), layout, window)
     found = [torch.empty_like(x) for x in parts]
     attention.attend_backward((found[0], found[1], found[2]), dy, y, kept, (q, k, v), layout, window)
     exact = [x.double().cpu().requires_grad_() for x in parts]
-    wanted = _formula(exact, window)
+    wanted = _formula(exact, lengths, window)
     gradients = torch.autograd.grad(wanted, exact, dy.double().cpu())
     limit = 0.015 if dtype == torch.bfloat16 else 2e-6
     for got, want in zip((y, *found), (wanted, *gradients), strict=True):
@@ -264,10 +265,10 @@ def test_attention_is_the_formula(
         assert (got.double().cpu() - want).norm() < limit * max(want.norm(), dy.double().norm().cpu())
 
 
-def _formula(parts: list[Tensor], window: int | None) -> Tensor:
+def _formula(parts: list[Tensor], lengths: list[int], window: int | None) -> Tensor:
     """softmax(q k' / sqrt(D)) v for each sample, written out."""
     outputs = []
-    for q, k, v in zip(*(x.split(LENGTHS) for x in parts), strict=True):
+    for q, k, v in zip(*(x.split(lengths) for x in parts), strict=True):
         repeat = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))  # (L, H, D)
         scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5

@@ -1,12 +1,13 @@
 """What lies between the matrix products of a decoder layer, each in as few passes as it takes.
 
 Every operation writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
-plainly and in float32, as it is meant; in kernels.cpp, for a CPU; and compiled by torch from the plain form, for a GPU.
+plainly and in float32, as it is meant; in kernels.cpp, for a CPU; in triton_kernels.py, for a GPU.
 
 Shapes: T tokens, C hidden, I intermediate, N heads, D head size, V vocabulary, n trained tokens.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
     if native(x, weight):
         return call("norm", x.dtype, out, out.stride(0), x, x.stride(0), weight, *x.shape, eps)
-    _fitting(plain_norm, x)(out, x, weight, eps)
+    _by(plain_norm, out, x, weight, eps)
 
 
 def plain_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -35,7 +36,7 @@ def norm_backward(
     if native(x, weight):
         rows = (v for tensor in (dx, again, dy, x) for v in (tensor, tensor.stride(0)))
         return call("norm_backward", x.dtype, *rows, weight, residual, residual.stride(0), *x.shape, eps)
-    _fitting(plain_norm_backward, x)(dx, again, dy, x, weight, residual, eps)
+    _by(plain_norm_backward, dx, again, dy, x, weight, residual, eps)
 
 
 def plain_norm_backward(
@@ -54,7 +55,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = Fals
     sign = -1.0 if back else 1.0
     if native(x, cos):
         return call("rotate", x.dtype, x, x.stride(0), cos, sin, len(x), heads, cos.shape[1], sign)
-    _fitting(plain_rotate, x)(x, cos, sin, heads, sign)
+    _by(plain_rotate, x, cos, sin, heads, sign)
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float) -> None:
@@ -69,7 +70,7 @@ def swiglu(out: Tensor, gate_up: Tensor) -> None:
     """out (T, I) = silu(gate) * up, side by side in gate_up (T, 2 I)."""
     if native(gate_up):
         return call("swiglu", out.dtype, out, out.stride(0), gate_up, gate_up.stride(0), *out.shape)
-    _fitting(plain_swiglu, out)(out, gate_up)
+    _by(plain_swiglu, out, gate_up)
 
 
 def plain_swiglu(out: Tensor, gate_up: Tensor) -> None:
@@ -85,7 +86,7 @@ def swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
     if native(gate_up):
         rows = (v for tensor in (d_gate_up, out, gate_up) for v in (tensor, tensor.stride(0)))
         return call("swiglu_backward", out.dtype, *rows, *out.shape)
-    _fitting(plain_swiglu_backward, out)(d_gate_up, out, gate_up)
+    _by(plain_swiglu_backward, d_gate_up, out, gate_up)
 
 
 def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
@@ -102,7 +103,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
         loss = logits.new_empty(len(targets), dtype=torch.float32)
         call("cross_entropy", logits.dtype, loss, logits, logits.stride(0), targets, *logits.shape, scale)
         return loss
-    found: Tensor = _fitting(plain_cross_entropy, logits)(logits, targets, scale)
+    found: Tensor = _by(plain_cross_entropy, logits, targets, scale)
     return found
 
 
@@ -116,11 +117,19 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor
     return loss
 
 
-def _fitting(plain: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """The plain operation, compiled where that pays."""
-    return _compiled(plain) if x.device.type == "cuda" else plain
+def _by(plain: Callable[..., Any], *arguments: Any) -> Any:
+    """A plain operation, or its twin for a GPU."""
+    on_gpu = arguments[0].is_cuda and arguments[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+    twin = _triton(plain.__name__.removeprefix("plain_")) if on_gpu else None
+    return (twin or plain)(*arguments)
 
 
 @functools.cache
-def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(plain)
+def _triton(name: str) -> Callable[..., Any] | None:
+    """The function of this name in triton_kernels.py; None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lit_llama.model.fused import triton_kernels
+
+    found: Callable[..., Any] = getattr(triton_kernels, name)
+    return found

@@ -35,12 +35,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def adapted(device: str = "cpu", dtype: torch.dtype = torch.float32, **settings: Any) -> LLaMA:
     """A small model whose adapters change something."""
     lora = {name: settings.pop(name) for name in ("target_modules", "rank_pattern") if name in settings}
-    model = tiny_model(num_hidden_layers=3, **settings).to(device, dtype)
+    model = tiny_model(num_hidden_layers=3, **settings).to(dtype)
     torch.manual_seed(1)
     apply_lora(model, LoRAConfig(r=4, **lora))
     for parameter in lora_parameters(model):
         nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return model.to(device).train()
 
 
 def step(model: LLaMA) -> tuple[Tensor, dict[str, Tensor]]:
@@ -254,15 +254,47 @@ def test_attention_is_the_formula(
     layout, y = Packed(lengths, device), torch.empty_like(dy)
     q, k, v = parts
     kept = attention.attend(y, (q, k, v), layout, window)
-    found = [torch.empty_like(x) for x in parts]
-    attention.attend_backward((found[0], found[1], found[2]), dy, y, kept, (q, k, v), layout, window)
+    room = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    gradients = attention.attend_backward(room, dy, y, kept, (q, k, v), layout, window)
     exact = [x.double().cpu().requires_grad_() for x in parts]
     wanted = _formula(exact, lengths, window)
-    gradients = torch.autograd.grad(wanted, exact, dy.double().cpu())
+    exact_gradients = torch.autograd.grad(wanted, exact, dy.double().cpu())
     limit = 0.015 if dtype == torch.bfloat16 else 2e-6
-    for got, want in zip((y, *found), (wanted, *gradients), strict=True):
+    for got, want in zip((y, *gradients), (wanted, *exact_gradients), strict=True):
         # A key alone in its window changes nothing, so that there is nothing to compare with but dy.
         assert (got.double().cpu() - want).norm() < limit * max(want.norm(), dy.double().norm().cpu())
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_that_go_on_from_another_are_as_if_they_repeated_it(
+    way: str, dtype: torch.dtype, window: int | None
+) -> None:
+    """Two beginnings, one of them with two samples and one with three, and a sample of its own. Catches gradients of a
+    beginning that are lost or counted twice, and positions among the keys that are off by its length."""
+    heads, groups, size = 4, 2, 16
+    lengths, parents = [33, 70, 5, 90, 21, 1, 64, 30], [-1, 0, 0, -1, -1, 4, 4, 4]
+    qkv = _draw(torch.float32, sum(lengths), (heads + 2 * groups) * size).to(dtype)
+    q, k, v = (x.unflatten(1, (-1, size)) for x in qkv.split([heads * size, groups * size, groups * size], dim=1))
+    dy = _draw(torch.float32, sum(lengths) + 1, heads * size)[1:].unflatten(1, (heads, size)).to(dtype)
+    layout, y = Packed(lengths, parents=parents), torch.empty_like(dy)
+    kept = attention.attend(y, (q, k, v), layout, window)
+    room = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    gradients = attention.attend_backward(room, dy, y, kept, (q, k, v), layout, window)
+
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    whole, wanted = [], []
+    for start, own, parent in zip(starts, lengths, parents, strict=True):
+        rows = [] if parent < 0 else [torch.arange(starts[parent], starts[parent] + lengths[parent])]
+        whole.append(torch.cat([*rows, torch.arange(start, start + own)]))
+        parts = [x[whole[-1]] for x in exact]
+        wanted.append(_formula(parts, [len(whole[-1])], window)[-own:])
+    expected = torch.cat(wanted)
+    limit = 0.015 if dtype == torch.bfloat16 else 2e-6
+    results = zip((y, *gradients), (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True)
+    assert all((got.double() - want).norm() < limit * want.norm() for got, want in results)
+    assert layout.position_ids.tolist()[33:36] == [33, 34, 35] and layout.lengths[1] == 103
 
 
 def _formula(parts: list[Tensor], lengths: list[int], window: int | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_llama.model.attention import Packed
 from lit_llama.model.fused.kernels import call, native
+from lit_llama.model.fused.pointwise import copy
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q (T, H, D), k and v (T, G, D)."""
@@ -41,22 +42,23 @@ def attend(out: Tensor, qkv: Heads, layout: Packed, window: int | None) -> list[
             y, kept = y.transpose(1, 2).flatten(0, 1), [lse, *state]
         case "plain":
             y, kept = layout.attend(0, q, k, v, window), []
-    out.copy_(y)
+    copy(out.flatten(1), y.flatten(1))
     return kept
 
 
 def attend_backward(
-    gradients: Heads, dy: Tensor, y: Tensor, kept: list[Tensor], qkv: Heads, layout: Packed, window: int | None
-) -> None:
-    """Fill the gradients of q, k and v; dy and y are (T, H, D)."""
+    room: Heads, dy: Tensor, y: Tensor, kept: list[Tensor], qkv: Heads, layout: Packed, window: int | None
+) -> Heads:
+    """The gradients of q, k and v, in the room for them or elsewhere; dy and y are (T, H, D)."""
     q, k, v = qkv
     if native(q):
-        rows = (part for tensor in (*gradients, dy, y) for part in (tensor, tensor.stride(0)))
-        return call("attend_backward", q.dtype, *rows, *kept, *_described(qkv, layout, window))
+        rows = (part for tensor in (*room, dy, y) for part in (tensor, tensor.stride(0)))
+        call("attend_backward", q.dtype, *rows, *kept, *_described(qkv, layout, window))
+        return room
     match _kernels(q, layout, window):
         case "flash":
             lse, state, unused = kept
-            found = torch.ops.aten._flash_attention_backward(
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(
                 dy, q, k, v, y, lse, *_ends(layout), 0.0, True, state, unused, **_options(q, window)
             )
         case "cudnn":
@@ -65,20 +67,19 @@ def attend_backward(
             parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
                 d_out, q, k, v, out, *kept, None, None, None, longest, longest, 0.0, True, scale=_scale(qkv[0])
             )
-            found = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+            dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in parts)
         case "plain":
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (q, k, v)]
                 again = layout.attend(0, inputs[0], inputs[1], inputs[2], window)
-            found = torch.autograd.grad(again, inputs, dy)
-    for gradient, value in zip(gradients, found, strict=True):
-        gradient.copy_(value)
+            dq, dk, dv = torch.autograd.grad(again, inputs, dy)
+    return dq, dk, dv
 
 
 def _kernels(q: Tensor, layout: Packed, window: int | None) -> Literal["flash", "cudnn", "plain"]:
     """Who attends, where kernels.cpp does not."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    if q.dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0) or q.shape[2] % 8:
+    if q.dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0) or q.shape[2] % 8 or layout.shares:
         return "plain"
     alike = len(set(layout.counts)) == 1 and layout.counts[0] >= LONG
     return "cudnn" if alike and window is None and capability >= (9, 0) else "flash"
@@ -89,7 +90,8 @@ def _described(qkv: Heads, layout: Packed, window: int | None) -> list[Tensor | 
     _, heads, size = q.shape
     rows = [part for tensor in qkv for part in (tensor, tensor.stride(0))]
     seen = len(q) if window is None else window
-    return [*rows, heads, k.shape[1], size, _scale(q), seen, layout.offsets, len(layout.counts)]
+    samples = (layout.offsets, layout.parents, len(layout.counts))
+    return [*rows, heads, k.shape[1], size, _scale(q), seen, *samples]
 
 
 def _ends(layout: Packed) -> tuple[Tensor, Tensor, int, int]:

@@ -113,16 +113,17 @@ static void norm_backward(E *dx, index_t sdx, E *out, index_t so, const E *dy, i
     }
 }
 
-// ---- rotary positions, in place
+// ---- rotary positions; out may be x
 
 template <typename E>
-static void rotate(E *x, index_t sx, const E *cosine, const E *sine, index_t T, index_t heads, index_t half,
+static void rotate(E *out, index_t so, const E *x, index_t sx, const E *cosine, const E *sine, index_t T, index_t heads, index_t half,
                    float sign) {
 #pragma omp parallel for schedule(static)
     for (index_t t = 0; t < T; t++) {
         const E *c = cosine + t * half, *s = sine + t * half;
         for (index_t h = 0; h < heads; h++) {
-            E *left = x + t * sx + h * 2 * half, *right = left + half;
+            const E *left = x + t * sx + h * 2 * half, *right = left + half;
+            E *to = out + t * so + h * 2 * half;
             for (index_t at = 0; at < half; at += TILE) {
                 const index_t m = tile_of(half - at);
                 float a[TILE], b[TILE], cj[TILE], sj[TILE];
@@ -132,7 +133,7 @@ static void rotate(E *x, index_t sx, const E *cosine, const E *sine, index_t T, 
                     b[j] = b[j] * cj[j] + sign * a[j] * sj[j];
                     a[j] = turned;
                 }
-                narrow(left + at, a, m), narrow(right + at, b, m);
+                narrow(to + at, a, m), narrow(to + half + at, b, m);
             }
         }
     }
@@ -315,53 +316,72 @@ struct Heads {  // of one packed batch
     index_t window;  // keys that a query sees
 };
 
+struct Samples {  // a sample may go on from another one, its parent, whose tokens it sees before its own
+    const index_t *offsets, *parents;
+    index_t count;
+    index_t first(index_t s) const { return offsets[s]; }
+    index_t length(index_t s) const { return offsets[s + 1] - offsets[s]; }
+    index_t before(index_t s) const { return parents[s] < 0 ? 0 : length(parents[s]); }
+};
+
+// Rows of one head of a sample (before + length, D), its parent's first.
+template <typename E>
+static void gather(E *to, const E *x, index_t sx, Samples samples, index_t s, index_t D) {
+    const index_t before = samples.before(s), length = samples.length(s);
+    for (index_t i = 0; i < before; i++) memcpy(to + i * D, x + (samples.first(samples.parents[s]) + i) * sx, D * sizeof(E));
+    for (index_t i = 0; i < length; i++) memcpy(to + (before + i) * D, x + (samples.first(s) + i) * sx, D * sizeof(E));
+}
+
 static const index_t QUERIES = 64;
 
 // Scores of some queries against keys [low, low + width), masked: what is not seen becomes -inf.
 template <typename E>
 static void scores(float *s, index_t width, const E *q, index_t sq, const uint32_t *keys, index_t keys_width, index_t D,
-                   index_t start, index_t count, index_t low, float scale, index_t window) {
+                   index_t at, index_t count, index_t low, float scale, index_t window) {
     const index_t deep = D / per_word<E>();
     product<E>(s, width, (const uint32_t *)q, sq / per_word<E>(), 1, keys + low, keys_width, count, width, deep, false);
     const float never = -__builtin_inff();
     for (index_t i = 0; i < count; i++) {
         float *row = s + i * width;
-        const index_t last = start + i - low, before = last - window;  // seen are those between
+        const index_t last = at + i - low, before = last - window;  // seen are those between
         for (index_t j = 0; j < width; j++) row[j] *= scale;
         for (index_t j = last + 1; j < width; j++) row[j] = never;
         for (index_t j = 0; j <= before; j++) row[j] = never;
     }
 }
 
-struct Block {  // queries of a sample and the keys that they see
-    index_t start, count, low, width;
+struct Block {  // queries of a sample, from the place `at` among the keys on, and the keys that they see
+    index_t at, count, low, width;
 };
-static inline Block block(index_t start, index_t L, index_t window) {
-    index_t count = L - start < QUERIES ? L - start : QUERIES;
-    index_t low = start - window + 1;
+static inline Block block(index_t start, index_t L, index_t before, index_t window) {
+    const index_t count = L - start < QUERIES ? L - start : QUERIES, at = before + start;
+    index_t low = at - window + 1;
     low = low > 0 ? low / W * W : 0;
-    return {start, count, low, up(start + count - low, W)};
+    return {at, count, low, up(at + count - low, W)};
 }
 
 static inline float *scratch(index_t floats) { return (float *)aligned_alloc(64, (size_t)up(floats * 4, 64)); }
 
 template <typename E>
-static void attend(E *y, index_t sy, float *lse, Heads<E> x, const index_t *offsets, index_t samples) {
-    const index_t R = x.H / x.G, wide = up(x.D, W);
+static void attend(E *y, index_t sy, float *lse, Heads<E> x, Samples samples) {
+    const index_t R = x.H / x.G, D = x.D, wide = up(D, W), step = per_word<E>();
 #pragma omp parallel for schedule(dynamic)
-    for (index_t task = 0; task < samples * x.G; task++) {
-        const index_t first = offsets[task / x.G], L = offsets[task / x.G + 1] - first, g = task % x.G;
-        const index_t width = up(L, W);
+    for (index_t task = 0; task < samples.count * x.G; task++) {
+        const index_t sample = task / x.G, g = task % x.G;
+        const index_t first = samples.first(sample), L = samples.length(sample), before = samples.before(sample);
+        const index_t width = up(before + L, W);
         float *s = scratch(QUERIES * width), *o = scratch(QUERIES * wide);
-        uint32_t *keys = (uint32_t *)scratch(x.D * width), *values = (uint32_t *)scratch(width * wide);
-        E *p = (E *)scratch(QUERIES * width);
-        across<E>(keys, width, x.k + first * x.sk + g * x.D, x.sk, L, x.D);
-        along<E>(values, wide, x.v + first * x.sv + g * x.D, x.sv, L, x.D);
+        uint32_t *keys = (uint32_t *)scratch(D * width), *values = (uint32_t *)scratch(width * wide);
+        E *p = (E *)scratch(QUERIES * width), *rows = (E *)scratch(width * D);
+        gather(rows, x.k + g * D, x.sk, samples, sample, D);
+        across<E>(keys, width, rows, D, before + L, D);
+        gather(rows, x.v + g * D, x.sv, samples, sample, D);
+        along<E>(values, wide, rows, D, before + L, D);
         for (index_t h = g * R; h < (g + 1) * R; h++)
             for (index_t start = 0; start < L; start += QUERIES) {
-                const Block b = block(start, L, x.window);
-                const E *q = x.q + (first + start) * x.sq + h * x.D;
-                scores<E>(s, b.width, q, x.sq, keys, width, x.D, start, b.count, b.low, x.scale, x.window);
+                const Block b = block(start, L, before, x.window);
+                const E *q = x.q + (first + start) * x.sq + h * D;
+                scores<E>(s, b.width, q, x.sq, keys, width, D, b.at, b.count, b.low, x.scale, x.window);
                 for (index_t i = 0; i < b.count; i++) {
                     float *__restrict row = s + i * b.width, sum = 0;
                     const float top = largest(row, b.width);
@@ -372,45 +392,73 @@ static void attend(E *y, index_t sy, float *lse, Heads<E> x, const index_t *offs
                     row[0] = 1.0f / sum;
                 }
                 // Keys beyond the sample have no value; an odd last one has its partner in a word of its own.
-                const index_t step = per_word<E>(), deep = up(start + b.count - b.low, step) / step;
+                const index_t deep = up(b.at + b.count - b.low, step) / step;
                 product<E>(o, wide, (const uint32_t *)p, b.width / step, 1, values + b.low / step * wide, wide, b.count,
                            wide, deep, false);
                 for (index_t i = 0; i < b.count; i++)
-                    for (index_t d = 0; d < x.D; d++)
-                        store(y + (first + start + i) * sy + h * x.D + d, o[i * wide + d] * s[i * b.width]);
+                    for (index_t d = 0; d < D; d++)
+                        store(y + (first + start + i) * sy + h * D + d, o[i * wide + d] * s[i * b.width]);
             }
-        free(s), free(o), free(keys), free(values), free(p);
+        free(s), free(o), free(keys), free(values), free(p), free(rows);
+    }
+}
+
+// Gradients of keys and values that samples share: each has left its part in a room of (before, 2, D) float32, and the
+// parent its own; they are added up in the order of the samples.
+template <typename E>
+static void sum_shared(E *dk, index_t sdk, E *dv, index_t sdv, float *const *rooms, Heads<E> x, Samples samples) {
+    const index_t D = x.D;
+#pragma omp parallel for schedule(static)
+    for (index_t task = 0; task < samples.count * x.G; task++) {
+        const index_t parent = task / x.G, g = task % x.G;
+        if (!rooms[task] || samples.parents[parent] >= 0) continue;
+        float *total = rooms[task];
+        for (index_t s = 0; s < samples.count; s++)
+            if (samples.parents[s] == parent)
+                for (index_t j = 0; j < samples.length(parent) * 2 * D; j++) total[j] += rooms[s * x.G + g][j];
+        for (index_t i = 0; i < samples.length(parent); i++) {
+            narrow(dk + (samples.first(parent) + i) * sdk + g * D, total + i * 2 * D, D);
+            narrow(dv + (samples.first(parent) + i) * sdv + g * D, total + (i * 2 + 1) * D, D);
+        }
     }
 }
 
 template <typename E>
 static void attend_backward(E *dq, index_t sdq, E *dk, index_t sdk, E *dv, index_t sdv, const E *dy, index_t sdy,
-                            const E *y, index_t sy, const float *lse, Heads<E> x, const index_t *offsets,
-                            index_t samples) {
+                            const E *y, index_t sy, const float *lse, Heads<E> x, Samples samples) {
     const index_t R = x.H / x.G, D = x.D, wide = up(D, W), step = per_word<E>();
+    float **rooms = (float **)calloc((size_t)(samples.count * x.G), sizeof(float *));
+    for (index_t s = 0; s < samples.count; s++)
+        for (index_t g = 0; g < x.G && samples.parents[s] >= 0; g++) {
+            const index_t shared = samples.before(s) * 2 * D, parent = samples.parents[s] * x.G + g;
+            rooms[s * x.G + g] = scratch(shared);
+            if (!rooms[parent]) rooms[parent] = scratch(shared);
+        }
 #pragma omp parallel for schedule(dynamic)
-    for (index_t task = 0; task < samples * x.G; task++) {
-        const index_t first = offsets[task / x.G], L = offsets[task / x.G + 1] - first, g = task % x.G;
-        const index_t width = up(L, W);
+    for (index_t task = 0; task < samples.count * x.G; task++) {
+        const index_t sample = task / x.G, g = task % x.G;
+        const index_t first = samples.first(sample), L = samples.length(sample), before = samples.before(sample);
+        const index_t all = before + L, width = up(all, W);
         float *s = scratch(QUERIES * width), *ds = scratch(QUERIES * width), *o = scratch(QUERIES * wide);
         float *sum_k = scratch(width * wide), *sum_v = scratch(width * wide);
         uint32_t *keys = (uint32_t *)scratch(D * width), *values = (uint32_t *)scratch(D * width);
         uint32_t *key_rows = (uint32_t *)scratch(width * wide);
         uint32_t *q_rows = (uint32_t *)scratch(QUERIES * wide), *dy_rows = (uint32_t *)scratch(QUERIES * wide);
-        E *rounded = (E *)scratch(QUERIES * width);
+        E *rounded = (E *)scratch(QUERIES * width), *rows = (E *)scratch(width * D);
         uint32_t *p_rows = (uint32_t *)scratch(QUERIES * width), *ds_rows = (uint32_t *)scratch(QUERIES * width);
-        const E *k = x.k + first * x.sk + g * D, *v = x.v + first * x.sv + g * D;
-        across<E>(keys, width, k, x.sk, L, D);
-        across<E>(values, width, v, x.sv, L, D);
-        along<E>(key_rows, wide, k, x.sk, L, D);
+        gather(rows, x.v + g * D, x.sv, samples, sample, D);
+        across<E>(values, width, rows, D, all, D);
+        gather(rows, x.k + g * D, x.sk, samples, sample, D);
+        across<E>(keys, width, rows, D, all, D);
+        along<E>(key_rows, wide, rows, D, all, D);
         memset(sum_k, 0, (size_t)(width * wide) * 4);
         memset(sum_v, 0, (size_t)(width * wide) * 4);
         for (index_t h = g * R; h < (g + 1) * R; h++)
             for (index_t start = 0; start < L; start += QUERIES) {
-                const Block b = block(start, L, x.window);
+                const Block b = block(start, L, before, x.window);
                 const E *q = x.q + (first + start) * x.sq + h * D, *gradient = dy + (first + start) * sdy + h * D;
                 const E *result = y + (first + start) * sy + h * D;
-                scores<E>(s, b.width, q, x.sq, keys, width, D, start, b.count, b.low, x.scale, x.window);
+                scores<E>(s, b.width, q, x.sq, keys, width, D, b.at, b.count, b.low, x.scale, x.window);
                 product<E>(ds, b.width, (const uint32_t *)gradient, sdy / step, 1, values + b.low, width, b.count,
                            b.width, D / step, false);
                 for (index_t i = 0; i < b.count; i++) {
@@ -421,7 +469,7 @@ static void attend_backward(E *dq, index_t sdq, E *dk, index_t sdk, E *dv, index
                     for (index_t j = 0; j < b.width; j++) d[j] = p[j] * (d[j] - delta);
                     narrow(rounded + i * b.width, d, b.width);
                 }
-                const index_t seen = start + b.count - b.low, deep = up(seen, step) / step;
+                const index_t seen = b.at + b.count - b.low, deep = up(seen, step) / step;
                 product<E>(o, wide, (const uint32_t *)rounded, b.width / step, 1, key_rows + b.low / step * wide, wide,
                            b.count, wide, deep, false);
                 for (index_t i = 0; i < b.count; i++)
@@ -436,14 +484,22 @@ static void attend_backward(E *dq, index_t sdq, E *dk, index_t sdk, E *dv, index
                 product<E>(sum_k + b.low * wide, wide, ds_rows, 1, b.width, q_rows, wide, seen, wide, pairs, true);
                 product<E>(sum_v + b.low * wide, wide, p_rows, 1, b.width, dy_rows, wide, seen, wide, pairs, true);
             }
-        for (index_t i = 0; i < L; i++)
-            for (index_t d = 0; d < D; d++) {
-                store(dk + (first + i) * sdk + g * D + d, sum_k[i * wide + d] * x.scale);
-                store(dv + (first + i) * sdv + g * D + d, sum_v[i * wide + d]);
-            }
+        for (index_t i = 0; i < width * wide; i++) sum_k[i] *= x.scale;
+        const index_t shared = before ? before : rooms[task] ? L : 0;
+        for (index_t i = 0; i < shared; i++) {
+            memcpy(rooms[task] + i * 2 * D, sum_k + i * wide, (size_t)D * 4);
+            memcpy(rooms[task] + (i * 2 + 1) * D, sum_v + i * wide, (size_t)D * 4);
+        }
+        for (index_t i = shared; i < all; i++) {
+            narrow(dk + (first + i - before) * sdk + g * D, sum_k + i * wide, D);
+            narrow(dv + (first + i - before) * sdv + g * D, sum_v + i * wide, D);
+        }
         free(s), free(ds), free(o), free(sum_k), free(sum_v), free(keys), free(values), free(key_rows);
-        free(q_rows), free(dy_rows), free(rounded), free(p_rows), free(ds_rows);
+        free(q_rows), free(dy_rows), free(rounded), free(rows), free(p_rows), free(ds_rows);
     }
+    sum_shared(dk, sdk, dv, sdv, rooms, x, samples);
+    for (index_t task = 0; task < samples.count * x.G; task++) free(rooms[task]);
+    free(rooms);
 }
 
 // ---- what is called: the same functions for float32 and bfloat16
@@ -458,9 +514,9 @@ static void attend_backward(E *dq, index_t sdq, E *dk, index_t sdk, E *dv, index
                                          float eps) {                                                                  \
         norm_backward<E>(dx, sdx, out, so, dy, sdy, x, sx, w, r, sr, T, n, eps);                                       \
     }                                                                                                                  \
-    extern "C" void rotate_##NAME(E *x, index_t sx, const E *c, const E *s, index_t T, index_t heads, index_t half,    \
-                                  float sign) {                                                                        \
-        rotate<E>(x, sx, c, s, T, heads, half, sign);                                                                  \
+    extern "C" void rotate_##NAME(E *out, index_t so, const E *x, index_t sx, const E *c, const E *s, index_t T,       \
+                                  index_t heads, index_t half, float sign) {                                           \
+        rotate<E>(out, so, x, sx, c, s, T, heads, half, sign);                                                         \
     }                                                                                                                  \
     extern "C" void swiglu_##NAME(E *out, index_t so, const E *gate_up, index_t sg, index_t T, index_t n) {            \
         swiglu<E>(out, so, gate_up, sg, T, n);                                                                         \
@@ -475,15 +531,16 @@ static void attend_backward(E *dq, index_t sdq, E *dk, index_t sdk, E *dv, index
     }                                                                                                                  \
     extern "C" void attend_##NAME(E *y, index_t sy, float *lse, const E *q, index_t sq, const E *k, index_t sk,        \
                                   const E *v, index_t sv, index_t H, index_t G, index_t D, float scale,                \
-                                  index_t window, const index_t *offsets, index_t samples) {                           \
-        attend<E>(y, sy, lse, {q, k, v, sq, sk, sv, H, G, D, scale, window}, offsets, samples);                        \
+                                  index_t window, const index_t *offsets, const index_t *parents, index_t samples) {   \
+        attend<E>(y, sy, lse, {q, k, v, sq, sk, sv, H, G, D, scale, window}, {offsets, parents, samples});             \
     }                                                                                                                  \
     extern "C" void attend_backward_##NAME(                                                                            \
         E *dq, index_t sdq, E *dk, index_t sdk, E *dv, index_t sdv, const E *dy, index_t sdy, const E *y, index_t sy,  \
         const float *lse, const E *q, index_t sq, const E *k, index_t sk, const E *v, index_t sv, index_t H,           \
-        index_t G, index_t D, float scale, index_t window, const index_t *offsets, index_t samples) {                  \
+        index_t G, index_t D, float scale, index_t window, const index_t *offsets, const index_t *parents,             \
+        index_t samples) {                                                                                             \
         attend_backward<E>(dq, sdq, dk, sdk, dv, sdv, dy, sdy, y, sy, lse,                                             \
-                           {q, k, v, sq, sk, sv, H, G, D, scale, window}, offsets, samples);                           \
+                           {q, k, v, sq, sk, sv, H, G, D, scale, window}, {offsets, parents, samples});                \
     }
 
 FUNCTIONS(float, float32)

@@ -91,18 +91,10 @@ class FusedLayer(DecoderLayer):
     def heads(self, qkv: Tensor) -> Heads:
         """Views of (T, (H + 2 G) D)."""
         size = self.self_attn.head_dim
-        parts = qkv.split([linear.out_features for linear in self._projections()], dim=1)
+        linears = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
+        parts = qkv.split([linear.out_features for linear in linears], dim=1)
         q, k, v = (part.unflatten(1, (-1, size)) for part in parts)
         return q, k, v
-
-    def _projections(self) -> list[nn.Linear]:
-        return [self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj]
-
-    @property
-    def rotated(self) -> int:
-        """Heads of queries and keys."""
-        query, key, _ = self._projections()
-        return (query.out_features + key.out_features) // self.self_attn.head_dim
 
 
 @dataclass
@@ -135,9 +127,10 @@ def _forward(layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layo
     normed = layer.qkv.buffer_in(x)
     pointwise.norm(normed[:, : layer.qkv.inputs], x, first.weight, layer.eps)
     qkv = layer.qkv(normed)
-    pointwise.rotate(qkv, cos, sin, layer.rotated)
     attended = layer.out.buffer_in(x)
     heads = layer.heads(qkv)
+    for part in heads[:2]:
+        pointwise.rotate(part, part, cos, sin)
     y = attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
     attention = attend(y, heads, layout, layer.self_attn.window)
     middle = layer.out(attended, residual=x)
@@ -181,7 +174,7 @@ class _Layer(torch.autograd.Function):
         del tensors
         if not kept.gate_up.numel():
             kept.gate_up, kept.u_gate_up = _gate_up(layer, kept.middle)
-        d_middle, mlp = _mlp_backward(layer, grad_outputs[0], kept)
+        d_middle, mlp = _mlp_backward(layer, grad_outputs[0].contiguous(), kept)
         dx, attention = _attention_backward(layer, d_middle, x, kept, rotation, layout, ctx.needs_input_grad[0])
         return dx, None, None, None, *attention, *mlp
 
@@ -190,7 +183,7 @@ def _mlp_backward(layer: FusedLayer, dy: Tensor, kept: _Kept) -> tuple[Tensor, l
     """Gradient of the stream before the MLP, in a buffer (T, C + R) with room for that of the projection before it."""
     down, gate_up, norm = layer.down, layer.gate_up, layer.post_attention_layernorm
     gradient = down.buffer_out(dy)
-    gradient[:, : down.outputs] = dy
+    pointwise.copy(gradient[:, : down.outputs], dy)
     product = down.input_gradient(gradient)  # (T, I): first the gradient of the gated product, then itself
     d_gate_up = gate_up.buffer_out(dy)
     pointwise.swiglu_backward(d_gate_up[:, : gate_up.outputs], product, kept.gate_up)
@@ -219,10 +212,13 @@ def _attention_backward(
     found = out.gradients(kept.attended, kept.attended[:, out.inputs :], d_middle)
     d_qkv = qkv.buffer_out(x)
     attended = kept.attended[:, : out.inputs].unflatten(1, (-1, size))
-    heads, gradients = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
-    attend_backward(gradients, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
+    heads, room = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
+    found_heads = attend_backward(room, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
     cos, sin = (part.flatten(1) for part in rotation)
-    pointwise.rotate(d_qkv, cos, sin, layer.rotated, back=True)
+    for place, part in zip(room[:2], found_heads[:2], strict=True):
+        pointwise.rotate(place, part, cos, sin, back=True)
+    if found_heads[2] is not room[2]:
+        pointwise.copy(room[2].flatten(1), found_heads[2].flatten(1))
     d_normed = qkv.input_gradient(d_qkv)  # (T, C); without it no du
     normed, dx = torch.empty_like(d_normed), torch.empty_like(d_normed)
     pointwise.norm_backward(dx, normed, d_normed, x, norm.weight, d_middle[:, : out.outputs], layer.eps)

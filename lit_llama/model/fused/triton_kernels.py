@@ -41,17 +41,23 @@ def _norm_backward(dx, again, dy, x, weight, residual, sdx, sa, sdy, sx, sr, n, 
 
 
 @triton.jit
-def _rotate(x, cos, sin, sx, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate(out, x, cos, sin, so, sx, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
-    left = x + row * sx + head * 2 * half + column
-    a = tl.load(left, mask=inside, other=0).to(tl.float32)
-    b = tl.load(left + half, mask=inside, other=0).to(tl.float32)
+    at = head * 2 * half + column
+    a = tl.load(x + row * sx + at, mask=inside, other=0).to(tl.float32)
+    b = tl.load(x + row * sx + half + at, mask=inside, other=0).to(tl.float32)
     c = tl.load(cos + row * half + column, mask=column < half, other=0).to(tl.float32)
     s = tl.load(sin + row * half + column, mask=column < half, other=0).to(tl.float32) * sign
-    tl.store(left, a * c - b * s, mask=inside)
-    tl.store(left + half, b * c + a * s, mask=inside)
+    tl.store(out + row * so + at, a * c - b * s, mask=inside)
+    tl.store(out + row * so + half + at, b * c + a * s, mask=inside)
+
+
+@triton.jit
+def _copy(out, x, so, sx, n, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + row * so + column, tl.load(x + row * sx + column, mask=column < n), mask=column < n)
 
 
 @triton.jit
@@ -116,10 +122,15 @@ def norm_backward(
     _norm_backward[(rows,)](dx, again, dy, x, weight, residual, *strides, n, eps, **_whole_row(n))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: float) -> None:
-    half = cos.shape[1]
+def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    (rows, heads, _), half = x.shape, cos.shape[1]
     blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(half)}
-    _rotate[(len(x),)](x, cos, sin, x.stride(0), heads, half, sign, **blocks)
+    _rotate[(rows,)](out, x, cos, sin, out.stride(0), x.stride(0), heads, half, sign, **blocks)
+
+
+def copy(out: Tensor, x: Tensor) -> None:
+    rows, n = x.shape
+    _copy[(rows, triton.cdiv(n, COLUMNS))](out, x, out.stride(0), x.stride(0), n, BLOCK=COLUMNS)
 
 
 def swiglu(out: Tensor, gate_up: Tensor) -> None:

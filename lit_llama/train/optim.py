@@ -106,6 +106,17 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
         whole = value.ndim == 0 and value.dtype == torch.int64
         state.setdefault(int(index), {})[key] = value.item() if whole else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):
+        _page(optimizer)
+
+
+def _page(optimizer: Any) -> None:
+    """Bring what bitsandbytes has loaded as plain memory of the GPU into pages, where it keeps it in a new run."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                state[name] = buffer.copy_(state[name])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Sequence[nn.Parameter]:

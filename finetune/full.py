@@ -65,6 +65,9 @@ def main(
             quantize=None,
             seed=seed,
             memory=plan_memory,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy="ddp",
         )
     launch(devices, num_nodes)
     from lit_llama.train.run import finetune

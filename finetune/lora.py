@@ -71,6 +71,9 @@ def main(
             quantize=quantize,
             seed=seed,
             memory=plan_memory,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
         )
     launch(devices, num_nodes)
     from lit_llama.train.run import finetune

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich import box
@@ -16,8 +17,11 @@ from lit_llama.errors import ResourceError
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.text.dataset import SPLITS, Split, read_meta
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
+from lit_llama.train.processes import Processes, Strategy, described
+from lit_llama.train.shards import spread
 
 
 def print_plan(
@@ -30,18 +34,32 @@ def print_plan(
     quantize: Quantization | None,
     seed: int,
     memory: str | None,
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    strategy: Strategy = "auto",
 ) -> None:
     """Print the plan of a run on stdout; of the checkpoint only config.json is read. See `make_plan`.
 
     Raises:
         ResourceError: It does not fit.
+        UserError: Devices or a strategy that cannot be.
     """
+    here, machines = layout(devices, num_nodes)
     config = LLaMAConfig.from_folder(checkpoint_dir)
     read_meta(data_dir)
     splits = {name: Split(data_dir, name) for name in SPLITS}
     plan = make_plan(
-        method, config, splits, train=train, precision=precision, quantize=quantize, seed=seed, memory=memory
+        method,
+        config,
+        splits,
+        train=train,
+        precision=precision,
+        quantize=quantize,
+        seed=seed,
+        memory=memory,
+        processes=Processes(size=here * machines, here=here),
     )
+    plan = spread(plan, strategy)
     Console().print(table(plan))
     if not plan.fits:
         raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
@@ -50,7 +68,9 @@ def print_plan(
 def table(plan: Plan) -> Table:
     """The plan for people: what is needed, out of what there is, and what the run will go through."""
     device = plan.numerics.device.type
-    found = Table(title=f"Plan: {_settings(plan)}", title_justify="left", box=box.SIMPLE_HEAD)
+    found = Table(
+        title=f"Plan: {_settings(plan)}{described(plan.processes)}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     found.add_column("memory")
     found.add_column("GB", justify="right")
     found.add_column("what it is")
@@ -86,7 +106,7 @@ def short(plan: Plan) -> str:
         f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
         f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
         f"({sum(plan.largest.lengths):,} tokens), "
-        f"evaluation {_gb(plan.passing['evaluation'])}"
+        f"evaluation {_gb(plan.passing['evaluation'])}{described(plan.processes)}"
     )
 
 

@@ -45,11 +45,11 @@ from lit_llama.train.method import Method
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, does_not_fit, explained, short
-from lit_llama.train.processes import Processes, Strategy, described, join
+from lit_llama.train.processes import Processes, Strategy, join
 from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import Sampler
-from lit_llama.train.shards import shard, spreads
+from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
     STATES_DIR,
     check_same,
@@ -130,7 +130,10 @@ def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: s
         precision=precision,
         quantize=run.quantize,
         seed=run.seed,
+        processes=run.processes,
     )
+    plan = spread(plan, strategy)
+    run = replace(run, processes=plan.processes)
     identity = run.identity(inputs, plan.numerics)
     run.processes.check_same("checkpoint, data or setting", identity)
     if state and run.processes.is_first:
@@ -138,8 +141,6 @@ def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: s
     if finished:
         stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do", markup=False)
         return
-    if spreads(strategy, plan, run.processes):
-        run = replace(run, processes=replace(run.processes, sharded=True))
     with explained(plan):
         _execute(run, inputs, identity, plan, state, start)
 
@@ -209,8 +210,8 @@ def _execute(
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
-    stderr().print(f"plan: {short(plan)}{described(processes)}", markup=False)
-    if not (plan.fits or processes.sharded):
+    stderr().print(f"plan: {short(plan)}", markup=False)
+    if not plan.fits:
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
     (keep_freed_memory if plan.roomy else return_freed_memory)()
     torch.set_num_threads(max(1, cores() // processes.here))

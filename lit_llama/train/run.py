@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,6 +33,7 @@ from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
 from lit_llama.train.inputs import Inputs, read_inputs
@@ -51,11 +51,8 @@ from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import Sampler
 from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
-    STATES_DIR,
     check_same,
-    choose_state,
     find_states,
-    is_whole,
     read_state,
     save_state,
     set_aside,
@@ -65,11 +62,6 @@ from lit_llama.train.stopping import Best
 
 BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
-FREE = (
-    *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
-    *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
-)
-"""Settings that a run may go on without: they change no weight (what the paths lead to is compared by fingerprints)."""
 
 
 def finetune(
@@ -118,7 +110,7 @@ def finetune(
             _run(run, precision, strategy, resume, start)
 
 
-def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
+def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
     """Read and check everything, then train."""
     state, finished = run.processes.first(lambda: (run.find_state(resume), run.is_finished))
     inputs = read_inputs(run.checkpoint_dir, run.data_dir, run.train.batch_size)
@@ -143,66 +135,6 @@ def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: s
         return
     with explained(plan):
         _execute(run, inputs, identity, plan, state, start)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What was asked for; see `finetune`."""
-
-    method: Method
-    checkpoint_dir: Path
-    data_dir: Path
-    out_dir: Path
-    train: TrainConfig
-    quantize: Quantization | None
-    seed: int
-    arguments: Mapping[str, Any]
-    loggers: Sequence[LoggerName]
-    processes: Processes
-
-    @property
-    def command(self) -> str:
-        """Continues this run."""
-        return f"python {self.method.door} --config {shlex.quote(str(self.out_dir / RUN_FILE))} --resume auto"
-
-    @property
-    def states(self) -> Path:
-        """The folder of its states."""
-        return self.out_dir / STATES_DIR
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its result is there."""
-        return (self.out_dir / self.method.marker).exists()
-
-    def find_state(self, resume: str | Path) -> Path | None:
-        """The state to go on from, or the last one of a run that is finished; None to begin.
-
-        Raises:
-            UserError: The folder holds a run that is not to be continued, or no such state.
-            IntegrityError: The state is damaged.
-        """
-        states = find_states(self.states)
-        if resume != "never":
-            if self.is_finished:
-                return states[-1] if states and is_whole(states[-1]) else None
-            return choose_state(states, resume, self.out_dir, self.command)
-        if self.is_finished:
-            raise UserError(
-                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another --out_dir"
-            )
-        if states or (self.out_dir / RUN_FILE).exists():
-            raise UserError(
-                f"{self.out_dir} already holds a run that has not ended. Continue it: {self.command}; or name another "
-                "--out_dir"
-            )
-        return None
-
-    def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
-        """By name, what must not change when the run goes on."""
-        read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
-        settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
-        return read | settings | {"--precision": str(numerics)}
 
 
 def _execute(
@@ -401,11 +333,3 @@ def _environment(processes: Processes) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names of their flags, such as train.epochs."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Sample, run_here, write_splits
 from small_runs import ROWS, prepare
 
 from lit_llama.text.encode import IGNORE_INDEX
-from lit_llama.train.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,19 @@ CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
     "no interval": (as_it_is, ["--train.save_interval", 0], 2, "--train.save_interval is 0, expected 1 or more"),
     "negative seed": (as_it_is, ["--seed", -1], 2, "--seed is -1, expected 0 or more"),
     "no such state": (as_it_is, ["--resume", "out/states/step-000001"], 2, "is no state of made/here; there are: none"),
+    "16-mixed without a GPU": (
+        as_it_is,
+        ["--precision", "16-mixed"],
+        5,
+        "--precision 16-mixed is for GPUs; on this cpu use --precision",
+    ),
+    "pages without a GPU": (
+        as_it_is,
+        ["--train.optimizer", "paged_adamw_8bit"],
+        5,
+        "paged_adamw_8bit moves memory between GPU and CPU",
+    ),
+    "spread over one": (as_it_is, ["--strategy", "fsdp"], 2, "there is one: raise --devices"),
     "a key of no group": (as_it_is, ["--train.learning_rte", 1], 2, "did you mean train.learning_rate?"),
 }
 
@@ -82,7 +96,8 @@ def test_a_bad_run_is_one_line_with_its_status(
     """Catches a traceback, a status that says something else, training that begins, and a folder made for nothing."""
     damage, flags, status, named = CASES[case]
     damage(Path(shutil.copytree(data, tmp_path / "data")))
-    monkeypatch.setattr(Trainer, "evaluate", lambda _: pytest.fail("training began"))
+    monkeypatch.setattr("lit_llama.train.run.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = sorted(path.name for path in tmp_path.iterdir())
     given = ["--checkpoint_dir", tiny_folder, "--data_dir", "data", "--out_dir", "made/here", *flags]
     result = run_here("finetune/lora.py", *given, cwd=tmp_path)
@@ -90,6 +105,19 @@ def test_a_bad_run_is_one_line_with_its_status(
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and result.stdout == ""
     assert named in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("given", ["mlflow", "[mlflow]"])
+def test_a_logger_by_its_bare_name(
+    given: str, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a name that is no list, as everybody types it, answered with types of Python."""
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    flags = ["--checkpoint_dir", tiny_folder, "--data_dir", data, "--out_dir", tmp_path / "out", "--loggers", given]
+    for door in ("lora", "full"):
+        result = run_here(f"finetune/{door}.py", *flags)
+        assert result.returncode == 5
+        assert result.stderr == "error: --loggers mlflow needs mlflow: pip install 'lit_llama[mlflow]'\n"
 
 
 @pytest.mark.parametrize("finished", [True, False])

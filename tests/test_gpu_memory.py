@@ -14,7 +14,7 @@ from small_runs import ROWS, prepare, through_the_door
 from lit_llama.device import peak_memory
 from lit_llama.model.adapter import CONFIG_FILE
 from lit_llama.model.llama import LLaMA
-from lit_llama.train.metrics import METRICS_FILE
+from lit_llama.train.metrics import METRICS_FILE, read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,7 +106,10 @@ def test_the_plan_is_within_15_percent_of_what_is_allocated(
     said = through_the_door(base, data, tmp_path / "out", *TOKENS, *flags, door=script)
     found = peak_memory(torch.device("cuda")) - before
     print(f"{script} {' '.join(flags)}: planned {expected / 1e9:.2f} GB, allocated {found / 1e9:.2f} GB")
+    worst = max(size for _, size in read_metrics(tmp_path / "out")["memory"]) - before
+    first = read_metrics(tmp_path / "out")["memory"][0][1] - before
     assert "on cuda" in said
+    assert first > 0.95 * worst, "memory ends in the first minute, or not at all"
     assert expected == pytest.approx(found, rel=0.15)
 
 

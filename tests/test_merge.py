@@ -289,9 +289,11 @@ def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, key
 
 
 def test_a_whole_destination_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
-    """The base, or an older model, written over."""
+    """The base, or an older model, or what the adapter's folder says of itself, written over."""
     adapter = write_adapter(tmp_path / "adapter", base)
     before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is the adapter's own folder; name another"):
+        run(adapter, tmp_path / "base" / ".." / "adapter")
     with pytest.raises(UserError, match=r"already holds config\.json"):
         run(adapter, base)
     (tmp_path / "file").write_text("x")

@@ -78,6 +78,8 @@ def merge(
         ResourceError: Disk or memory is too small, said before anything is written.
     """
     check_destination(destination, "config.json")
+    if destination.resolve() == adapter_dir.resolve():
+        raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
     if dtype == "q8_0":
         raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
     base = base_of(adapter_dir)

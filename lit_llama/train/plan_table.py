@@ -94,19 +94,21 @@ def table(plan: Plan) -> Table:
     if plan.merging:
         found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
     found.add_section()
-    found.add_row("run", "", _course(plan))
+    found.add_row("run", "", course(plan))
     return found
 
 
 def short(plan: Plan) -> str:
     """The plan in one line."""
     kept = sum(plan.kept.values()) - plan.kept["weights"]
+    merging = f", merging later {_gb(plan.merging)}" if plan.merging else ""
     return (
         f"{_gb(plan.peak)} GB of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
         f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
         f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
-        f"({sum(plan.largest.lengths):,} tokens), "
-        f"evaluation {_gb(plan.passing['evaluation'])}{described(plan.processes)}"
+        f"({sum(plan.largest.lengths):,} tokens; logits {_gb(plan.logits)} of it), "
+        f"evaluation {_gb(plan.passing['evaluation'])}, saving {_gb(plan.passing['saving'])}{merging}"
+        f"{described(plan.processes)}"
     )
 
 
@@ -163,7 +165,8 @@ def _settings(plan: Plan) -> str:
     )
 
 
-def _course(plan: Plan) -> str:
+def course(plan: Plan) -> str:
+    """What the run will go through."""
     tokens, trained = plan.tokens()
     return (
         f"{plan.steps:,} steps of {plan.train.batch_size} samples, {tokens:,} tokens, {trained:,} of them trained; "

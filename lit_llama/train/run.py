@@ -42,9 +42,10 @@ from lit_llama.train.log import Log, Silence
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
+from lit_llama.train.optim import check_optimizer
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
-from lit_llama.train.plan_table import advice, does_not_fit, explained, short
+from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
 from lit_llama.train.processes import Processes, Strategy, join
 from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import write_run_report
@@ -126,6 +127,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     )
     plan = spread(plan, strategy)
     run = replace(run, processes=plan.processes)
+    check_optimizer(run.train.optimizer, plan.numerics.device)
     identity = run.identity(inputs, plan.numerics)
     run.processes.check_same("checkpoint, data or setting", identity)
     if state and run.processes.is_first:
@@ -142,7 +144,7 @@ def _execute(
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
-    stderr().print(f"plan: {short(plan)}", markup=False)
+    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}", markup=False)
     if not plan.fits:
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
     (keep_freed_memory if plan.roomy else return_freed_memory)()

@@ -21,7 +21,7 @@ import lit_llama
 from lit_llama.convert.hub import download as module
 from lit_llama.convert.hub.download import download
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import publish_later
+from lit_llama.folder import publish
 
 JUNK = (
     *("README.md", ".gitattributes", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth"),
@@ -189,7 +189,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_whole(
 
 def test_two_runs_do_not_write_into_one_folder(hub: FakeHub, tmp_path: Path) -> None:
     """Two processes that append to the same file."""
-    with publish_later(tmp_path / "tiny", "config.json") as folder:
+    with publish(tmp_path / "tiny", "config.json", keep=True) as folder:
         (folder / "kept.part").write_text("x")
         with pytest.raises(ResourceError, match=r"another run is at work on .*tiny"):
             download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)

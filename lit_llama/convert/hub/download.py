@@ -19,7 +19,7 @@ from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose,
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import check_destination, publish_later, write_json
+from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
@@ -61,7 +61,7 @@ def download(
         check_destination(destination, marker)
     repo = read_repo(repo_id, revision, endpoint)
     choice = choose(repo, file)
-    with publish_later(destination, choice.marker) as folder, _told(folder):
+    with publish(destination, choice.marker, keep=True) as folder, _told(folder):
         files = choice.files
         if choice.weights.endswith(".index.json"):
             _fetch(repo, repo.files[choice.weights], folder)

@@ -23,6 +23,9 @@ from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.processes import Processes, Strategy, described
 from lit_llama.train.shards import spread
 
+_ENDED = "out.of.memory|can't allocate memory|ALLOC_FAILED"
+"""What torch's errors say when memory ends: the allocators, and the libraries of a GPU, which take some themselves."""
+
 
 def print_plan(
     method: Method,
@@ -137,7 +140,7 @@ def explained(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's has no class
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(_ENDED, str(error), re.IGNORECASE):
             raise
         found = ", or ".join(_change(plan, other) for other in lighter(plan)[:3])
         way_out = f"try {found}" if found else "take a smaller base, or a larger machine"

@@ -66,8 +66,8 @@ def plan_of(data: Path, config: LLaMAConfig, **changes: Any) -> Plan:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *("float32 none 768 lora", "float32 full 1024 lora", "bfloat16 selective 1024 lora"),
-        *("float32 none 768 full", "bfloat16 full 1024 full"),
+        *("float32 none 768 lora returns", "float32 full 1024 lora returns", "bfloat16 selective 1024 lora returns"),
+        *("float32 none 768 full returns", "bfloat16 full 1024 full returns", "float32 none 768 lora keeps"),
     ],
 )
 def test_the_plan_is_within_15_percent_of_what_a_step_takes(arguments: str) -> None:
@@ -84,8 +84,11 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(arguments: str) -> N
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert arguments.endswith("full") or found["planned"] > 1.5 * found["weights"], "activations count"
-    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
+    assert "lora" not in arguments or found["planned"] > 1.5 * found["weights"], "activations count"
+    if "keeps" in arguments:  # a heap that keeps what is freed has holes, as large as what comes and goes
+        assert 0.85 * found["planned"] < found["measured"] < 1.15 * (found["planned"] + found["passing"])
+    else:
+        assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -176,6 +179,19 @@ def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:
     away = four.kept["weights"] - spread_over.kept["weights"]
     assert away == pytest.approx(four.sizes.layers * 3 / 4, abs=4)
     assert all(other.quantize is None for other in (*smaller(spread_over), *lighter(spread_over)))
+
+
+def test_a_plan_says_what_a_heap_keeps(data: Path) -> None:
+    """Catches a process that takes more than its plan says, room that is not there, and holes in a GPU's memory."""
+    config = tiny_config(max_position_embeddings=1024)
+    here = plan_of(data, config, memory=None, precision="32-true")
+    most = here.peak + here.holes
+    assert here.roomy and most == here.peak + max(here.passing.values())
+    assert f"(up to {most / 1e9:.2f}, as freed memory is kept for speed) of" in short(here)
+    tight = replace(here, memory=replace(here.memory, total=most - 1))
+    assert tight.fits and not tight.roomy and "up to" not in short(tight)
+    gpu = plan_of(data, config)
+    assert gpu.roomy and gpu.holes == 0 and "up to" not in short(gpu)
 
 
 def test_what_is_advised_fits_and_is_less(data: Path) -> None:

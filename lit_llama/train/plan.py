@@ -120,13 +120,18 @@ class Plan:
     def kept(self) -> dict[str, int]:
         """Bytes that are there from the first step to the last."""
         sizes, copies = self.sizes, 2 if self.train.keep == "best" else 1
-        elsewhere = sizes.layers * (self.processes.size - 1) // self.processes.size if self.processes.sharded else 0
         return {
-            "weights": sizes.base - elsewhere,
+            "weights": sizes.base - self._elsewhere,
             "trained": sizes.trained_bytes * copies,
             "gradients": sizes.trained_bytes,
             "optimizer": state_bytes(self.train.optimizer, sizes.trained, sizes.trained_bytes),
         }
+
+    @property
+    def _elsewhere(self) -> int:
+        """Bytes of the base that other processes hold."""
+        size = self.processes.size
+        return self.sizes.layers * (size - 1) // size if self.processes.sharded else 0
 
     @cached_property
     def passing(self) -> dict[str, int]:
@@ -167,9 +172,15 @@ class Plan:
         return self.resting <= self.memory.total and self.peak <= self.memory.total
 
     @property
+    def holes(self) -> int:
+        """Bytes that a CPU's heap may take above the peak where it keeps what is freed for the next step: once more
+        what comes and goes, and what other processes hold, as the base is read whole before it is spread."""
+        return max(self.passing.values()) + self._elsewhere if self.numerics.device.type == "cpu" else 0
+
+    @property
     def roomy(self) -> bool:
-        """Whether a CPU's heap may have holes as large as all that comes and goes; see device.keep_freed_memory."""
-        return self.fits and self.peak + max(self.passing.values()) <= self.memory.total
+        """Whether there is memory for that; see device.keep_freed_memory."""
+        return self.fits and self.peak + self.holes <= self.memory.total
 
     @property
     def merging(self) -> int:

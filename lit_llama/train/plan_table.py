@@ -94,6 +94,8 @@ def table(plan: Plan) -> Table:
         found.add_row(name, _gb(size), notes[name] + (" (one of these three at a time)" if name == "saving" else ""))
     found.add_section()
     found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}")
+    if plan.roomy and plan.holes:
+        found.add_row("at most", _gb(plan.peak + plan.holes), "as freed memory is kept for the next step, for speed")
     if plan.merging:
         found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
     found.add_section()
@@ -104,9 +106,14 @@ def table(plan: Plan) -> Table:
 def short(plan: Plan) -> str:
     """The plan in one line."""
     kept = sum(plan.kept.values()) - plan.kept["weights"]
+    room = (
+        f" (up to {_gb(plan.peak + plan.holes)}, as freed memory is kept for speed)"
+        if plan.roomy and plan.holes
+        else ""
+    )
     merging = f", merging later {_gb(plan.merging)}" if plan.merging else ""
     return (
-        f"{_gb(plan.peak)} GB of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
+        f"{_gb(plan.peak)} GB{room} of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
         f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
         f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
         f"({sum(plan.largest.lengths):,} tokens; logits {_gb(plan.logits)} of it), "

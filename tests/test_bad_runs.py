@@ -107,6 +107,16 @@ def test_a_bad_run_is_one_line_with_its_status(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("case", ["no data", "all masked", "longer than the context", "batch above the rows", "rank 0"])
+def test_a_plan_refuses_what_its_run_would(case: str, tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a table that promises a run which ends in its first second."""
+    damage, flags, status, named = CASES[case]
+    damage(Path(shutil.copytree(data, tmp_path / "data")))
+    given = ["--checkpoint_dir", tiny_folder, "--data_dir", "data", "--plan", *flags]
+    result = run_here("finetune/lora.py", *given, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (status, "") and named in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize("given", ["mlflow", "[mlflow]"])
 def test_a_logger_by_its_bare_name(
     given: str, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

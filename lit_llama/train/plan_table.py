@@ -15,8 +15,9 @@ from rich.table import Table
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import LLaMAConfig, Quantization
-from lit_llama.text.dataset import SPLITS, Split, read_meta
+from lit_llama.text.dataset import read_meta
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.inputs import read_splits
 from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
@@ -50,7 +51,7 @@ def print_plan(
     here, machines = layout(devices, num_nodes)
     config = LLaMAConfig.from_folder(checkpoint_dir)
     read_meta(data_dir)
-    splits = {name: Split(data_dir, name) for name in SPLITS}
+    splits = read_splits(checkpoint_dir, config, data_dir, train.batch_size)
     plan = make_plan(
         method,
         config,

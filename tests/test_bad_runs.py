@@ -44,6 +44,11 @@ def too_long(data: Path) -> None:
     replace_train(data, Sample([5] * 300, [5] * 300))
 
 
+def no_test_rows(data: Path) -> None:
+    shutil.rmtree(data / "test")
+    write_splits(data, {"test": []})
+
+
 def as_it_is(data: Path) -> None:
     pass
 
@@ -57,6 +62,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
         "was prepared with checkpoints/other, whose vocabulary is not that of",
     ),
     "all masked": (all_masked, [], 3, "no token of the train split carries a loss"),
+    "no rows": (no_test_rows, [], 3, "data/test: expected rows with input_ids and labels"),
     "longer than the context": (too_long, [], 3, "the longest sample has 300 tokens"),
     "no such target": (as_it_is, ["--lora.target_modules", "q_prj"], 2, "did you mean q_proj?"),
     "rank 0": (as_it_is, ["--lora.r", 0], 2, "--lora.r is 0, expected a whole number of 1 or more"),
@@ -143,6 +149,21 @@ def test_the_folder_of_another_run_is_refused(finished: bool, tiny_folder: Path,
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert ("the end of a run; name another --out_dir" if finished else "--resume auto") in result.stderr
     assert (out / "run.yaml").read_text() == "seed: 7\n" and not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("flag", ["--data_dir", "--checkpoint_dir"])
+@pytest.mark.parametrize("door", ["lora", "full"])
+def test_no_input_is_written_over(door: str, flag: str, tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches the meta.json of the data, or of the base, replaced by that of a run."""
+    given = {"--data_dir": data, "--checkpoint_dir": tiny_folder}
+    before = {path: path.read_bytes() for folder in given.values() for path in folder.iterdir() if path.is_file()}
+    out = given[flag] / ".." / given[flag].name
+    flags = [part for pair in given.items() for part in pair]
+    result = run_here(f"finetune/{door}.py", *flags, "--out_dir", out)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"is {flag}; name another" in result.stderr
+    after = {path: path.read_bytes() for folder in given.values() for path in folder.iterdir() if path.is_file()}
+    assert after == before
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

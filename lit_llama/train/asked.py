@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_llama.device import Numerics
 from lit_llama.errors import UserError
+from lit_llama.folder import check_destination
 from lit_llama.model.config import Quantization
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.inputs import Inputs
@@ -51,6 +52,17 @@ class Run:
     def is_finished(self) -> bool:
         """Whether its result is there."""
         return (self.out_dir / self.method.marker).exists()
+
+    def check_out_dir(self) -> None:
+        """Refuse a folder that the run would spoil: it writes meta.json and more beside what is there.
+
+        Raises:
+            UserError: It is a file, or one of those that the run reads.
+        """
+        check_destination(self.out_dir, self.method.marker, replace=True)
+        for flag, folder in (("--checkpoint_dir", self.checkpoint_dir), ("--data_dir", self.data_dir)):
+            if self.out_dir.resolve() == folder.resolve():
+                raise UserError(f"--out_dir {self.out_dir} is {flag}; name another, nothing is written over")
 
     def find_state(self, resume: str | Path) -> Path | None:
         """The state to go on from, or the last one of a run that is finished; None to begin.

@@ -24,7 +24,7 @@ from lit_llama.device import (
     seed_everything,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError
-from lit_llama.folder import check_destination, publish, replace_text, write_json
+from lit_llama.folder import publish, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
@@ -106,7 +106,7 @@ def finetune(
     check_loggers(loggers)
     with join(devices, num_nodes) as processes:
         run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers, processes)
-        processes.first(lambda: check_destination(out_dir, method.marker, replace=True))
+        processes.first(run.check_out_dir)
         with claim(out_dir) if processes.is_first else nullcontext():
             _run(run, precision, strategy, resume, start)
 

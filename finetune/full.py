@@ -3,14 +3,12 @@
 python finetune/full.py --checkpoint_dir checkpoints/NAME --data_dir data/NAME --out_dir out/full/NAME
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import TrainingPrecision
 from lit_llama.train.config import FULL, LoggerName, TrainConfig
-from lit_llama.train.launch import launch
 
 
 def main(
@@ -23,7 +21,7 @@ def main(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     seed: int = 1337,
     resume: Literal["never", "auto"] | Path = "never",
-    loggers: list[LoggerName] | None = None,
+    loggers: LoggerName | list[LoggerName] | None = None,
     devices: int | Literal["auto"] = 1,
     num_nodes: int = 1,
     plan: bool = False,
@@ -45,34 +43,16 @@ def main(
         seed: Of the order of the samples.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
             OUT/states/step-000100. The result is that of a run that was never stopped.
-        loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
+        loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
         devices: How many devices share the samples of a step, or all there are; each holds the whole model.
         num_nodes: How many machines do; start the command on each with torchrun or srun.
         plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
         plan_memory: The same for a GPU with this much memory, such as 80GB, that is not here.
     """
     from lit_llama.train.method import Full
+    from lit_llama.train.start import start
 
-    if plan or plan_memory is not None:
-        from lit_llama.train.plan_table import print_plan
-
-        return print_plan(
-            Full(dtype),
-            checkpoint_dir,
-            data_dir,
-            train=train,
-            precision=precision,
-            quantize=None,
-            seed=seed,
-            memory=plan_memory,
-        )
-    launch(devices, num_nodes)
-    from lit_llama.train.run import finetune
-
-    paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
-    settings = {"train": asdict(train), "precision": precision, "dtype": dtype, "seed": seed, "loggers": loggers}
-    settings |= {"devices": devices, "num_nodes": num_nodes}
-    finetune(
+    start(
         Full(dtype),
         checkpoint_dir,
         data_dir,
@@ -81,11 +61,13 @@ def main(
         precision=precision,
         seed=seed,
         resume=resume,
-        arguments=paths | settings,
-        loggers=loggers or (),
+        loggers=loggers,
         devices=devices,
         num_nodes=num_nodes,
         strategy="ddp",
+        plan=plan,
+        plan_memory=plan_memory,
+        own={"dtype": dtype},
     )
 
 

@@ -11,7 +11,6 @@ from lit_llama.cli import CLI
 from lit_llama.device import TrainingPrecision
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train.config import LoggerName, TrainConfig
-from lit_llama.train.launch import launch
 
 
 def main(
@@ -25,7 +24,7 @@ def main(
     quantize: Literal["nf4", "nf4-dq", "int8"] | None = None,
     seed: int = 1337,
     resume: Literal["never", "auto"] | Path = "never",
-    loggers: list[LoggerName] | None = None,
+    loggers: LoggerName | list[LoggerName] | None = None,
     plan: bool = False,
     plan_memory: str | None = None,
     devices: int | Literal["auto"] = 1,
@@ -48,7 +47,7 @@ def main(
         seed: Of the adapter's start, the order of the samples and dropout.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
             OUT/states/step-000100. The result is that of a run that was never stopped.
-        loggers: Also tell others: [tensorboard], [wandb], [mlflow], or several of them.
+        loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
         plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
         plan_memory: The same for a GPU with this much memory, such as 16GB, that is not here.
         devices: GPUs of this machine that share the samples of each step, or auto for all of them; without GPUs, as
@@ -58,36 +57,9 @@ def main(
         strategy: Each process holds the whole base (ddp), or a part of its layers (fsdp); auto is ddp where it fits.
     """
     from lit_llama.train.method import LoRA
+    from lit_llama.train.start import start
 
-    if plan or plan_memory is not None:
-        from lit_llama.train.plan_table import print_plan
-
-        return print_plan(
-            LoRA(lora),
-            checkpoint_dir,
-            data_dir,
-            train=train,
-            precision=precision,
-            quantize=quantize,
-            seed=seed,
-            memory=plan_memory,
-        )
-    launch(devices, num_nodes)
-    from lit_llama.train.run import finetune
-
-    paths = {"checkpoint_dir": str(checkpoint_dir), "data_dir": str(data_dir), "out_dir": str(out_dir)}
-    settings = {
-        "lora": asdict(lora),
-        "train": asdict(train),
-        "precision": precision,
-        "quantize": quantize,
-        "seed": seed,
-        "loggers": loggers,
-        "devices": devices,
-        "num_nodes": num_nodes,
-        "strategy": strategy,
-    }
-    finetune(
+    start(
         LoRA(lora),
         checkpoint_dir,
         data_dir,
@@ -97,11 +69,13 @@ def main(
         quantize=quantize,
         seed=seed,
         resume=resume,
-        arguments=paths | settings,
-        loggers=loggers or (),
+        loggers=loggers,
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
+        plan=plan,
+        plan_memory=plan_memory,
+        own={"lora": asdict(lora), "quantize": quantize, "strategy": strategy},
     )
 
 

@@ -5,6 +5,7 @@ torch is imported where it is used, because scripts name the precisions and thei
 
 import os
 import random
+import re
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,10 +22,38 @@ TrainingPrecision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-t
 
 
 def pick_device() -> "torch.device":
-    """A GPU if there is one, else the CPU."""
+    """A GPU if there is one, else the CPU.
+
+    Raises:
+        ResourceError: The installed torch has no code for this GPU.
+    """
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    _check_build()
+    return torch.device("cuda")
+
+
+def _check_build() -> None:
+    """A build of torch has code for some GPUs only: on another one the first kernel fails, in words about an image."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    built = torch.cuda.get_arch_list()
+    kinds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in built]
+    # Code runs on later GPUs of its generation; what is only compiled half way (compute) on all later ones.
+    runs = [
+        (int(kind[2]) == major and int(kind[3]) <= minor) or (kind[1] == "compute" and int(kind[2]) < major)
+        for kind in kinds
+        if kind
+    ]
+    if runs and not any(runs):
+        raise ResourceError(
+            f"the installed torch {torch.__version__} has no code for {torch.cuda.get_device_name()} "
+            f"(sm_{major}{minor}), only for {', '.join(built)}; install a build that has, such as the one for CUDA "
+            "12.6 where the GPU is a V100, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
 
 
 def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":

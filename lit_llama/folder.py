@@ -17,7 +17,7 @@ MANIFEST = "SHA256SUMS"
 
 
 @contextlib.contextmanager
-def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterator[Path]:
+def publish(destination: Path, marker: str, *, replace: bool = False, keep: bool = False) -> Iterator[Path]:
     """Give a temporary folder to write into; on success its contents become `destination`.
 
     A folder counts as whole only while `marker`, the file that describes it, is there: the marker of older contents
@@ -28,48 +28,33 @@ def publish(destination: Path, marker: str, *, replace: bool = False) -> Iterato
         destination: The folder to make or to fill.
         marker: Name of the file that is moved last; the body must have written it.
         replace: Allow a destination that already is whole.
+        keep: What the body wrote survives its failure, and the next call finds it there again.
 
     Raises:
         UserError: The destination is whole already and `replace` is false, or it is no folder.
-        LockedError: Another process is replacing it.
+        LockedError: Another process is at work on what both would write into.
     """
     check_destination(destination, marker, replace=replace)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.parent / f".{destination.name}.partial"
+    staging = destination.parent / f".{destination.name}.{'unfinished' if keep else 'partial'}"
     with contextlib.ExitStack() as held:
-        if replace:  # two runs would mix their files; alone, we may clear away what a killed one left
+        if keep or replace:  # two runs would mix their files; alone, we may clear away what a killed one left
             held.enter_context(hold(staging.with_suffix(".lock"), destination))
+            check_destination(destination, marker, replace=replace)  # another run may have ended meanwhile
         else:
             staging = staging.with_name(f"{staging.name}-{os.getpid()}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
-            yield staging
-            _move_in(staging, destination, marker)
-        finally:
+        if not keep:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def publish_later(destination: Path, marker: str) -> Iterator[Path]:
-    """As `publish`, but what the body wrote survives its failure, and the next call finds it there again.
-
-    Raises:
-        UserError: The destination is whole already, or it is no folder.
-        LockedError: Another process is at work on it.
-    """
-    check_destination(destination, marker)
-    staging = destination.parent / f".{destination.name}.unfinished"
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with hold(staging.with_name(f"{staging.name}.lock"), destination):
-        check_destination(destination, marker)  # another run may have ended meanwhile
-        staging.mkdir(exist_ok=True)
+        staging.mkdir(exist_ok=keep)
         try:
             yield staging
             _move_in(staging, destination, marker)
         finally:
-            with contextlib.suppress(OSError):
-                staging.rmdir()  # which it does only where nothing is kept
+            if keep:
+                with contextlib.suppress(OSError):
+                    staging.rmdir()  # which it does only where nothing is kept
+            else:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def _move_in(staging: Path, destination: Path, marker: str) -> None:
@@ -144,7 +129,7 @@ def resume(destination: Path, plan: str) -> Iterator[Staging]:
         LockedError: Another process is making it.
     """
     check_absent(destination)
-    with publish_later(destination, MANIFEST) as folder:
+    with publish(destination, MANIFEST, keep=True) as folder:
         check_absent(destination)  # it may just have been finished
         staging = Staging(folder)
         staging.recover(plan)

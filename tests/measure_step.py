@@ -9,39 +9,40 @@ from pathlib import Path
 import torch
 from conftest import tiny_config
 
-from lit_llama.device import Numerics, resident_memory, return_freed_memory
+from lit_llama.device import Numerics, keep_freed_memory, resident_memory, return_freed_memory
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.method import LoRA
-from lit_llama.train.optim import STATE_BYTES, build_optimizer, set_learning_rate
+from lit_llama.train.method import Full, LoRA, Method
+from lit_llama.train.optim import build_optimizer, set_learning_rate, state_bytes
 from lit_llama.train.recompute import recompute_activations
 
 CPU = torch.device("cpu")
 
 
-def step(config: LLaMAConfig, lora: LoRAConfig, numerics: Numerics, train: TrainConfig, shape: Shape) -> None:
-    """Two micro-batches and an update, as the loop makes them."""
+def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainConfig, shape: Shape) -> None:
+    """Two micro-batches and an update, twice, as the loop makes them: the second time the optimizer remembers."""
     with torch.device("meta"):
         model = LLaMA(config)
     model.load_state_dict(
         {name: torch.full(value.shape, 0.01, dtype=numerics.linear) for name, value in model.state_dict().items()},
         assign=True,
     )
-    apply_lora(model, lora)
+    method.apply(model)
     fuse(model, train.activation_checkpointing)
     recompute_activations(model, train.activation_checkpointing)
-    optimizer = build_optimizer(lora_parameters(model), train, CPU)
+    optimizer = build_optimizer(method.groups(model, 0.0), train, CPU)
     set_learning_rate(optimizer, 1e-4)
     loss_of = TokenLoss(model, numerics).train()
     ids = torch.arange(sum(shape.lengths)) % config.vocab_size
     for _ in range(2):
-        loss_of(ids, list(shape.lengths), torch.arange(shape.trained), ids[: shape.trained]).backward()
-    optimizer.step()
+        for _ in range(2):
+            loss_of(ids, list(shape.lengths), torch.arange(shape.trained), ids[: shape.trained]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Peak(threading.Thread):
@@ -57,11 +58,12 @@ class Peak(threading.Thread):
             time.sleep(0.0005)
 
 
-def main(dtype: str, checkpointing: str, tokens: int) -> None:
-    return_freed_memory()
+def main(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) -> None:
+    (keep_freed_memory if keeps else return_freed_memory)()
     torch.set_num_threads(1)
     numerics = Numerics(device=CPU, linear=getattr(torch, dtype), rest=getattr(torch, dtype))
-    lora, train = LoRAConfig(), TrainConfig(activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+    method: Method = Full() if way == "full" else LoRA(LoRAConfig())
+    train = TrainConfig(activation_checkpointing=checkpointing)  # type: ignore[arg-type]
     shape = Shape([tokens // 2, tokens - tokens // 2 - 40, 40], tokens // 2)
     config = tiny_config(
         vocab_size=8000,
@@ -72,19 +74,24 @@ def main(dtype: str, checkpointing: str, tokens: int) -> None:
         num_key_value_heads=12,
         head_dim=64,
     )
-    build = Build(config=config, method=LoRA(lora), numerics=numerics, checkpointing=train.activation_checkpointing)
+    build = Build(config=config, method=method, numerics=numerics, checkpointing=train.activation_checkpointing)
     sizes = build.sizes()
-    planned = sizes.base + int((8 + STATE_BYTES["adamw"]) * sizes.trained) + build.training_peak(shape)
-    step(tiny_config(), lora, numerics, train, Shape([20, 30], 40))  # what is loaded at first use
+    kept = sizes.base + 2 * sizes.trained_bytes + state_bytes("adamw", sizes.trained, sizes.trained_bytes)
+    passing = build.training_peak(shape)
+    step(tiny_config(), method, numerics, train, Shape([20, 30], 40))  # what is loaded at first use
     before = resident_memory()
     watch = Peak()
     watch.start()
-    step(config, lora, numerics, train, shape)
+    step(config, method, numerics, train, shape)
     watch.done = True
     watch.join()
-    print(json.dumps({"planned": planned, "measured": watch.bytes - before, "weights": sizes.base}))
+    print(
+        json.dumps(
+            {"planned": kept + passing, "passing": passing, "measured": watch.bytes - before, "weights": sizes.plain}
+        )
+    )
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5] == "keeps")

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conftest import run_here
+
 from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
@@ -86,6 +88,13 @@ def run(
         arguments=paths | settings,
     )
     return out
+
+
+def through_the_door(checkpoint: Path, data: Path, out: Path, *flags: object, door: str = "finetune/lora.py") -> str:
+    """A run by the command; gives what it says."""
+    made = run_here(door, "--checkpoint_dir", checkpoint, "--data_dir", data, "--out_dir", out, "--seed", 0, *flags)
+    assert made.returncode == 0, made.stderr
+    return made.stderr
 
 
 def outcome(out: Path) -> dict[str, Any]:

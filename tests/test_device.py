@@ -27,6 +27,7 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that stays on the CPU in silence, and bfloat16 asked of a GPU that has none."""
+    monkeypatch.setattr(device, "_check_build", lambda: None)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert device.pick_device().type == ("cuda" if there else "cpu")
@@ -34,6 +35,36 @@ def test_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert device.pick_dtype("auto", torch.device("cuda")) == torch.float32
     with pytest.raises(ResourceError, match="--precision 32-true"):
         device.pick_dtype("bf16-true", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], True),
+        ((8, 9), ["sm_80", "sm_90a"], True),
+        ((8, 0), ["sm_86", "sm_90"], False),
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_90"], False),
+        ((7, 0), ["sm_50", "sm_70", "sm_90"], True),
+        ((12, 0), ["sm_80", "compute_90"], True),
+        ((10, 0), ["sm_80", "sm_90", "sm_100f"], True),
+        ((9, 0), ["gfx90a"], True),
+    ],
+)
+def test_a_gpu_without_code_is_told(
+    capability: tuple[int, int], built: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a V100 under torch for CUDA 13, which fails in its first kernel, and a GPU refused for nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    if runs:
+        assert device.pick_device().type == "cuda"
+    else:
+        with pytest.raises(
+            ResourceError, match=r"no code for Tesla V100 \(sm_\d\d\), only for sm_.*CUDA_VISIBLE_DEVICES="
+        ):
+            device.pick_device()
 
 
 def test_training_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import ROOT, tiny_config, write_adapter
 from fake_hub import CHUNK, REPO, FakeHub
 
@@ -19,7 +21,7 @@ import lit_llama
 from lit_llama.convert.hub import download as module
 from lit_llama.convert.hub.download import download
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import publish_later
+from lit_llama.folder import publish
 
 JUNK = (
     *("README.md", ".gitattributes", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth"),
@@ -62,6 +64,24 @@ def test_old_weights_and_an_old_tokenizer_are_taken_where_there_is_nothing_else(
     assert set(data) == set(hub.fetched()) | {"merges.txt"}  # which is empty: nothing to fetch
     assert (made / "merges.txt").read_bytes() == b""
     assert f"next: python prepare/checkpoint.py --source {made} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_delta_is_told_as_one(old: bool, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next step of a user who is told to convert it, or to chat with it: neither says anything."""
+    tensors = {
+        name: value * 0.01 for name, value in safetensors.torch.load(hub.repos[REPO]["model.safetensors"]).items()
+    }
+    if old:
+        del hub.repos[REPO]["model.safetensors"]
+        torch.save(tensors, tmp_path / "saved")
+        hub.repos[REPO]["pytorch_model.bin"] = (tmp_path / "saved").read_bytes()
+    else:
+        hub.repos[REPO]["model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
+    made = download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "holds a delta and no model" in said and "prepare/checkpoint.py" not in said and "chat.py" not in said
+    assert f"prepare/delta.py apply --base_dir BASE --delta_dir {made} " in said
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
@@ -169,7 +189,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_whole(
 
 def test_two_runs_do_not_write_into_one_folder(hub: FakeHub, tmp_path: Path) -> None:
     """Two processes that append to the same file."""
-    with publish_later(tmp_path / "tiny", "config.json") as folder:
+    with publish(tmp_path / "tiny", "config.json", keep=True) as folder:
         (folder / "kept.part").write_text("x")
         with pytest.raises(ResourceError, match=r"another run is at work on .*tiny"):
             download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)

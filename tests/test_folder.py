@@ -14,7 +14,6 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.folder import (
     check_destination,
     publish,
-    publish_later,
     replace_file,
     sha256_file,
     write_json,
@@ -192,21 +191,21 @@ def test_leftovers_of_a_killed_process_do_not_disturb(tmp_path: Path) -> None:
 def test_what_was_begun_is_found_again(tmp_path: Path, error: BaseException) -> None:
     """A transfer of hours thrown away by an interruption, or half of it taken for the whole."""
     destination = tmp_path / "deep" / "name"
-    with pytest.raises(type(error)), publish_later(destination, MARKER) as folder:
+    with pytest.raises(type(error)), publish(destination, MARKER, keep=True) as folder:
         (folder / "begun").write_text("half")
         raise error
     assert names(tmp_path / "deep") == [".name.unfinished", ".name.unfinished/begun"]
-    with publish_later(destination, MARKER) as folder:
+    with publish(destination, MARKER, keep=True) as folder:
         assert (folder / "begun").read_text() == "half"
         fill(folder)
     assert names(tmp_path / "deep") == sorted(["name", "name/begun", *(f"name/{name}" for name in WHOLE)])
-    with pytest.raises(UserError, match="already holds"), publish_later(destination, MARKER):
+    with pytest.raises(UserError, match="already holds"), publish(destination, MARKER, keep=True):
         pytest.fail("the body was run")
 
 
 def test_nothing_begun_leaves_nothing(tmp_path: Path) -> None:
     """Hidden folders and locks that pile up with each failure."""
-    with pytest.raises(ValueError), publish_later(tmp_path / "name", MARKER):
+    with pytest.raises(ValueError), publish(tmp_path / "name", MARKER, keep=True):
         raise ValueError
     assert names(tmp_path) == []
 
@@ -215,7 +214,7 @@ def test_an_existing_folder_is_filled_with_what_was_begun(tmp_path: Path) -> Non
     """Files of the user's own lost, or a hidden folder left behind."""
     (tmp_path / "name").mkdir()
     (tmp_path / "name" / "raw.json").write_text("mine")
-    with publish_later(tmp_path / "name", MARKER) as folder:
+    with publish(tmp_path / "name", MARKER, keep=True) as folder:
         fill(folder)
     assert names(tmp_path / "name") == sorted([*WHOLE, "raw.json"])
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
@@ -224,8 +223,8 @@ def test_an_existing_folder_is_filled_with_what_was_begun(tmp_path: Path) -> Non
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     """Two processes in one folder, or a process that was killed and locks out every other."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.folder import publish_later\n"
-        "with publish_later(Path(sys.argv[1]), 'meta.json') as folder:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.folder import publish\n"
+        "with publish(Path(sys.argv[1]), 'meta.json', keep=True) as folder:\n"
         "    (folder / 'begun').write_text('half')\n    print(flush=True)\n    time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -233,11 +232,14 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(ResourceError, match="another run is at work"), publish_later(tmp_path / "name", MARKER):
+        with (
+            pytest.raises(ResourceError, match="another run is at work"),
+            publish(tmp_path / "name", MARKER, keep=True),
+        ):
             pytest.fail("the body was run")
         assert names(tmp_path / ".name.unfinished") == ["begun"]
         other.kill()
-    with publish_later(tmp_path / "name", MARKER) as folder:
+    with publish(tmp_path / "name", MARKER, keep=True) as folder:
         fill(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
 

@@ -105,6 +105,27 @@ def test_without_a_terminal_there_are_plain_lines_on_stderr(tmp_path: Path, caps
     assert [line.split()[1] for line in lines if "rate" in line] == [f"{n}/40" for n in (1, *range(4, 41, 4))]
 
 
+def test_the_time_to_expect_is_said_once_a_few_steps_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a guess from the first step, which is slow, one after a resume that counts steps of another machine, and
+    a line when all is done."""
+    with Log(tmp_path, 65) as log:
+        for step, seconds in enumerate([99.0, 2.0, 2.0, 2.0, 4.0, 9.0, 9.0], 1):
+            log.step(metrics(step, seconds=seconds))
+    assert capsys.readouterr().err.count("about 2 min 0 s for the 60 steps that are left") == 1
+    with Log(tmp_path, 65) as log:
+        log.resume(7)
+        for step in range(8, 13):
+            log.step(metrics(step, seconds=1.0))
+    assert "about 53.0 s for the 53 steps that are left" in capsys.readouterr().err
+    with Log(tmp_path / "short", 5) as log:
+        (tmp_path / "short").mkdir()
+        for step in range(1, 6):
+            log.step(metrics(step))
+    assert "left" not in capsys.readouterr().err
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a bar that shows neither where the run is nor how it goes."""
     from rich.console import Console

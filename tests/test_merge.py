@@ -12,8 +12,9 @@ from conftest import CHATML, run_here, write_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lit_llama.convert.merge as module
 from lit_llama.convert.merge import Proof, merge
-from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.generate.load import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
@@ -288,9 +289,11 @@ def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, key
 
 
 def test_a_whole_destination_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
-    """The base, or an older model, written over."""
+    """The base, or an older model, or what the adapter's folder says of itself, written over."""
     adapter = write_adapter(tmp_path / "adapter", base)
     before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is the adapter's own folder; name another"):
+        run(adapter, tmp_path / "base" / ".." / "adapter")
     with pytest.raises(UserError, match=r"already holds config\.json"):
         run(adapter, base)
     (tmp_path / "file").write_text("x")
@@ -298,6 +301,25 @@ def test_a_whole_destination_is_refused_before_the_work(base: Path, tmp_path: Pa
         run(adapter, tmp_path / "file")
     assert (base / "model.safetensors").read_bytes() == before
     assert_nothing_left(tmp_path, "base", "adapter", "file")
+
+
+def test_too_little_memory_is_told_before_the_work(
+    base16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an hour of writing that ends in a killed process, and a plan that counts another model."""
+    adapter = write_adapter(tmp_path / "adapter", base16)
+    weights = sum(value.numel() for value in read(base16).values())
+    added = sum(value.numel() for pair in read_adapter(adapter).values() for value in pair)
+    needed = 4 * (weights + added)
+    held = module.resident_memory()
+    monkeypatch.setattr(module, "resident_memory", lambda: held)
+    monkeypatch.setattr(module, "total_memory", lambda device: held + needed - 1)
+    with pytest.raises(ResourceError, match=r"takes 0.00 GB of the 0.00 .* free; --precision bf16-true takes half"):
+        run(adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"base16", "adapter"}
+    monkeypatch.setattr(module, "total_memory", lambda device: held + needed)
+    run(adapter, tmp_path / "merged")
+    assert "comparing the models takes" in capsys.readouterr().err
 
 
 def test_a_failure_half_way_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,18 @@ def test_torchrun_continues_what_one_process_began(
         torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=1e-4)
 
 
+def test_layers_that_are_spread_carry_dora_and_a_whole_head(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """DoRA reads the weights themselves, which are there only while a layer computes, and the head is a copy that
+    trains; against one process. Catches norms of a part of a weight, and a gradient of a weight that is gone."""
+    lora = replace(PLAIN, use_dora=True, modules_to_save=["lm_head"])
+    expected = run(tiny_folder, data, tmp_path / "one", lora, LONG)
+    more = ["--lora.use_dora", "true", "--lora.modules_to_save", "lm_head", "--train.neftune_noise_alpha", 0]
+    out = tmp_path / "out"
+    status, said = start(tiny_folder, data, out, [], "--devices", 2, "--strategy", "fsdp", *more)
+    assert status == 0 and "the frozen layers spread over all" in said, said
+    assert_same_run(out, expected)
+
+
 def test_a_process_that_dies_ends_the_other(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Catches a run that waits forever for a process that is gone, and talk of sockets in place of what happened."""
     begun = time.time()

@@ -1,6 +1,7 @@
 """Adapter + its base -> a plain checkpoint, proven to say the same."""
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from lit_llama.convert.frame import read_companions, with_dtype, write_companion
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
-from lit_llama.device import Precision, pick_device, pick_dtype
-from lit_llama.errors import IntegrityError, UserError
+from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
+from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
 from lit_llama.model.adapter import (
     META_FILE,
@@ -74,8 +75,11 @@ def merge(
         CheckpointError: The adapter is empty, all zero, or does not fit its base, or the base's tokenizer does not.
         IntegrityError: The base or its tokenizer is not the one the adapter was trained on, or the merged model does
             not carry it.
+        ResourceError: Disk or memory is too small, said before anything is written.
     """
     check_destination(destination, "config.json")
+    if destination.resolve() == adapter_dir.resolve():
+        raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
     if dtype == "q8_0":
         raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
     base = base_of(adapter_dir)
@@ -88,6 +92,7 @@ def merge(
     raw = json.loads((base / "config.json").read_text("utf-8"))
     if merged.unties:
         raw["tie_word_embeddings"] = False
+    _check_memory(merged, precision, onto)
     with publish(destination, "config.json") as folder:
         check_space(folder, sum(map(byte_size, merged.specs.values())))
         write_weights(folder, merged.specs, merged.__getitem__)
@@ -144,6 +149,29 @@ def merge_into_gguf(
         write_gguf(open_folder(folder), destination, dtype)
     stderr().print(f"{destination}: {destination.stat().st_size / 1e9:.2f} GB, ready for llama.cpp and Ollama")
     return proof
+
+
+def _check_memory(merged: Merged, precision: Precision, onto: Onto) -> None:
+    """Say what comparing the two models takes, before hours of writing end in want of memory.
+
+    Raises:
+        ResourceError: There is less.
+    """
+    device = pick_device()
+    dtype = pick_dtype(precision, device)
+    values = sum(math.prod(shape) for _, shape in merged.specs.values())
+    # One model at a time, and what is added to it; a tensor that is merged is there in float32 twice.
+    largest = max(math.prod(shape) for _, shape in merged.specs.values())
+    needed = max(values * dtype.itemsize + merged.added_bytes, 3 * 4 * largest)
+    there = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
+    said = f"comparing the models takes {needed / 1e9:.2f} GB of the {there / 1e9:.2f} that the {device.type} has free"
+    if needed <= there:
+        stderr().print(said)
+        return
+    ways = ["--precision bf16-true takes half"] if dtype == torch.float32 else []
+    if device.type == "cuda":
+        ways.append("CUDA_VISIBLE_DEVICES= before the command compares on the CPU")
+    raise ResourceError(f"{said}; {', or '.join(ways) or 'merge on a machine with more memory'}")
 
 
 def _prove(

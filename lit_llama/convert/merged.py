@@ -23,6 +23,7 @@ class Merged:
     Attributes:
         specs: Dtype and shape of every tensor, in the order of the base.
         unties: A head that was tied to the embedding is a matrix of its own now.
+        added_bytes: What the adapter adds to the memory of its base.
 
     Args:
         base: Checkpoint folder.
@@ -41,6 +42,8 @@ class Merged:
             frame = LLaMA(shape)
         load_adapter(frame, adapter_dir)  # names and shapes fit; the adapter alone takes memory
         self._adapters = {f"{name}.weight": module for name, module in adapters(frame)}
+        trained = [part for _, module in adapters(frame) for part in module.parts().values()]
+        self.added_bytes = sum(part.numel() * part.element_size() for part in trained)
         self.specs = {name: self._spec(name, dtype) for name in self._weights}
         if foreign := [f"{name} ({kind})" for name, (kind, _) in self.specs.items() if kind not in DTYPES]:
             raise CheckpointError(f"{base}: {foreign[0]} is stored in another dtype than {', '.join(DTYPES)}")

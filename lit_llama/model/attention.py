@@ -61,7 +61,7 @@ class Packed:
         self._device = device
 
     @cached_property
-    def _blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
+    def blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
         """Of each block: its tokens, what pads them and takes the padding out again, how many samples it has."""
         lengths, blocks = self.counts, []
         start = first = 0
@@ -97,7 +97,7 @@ class Packed:
         if self.shares:
             return self._attend_shared(q, k, v, window)
         outputs = []
-        for tokens, pad, unpad, samples in self._blocks:
+        for tokens, pad, unpad, samples in self.blocks:
             queries, keys, values = (_block(x[tokens], pad, samples) for x in (q, k, v))  # (B, H or G, L, D)
             whole = window is None or window >= queries.shape[2]
             if whole and q.device.type == "cpu" and q.requires_grad:

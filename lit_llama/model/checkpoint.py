@@ -5,7 +5,7 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ def load_model(
     if tied:
         expected.pop("lm_head.weight")
     check_names(folder, set(expected), dict.fromkeys(names))
-    _check_whole(folder, weights)
+    check_no_delta(folder, (weights[name] for name in weights if name.endswith("norm.weight")))
     state: dict[str, torch.Tensor] = {}
     for name in track(names, f"loading {folder}"):
         stored, shape = weights.spec(name)
@@ -93,10 +93,13 @@ def linear_weights(model: LLaMA) -> set[str]:
     return names - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
 
 
-def _check_whole(folder: Path, weights: Weights) -> None:
-    """A delta runs as well as a model does, and says nothing: its norms, which scale all there is, are near zero."""
-    norms = torch.cat([weights[name].flatten().float() for name in weights if name.endswith("norm.weight")])
-    if (size := norms.square().mean().sqrt().item()) < _DELTA:
+def check_no_delta(folder: Path, norms: Iterable[torch.Tensor]) -> None:
+    """A delta runs as well as a model does, and says nothing: its norms, which scale all there is, are near zero.
+
+    Raises:
+        CheckpointError: The norms in `folder` are those of a delta.
+    """
+    if (size := torch.cat([norm.flatten().float() for norm in norms]).square().mean().sqrt().item()) < _DELTA:
         raise CheckpointError(
             f"{folder} holds a delta and no model: its norms are near zero (root mean square {size:.2g}, expected 0.3 "
             f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir {folder} "

@@ -44,6 +44,7 @@ class Sizes(NamedTuple):
 
     Args:
         base: Bytes of the frozen weights as they are stored in training.
+        layers: Those of them in the decoder layers.
         plain: Bytes of the frozen weights when they are not quantised.
         trained: Values that are trained.
         trained_bytes: Bytes of these.
@@ -51,6 +52,7 @@ class Sizes(NamedTuple):
     """
 
     base: int
+    layers: int
     plain: int
     trained: int
     trained_bytes: int
@@ -84,20 +86,21 @@ class Build:
         with torch.device("meta"):
             model = LLaMA(self.config)
         names = linear_weights(model)
-        base = plain = unpacked = 0
+        base = layers = plain = unpacked = 0
         for name, value in model.named_parameters():
             itemsize = (self.numerics.linear if name in names else self.numerics.rest).itemsize
             plain += value.numel() * itemsize
+            size = value.numel() * itemsize
             if self.quantize and is_quantized(name):
-                base += round(value.numel() * QUANTIZED_BYTES[self.quantize])
-                unpacked = max(unpacked, value.numel() * itemsize)
-            else:
-                base += value.numel() * itemsize
+                unpacked = max(unpacked, size)
+                size = round(value.numel() * QUANTIZED_BYTES[self.quantize])
+            base += size
+            layers += size if name.startswith("model.layers.") else 0
         self.method.apply(model)
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
-            return Sizes(0, 0, trained, plain, 0)
-        return Sizes(base, plain, trained, 4 * trained, unpacked)
+            return Sizes(0, 0, 0, trained, plain, 0)
+        return Sizes(base, layers, plain, trained, 4 * trained, unpacked)
 
     def training_peak(self, shape: Shape) -> int:
         """Most bytes that a forward and backward pass holds beside the parameters and their gradients."""
@@ -120,7 +123,8 @@ class Build:
         return replace(self, config=replace(self.config, num_hidden_layers=number, layer_types=types))
 
     def _run(self, shape: Shape, *, train: bool) -> int:
-        layout = Packed(shape.lengths)  # with numbers, as where the padding goes depends on them
+        layout = Packed(shape.lengths)
+        assert layout.blocks  # made with numbers, as where the padding goes depends on them
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             loss_of = TokenLoss(self._model()).train(train)

@@ -60,14 +60,7 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs
     config = LLaMAConfig.from_folder(checkpoint_dir)
     meta = read_meta(data_dir)
     tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)
-    splits = {name: Split(data_dir, name) for name in SPLITS}
-    for name, split in splits.items():
-        _check_split(name, split, checkpoint_dir, config, data_dir)
-    if batch_size > (rows := len(splits["train"])):
-        raise UserError(
-            f"--train.batch_size is {batch_size}, but the train split of {data_dir} has {rows} rows: expected 1 to "
-            f"{rows}"
-        )
+    splits = read_splits(checkpoint_dir, config, data_dir, batch_size)
     template = read_text(data_dir / TEMPLATE_FILE)
     base = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
     identity = {
@@ -84,6 +77,24 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs
         frame=Frame.read(checkpoint_dir, tokenizer),
         identity=identity,
     )
+
+
+def read_splits(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, batch_size: int) -> dict[str, Split]:
+    """The rows of a data folder, which a model with `config` can be trained on in batches of this size.
+
+    Raises:
+        DataError: A split is not there, has no trained token, or has samples too long for the model.
+        UserError: A batch is larger than the training split.
+    """
+    splits = {name: Split(data_dir, name) for name in SPLITS}
+    for name, split in splits.items():
+        _check_split(name, split, checkpoint_dir, config, data_dir)
+    if batch_size > (rows := len(splits["train"])):
+        raise UserError(
+            f"--train.batch_size is {batch_size}, but the train split of {data_dir} has {rows} rows: expected 1 to "
+            f"{rows}"
+        )
+    return splits
 
 
 def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: dict[str, Any]) -> Tokenizer:

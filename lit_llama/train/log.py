@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,12 @@ from lit_llama.progress import stderr
 from lit_llama.train.config import LoggerName
 from lit_llama.train.loggers import open_loggers
 from lit_llama.train.metrics import COLUMNS, METRICS_FILE, Lines, csv_line, perplexity, rows_of
+from lit_llama.train.report.page import duration
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import SAMPLES_FILE, Sampler
+
+MEASURED = 5
+"""Steps after which the time that the others will take is said."""
 
 
 class Log:
@@ -38,6 +43,7 @@ class Log:
         self._files = {name: Lines(folder / name, csv_line(columns)) for name, columns in COLUMNS.items()}
         self._files[SAMPLES_FILE] = Lines(folder / SAMPLES_FILE)
         self._begun = False
+        self._seconds: list[float] = []  # of the steps done here
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("training", total=steps)
@@ -130,6 +136,13 @@ class Log:
             self.say(f"step {done}/{self._steps}  test loss {metrics['test_loss']:.4f}{stopped}")
         if "loss" not in metrics:
             return
+        self._seconds.append(metrics["seconds"])
+        if len(self._seconds) == MEASURED and done < self._steps:
+            # The first steps of a process are slower: what they need is built and found out in them.
+            left = statistics.median(self._seconds) * (self._steps - done)
+            self.say(
+                f"about {duration(left)} for the {self._steps - done} steps that are left, evaluations not counted"
+            )
         speed = metrics["trained_tokens"] / metrics["seconds"]
         state = f"loss {metrics['loss']:.4f}  rate {metrics['learning_rate']:.2e}  {speed:,.0f} trained tokens/s"
         self.status(state)

@@ -22,7 +22,7 @@ from lit_llama.train.config import TrainConfig
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.optim import build_optimizer, set_learning_rate
+from lit_llama.train.optim import build_optimizer, set_learning_rate, state_bytes
 from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.scaling import overflowed
 from lit_llama.train.schedule import learning_rate
@@ -213,10 +213,16 @@ class Trainer:
         return bool(number)
 
     def try_largest(self) -> None:
-        """Run the largest micro-batch of all, so that running out of memory happens in the first minute."""
+        """Run the largest micro-batch of all, so that running out of memory happens in the first minute.
+
+        What the optimizer will remember from the first step on has its place beside it: later it is there, too.
+        """
         self._loss_of.train()
         batch = largest_batch(self._train, self.config, self._seed, self.processes.size)
+        values, size = (sum(counts) for counts in zip(*((p.numel(), p.nbytes) for p in self._parameters), strict=True))
+        place = torch.empty(state_bytes(self.config.optimizer, values, size), dtype=torch.uint8, device=self._device)
         warm_up(self._loss_of, Tensor.backward, batch)
+        del place
 
     def compare(self, test_loss: float) -> None:
         """Remember the weights if none were better."""

@@ -1,6 +1,7 @@
 """Optimizers: how they are built, their learning rate, and their state as named tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,28 +29,41 @@ def build_optimizer(
         device: Where the parameters are.
 
     Raises:
-        ResourceError: bitsandbytes is not installed, or the device has no paged memory.
+        ResourceError: See `check_optimizer`.
     """
+    check_optimizer(config.optimizer, device)
     decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=0.0, momentum=config.beta1, weight_decay=decay)
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=config.eps, weight_decay=decay, fused=True)
-    if config.optimizer == "paged_adamw_8bit" and device.type != "cuda":
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    kind = AdamW8bit if config.optimizer == "adamw_8bit" else PagedAdamW8bit
+    built: torch.optim.Optimizer = kind(parameters, lr=0.0, betas=betas, eps=config.eps, weight_decay=decay)
+    return built
+
+
+def check_optimizer(name: Optimizer, device: torch.device) -> None:
+    """Refuse an optimizer that this machine has not, before a model is loaded for it.
+
+    Raises:
+        ResourceError: bitsandbytes is not installed, or the device has no paged memory.
+    """
+    if name == "paged_adamw_8bit" and device.type != "cuda":
         raise ResourceError(
             f"--train.optimizer paged_adamw_8bit moves memory between GPU and CPU, which the {device.type} has not; "
             "use --train.optimizer adamw_8bit"
         )
+    if "8bit" not in name:
+        return
     try:
-        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+        import_module("bitsandbytes.optim.adamw")
     except ImportError as error:
         raise ResourceError(
-            f"--train.optimizer {config.optimizer} needs bitsandbytes: pip install 'lit_llama[quantize]'"
+            f"--train.optimizer {name} needs bitsandbytes: pip install 'lit_llama[quantize]'"
         ) from error
-    kind = AdamW8bit if config.optimizer == "adamw_8bit" else PagedAdamW8bit
-    built: torch.optim.Optimizer = kind(parameters, lr=0.0, betas=betas, eps=config.eps, weight_decay=decay)
-    return built
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
@@ -106,6 +120,17 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
         whole = value.ndim == 0 and value.dtype == torch.int64
         state.setdefault(int(index), {})[key] = value.item() if whole else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):
+        _page(optimizer)
+
+
+def _page(optimizer: Any) -> None:
+    """Bring what bitsandbytes has loaded as plain memory of the GPU into pages, where it keeps it in a new run."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                state[name] = buffer.copy_(state[name])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Sequence[nn.Parameter]:

@@ -23,9 +23,12 @@ from lit_llama.train.footprint import Build, Shape, Sizes
 from lit_llama.train.loss import CHUNK
 from lit_llama.train.method import Method
 from lit_llama.train.optim import state_bytes
+from lit_llama.train.processes import ALONE, Processes
 
 CUDA_BYTES = 500 * 10**6
 """What a CUDA context and its libraries take; an assumption, as it differs from GPU to GPU."""
+FETCHED = 2
+"""Layers of a spread base that are whole at once: one computes while the next is fetched."""
 _UNITS = {"": 1, "M": 10**6, "MB": 10**6, "MiB": 2**20, "G": 10**9, "GB": 10**9, "GiB": 2**30}
 
 
@@ -54,7 +57,8 @@ class Plan:
         numerics: Where and in which numbers.
         quantize: How the base's linear layers are stored, if not in the dtype of `numerics`.
         seed: Of the order of the samples.
-        memory: What there is.
+        memory: What there is for each process.
+        processes: Those that share the work. All bytes are those of one of them.
     """
 
     config: LLaMAConfig
@@ -65,6 +69,7 @@ class Plan:
     quantize: Quantization | None
     seed: int
     memory: Memory
+    processes: Processes = ALONE
     _passes: dict[object, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -85,7 +90,12 @@ class Plan:
     def _shape(self, name: str, batch_size: int, steps: int) -> Shape:
         split, tokens = self.splits[name], self.train.micro_batch_tokens
         rows = largest_group(
-            split.lengths, batch_size=batch_size, micro_batch_tokens=tokens, seed=self.seed, steps=steps
+            split.lengths,
+            batch_size=batch_size,
+            micro_batch_tokens=tokens,
+            seed=self.seed,
+            steps=steps,
+            shares=self.processes.size,
         )
         batch = collate([split[row] for row in rows])
         return Shape(batch.lengths, len(batch.targets))
@@ -111,19 +121,28 @@ class Plan:
         """Bytes that are there from the first step to the last."""
         sizes, copies = self.sizes, 2 if self.train.keep == "best" else 1
         return {
-            "weights": sizes.base,
+            "weights": sizes.base - self._elsewhere,
             "trained": sizes.trained_bytes * copies,
             "gradients": sizes.trained_bytes,
             "optimizer": state_bytes(self.train.optimizer, sizes.trained, sizes.trained_bytes),
         }
 
+    @property
+    def _elsewhere(self) -> int:
+        """Bytes of the base that other processes hold."""
+        size = self.processes.size
+        return self.sizes.layers * (size - 1) // size if self.processes.sharded else 0
+
     @cached_property
     def passing(self) -> dict[str, int]:
         """Bytes that come and go, never two of them at once."""
         on_cpu = self.numerics.device.type == "cpu"
+        made = self.sizes.unpacked  # for use, and dropped again
+        if self.processes.sharded:
+            made += FETCHED * self.sizes.layers // self.config.num_hidden_layers
         return {
-            "training": self._pass("training", self.largest, self.build.training_peak) + self.sizes.unpacked,
-            "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + self.sizes.unpacked,
+            "training": self._pass("training", self.largest, self.build.training_peak) + made,
+            "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made,
             # A file is written from the CPU's memory, whole; but a model one tensor at a time.
             "saving": self.kept["optimizer"] + (0 if self.method.whole else self.kept["trained"]) if on_cpu else 0,
         }
@@ -143,7 +162,8 @@ class Plan:
     @property
     def peak(self) -> int:
         """Most bytes at any time."""
-        return self.resting + max(self.passing.values())
+        loading = self.sizes.base if self.processes.sharded and self.numerics.device.type == "cpu" else 0
+        return max(self.memory.program + loading, self.resting + max(self.passing.values()))
 
     @property
     def fits(self) -> bool:
@@ -152,9 +172,15 @@ class Plan:
         return self.resting <= self.memory.total and self.peak <= self.memory.total
 
     @property
+    def holes(self) -> int:
+        """Bytes that a CPU's heap may take above the peak where it keeps what is freed for the next step: once more
+        what comes and goes, and what other processes hold, as the base is read whole before it is spread."""
+        return max(self.passing.values()) + self._elsewhere if self.numerics.device.type == "cpu" else 0
+
+    @property
     def roomy(self) -> bool:
-        """Whether a CPU's heap may have holes as large as all that comes and goes; see device.keep_freed_memory."""
-        return self.fits and self.peak + max(self.passing.values()) <= self.memory.total
+        """Whether there is memory for that; see device.keep_freed_memory."""
+        return self.fits and self.peak + self.holes <= self.memory.total
 
     @property
     def merging(self) -> int:
@@ -190,6 +216,7 @@ def make_plan(
     quantize: Quantization | None = None,
     seed: int,
     memory: str | None = None,
+    processes: Processes = ALONE,
 ) -> Plan:
     """The plan of a run.
 
@@ -202,6 +229,7 @@ def make_plan(
         quantize: How the base's linear layers are stored, if not in the dtype of `precision`.
         seed: Of the order of the samples.
         memory: Of a GPU that is not here, such as 16GB; None plans for this machine.
+        processes: Those that share the work.
 
     Raises:
         UserError: `memory` is no amount.
@@ -211,7 +239,9 @@ def make_plan(
         device = pick_device()
         numbers = numerics(precision, device, whole=method.whole)
         program = resident_memory() if device.type == "cpu" else CUDA_BYTES
-        there = Memory(total=total_memory(device), program=program)
+        # Each process has a GPU to itself; of a CPU's memory those of one machine have a share each.
+        shares = processes.here if device.type == "cpu" else 1
+        there = Memory(total=total_memory(device) // shares, program=program)
     else:
         numbers = gpu_numerics(precision, whole=method.whole)
         there = Memory(total=parse_memory(memory), program=CUDA_BYTES)
@@ -224,6 +254,7 @@ def make_plan(
         quantize=quantize,
         seed=seed,
         memory=there,
+        processes=processes,
     )
 
 
@@ -242,7 +273,7 @@ def smaller(plan: Plan) -> Iterator[Plan]:
     """
     longest = int(plan.splits["train"].lengths.max())
     modes = get_args(Checkpointing)
-    for store in dict.fromkeys((plan.quantize, None if plan.method.whole else plan.quantize or "nf4")):
+    for store in dict.fromkeys((plan.quantize, plan.quantize or _fewer_bits(plan))):
         for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
             tokens = plan.train.micro_batch_tokens
             while True:
@@ -260,6 +291,11 @@ def lighter(plan: Plan) -> list[Plan]:
     mode, tokens = train.activation_checkpointing, train.micro_batch_tokens
     half = max(tokens // 2, int(plan.splits["train"].lengths.max()))
     changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
-    changes += [] if plan.method.whole else [(mode, tokens, plan.quantize or "nf4")]
+    changes.append((mode, tokens, plan.quantize or _fewer_bits(plan)))
     found = [plan.changed(*change) for change in changes]
     return [other for other in found if other.peak < plan.peak]
+
+
+def _fewer_bits(plan: Plan) -> Quantization | None:
+    """How the base could be stored in less, if it can: not what trains, and not what is spread over processes."""
+    return None if plan.method.whole or plan.processes.sharded else "nf4"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich import box
@@ -14,10 +15,17 @@ from rich.table import Table
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import LLaMAConfig, Quantization
-from lit_llama.text.dataset import SPLITS, Split, read_meta
+from lit_llama.text.dataset import read_meta
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.inputs import read_splits
+from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
+from lit_llama.train.processes import Processes, Strategy, described
+from lit_llama.train.shards import spread
+
+_ENDED = "out.of.memory|can't allocate memory|ALLOC_FAILED"
+"""What torch's errors say when memory ends: the allocators, and the libraries of a GPU, which take some themselves."""
 
 
 def print_plan(
@@ -30,18 +38,32 @@ def print_plan(
     quantize: Quantization | None,
     seed: int,
     memory: str | None,
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    strategy: Strategy = "auto",
 ) -> None:
     """Print the plan of a run on stdout; of the checkpoint only config.json is read. See `make_plan`.
 
     Raises:
         ResourceError: It does not fit.
+        UserError: Devices or a strategy that cannot be.
     """
+    here, machines = layout(devices, num_nodes)
     config = LLaMAConfig.from_folder(checkpoint_dir)
     read_meta(data_dir)
-    splits = {name: Split(data_dir, name) for name in SPLITS}
+    splits = read_splits(checkpoint_dir, config, data_dir, train.batch_size)
     plan = make_plan(
-        method, config, splits, train=train, precision=precision, quantize=quantize, seed=seed, memory=memory
+        method,
+        config,
+        splits,
+        train=train,
+        precision=precision,
+        quantize=quantize,
+        seed=seed,
+        memory=memory,
+        processes=Processes(size=here * machines, here=here),
     )
+    plan = spread(plan, strategy)
     Console().print(table(plan))
     if not plan.fits:
         raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
@@ -50,7 +72,9 @@ def print_plan(
 def table(plan: Plan) -> Table:
     """The plan for people: what is needed, out of what there is, and what the run will go through."""
     device = plan.numerics.device.type
-    found = Table(title=f"Plan: {_settings(plan)}", title_justify="left", box=box.SIMPLE_HEAD)
+    found = Table(
+        title=f"Plan: {_settings(plan)}{described(plan.processes)}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     found.add_column("memory")
     found.add_column("GB", justify="right")
     found.add_column("what it is")
@@ -71,22 +95,31 @@ def table(plan: Plan) -> Table:
         found.add_row(name, _gb(size), notes[name] + (" (one of these three at a time)" if name == "saving" else ""))
     found.add_section()
     found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}")
+    if plan.roomy and plan.holes:
+        found.add_row("at most", _gb(plan.peak + plan.holes), "as freed memory is kept for the next step, for speed")
     if plan.merging:
         found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
     found.add_section()
-    found.add_row("run", "", _course(plan))
+    found.add_row("run", "", course(plan))
     return found
 
 
 def short(plan: Plan) -> str:
     """The plan in one line."""
     kept = sum(plan.kept.values()) - plan.kept["weights"]
+    room = (
+        f" (up to {_gb(plan.peak + plan.holes)}, as freed memory is kept for speed)"
+        if plan.roomy and plan.holes
+        else ""
+    )
+    merging = f", merging later {_gb(plan.merging)}" if plan.merging else ""
     return (
-        f"{_gb(plan.peak)} GB of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
+        f"{_gb(plan.peak)} GB{room} of {_gb(plan.memory.total)} on the {plan.numerics.device.type}: "
         f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
         f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
-        f"({sum(plan.largest.lengths):,} tokens), "
-        f"evaluation {_gb(plan.passing['evaluation'])}"
+        f"({sum(plan.largest.lengths):,} tokens; logits {_gb(plan.logits)} of it), "
+        f"evaluation {_gb(plan.passing['evaluation'])}, saving {_gb(plan.passing['saving'])}{merging}"
+        f"{described(plan.processes)}"
     )
 
 
@@ -115,7 +148,7 @@ def explained(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's has no class
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(_ENDED, str(error), re.IGNORECASE):
             raise
         found = ", or ".join(_change(plan, other) for other in lighter(plan)[:3])
         way_out = f"try {found}" if found else "take a smaller base, or a larger machine"
@@ -143,7 +176,8 @@ def _settings(plan: Plan) -> str:
     )
 
 
-def _course(plan: Plan) -> str:
+def course(plan: Plan) -> str:
+    """What the run will go through."""
     tokens, trained = plan.tokens()
     return (
         f"{plan.steps:,} steps of {plan.train.batch_size} samples, {tokens:,} tokens, {trained:,} of them trained; "

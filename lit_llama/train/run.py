@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from lit_llama.device import (
     seed_everything,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError
-from lit_llama.folder import check_destination, publish, replace_text, write_json
+from lit_llama.folder import publish, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
@@ -35,6 +34,7 @@ from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
 from lit_llama.train.inputs import Inputs, read_inputs
@@ -43,20 +43,18 @@ from lit_llama.train.log import Log, Silence
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
+from lit_llama.train.optim import check_optimizer
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
-from lit_llama.train.plan_table import advice, does_not_fit, explained, short
-from lit_llama.train.processes import Processes, Strategy, described, join
+from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
+from lit_llama.train.processes import Processes, Strategy, join
 from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import Sampler
-from lit_llama.train.shards import shard, spreads
+from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
-    STATES_DIR,
     check_same,
-    choose_state,
     find_states,
-    is_whole,
     read_state,
     save_state,
     set_aside,
@@ -66,11 +64,6 @@ from lit_llama.train.stopping import Best
 
 BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
-FREE = (
-    *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
-    *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
-)
-"""Settings that a run may go on without: they change no weight (what the paths lead to is compared by fingerprints)."""
 
 
 def finetune(
@@ -114,12 +107,12 @@ def finetune(
     check_loggers(loggers)
     with join(devices, num_nodes) as processes:
         run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers, processes)
-        processes.first(lambda: check_destination(out_dir, method.marker, replace=True))
+        processes.first(run.check_out_dir)
         with claim(out_dir) if processes.is_first else nullcontext():
             _run(run, precision, strategy, resume, start)
 
 
-def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
+def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
     """Read and check everything, then train."""
     state, finished = run.processes.first(lambda: (run.find_state(resume), run.is_finished))
     inputs = read_inputs(run.checkpoint_dir, run.data_dir, run.train.batch_size)
@@ -131,7 +124,11 @@ def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: s
         precision=precision,
         quantize=run.quantize,
         seed=run.seed,
+        processes=run.processes,
     )
+    plan = spread(plan, strategy)
+    run = replace(run, processes=plan.processes)
+    check_optimizer(run.train.optimizer, plan.numerics.device)
     identity = run.identity(inputs, plan.numerics)
     run.processes.check_same("checkpoint, data or setting", identity)
     if state and run.processes.is_first:
@@ -139,70 +136,8 @@ def _run(run: "Run", precision: TrainingPrecision, strategy: Strategy, resume: s
     if finished:
         stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do", markup=False)
         return
-    if spreads(strategy, plan, run.processes):
-        run = replace(run, processes=replace(run.processes, sharded=True))
     with explained(plan):
         _execute(run, inputs, identity, plan, state, start)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What was asked for; see `finetune`."""
-
-    method: Method
-    checkpoint_dir: Path
-    data_dir: Path
-    out_dir: Path
-    train: TrainConfig
-    quantize: Quantization | None
-    seed: int
-    arguments: Mapping[str, Any]
-    loggers: Sequence[LoggerName]
-    processes: Processes
-
-    @property
-    def command(self) -> str:
-        """Continues this run."""
-        return f"python {self.method.door} --config {shlex.quote(str(self.out_dir / RUN_FILE))} --resume auto"
-
-    @property
-    def states(self) -> Path:
-        """The folder of its states."""
-        return self.out_dir / STATES_DIR
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its result is there."""
-        return (self.out_dir / self.method.marker).exists()
-
-    def find_state(self, resume: str | Path) -> Path | None:
-        """The state to go on from, or the last one of a run that is finished; None to begin.
-
-        Raises:
-            UserError: The folder holds a run that is not to be continued, or no such state.
-            IntegrityError: The state is damaged.
-        """
-        states = find_states(self.states)
-        if resume != "never":
-            if self.is_finished:
-                return states[-1] if states and is_whole(states[-1]) else None
-            return choose_state(states, resume, self.out_dir, self.command)
-        if self.is_finished:
-            raise UserError(
-                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another --out_dir"
-            )
-        if states or (self.out_dir / RUN_FILE).exists():
-            raise UserError(
-                f"{self.out_dir} already holds a run that has not ended. Continue it: {self.command}; or name another "
-                "--out_dir"
-            )
-        return None
-
-    def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
-        """By name, what must not change when the run goes on."""
-        read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
-        settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
-        return read | settings | {"--precision": str(numerics)}
 
 
 def _execute(
@@ -210,8 +145,8 @@ def _execute(
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
-    stderr().print(f"plan: {short(plan)}{described(processes)}", markup=False)
-    if not (plan.fits or processes.sharded):
+    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}", markup=False)
+    if not plan.fits:
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
     (keep_freed_memory if plan.roomy else return_freed_memory)()
     torch.set_num_threads(max(1, cores() // processes.here))
@@ -403,11 +338,3 @@ def _environment(processes: Processes) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names of their flags, such as train.epochs."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -3,6 +3,8 @@
 Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lit_llama.errors import UserError
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.plan import Plan
-from lit_llama.train.processes import Processes, Strategy
+from lit_llama.train.processes import Strategy
 
 
 def shard(model: LLaMA, device: torch.device, size: int) -> None:
@@ -41,21 +43,24 @@ def shard(model: LLaMA, device: torch.device, size: int) -> None:
     _move(model, device)
 
 
-def spreads(strategy: Strategy, plan: Plan, processes: Processes) -> bool:
-    """Whether the base is to be spread: where that is asked for, or one GPU does not hold it.
+def spread(plan: Plan, strategy: Strategy) -> Plan:
+    """The plan with the base spread over its processes, where that is asked for, or one GPU does not hold it.
 
     Raises:
         UserError: It is asked for and cannot be.
     """
+    processes, quantize = plan.processes, plan.quantize
     if strategy == "fsdp" and processes.size == 1:
         raise UserError("--strategy fsdp spreads the base over several processes, but there is one: raise --devices")
-    if strategy == "fsdp" and plan.quantize:
+    if strategy == "fsdp" and quantize:
         raise UserError(
-            f"--strategy fsdp spreads plain weights, not those of --quantize {plan.quantize}; leave one of them out"
+            f"--strategy fsdp spreads plain weights, not those of --quantize {quantize}; leave one of them out"
         )
-    able = processes.size > 1 and not plan.quantize and plan.numerics.device.type == "cuda"
+    able = processes.size > 1 and not quantize and plan.numerics.device.type == "cuda"
     needed = processes.first(lambda: not plan.fits)
-    return strategy == "fsdp" or (strategy == "auto" and able and needed)
+    if strategy == "fsdp" or (strategy == "auto" and able and needed):
+        return replace(plan, processes=replace(processes, sharded=True))
+    return plan
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

@@ -16,10 +16,12 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from rich.progress import wrap_file
 
 from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
+from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import check_destination, publish_later, write_json
+from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
+from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr
 from lit_llama.text.prompts import folder_style
@@ -59,7 +61,7 @@ def download(
         check_destination(destination, marker)
     repo = read_repo(repo_id, revision, endpoint)
     choice = choose(repo, file)
-    with publish_later(destination, choice.marker) as folder, _told(folder):
+    with publish(destination, choice.marker, keep=True) as folder, _told(folder):
         files = choice.files
         if choice.weights.endswith(".index.json"):
             _fetch(repo, repo.files[choice.weights], folder)
@@ -243,6 +245,8 @@ def _what_next(folder: Path, choice: Choice) -> str:
         return _next_of_adapter(folder, choice)
     if obstacle := _obstacle(folder / SETTINGS_FILE):
         return f"for other programs, this project cannot use it: {obstacle}"
+    if delta := _delta(folder):
+        return delta
     if not choice.weights.startswith("model.safetensors"):
         made = shlex.quote(f"{folder}-safetensors")
         command = f"python prepare/checkpoint.py --source {place} --destination_path {made}"
@@ -251,6 +255,19 @@ def _what_next(folder: Path, choice: Choice) -> str:
         return "the repository has no tokenizer.json or tokenizer.model: put the one it was trained with beside it"
     script = "base" if folder_style(folder) is None else "chat"
     return f"next: python generate/{script}.py --checkpoint_dir {place}"
+
+
+def _delta(folder: Path) -> str | None:
+    """What to do with the weights, if they are what is to be added to those of a base."""
+    try:
+        source = open_folder(folder)
+    except CheckpointError:  # which whoever uses them says
+        return None
+    try:
+        check_no_delta(folder, (source.read(name) for name in source.specs if name.endswith("norm.weight")))
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _next_of_adapter(folder: Path, choice: Choice) -> str:

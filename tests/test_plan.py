@@ -118,7 +118,12 @@ def test_sizes_are_those_of_the_model() -> None:
     trained = sum(parameter.numel() for parameter in lora_parameters(model))
     layers = sum(value.numel() for name, value in model.named_parameters() if name.startswith("model.layers."))
     layers -= trained
-    assert build.sizes() == (2 * weights, 2 * layers, 2 * weights, trained, 4 * trained, 0)
+    c = model.config
+    heads, groups = c.num_attention_heads * c.head_dim, 2 * c.num_key_value_heads * c.head_dim
+    joined = [(c.hidden_size, heads + groups, 24), (heads, c.hidden_size, 8)]  # in, out, ranks
+    joined += [(c.hidden_size, 2 * c.intermediate_size, 16), (c.intermediate_size, c.hidden_size, 8)]
+    room = c.num_hidden_layers * sum(rank * (ins + outs + rank) for ins, outs, rank in joined)  # beside the weights
+    assert build.sizes() == (2 * (weights + room), 2 * layers, 2 * weights, trained, 4 * trained, 0)
     assert replace(build, quantize="nf4").sizes().base < 2 * weights
 
 
@@ -172,7 +177,7 @@ def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:
     settings = {"memory": None, "precision": "32-true", "train": TrainConfig(micro_batch_tokens=8192)}
     one, four = (plan_of(data, config, **settings, processes=Processes(size=size, here=size)) for size in (1, 4))
     assert sum(four.largest.lengths) < 0.5 * sum(one.largest.lengths)
-    rows = largest_batch(Split(data, "train"), settings["train"], 0, 4)
+    rows = largest_batch(Split(data, "train"), settings["train"], 0, 4, share=four.build.shares)
     assert sorted(four.largest.lengths) == sorted(rows.lengths)
     assert four.memory.total == pytest.approx(one.memory.total / 4, rel=0.1)
     spread_over = replace(four, processes=replace(four.processes, sharded=True))

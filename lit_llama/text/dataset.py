@@ -6,7 +6,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lit_llama.errors import DataError
 from lit_llama.folder import sha256_file
 from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.sharing import beginnings
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"
 TEST_KEYS_FILE = "test_keys.txt"
@@ -112,21 +113,53 @@ class _Column:
 class Batch:
     """Samples laid end to end without padding.
 
-    The last token of a sample is nobody's input and its first nobody's target: n tokens take n - 1 places.
+    The last token of a sample is nobody's input and its first nobody's target: n tokens take n - 1 places. What several
+    samples begin with may be a sample of its own, from which they go on: their parent.
     """
 
     input_ids: npt.NDArray[np.int64]  # (T,)
     lengths: list[int]  # places of each sample; they sum to T
     select: npt.NDArray[np.int64]  # (N,) places whose next token carries loss
     targets: npt.NDArray[np.int64]  # (N,) that next token
+    parents: list[int] = field(default_factory=list)  # of each sample, -1 for none; empty: none has one
 
 
-def collate(samples: Sequence[tuple[Ids, Ids]]) -> Batch:
-    """Lay samples end to end. The shift between input and target happens here and nowhere else."""
-    input_ids = np.concatenate([ids[:-1] for ids, _ in samples]).astype(np.int64)
-    targets = np.concatenate([labels[1:] for _, labels in samples]).astype(np.int64)
+def collate(samples: Sequence[tuple[Ids, Ids]], *, share: bool = False) -> Batch:
+    """Lay samples end to end. The shift between input and target happens here and nowhere else.
+
+    Args:
+        samples: input_ids and labels of each.
+        share: Have what samples begin with alike only once, as far as it carries no loss; see sharing.py.
+    """
+    inputs = [(ids[:-1], labels[1:]) for ids, labels in samples]
+    parents: list[int] = []
+    if share:
+        inputs, parents = _shared(inputs)
+    input_ids = np.concatenate([ids for ids, _ in inputs]).astype(np.int64)
+    targets = np.concatenate([labels for _, labels in inputs]).astype(np.int64)
     select = np.flatnonzero(targets != IGNORE_INDEX)
-    return Batch(input_ids, [len(ids) - 1 for ids, _ in samples], select, targets[select])
+    return Batch(input_ids, [len(ids) for ids, _ in inputs], select, targets[select], parents)
+
+
+def _shared(inputs: Sequence[tuple[Ids, Ids]]) -> tuple[list[tuple[Ids, Ids]], list[int]]:
+    """The samples with each common beginning before those that have it, and their parents."""
+    most = []
+    for ids, labels in inputs:
+        trained = np.flatnonzero(labels != IGNORE_INDEX)
+        most.append(min(int(trained[0]) if len(trained) else len(ids), len(ids) - 1))  # each keeps a place of its own
+    found: list[tuple[Ids, Ids]] = []
+    parents: list[int] = []
+    rest = dict(enumerate(inputs))
+    for length, members in beginnings([ids for ids, _ in inputs], most):
+        parent = len(found)
+        ids, labels = inputs[members[0]]
+        found.append((ids[:length], labels[:length]))
+        parents.append(-1)
+        for member in members:
+            ids, labels = rest.pop(member)
+            found.append((ids[length:], labels[length:]))
+            parents.append(parent)
+    return [*found, *rest.values()], [*parents, *(-1 for _ in rest)]
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -134,13 +167,16 @@ def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def micro_batches(split: Split, rows: Sequence[int], micro_batch_tokens: int) -> Iterator[Batch]:
+def micro_batches(
+    split: Split, rows: Sequence[int], micro_batch_tokens: int, *, share: bool = False
+) -> Iterator[Batch]:
     """Cut the samples of a step, longest first, into batches of at most `micro_batch_tokens` tokens.
 
-    The gradient of a step does not depend on how its samples are cut. A longer sample is a batch of its own.
+    The gradient of a step does not depend on how its samples are cut. A longer sample is a batch of its own. Tokens are
+    counted before any are shared.
     """
     for group in _groups(split.lengths, rows, micro_batch_tokens):
-        yield collate([split[row] for row in group])
+        yield collate([split[row] for row in group], share=share)
 
 
 def _groups(lengths: npt.NDArray[np.int64], rows: Sequence[int], micro_batch_tokens: int) -> Iterator[list[int]]:
@@ -168,7 +204,14 @@ def share_out(lengths: npt.NDArray[np.int64], rows: Sequence[int], shares: int) 
 
 
 def shared_micro_batches(
-    split: Split, rows: Sequence[int], micro_batch_tokens: int, share: int, shares: int, *, even: bool
+    split: Split,
+    rows: Sequence[int],
+    micro_batch_tokens: int,
+    share: int,
+    shares: int,
+    *,
+    even: bool,
+    share_beginnings: bool = False,
 ) -> Iterator[Batch]:
     """The micro-batches of one share of the samples of a step.
 
@@ -179,9 +222,10 @@ def shared_micro_batches(
         share: Whose, from 0.
         shares: How many there are.
         even: Fill up with batches of one token without a loss, until there are as many as in the share with the most.
+        share_beginnings: See `collate`.
     """
     divided = share_out(split.lengths, rows, shares)
-    yield from micro_batches(split, divided[share], micro_batch_tokens)
+    yield from micro_batches(split, divided[share], micro_batch_tokens, share=share_beginnings)
     if even:
         counts = [sum(1 for _ in _groups(split.lengths, part, micro_batch_tokens)) for part in divided]
         nothing = np.zeros(0, np.int64)

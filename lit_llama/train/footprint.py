@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from lit_llama.device import Numerics
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import linear_weights
 from lit_llama.model.config import LLaMAConfig, Quantization
-from lit_llama.model.fused.layer import fuse
+from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.fused.layer import FusedLayer, can_share, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized
 from lit_llama.train.config import Checkpointing
@@ -65,10 +67,12 @@ class Shape(NamedTuple):
     Args:
         lengths: Places of each sample, in order.
         trained: How many of all places carry a loss.
+        parents: Of the samples that go on from another.
     """
 
     lengths: Sequence[int]
     trained: int
+    parents: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,10 @@ class Build:
             base += size
             layers += size if name.startswith("model.layers.") else 0
         self.method.apply(model)
+        if self.numerics.linear == self.numerics.rest and not self.quantize:
+            fuse(model)
+            joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
+            base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
             return Sizes(0, 0, 0, trained, plain, 0)
@@ -118,12 +126,20 @@ class Build:
         few, more = (peak(self._with_layers(number)) for number in (_FEW, _MORE))
         return more + (layers - _MORE) * (more - few) // (_MORE - _FEW)
 
+    @cached_property
+    def shares(self) -> bool:
+        """Whether what samples begin with is computed once for all of them."""
+        if self.numerics.device.type != "cpu" or compiled() is None:
+            return False
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return can_share(self._with_layers(1)._model())
+
     def _with_layers(self, number: int) -> "Build":
         types = self.config.layer_types[:number]
         return replace(self, config=replace(self.config, num_hidden_layers=number, layer_types=types))
 
     def _run(self, shape: Shape, *, train: bool) -> int:
-        layout = Packed(shape.lengths)
+        layout = Packed(shape.lengths, parents=shape.parents)
         assert layout.blocks  # made with numbers, as where the padding goes depends on them
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -152,12 +168,12 @@ class Build:
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         self.method.apply(model)
+        fuse(model, self.checkpointing)
         if self.numerics.device.type == "cuda":
             for module in list(model.modules()):
                 for name, child in module.named_children():
                     if isinstance(child, nn.RMSNorm):
                         setattr(module, name, _FusedNorm(child))
-        fuse(model, self.checkpointing)
         recompute_activations(model, self.checkpointing)
         return model
 

@@ -150,11 +150,11 @@ class Trainer:
     def _gradients(self, rows: Sequence[int], count: int) -> tuple[float, float]:
         """Sum up the gradients of a step and clip them; gives its loss and their norm before that."""
         self._loss_of.train()
-        total = torch.zeros((), device=self._device)
-        for index, batch in enumerate(_share(self.processes, self._train, rows, self.config.micro_batch_tokens)):
+        total, tokens = torch.zeros((), device=self._device), self.config.micro_batch_tokens
+        for index, batch in enumerate(_share(self._loss_of, self._train, rows, tokens, self.processes)):
             # Every micro-batch of a step has a number of its own, whichever process it falls to.
             seed_micro_batch(self._seed, self.progress.step, index * self.processes.size + self.processes.rank)
-            loss = self._loss_of(*_tensors(batch, self._device)) / count
+            loss = self._loss_of.of_batch(batch) / count
             self.scaler.scale(loss).backward()
             total += loss.detach()
         total = self.processes.sum_gradients(self._parameters, total)
@@ -218,7 +218,8 @@ class Trainer:
         What the optimizer will remember from the first step on has its place beside it: later it is there, too.
         """
         self._loss_of.train()
-        batch = largest_batch(self._train, self.config, self._seed, self.processes.size)
+        share = self._loss_of.shares
+        batch = largest_batch(self._train, self.config, self._seed, self.processes.size, share=share)
         values, size = (sum(counts) for counts in zip(*((p.numel(), p.nbytes) for p in self._parameters), strict=True))
         place = torch.empty(state_bytes(self.config.optimizer, values, size), dtype=torch.uint8, device=self._device)
         warm_up(self._loss_of, Tensor.backward, batch)
@@ -279,15 +280,15 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
 
 
 @torch.no_grad()
-def evaluate(loss_of: torch.nn.Module, split: Split, micro_batch_tokens: int, processes: Processes = ALONE) -> float:
+def evaluate(loss_of: TokenLoss, split: Split, micro_batch_tokens: int, processes: Processes = ALONE) -> float:
     """Mean loss per trained token over a whole split, whatever the batches and the processes that share them."""
     training = loss_of.training
     loss_of.eval()
     device = next(loss_of.parameters()).device
     total, count = 0.0, 0.0
-    for batch in _share(processes, split, range(len(split)), micro_batch_tokens):
+    for batch in _share(loss_of, split, range(len(split)), micro_batch_tokens, processes):
         if len(batch.targets) or processes.sharded:
-            total += loss_of(*_tensors(batch, device)).item()
+            total += loss_of.of_batch(batch).item()
             count += len(batch.targets)
     loss_of.train(training)
     total, count = processes.sum((total, count), device)
@@ -296,15 +297,14 @@ def evaluate(loss_of: torch.nn.Module, split: Split, micro_batch_tokens: int, pr
     return total / count
 
 
-def _share(processes: Processes, split: Split, rows: Sequence[int], micro_batch_tokens: int) -> Iterator[Batch]:
+def _share(
+    loss_of: TokenLoss, split: Split, rows: Sequence[int], micro_batch_tokens: int, processes: Processes
+) -> Iterator[Batch]:
     """The micro-batches that fall to this process."""
-    share, shares = processes.rank, processes.size
-    return shared_micro_batches(split, rows, micro_batch_tokens, share, shares, even=processes.sharded)
-
-
-def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Sequence[int], Tensor, Tensor]:
-    ids, select, targets = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.select, batch.targets))
-    return ids, batch.lengths, select, targets
+    share, shares, even = processes.rank, processes.size, processes.sharded
+    return shared_micro_batches(
+        split, rows, micro_batch_tokens, share, shares, even=even, share_beginnings=loss_of.shares
+    )
 
 
 def _name_rows(rows: Sequence[int]) -> str:

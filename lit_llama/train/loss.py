@@ -3,6 +3,7 @@
 Shapes: T tokens, N trained tokens, C hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from lit_llama.device import Numerics
 from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.fused.layer import can_share
 from lit_llama.model.fused.pointwise import cross_entropy
 from lit_llama.model.llama import LLaMA
+from lit_llama.text.dataset import Batch
 
 CHUNK = 512
 """Trained tokens whose logits are held at a time."""
@@ -28,7 +31,23 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model, self.numerics = model, numerics
 
-    def forward(self, input_ids: Tensor, lengths: list[int], select: Tensor, targets: Tensor) -> Tensor:
+    @property
+    def shares(self) -> bool:
+        """Whether batches should have what their samples begin with only once."""
+        return can_share(self.model)
+
+    def of_batch(self, batch: Batch) -> Tensor:
+        """The loss of a batch, wherever the model is."""
+        device = self.model.lm_head.weight.device
+        ids, select, targets = (torch.from_numpy(x) for x in (batch.input_ids, batch.select, batch.targets))
+        if device.type == "cuda":  # from pinned memory, so that nobody waits for what the GPU is doing
+            ids, select, targets = (x.pin_memory().to(device, non_blocking=True) for x in (ids, select, targets))
+        loss: Tensor = self(ids, batch.lengths, select, targets, batch.parents)
+        return loss
+
+    def forward(
+        self, input_ids: Tensor, lengths: Sequence[int], select: Tensor, targets: Tensor, parents: Sequence[int] = ()
+    ) -> Tensor:
         """Sum of -log p(target) over the selected places.
 
         Args:
@@ -36,12 +55,13 @@ class TokenLoss(nn.Module):
             lengths: Tokens of each sample.
             select: (N,) places that predict a trained token.
             targets: (N,) those tokens.
+            parents: Of the samples that go on from another, see `Packed`.
 
         Returns:
             A float32 scalar.
         """
         with self.numerics.autocast() if self.numerics else nullcontext():
-            return self.of_layout(input_ids, Packed(lengths, input_ids.device), select, targets)
+            return self.of_layout(input_ids, Packed(lengths, input_ids.device, parents), select, targets)
 
     def of_layout(self, input_ids: Tensor, layout: Layout, select: Tensor, targets: Tensor) -> Tensor:
         """The same for samples whose layout is known."""

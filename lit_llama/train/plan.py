@@ -97,8 +97,8 @@ class Plan:
             steps=steps,
             shares=self.processes.size,
         )
-        batch = collate([split[row] for row in rows])
-        return Shape(batch.lengths, len(batch.targets))
+        batch = collate([split[row] for row in rows], share=self.build.shares)
+        return Shape(batch.lengths, len(batch.targets), batch.parents)
 
     @cached_property
     def build(self) -> Build:

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_llama.text.dataset import Batch, Split, collate, largest_group
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.loss import TokenLoss
 
 
-def largest_batch(split: Split, config: TrainConfig, seed: int, processes: int = 1) -> Batch:
-    """The largest micro-batch that the steps of a run meet, in whichever of its processes."""
+def largest_batch(split: Split, config: TrainConfig, seed: int, processes: int = 1, *, share: bool = False) -> Batch:
+    """The largest micro-batch that the steps of a run meet, in whichever of its processes; `share` as in `collate`."""
     rows = largest_group(
         split.lengths,
         batch_size=config.batch_size,
@@ -19,18 +20,17 @@ def largest_batch(split: Split, config: TrainConfig, seed: int, processes: int =
         steps=config.steps(len(split)),
         shares=processes,
     )
-    return collate([split[row] for row in rows])
+    return collate([split[row] for row in rows], share=share)
 
 
-def warm_up(loss_of: nn.Module, backward: Callable[[Tensor], object], batch: Batch) -> None:
+def warm_up(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
     """Run `batch` forward and backward and leave no trace: no gradients, the same random numbers afterwards.
 
     It runs twice, as the second time meets the gradients of the first, and real steps have several micro-batches.
     """
     device = next(loss_of.parameters()).device
-    ids, select, targets = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.select, batch.targets))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for _ in range(2):
-            backward(loss_of(ids, batch.lengths, select, targets))
+            backward(loss_of.of_batch(batch))
     for parameter in loss_of.parameters():
         parameter.grad = None

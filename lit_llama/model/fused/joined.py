@@ -62,8 +62,8 @@ class Joined:
 
     @property
     def extra(self) -> int:
-        """Bytes of the matrix beyond those of the weights."""
-        return (self._matrix.numel() - self.outputs * self.inputs) * self._matrix.itemsize
+        """Values of the matrix beyond those of the weights."""
+        return self._matrix.numel() - self.outputs * self.inputs
 
     @torch.no_grad()
     def refresh(self) -> None:

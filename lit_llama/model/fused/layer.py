@@ -19,6 +19,7 @@ from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.fused import pointwise
 from lit_llama.model.fused.attention import Heads, attend, attend_backward
 from lit_llama.model.fused.joined import Joined
+from lit_llama.model.fused.kernels import native
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
 from lit_llama.model.low_rank import LoRALinear
 
@@ -40,6 +41,20 @@ def fuse(model: LLaMA, leave: Leave = "none") -> int:
         if isinstance(layer, DecoderLayer) and fusable(layer):
             layers[index] = FusedLayer(layer, leave)
     return sum(isinstance(layer, FusedLayer) for layer in layers)
+
+
+def can_share(model: LLaMA) -> bool:
+    """Whether samples may go on from another one at no more cost than their own tokens, with the same result.
+
+    Noise on the embeddings is drawn for each token of each sample; dynamic positions depend on its whole length.
+    """
+    scaling, weight = model.config.rope_scaling, model.lm_head.weight
+    return (
+        all(isinstance(layer, FusedLayer) for layer in model.model.layers)
+        and model.model.noise is None
+        and (scaling is None or scaling.rope_type != "dynamic")
+        and native(weight)
+    )
 
 
 def fusable(layer: DecoderLayer) -> bool:

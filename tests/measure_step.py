@@ -11,6 +11,7 @@ from conftest import tiny_config
 
 from lit_llama.device import Numerics, keep_freed_memory, resident_memory, return_freed_memory
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
@@ -31,6 +32,7 @@ def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainCo
         assign=True,
     )
     method.apply(model)
+    fuse(model, train.activation_checkpointing)
     recompute_activations(model, train.activation_checkpointing)
     optimizer = build_optimizer(method.groups(model, 0.0), train, CPU)
     set_learning_rate(optimizer, 1e-4)

@@ -97,8 +97,8 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 
 def test_similar_lengths_share_a_block_and_others_do_not() -> None:
     """Catches the waste of padding a short sample to a long one, and one call a sample where one call is enough."""
-    assert len(Packed([10, 10, 9])._blocks) == 1
-    assert len(Packed([64, 2, 2])._blocks) == 2
+    assert len(Packed([10, 10, 9]).blocks) == 1
+    assert len(Packed([64, 2, 2]).blocks) == 2
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])

@@ -84,7 +84,7 @@ def test_the_plan_is_within_15_percent_of_what_a_step_takes(arguments: str) -> N
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert "lora" not in arguments or found["planned"] > 1.5 * found["weights"], "activations count"
+    assert "lora" not in arguments or found["planned"] > 1.4 * found["weights"], "activations count"
     if "keeps" in arguments:  # a heap that keeps what is freed has holes, as large as what comes and goes
         assert 0.85 * found["planned"] < found["measured"] < 1.15 * (found["planned"] + found["passing"])
     else:

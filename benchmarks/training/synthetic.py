@@ -12,6 +12,7 @@ import torch
 
 from lit_llama.device import peak_memory
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset import Batch, collate
@@ -58,6 +59,7 @@ def train(
     """Take a step on each batch; those after the warm-up are timed together, without waiting in between."""
     model = random_model(config, device, dtype)
     apply_lora(model, LORA)
+    fuse(model)
     loss_of = TokenLoss(model).train()
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4, weight_decay=0.0, fused=True)
     losses = []

@@ -7,6 +7,8 @@ D head size.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -41,15 +43,27 @@ class Packed:
     Neighbours of similar length form one block (B, L): padding comes last in a causal block, so no token of a sample
     ever sees it, and its own results are not gathered back.
 
+    A sample may go on from another, its parent: it sees all tokens of that one before its own, and its positions
+    follow them. So what several samples begin with need be there only once.
+
     Args:
         lengths: Tokens of each sample, in order; they sum to T.
         device: Where the tokens are.
+        parents: For each sample the one from which it goes on, itself without a parent; -1 for none. Empty: none has.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.counts = self.lengths = list(lengths)
-        self.position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)  # (T,)
-        self._blocks: list[tuple[slice, Tensor | None, Tensor | None, int]] = []
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", parents: Sequence[int] = ()) -> None:
+        self.counts, self._parents = list(lengths), list(parents) or [-1] * len(lengths)
+        before = [0 if parent < 0 else lengths[parent] for parent in self._parents]
+        self.lengths = [own + shared for own, shared in zip(lengths, before, strict=True)]
+        ranges = [torch.arange(shared, total) for shared, total in zip(before, self.lengths, strict=True)]
+        self.position_ids = torch.cat(ranges).to(device)  # (T,)
+        self._device = device
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
+        """Of each block: its tokens, what pads them and takes the padding out again, how many samples it has."""
+        lengths, blocks = self.counts, []
         start = first = 0
         for end in range(1, len(lengths) + 1):
             group = lengths[first:end]
@@ -58,13 +72,32 @@ class Packed:
             ):
                 continue
             stop = start + sum(group)
-            self._blocks.append((slice(start, stop), *_padding(group, device), len(group)))
+            blocks.append((slice(start, stop), *_padding(group, self._device), len(group)))
             start, first = stop, end
+        return blocks
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(B + 1,) where each sample begins, and the last ends; int64 on a CPU, int32 on a GPU, as its kernels ask."""
+        ends = torch.tensor([0, *accumulate(self.counts)])
+        return ends if torch.device(self._device).type == "cpu" else ends.to(self._device, torch.int32)
+
+    @cached_property
+    def parents(self) -> Tensor:
+        """(B,) int64 on the CPU, for its kernels."""
+        return torch.tensor(self._parents)
+
+    @property
+    def shares(self) -> bool:
+        """Whether any sample has a parent."""
+        return max(self._parents) >= 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        if self.shares:
+            return self._attend_shared(q, k, v, window)
         outputs = []
-        for tokens, pad, unpad, samples in self._blocks:
+        for tokens, pad, unpad, samples in self.blocks:
             queries, keys, values = (_block(x[tokens], pad, samples) for x in (q, k, v))  # (B, H or G, L, D)
             whole = window is None or window >= queries.shape[2]
             if whole and q.device.type == "cpu" and q.requires_grad:
@@ -78,6 +111,21 @@ class Packed:
             y = y.transpose(1, 2).flatten(0, 1)  # (B L, H, D)
             outputs.append(y if unpad is None else y.index_select(0, unpad))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """The same, sample by sample, each against its parent's keys and its own."""
+        queries, keys, values = (x.split(self.counts) for x in (q, k, v))
+        outputs = []
+        for sample, parent in enumerate(self._parents):
+            seen = [sample] if parent < 0 else [parent, sample]
+            key, value = (torch.cat([x[part] for part in seen])[None].transpose(1, 2) for x in (keys, values))
+            key, value = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (key, value))  # (1, H, S, D)
+            place = torch.arange(key.shape[2], device=q.device)
+            distance = place[-len(queries[sample]) :, None] - place
+            mask = (distance >= 0) & (distance < (window or len(place)))
+            y = F.scaled_dot_product_attention(queries[sample][None].transpose(1, 2), key, value, mask)
+            outputs.append(y[0].transpose(0, 1))
+        return torch.cat(outputs)
 
 
 def _padding(lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:

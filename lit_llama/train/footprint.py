@@ -23,6 +23,7 @@ from lit_llama.device import Numerics
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import linear_weights
 from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized
 from lit_llama.train.config import Checkpointing
@@ -122,7 +123,8 @@ class Build:
         return replace(self, config=replace(self.config, num_hidden_layers=number, layer_types=types))
 
     def _run(self, shape: Shape, *, train: bool) -> int:
-        layout = Packed(shape.lengths)  # with numbers, as where the padding goes depends on them
+        layout = Packed(shape.lengths)
+        assert layout.blocks  # made with numbers, as where the padding goes depends on them
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             loss_of = TokenLoss(self._model()).train(train)
@@ -155,6 +157,7 @@ class Build:
                 for name, child in module.named_children():
                     if isinstance(child, nn.RMSNorm):
                         setattr(module, name, _FusedNorm(child))
+        fuse(model, self.checkpointing)
         recompute_activations(model, self.checkpointing)
         return model
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lit_llama.device import Numerics
 from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.fused.pointwise import cross_entropy
 from lit_llama.model.llama import LLaMA
 
-CHUNK = 1024
+CHUNK = 512
 """Trained tokens whose logits are held at a time."""
 _LIFT = 256.0
 """Float16 loses values below 6e-8, which a sure token's gradient is soon; the scale of the loss comes only later."""
@@ -81,20 +82,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kind = hidden.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         head, lift = weight.to(product), _LIFT if product == torch.float16 else 1.0
+        buffer = head.new_empty(min(CHUNK, len(targets)), len(head))
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(targets), CHUNK):
                 part = slice(start, start + CHUNK)
-                logits = F.linear(hidden[part].to(product), head).float()  # (n, V)
-                picked = targets[part, None]
-                total += (logits.logsumexp(-1, keepdim=True) - logits.gather(1, picked)).sum()
-                if gradient is None and summed is None:
-                    continue
-                torch.softmax(logits, -1, out=logits)
-                logits.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=logits.dtype))
+                given = hidden[part].to(product)
+                logits = torch.mm(given, head.t(), out=buffer[: len(given)])  # (n, V)
+                total += cross_entropy(logits, targets[part], lift if wanted or trained else 0.0).sum()
                 if summed is not None:
-                    _add_product(summed, logits, hidden[part], product)
+                    _add_product(summed, logits, given, lift)
                 if gradient is not None:
-                    gradient[part] = (logits.mul_(lift).to(product) @ head).to(gradient.dtype) / lift
+                    gradient[part] = (logits @ head).to(gradient.dtype) / lift
         ctx.save_for_backward(gradient, None if summed is None else summed.to(weight.dtype))
         return total
 
@@ -109,12 +107,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _add_product(summed: Tensor, logits: Tensor, hidden: Tensor, product: torch.dtype) -> None:
+def _add_product(summed: Tensor, logits: Tensor, hidden: Tensor, lift: float) -> None:
     """Add the gradient of the weight by a chunk: (V, C) += (V, n) @ (n, C).
 
     The sum over many tokens may be beyond float16, so there it is formed in float32.
     """
-    if product in (torch.float16, torch.float32):
-        summed.addmm_(logits.T, hidden.float())
+    if logits.dtype == torch.bfloat16:
+        summed += logits.T @ hidden
     else:
-        summed += logits.to(product).T @ hidden.to(product)
+        summed.addmm_(logits.T.float(), hidden.float(), alpha=1 / lift)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.model.attention import Layout
+from lit_llama.model.fused.layer import FusedLayer
 from lit_llama.model.llama import MLP, DecoderLayer, LLaMA
 from lit_llama.train.config import Checkpointing
 
@@ -52,6 +53,8 @@ def recompute_activations(model: LLaMA, mode: Checkpointing) -> None:
     layers = model.model.layers
     for index, layer in enumerate(layers):
         assert isinstance(layer, DecoderLayer)
+        if isinstance(layer, FusedLayer):  # which does it itself
+            continue
         if mode == "full":
             layers[index] = RecomputedLayer(layer)
         elif mode == "selective":

@@ -28,6 +28,7 @@ from lit_llama.folder import publish, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
@@ -154,6 +155,8 @@ def _execute(
     model = load_model(run.checkpoint_dir, loaded, numerics.rest, run.quantize, numerics.linear)
     where = run.method.apply(model)
     add_noise(model, run.train.neftune_noise_alpha)
+    if not processes.sharded:
+        fuse(model, run.train.activation_checkpointing)
     recompute_activations(model, run.train.activation_checkpointing)
     if processes.sharded:
         shard(model, device, processes.size)

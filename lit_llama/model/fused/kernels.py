@@ -1,0 +1,110 @@
+"""kernels.cpp, compiled once for this processor and kept, where there is a compiler.
+
+Without one, or where it fails, everything still runs, by the plain functions and several times as slow.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lit_llama.progress import stderr
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"),
+    # Sums may be reordered, which vectors need; what is infinite or no number stays what it is.
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"),
+)
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+Argument = Tensor | int | float
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
+    """Call a function of kernels.cpp: tensors as pointers, whole numbers as index_t, others as float.
+
+    On tensors without numbers, with which the plan of a run is made, there is nothing to do.
+    """
+    if any(isinstance(value, FakeTensor) for value in arguments):
+        return
+    library = compiled()
+    assert library is not None
+    getattr(library, f"{name}_{DTYPES[dtype]}")(*map(_converted, arguments))
+
+
+def _converted(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def native(*tensors: Tensor) -> bool:
+    """Whether kernels.cpp computes with these; what has no numbers counts as if it would."""
+    first = tensors[0]
+    if isinstance(first, FakeTensor):
+        return True
+    alike = first.device.type == "cpu" and first.dtype in DTYPES and all(x.dtype == first.dtype for x in tensors)
+    return alike and compiled() is not None
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """The library, or None where it cannot be had; said once."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if sys.platform != "linux" or compiler is None:
+        stderr().print("no C++ compiler (g++): training on this CPU takes about twice as long", markup=False)
+        return None
+    try:
+        if not _share_threads():
+            return None
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        reason = said.strip().splitlines()[0] if said.strip() else "no message"
+        stderr().print(f"{compiler}: {reason}: training on this CPU takes about twice as long", markup=False)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """Compile, unless it was done before: same source, flags, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    known = (SOURCE.read_text("utf-8"), *FLAGS, version, _processor())
+    key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
+    library = home / f"kernels-{key}.so"
+    if library.exists():
+        return library
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        compiled_object, staged = Path(folder) / "kernels.o", Path(folder) / library.name
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled_object)],
+            # Without -fopenmp, which would link a second runtime, whose threads would fight with torch's.
+            [compiler, "-shared", str(compiled_object), "-o", str(staged)],
+        ):
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        staged.replace(library)  # whole, or not at all
+    return library
+
+
+def _share_threads() -> bool:
+    """Let what is loaded next use the OpenMP runtime that torch has loaded; False if there is none."""
+    maps = Path("/proc/self/maps").read_text("utf-8", "replace")
+    runtime = next((line.split(None, 5)[5] for line in maps.splitlines() if "libgomp" in line), None)
+    if runtime is not None:
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+    return runtime is not None
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -1,0 +1,225 @@
+"""A decoder layer with a backward pass of its own: few and large matrix products, little between them, little kept.
+
+Of each token it keeps the input, the rotated queries, keys and values, what attention gives, the stream after it, gate
+and up, and the few numbers of the updates. Norms and the gated product are computed again in the backward pass, in the
+passes over memory that their gradients need anyway. llama.DecoderLayer is its plain twin, and what it was: the modules,
+their names and their parameters stay.
+
+Shapes: T tokens, C hidden, I intermediate, H query heads, G key/value heads, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.fused import pointwise
+from lit_llama.model.fused.attention import Heads, attend, attend_backward
+from lit_llama.model.fused.joined import Joined
+from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
+from lit_llama.model.low_rank import LoRALinear
+
+Leave = Literal["none", "selective", "full"]
+"""What is not kept for the backward pass: selective gate and up, full all but the input of the layer."""
+
+
+def fuse(model: LLaMA, leave: Leave = "none") -> int:
+    """Replace the layers that can be by fused ones, in place; gives their number.
+
+    Call it when all other replacements are done and the weights are where they stay.
+
+    Args:
+        model: Frozen but for its adapters.
+        leave: What is computed again in the backward pass.
+    """
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        if isinstance(layer, DecoderLayer) and fusable(layer):
+            layers[index] = FusedLayer(layer, leave)
+    return sum(isinstance(layer, FusedLayer) for layer in layers)
+
+
+def fusable(layer: DecoderLayer) -> bool:
+    """Whether the layer has no more than what is written here: plain or adapted linear layers, plain norms."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    frozen = [*linears, *norms]
+    return (
+        all(type(linear) in (nn.Linear, LoRALinear) for linear in linears)
+        and not any(isinstance(linear, LoRALinear) and linear.dropout.p for linear in linears)
+        and all(type(norm) is nn.RMSNorm for norm in norms)
+        and type(attention.q_norm) is nn.Identity
+        and not any(module.weight.requires_grad for module in frozen)
+        and not any(linear.bias is not None and linear.bias.requires_grad for linear in linears)
+        and len({module.weight.dtype for module in frozen}) == 1
+    )
+
+
+class FusedLayer(DecoderLayer):
+    """A decoder layer that computes as above where it is given packed samples, and plainly where it is not."""
+
+    def __init__(self, layer: DecoderLayer, leave: Leave) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)
+        attention, mlp = layer.self_attn, layer.mlp
+        assert isinstance(attention, Attention)
+        self.leave = leave
+        eps = layer.input_layernorm.eps
+        assert eps is not None
+        self.eps = eps
+        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Joined([attention.o_proj])
+        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
+        self.down = Joined([mlp.down_proj])
+        self.joined = (self.qkv, self.out, self.gate_up, self.down)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        """(T, C) -> (T, C)."""
+        if not isinstance(layout, Packed) or x.dtype != self.input_layernorm.weight.dtype:
+            return super().forward(x, rotation, layout)
+        for joined in self.joined:
+            joined.refresh()
+        parameters = [parameter for joined in self.joined for parameter in joined.parameters]
+        y: Tensor = _Layer.apply(x, self, rotation, layout, *parameters)  # type: ignore[no-untyped-call]
+        return y
+
+    def heads(self, qkv: Tensor) -> Heads:
+        """Views of (T, (H + 2 G) D)."""
+        size = self.self_attn.head_dim
+        linears = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
+        parts = qkv.split([linear.out_features for linear in linears], dim=1)
+        q, k, v = (part.unflatten(1, (-1, size)) for part in parts)
+        return q, k, v
+
+
+@dataclass
+class _Kept:
+    """What the backward pass needs of a layer; u are the last columns of the buffers, see joined.py."""
+
+    qkv: Tensor  # (T, (H + 2 G) D), rotated
+    attended: Tensor  # (T, H D + R)
+    middle: Tensor  # (T, C), the stream between attention and MLP
+    gate_up: Tensor  # (T, 2 I), or empty where it is computed again
+    u_qkv: Tensor
+    u_gate_up: Tensor
+    u_down: Tensor
+    attention: list[Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        named = [self.qkv, self.attended, self.middle, self.gate_up, self.u_qkv, self.u_gate_up, self.u_down]
+        return [*named, *self.attention]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "_Kept":
+        qkv, attended, middle, gate_up, u_qkv, u_gate_up, u_down, *attention = tensors
+        return cls(qkv, attended, middle, gate_up, u_qkv, u_gate_up, u_down, attention)
+
+
+def _forward(layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> tuple[Tensor, _Kept]:
+    """The layer, and what its backward pass needs."""
+    cos, sin = (part.flatten(1) for part in rotation)  # (T, D/2)
+    first = layer.input_layernorm
+    normed = layer.qkv.buffer_in(x)
+    pointwise.norm(normed[:, : layer.qkv.inputs], x, first.weight, layer.eps)
+    qkv = layer.qkv(normed)
+    attended = layer.out.buffer_in(x)
+    heads = layer.heads(qkv)
+    for part in heads[:2]:
+        pointwise.rotate(part, part, cos, sin)
+    y = attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
+    attention = attend(y, heads, layout, layer.self_attn.window)
+    middle = layer.out(attended, residual=x)
+    u_qkv = normed[:, layer.qkv.inputs :].clone()
+    del normed
+    gate_up, u_gate_up = _gate_up(layer, middle)
+    product = layer.down.buffer_in(x)
+    pointwise.swiglu(product[:, : layer.down.inputs], gate_up)
+    y = layer.down(product, residual=middle)
+    u_down = product[:, layer.down.inputs :].clone()
+    return y, _Kept(qkv, attended, middle, gate_up, u_qkv, u_gate_up, u_down, attention)
+
+
+def _gate_up(layer: FusedLayer, middle: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up side by side (T, 2 I), and their u."""
+    joined, norm = layer.gate_up, layer.post_attention_layernorm
+    normed = joined.buffer_in(middle)
+    pointwise.norm(normed[:, : joined.inputs], middle, norm.weight, layer.eps)
+    gate_up = joined(normed)
+    return gate_up, normed[:, joined.inputs :].clone()
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: FusedLayer, rotation: tuple[Tensor, Tensor], layout: Packed, *parameters: Tensor
+    ) -> Tensor:
+        y, kept = _forward(layer, x, rotation, layout)
+        ctx.layer, ctx.rotation, ctx.layout = layer, rotation, layout
+        if layer.leave == "selective":
+            kept.gate_up = kept.u_gate_up = x.new_empty(0)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, *([] if layer.leave == "full" else kept.tensors()))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        layer, rotation, layout = ctx.layer, ctx.rotation, ctx.layout
+        x, *tensors = ctx.saved_tensors
+        kept = _Kept.of(tensors) if tensors else _forward(layer, x, rotation, layout)[1]
+        del tensors
+        if not kept.gate_up.numel():
+            kept.gate_up, kept.u_gate_up = _gate_up(layer, kept.middle)
+        d_middle, mlp = _mlp_backward(layer, grad_outputs[0].contiguous(), kept)
+        dx, attention = _attention_backward(layer, d_middle, x, kept, rotation, layout, ctx.needs_input_grad[0])
+        return dx, None, None, None, *attention, *mlp
+
+
+def _mlp_backward(layer: FusedLayer, dy: Tensor, kept: _Kept) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the stream before the MLP, in a buffer (T, C + R) with room for that of the projection before it."""
+    down, gate_up, norm = layer.down, layer.gate_up, layer.post_attention_layernorm
+    gradient = down.buffer_out(dy)
+    pointwise.copy(gradient[:, : down.outputs], dy)
+    product = down.input_gradient(gradient)  # (T, I): first the gradient of the gated product, then itself
+    d_gate_up = gate_up.buffer_out(dy)
+    pointwise.swiglu_backward(d_gate_up[:, : gate_up.outputs], product, kept.gate_up)
+    found = down.gradients(product, kept.u_down, gradient)
+    del product
+    d_normed = gate_up.input_gradient(d_gate_up)  # (T, C)
+    normed = torch.empty_like(d_normed)
+    d_middle = layer.out.buffer_out(dy)
+    pointwise.norm_backward(d_middle[:, : layer.out.outputs], normed, d_normed, kept.middle, norm.weight, dy, layer.eps)
+    return d_middle, [*gate_up.gradients(normed, kept.u_gate_up, d_gate_up), *found]
+
+
+def _attention_backward(
+    layer: FusedLayer,
+    d_middle: Tensor,
+    x: Tensor,
+    kept: _Kept,
+    rotation: tuple[Tensor, Tensor],
+    layout: Packed,
+    wanted: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradient of the layer's input, where it is wanted."""
+    out, qkv, norm = layer.out, layer.qkv, layer.input_layernorm
+    size = layer.self_attn.head_dim
+    d_attended = out.input_gradient(d_middle).unflatten(1, (-1, size))  # (T, H, D)
+    found = out.gradients(kept.attended, kept.attended[:, out.inputs :], d_middle)
+    d_qkv = qkv.buffer_out(x)
+    attended = kept.attended[:, : out.inputs].unflatten(1, (-1, size))
+    heads, room = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
+    found_heads = attend_backward(room, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
+    cos, sin = (part.flatten(1) for part in rotation)
+    for place, part in zip(room[:2], found_heads[:2], strict=True):
+        pointwise.rotate(place, part, cos, sin, back=True)
+    if found_heads[2] is not room[2]:
+        pointwise.copy(room[2].flatten(1), found_heads[2].flatten(1))
+    d_normed = qkv.input_gradient(d_qkv)  # (T, C); without it no du
+    normed, dx = torch.empty_like(d_normed), torch.empty_like(d_normed)
+    pointwise.norm_backward(dx, normed, d_normed, x, norm.weight, d_middle[:, : out.outputs], layer.eps)
+    return dx if wanted else None, [*qkv.gradients(normed, kept.u_qkv, d_qkv), *found]

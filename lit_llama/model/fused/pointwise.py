@@ -1,0 +1,141 @@
+"""What lies between the matrix products of a decoder layer, each in as few passes as it takes.
+
+Every operation writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
+plainly and in float32, as it is meant; in kernels.cpp, for a CPU; in triton_kernels.py, for a GPU.
+
+Shapes: T tokens, C hidden, I intermediate, N heads, D head size, V vocabulary, n trained tokens.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llama.model.fused.kernels import call, native
+
+
+def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
+    if native(x, weight):
+        return call("norm", x.dtype, out, out.stride(0), x, x.stride(0), weight, *x.shape, eps)
+    _by(plain_norm, out, x, weight, eps)
+
+
+def plain_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    wide = x.float()
+    out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float())
+
+
+def norm_backward(
+    dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
+) -> None:
+    """dx = residual + the gradient of the norm's input; again = the norm itself. All (T, C)."""
+    if native(x, weight):
+        rows = (v for tensor in (dx, again, dy, x) for v in (tensor, tensor.stride(0)))
+        return call("norm_backward", x.dtype, *rows, weight, residual, residual.stride(0), *x.shape, eps)
+    _by(plain_norm_backward, dx, again, dy, x, weight, residual, eps)
+
+
+def plain_norm_backward(
+    dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
+) -> None:
+    wide, scaled = x.float(), dy.float() * weight.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    direction = wide * inverse
+    along = (scaled * direction).mean(-1, keepdim=True)
+    dx.copy_(residual.float() + inverse * (scaled - direction * along))
+    again.copy_(direction * weight.float())
+
+
+def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+    """out = x with all its heads turned, or turned back: (T, N, D), cos and sin (T, D/2). It may be x itself."""
+    sign = -1.0 if back else 1.0
+    if native(x, cos):
+        sizes = (len(x), x.shape[1], cos.shape[1])
+        return call("rotate", x.dtype, out, out.stride(0), x, x.stride(0), cos, sin, *sizes, sign)
+    _by(plain_rotate, out, x, cos, sin, sign)
+
+
+def plain_rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    left, right = (part.float() for part in x.chunk(2, dim=2))
+    cos, sin = cos.float()[:, None], sin.float()[:, None] * sign  # (T, 1, D/2)
+    out.copy_(torch.cat((left * cos - right * sin, right * cos + left * sin), 2))
+
+
+def copy(out: Tensor, x: Tensor) -> None:
+    """out = x, both (T, C): where it is one of the two that has longer rows, a GPU does it at half the speed itself."""
+    if x.is_cuda and (twin := _triton("copy")):
+        return twin(out, x)
+    out.copy_(x)
+
+
+def swiglu(out: Tensor, gate_up: Tensor) -> None:
+    """out (T, I) = silu(gate) * up, side by side in gate_up (T, 2 I)."""
+    if native(gate_up):
+        return call("swiglu", out.dtype, out, out.stride(0), gate_up, gate_up.stride(0), *out.shape)
+    _by(plain_swiglu, out, gate_up)
+
+
+def plain_swiglu(out: Tensor, gate_up: Tensor) -> None:
+    gate, up = (part.float() for part in gate_up.split(out.shape[1], dim=1))
+    out.copy_(gate * torch.sigmoid(gate) * up)
+
+
+def swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
+    """d_gate_up (T, 2 I) is the gradient of gate_up, if `out` (T, I) holds that of silu(gate) * up.
+
+    Afterwards `out` holds silu(gate) * up itself.
+    """
+    if native(gate_up):
+        rows = (v for tensor in (d_gate_up, out, gate_up) for v in (tensor, tensor.stride(0)))
+        return call("swiglu_backward", out.dtype, *rows, *out.shape)
+    _by(plain_swiglu_backward, d_gate_up, out, gate_up)
+
+
+def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
+    gate, up = (part.float() for part in gate_up.split(out.shape[1], dim=1))
+    gradient, sigmoid = out.float(), torch.sigmoid(gate)
+    d_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up.copy_(torch.cat((d_gate, gradient * gate * sigmoid), 1))
+    out.copy_(gate * sigmoid * up)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """-log p(target) of each row in float32 (n,); logits (n, V) become `scale` times their gradient, unless it is 0."""
+    if native(logits):
+        loss = logits.new_empty(len(targets), dtype=torch.float32)
+        call("cross_entropy", logits.dtype, loss, logits, logits.stride(0), targets, *logits.shape, scale)
+        return loss
+    found: Tensor = _by(plain_cross_entropy, logits, targets, scale)
+    return found
+
+
+def plain_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    wide, picked = logits.float(), targets[:, None]
+    lse = wide.logsumexp(-1, keepdim=True)
+    loss = (lse - wide.gather(1, picked))[:, 0]
+    if scale:
+        right = torch.arange(wide.shape[1], device=wide.device) == picked
+        logits.copy_(((wide - lse).exp() - right.float()) * scale)
+    return loss
+
+
+def _by(plain: Callable[..., Any], *arguments: Any) -> Any:
+    """A plain operation, or its twin for a GPU."""
+    on_gpu = arguments[0].is_cuda and arguments[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+    twin = _triton(plain.__name__.removeprefix("plain_")) if on_gpu else None
+    return (twin or plain)(*arguments)
+
+
+@functools.cache
+def _triton(name: str) -> Callable[..., Any] | None:
+    """The function of this name in triton_kernels.py; None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lit_llama.model.fused import triton_kernels
+
+    found: Callable[..., Any] = getattr(triton_kernels, name)
+    return found

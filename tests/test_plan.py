@@ -179,6 +179,8 @@ def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:
     away = four.kept["weights"] - spread_over.kept["weights"]
     assert away == pytest.approx(four.sizes.layers * 3 / 4, abs=4)
     assert all(other.quantize is None for other in (*smaller(spread_over), *lighter(spread_over)))
+    whole = 2 * four.sizes.layers // config.num_hidden_layers  # one layer computes, the next one comes
+    assert spread_over.passing["training"] - whole > 1.02 * four.passing["training"], "layers that are spread are plain"
 
 
 def test_a_plan_says_what_a_heap_keeps(data: Path) -> None:

@@ -80,6 +80,7 @@ class Build:
     numerics: Numerics
     checkpointing: Checkpointing
     quantize: Quantization | None = None
+    fused: bool = True  # as all layers are that are not spread over processes
 
     def sizes(self) -> Sizes:
         """What the model weighs, without a pass."""
@@ -157,7 +158,8 @@ class Build:
                 for name, child in module.named_children():
                     if isinstance(child, nn.RMSNorm):
                         setattr(module, name, _FusedNorm(child))
-        fuse(model, self.checkpointing)
+        if self.fused:
+            fuse(model, self.checkpointing)
         recompute_activations(model, self.checkpointing)
         return model
 

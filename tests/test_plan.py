@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics, gpu_numerics
 from lit_llama.errors import ResourceError, UserError
@@ -102,6 +103,22 @@ def test_a_deep_model_is_as_many_of_its_layers(mode: Any, mixed: bool) -> None:
     shape = Shape([60, 50, 20], 80)
     assert build.training_peak(shape) == pytest.approx(build._run(shape, train=True), rel=1e-3)
     assert build.evaluation_peak(shape) == pytest.approx(build._run(shape, train=False), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_plan_runs_the_layers_that_a_run_has(kind: str) -> None:
+    """Catches a plan of plain layers for a run of fused ones, which hold less."""
+    numbers = Numerics(device=torch.device(kind), linear=torch.bfloat16, rest=torch.bfloat16)
+    build = Build(config=tiny_config(), method=LoRA(LoRAConfig()), numerics=numbers, checkpointing="none")
+    with FakeTensorMode():
+        layers = [type(layer).__name__ for other in (build, replace(build, fused=False)) for layer in layers_of(other)]
+    assert layers == ["FusedLayer"] * 2 + ["DecoderLayer"] * 2
+    shape = Shape([60, 50, 20], 80)
+    assert build.training_peak(shape) < replace(build, fused=False).training_peak(shape)
+
+
+def layers_of(build: Build) -> list[torch.nn.Module]:
+    return list(build._model().model.layers)
 
 
 def test_sizes_are_those_of_the_model() -> None:

@@ -153,13 +153,13 @@ class Build:
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         self.method.apply(model)
+        if self.fused:
+            fuse(model, self.checkpointing)
         if self.numerics.device.type == "cuda":
             for module in list(model.modules()):
                 for name, child in module.named_children():
                     if isinstance(child, nn.RMSNorm):
                         setattr(module, name, _FusedNorm(child))
-        if self.fused:
-            fuse(model, self.checkpointing)
         recompute_activations(model, self.checkpointing)
         return model
 

@@ -163,3 +163,17 @@ def test_a_gpu_says_what_a_cpu_says(tiny_folder: Path, data: Path, tmp_path: Pat
         assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
         assert ours.stdout == theirs.stdout and ours.stdout.strip()
         assert "on cuda" in ours.stderr and "on cpu" in theirs.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_adapter_is_merged_where_it_was_made(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a proof that compares on two devices, and a merged model that says something else."""
+    pytest.importorskip("gguf")  # which the module of merging imports
+    through_the_door(tiny_folder, data, tmp_path / "out", "--precision", "32-true", *LEARN)
+    flags = ["--adapter_dir", tmp_path / "out", "--destination_path", tmp_path / "merged", "--precision", "32-true"]
+    made = run_here("finetune/merge.py", *flags)
+    assert made.returncode == 0 and "that the cuda has free" in made.stderr, made.stderr
+    ask = ["--prompt", ROWS[3]["instruction"], "--precision", "32-true", "--max_new_tokens", 40]
+    said = [run_here("generate/instruct.py", "--checkpoint_dir", tmp_path / name, *ask) for name in ("out", "merged")]
+    assert said[0].stdout == said[1].stdout and said[0].stdout.strip(), said

@@ -132,8 +132,10 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches paging that falls back in silence, and a missing library as a traceback."""
     with pytest.raises(ResourceError, match=r"paged_adamw_8bit .* use --train.optimizer adamw_8bit"):
         build_optimizer(parameters(), TrainConfig(optimizer="paged_adamw_8bit"), CPU)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
-    with pytest.raises(ResourceError, match=r"pip install 'lit_llama\[quantize\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ResourceError, match=r"needed for --train.optimizer adamw_8bit: pip install 'lit_llama\[quantize\]'"
+    ):
         build_optimizer(parameters(), TrainConfig(optimizer="adamw_8bit"), CPU)
 
 

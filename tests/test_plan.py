@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics, gpu_numerics
 from lit_llama.errors import ResourceError, UserError
@@ -104,6 +105,22 @@ def test_a_deep_model_is_as_many_of_its_layers(mode: Any, mixed: bool) -> None:
     assert build.evaluation_peak(shape) == pytest.approx(build._run(shape, train=False), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_plan_runs_the_layers_that_a_run_has(kind: str) -> None:
+    """Catches a plan of plain layers for a run of fused ones, which hold less."""
+    numbers = Numerics(device=torch.device(kind), linear=torch.bfloat16, rest=torch.bfloat16)
+    build = Build(config=tiny_config(), method=LoRA(LoRAConfig()), numerics=numbers, checkpointing="none")
+    with FakeTensorMode():
+        layers = [type(layer).__name__ for other in (build, replace(build, fused=False)) for layer in layers_of(other)]
+    assert layers == ["FusedLayer"] * 2 + ["DecoderLayer"] * 2
+    shape = Shape([60, 50, 20], 80)
+    assert build.training_peak(shape) < replace(build, fused=False).training_peak(shape)
+
+
+def layers_of(build: Build) -> list[torch.nn.Module]:
+    return list(build._model().model.layers)
+
+
 def test_sizes_are_those_of_the_model() -> None:
     """Catches a tied head that is counted twice, and adapters that are not counted."""
     model = tiny_model(tie_word_embeddings=True)
@@ -184,6 +201,8 @@ def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:
     away = four.kept["weights"] - spread_over.kept["weights"]
     assert away == pytest.approx(four.sizes.layers * 3 / 4, abs=4)
     assert all(other.quantize is None for other in (*smaller(spread_over), *lighter(spread_over)))
+    whole = 2 * four.sizes.layers // config.num_hidden_layers  # one layer computes, the next one comes
+    assert spread_over.passing["training"] - whole > 1.02 * four.passing["training"], "layers that are spread are plain"
 
 
 def test_a_plan_says_what_a_heap_keeps(data: Path) -> None:

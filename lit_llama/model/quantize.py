@@ -83,15 +83,19 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.dense(gradient.dtype), gradient if ctx.started else None, None
 
 
-def _library() -> Any:
-    """bitsandbytes' functions, without its advice about kernels that are not used here."""
+def library(wanted: str = "4-bit and 8-bit weights") -> Any:
+    """bitsandbytes' functions, without its advice about kernels that are not used here.
+
+    Raises:
+        ResourceError: It is not installed, and needed for what is `wanted`.
+    """
     advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = advice.level
     advice.setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise ResourceError("4-bit and 8-bit weights need bitsandbytes: pip install 'lit_llama[quantize]'") from error
+        raise ResourceError(f"bitsandbytes is needed for {wanted}: pip install 'lit_llama[quantize]'") from error
     finally:
         advice.setLevel(level)
     return functional
@@ -99,7 +103,7 @@ def _library() -> Any:
 
 def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
     """The packed values, and what is needed to unpack them: bitsandbytes' state of nf4, the scales (out,) of int8."""
-    functional = _library()
+    functional = library()
     try:
         if method == "int8":
             packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
@@ -121,5 +125,5 @@ def _unpack(packed: Tensor, state: Any, shape: torch.Size, dtype: torch.dtype) -
     if isinstance(state, Tensor):
         return (packed * state[:, None]).to(dtype)
     state.dtype = dtype
-    weight: Tensor = _library().dequantize_4bit(packed, state)
+    weight: Tensor = library().dequantize_4bit(packed, state)
     return weight.reshape(shape)

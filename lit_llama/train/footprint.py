@@ -84,6 +84,7 @@ class Build:
     numerics: Numerics
     checkpointing: Checkpointing
     quantize: Quantization | None = None
+    fused: bool = True  # as all layers are that are not spread over processes
 
     def sizes(self) -> Sizes:
         """What the model weighs, without a pass."""
@@ -101,7 +102,7 @@ class Build:
             base += size
             layers += size if name.startswith("model.layers.") else 0
         self.method.apply(model)
-        if self.numerics.linear == self.numerics.rest and not self.quantize:
+        if self.fused and self.numerics.linear == self.numerics.rest and not self.quantize:
             fuse(model)
             joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
             base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
@@ -168,7 +169,8 @@ class Build:
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         self.method.apply(model)
-        fuse(model, self.checkpointing)
+        if self.fused:
+            fuse(model, self.checkpointing)
         if self.numerics.device.type == "cuda":
             for module in list(model.modules()):
                 for name, child in module.named_children():

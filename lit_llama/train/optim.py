@@ -1,13 +1,13 @@
 """Optimizers: how they are built, their learning rate, and their state as named tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_llama.errors import ResourceError
+from lit_llama.model.quantize import library
 from lit_llama.train.config import Optimizer, TrainConfig
 
 Group = dict[str, Any]
@@ -56,14 +56,8 @@ def check_optimizer(name: Optimizer, device: torch.device) -> None:
             f"--train.optimizer paged_adamw_8bit moves memory between GPU and CPU, which the {device.type} has not; "
             "use --train.optimizer adamw_8bit"
         )
-    if "8bit" not in name:
-        return
-    try:
-        import_module("bitsandbytes.optim.adamw")
-    except ImportError as error:
-        raise ResourceError(
-            f"--train.optimizer {name} needs bitsandbytes: pip install 'lit_llama[quantize]'"
-        ) from error
+    if "8bit" in name:
+        library(f"--train.optimizer {name}")
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:

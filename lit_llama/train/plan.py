@@ -109,6 +109,7 @@ class Plan:
             numerics=self.numerics,
             checkpointing=self.train.activation_checkpointing,
             quantize=self.quantize,
+            fused=not self.processes.sharded,
         )
 
     @cached_property
@@ -149,7 +150,8 @@ class Plan:
 
     def _pass(self, name: str, shape: Shape, peak: Callable[[Shape], int]) -> int:
         """A peak, found once for all plans that were made out of each other: what is quantised changes none."""
-        key = (name, name == "training" and self.train.activation_checkpointing, *shape.lengths, shape.trained)
+        mode = name == "training" and self.train.activation_checkpointing
+        key = (name, mode, self.processes.sharded, *shape.lengths, shape.trained)
         if key not in self._passes:
             self._passes[key] = peak(shape)
         return self._passes[key]

@@ -29,7 +29,7 @@ def main(
 
     Args:
         source: Text files in UTF-8 (each also .gz or .zst), patterns, or folders with files named .txt, .text or .md;
-            several as [a.txt,b.txt].
+            several as a.txt b.txt.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         documents: What belongs together and ends in an end-of-text token: a file, a paragraph between blank lines, or a

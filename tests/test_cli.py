@@ -39,6 +39,9 @@ def main(
     quick: bool = False,
     whole: bool = True,
     group: Group = Group(),
+    names: str | list[str] = "none",
+    numbers: list[float] | None = None,
+    pairs: dict[str, str] | None = None,
     then: str = "pass",
 ) -> None:
     """Say something.
@@ -50,6 +53,9 @@ def main(
         quick: Soon.
         whole: All of it.
         group: More.
+        names: Some.
+        numbers: Several.
+        pairs: What is what.
         then: What to do next.
     """
     print(path, number, kind)
@@ -106,6 +112,37 @@ def test_a_bare_flag_is_true(run: Run, tmp_path: Path, arguments: list[object], 
     (tmp_path / "c.yaml").write_text("quick: false\nwhole: false\n")
     result = run("--path", "x", "--then", "print(quick, whole, group.deep)", *arguments)
     assert result.stdout.splitlines()[1:] == [values], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        ([], ("none", None, None)),
+        (["--names", "a"], ("a", None, None)),
+        (["--names", "a,b"], ("a,b", None, None)),
+        (["--names", "a", "b c", "--number", 4], (["a", "b c"], None, None)),
+        (["--names", "a", "--number", 4, "--names=b", "--names", "[c,d]"], (["a", "b", "c", "d"], None, None)),
+        (["--names", "[a,b]", "--numbers", "[1,0.5]"], (["a", "b"], [1.0, 0.5], None)),
+        (["--numbers", "1,0.5"], ("none", [1.0, 0.5], None)),
+        (["--numbers", 1, -0.5, "--quick"], ("none", [1.0, -0.5], None)),
+        (["--numbers", "null", "--pairs", "null"], ("none", None, None)),
+        (["--pairs", "a=b,c=d e"], ("none", None, {"a": "b", "c": "d e"})),
+        (["--pairs", "a=b", "c=x,y=z=1"], ("none", None, {"a": "b", "c": "x", "y": "z=1"})),
+        (["--pairs", "a=b", "--pairs", "c=d, e"], ("none", None, {"a": "b", "c": "d, e"})),
+        (["--pairs", '{"a": "b"}'], ("none", None, {"a": "b"})),
+        (["--pairs.a", "b", "--pairs.c", "d"], ("none", None, {"a": "b", "c": "d"})),
+    ],
+)
+def test_lists_are_taken_as_people_and_shells_write_them(run: Run, arguments: list[object], values: object) -> None:
+    """The last of two equal flags that wins in silence, a pattern that the shell has spelled out, `a=b` for a JSON."""
+    result = run("--path", "x", "--then", "print((names, numbers, pairs))", *arguments)
+    assert result.stdout.splitlines()[1:] == [repr(values)], result.stderr
+
+
+def test_a_list_that_is_none_is_wrong_usage(run: Run) -> None:
+    """Words that are taken for something, or that vanish."""
+    for arguments in (["--names"], ["--numbers", "1", "x"], ["--numbers"], ["--pairs", "a"], ["--pairs", "a=b", "c"]):
+        assert arguments[0][2:] in one_line(run("--path", "x", *arguments), 2)
 
 
 def test_the_help_of_a_bare_flag(run: Run) -> None:

@@ -11,7 +11,7 @@ from lit_llama.folder import publish, write_json
 from lit_llama.text.blocks import Block, encode_blocks, read_blocks
 from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
-from lit_llama.text.losses import Losses
+from lit_llama.text.losses import Losses, keep_long_rows
 from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
@@ -63,6 +63,7 @@ def prepare(
     rules: Rules,
     on_error: OnError = "stop",
     key: str = "",
+    made_of: Mapping[str, Any] | None = None,
     members: Members | None = None,
     shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
@@ -79,6 +80,7 @@ def prepare(
         rules: How rows become samples.
         on_error: A row that the style cannot render stops the command, or is dropped with its reason.
         key: Identity of everything that decides the contents.
+        made_of: What that key stands for, each thing by its name.
         members: Which rows are for testing, where the split is "from" other data.
         shards: Encoded rows; without them all rows are encoded here.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
@@ -101,6 +103,7 @@ def prepare(
         meta = {
             "format": FORMAT,
             "key": key,
+            "made_of": dict(made_of or {}),
             "source": {"file": _name(reader.files), "files": reader.files, "rows": reader.rows},
             "schemas": dict(reader.schemas),
             "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
@@ -227,6 +230,8 @@ class _Work:
                 lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
                 size = self._rules.test_split_size
                 hint = f"; --test_split_size is {size}, and --seed another draw" if self._rules.split == "hash" else ""
+                if long := keep_long_rows(self.losses.meta()["too_long"], self._rules.max_seq_length):
+                    hint = f"; {long}"
                 raise DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
         self.sides.close()
 

@@ -86,7 +86,7 @@ class Reader:
                     yield found
             else:
                 self.rows += 1
-                yield Dropped(self.rows - 1, raw.where, "not drawn, by the weight of its source")
+                yield Dropped(self.rows - 1, raw.where, "not drawn, by the weight of its source", by_choice=True)
         if self._unseen:
             ours, theirs = next(iter(self._unseen.items()))
             raise DataError(f"--fields {ours}={theirs}: no row has a field {theirs}")

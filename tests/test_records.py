@@ -154,7 +154,7 @@ def test_what_is_made_anew_says_why(
     assert "made anew" not in capsys.readouterr().err
     prepare(rows, seed=7, max_seq_length=180)
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path / 'data'}: made anew, since --max_seq_length is 180, not 200, --seed is 7, not 42" in said
+    assert f"{tmp_path / 'data'}: made anew, since --max_seq_length is 180, not 200, --seed is 7, not 1" in said
     add_row(rows, rows, rows)
     prepare(rows, seed=7, max_seq_length=180)
     assert "made anew, since the sources changed" in " ".join(capsys.readouterr().err.split())

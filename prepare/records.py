@@ -75,7 +75,7 @@ def main(
         near_duplicates=near_duplicates,
     )
     prepare_records(
-        [source] if isinstance(source, str) else source,
+        source,
         destination_path,
         tokenizer_path=tokenizer_path,
         prompt_style=prompt_style,
@@ -86,7 +86,7 @@ def main(
         weights=weights,
         split_from=split_from,
         shard=shard,
-        shards=[shards] if isinstance(shards, str) else shards or (),
+        shards=shards,
         plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 

@@ -62,7 +62,7 @@ def main(
         near_duplicates=near_duplicates,
     )
     prepare_records(
-        [source] if isinstance(source, str) else source,
+        source,
         destination_path,
         tokenizer_path=tokenizer_path,
         prompt_style="plain",
@@ -70,7 +70,7 @@ def main(
         documents=documents,
         split_from=split_from,
         shard=shard,
-        shards=[shards] if isinstance(shards, str) else shards or (),
+        shards=shards,
         plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 

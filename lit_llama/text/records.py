@@ -33,7 +33,7 @@ _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
 
 def prepare_records(
-    sources: Sequence[str],
+    sources: str | Sequence[str],
     destination: Path,
     *,
     tokenizer_path: Path,
@@ -46,7 +46,7 @@ def prepare_records(
     documents: Documents | None = None,
     split_from: Path | None = None,
     shard: str | None = None,
-    shards: Sequence[str] = (),
+    shards: str | Sequence[str] | None = None,
     plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
@@ -61,6 +61,7 @@ def prepare_records(
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
     _check(rules, split_from)
+    sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
     if part and shards:
         raise UserError("--shard makes one shard and --shards takes all together: give one of them")

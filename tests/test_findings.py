@@ -15,7 +15,7 @@ import pytest
 from lit_llama.text.report import duplicates
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest, partners
-from lit_llama.text.report.findings import PERCENTILES, Findings, lengths, refused
+from lit_llama.text.report.findings import PERCENTILES, REFUSALS, Findings, lengths, refused
 from lit_llama.text.split import normalised
 
 Row = tuple[str, str, str]  # split, prompt, answer
@@ -176,6 +176,11 @@ def test_refusals_are_recognised(answer: str) -> None:
 def test_answers_that_are_no_refusals(answer: str) -> None:
     """An apology in a letter that is counted as a refusal."""
     assert not refused(normalised(answer))
+
+
+def test_every_refusal_has_its_sign() -> None:
+    """A phrase that is never looked for, as no sign of it was listed."""
+    assert all(refused(f"{phrase} that.") for phrase in REFUSALS)
 
 
 def test_empty_short_and_untrained_answers_are_counted() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
-from lit_llama.text.blocks import Block, encode_blocks, read_blocks
+from lit_llama.text.blocks import Block, encode_blocks, rare_collections, read_blocks
 from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
 from lit_llama.text.losses import Losses, keep_long_rows
@@ -93,7 +93,8 @@ def prepare(
         DataError: Rows that cannot be used, or a split without rows.
     """
     encoder = new_encoder(tokenizer, style, rules, on_error)
-    with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules, members) as work:
+    made = publish(destination, META_FILE, replace=True)
+    with rare_collections(), made as folder, _Work(folder, rules, members) as work:
         blocks = read_blocks(reader)
         for block, encoded in shards.encoded(blocks) if shards else encode_blocks(blocks, encoder):
             work.add(block, encoded)
@@ -230,8 +231,8 @@ class _Work:
                 lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
                 size = self._rules.test_split_size
                 hint = f"; --test_split_size is {size}, and --seed another draw" if self._rules.split == "hash" else ""
-                if long := keep_long_rows(self.losses.meta()["too_long"], self._rules.max_seq_length):
-                    hint = f"; {long}"
+                if len(self.losses.too_long) > rows / 2:
+                    hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._rules.max_seq_length)}"
                 raise DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
         self.sides.close()
 

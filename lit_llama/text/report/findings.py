@@ -46,6 +46,11 @@ REFUSALS = (
     *("كنموذج لغوي", "آسف، لكن لا يمكنني", "एक एआई भाषा मॉडल के रूप में", "क्षमा करें, लेकिन मैं"),  # Arabic, Hindi
 )
 _ASCII_REFUSALS = tuple(phrase for phrase in REFUSALS if phrase.isascii())
+_SIGNS = (
+    # Each of these phrases holds one: nine answers in ten hold none, and are done with.
+    *("model", "sorry, ", "i can", " an ai", "leid, aber", "siento, pero", " hel", "tant qu'ia", "como ia,"),
+    *("dispiace", "desculpe", "het spijt"),
+)
 _OPENING = 200  # characters of an answer where a refusal would stand
 _BATCH = 1 << 19  # characters looked at together
 
@@ -220,8 +225,10 @@ def unchecked(rows: int, limit: int) -> str:
 def refused(answer: str) -> bool:
     """Whether a normalised answer begins as a refusal does."""
     opening = answer[:_OPENING].replace("’", "'")
-    phrases = _ASCII_REFUSALS if opening.isascii() else REFUSALS
-    return True in map(opening.__contains__, phrases)  # no generator: every row is asked
+    holds = opening.__contains__  # mapped and not in a generator, since every row is asked
+    if not opening.isascii():
+        return True in map(holds, REFUSALS)
+    return True in map(holds, _SIGNS) and True in map(holds, _ASCII_REFUSALS)
 
 
 def lengths(values: Iterable[int]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def main(
         seed: Of the split and of mixing.
         split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
             case and white space) are for testing, all others for training, in place of --split.
-        near_duplicates: Rows up to which nearly equal ones are looked for, at 1 kB of memory each; 0 for not at all.
+        near_duplicates: Rows up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for not at all.
         fields: Our names of fields and those in the data, as instruction=question,output=answer.
         weights: For several sources, how often a row is drawn from each, as 1,0.5.
         tree: Of a tree of messages, the best path or every one.

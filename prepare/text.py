@@ -43,7 +43,7 @@ def main(
         seed: Of the split.
         split_from: A data folder, or a file like those of --source: its documents for testing are for testing here too
             (whatever their case and white space), all others for training, in place of --split.
-        near_duplicates: Documents up to which nearly equal ones are looked for, at 1 kB of memory each; 0 for never.
+        near_duplicates: Documents up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for never.
         shard: Encode one part of the documents only, such as 0/3, 1/3 or 2/3, into a folder of its own.
         shards: The folders, or a pattern, of all these parts: put them together, as if all had been encoded here.
     """

@@ -8,6 +8,7 @@ Rajaraman, Ullman, Mining of Massive Datasets, chapter 3): at a Jaccard similari
 Shapes: N rows, K bins, P pairs, S values of a sketch.
 """
 
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +21,9 @@ from lit_llama.text.report.characters import code_points
 SHINGLE = 5  # characters
 SIMILARITY = 0.8
 NEAR_DUPLICATES = 200_000
-"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 200 MB."""
+"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 340 MB."""
+BYTES = 1700
+"""Memory for each of them at the most: sketch, minima, and what is sorted in the end."""
 _BINS, _BANDS, _PER_BAND = 128, 25, 5
 _SKETCH = 256  # smallest hashes kept of a row; a row with fewer shingles is kept whole
 _LIKELY = 0.6  # of equal bins, five standard deviations below SIMILARITY
@@ -72,8 +75,8 @@ class NearDuplicates:
     def __init__(self, limit: int) -> None:
         self.rows = 0
         self._limit = limit
-        self._sketches: list[npt.NDArray[np.uint32]] = []
-        self._lengths: list[Rows] = []
+        # Arrays that grow in place: joining parts in the end would hold everything twice.
+        self._sketches, self._lengths = array("I"), array("q")
 
     @property
     def active(self) -> bool:
@@ -84,14 +87,14 @@ class NearDuplicates:
         """Take in the next rows, some hundred kB at a time for speed."""
         self.rows += len(texts)
         if not self.active:
-            self._sketches, self._lengths = [], []
+            self._sketches, self._lengths = array("I"), array("q")
             return
         values, lengths = _sketches(texts)
-        self._sketches.append(values)
-        self._lengths.append(lengths)
+        self._sketches.frombytes(values.tobytes())
+        self._lengths.frombytes(lengths.tobytes())
 
     def pairs(self, among: npt.NDArray[np.bool_]) -> Pairs:
-        """Pairs of rows with a Jaccard similarity of SIMILARITY or more.
+        """Pairs of rows with a Jaccard similarity of SIMILARITY or more; no row can be added after this.
 
         Exact for rows of up to 256 different 5-grams, else an estimate from 256 of them (standard deviation 0.025).
         Where a hundred rows are alike, not every pair of them is compared, but each row with many others.
@@ -106,10 +109,8 @@ class NearDuplicates:
         rows = np.flatnonzero(among)
         if len(rows) < 2:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-        # Joined for good, as two copies of everything would be the most memory that is ever used.
-        self._sketches = [np.concatenate([*self._sketches, np.full(_SKETCH, _NONE)])]
-        self._lengths = [np.concatenate(self._lengths)]
-        values, lengths = self._sketches[0], self._lengths[0]
+        self._sketches.frombytes(np.full(_SKETCH, _NONE).tobytes())  # for a view of the last row as long as any
+        values, lengths = np.frombuffer(self._sketches, np.uint32), np.frombuffer(self._lengths, np.int64)
         starts = np.cumsum(lengths) - lengths
         minima = _minima(values, starts, lengths)
         with ThreadPoolExecutor(cores()) as pool:  # numpy leaves Python's lock alone

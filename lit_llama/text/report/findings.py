@@ -1,6 +1,6 @@
 """What is in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
 
-Rows stream through; of each some 50 bytes stay, and 1 kB while near-duplicates are looked for. Two texts are the same
+Rows stream through; of each some 50 bytes stay, and BYTES while near-duplicates are looked for. Two texts are the same
 after normalisation if they differ in case, white space or Unicode form (NFKC) alone.
 """
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.report.duplicates import NEAR_DUPLICATES as NEAR_DUPLICATES
-from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest
+from lit_llama.text.report.duplicates import BYTES, SIMILARITY, NearDuplicates, earliest
 from lit_llama.text.report.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
 from lit_llama.text.split import normalised
 
@@ -219,7 +219,7 @@ def unchecked(rows: int, limit: int) -> str:
         limit: Up to how many they were to be looked for.
     """
     why = f"there are {rows:,} rows, more than --near_duplicates {limit}" if limit else "--near_duplicates is 0"
-    return f"{why}; --near_duplicates {rows} would take about {max(1, rows // 1000):,} MB of memory"
+    return f"{why}; --near_duplicates {rows} would take about {max(1, rows * BYTES // 10**6):,} MB of memory"
 
 
 def refused(answer: str) -> bool:

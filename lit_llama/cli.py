@@ -52,7 +52,7 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
             parser_class=_lenient(jsonargparse.ArgumentParser),
         )
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{error}{_nearest(str(error), mains)}") from error
+        raise UserError(f"{_plain(str(error))}{_nearest(str(error), mains)}") from error
     finally:
         sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
 
@@ -71,7 +71,7 @@ def _lenient(parser: type[Any]) -> type[Any]:
     return Parser
 
 
-_Held = Literal["texts", "numbers", "pairs"]
+_Held = Literal["text or texts", "texts", "numbers", "pairs"]
 
 
 def _held(kind: Any) -> _Held | None:
@@ -80,7 +80,10 @@ def _held(kind: Any) -> _Held | None:
         return "numbers" if get_args(kind)[0] in (int, float) else "texts"
     if get_origin(kind) is dict:
         return "pairs"
-    return next(filter(None, map(_held, get_args(kind))), None)
+    inside = next(filter(None, map(_held, get_args(kind))), None)
+    if inside == "texts" and str in get_args(kind):
+        return "text or texts"
+    return inside
 
 
 def _gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
@@ -116,12 +119,29 @@ def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
         return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
     if held == "numbers" and values and values != ["null"]:
         return [f"{option}=[{','.join(value.strip('[]') for value in values)}]"]
-    if len(values) < 2:
+    alone = held != "texts" or values[:1] == ["null"] or "".join(values).startswith("[")
+    if not values or (len(values) == 1 and alone):
         return [option, *values]
     lists = [value[1:-1].split(",") if re.fullmatch(r"\[.*\]", value) else [value] for value in values]
     return [f"{option}={json.dumps([*chain.from_iterable(lists)])}"]
 
 
+_WRONG = re.compile(
+    r'(?s:.*)Parser key "(?P<key>[\w.]+)":\s.*?(?:Given value|Got value): (?P<value>[^\n]*)\Z', re.DOTALL
+)
+
+
+def _plain(message: str) -> str:
+    """What a parameter may be, in one line, where the parser lists what each of its types has against a value."""
+    if not (found := _WRONG.search(message)):
+        return message
+    kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
+    names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
+    spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
+    return f"--{found['key']} is {found['value']}, expected {spelled}" if spelled else message
+
+
+_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}
 _UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option|unrecognized arguments:) '?(?P<key>[-\w.]+)"
 )

@@ -42,6 +42,8 @@ def main(
     names: str | list[str] = "none",
     numbers: list[float] | None = None,
     pairs: dict[str, str] | None = None,
+    words: list[str] | None = None,
+    either: Literal["a", "b"] | Literal["z"] = "z",
     then: str = "pass",
 ) -> None:
     """Say something.
@@ -56,6 +58,8 @@ def main(
         names: Some.
         numbers: Several.
         pairs: What is what.
+        words: Some more.
+        either: One of them.
         then: What to do next.
     """
     print(path, number, kind)
@@ -139,6 +143,22 @@ def test_lists_are_taken_as_people_and_shells_write_them(run: Run, arguments: li
     assert result.stdout.splitlines()[1:] == [repr(values)], result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a, b"], ["a, b"]),
+        (["a", "b"], ["a", "b"]),
+        (["[a,b]"], ["a", "b"]),
+        (["null"], None),
+        (["[a,b]", "c"], [*"abc"]),
+    ],
+)
+def test_a_list_of_one_is_a_list(run: Run, arguments: list[object], words: object) -> None:
+    """One word refused where several are taken."""
+    result = run("--path", "x", "--then", "print(words)", "--words", *arguments)
+    assert result.stdout.splitlines()[1:] == [repr(words)], result.stderr
+
+
 def test_a_list_that_is_none_is_wrong_usage(run: Run) -> None:
     """Words that are taken for something, or that vanish."""
     for arguments in (["--names"], ["--numbers", "1", "x"], ["--numbers"], ["--pairs", "a"], ["--pairs", "a=b", "c"]):
@@ -169,6 +189,22 @@ def test_wrong_usage_is_one_line_and_status_2(run: Run, arguments: list[str], na
     """A page of usage, a traceback, or an abbreviation that is guessed."""
     result = run(*arguments)
     assert named in one_line(result, 2) and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "c"], "--kind is c, expected 'a', 'b'"),
+        (["--number", "many"], "--number is many, expected an integer"),
+        (["--numbers", "1,x"], "--numbers is [1.0, 'x'], expected a number"),
+        (["--pairs", "a"], "--pairs is a, expected NAME=VALUE pairs"),
+        (["--either", "c"], "--either is c, expected 'a', 'b' or 'z'"),
+        (["--group.deep", "c"], "--group.deep is c, expected true or false"),
+    ],
+)
+def test_a_wrong_value_says_what_is_expected(run: Run, arguments: list[str], message: str) -> None:
+    """Types of a programming language, and a list of what each of them has against a value."""
+    assert one_line(run("--path", "x", *arguments), 2) == message
 
 
 def test_a_configuration_file_sets_flags_and_flags_win(run: Run, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _held(kind: Any) -> _Held | None:
         return "numbers" if get_args(kind)[0] in (int, float) else "texts"
     if get_origin(kind) is dict:
         return "pairs"
-    inside = next(filter(None, map(_held, get_args(kind))), None)
+    inside: _Held | None = next(filter(None, map(_held, get_args(kind))), None)
     if inside == "texts" and str in get_args(kind):
         return "text or texts"
     return inside

@@ -48,6 +48,8 @@ def main(
     rows_file: Path | None = None,
     rounds: int = 3,
     scale: list[int] | None = None,
+    answer_words: int = 60,
+    repeated: float = 0.0,
     cases: list[str] | None = None,
     out: Path | None = None,
     measure: str | None = None,
@@ -65,6 +67,8 @@ def main(
         rows_file: A JSON array in Alpaca's format, whose rows are repeated with some words exchanged.
         rounds: How often each case is measured; the table shows the fastest and the median.
         scale: Numbers of rows, such as [10000,100000,1000000].
+        answer_words: How long generated answers are, on average.
+        repeated: Share of generated rows that are the same as an earlier one.
         cases: Only these, by their names in the table.
         out: JSON file for all numbers.
         measure: For the processes that this starts: the case to measure.
@@ -78,7 +82,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="prepare-") as home:
         made = {count: Path(home) / f"{count}.json" for count in (scale or [rows])}
         for count, path in made.items():
-            _generate(path, count, rows_file)
+            _generate(path, count, rows_file, answer_words, repeated)
         if scale:
             cases = cases or ["ours"]
         elif tokenizer_path.suffix == ".model":
@@ -144,25 +148,31 @@ def _table(results: list[dict[str, Any]]) -> None:
 # Rows
 
 
-def _generate(path: Path, count: int, rows_file: Path | None) -> None:
-    """Write rows in Alpaca's format, each another, one after the other so that any number fits into memory."""
+def _generate(path: Path, count: int, rows_file: Path | None, answer_words: int, repeated: float) -> None:
+    """Write rows in Alpaca's format, one after the other so that any number fits into memory."""
     draw = random.Random(0)
     given: list[Row] = json.loads(rows_file.read_text("utf-8")) if rows_file else []
+    again: list[Row] = []  # some of the rows so far, to be repeated
     with path.open("w", encoding="utf-8") as file:
         file.write("[")
         for number in range(count):
-            row = _changed(given[number % len(given)], draw) if given else _drawn(draw)
+            if again and draw.random() < repeated:
+                row = draw.choice(again)
+            else:
+                row = _changed(given[number % len(given)], draw) if given else _drawn(draw, answer_words)
+            if repeated and number % 100 == 0:
+                again.append(row)
             file.write(",\n" * bool(number) + json.dumps(row, ensure_ascii=False))
         file.write("]\n")
 
 
-def _drawn(draw: random.Random) -> Row:
+def _drawn(draw: random.Random, answer_words: int) -> Row:
     """Sentences about as long as those of Alpaca."""
 
     def text(words: int) -> str:
         return " ".join(draw.choices(WORDS, k=max(3, int(draw.expovariate(1 / words))))).capitalize() + "."
 
-    return {"instruction": text(12), "input": text(20) if draw.random() < 0.4 else "", "output": text(60)}
+    return {"instruction": text(12), "input": text(20) if draw.random() < 0.4 else "", "output": text(answer_words)}
 
 
 def _changed(row: Row, draw: random.Random) -> Row:

@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Literal, get_args, get_origin
 
 from lit_llama.errors import ResourceError, UserError
 
@@ -47,27 +49,99 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
             as_positional=False,
             exit_on_error=False,
             allow_abbrev=False,
-            parser_class=_with_bare_flags(jsonargparse.ArgumentParser),
+            parser_class=_lenient(jsonargparse.ArgumentParser),
         )
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{error}{_nearest(str(error), mains)}") from error
+        raise UserError(f"{_plain(str(error))}{_nearest(str(error), mains)}") from error
     finally:
         sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
 
 
-def _with_bare_flags(parser: type[Any]) -> type[Any]:
-    """A parser to which `--plan` alone means `--plan true`, for every parameter that is a bool."""
+def _lenient(parser: type[Any]) -> type[Any]:
+    """A parser to which `--plan` alone means `--plan true`, and which takes lists as people and shells write them."""
 
     class Parser(parser):  # type: ignore[misc]
-        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:
             for action in self._actions:
                 if getattr(action, "_typehint", None) is bool:
                     action.nargs, action.const = "?", True
-            return super().parse_args(*args, **kwargs)
+            words = sys.argv[1:] if args is None else args
+            return super().parse_args(_gathered(words, self._actions), *more, **kwargs)
 
     return Parser
 
 
+_Held = Literal["text or texts", "texts", "numbers", "pairs"]
+
+
+def _held(kind: Any) -> _Held | None:
+    """What a parameter of this type holds several of."""
+    if get_origin(kind) is list:
+        return "numbers" if get_args(kind)[0] in (int, float) else "texts"
+    if get_origin(kind) is dict:
+        return "pairs"
+    inside: _Held | None = next(filter(None, map(_held, get_args(kind))), None)
+    if inside == "texts" and str in get_args(kind):
+        return "text or texts"
+    return inside
+
+
+def _gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
+    """A command line in which all that is said of a list or mapping stands behind one flag, as JSON.
+
+    A shell makes several words of a pattern, and of several equal flags argparse would silently keep the last.
+    """
+    several = {
+        option: held
+        for action in actions
+        if (held := _held(getattr(action, "_typehint", None)))
+        for option in action.option_strings
+        if not option.endswith("+")
+    }
+    given: dict[str, list[str]] = {}
+    others: list[str] = []
+    into = others
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in several:
+            into = given.setdefault(option, [])
+            into += [value] if equals else []
+        else:
+            into = others if re.match("--?[a-zA-Z]", word) else into
+            into.append(word)
+    return others + [word for option, values in given.items() for word in _flag(option, values, several[option])]
+
+
+def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
+    """The flag with all its values; what is no list, mapping or part of one stays as it is."""
+    if held == "pairs" and values and all(re.match(r"\w+=", value) for value in values):
+        pairs = [part.partition("=") for value in values for part in re.split(r",(?=\w+=)", value)]
+        return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
+    if held == "numbers" and values and values != ["null"]:
+        return [f"{option}=[{','.join(value.strip('[]') for value in values)}]"]
+    alone = held != "texts" or values[:1] == ["null"] or "".join(values).startswith("[")
+    if not values or (len(values) == 1 and alone):
+        return [option, *values]
+    lists = [value[1:-1].split(",") if re.fullmatch(r"\[.*\]", value) else [value] for value in values]
+    return [f"{option}={json.dumps([*chain.from_iterable(lists)])}"]
+
+
+_WRONG = re.compile(
+    r'(?s:.*)Parser key "(?P<key>[\w.]+)":\s.*?(?:Given value|Got value): (?P<value>[^\n]*)\Z', re.DOTALL
+)
+
+
+def _plain(message: str) -> str:
+    """What a parameter may be, in one line, where the parser lists what each of its types has against a value."""
+    if not (found := _WRONG.search(message)):
+        return message
+    kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
+    names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
+    spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
+    return f"--{found['key']} is {found['value']}, expected {spelled}" if spelled else message
+
+
+_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}
 _UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option|unrecognized arguments:) '?(?P<key>[-\w.]+)"
 )

@@ -36,7 +36,7 @@ def main(
         prompt_style: How an instruction is put to the model.
         overflow: What becomes of a longer row: dropped, losing the beginning of its question, losing the end of its
             answer (not the end-of-text token), cut into several samples between turns, or an error.
-        near_duplicates: Rows up to which nearly equal rows are looked for, at 1 kB of memory a row; 0 for not at all.
+        near_duplicates: Rows up to which nearly equal rows are looked for, at 1.7 kB of memory a row; 0 for not at all.
     """
     from lit_llama.text.alpaca import prepare_alpaca
     from lit_llama.text.prepare import Rules

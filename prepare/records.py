@@ -36,7 +36,7 @@ def main(
 
     Args:
         source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the
-            datasets library, or data sets of the Hub; several as [a.jsonl,b.csv]. The schema of every row is
+            datasets library, or data sets of the Hub; several as a.jsonl b.csv. The schema of every row is
             recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
@@ -52,9 +52,9 @@ def main(
         seed: Of the split and of mixing.
         split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
             case and white space) are for testing, all others for training, in place of --split.
-        near_duplicates: Rows up to which nearly equal ones are looked for, at 1 kB of memory each; 0 for not at all.
-        fields: Our names of fields and those in the data, as {"instruction":"question","output":"answer"}.
-        weights: For several sources, how often a row is drawn from each, as [1,0.5].
+        near_duplicates: Rows up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for not at all.
+        fields: Our names of fields and those in the data, as instruction=question,output=answer.
+        weights: For several sources, how often a row is drawn from each, as 1,0.5.
         tree: Of a tree of messages, the best path or every one.
         on_error: A row that cannot be used stops the command, or is dropped with its reason.
         shard: Encode one part of the rows only, such as 0/3, 1/3 or 2/3, into a folder of its own.
@@ -75,7 +75,7 @@ def main(
         near_duplicates=near_duplicates,
     )
     prepare_records(
-        [source] if isinstance(source, str) else source,
+        source,
         destination_path,
         tokenizer_path=tokenizer_path,
         prompt_style=prompt_style,
@@ -86,7 +86,7 @@ def main(
         weights=weights,
         split_from=split_from,
         shard=shard,
-        shards=[shards] if isinstance(shards, str) else shards or (),
+        shards=shards,
         plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 

@@ -29,7 +29,7 @@ def main(
 
     Args:
         source: Text files in UTF-8 (each also .gz or .zst), patterns, or folders with files named .txt, .text or .md;
-            several as [a.txt,b.txt].
+            several as a.txt b.txt.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         documents: What belongs together and ends in an end-of-text token: a file, a paragraph between blank lines, or a
@@ -43,7 +43,7 @@ def main(
         seed: Of the split.
         split_from: A data folder, or a file like those of --source: its documents for testing are for testing here too
             (whatever their case and white space), all others for training, in place of --split.
-        near_duplicates: Documents up to which nearly equal ones are looked for, at 1 kB of memory each; 0 for never.
+        near_duplicates: Documents up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for never.
         shard: Encode one part of the documents only, such as 0/3, 1/3 or 2/3, into a folder of its own.
         shards: The folders, or a pattern, of all these parts: put them together, as if all had been encoded here.
     """
@@ -62,7 +62,7 @@ def main(
         near_duplicates=near_duplicates,
     )
     prepare_records(
-        [source] if isinstance(source, str) else source,
+        source,
         destination_path,
         tokenizer_path=tokenizer_path,
         prompt_style="plain",
@@ -70,7 +70,7 @@ def main(
         documents=documents,
         split_from=split_from,
         shard=shard,
-        shards=[shards] if isinstance(shards, str) else shards or (),
+        shards=shards,
         plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
     )
 

@@ -39,6 +39,11 @@ def main(
     quick: bool = False,
     whole: bool = True,
     group: Group = Group(),
+    names: str | list[str] = "none",
+    numbers: list[float] | None = None,
+    pairs: dict[str, str] | None = None,
+    words: list[str] | None = None,
+    either: Literal["a", "b"] | Literal["z"] = "z",
     then: str = "pass",
 ) -> None:
     """Say something.
@@ -50,6 +55,11 @@ def main(
         quick: Soon.
         whole: All of it.
         group: More.
+        names: Some.
+        numbers: Several.
+        pairs: What is what.
+        words: Some more.
+        either: One of them.
         then: What to do next.
     """
     print(path, number, kind)
@@ -108,6 +118,53 @@ def test_a_bare_flag_is_true(run: Run, tmp_path: Path, arguments: list[object], 
     assert result.stdout.splitlines()[1:] == [values], result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        ([], ("none", None, None)),
+        (["--names", "a"], ("a", None, None)),
+        (["--names", "a,b"], ("a,b", None, None)),
+        (["--names", "a", "b c", "--number", 4], (["a", "b c"], None, None)),
+        (["--names", "a", "--number", 4, "--names=b", "--names", "[c,d]"], (["a", "b", "c", "d"], None, None)),
+        (["--names", "[a,b]", "--numbers", "[1,0.5]"], (["a", "b"], [1.0, 0.5], None)),
+        (["--numbers", "1,0.5"], ("none", [1.0, 0.5], None)),
+        (["--numbers", 1, -0.5, "--quick"], ("none", [1.0, -0.5], None)),
+        (["--numbers", "null", "--pairs", "null"], ("none", None, None)),
+        (["--pairs", "a=b,c=d e"], ("none", None, {"a": "b", "c": "d e"})),
+        (["--pairs", "a=b", "c=x,y=z=1"], ("none", None, {"a": "b", "c": "x", "y": "z=1"})),
+        (["--pairs", "a=b", "--pairs", "c=d, e"], ("none", None, {"a": "b", "c": "d, e"})),
+        (["--pairs", '{"a": "b"}'], ("none", None, {"a": "b"})),
+        (["--pairs.a", "b", "--pairs.c", "d"], ("none", None, {"a": "b", "c": "d"})),
+    ],
+)
+def test_lists_are_taken_as_people_and_shells_write_them(run: Run, arguments: list[object], values: object) -> None:
+    """The last of two equal flags that wins in silence, a pattern that the shell has spelled out, `a=b` for a JSON."""
+    result = run("--path", "x", "--then", "print((names, numbers, pairs))", *arguments)
+    assert result.stdout.splitlines()[1:] == [repr(values)], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a, b"], ["a, b"]),
+        (["a", "b"], ["a", "b"]),
+        (["[a,b]"], ["a", "b"]),
+        (["null"], None),
+        (["[a,b]", "c"], [*"abc"]),
+    ],
+)
+def test_a_list_of_one_is_a_list(run: Run, arguments: list[object], words: object) -> None:
+    """One word refused where several are taken."""
+    result = run("--path", "x", "--then", "print(words)", "--words", *arguments)
+    assert result.stdout.splitlines()[1:] == [repr(words)], result.stderr
+
+
+def test_a_list_that_is_none_is_wrong_usage(run: Run) -> None:
+    """Words that are taken for something, or that vanish."""
+    for arguments in (["--names"], ["--numbers", "1", "x"], ["--numbers"], ["--pairs", "a"], ["--pairs", "a=b", "c"]):
+        assert arguments[0][2:] in one_line(run("--path", "x", *arguments), 2)
+
+
 def test_the_help_of_a_bare_flag(run: Run) -> None:
     """A form of the flag that nobody is told of; and words that are no answer."""
     assert "--quick [{true,false}]" in run("--help").stdout
@@ -132,6 +189,22 @@ def test_wrong_usage_is_one_line_and_status_2(run: Run, arguments: list[str], na
     """A page of usage, a traceback, or an abbreviation that is guessed."""
     result = run(*arguments)
     assert named in one_line(result, 2) and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "c"], "--kind is c, expected 'a', 'b'"),
+        (["--number", "many"], "--number is many, expected an integer"),
+        (["--numbers", "1,x"], "--numbers is [1.0, 'x'], expected a number"),
+        (["--pairs", "a"], "--pairs is a, expected NAME=VALUE pairs"),
+        (["--either", "c"], "--either is c, expected 'a', 'b' or 'z'"),
+        (["--group.deep", "c"], "--group.deep is c, expected true or false"),
+    ],
+)
+def test_a_wrong_value_says_what_is_expected(run: Run, arguments: list[str], message: str) -> None:
+    """Types of a programming language, and a list of what each of them has against a value."""
+    assert one_line(run("--path", "x", *arguments), 2) == message
 
 
 def test_a_configuration_file_sets_flags_and_flags_win(run: Run, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from raw_rows import ROWS, Put, errors, read, values
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_csv_is_read_as_the_csv_module_reads_it(delimiter: str, end: str, mark: str, put: Put) -> None:

@@ -157,7 +157,7 @@ def test_a_row_of_exactly_the_limit_is_kept_and_one_more_is_dropped(
         [kept], encoded = encode(tokenizer, example, max_seq_length=size, overflow=overflow)
         assert len(kept.input_ids) == size and not encoded.cut and not encoded.dropped
     none, encoded = encode(tokenizer, example, max_seq_length=size - 1)
-    assert not none and encoded.dropped == [Dropped(5, "row 5", f"longer than {size - 1} tokens")]
+    assert not none and encoded.dropped == [Dropped(5, "row 5", f"longer than {size - 1} tokens", tokens=size)]
     with pytest.raises(DataError, match=rf"row 5 has {size} tokens, more than --max_seq_length {size - 1}"):
         encode(tokenizer, example, max_seq_length=size - 1, overflow="error")
 
@@ -177,10 +177,12 @@ def test_a_cut_answer_keeps_its_end(mask_inputs: bool, row: tuple[Example, int, 
 
 def test_a_prompt_that_fills_the_limit_is_dropped_by_name(row: tuple[Example, int, int], tokenizer: Tokenizer) -> None:
     """Catches a sample that teaches nothing but to stop at once, or whose loss is the mean of nothing."""
-    example, _, prompt = row
+    example, size, prompt = row
     for limit in (prompt + 1, prompt, prompt - 1, 3):
         samples, encoded = encode(tokenizer, example, max_seq_length=limit, overflow="truncate_response")
-        assert not samples and encoded.dropped == [Dropped(5, "row 5", f"prompt alone fills {limit} tokens")]
+        assert not samples and encoded.dropped == [
+            Dropped(5, "row 5", f"prompt alone fills {limit} tokens", tokens=size)
+        ]
 
 
 def test_the_end_of_a_style_has_to_be_in_the_tokenizer(llama_tokenizer: Path) -> None:

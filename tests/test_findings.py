@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lit_llama.text.report import duplicates
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest, partners
-from lit_llama.text.report.findings import PERCENTILES, Findings, lengths, normalised, refused
+from lit_llama.text.report.findings import PERCENTILES, REFUSALS, Findings, lengths, refused
+from lit_llama.text.split import normalised
 
 Row = tuple[str, str, str]  # split, prompt, answer
 
@@ -176,6 +178,11 @@ def test_answers_that_are_no_refusals(answer: str) -> None:
     assert not refused(normalised(answer))
 
 
+def test_every_refusal_has_its_sign() -> None:
+    """A phrase that is never looked for, as no sign of it was listed."""
+    assert all(refused(f"{phrase} that.") for phrase in REFUSALS)
+
+
 def test_empty_short_and_untrained_answers_are_counted() -> None:
     """An answer of spaces that passes for one."""
     found = find([("train", "a", " \n"), ("train", "b", "7"), ("train", "c", "yes"), ("train", "d", "")])
@@ -319,3 +326,31 @@ def test_memory_stays_small() -> None:
     finally:
         tracemalloc.stop()
     assert held / 40_000 < 150  # bytes a row, of which a batch still waiting takes the most
+
+
+def test_bins_without_a_hash_borrow_from_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortcut that borrows from another bin than the next, or from itself once around."""
+    monkeypatch.setattr(duplicates, "_BLOCK", 3)
+    draw = np.random.Generator(np.random.PCG64(8))
+    rows = [np.unique(draw.integers(0, 2**32 - 1, count, np.uint32)) for count in (1, 2, 5, 40, 128, 256, 256, 3)]
+    minima = duplicates._minima(np.concatenate(rows), np.cumsum([0, *map(len, rows)])[:-1], np.array([*map(len, rows)]))
+    for hashes, found in zip(rows, minima, strict=True):
+        bins = [min((int(h) for h in hashes if h % 128 == k), default=None) for k in range(128)]
+        for k in range(128):
+            way = next(way for way in range(128) if bins[(k + way) % 128] is not None)
+            borrowed = bins[(k + way) % 128]
+            assert borrowed is not None and found[k] == (borrowed + way * 0x9E3779B1) % 2**32
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs that depend on which thread was first, or on how many there are."""
+    draw = random.Random(9)
+    base = [words(draw, 30) for _ in range(40)]
+    texts = [edit(draw, draw.choice(base)) for _ in range(400)]
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(duplicates, "cores", lambda threads=threads: threads)
+        near = NearDuplicates(1000)
+        near.add(texts)
+        found.append([column.tolist() for column in near.pairs(np.ones(len(texts), bool))])
+    assert found[0] == found[1] and len(found[0][0]) > 1000

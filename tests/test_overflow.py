@@ -105,7 +105,7 @@ def test_then_the_beginning_of_the_question_goes_of_its_input_first(tokenizer: T
         assert len(sample.input_ids) > 0.9 * limit - 30, "not much more goes than has to"
     reason = f"what cannot be cut fills {len(answer)} tokens"
     _, encoded = encode(tokenizer, rows_of(messages), max_seq_length=len(answer), overflow="truncate_prompt")
-    assert encoded.dropped == [Dropped(0, "a.jsonl:line 1", reason)]
+    assert encoded.dropped == [Dropped(0, "a.jsonl:line 1", reason, tokens=size)]
 
 
 def test_a_chat_is_split_between_turns_each_part_with_the_system_message(tokenizer: Tokenizer) -> None:

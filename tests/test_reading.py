@@ -181,6 +181,17 @@ def test_a_file_that_changes_meanwhile_stops(put: Put) -> None:
         list(reader)
 
 
+def test_a_file_that_changes_before_it_is_read_stops(put: Put) -> None:
+    """Catches rows under the hash of others: a run with those others would find its folder made already."""
+    path = put("a.jsonl", '{"instruction": "a", "output": "b"}\n')
+    reader = read_conversations([str(path)])
+    reader.identity()
+    assert len(list(reader)) == 1
+    path.write_text('{"instruction": "x", "output": "b"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl changed while this ran: run the same command again"):
+        list(reader)
+
+
 def test_fields_can_have_other_names(put: Put) -> None:
     """Catches a name that is applied to some rows only, and one that never fits in silence."""
     rows = [{"question": "a", "answer": "b", "hint": "c"}, {"question": "d", "answer": "e"}, *alpaca(1)]

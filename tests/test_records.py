@@ -137,6 +137,41 @@ def test_other_code_counts(prepare: Prepare, rows: Path, monkeypatch: pytest.Mon
     assert prepare(rows)["key"] != key
 
 
+def test_another_version_of_a_tokenizers_package_counts(
+    prepare: Prepare, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches tokens that another version would not give."""
+    key = prepare(rows)["key"]
+    monkeypatch.setattr(records, "version", lambda name: "99")
+    assert prepare(rows)["key"] != key
+
+
+def test_what_is_made_anew_says_why(
+    prepare: Prepare, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a folder that becomes another one without a word, and a reason where there is none."""
+    prepare(rows)
+    assert "made anew" not in capsys.readouterr().err
+    prepare(rows, seed=7, max_seq_length=180)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'data'}: made anew, since --max_seq_length is 180, not 200, --seed is 7, not 1" in said
+    add_row(rows, rows, rows)
+    prepare(rows, seed=7, max_seq_length=180)
+    assert "made anew, since the sources changed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_that_nobody_asked_for_are_no_loss(
+    prepare: Prepare, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a warning about the length of rows that the weights of a mixture leave out."""
+    other = rows.with_name("other.jsonl")
+    other.write_text("".join(f'{{"instruction": "Q {n}", "output": "A"}}\n' for n in range(100)))
+    options: dict[str, Any] = {"weights": [1, 0.5], "max_seq_length": 2000, "on_error": "skip"}
+    meta = prepare(rows, other, **options)
+    assert meta["dropped_by_choice"] == meta["dropped"]["not drawn, by the weight of its source"]["rows"] > 30
+    assert "more than a tenth" not in capsys.readouterr().err
+
+
 def test_the_models_own_template_is_taken_or_asked_for(
     prepare: Prepare, rows: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +207,8 @@ def test_all_rows_and_reasons_are_said(
     out, err = capsys.readouterr()
     assert out == "" and f"{rows}: 120 rows = 96 kept (of them 0 cut) + 24 dropped" in err
     assert "dropped, empty output: 12 (line 4, line 14," in err and "line 74, ...; all of them in lost.jsonl)" in err
-    assert "more than a tenth is dropped: raise --max_seq_length (200) or see --overflow" in err
+    way_out = "raise --max_seq_length (200) or see --overflow: 12 rows are too long, half of them with 558 tokens"
+    assert f"more than a tenth is dropped: {way_out}" in err
     assert "recognised: 96 OpenAI messages, 24 Alpaca; prompt style chatml" in err
     assert f"look at report.html; ready for finetune/lora.py --data_dir {tmp_path / 'data'}" in err
 

@@ -21,6 +21,13 @@ from lit_llama.text.tokenizer import Tokenizer
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&amp; {{ 7 * 7 }} \x1b[31m"
 
+NOTHING_LOST = {
+    "cut": {"rows": 0, "first": []},
+    "dropped": {},
+    "dropped_by_choice": 0,
+    "too_long": {"rows": 0, "median": 0},
+}
+
 
 def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool = True, **changes: Any) -> Any:
     """A report with something of everything in it; gives what stands in report.json."""
@@ -50,6 +57,8 @@ def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool
             "longer than 300 tokens": {"rows": 72, "first": [f"{file}:row {row}" for row in range(100, 160)]},
             "empty output": {"rows": 1, "first": [f"{file}:row 172"]},
         },
+        "dropped_by_choice": 0,
+        "too_long": {"rows": 72, "median": 320},
         "max_seq_length": 300,
         "splits": {},
         "tokenizer": {"fingerprint": tokenizer.fingerprint(), "path": HOSTILE if hostile else "t"},
@@ -125,6 +134,7 @@ def test_warnings_name_what_was_planted(made: tuple[Path, Any]) -> None:
     """Leakage that stands in a table and nowhere above it."""
     said = [f"{warning['severity']}: {warning['what']}" for warning in made[1]["warnings"]]
     assert any(line.startswith("fix: 73 rows dropped") for line in said)
+    assert any("72 are too long, half of them with 320 tokens or more" in entry["why"] for entry in made[1]["warnings"])
     assert any(line.startswith("fix: 1 test row also in train, ") for line in said)
     assert any("1 prompt has more than one answer" in line for line in said)
     assert [line.split(":")[0] for line in said] == sorted(
@@ -138,8 +148,17 @@ def test_clean_data_raise_no_warning() -> None:
     for number in range(50):
         word = f"{number * 7919 % 10007:05}"
         findings.add(number, f"a:{number}", "test" if number % 5 == 0 else "train", f"Say {word}", word * 9, 30, 20)
-    meta = {"source": {"file": "a", "rows": 50}, "kept": 50, "cut": {"rows": 0, "first": []}, "dropped": {}}
+    meta = {"source": {"file": "a", "rows": 50}, "kept": 50, **NOTHING_LOST}
     assert warnings(account(meta), findings.result()) == []
+
+
+def test_rows_that_nobody_asked_for_are_no_loss() -> None:
+    """A mixture whose weights are reported as a defect of the data."""
+    why = "not drawn, by the weight of its source"
+    lost = NOTHING_LOST | {"dropped": {why: {"rows": 50, "first": []}}, "dropped_by_choice": 50}
+    meta = {"source": {"file": "a", "rows": 100}, "kept": 50, **lost}
+    [note] = warnings(account(meta), Findings().result())
+    assert (note["severity"], note["why"]) == ("note", f"50 {why}.")
 
 
 def test_long_lists_are_folded_and_short_ones_are_not(made: tuple[Path, Any]) -> None:
@@ -155,8 +174,7 @@ def test_an_empty_report_is_a_page(tmp_path: Path) -> None:
     meta = {
         "source": {"file": "a", "rows": 0},
         "kept": 0,
-        "cut": {"rows": 0, "first": []},
-        "dropped": {},
+        **NOTHING_LOST,
         "max_seq_length": None,
     }
     write_report(tmp_path, meta, Findings().result(), [])

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_rows import CHAT, FORMS, ROWS, Put, read, values
 
+from lit_llama.errors import DataError
 from lit_llama.text.read import raw
+from lit_llama.text.read.rows import read_rows
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -50,6 +52,14 @@ def good_files() -> dict[str, bytes]:
         "json.gz": gzip.compress(array),
         "jsonl.zst": pa.compress(array, "zstd", asbytes=True),
     }
+
+
+def test_prose_is_sent_to_where_it_can_be_prepared(put: Put) -> None:
+    """Catches an error that knows formats of rows only."""
+    for name, told in (("a.txt", True), ("a.md.gz", True), ("a.xyz", False)):
+        with pytest.raises(DataError, match="its format is not known") as caught:
+            list(read_rows(put(name, "once upon a time")))
+        assert ("plain text is for prepare/text.py" in str(caught.value)) is told
 
 
 GOOD = good_files()

@@ -334,6 +334,12 @@ def test_a_row_that_fits_no_schema_says_what_would(name: str) -> None:
         assert f"{' + '.join(schema.keys)} ({schema.name})" in str(error)
 
 
+def test_rows_inside_of_a_row_are_seen() -> None:
+    """Catches a file wrapped in one object, whose only error is that it is no row."""
+    assert "; the field data is a list of objects: if they" in str(refused({"version": 1, "data": [{"a": "b"}]}))
+    assert "list of objects" not in str(refused({"data": [], "tags": ["a"], "more": [{}, "a"]}))
+
+
 def test_nothing_is_suggested_that_is_not_close() -> None:
     """Catches advice to train on an identifier."""
     assert "--fields" not in str(refused({"id": "x", "meta": "y"}))

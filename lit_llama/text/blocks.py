@@ -1,7 +1,9 @@
 """Rows a block at a time: read, rendered and encoded at once, each by a thread of its own."""
 
+import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import TypeVar
@@ -12,6 +14,7 @@ from lit_llama.text.read.reading import Reader
 from lit_llama.text.samples import Encoded, Encoder, Rendered
 
 T = TypeVar("T")
+_YOUNG = 100_000  # objects after which Python looks for circles among them
 ROWS = 2000
 """Rows of a block, enough for the tokenizer to use all cores."""
 
@@ -29,6 +32,17 @@ class Block:
     number: int
     conversations: list[Conversation]
     dropped: list[Dropped]
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let Python look for circles of objects rarely: rows form none, and a tenth of the time would go there."""
+    before = gc.get_threshold()
+    gc.set_threshold(_YOUNG, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def read_blocks(reader: Reader) -> Iterator[Block]:

@@ -28,8 +28,16 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that is left out, and why; `row` and `where` as in Conversation."""
+    """A row that is left out, and why; `row` and `where` as in Conversation.
+
+    Args:
+        reason: The same for the same mistake in another row.
+        tokens: Its length, where that is why.
+        by_choice: Nothing is wrong with it: it was not asked for.
+    """
 
     row: int
     where: str
     reason: str
+    tokens: int = 0
+    by_choice: bool = False

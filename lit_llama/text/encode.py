@@ -69,7 +69,8 @@ class Cutter:
         self._control, self._spaced = tokenizer.control, tokenizer.spaced
         spellings = sorted(tokenizer.control, key=len, reverse=True)
         pattern = re.compile(f"({'|'.join(map(re.escape, spellings)) or '(?!)'})")
-        self._split = lru_cache(4096)(pattern.split)  # texts and controls in turn; templates come again and again
+        self._pattern = pattern
+        self._pieces = lru_cache(4096)(self._cut)  # templates come again and again
 
     def runs(self, segments: Iterable[Segment]) -> list[Run]:
         """Split template text at control tokens, and join what stands between them.
@@ -79,16 +80,23 @@ class Cutter:
         """
         runs: list[Run] = []
         for segment in segments:
-            for index, piece in enumerate(self._split(segment.text) if segment.template else (segment.text,)):
-                if index % 2:
-                    runs.append(Run(piece, segment.trained, self._control[piece]))
-                else:
+            if not segment.template:
+                if segment.text:
+                    self._add(runs, segment.text, segment)
+                continue
+            for piece, control in self._pieces(segment.text):
+                if control is None:
                     self._add(runs, piece, segment)
+                else:
+                    runs.append(Run(piece, segment.trained, control))
         return runs
 
+    def _cut(self, template: str) -> list[tuple[str, int | None]]:
+        """Texts and control tokens of a template, in their order."""
+        pieces = enumerate(self._pattern.split(template))
+        return [(piece, self._control[piece] if index % 2 else None) for index, piece in pieces if piece]
+
     def _add(self, runs: list[Run], text: str, segment: Segment) -> None:
-        if not text:
-            return
         goes_on = bool(runs) and runs[-1].control is None
         if goes_on and runs[-1].trained == segment.trained:
             runs[-1] = Run(runs[-1].text + text, segment.trained)

@@ -1,7 +1,9 @@
 """Rows that are left out, or that lose a part: counted by reason, every one of them named in a file."""
 
 import json
-from collections.abc import Iterable
+import statistics
+from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -39,11 +41,15 @@ class Losses:
     Attributes:
         cut: Kept rows that lost a part of their prompt or answer.
         dropped: The rows of each reason.
+        by_choice: Those of them with nothing wrong.
+        too_long: Tokens of those of them that are too long.
     """
 
     def __init__(self, folder: Path) -> None:
         self.cut = Tally()
         self.dropped: dict[str, Tally] = {}
+        self.by_choice = 0
+        self.too_long = array("i")
         self._file = (folder / LOST_FILE).open("w", encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -59,6 +65,8 @@ class Losses:
             if isinstance(row, Dropped):
                 known = row.reason in self.dropped or len(self.dropped) < _REASONS
                 self.dropped.setdefault(row.reason if known else _OTHERS, Tally()).add(row.where)
+                self.by_choice += row.by_choice
+                self.too_long.extend([row.tokens] if row.tokens else [])
                 entry = {"where": row.where, "what": "dropped", "reason": row.reason}
             else:
                 self.cut.add(row.where)
@@ -76,4 +84,22 @@ class Losses:
 
     def meta(self) -> dict[str, Any]:
         """What meta.json says of them."""
-        return {"cut": asdict(self.cut), "dropped": {reason: asdict(tally) for reason, tally in self.dropped.items()}}
+        return {
+            "cut": asdict(self.cut),
+            "dropped": {reason: asdict(tally) for reason, tally in self.dropped.items()},
+            "dropped_by_choice": self.by_choice,
+            "too_long": {
+                "rows": len(self.too_long),
+                "median": statistics.median_high(self.too_long) if self.too_long else 0,
+            },
+        }
+
+
+def keep_long_rows(too_long: Mapping[str, int], max_seq_length: int) -> str:
+    """What to do about rows that are too long; "" if there is none. `too_long` stands in `Losses.meta`."""
+    if not too_long["rows"]:
+        return ""
+    return (
+        f"raise --max_seq_length ({max_seq_length}) or see --overflow: {too_long['rows']} rows are too long, half of "
+        f"them with {too_long['median']:,} tokens or more"
+    )

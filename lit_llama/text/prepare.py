@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
-from lit_llama.text.blocks import Block, encode_blocks, read_blocks
+from lit_llama.text.blocks import Block, encode_blocks, rare_collections, read_blocks
 from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
-from lit_llama.text.losses import Losses
+from lit_llama.text.losses import Losses, keep_long_rows
 from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
@@ -63,6 +63,7 @@ def prepare(
     rules: Rules,
     on_error: OnError = "stop",
     key: str = "",
+    made_of: Mapping[str, Any] | None = None,
     members: Members | None = None,
     shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
@@ -79,6 +80,7 @@ def prepare(
         rules: How rows become samples.
         on_error: A row that the style cannot render stops the command, or is dropped with its reason.
         key: Identity of everything that decides the contents.
+        made_of: What that key stands for, each thing by its name.
         members: Which rows are for testing, where the split is "from" other data.
         shards: Encoded rows; without them all rows are encoded here.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
@@ -91,7 +93,8 @@ def prepare(
         DataError: Rows that cannot be used, or a split without rows.
     """
     encoder = new_encoder(tokenizer, style, rules, on_error)
-    with publish(destination, META_FILE, replace=True) as folder, _Work(folder, rules, members) as work:
+    made = publish(destination, META_FILE, replace=True)
+    with rare_collections(), made as folder, _Work(folder, rules, members) as work:
         blocks = read_blocks(reader)
         for block, encoded in shards.encoded(blocks) if shards else encode_blocks(blocks, encoder):
             work.add(block, encoded)
@@ -101,6 +104,7 @@ def prepare(
         meta = {
             "format": FORMAT,
             "key": key,
+            "made_of": dict(made_of or {}),
             "source": {"file": _name(reader.files), "files": reader.files, "rows": reader.rows},
             "schemas": dict(reader.schemas),
             "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
@@ -227,6 +231,8 @@ class _Work:
                 lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
                 size = self._rules.test_split_size
                 hint = f"; --test_split_size is {size}, and --seed another draw" if self._rules.split == "hash" else ""
+                if len(self.losses.too_long) > rows / 2:
+                    hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._rules.max_seq_length)}"
                 raise DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
         self.sides.close()
 

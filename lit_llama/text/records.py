@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
-from lit_llama.text.losses import LOST_FILE
+from lit_llama.text.losses import LOST_FILE, keep_long_rows
 from lit_llama.text.members import read_members
 from lit_llama.text.prepare import Rules, new_encoder, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
@@ -31,7 +33,7 @@ _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
 
 def prepare_records(
-    sources: Sequence[str],
+    sources: str | Sequence[str],
     destination: Path,
     *,
     tokenizer_path: Path,
@@ -44,7 +46,7 @@ def prepare_records(
     documents: Documents | None = None,
     split_from: Path | None = None,
     shard: str | None = None,
-    shards: Sequence[str] = (),
+    shards: str | Sequence[str] | None = None,
     plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
@@ -59,6 +61,7 @@ def prepare_records(
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
     _check(rules, split_from)
+    sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
     if part and shards:
         raise UserError("--shard makes one shard and --shards takes all together: give one of them")
@@ -77,6 +80,7 @@ def prepare_records(
         "sources": [list(source) for source in reader.identity()],
         "tokenizer": _tokenizer_files(tokenizer_path),
         "version of this program": _code(),
+        "version of a package": _packages(),
         "--documents": documents,
         "--prompt_style": prompt_style,
         **{f"--{name}": value for name, value in asdict(rules).items()},
@@ -92,6 +96,8 @@ def prepare_records(
     if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == shard:
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
+    if changes := _changes(meta.get("made_of", {}), made_of):
+        stderr().print(f"{destination}: made anew, since {changes}", markup=False)
     if not part and (destination / SHARD_FILE).exists():
         raise UserError(f"--destination_path {destination} is a shard; name another folder for the data")
     together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
@@ -111,6 +117,7 @@ def prepare_records(
         rules=rules,
         on_error=on_error,
         key=key,
+        made_of=made_of,
         members=members,
         shards=together,
         plan=plan,
@@ -133,6 +140,13 @@ def _check(rules: Rules, split_from: Path | None) -> None:
             f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
             "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
         )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is not as it was when a folder was made; "" if nothing is known of that."""
+    changed = [name for name in now if before and now[name] != before.get(name)]
+    flags = [f"{name} is {now[name]}, not {before.get(name)}" for name in changed if name.startswith("--")]
+    return ", ".join(flags + [f"the {name} changed" for name in changed if not name.startswith("--")])
 
 
 def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
@@ -193,6 +207,15 @@ def _code() -> str:
     return digest.hexdigest()
 
 
+def _packages() -> dict[str, str]:
+    """Versions of what encodes and renders: another may give other tokens."""
+    found = {}
+    for name in ("tokenizers", "sentencepiece", "tiktoken", "jinja2"):
+        with suppress(PackageNotFoundError):  # not all are needed
+            found[name] = version(name)
+    return found
+
+
 def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Where every row went, and what there is now, on stderr."""
     say = stderr().print
@@ -203,8 +226,9 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
         shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
         shown += ", ..." if tally["rows"] > _SHOWN else ""
         say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})", markup=False)
-    if lost > rows / 10:
-        say(f"  more than a tenth is dropped: raise --max_seq_length ({meta['max_seq_length']}) or see --overflow")
+    if lost - meta["dropped_by_choice"] > rows / 10:
+        hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
+        say(f"  more than a tenth is dropped: {hint}", markup=False)
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:

@@ -148,7 +148,7 @@ class Encoder:
             inside = slice(ends[index] - batch.lengths[index], ends[index])
             made = self._shorten(long, batch.take([index]), trained[inside])
             if isinstance(made, Dropped):
-                dropped.append(made)
+                dropped.append(replace(made, tokens=int(batch.lengths[index])))
                 continue
             pieces += [piece for _, piece in made]
             kept += [conversation for conversation, _ in made]

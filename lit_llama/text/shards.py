@@ -117,7 +117,7 @@ class _Writer:
         self._samples.write_batch(pa.record_batch([*columns, rows], schema=self._schema))
         entry = {
             "block": block.number,
-            "dropped": [(row.row, row.reason) for row in encoded.dropped],
+            "dropped": [(row.row, row.reason, row.tokens) for row in encoded.dropped],
             "cut": encoded.cut,
             "parts": encoded.parts,
             "messages": {  # of the samples that are not what the row is
@@ -230,5 +230,5 @@ def _decoded(block: Block, batch: Any, entry: Mapping[str, Any]) -> Encoded:
     conversations = [whole[row] for row in batch.column("row").to_pylist()]
     for number, messages in entry["messages"].items():
         conversations[int(number)] = replace(conversations[int(number)], messages=tuple(messages))
-    dropped = [Dropped(row, whole[row].where, reason) for row, reason in entry["dropped"]]
+    dropped = [Dropped(row, whole[row].where, reason, tokens) for row, reason, tokens in entry["dropped"]]
     return Encoded(samples, conversations, entry["cut"], entry["parts"], dropped)

@@ -110,21 +110,15 @@ class TurnStyle(PromptStyle):
     ) -> list[Segment]:
         """See PromptStyle."""
 
-        def own(text: str, role: str = "", trained: bool = False) -> Segment:
-            return _own(text, bos, eos, role, trained)
+        def own(text: str, role: str = "") -> Segment:
+            return _own(text, bos, eos, role, False)
 
         def around(turn: Turn, message: Message, trained: bool = False) -> list[Segment]:
             content = message["content"].strip() if turn.strip else message["content"]
-            return [
-                own(turn.before, message["role"]),
-                own(turn.lead, trained=trained),
-                *self._words(content, trained),
-                own(turn.trail, trained=trained),
-                own(turn.end, trained=trained),
-                own(turn.after),
-            ]
+            ahead, behind = _around(turn, bos, eos, message["role"], trained)
+            return [*ahead, *self._words(content, trained), *behind]
 
-        segments = [own("" if self._places_bos else "{bos}")]
+        segments = [] if self._places_bos else [own("{bos}")]
         if self.system_turn and messages and messages[0]["role"] == "system":
             segments += around(self.system_turn, messages[0])
             messages = messages[1:]
@@ -195,6 +189,21 @@ class TurnStyle(PromptStyle):
 @lru_cache(4096)  # a style has a dozen of them, and a data set a million rows
 def _own(text: str, bos: str, eos: str, role: str, trained: bool) -> Segment:
     return Segment(text.format(bos=bos, eos=eos, role=role), trained, template=True)
+
+
+@lru_cache(4096)
+def _around(
+    turn: Turn, bos: str, eos: str, role: str, trained: bool
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """What stands before and behind the words of a turn."""
+
+    def segments(*parts: tuple[str, bool]) -> tuple[Segment, ...]:
+        return tuple(_own(text, bos, eos, role, learned) for text, learned in parts if text)
+
+    return (
+        segments((turn.before, False), (turn.lead, trained)),
+        segments((turn.trail, trained), (turn.end, trained), (turn.after, False)),
+    )
 
 
 def _print(text: str, bos: bool, strip: bool = False, message: str = "message") -> str:

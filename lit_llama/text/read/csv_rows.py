@@ -8,7 +8,7 @@ from typing import Any
 from lit_llama.errors import DataError
 from lit_llama.text.read.raw import LONGEST, RawRow, listed, shown
 
-_DELIMITERS = ",;\t"
+_DELIMITERS = ",;\t|"
 _LONG_NAME = 100  # characters; a longer "name" is a text
 _EXPLAINED = {
     "unexpected end of data": "a quote that opens here is never closed",

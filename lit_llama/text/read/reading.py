@@ -59,11 +59,14 @@ class Reader:
     ) -> None:
         self._sources, self._fields, self._on_error, self._tree = sources, fields, on_error, tree
         self._weights, self._seed = weights, seed
+        self._expected: dict[str, str] = {}
         self._begin()
 
     def identity(self) -> list[tuple[str, str, str | None]]:
-        """Name, sha256 and split of everything that will be read."""
-        return [(part.name, part.sha256(), part.split) for parts in self._sources for part in parts]
+        """Name, sha256 and split of everything that will be read; what is read later has to be the same."""
+        found = [(part.name, part.sha256(), part.split) for parts in self._sources for part in parts]
+        self._expected = {name: sha256 for name, sha256, _ in found}
+        return found
 
     def _begin(self) -> None:
         self.rows = 0
@@ -86,7 +89,7 @@ class Reader:
                     yield found
             else:
                 self.rows += 1
-                yield Dropped(self.rows - 1, raw.where, "not drawn, by the weight of its source")
+                yield Dropped(self.rows - 1, raw.where, "not drawn, by the weight of its source", by_choice=True)
         if self._unseen:
             ours, theirs = next(iter(self._unseen.items()))
             raise DataError(f"--fields {ours}={theirs}: no row has a field {theirs}")
@@ -116,6 +119,8 @@ class Reader:
                 for raw in join_messages(self._renamed(part, entry)):
                     yield raw, part.split
                 entry["sha256"] = part.sha256()
+                if entry["sha256"] != self._expected.get(part.name, entry["sha256"]):
+                    raise DataError(f"{part.name} changed while this ran: run the same command again")
             self.files.append(entry)
 
     def _renamed(self, part: _Part, entry: dict[str, Any]) -> Iterator[RawRow]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lit_llama.errors import DataError
 from lit_llama.text.read.csv_rows import read_csv
+from lit_llama.text.read.documents import TEXT_ENDINGS
 from lit_llama.text.read.files import FORMATS, decoded, is_saved, open_bytes, plain_suffix, unchanged
 from lit_llama.text.read.json_rows import read_json
 from lit_llama.text.read.raw import RawRow, shown
@@ -45,4 +46,6 @@ def _read_file(path: Path) -> Iterator[RawRow]:
         elif ending in (".json", ".jsonl", ".ndjson") or looks_like_json:
             yield from read_json(decoded(stream, path), path, by_lines=ending in (".jsonl", ".ndjson"))
         else:
-            raise DataError(f"{path}: its format is not known (it begins with {shown(start[:20])}); expected {FORMATS}")
+            prose = "; plain text is for prepare/text.py" if ending in TEXT_ENDINGS else ""
+            begins = f"it begins with {shown(start[:20])}"
+            raise DataError(f"{path}: its format is not known ({begins}); expected {FORMATS}{prose}")

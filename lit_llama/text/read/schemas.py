@@ -70,10 +70,15 @@ def recognise(row: Row) -> Schema:
     if fitting:
         return fitting[0]
     accepted = ", ".join(f"{' + '.join(schema.keys)} ({schema.name})" for schema in SCHEMAS)
-    raise RowError(
-        f"no schema fits the fields {listed(list(row))}",
-        hint=f"accepted are {accepted}{suggest(list(row), [schema.keys for schema in SCHEMAS if schema is not OASST])}",
-    )
+    way_out = suggest(list(row), [schema.keys for schema in SCHEMAS if schema is not OASST])
+    inside = next((name for name, value in row.items() if _holds_rows(value)), None)
+    if inside is not None:
+        way_out = f"; the field {listed([inside])} is a list of objects: if they are the rows, save that list alone"
+    raise RowError(f"no schema fits the fields {listed(list(row))}", hint=f"accepted are {accepted}{way_out}")
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
 
 
 @lru_cache(maxsize=64)  # nearly all rows of a file have the same fields

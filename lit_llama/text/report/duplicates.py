@@ -8,22 +8,27 @@ Rajaraman, Ullman, Mining of Massive Datasets, chapter 3): at a Jaccard similari
 Shapes: N rows, K bins, P pairs, S values of a sketch.
 """
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
+from lit_llama.device import cores
 from lit_llama.text.report.characters import code_points
 
 SHINGLE = 5  # characters
 SIMILARITY = 0.8
 NEAR_DUPLICATES = 200_000
-"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 200 MB."""
+"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 340 MB."""
+BYTES = 1700
+"""Memory for each of them at the most: sketch, minima, and what is sorted in the end."""
 _BINS, _BANDS, _PER_BAND = 128, 25, 5
 _SKETCH = 256  # smallest hashes kept of a row; a row with fewer shingles is kept whole
 _LIKELY = 0.6  # of equal bins, five standard deviations below SIMILARITY
 _NEIGHBOURS = 8  # compared in one bucket; buckets of templated rows would cost the square of their size
-_BLOCK = 8192  # pairs compared at a time
+_BLOCK = 1024  # rows or pairs at a time: what is made of them stays in the processor's cache
 _NONE = np.uint32(0xFFFFFFFF)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -70,8 +75,8 @@ class NearDuplicates:
     def __init__(self, limit: int) -> None:
         self.rows = 0
         self._limit = limit
-        self._sketches: list[npt.NDArray[np.uint32]] = []
-        self._lengths: list[Rows] = []
+        # Arrays that grow in place: joining parts in the end would hold everything twice.
+        self._sketches, self._lengths = array("I"), array("q")
 
     @property
     def active(self) -> bool:
@@ -82,14 +87,14 @@ class NearDuplicates:
         """Take in the next rows, some hundred kB at a time for speed."""
         self.rows += len(texts)
         if not self.active:
-            self._sketches, self._lengths = [], []
+            self._sketches, self._lengths = array("I"), array("q")
             return
         values, lengths = _sketches(texts)
-        self._sketches.append(values)
-        self._lengths.append(lengths)
+        self._sketches.frombytes(values.tobytes())
+        self._lengths.frombytes(lengths.tobytes())
 
     def pairs(self, among: npt.NDArray[np.bool_]) -> Pairs:
-        """Pairs of rows with a Jaccard similarity of SIMILARITY or more.
+        """Pairs of rows with a Jaccard similarity of SIMILARITY or more; no row can be added after this.
 
         Exact for rows of up to 256 different 5-grams, else an estimate from 256 of them (standard deviation 0.025).
         Where a hundred rows are alike, not every pair of them is compared, but each row with many others.
@@ -104,18 +109,16 @@ class NearDuplicates:
         rows = np.flatnonzero(among)
         if len(rows) < 2:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-        # Joined for good, as two copies of everything would be the most memory that is ever used.
-        self._sketches = [np.concatenate(self._sketches)]
-        self._lengths = [np.concatenate(self._lengths)]
-        values, lengths = self._sketches[0], self._lengths[0]
+        self._sketches.frombytes(np.full(_SKETCH, _NONE).tobytes())  # for a view of the last row as long as any
+        values, lengths = np.frombuffer(self._sketches, np.uint32), np.frombuffer(self._lengths, np.int64)
         starts = np.cumsum(lengths) - lengths
-        codes = np.unique(np.concatenate(list(_candidates(_minima(values, starts, lengths), rows))))
-        first, second = codes // self.rows, codes % self.rows
-        blocks = range(0, len(first), _BLOCK)
-        similarity = np.concatenate(
-            [np.zeros(0)]
-            + [_jaccard(values, starts, lengths, first[at : at + _BLOCK], second[at : at + _BLOCK]) for at in blocks]
-        )
+        minima = _minima(values, starts, lengths)
+        with ThreadPoolExecutor(cores()) as pool:  # numpy leaves Python's lock alone
+            codes = _distinct(list(pool.map(lambda band: _candidates(minima, rows, band), range(_BANDS))))
+            first, second = codes // self.rows, codes % self.rows
+            blocks = [slice(at, at + _BLOCK) for at in range(0, len(codes), _BLOCK)]
+            jaccard = pool.map(lambda block: _jaccard(values, starts, lengths, first[block], second[block]), blocks)
+            similarity = np.concatenate([np.zeros(0), *jaccard])
         alike = similarity >= SIMILARITY
         return first[alike], second[alike], similarity[alike]
 
@@ -150,44 +153,56 @@ def _hashes(points: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _minima(values: npt.NDArray[np.uint32], starts: Rows, lengths: Rows) -> npt.NDArray[np.uint32]:
-    """(N, K) the smallest hash in each bin, of rows whose hashes are sorted."""
+    """(N, K) the smallest hash in each bin, of rows laid end to end."""
     minima = np.full((len(lengths), _BINS), _NONE)
+    bins = np.arange(_BINS, dtype=np.int16)
     for at in range(0, len(lengths), _BLOCK):
         block = minima[at : at + _BLOCK]
         counts = lengths[at : at + _BLOCK]
         row = np.repeat(np.arange(len(counts)), counts)
         inside = values[starts[at] : starts[at] + counts.sum()]
-        block[row[::-1], (inside & np.uint32(_BINS - 1))[::-1]] = inside[::-1]  # of several, the last one stays
+        np.minimum.at(block.reshape(-1), row * _BINS + (inside & np.uint32(_BINS - 1)), inside)
         # An empty bin takes the value of the next one that is not, marked with the way to it.
-        twice = np.where(np.tile(block, 2) != _NONE, np.arange(2 * _BINS), 2 * _BINS)
-        source = np.minimum.accumulate(twice[:, ::-1], axis=1)[:, ::-1][:, :_BINS]
-        way = (source - np.arange(_BINS)).astype(np.uint32)
-        block[:] = np.take_along_axis(block, source % _BINS, axis=1) + way * np.uint32(0x9E3779B1)
+        given = block != _NONE
+        following = np.minimum.accumulate(np.where(given, bins, np.int16(2 * _BINS))[:, ::-1], axis=1)[:, ::-1]
+        following = np.where(following < 2 * _BINS, following, following[:, :1] + np.int16(_BINS))  # once around
+        row, empty = np.nonzero(~given)
+        source = following[row, empty].astype(np.int64)
+        block[row, empty] = block[row, source % _BINS] + (source - empty).astype(np.uint32) * np.uint32(0x9E3779B1)
     return minima
 
 
-def _candidates(minima: npt.NDArray[np.uint32], rows: Rows) -> Iterator[Rows]:
-    """Pairs i < j of `rows` as i * N + j that share a band and seem alike, band by band."""
-    draw = np.random.Generator(np.random.PCG64(7))
-    for band in range(_BANDS):
-        key = np.zeros(len(rows), np.uint64)
-        for column in range(band * _PER_BAND, (band + 1) * _PER_BAND):
-            key = (key ^ minima[rows, column]) * _MIX
-            key ^= key >> np.uint64(29)
-        # Within a bucket another order each time, so that in a large one every row meets many others.
-        order = draw.permutation(len(rows))
-        order = order[np.argsort(key[order], kind="stable")]
-        key, order = key[order], rows[order]
-        for distance in range(1, min(_NEIGHBOURS, len(rows) - 1) + 1):
-            same = np.flatnonzero(key[:-distance] == key[distance:])
-            if not len(same):
-                break
-            first, second = np.sort([order[same], order[same + distance]], axis=0)
-            for at in range(0, len(same), _BLOCK):
-                i, j = first[at : at + _BLOCK], second[at : at + _BLOCK]
-                likely = (minima[i] == minima[j]).mean(axis=1) >= _LIKELY
-                yield i[likely] * len(minima) + j[likely]
-    yield np.zeros(0, np.int64)
+def _candidates(minima: npt.NDArray[np.uint32], rows: Rows, band: int) -> Rows:
+    """Pairs i < j of `rows` as i * N + j that share a band and seem alike."""
+    key = np.zeros(len(rows), np.uint64)
+    for column in range(band * _PER_BAND, (band + 1) * _PER_BAND):
+        key = (key ^ minima[rows, column]) * _MIX
+        key ^= key >> np.uint64(29)
+    # Most rows are alone with their key; only the others have to be sorted.
+    bits = len(rows).bit_length() + 3
+    slot = (key >> np.uint64(64 - bits)).astype(np.int64)
+    shared = np.flatnonzero(np.bincount(slot, minlength=1 << bits)[slot] > 1)
+    # Within a bucket another order each time, so that in a large one every row meets many others.
+    shared = np.random.Generator(np.random.PCG64([7, band])).permutation(shared)
+    shared = shared[np.argsort(key[shared], kind="stable")]
+    key, order = key[shared], rows[shared]
+    found = [np.zeros(0, np.int64)]
+    for distance in range(1, min(_NEIGHBOURS, len(order) - 1) + 1):
+        same = np.flatnonzero(key[:-distance] == key[distance:])
+        if not len(same):
+            break
+        first, second = np.sort([order[same], order[same + distance]], axis=0)
+        for at in range(0, len(same), _BLOCK):
+            i, j = first[at : at + _BLOCK], second[at : at + _BLOCK]
+            likely = np.count_nonzero(minima[i] == minima[j], axis=1) >= _LIKELY * _BINS
+            found.append(i[likely] * len(minima) + j[likely])
+    return np.concatenate(found)
+
+
+def _distinct(codes: list[Rows]) -> Rows:
+    """Each once, in order."""
+    ordered = np.sort(np.concatenate(codes))  # np.unique takes longer
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
 
 
 def _jaccard(
@@ -197,14 +212,14 @@ def _jaccard(
 
     Of a row cut to its smallest hashes nothing is known above the largest kept, so both are compared below it.
     """
-    both = np.full((len(first), 2, _SKETCH), _NONE)  # (P, 2, S)
+    sketches = np.lib.stride_tricks.sliding_window_view(values, _SKETCH)  # one begins at every value
+    both = np.empty((len(first), 2, _SKETCH), np.uint32)  # (P, 2, S)
     for side, rows in enumerate((first, second)):
-        place = np.arange(_SKETCH)
-        inside = place < lengths[rows, None]
-        both[:, side][inside] = values[(starts[rows, None] + place)[inside]]
+        both[:, side] = sketches[starts[rows]]
+        both[:, side][np.arange(_SKETCH) >= lengths[rows, None]] = _NONE
     known = both[:, :, -1].min(axis=1)  # _NONE where both rows are whole
     both[both > known[:, None, None]] = _NONE
     merged = np.sort(both.reshape(len(first), -1), axis=1)
-    given = merged != _NONE
-    shared = ((merged[:, 1:] == merged[:, :-1]) & given[:, 1:]).sum(axis=1)
-    return shared / (given.sum(axis=1) - shared)
+    given = np.count_nonzero(merged != _NONE, axis=1)
+    shared = np.count_nonzero((merged[:, 1:] == merged[:, :-1]) & (merged[:, 1:] != _NONE), axis=1)
+    return shared / (given - shared)

@@ -1,6 +1,6 @@
 """What is in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
 
-Rows stream through; of each some 50 bytes stay, and 1 kB while near-duplicates are looked for. Two texts are the same
+Rows stream through; of each some 50 bytes stay, and BYTES while near-duplicates are looked for. Two texts are the same
 after normalisation if they differ in case, white space or Unicode form (NFKC) alone.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.report.duplicates import BYTES, SIMILARITY, NearDuplicates, earliest
 from lit_llama.text.report.duplicates import NEAR_DUPLICATES as NEAR_DUPLICATES
-from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest
 from lit_llama.text.report.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
 from lit_llama.text.split import normalised
 
@@ -46,6 +46,11 @@ REFUSALS = (
     *("كنموذج لغوي", "آسف، لكن لا يمكنني", "एक एआई भाषा मॉडल के रूप में", "क्षमा करें, लेकिन मैं"),  # Arabic, Hindi
 )
 _ASCII_REFUSALS = tuple(phrase for phrase in REFUSALS if phrase.isascii())
+_SIGNS = (
+    # Each of these phrases holds one: nine answers in ten hold none, and are done with.
+    *("model", "sorry, ", "i can", " an ai", "leid, aber", "siento, pero", " hel", "tant qu'ia", "como ia,"),
+    *("dispiace", "desculpe", "het spijt"),
+)
 _OPENING = 200  # characters of an answer where a refusal would stand
 _BATCH = 1 << 19  # characters looked at together
 
@@ -214,14 +219,16 @@ def unchecked(rows: int, limit: int) -> str:
         limit: Up to how many they were to be looked for.
     """
     why = f"there are {rows:,} rows, more than --near_duplicates {limit}" if limit else "--near_duplicates is 0"
-    return f"{why}; --near_duplicates {rows} would take about {max(1, rows // 1000):,} MB of memory"
+    return f"{why}; --near_duplicates {rows} would take about {max(1, rows * BYTES // 10**6):,} MB of memory"
 
 
 def refused(answer: str) -> bool:
     """Whether a normalised answer begins as a refusal does."""
     opening = answer[:_OPENING].replace("’", "'")
-    phrases = _ASCII_REFUSALS if opening.isascii() else REFUSALS
-    return True in map(opening.__contains__, phrases)  # no generator: every row is asked
+    holds = opening.__contains__  # mapped and not in a generator, since every row is asked
+    if not opening.isascii():
+        return True in map(holds, REFUSALS)
+    return True in map(holds, _SIGNS) and True in map(holds, _ASCII_REFUSALS)
 
 
 def lengths(values: Iterable[int]) -> dict[str, Any]:

@@ -12,7 +12,17 @@ from lit_llama.text.report.show import ShownSample
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1
-_COUNTED = ("kept", "cut", "dropped", "splits", "key", "near_duplicates_checked")  # stand elsewhere in the report
+_COUNTED = (
+    "kept",
+    "cut",
+    "dropped",
+    "splits",
+    "key",
+    "near_duplicates_checked",
+    "made_of",
+    "too_long",
+    "dropped_by_choice",
+)  # stand elsewhere in the report
 _MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
 
 _KINDS = (("exact", "the same"), ("normalised", "the same but for case or spaces"), ("near", "nearly the same"))
@@ -66,6 +76,8 @@ def account(meta: Mapping[str, Any]) -> Json:
         "cut": cut["rows"],
         "dropped": lost,
         "dropped_share": lost / rows if rows else 0.0,
+        "dropped_by_choice": meta["dropped_by_choice"],
+        "too_long": meta["too_long"],
         "adds_up": rows == meta["kept"] + lost,
         "cut_rows": cut,
         "dropped_rows": dropped,
@@ -92,8 +104,14 @@ def _warn_of_losses(accounting: Mapping[str, Any], warn: Any) -> None:
     lost, share = accounting["dropped"], accounting["dropped_share"]
     if lost:
         reasons = ", ".join(f"{tally['rows']:,} {reason}" for reason, tally in accounting["dropped_rows"].items())
-        many = share > _MANY_DROPPED
-        more = " A larger --max_seq_length or another --overflow keeps long rows." if many else ""
+        many = lost - accounting["dropped_by_choice"] > _MANY_DROPPED * accounting["rows"]
+        long = accounting["too_long"]
+        more = (
+            f" A larger --max_seq_length or another --overflow keeps long rows: {long['rows']:,} are too long, half of "
+            f"them with {long['median']:,} tokens or more."
+            if many and long["rows"]
+            else ""
+        )
         warn(
             "fix" if many else "note",
             f"{_rows(lost)} dropped, {percent(share)} of all.",

@@ -103,7 +103,9 @@ class Packed:
             if whole and q.device.type == "cpu" and q.requires_grad:
                 y = causal_attention(queries, keys, values)
             elif whole:
-                grouped = q.shape[1] != k.shape[1]
+                if not _takes_groups(queries):
+                    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
+                grouped = queries.shape[1] != keys.shape[1]
                 y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
             else:
                 assert window is not None
@@ -126,6 +128,12 @@ class Packed:
             y = F.scaled_dot_product_attention(queries[sample][None].transpose(1, 2), key, value, mask)
             outputs.append(y[0].transpose(0, 1))
         return torch.cat(outputs)
+
+
+def _takes_groups(q: Tensor) -> bool:
+    """Whether the kernels that need little memory take fewer key heads than query heads: on GPUs, FlashAttention's."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return not q.is_cuda or (half and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
 def _padding(lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:

@@ -200,7 +200,7 @@ def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:
     spread_over = replace(four, processes=replace(four.processes, sharded=True))
     away = four.kept["weights"] - spread_over.kept["weights"]
     joined = four.sizes.base - spread_over.sizes.base  # what the matrices of fused layers hold beside the weights
-    assert away - joined == pytest.approx(four.sizes.layers * 3 / 4, abs=4) and 0 < joined < 0.2 * four.sizes.layers
+    assert away - joined == pytest.approx(four.sizes.layers * 3 / 4, abs=4) and joined > 0
     assert all(other.quantize is None for other in (*smaller(spread_over), *lighter(spread_over)))
     whole = 2 * four.sizes.layers // config.num_hidden_layers  # one layer computes, the next one comes
     assert spread_over.passing["training"] - whole > 1.02 * four.passing["training"], "layers that are spread are plain"

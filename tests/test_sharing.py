@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused import kernels
 from lit_llama.model.fused.layer import can_share, fuse
+from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.neftune import add_noise
-from lit_llama.text.dataset import collate
+from lit_llama.text.dataset import Batch, collate
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.sharing import LEAST, beginnings
 from lit_llama.train.loss import TokenLoss
@@ -77,6 +78,25 @@ def test_every_sample_can_be_put_together_again(rows: list[list[int]], data: st.
     )
     assert len(batch.targets) == len(plain.targets) and len(batch.input_ids) <= len(plain.input_ids)
     assert all(batch.parents[parent] == -1 for parent in batch.parents if parent >= 0)
+
+
+def loss_of(model: LLaMA, batch: Batch) -> torch.Tensor:
+    ids, select, targets = (torch.from_numpy(x) for x in (batch.input_ids, batch.select, batch.targets))
+    found: torch.Tensor = TokenLoss(model)(ids, batch.lengths, select, targets, batch.parents)
+    return found
+
+
+def test_a_batch_is_filled_up_with_what_nobody_sees() -> None:
+    """Catches padding that carries a loss or changes it."""
+    model = tiny_model()
+    for share in (False, True):
+        batch = collate(drawn(4), share=share)
+        padded = batch.padded(32)
+        assert len(padded.input_ids) % 32 == 0 and 0 < padded.lengths[-1] < 32
+        assert padded.padded(32) is padded and padded.targets is batch.targets
+        with torch.no_grad():
+            losses = [loss_of(model, each) for each in (batch, padded)]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
 def test_loss_and_gradients_are_the_same() -> None:

@@ -6,7 +6,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,15 @@ class Batch:
     select: npt.NDArray[np.int64]  # (N,) places whose next token carries loss
     targets: npt.NDArray[np.int64]  # (N,) that next token
     parents: list[int] = field(default_factory=list)  # of each sample, -1 for none; empty: none has one
+
+    def padded(self, multiple: int) -> "Batch":
+        """With a sample at the end that fills up the places to a multiple, and that nobody sees."""
+        missing = -len(self.input_ids) % multiple
+        if not missing:
+            return self
+        ids = np.concatenate([self.input_ids, np.zeros(missing, np.int64)])
+        parents = [*self.parents, -1] if self.parents else []
+        return replace(self, input_ids=ids, lengths=[*self.lengths, missing], parents=parents)
 
 
 def collate(samples: Sequence[tuple[Ids, Ids]], *, share: bool = False) -> Batch:

@@ -20,6 +20,8 @@ from lit_llama.text.dataset import Batch
 
 CHUNK = 512
 """Trained tokens whose logits are held at a time."""
+PLACES = 32
+"""On a CPU, batches fill multiples of so many places: for each other number oneDNN makes and keeps other code."""
 _LIFT = 256.0
 """Float16 loses values below 6e-8, which a sure token's gradient is soon; the scale of the loss comes only later."""
 
@@ -39,6 +41,7 @@ class TokenLoss(nn.Module):
     def of_batch(self, batch: Batch) -> Tensor:
         """The loss of a batch, wherever the model is."""
         device = self.model.lm_head.weight.device
+        batch = batch.padded(PLACES) if device.type == "cpu" else batch
         ids, select, targets = (torch.from_numpy(x) for x in (batch.input_ids, batch.select, batch.targets))
         if device.type == "cuda":  # from pinned memory, so that nobody waits for what the GPU is doing
             ids, select, targets = (x.pin_memory().to(device, non_blocking=True) for x in (ids, select, targets))

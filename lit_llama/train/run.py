@@ -18,6 +18,7 @@ from lit_llama.device import (
     TrainingPrecision,
     cores,
     describe,
+    keep_few_products,
     keep_freed_memory,
     pick_device,
     return_freed_memory,
@@ -149,6 +150,7 @@ def _execute(
     if not plan.fits:
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
     (keep_freed_memory if plan.roomy else return_freed_memory)()
+    keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
     seed_everything(run.seed)
     loaded = "cpu" if processes.sharded else device

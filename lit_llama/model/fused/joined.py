@@ -31,7 +31,7 @@ class Joined:
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self._linears = list(linears)
+        self.linears = list(linears)
         first, self.inputs = linears[0].weight, linears[0].in_features
         self.outputs = sum(linear.out_features for linear in linears)
         self.updates = [linear for linear in linears if isinstance(linear, LoRALinear)]
@@ -68,7 +68,7 @@ class Joined:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the updates as they are now."""
-        assert self._linears[0].weight.untyped_storage()._cdata == self._matrix.untyped_storage()._cdata
+        assert self.linears[0].weight.untyped_storage()._cdata == self._matrix.untyped_storage()._cdata
         for linear, (rows, columns) in zip(self.updates, self._places, strict=True):
             self._matrix[rows, self.inputs + columns.start : self.inputs + columns.stop] = linear.lora_B * linear.scale
             self._matrix[self.outputs + columns.start : self.outputs + columns.stop, : self.inputs] = linear.lora_A

@@ -90,14 +90,16 @@ def _step(axis: Axis, value: int, repeats: int) -> Point:
     """Seconds of one optimizer step on 8192 tokens, and the memory that it takes beyond model and optimizer."""
     import torch
 
-    from lit_llama.device import cores, keep_freed_memory
+    from lit_llama.device import cores, keep_few_products, keep_freed_memory
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
+    from lit_llama.model.fused.layer import fuse
     from lit_llama.model.llama import LLaMA
     from lit_llama.model.lora import apply_lora, lora_parameters
     from lit_llama.text.dataset import collate
     from lit_llama.train.loss import TokenLoss
 
     keep_freed_memory()
+    keep_few_products()
     torch.set_num_threads(cores())
     torch.manual_seed(0)
     length = value if axis == "sequence_length" else 256
@@ -105,6 +107,7 @@ def _step(axis: Axis, value: int, repeats: int) -> Point:
     config: Any = MODEL
     model = LLaMA(LLaMAConfig(**config))
     apply_lora(model, LoRAConfig(r=value if axis == "rank" else 8))
+    fuse(model)
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, fused=True)
     loss_of = TokenLoss(model).train()
@@ -114,9 +117,7 @@ def _step(axis: Axis, value: int, repeats: int) -> Point:
 
     def step() -> None:
         for batch in batches:
-            given = (torch.from_numpy(values) for values in (batch.input_ids, batch.select, batch.targets))
-            input_ids, select, targets = given
-            (loss_of(input_ids, batch.lengths, select, targets) / TOKENS).backward()
+            (loss_of.of_batch(batch) / TOKENS).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -68,8 +68,7 @@ def train(
         if number == warmup:
             _wait(device)
             start = time.perf_counter()
-        ids, select, targets = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.select, batch.targets))
-        loss = loss_of(ids, batch.lengths, select, targets) / len(targets)
+        loss = loss_of.of_batch(batch) / len(batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ from lit_llama.text.prompts import StyleName, named_style
 from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Tokenizer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; what the tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent

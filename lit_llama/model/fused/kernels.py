@@ -1,6 +1,6 @@
 """kernels.cpp, compiled once for this processor and kept, where there is a compiler.
 
-Without one, or where it fails, everything still runs, by the plain functions and several times as slow.
+Without one, or where it fails, everything still runs, by the plain functions, which are slower.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ def compiled() -> ctypes.CDLL | None:
     """The library, or None where it cannot be had; said once."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if sys.platform != "linux" or compiler is None:
-        stderr().print("no C++ compiler (g++): training on this CPU takes about twice as long", markup=False)
+        stderr().print("no C++ compiler (g++): training on this CPU is slower", markup=False)
         return None
     try:
         if not _share_threads():
@@ -70,7 +70,7 @@ def compiled() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         reason = said.strip().splitlines()[0] if said.strip() else "no message"
-        stderr().print(f"{compiler}: {reason}: training on this CPU takes about twice as long", markup=False)
+        stderr().print(f"{compiler}: {reason}: training on this CPU is slower", markup=False)
         return None
 
 

@@ -203,7 +203,7 @@ def test_a_step_is_that_of_torch_on_transformers_own_model(tiny_folder: Path, da
 
 def test_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """A run that goes astray after its start; catches a result that is the last model and not the best one."""
-    train = replace(SIX, sample_prompts=0, learning_rate=0.3, schedule="constant", warmup_steps=3, eval_interval=1)
+    train = replace(SIX, sample_prompts=0, learning_rate=1.0, schedule="constant", warmup_steps=3, eval_interval=1)
     out = run(tiny_folder, data, tmp_path / "out", train)
     losses = read_metrics(out)["test_loss"][1:]
     best = min(losses, key=lambda pair: pair[1])

@@ -300,7 +300,8 @@ def test_dora_notices_new_weights_in_evaluation(apart: Path) -> None:
             parameter.mul_(1.5)
         model.eval()
         kept = model(IDS)
-    torch.testing.assert_close(kept, model(IDS), atol=1e-6, rtol=1e-6)  # with gradients nothing is kept
+    # With gradients nothing is kept, and attention is computed in another order.
+    torch.testing.assert_close(kept, model(IDS), atol=1e-5, rtol=1e-5)
     assert (kept - before).abs().max() > 1e-2
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.cpu_attention import causal_attention
+from lit_llama.model.fused.attention import packed_attention
 
 PADDING = 1.15
 """Samples share a block of attention as long as padding them to one length wastes at most 15 %."""
@@ -94,6 +95,12 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        if q.requires_grad or q.is_cuda:
+            return packed_attention(q, k, v, self, window)
+        return self.plain(q, k, v, window)
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """The same by the library's kernels, a block of similar samples at a time."""
         if self.shares:
             return self._attend_shared(q, k, v, window)
         outputs = []

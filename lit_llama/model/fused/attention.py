@@ -8,22 +8,72 @@ Shapes: B samples, L tokens of each, T tokens of all, H query heads, G key/value
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lit_llama.model.attention import Packed
 from lit_llama.model.fused.kernels import call, native
 from lit_llama.model.fused.pointwise import copy
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q (T, H, D), k and v (T, G, D)."""
+
+
+class Samples(Protocol):
+    """Samples laid end to end, see `Packed`."""
+
+    counts: list[int]
+
+    @property
+    def offsets(self) -> Tensor:
+        """(B + 1,)"""
+
+    @property
+    def parents(self) -> Tensor:
+        """(B,)"""
+
+    @property
+    def shares(self) -> bool:
+        """Whether any has a parent."""
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """The same through the library, under autograd."""
+
+
 LONG = 512
 """Tokens of a sample from which on cuDNN is faster."""
 
 
-def attend(out: Tensor, qkv: Heads, layout: Packed, window: int | None) -> list[Tensor]:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Samples, window: int | None) -> Tensor:
+    """Both as one function of autograd: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    if not native(q) and _kernels(q, layout, window) == "plain":
+        return layout.plain(q, k, v, window)
+    y: Tensor = _PackedAttention.apply(q, k, v, layout, window)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Samples, window: int | None) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        y = torch.empty_like(q)
+        kept = attend(y, (q, k, v), layout, window)
+        ctx.save_for_backward(q, k, v, y, *kept)
+        ctx.layout, ctx.window = layout, window
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        room, dy = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)), grad_outputs[0].contiguous()
+        return *attend_backward(room, dy, y, kept, (q, k, v), ctx.layout, ctx.window), None, None
+
+
+def attend(out: Tensor, qkv: Heads, layout: Samples, window: int | None) -> list[Tensor]:
     """Fill out (T, H, D); gives what `attend_backward` needs to have kept."""
     q, k, v = qkv
     if native(q):
@@ -41,13 +91,13 @@ def attend(out: Tensor, qkv: Heads, layout: Packed, window: int | None) -> list[
             )
             y, kept = y.transpose(1, 2).flatten(0, 1), [lse, *state]
         case "plain":
-            y, kept = layout.attend(0, q, k, v, window), []
+            y, kept = layout.plain(q, k, v, window), []
     copy(out.flatten(1), y.flatten(1))
     return kept
 
 
 def attend_backward(
-    room: Heads, dy: Tensor, y: Tensor, kept: list[Tensor], qkv: Heads, layout: Packed, window: int | None
+    room: Heads, dy: Tensor, y: Tensor, kept: list[Tensor], qkv: Heads, layout: Samples, window: int | None
 ) -> Heads:
     """The gradients of q, k and v, in the room for them or elsewhere; dy and y are (T, H, D)."""
     q, k, v = qkv
@@ -71,12 +121,12 @@ def attend_backward(
         case "plain":
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-                again = layout.attend(0, inputs[0], inputs[1], inputs[2], window)
+                again = layout.plain(inputs[0], inputs[1], inputs[2], window)
             dq, dk, dv = torch.autograd.grad(again, inputs, dy)
     return dq, dk, dv
 
 
-def _kernels(q: Tensor, layout: Packed, window: int | None) -> Literal["flash", "cudnn", "plain"]:
+def _kernels(q: Tensor, layout: Samples, window: int | None) -> Literal["flash", "cudnn", "plain"]:
     """Who attends, where kernels.cpp does not."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     if q.dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0) or q.shape[2] % 8 or layout.shares:
@@ -85,7 +135,7 @@ def _kernels(q: Tensor, layout: Packed, window: int | None) -> Literal["flash", 
     return "cudnn" if alike and window is None and capability >= (9, 0) else "flash"
 
 
-def _described(qkv: Heads, layout: Packed, window: int | None) -> list[Tensor | int | float]:
+def _described(qkv: Heads, layout: Samples, window: int | None) -> list[Tensor | int | float]:
     q, k, _ = qkv
     _, heads, size = q.shape
     rows = [part for tensor in qkv for part in (tensor, tensor.stride(0))]
@@ -94,12 +144,12 @@ def _described(qkv: Heads, layout: Packed, window: int | None) -> list[Tensor | 
     return [*rows, heads, k.shape[1], size, _scale(q), seen, *samples]
 
 
-def _ends(layout: Packed) -> tuple[Tensor, Tensor, int, int]:
+def _ends(layout: Samples) -> tuple[Tensor, Tensor, int, int]:
     offsets, longest = layout.offsets, max(layout.counts)
     return offsets, offsets, longest, longest
 
 
-def _samples(tensors: tuple[Tensor, ...], layout: Packed) -> list[Tensor]:
+def _samples(tensors: tuple[Tensor, ...], layout: Samples) -> list[Tensor]:
     """(T, H, D) -> (B, H, L, D) each, for samples of one length."""
     return [x.unflatten(0, (-1, layout.counts[0])).transpose(1, 2) for x in tensors]
 

@@ -196,6 +196,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     axes = list(dict.fromkeys(point["axis"] for point in points))
     figure, places = pyplot.subplots(1, len(axes), figsize=(4 * len(axes), 3.2), layout="constrained", squeeze=False)
@@ -205,6 +206,10 @@ def plot(points: Sequence[Point], path: Path) -> None:
         place.plot(values, [point["seconds"] for point in own], "o-", color="#1f4e8c", label="seconds")
         place.plot(values, [point["memory"] / 1e9 for point in own], "s:", color="#d1495b", label="GB")
         place.set(xscale="log", yscale="log", xlabel=axis)
+        place.minorticks_off()
+        place.set_xticks(values, [f"{value // 1000}k" if value >= 1000 else str(value) for value in values])
+        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         place.grid(alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
     places[0][0].legend(frameon=False)

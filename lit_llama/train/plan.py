@@ -192,9 +192,9 @@ class Plan:
 
     @property
     def logits(self) -> int:
-        """Bytes of the logits that are held at once, in the dtype of the products and in float32."""
-        half = (self.numerics.product or self.numerics.linear).itemsize
-        return min(CHUNK, self.largest.trained) * self.config.vocab_size * (4 + (half if half < 4 else 0))
+        """Bytes of the logits that are held at once, in the dtype of the products."""
+        dtype = self.numerics.product or self.numerics.linear
+        return min(CHUNK, self.largest.trained) * self.config.vocab_size * dtype.itemsize
 
     def changed(self, checkpointing: Checkpointing, micro_batch_tokens: int, quantize: Quantization | None) -> "Plan":
         """The same run with other settings."""

@@ -44,6 +44,14 @@ def too_long(data: Path) -> None:
     replace_train(data, Sample([5] * 300, [5] * 300))
 
 
+def no_token(data: Path) -> None:
+    replace_train(data, Sample([5, 6, 7], [5, 6, 40_000]))  # only predicted, so that no embedding meets it
+
+
+def no_mask(data: Path) -> None:
+    replace_train(data, Sample([5, 6, 7], [5, -1, 7]))
+
+
 def no_test_rows(data: Path) -> None:
     shutil.rmtree(data / "test")
     write_splits(data, {"test": []})
@@ -64,6 +72,8 @@ CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
     "all masked": (all_masked, [], 3, "no token of the train split carries a loss"),
     "no rows": (no_test_rows, [], 3, "data/test: expected rows with input_ids and labels"),
     "longer than the context": (too_long, [], 3, "the longest sample has 300 tokens"),
+    "beyond the vocabulary": (no_token, [], 3, "the train split holds 40000, which is none of the"),
+    "another mask": (no_mask, [], 3, "the train split holds -1, which is none of the"),
     "no such target": (as_it_is, ["--lora.target_modules", "q_prj"], 2, "did you mean q_proj?"),
     "rank 0": (as_it_is, ["--lora.r", 0], 2, "--lora.r is 0, expected a whole number of 1 or more"),
     "batch above the rows": (

@@ -19,6 +19,7 @@ from benchmarks.training.compare import Speed, agreement, speed, summary
 from benchmarks.training.contest import CONTENDERS, OURS, Contest, Settings
 from benchmarks.training.job import Course, Job
 from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
+from lit_llama.device import peak_memory
 from lit_llama.errors import DataError, IntegrityError, ResourceError
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
@@ -153,7 +154,8 @@ def test_the_table_gives_ratios_and_says_what_is_not_comparable(tmp_path: Path) 
 def test_a_program_is_measured_by_itself(tmp_path: Path) -> None:
     done = process.run([sys.executable, "-c", "x = b'1' * 300_000_000; print(len(x))"], tmp_path / "log")
     assert done.stdout == "300000000\n"
-    assert 300e6 < done.peak_rss < 900e6
+    # The kernel lets a program begin with the peak of the one that started it.
+    assert 300e6 < done.peak_rss < 400e6 + peak_memory(torch.device("cpu"))
     assert done.seconds > 0
     assert 0 <= done.busy_before <= 1
 

@@ -221,6 +221,15 @@ def test_cross_entropy_and_its_gradient_are_torchs(way: str, dtype: torch.dtype)
     torch.testing.assert_close(logits.double(), 2 * exact.grad, rtol=tolerance, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", [-1, 301])
+def test_a_target_that_is_no_token_is_refused(target: int) -> None:
+    """Catches memory of somebody else that is read and written."""
+    if kernels.compiled() is None:
+        pytest.skip("no C++ compiler")
+    with pytest.raises(IndexError, match="none of the 301 tokens"):
+        pointwise.cross_entropy(torch.zeros(2, 301), torch.tensor([5, target]), 1.0)
+
+
 def test_what_is_no_number_stays_none(way: str) -> None:
     """A step that is not finite is skipped, if it is seen; catches a maximum or a rounding that hides it."""
     for dtype in (torch.float32, torch.bfloat16):

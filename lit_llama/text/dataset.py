@@ -23,6 +23,8 @@ TEST_KEYS_FILE = "test_keys.txt"
 """In a data folder: for each line of test.jsonl, the key of what its row opened with before anything was cut."""
 SPLITS = ("train", "test")
 FORMAT = 1
+PART = 1 << 20
+"""Values of a column that are looked at at once."""
 Ids = npt.NDArray[np.int32]
 
 
@@ -82,6 +84,14 @@ class Split:
     def __getitem__(self, row: int) -> tuple[Ids, Ids]:
         return self._ids[row], self._labels[row]
 
+    def stranger(self, vocab_size: int) -> int | None:
+        """An id or label that is none of so many tokens, if there is one."""
+        for values in (*self._ids.values(), *self._labels.values()):
+            bad = (values >= vocab_size) | ((values < 0) & (values != IGNORE_INDEX))
+            if bad.any():
+                return int(values[bad.argmax()])
+        return None
+
     def trained_tokens(self, rows: Iterable[int] | None = None) -> int:
         """Labels with a loss, of some samples or all; the first token of a sample is never predicted."""
         rows = range(len(self)) if rows is None else rows
@@ -101,6 +111,12 @@ class _Column:
         self.lengths: npt.NDArray[np.int64] = np.concatenate(
             [np.diff(offsets) for _, offsets in self._chunks] or [np.zeros(0, np.int64)]
         )
+
+    def values(self) -> Iterator[npt.NDArray[Any]]:
+        """All values, a part at a time."""
+        for values, offsets in self._chunks:
+            for start in range(int(offsets[0]), int(offsets[-1]), PART):
+                yield values[start : min(start + PART, int(offsets[-1]))]
 
     def __getitem__(self, row: int) -> npt.NDArray[Any]:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1

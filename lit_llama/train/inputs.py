@@ -117,6 +117,11 @@ def _check_split(name: str, split: Split, checkpoint_dir: Path, config: LLaMACon
     longest = int(split.lengths.max())
     if not split.trained_tokens():
         raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
+    if (stranger := split.stranger(config.vocab_size)) is not None:
+        raise DataError(
+            f"{data_dir}: the {name} split holds {stranger}, which is none of the {config.vocab_size} tokens of "
+            f"{checkpoint_dir}; prepare the data again"
+        )
     if longest > config.context_length:
         raise DataError(
             f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "

@@ -8,11 +8,13 @@ Shapes: T tokens, C hidden, I intermediate, N heads, D head size, V vocabulary, 
 
 import functools
 import importlib.util
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.model.fused.kernels import call, native
 
@@ -67,7 +69,7 @@ def plain_rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) 
 
 def copy(out: Tensor, x: Tensor) -> None:
     """out = x, both (T, C): where it is one of the two that has longer rows, a GPU does it at half the speed itself."""
-    if x.is_cuda and (twin := _triton("copy")):
+    if twin := _triton("copy", x.device):
         return twin(out, x)
     out.copy_(x)
 
@@ -106,6 +108,9 @@ def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> No
 def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """-log p(target) of each row in float32 (n,); logits (n, V) become `scale` times their gradient, unless it is 0."""
     if native(logits):
+        # What lies outside would be read and written wherever that is in memory.
+        if not isinstance(logits, FakeTensor) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise IndexError(f"a target is none of the {logits.shape[1]} tokens")
         loss = logits.new_empty(len(targets), dtype=torch.float32)
         call("cross_entropy", logits.dtype, loss, logits, logits.stride(0), targets, *logits.shape, scale)
         return loss
@@ -125,15 +130,20 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor
 
 def _by(plain: Callable[..., Any], *arguments: Any) -> Any:
     """A plain operation, or its twin for a GPU."""
-    on_gpu = arguments[0].is_cuda and arguments[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-    twin = _triton(plain.__name__.removeprefix("plain_")) if on_gpu else None
+    known = arguments[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+    twin = _triton(plain.__name__.removeprefix("plain_"), arguments[0].device) if known else None
     return (twin or plain)(*arguments)
 
 
 @functools.cache
-def _triton(name: str) -> Callable[..., Any] | None:
-    """The function of this name in triton_kernels.py; None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
+def _triton(name: str, device: torch.device) -> Callable[..., Any] | None:
+    """The function of this name in triton_kernels.py; None where Triton cannot be had.
+
+    It compiles for GPUs from Ampere on, which a V100 is not, and needs a C compiler for what starts its kernels.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return None
     from lit_llama.model.fused import triton_kernels
 

@@ -21,7 +21,7 @@ def main(
     lora: LoRAConfig = LoRAConfig(),
     train: TrainConfig = TrainConfig(),
     precision: TrainingPrecision = "auto",
-    quantize: Literal["nf4", "nf4-dq", "int8"] | None = None,
+    quantize: Literal["nf4", "nf4-dq", "int8", "fp8"] | None = None,
     seed: int = 1337,
     resume: Literal["never", "auto"] | Path = "never",
     loggers: LoggerName | list[LoggerName] | None = None,
@@ -43,7 +43,8 @@ def main(
             on a GPU without bfloat16. In the mixed ones only matrix products have 16 bits. The adapter itself is
             always float32.
         quantize: Hold the linear layers of the frozen base in 4 bits (nf4; nf4-dq, a little smaller yet) or 8 (int8),
-            which saves most of their memory and costs time. Merging and generating do the same by themselves.
+            which saves most of their memory and costs time; or train with products of 8-bit floats (fp8), faster on
+            GPUs that have them and less exact. Merging and generating hold it the same way by themselves.
         seed: Of the adapter's start, the order of the samples and dropout.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
             OUT/states/step-000100. The result is that of a run that was never stopped.

@@ -18,7 +18,7 @@ def main(
     format: Literal["hf", "gguf"] = "hf",
     dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
     precision: Precision = "auto",
-    onto: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
+    onto: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 

@@ -20,7 +20,7 @@ def main(
     top_p: float = 1.0,
     seed: int = 1234,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
+    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
 ) -> None:
     """Stream the continuation of a text to stdout, until a token that ends it or the limit.
 

@@ -21,7 +21,7 @@ def main(
     seed: int = 1234,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
+    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
 ) -> None:
     """Read messages from the terminal, or a line each from a pipe, and stream the answers to stdout.
 

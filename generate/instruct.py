@@ -29,7 +29,7 @@ def main(
     seed: int = 1234,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8"] | None = None,
+    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
 ) -> None:
     """Put instructions in the style the model was trained with and print the answers.
 

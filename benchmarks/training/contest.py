@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.training.environments import python_of
 from benchmarks.training.job import RESULT_FILE, Job
@@ -135,6 +135,11 @@ class Contest:
         folder = self.folder / f"{CONTENDERS[name].module}-{'tuned' * CONTENDERS[name].tuned or 'stock'}-{number}"
         job = replace(self._job(folder), micro_batch=micro_batch, tuned=CONTENDERS[name].tuned)
         return {"contender": name, "round": number, **self._train(CONTENDERS[name], folder, job)}
+
+    def train_on(self, quantize: str, precision: Literal["bf16-true", "32-true"]) -> Run:
+        """One run of ours on a base that is held otherwise; its adapter stays in the folder named by `adapter`."""
+        folder = self.folder / f"base-{quantize or precision}"
+        return self._train(CONTENDERS[OURS], folder, replace(self._job(folder), precision=precision, quantize=quantize))
 
     def best_micro_batch(self, name: str, choices: Sequence[int]) -> int:
         """The fastest of some micro-batches of a tuned peer, by its second and third step."""

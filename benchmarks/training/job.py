@@ -28,6 +28,7 @@ class Job:
         alpha: The update is scaled by alpha / r.
         seed: Of our order and our lora_A, which the peers are given.
         precision: Of ours, as its flag.
+        quantize: The same; empty for a base as it is stored.
         tuned: The peers' best settings instead of their defaults.
     """
 
@@ -44,6 +45,7 @@ class Job:
     alpha: int
     seed: int
     precision: Literal["auto", "bf16-true", "32-true"] = "auto"
+    quantize: str = ""
     tuned: bool = False
 
     def write(self, folder: Path) -> Path:

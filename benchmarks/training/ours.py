@@ -57,6 +57,8 @@ def flags(job: Job) -> list[str]:
         "train.eval_interval": job.steps,
         "train.sample_prompts": 0,
     }
+    if job.quantize:
+        values["quantize"] = job.quantize
     return [f"--{name}={value}" for name, value in values.items()]
 
 

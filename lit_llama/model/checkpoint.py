@@ -14,7 +14,7 @@ import torch
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.quantize import QuantizedLinear, is_quantized
+from lit_llama.model.quantize import is_quantized, quantized
 from lit_llama.model.weights import DTYPES, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
 
@@ -67,7 +67,7 @@ def load_model(
         if quantize and is_quantized(name):
             module = name.removesuffix(".weight")
             bias = dict(model.get_submodule(module).named_parameters()).get("bias")
-            layer = QuantizedLinear(weights[name].to(device), bias, quantize)
+            layer = quantized(weights[name].to(device), bias, quantize)
             model.set_submodule(module, layer)
             state[f"{module}.packed"] = layer.packed
         else:

@@ -182,10 +182,10 @@ class LLaMAConfig:
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of one decoder layer, which `all-linear` stands for."""
 
-Quantization = Literal["nf4", "nf4-dq", "int8"]
+Quantization = Literal["nf4", "nf4-dq", "int8", "fp8"]
 """How the linear layers of a base are held: see quantize.py."""
 
-Onto = Literal["stored", "nf4", "nf4-dq", "int8"]
+Onto = Literal["stored", "nf4", "nf4-dq", "int8", "fp8"]
 """What an adapter is put on: the base as it is stored, or with quantised linear layers."""
 
 

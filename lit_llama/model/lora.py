@@ -70,7 +70,7 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding, QuantizedLinear)
+        if type(module) in (nn.Linear, nn.Embedding) or isinstance(module, QuantizedLinear)
     }
 
 

@@ -123,6 +123,13 @@ def device_of(base: nn.Linear | QuantizedLinear) -> torch.device:
     return base.packed.device if isinstance(base, QuantizedLinear) else base.weight.device
 
 
+def base_of(linear: nn.Module) -> nn.Linear | QuantizedLinear:
+    """The frozen layer below an update of low rank, or the layer itself where it has none."""
+    base = linear.base_layer if isinstance(linear, LoRAOnQuantized) else linear
+    assert isinstance(base, nn.Linear | QuantizedLinear)
+    return base
+
+
 def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """W + scale * B A, added in float32 and rounded once to `dtype`: (out, in)."""
     return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scale).to(dtype)

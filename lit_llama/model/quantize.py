@@ -1,8 +1,9 @@
-"""Base weights in four or eight bits, through bitsandbytes.
+"""Base weights in four or eight bits, through bitsandbytes and the products of 8-bit floats that torch has.
 
 nf4 (Dettmers et al. 2023, QLoRA, arXiv:2305.14314) has 16 levels and a float32 scale for each 64 values, 4.5 bits a
 value; nf4-dq holds the scales in 8 bits, too, 4.13 bits a value. int8 (Dettmers et al. 2022, LLM.int8(),
-arXiv:2208.07339) has 255 levels and a scale for each row; activations stay as they are, on every device.
+arXiv:2208.07339) has 255 levels and a scale for each row; activations stay as they are, on every device. fp8 is for
+speed: weights are floats of eight bits, and so are activations and their gradients while training, see float8.py.
 """
 
 import logging
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.errors import ResourceError
+from lit_llama.model import float8
 from lit_llama.model.config import LINEARS, Quantization
 
 BLOCK = 64
@@ -35,27 +38,24 @@ def through(weight: Tensor, method: Quantization) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is unpacked each time it is used.
+    """A frozen linear layer whose weight is unpacked each time it is used; made by `quantized`.
 
     Args:
-        weight: (out, in), as it is stored: quantised in that dtype, so that nothing depends on the precision of a run.
+        shape: Of the weight, (out, in).
+        packed: Its values.
+        state: What is needed to unpack them: bitsandbytes' state of nf4, else the scales (out,).
         bias: (out,) or None.
-        method: How.
-
-    Raises:
-        ResourceError: bitsandbytes is not installed, or cannot do it on this device.
     """
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, method: Quantization) -> None:
+    def __init__(self, shape: torch.Size, packed: Tensor, state: Any, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        packed, self._state = _pack(weight, method)
+        self.out_features, self.in_features = shape
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self.bias = bias
+        self.state, self.bias = state, bias
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight that is computed with: (out, in)."""
-        return _unpack(self.packed, self._state, torch.Size((self.out_features, self.in_features)), dtype)
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight that is computed with: (out, in), written into `out` if that is given."""
+        return _unpack(self.packed, self.state, torch.Size((self.out_features, self.in_features)), dtype, out)
 
     def product(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """x W', without the bias: (T, in) -> (T, out); `start` (T, out) is added before anything is rounded."""
@@ -67,6 +67,61 @@ class QuantizedLinear(nn.Module):
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 
+    def times(self, x: Tensor, start: Tensor | None) -> Tensor:
+        """What `product` computes, (T, in) -> (T, out)."""
+        weight = self.dense(x.dtype)
+        return F.linear(x, weight) if start is None else torch.addmm(start, x, weight.t())
+
+    def times_back(self, gradient: Tensor) -> Tensor:
+        """dy W: (T, out) -> (T, in)."""
+        return gradient @ self.dense(gradient.dtype)
+
+
+class Float8Linear(QuantizedLinear):
+    """The same in floats of eight bits; while training, what is multiplied with the weight is rounded to them, too."""
+
+    def times(self, x: Tensor, start: Tensor | None) -> Tensor:
+        """(T, in) -> (T, out)."""
+        if not self.training:
+            return super().times(x, start)
+        y = float8.product(x, self.packed, self.state)
+        return y if start is None else y + start
+
+    def times_back(self, gradient: Tensor) -> Tensor:
+        """(T, out) -> (T, in)."""
+        if not self.training:
+            return super().times_back(gradient)
+        return float8.product_back(gradient, self.packed.t().contiguous(), self.state)
+
+
+def quantized(weight: Tensor, bias: nn.Parameter | None, method: Quantization) -> QuantizedLinear:
+    """The layer of a method.
+
+    Args:
+        weight: (out, in), as it is stored: quantised in that dtype, so that nothing depends on the precision of a run.
+        bias: (out,) or None.
+        method: How.
+
+    Raises:
+        ResourceError: bitsandbytes is not installed, or it cannot be done on this device.
+    """
+    return _kind(method)(weight.shape, *_pack(weight, method), bias)
+
+
+def quantize_shapes(model: nn.Module, method: Quantization) -> None:
+    """Put the layers of a method into a model whose weights have shapes and no numbers, as the plan of a run has it."""
+    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(method, torch.uint8)
+    for name, linear in list(model.named_modules()):
+        if is_quantized(f"{name}.weight"):
+            assert isinstance(linear, nn.Linear)
+            weight = linear.weight
+            packed, scales = weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(len(weight)).float()
+            model.set_submodule(name, _kind(method)(weight.shape, packed, scales, linear.bias))
+
+
+def _kind(method: Quantization) -> type[QuantizedLinear]:
+    return Float8Linear if method == "fp8" else QuantizedLinear
+
 
 class _Product(torch.autograd.Function):
     """x W', unpacking W again on the way back, so that nobody keeps it."""
@@ -74,13 +129,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer, ctx.started = layer, start is not None
-        weight = layer.dense(x.dtype)
-        return F.linear(x, weight) if start is None else torch.addmm(start, x, weight.t())
+        return layer.times(x, start)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (gradient,) = grad_outputs
-        return gradient @ ctx.layer.dense(gradient.dtype), gradient if ctx.started else None, None
+        return ctx.layer.times_back(gradient), gradient if ctx.started else None, None
 
 
 def library(wanted: str = "4-bit and 8-bit weights") -> Any:
@@ -102,7 +156,10 @@ def library(wanted: str = "4-bit and 8-bit weights") -> Any:
 
 
 def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
-    """The packed values, and what is needed to unpack them: bitsandbytes' state of nf4, the scales (out,) of int8."""
+    """The packed values, and the state that unpacks them."""
+    if method == "fp8":
+        float8.check(weight.device)
+        return float8.rounded(weight)
     functional = library()
     try:
         if method == "int8":
@@ -121,9 +178,16 @@ def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
         ) from error
 
 
-def _unpack(packed: Tensor, state: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _unpack(packed: Tensor, state: Any, shape: torch.Size, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if isinstance(packed, FakeTensor):  # there are no numbers
+        return packed.new_empty(shape, dtype=dtype) if out is None else out
     if isinstance(state, Tensor):
-        return (packed * state[:, None]).to(dtype)
+        values = packed.float() if packed.is_floating_point() else packed
+        out = packed.new_empty(shape, dtype=dtype) if out is None else out
+        return torch.mul(values, state[:, None], out=out)
     state.dtype = dtype
-    weight: Tensor = library().dequantize_4bit(packed, state)
-    return weight.reshape(shape)
+    if out is None or packed.device.type == "cpu":  # where the library makes a tensor of its own
+        weight: Tensor = library().dequantize_4bit(packed, state).reshape(shape)
+        return weight if out is None else out.copy_(weight)
+    library().dequantize_4bit(packed, state, out=out.view(state.shape))
+    return out

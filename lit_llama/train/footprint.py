@@ -27,7 +27,7 @@ from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share, fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.quantize import is_quantized
+from lit_llama.model.quantize import is_quantized, quantize_shapes
 from lit_llama.train.config import Checkpointing
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
@@ -37,7 +37,12 @@ _FEW, _MORE = 2, 3
 """Layers of the two small models from which a deep one is extrapolated: each layer more adds the same."""
 
 
-QUANTIZED_BYTES: dict[Quantization, float] = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0}
+QUANTIZED_BYTES: dict[Quantization, float] = {
+    "nf4": 0.5 + 4 / 64,
+    "nf4-dq": 0.5 + (1 + 4 / 256) / 64,
+    "int8": 1.0,
+    "fp8": 1.0,
+}
 """Bytes for each value, the scales of blocks of 64 values and of blocks of 256 scales among them."""
 
 
@@ -50,7 +55,6 @@ class Sizes(NamedTuple):
         plain: Bytes of the frozen weights when they are not quantised.
         trained: Values that are trained.
         trained_bytes: Bytes of these.
-        unpacked: Bytes of the largest quantised weight when it is unpacked for use.
     """
 
     base: int
@@ -58,7 +62,6 @@ class Sizes(NamedTuple):
     plain: int
     trained: int
     trained_bytes: int
-    unpacked: int
 
 
 class Shape(NamedTuple):
@@ -91,25 +94,27 @@ class Build:
         with torch.device("meta"):
             model = LLaMA(self.config)
         names = linear_weights(model)
-        base = layers = plain = unpacked = 0
+        base = layers = plain = 0
+        stored = QUANTIZED_BYTES[self.quantize] if self.quantize else 0
+        if self.quantize == "fp8" and self.fused and self.numerics.device.type == "cuda":
+            stored *= 2  # as it is, and turned around
         for name, value in model.named_parameters():
             itemsize = (self.numerics.linear if name in names else self.numerics.rest).itemsize
             plain += value.numel() * itemsize
             size = value.numel() * itemsize
             if self.quantize and is_quantized(name):
-                unpacked = max(unpacked, size)
-                size = round(value.numel() * QUANTIZED_BYTES[self.quantize])
+                size = round(value.numel() * stored)
             base += size
             layers += size if name.startswith("model.layers.") else 0
         self.method.apply(model)
-        if self.fused and self.numerics.linear == self.numerics.rest and not self.quantize:
+        if self.fused:
             fuse(model)
             joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
             base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
-            return Sizes(0, 0, 0, trained, plain, 0)
-        return Sizes(base, layers, plain, trained, 4 * trained, unpacked)
+            return Sizes(0, 0, 0, trained, plain)
+        return Sizes(base, layers, plain, trained, 4 * trained)
 
     def training_peak(self, shape: Shape) -> int:
         """Most bytes that a forward and backward pass holds beside the parameters and their gradients."""
@@ -168,6 +173,8 @@ class Build:
         model.load_state_dict(state, assign=True)
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
+        if self.quantize:
+            quantize_shapes(model, self.quantize)
         self.method.apply(model)
         if self.fused:
             fuse(model, self.checkpointing)

@@ -109,7 +109,7 @@ class Plan:
             numerics=self.numerics,
             checkpointing=self.train.activation_checkpointing,
             quantize=self.quantize,
-            fused=not self.processes.sharded,
+            fused=not self.processes.sharded and self.numerics.product is None,
         )
 
     @cached_property
@@ -138,9 +138,7 @@ class Plan:
     def passing(self) -> dict[str, int]:
         """Bytes that come and go, never two of them at once."""
         on_cpu = self.numerics.device.type == "cpu"
-        made = self.sizes.unpacked  # for use, and dropped again
-        if self.processes.sharded:
-            made += FETCHED * self.sizes.layers // self.config.num_hidden_layers
+        made = FETCHED * self.sizes.layers // self.config.num_hidden_layers if self.processes.sharded else 0
         return {
             "training": self._pass("training", self.largest, self.build.training_peak) + made,
             "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made,
@@ -149,9 +147,9 @@ class Plan:
         }
 
     def _pass(self, name: str, shape: Shape, peak: Callable[[Shape], int]) -> int:
-        """A peak, found once for all plans that were made out of each other: what is quantised changes none."""
+        """A peak, found once for all plans that were made out of each other."""
         mode = name == "training" and self.train.activation_checkpointing
-        key = (name, mode, self.processes.sharded, *shape.lengths, shape.trained)
+        key = (name, mode, self.quantize, self.processes.sharded, *shape.lengths, shape.trained)
         if key not in self._passes:
             self._passes[key] = peak(shape)
         return self._passes[key]

@@ -157,7 +157,7 @@ def _execute(
     model = load_model(run.checkpoint_dir, loaded, numerics.rest, run.quantize, numerics.linear)
     where = run.method.apply(model)
     add_noise(model, run.train.neftune_noise_alpha)
-    if not processes.sharded:
+    if plan.build.fused:
         fuse(model, run.train.activation_checkpointing)
     recompute_activations(model, run.train.activation_checkpointing)
     if processes.sharded:

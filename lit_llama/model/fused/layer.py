@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.fused import pointwise
 from lit_llama.model.fused.attention import Heads, attend, attend_backward
-from lit_llama.model.fused.joined import Joined
 from lit_llama.model.fused.kernels import native
+from lit_llama.model.fused.quantized import join, kind_of
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
-from lit_llama.model.low_rank import LoRALinear
+from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
 
 Leave = Literal["none", "selective", "full"]
 """What is not kept for the backward pass: selective gate and up, full all but the input of the layer."""
@@ -30,7 +30,8 @@ Leave = Literal["none", "selective", "full"]
 def fuse(model: LLaMA, leave: Leave = "none") -> int:
     """Replace the layers that can be by fused ones, in place; gives their number.
 
-    Call it when all other replacements are done and the weights are where they stay.
+    Call it when all other replacements are done and the weights are where they stay, and not where autocast is to
+    choose other numbers than those of the norms.
 
     Args:
         model: Frozen but for its adapters.
@@ -57,7 +58,8 @@ def _leave_files(model: LLaMA) -> None:
 
 def _joined_weights(layer: nn.Module) -> list[Tensor]:
     assert isinstance(layer, FusedLayer)
-    return [linear.weight for joined in layer.joined for linear in joined.linears]
+    bases = [base for joined in layer.joined for base in joined.bases]
+    return [base.weight if isinstance(base, nn.Linear) else base.packed for base in bases]
 
 
 def can_share(model: LLaMA) -> bool:
@@ -80,15 +82,19 @@ def fusable(layer: DecoderLayer) -> bool:
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    frozen = [*linears, *norms]
+    kinds = {kind_of(linear) for linear in linears}
+    if len(kinds) > 1 or None in kinds:
+        return False
+    bases = [base_of(linear) for linear in linears]
+    adapted = [linear for linear in linears if isinstance(linear, LoRALinear | LoRAOnQuantized)]
+    weights = [module.weight for module in (*norms, *bases) if isinstance(module, nn.Linear | nn.RMSNorm)]
     return (
-        all(type(linear) in (nn.Linear, LoRALinear) for linear in linears)
-        and not any(isinstance(linear, LoRALinear) and linear.dropout.p for linear in linears)
-        and all(type(norm) is nn.RMSNorm for norm in norms)
+        all(type(norm) is nn.RMSNorm for norm in norms)
         and type(attention.q_norm) is nn.Identity
-        and not any(module.weight.requires_grad for module in frozen)
-        and not any(linear.bias is not None and linear.bias.requires_grad for linear in linears)
-        and len({module.weight.dtype for module in frozen}) == 1
+        and not any(linear.dropout.p for linear in adapted)
+        and not any(weight.requires_grad for weight in weights)
+        and not any(base.bias is not None and base.bias.requires_grad for base in bases)
+        and len({weight.dtype for weight in weights}) == 1
     )
 
 
@@ -104,10 +110,11 @@ class FusedLayer(DecoderLayer):
         eps = layer.input_layernorm.eps
         assert eps is not None
         self.eps = eps
-        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Joined([attention.o_proj])
-        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
-        self.down = Joined([mlp.down_proj])
+        like = layer.input_layernorm.weight
+        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], like)
+        self.out = join([attention.o_proj], like)
+        self.gate_up = join([mlp.gate_proj, mlp.up_proj], like)
+        self.down = join([mlp.down_proj], like)
         self.joined = (self.qkv, self.out, self.gate_up, self.down)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
@@ -122,10 +129,7 @@ class FusedLayer(DecoderLayer):
 
     def heads(self, qkv: Tensor) -> Heads:
         """Views of (T, (H + 2 G) D)."""
-        size = self.self_attn.head_dim
-        linears = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
-        parts = qkv.split([linear.out_features for linear in linears], dim=1)
-        q, k, v = (part.unflatten(1, (-1, size)) for part in parts)
+        q, k, v = (part.unflatten(1, (-1, self.self_attn.head_dim)) for part in qkv.split(self.qkv.sizes, dim=1))
         return q, k, v
 
 

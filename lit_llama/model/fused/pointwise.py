@@ -18,6 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.model.fused.kernels import call, native
 
+E4M3 = 448.0
+"""The largest number of eight bits, four of them for the exponent."""
+TINY = 1e-30
+"""Rows with nothing above it are zero."""
+
 
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
@@ -72,6 +77,21 @@ def copy(out: Tensor, x: Tensor) -> None:
     if twin := _triton("copy", x.device):
         return twin(out, x)
     out.copy_(x)
+
+
+def round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None) -> None:
+    """x (T, n), its columns multiplied by `columns` (n,), is values (T, n) times scales (T,), as near as e4m3 can be.
+
+    The largest magnitude of a row becomes the largest that e4m3 has.
+    """
+    (_triton("round_rows", x.device) or plain_round_rows)(values, scales, x, columns)
+
+
+def plain_round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None) -> None:
+    for part in (slice(start, start + 256) for start in range(0, len(x), 256)):  # in float32 only so many at a time
+        wide = x[part].float() if columns is None else x[part].float() * columns
+        scales[part] = wide.abs().amax(1).clamp(min=TINY) / E4M3
+        values[part] = wide / scales[part, None]
 
 
 def swiglu(out: Tensor, gate_up: Tensor) -> None:

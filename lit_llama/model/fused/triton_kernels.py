@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_llama.model.fused.pointwise import E4M3, TINY
+
 COLUMNS = 1024
 """Columns of a row at a time, where they do not depend on each other."""
 VOCABULARY = 8192
@@ -58,6 +60,18 @@ def _rotate(out, x, cos, sin, so, sx, heads, half, sign, HEADS: tl.constexpr, HA
 def _copy(out, x, so, sx, n, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + row * so + column, tl.load(x + row * sx + column, mask=column < n), mask=column < n)
+
+
+@triton.jit
+def _round_rows(values, scales, x, columns, sx, n, largest, tiny, FACTORS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < n
+    value = tl.load(x + row * sx + column, mask=inside, other=0).to(tl.float32)
+    if FACTORS:
+        value *= tl.load(columns + column, mask=inside, other=0)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), tiny) / largest
+    tl.store(scales + row, scale)
+    tl.store(values + row * n + column, (value / scale).to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -131,6 +145,14 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Non
 def copy(out: Tensor, x: Tensor) -> None:
     rows, n = x.shape
     _copy[(rows, triton.cdiv(n, COLUMNS))](out, x, out.stride(0), x.stride(0), n, BLOCK=COLUMNS)
+
+
+def round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None) -> None:
+    rows, n = x.shape
+    given = x if columns is None else columns
+    _round_rows[(rows,)](
+        values, scales, x, given, x.stride(0), n, E4M3, TINY, FACTORS=columns is not None, **_whole_row(n)
+    )
 
 
 def swiglu(out: Tensor, gate_up: Tensor) -> None:

@@ -40,7 +40,7 @@ def main(
     """
     from lit_llama.text.alpaca import prepare_alpaca
     from lit_llama.text.prepare import Rules
-    from lit_llama.train.config import TrainConfig
+    from lit_llama.train.config import CPU_TOKENS, TrainConfig
 
     rules = Rules(
         max_seq_length=max_seq_length,
@@ -58,7 +58,7 @@ def main(
         data_file_name=data_file_name,
         prompt_style=prompt_style,
         rules=rules,
-        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
+        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": CPU_TOKENS},
     )
 
 

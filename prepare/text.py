@@ -49,7 +49,7 @@ def main(
     """
     from lit_llama.text.prepare import Rules
     from lit_llama.text.records import prepare_records
-    from lit_llama.train.config import TrainConfig
+    from lit_llama.train.config import CPU_TOKENS, TrainConfig
 
     rules = Rules(
         max_seq_length=max_seq_length,
@@ -71,7 +71,7 @@ def main(
         split_from=split_from,
         shard=shard,
         shards=shards,
-        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": TrainConfig.micro_batch_tokens},
+        plan={"batch_size": TrainConfig.batch_size, "micro_batch_tokens": CPU_TOKENS},
     )
 
 

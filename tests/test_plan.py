@@ -145,7 +145,8 @@ def test_sizes_are_those_of_the_model() -> None:
 
 
 def test_13b_on_a_v100_is_answered_without_weights(data: Path, tmp_path: Path) -> None:
-    """The door's answer from config.json alone: 16 GB need four bits, 32 GB a checkpointed pass, 80 GB nothing."""
+    """The door's answer from config.json alone: 16 GB need four bits and a checkpointed pass, 32 GB one of the two,
+    with micro-batches that it chooses itself; 80 GB need nothing."""
     checkpoint = tmp_path / "13b"
     checkpoint.mkdir()
     write_json(checkpoint / "config.json", LLAMA_13B)
@@ -154,8 +155,10 @@ def test_13b_on_a_v100_is_answered_without_weights(data: Path, tmp_path: Path) -
     assert (small.returncode, middle.returncode, large.returncode) == (5, 5, 0)
     assert small.stderr.startswith("error: the run needs 27.") and small.stderr.count("\n") == 1
     assert "--quantize nf4" in small.stderr and "full (" not in small.stderr
-    assert "--train.activation_checkpointing full (29." in middle.stderr
-    for result in (small, middle, large):
+    assert "--train.micro_batch_tokens 1024 --train.activation_checkpointing full (28." in middle.stderr
+    packed = run_here("finetune/lora.py", *flags, "32GB", "--quantize", "nf4")
+    assert not packed.returncode and "micro_batch_tokens 1024" in " ".join(packed.stdout.split())
+    for result in (small, middle, large, packed):
         assert "weights" in result.stdout and "largest micro-batch" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"13b"}
 
@@ -194,7 +197,7 @@ def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:
     settings = {"memory": None, "precision": "32-true", "train": TrainConfig(micro_batch_tokens=8192)}
     one, four = (plan_of(data, config, **settings, processes=Processes(size=size, here=size)) for size in (1, 4))
     assert sum(four.largest.lengths) < 0.5 * sum(one.largest.lengths)
-    rows = largest_batch(Split(data, "train"), settings["train"], 0, 4, share=four.build.shares)
+    rows = largest_batch(Split(data, "train"), settings["train"], "cpu", 0, 4, share=four.build.shares)
     assert sorted(four.largest.lengths) == sorted(rows.lengths)
     assert four.memory.total == pytest.approx(one.memory.total / 4, rel=0.1)
     spread_over = replace(four, processes=replace(four.processes, sharded=True))
@@ -283,7 +286,7 @@ def test_the_warm_up_leaves_no_trace(data: Path) -> None:
     wanted = torch.rand(3)
     torch.manual_seed(5)
     ran: list[int] = []
-    batch = largest_batch(split, TrainConfig(), 0)
+    batch = largest_batch(split, TrainConfig(), "cuda", 0)
     warm_up(loss_of, lambda loss: (ran.append(1), loss.backward()), batch)
     assert torch.equal(torch.rand(3), wanted) and ran
     assert all(parameter.grad is None for parameter in model.parameters())

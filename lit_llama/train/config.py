@@ -11,6 +11,9 @@ LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 Checkpointing = Literal["none", "selective", "full"]
 
+CPU_TOKENS, GPU_TOKENS = 1024, 8192
+"""Per forward pass: from there on more of them hardly gain speed, and take memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -20,7 +23,8 @@ class TrainConfig:
         epochs: Passes over the training split.
         max_steps: Stop after this many optimizer steps, if that comes first.
         batch_size: Samples per optimizer step.
-        micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients.
+        micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients. auto is
+            1024 on a CPU, 8192 on a GPU, or less where the memory asks for it.
         learning_rate: Highest learning rate.
         schedule: Course of the learning rate after the warm-up; wsd stays at the top and falls at the end.
         min_lr_ratio: Where cosine, linear and wsd end, as a share of the highest learning rate.
@@ -49,7 +53,7 @@ class TrainConfig:
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int = 16
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     learning_rate: float = 3e-4
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     min_lr_ratio: float = 0.0
@@ -72,8 +76,10 @@ class TrainConfig:
     keep: Literal["best", "last"] = "last"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "eval_interval", "save_interval"):
+        for name in ("epochs", "batch_size", "eval_interval", "save_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        tokens = self.micro_batch_tokens
+        _expect(tokens == "auto" or tokens >= 1, "micro_batch_tokens", tokens, "1 or more, or auto")
         _expect(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         _expect(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "more than 0 and at most 1")
         _expect(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "0 or more")
@@ -115,6 +121,11 @@ class TrainConfig:
             raise UserError(
                 f"--train.warmup_ratio {ratio} and --train.decay_ratio {decay} are more than the whole run together"
             )
+
+    def tokens_on(self, device: str) -> int:
+        """Most tokens per forward pass on a kind of device, cpu or cuda."""
+        tokens = self.micro_batch_tokens
+        return (CPU_TOKENS if device == "cpu" else GPU_TOKENS) if tokens == "auto" else tokens
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left."""

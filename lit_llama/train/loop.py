@@ -150,7 +150,7 @@ class Trainer:
     def _gradients(self, rows: Sequence[int], count: int) -> tuple[float, float]:
         """Sum up the gradients of a step and clip them; gives its loss and their norm before that."""
         self._loss_of.train()
-        total, tokens = torch.zeros((), device=self._device), self.config.micro_batch_tokens
+        total, tokens = torch.zeros((), device=self._device), self.config.tokens_on(self._device.type)
         for index, batch in enumerate(_share(self._loss_of, self._train, rows, tokens, self.processes)):
             # Every micro-batch of a step has a number of its own, whichever process it falls to.
             seed_micro_batch(self._seed, self.progress.step, index * self.processes.size + self.processes.rank)
@@ -204,7 +204,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The loss on the test split."""
-        return evaluate(self._loss_of, self._test, self.config.micro_batch_tokens, self.processes)
+        return evaluate(self._loss_of, self._test, self.config.tokens_on(self._device.type), self.processes)
 
     def stopped(self, interrupt: Interrupt) -> bool:
         """Whether a signal has come, to whichever process."""
@@ -219,7 +219,8 @@ class Trainer:
         """
         self._loss_of.train()
         share = self._loss_of.shares
-        batch = largest_batch(self._train, self.config, self._seed, self.processes.size, share=share)
+        kind, processes = self._device.type, self.processes.size
+        batch = largest_batch(self._train, self.config, kind, self._seed, processes, share=share)
         values, size = (sum(counts) for counts in zip(*((p.numel(), p.nbytes) for p in self._parameters), strict=True))
         place = torch.empty(state_bytes(self.config.optimizer, values, size), dtype=torch.uint8, device=self._device)
         warm_up(self._loss_of, Tensor.backward, batch)

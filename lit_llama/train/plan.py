@@ -29,6 +29,10 @@ CUDA_BYTES = 500 * 10**6
 """What a CUDA context and its libraries take; an assumption, as it differs from GPU to GPU."""
 FETCHED = 2
 """Layers of a spread base that are whole at once: one computes while the next is fetched."""
+LEAST_TOKENS = 512
+"""Per forward pass, where a plan may choose."""
+COMFORT = 0.92
+"""Share of the memory that a plan may fill to be sure that it fits."""
 _UNITS = {"": 1, "M": 10**6, "MB": 10**6, "MiB": 2**20, "G": 10**9, "GB": 10**9, "GiB": 2**30}
 
 
@@ -77,6 +81,11 @@ class Plan:
         """Optimizer steps of the run."""
         return self.train.steps(len(self.splits["train"]))
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens per forward pass."""
+        return self.train.tokens_on(self.numerics.device.type)
+
     @cached_property
     def largest(self) -> Shape:
         """The largest micro-batch that the steps of this run meet."""
@@ -88,7 +97,7 @@ class Plan:
         return self._shape("test", len(self.splits["test"]), 1)
 
     def _shape(self, name: str, batch_size: int, steps: int) -> Shape:
-        split, tokens = self.splits[name], self.train.micro_batch_tokens
+        split, tokens = self.splits[name], self.tokens_at_once
         rows = largest_group(
             split.lengths,
             batch_size=batch_size,
@@ -172,6 +181,11 @@ class Plan:
         return self.resting <= self.memory.total and self.peak <= self.memory.total
 
     @property
+    def comfortable(self) -> bool:
+        """Whether it fits for sure: plans are not exact."""
+        return self.resting <= self.memory.total and self.peak <= COMFORT * self.memory.total
+
+    @property
     def holes(self) -> int:
         """Bytes that a CPU's heap may take above the peak where it keeps what is freed for the next step: once more
         what comes and goes, and what other processes hold, as the base is read whole before it is spread."""
@@ -245,7 +259,7 @@ def make_plan(
     else:
         numbers = gpu_numerics(precision, whole=method.whole)
         there = Memory(total=parse_memory(memory), program=CUDA_BYTES)
-    return Plan(
+    plan = Plan(
         config=config,
         splits=splits,
         method=method,
@@ -256,6 +270,23 @@ def make_plan(
         memory=there,
         processes=processes,
     )
+    if train.micro_batch_tokens != "auto":
+        return plan
+    tokens = processes.first(lambda: _comfortable(plan))
+    return plan.changed(train.activation_checkpointing, tokens, quantize)
+
+
+def _comfortable(plan: Plan) -> int:
+    """As many tokens per forward pass as suit the device, or as its memory takes; where it takes none, the former."""
+    tokens = plan.tokens_at_once
+    other, least = plan, max(LEAST_TOKENS, int(plan.splits["train"].lengths.max()))
+    while other.resting <= plan.memory.total:
+        if other.comfortable:
+            return other.tokens_at_once
+        if other.tokens_at_once <= least:
+            break
+        other = plan.changed(plan.train.activation_checkpointing, max(other.tokens_at_once // 2, least), plan.quantize)
+    return tokens
 
 
 def parse_memory(text: str) -> int:
@@ -275,12 +306,12 @@ def smaller(plan: Plan) -> Iterator[Plan]:
     modes = get_args(Checkpointing)
     for store in dict.fromkeys((plan.quantize, plan.quantize or _fewer_bits(plan))):
         for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
-            tokens = plan.train.micro_batch_tokens
+            tokens = plan.tokens_at_once
             while True:
                 other = plan.changed(mode, tokens, store)
                 if other != plan:
                     yield other
-                if other.resting > other.memory.total or other.fits or tokens <= longest:
+                if other.resting > other.memory.total or other.comfortable or tokens <= longest:
                     break
                 tokens = max(tokens // 2, longest)
 
@@ -288,7 +319,7 @@ def smaller(plan: Plan) -> Iterator[Plan]:
 def lighter(plan: Plan) -> list[Plan]:
     """The same run with one setting changed by one notch, where that needs less memory."""
     train, modes = plan.train, get_args(Checkpointing)
-    mode, tokens = train.activation_checkpointing, train.micro_batch_tokens
+    mode, tokens = train.activation_checkpointing, plan.tokens_at_once
     half = max(tokens // 2, int(plan.splits["train"].lengths.max()))
     changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
     changes.append((mode, tokens, plan.quantize or _fewer_bits(plan)))

@@ -132,7 +132,7 @@ def does_not_fit(plan: Plan) -> str:
 
 def advice(plan: Plan) -> str:
     """Settings with which the run fits, found by planning with them, or what to do where none does."""
-    found = list(islice((_change(plan, other) for other in smaller(plan) if other.fits), 3))
+    found = list(islice((_change(plan, other) for other in smaller(plan) if other.comfortable), 3))
     if found:
         return f"it fits with {', or '.join(found)}"
     return f"no setting makes it fit; take a smaller base{', or finetune/lora.py' if plan.method.whole else ''}"
@@ -158,8 +158,8 @@ def explained(plan: Plan) -> Iterator[None]:
 def _change(plan: Plan, other: Plan) -> str:
     """What is to be typed to come from one to the other, and what that needs."""
     flags = []
-    if other.train.micro_batch_tokens != plan.train.micro_batch_tokens:
-        flags.append(f"--train.micro_batch_tokens {other.train.micro_batch_tokens}")
+    if other.tokens_at_once != plan.tokens_at_once:
+        flags.append(f"--train.micro_batch_tokens {other.tokens_at_once}")
     if other.train.activation_checkpointing != plan.train.activation_checkpointing:
         flags.append(f"--train.activation_checkpointing {other.train.activation_checkpointing}")
     if other.quantize != plan.quantize:
@@ -168,11 +168,11 @@ def _change(plan: Plan, other: Plan) -> str:
 
 
 def _settings(plan: Plan) -> str:
-    train, numbers = plan.train, plan.numerics
+    mode, numbers = plan.train.activation_checkpointing, plan.numerics
     product = f", products in {_name(numbers.product)}" if numbers.product else ""
     return (
         f"{plan.config.num_hidden_layers} layers in {_name(numbers.linear)}{product}, "
-        f"micro_batch_tokens {train.micro_batch_tokens}, activation_checkpointing {train.activation_checkpointing}"
+        f"micro_batch_tokens {plan.tokens_at_once}, activation_checkpointing {mode}"
     )
 
 

@@ -48,7 +48,7 @@ from lit_llama.train.optim import check_optimizer
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
-from lit_llama.train.processes import Processes, Strategy, join
+from lit_llama.train.processes import Strategy, join
 from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import Sampler
@@ -131,6 +131,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     run = replace(run, processes=plan.processes)
     check_optimizer(run.train.optimizer, plan.numerics.device)
     identity = run.identity(inputs, plan.numerics)
+    run = replace(run, train=plan.train)  # with what the plan has made of auto
     run.processes.check_same("checkpoint, data or setting", identity)
     if state and run.processes.is_first:
         check_same(state, read_state(state)["identity"], identity)
@@ -280,7 +281,7 @@ class _Training:
                 "best": self.trainer.best.state(),
                 "scaler": self.trainer.scaler.state_dict(),
                 "identity": dict(self.identity),
-                "environment": _environment(self.run.processes),
+                "environment": _environment(self.run),
             }
 
         if self.run.processes.is_first:
@@ -302,7 +303,7 @@ class _Training:
         for other in find_states(self.run.states) if self.run.processes.is_first else ():
             if step_of(other) > self.trainer.progress.step:
                 set_aside(other)
-        now = _environment(self.run.processes)
+        now = _environment(self.run)
         changed = [f"{name} {was} (now {now[name]})" for name, was in record["environment"].items() if was != now[name]]
         if changed:
             self.log.say(f"{state} was written with {', '.join(changed)}: the last bits of what follows may differ")
@@ -323,7 +324,7 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
         stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)", markup=False)
         return None
-    prompts, tokens = run.train.sample_prompts, run.train.micro_batch_tokens
+    prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:
         return Sampler.from_folders(model, run.checkpoint_dir, run.data_dir, prompts, tokens)
     except UserError as error:
@@ -331,12 +332,13 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
         return None
 
 
-def _environment(processes: Processes) -> dict[str, Any]:
+def _environment(run: Run) -> dict[str, Any]:
     """What the last bits of a result depend on, beside the settings."""
     return {
-        "processes": processes.size,
+        "processes": run.processes.size,
         "threads": torch.get_num_threads(),
         "device": pick_device().type,
+        "micro_batch_tokens": run.train.micro_batch_tokens,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -10,12 +10,14 @@ from lit_llama.train.config import TrainConfig
 from lit_llama.train.loss import TokenLoss
 
 
-def largest_batch(split: Split, config: TrainConfig, seed: int, processes: int = 1, *, share: bool = False) -> Batch:
+def largest_batch(
+    split: Split, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
+) -> Batch:
     """The largest micro-batch that the steps of a run meet, in whichever of its processes; `share` as in `collate`."""
     rows = largest_group(
         split.lengths,
         batch_size=config.batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=config.tokens_on(device),
         seed=seed,
         steps=config.steps(len(split)),
         shares=processes,

@@ -155,21 +155,37 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
-@pytest.fixture(scope="module")
-def one_core() -> Iterator[None]:
-    """A core for this process of the tests alone: tiny steps cost more in threads than they gain, above all on a busy
-    machine."""
-    import torch
-
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """A core, and one thread, for this process of the tests alone: tiny steps cost more in threads than they gain,
+    above all on a busy machine."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
-    yield
-    os.sched_setaffinity(0, allowed)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """A core of it, whatever else is there."""
+    with on_one_core(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """For all tests of a module, none of which needs a GPU, whose threads want cores of their own."""
+    with on_one_core():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -200,11 +216,10 @@ def passes_are_counted_once() -> Iterator[None]:
         ),
     ]
 )
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where a test computes: once on the CPU, whatever else is there, and once on a GPU."""
-    if request.param == "cpu":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return torch.device(request.param)
+    with on_the_cpu() if request.param == "cpu" else contextlib.nullcontext():
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

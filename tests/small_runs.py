@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import run_here
 
 from lit_llama.model.adapter import WEIGHTS_FILE
@@ -12,6 +13,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
 from lit_llama.text.prepare import Rules
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA
 from lit_llama.train.metrics import METRICS_FILE
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
@@ -88,6 +90,42 @@ def run(
         arguments=paths | settings,
     )
     return out
+
+
+@pytest.fixture(scope="module", name="data")
+def twenty_rows(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows to train on, and 4 of them again to test on. Do not change it."""
+    return prepare(tmp_path_factory.mktemp("twenty") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
+
+
+@pytest.fixture(scope="module", name="data")
+def twenty_two_rows(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 rows to train on: the last step of an epoch has two. Do not change it."""
+    return prepare(tmp_path_factory.mktemp("twenty_two") / "data", tiny_folder, [*ROWS, *ROWS[:6]])
+
+
+@pytest.fixture(scope="module")
+def short_run(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One epoch of a small adapter. Do not change it."""
+    return run(tiny_folder, data, tmp_path_factory.mktemp("short") / "out")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def stop_after(patch: pytest.MonkeyPatch, last: int) -> list[int]:
+    """The process ends in the step after `last`; gives the list of steps that are begun."""
+    step, begun = Trainer.step, []
+
+    def counted(self: Trainer) -> dict[str, Any]:
+        begun.append(self.progress.step + 1)
+        if self.progress.step == last:
+            raise Killed
+        return step(self)
+
+    patch.setattr(Trainer, "step", counted)
+    return begun
 
 
 def through_the_door(checkpoint: Path, data: Path, out: Path, *flags: object, door: str = "finetune/lora.py") -> str:

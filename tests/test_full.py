@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import run_here
 from safetensors.torch import load_file, save_file
-from small_runs import ROWS, SHORT, prepare
+from small_runs import ROWS, SHORT, Killed, stop_after
+from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama import device
 from lit_llama.generate.answer import answer_all
@@ -20,7 +21,7 @@ from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.loop import Trainer, evaluate
+from lit_llama.train.loop import evaluate
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Full
 from lit_llama.train.metrics import METRICS_FILE, read_metrics
@@ -36,12 +37,6 @@ SIX = TrainConfig(
     epochs=2, batch_size=8, micro_batch_tokens=150, learning_rate=1e-3, eval_interval=2, save_interval=1, keep="best"
 )
 IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])
-
-
-@pytest.fixture(scope="module")
-def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 rows to train on, and 4 of them again to test on. Do not change it."""
-    return prepare(tmp_path_factory.mktemp("full") / "data", tiny_folder, [*ROWS, *ROWS[:4]])
 
 
 def run(
@@ -105,10 +100,6 @@ def weights_of(out: Path) -> dict[str, bytes]:
     }
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 @pytest.fixture(scope="module")
 def half(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint in bfloat16. Do not change it."""
@@ -127,15 +118,9 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(
     half: Path, data: Path, straight: Path, tmp_path: Path, last: int
 ) -> None:
     """From a base in bfloat16; catches a state that holds the weights rounded to it, or forgets the best of them."""
-    step, settings = Trainer.step, {"train": replace(SIX, sample_prompts=0), "precision": "bf16-mixed"}
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        if self.progress.step == last:
-            raise Killed
-        return step(self)
-
+    settings = {"train": replace(SIX, sample_prompts=0), "precision": "bf16-mixed"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "step", stopping)
+        stop_after(patch, last)
         run(half, data, tmp_path / "out", **settings)
     torch.manual_seed(last)
     run(half, data, tmp_path / "out", **settings, resume="auto")

@@ -89,7 +89,6 @@ def planned(base: Path, data: Path, *flags: object, door: str = "finetune/lora.p
     ("door", "flags"),
     [
         ("lora", ["--precision", "bf16-true"]),
-        ("lora", ["--precision", "bf16-true", "--train.activation_checkpointing", "full"]),
         ("lora", ["--precision", "bf16-mixed", "--train.activation_checkpointing", "selective"]),
         ("lora", ["--precision", "32-true", "--train.keep", "best"]),
         ("lora", ["--precision", "bf16-true", "--train.activation_checkpointing", "full", "--quantize", "nf4"]),

@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import on_the_cpu, run_here
 from safetensors.torch import load_file
-from small_runs import DROPOUT, ROWS, TWELVE, prepare, run, through_the_door
+from small_runs import DROPOUT, ROWS, TWELVE, Killed, run, stop_after, through_the_door
+from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 
 from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.train.config import TrainConfig
@@ -19,18 +21,12 @@ from lit_llama.train.optim import build_optimizer, set_learning_rate
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
-LEARN = ["--lora.r", 8, "--train.epochs", 6, "--train.batch_size", 4, "--train.learning_rate", 0.01]
-LEARN += ["--train.micro_batch_tokens", 256, "--train.sample_prompts", 2]
+LEARN = ["--lora.r", 8, "--train.batch_size", 4, "--train.micro_batch_tokens", 256, "--train.sample_prompts", 0]
+FAST = ["--train.epochs", 3, "--train.learning_rate", 0.02, "--train.sample_prompts", 2]
+EIGHT = replace(TWELVE, max_steps=8, save_interval=5)
 ON_RESUME = {"relative loss": 1e-3, "share of the weights' norm": 1e-2}
 """What a run that was stopped may differ by on a GPU, whose sums have no fixed order and whose Adam turns the noise of
 a gradient near zero into a step of full size. What is restored has no tolerance."""
-
-
-@pytest.fixture(scope="module")
-def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 rows to train on. Do not change it."""
-    return prepare(tmp_path_factory.mktemp("gpu") / "data", tiny_folder, [*ROWS, *ROWS[:6]])
 
 
 def losses(out: Path) -> list[float]:
@@ -50,10 +46,10 @@ def test_the_loss_falls_in_every_precision(
     falls to the dtype of the base."""
     if (precision, device.type) == ("16-mixed", "cpu"):
         pytest.skip("16-mixed is for GPUs")
-    said = through_the_door(tiny_folder, data, tmp_path / "out", "--precision", precision, *LEARN)
+    said = through_the_door(tiny_folder, data, tmp_path / "out", "--precision", precision, *LEARN, *FAST)
     assert f" on {device.type}; " in said
     found = losses(tmp_path / "out")
-    assert all(map(math.isfinite, found)) and len(found) >= 30, "float16 skips a few of 36 until its scale fits"
+    assert all(map(math.isfinite, found)) and len(found) >= 12, "float16 skips a few of 18 until its scale fits"
     assert sum(found[-6:]) / 6 < 0.6 * found[0]
     tests = [loss for _, loss in read_metrics(tmp_path / "out")["test_loss"]]
     assert tests[-1] < 0.75 * tests[0]
@@ -64,43 +60,40 @@ def test_the_loss_falls_in_every_precision(
     assert bool(scaler) is (precision == "16-mixed")
 
 
+@pytest.fixture(scope="module")
+def first_step(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on the CPU in float32. Do not change it."""
+    out = tmp_path_factory.mktemp("cpu") / "out"
+    with on_the_cpu():
+        through_the_door(tiny_folder, data, out, "--precision", "32-true", *LEARN, "--train.max_steps", 1)
+    return out
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("precision", "close"), [("32-true", 1e-4), ("bf16-true", 0.02), ("16-mixed", 0.01)])
 def test_a_gpu_begins_where_a_cpu_does(
-    precision: str, close: float, tiny_folder: Path, data: Path, tmp_path: Path
+    precision: str, close: float, tiny_folder: Path, data: Path, first_step: Path, tmp_path: Path
 ) -> None:
     """The loss before training and of the first step, in which the adapter adds nothing yet, against the CPU's in
     float32; catches kernels that compute something else."""
-    flags = [*LEARN, "--train.max_steps", 1]
-    through_the_door(tiny_folder, data, tmp_path / "gpu", "--precision", precision, *flags)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        through_the_door(tiny_folder, data, tmp_path / "cpu", "--precision", "32-true", *flags)
-    ours, theirs = (read_metrics(tmp_path / name) for name in ("gpu", "cpu"))
+    flags = ["--precision", precision, *LEARN, "--train.max_steps", 1]
+    through_the_door(tiny_folder, data, tmp_path / "out", *flags)
+    ours, theirs = read_metrics(tmp_path / "out"), read_metrics(first_step)
     for name in ("loss", "test_loss") if precision != "16-mixed" else ("test_loss",):  # which may skip the first step
         assert ours[name][0][1] == pytest.approx(theirs[name][0][1], rel=close)
     for name in ("trained_tokens", "tokens"):
         assert ours[name] == theirs[name]
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 def test_a_run_goes_on_where_it_was_stopped(
     device: torch.device, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twelve steps with dropout and accumulation, stopped after the fifth; catches moments or weights that come back
+    """Eight steps with dropout and accumulation, stopped after the fifth; catches moments or weights that come back
     changed or on another device, and dropout that is drawn anew."""
-    straight = run(tiny_folder, data, tmp_path / "straight", DROPOUT, TWELVE)
+    straight = run(tiny_folder, data, tmp_path / "straight", DROPOUT, EIGHT)
     out, step = tmp_path / "out", Trainer.step
     restored: dict[str, torch.Tensor] = {}
-
-    def stopped(self: Trainer) -> dict[str, Any]:
-        if self.progress.step == 5:
-            raise Killed
-        return step(self)
 
     def watched(self: Trainer) -> dict[str, Any]:
         if not restored:
@@ -109,11 +102,11 @@ def test_a_run_goes_on_where_it_was_stopped(
         return step(self)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "step", stopped)
-        run(tiny_folder, data, out, DROPOUT, TWELVE)
+        stop_after(patch, 5)
+        run(tiny_folder, data, out, DROPOUT, EIGHT)
     saved = load_file(find_states(out / STATES_DIR)[-1] / OPTIMIZER_FILE)
     monkeypatch.setattr(Trainer, "step", watched)
-    run(tiny_folder, data, out, DROPOUT, TWELVE, resume="auto")
+    run(tiny_folder, data, out, DROPOUT, EIGHT, resume="auto")
     wanted = torch.cat([value.flatten().float() for value in saved.values() if value.ndim])
     assert torch.equal(restored["moments"].sort().values, wanted.sort().values)
     exact = device.type == "cpu"
@@ -141,24 +134,30 @@ def test_the_fused_optimizer_computes_adamw(device: torch.device) -> None:
     torch.testing.assert_close(ours.detach().cpu().double(), theirs.detach(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def learned(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that has learned on the GPU in float32. Do not change it."""
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    flags = ["--precision", "32-true", *LEARN, "--train.epochs", 6, "--train.learning_rate", 0.01]
+    through_the_door(tiny_folder, data, out, *flags)
+    return out
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_says_what_a_cpu_says(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_a_gpu_says_what_a_cpu_says(tiny_folder: Path, learned: Path, tmp_path: Path) -> None:
     """Greedy answers in float32 of the base and of an adapter that has learned on the GPU, one prompt and a whole file;
     catches a cache that lies on another device or is filled wrongly, and an adapter that only its maker can read."""
-    lora = ["--precision", "32-true", *LEARN]
-    through_the_door(tiny_folder, data, tmp_path / "out", *lora)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     asked: list[list[object]] = [
         ["generate/base.py", "--checkpoint_dir", tiny_folder, "--prompt", "Order 3 red"],
-        ["generate/instruct.py", "--checkpoint_dir", tmp_path / "out", "--prompt", ROWS[3]["instruction"]],
-        ["generate/instruct.py", "--checkpoint_dir", tmp_path / "out", "--input_file", tmp_path / "rows.json"],
+        ["generate/instruct.py", "--checkpoint_dir", learned, "--prompt", ROWS[3]["instruction"]],
+        ["generate/instruct.py", "--checkpoint_dir", learned, "--input_file", tmp_path / "rows.json"],
     ]
     for command in asked:
         command += ["--precision", "32-true", "--max_new_tokens", 40]
         ours = run_here(*command)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: False)
+        with on_the_cpu():
             theirs = run_here(*command)
         assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
         assert ours.stdout == theirs.stdout and ours.stdout.strip()
@@ -167,13 +166,12 @@ def test_a_gpu_says_what_a_cpu_says(tiny_folder: Path, data: Path, tmp_path: Pat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_an_adapter_is_merged_where_it_was_made(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_where_it_was_made(learned: Path, tmp_path: Path) -> None:
     """Catches a proof that compares on two devices, and a merged model that says something else."""
     pytest.importorskip("gguf")  # which the module of merging imports
-    through_the_door(tiny_folder, data, tmp_path / "out", "--precision", "32-true", *LEARN)
-    flags = ["--adapter_dir", tmp_path / "out", "--destination_path", tmp_path / "merged", "--precision", "32-true"]
+    flags = ["--adapter_dir", learned, "--destination_path", tmp_path / "merged", "--precision", "32-true"]
     made = run_here("finetune/merge.py", *flags)
     assert made.returncode == 0 and "that the cuda has free" in made.stderr, made.stderr
     ask = ["--prompt", ROWS[3]["instruction"], "--precision", "32-true", "--max_new_tokens", 40]
-    said = [run_here("generate/instruct.py", "--checkpoint_dir", tmp_path / name, *ask) for name in ("out", "merged")]
+    said = [run_here("generate/instruct.py", "--checkpoint_dir", path, *ask) for path in (learned, tmp_path / "merged")]
     assert said[0].stdout == said[1].stdout and said[0].stdout.strip(), said

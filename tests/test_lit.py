@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_here
+from meta_files import IDS, equal, nothing_left, swapped
 from plain import Sizes, State, logits, native, random_state, write_sentencepiece
 from safetensors.torch import load_file
-from test_meta import IDS, equal, nothing_left, swapped
 
 from lit_llama.convert import convert
 from lit_llama.convert.lit.lit_llama import _EPS, open_lit, write_lit

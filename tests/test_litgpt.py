@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model, write_tokenizer
+from meta_files import IDS, equal, nothing_left
 from safetensors.torch import load_file
-from test_meta import IDS, equal, nothing_left
 from torch import Tensor
 
 from lit_llama.convert import convert

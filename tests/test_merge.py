@@ -1,61 +1,26 @@
-"""Merging: bits against float64, logits against PEFT, and what is refused."""
+"""Merging: bits against float64, logits against PEFT, and what the merged folder holds."""
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import CHATML, run_here, write_adapter
+from merged_folders import SCALE, read, read_adapter, run
+from merged_folders import base as base  # a fixture
+from merged_folders import base16 as base16  # a fixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import lit_llama.convert.merge as module
-from lit_llama.convert.merge import Proof, merge
-from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
+from lit_llama.convert.merge import merge
 from lit_llama.generate.load import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
 from lit_llama.text.prompts import named_style
 
 IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])
-SCALE = 2.0  # alpha 8 / r 4, as write_adapter makes them
-
-
-def copy_base(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> Path:
-    shutil.copytree(source, target)
-    tensors = {name: value.to(dtype) for name, value in load_file(source / "model.safetensors").items()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-@pytest.fixture
-def base(tiny_folder: Path, tmp_path: Path) -> Path:
-    return copy_base(tiny_folder, tmp_path / "base")
-
-
-@pytest.fixture
-def base16(tiny_folder: Path, tmp_path: Path) -> Path:
-    return copy_base(tiny_folder, tmp_path / "base16", torch.bfloat16)
-
-
-def run(adapter: Path, destination: Path, dtype: str | None = None) -> Proof:
-    return merge(adapter, destination, dtype=dtype, precision="32-true")
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    return dict(Weights(folder))
-
-
-def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    raw = load_file(folder / "adapter_model.safetensors")
-    names = [name.removesuffix(".lora_A.weight") for name in raw if name.endswith(".lora_A.weight")]
-    return {
-        name.removeprefix("base_model.model."): (raw[f"{name}.lora_A.weight"], raw[f"{name}.lora_B.weight"])
-        for name in names
-    }
 
 
 def exact_sums(base: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
@@ -77,10 +42,6 @@ def logits(folder: Path, adapter: Path | None = None, dtype: torch.dtype = torch
     with torch.inference_mode():
         out: Tensor = model.eval()(IDS).logits[0].float()
     return out
-
-
-def assert_nothing_left(folder: Path, *known: str) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(known)
 
 
 def test_adapted_tensors_are_the_exact_sum_rounded_once(base16: Path, tmp_path: Path) -> None:
@@ -234,128 +195,6 @@ def test_the_proof_is_printed_and_stored(base: Path, tmp_path: Path, capsys: pyt
     assert captured.out == ""
 
 
-def test_an_adapter_too_small_for_bfloat16_is_refused_with_the_way_out(base16: Path, tmp_path: Path) -> None:
-    """A merged folder in which rounding has undone the training."""
-    adapter = write_adapter(tmp_path / "adapter", base16, std=2e-3)
-    with pytest.raises(IntegrityError, match="--dtype float32") as caught:
-        run(adapter, tmp_path / "merged")
-    assert caught.value.exit_status == 6
-    assert_nothing_left(tmp_path, "base16", "adapter")
-    assert run(adapter, tmp_path / "merged", "float32").mean_difference < 1e-5
-
-
-def edit_adapter(folder: Path, change: Any) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(change(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def test_an_adapter_that_holds_nothing_is_refused(base: Path, tmp_path: Path) -> None:
-    """A copy of the base under a new name."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    edit_adapter(adapter, lambda tensors: {n: v * (0 if "lora_B" in n else 1) for n, v in tensors.items()})
-    with pytest.raises(CheckpointError, match="only zeros"):
-        run(adapter, tmp_path / "merged")
-    edit_adapter(adapter, lambda _: {})
-    with pytest.raises(CheckpointError, match="is empty"):
-        run(adapter, tmp_path / "merged")
-    (adapter / "adapter_model.safetensors").write_bytes(b"\x08")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        run(adapter, tmp_path / "merged")
-    assert_nothing_left(tmp_path, "base", "adapter")
-
-
-def test_an_adapter_of_another_base_is_refused(base: Path, base16: Path, tmp_path: Path) -> None:
-    """Weights that fit in shape and in nothing else."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base16)}))
-    with pytest.raises(IntegrityError, match="not the base"):
-        run(adapter, tmp_path / "merged")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "meta/nowhere"}))
-    with pytest.raises(CheckpointError, match="meta/nowhere"):
-        run(adapter, tmp_path / "merged")
-    assert_nothing_left(tmp_path, "base", "base16", "adapter")
-
-
-@pytest.mark.parametrize("key", ["model.layers.5.mlp.up_proj", "model.layers.0.mlp.other", "model.norm"])
-def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, key: str) -> None:
-    """Updates left out in silence because the model has no such layer."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    pair = {f"base_model.model.{key}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
-    edit_adapter(adapter, lambda tensors: tensors | pair)
-    with pytest.raises(CheckpointError, match=f"adapts {key}, which is no linear layer"):
-        run(adapter, tmp_path / "merged")
-    assert_nothing_left(tmp_path, "base", "adapter")
-
-
-def test_a_whole_destination_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
-    """The base, or an older model, or what the adapter's folder says of itself, written over."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    before = (base / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is the adapter's own folder; name another"):
-        run(adapter, tmp_path / "base" / ".." / "adapter")
-    with pytest.raises(UserError, match=r"already holds config\.json"):
-        run(adapter, base)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is a file"):
-        run(adapter, tmp_path / "file")
-    assert (base / "model.safetensors").read_bytes() == before
-    assert_nothing_left(tmp_path, "base", "adapter", "file")
-
-
-def test_too_little_memory_is_told_before_the_work(
-    base16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches an hour of writing that ends in a killed process, and a plan that counts another model."""
-    adapter = write_adapter(tmp_path / "adapter", base16)
-    weights = sum(value.numel() for value in read(base16).values())
-    added = sum(value.numel() for pair in read_adapter(adapter).values() for value in pair)
-    needed = 4 * (weights + added)
-    held = module.resident_memory()
-    monkeypatch.setattr(module, "resident_memory", lambda: held)
-    monkeypatch.setattr(module, "total_memory", lambda device: held + needed - 1)
-    with pytest.raises(ResourceError, match=r"takes 0.00 GB of the 0.00 .* free; --precision bf16-true takes half"):
-        run(adapter, tmp_path / "merged")
-    assert {path.name for path in tmp_path.iterdir()} == {"base16", "adapter"}
-    monkeypatch.setattr(module, "total_memory", lambda device: held + needed)
-    run(adapter, tmp_path / "merged")
-    assert "comparing the models takes" in capsys.readouterr().err
-
-
-def test_a_failure_half_way_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with weights and no proof that looks like a checkpoint."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("lit_llama.convert.merge._prove", fail)
-    with pytest.raises(OSError, match="disk full"):
-        run(adapter, tmp_path / "merged")
-    assert_nothing_left(tmp_path, "base", "adapter")
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "gpt2"}'])
-def test_a_broken_base_is_named(base: Path, tmp_path: Path, text: str) -> None:
-    """A traceback out of the JSON module."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    (base / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"base/config\.json"):
-        run(adapter, tmp_path / "merged")
-
-
-def test_a_base_in_another_dtype_is_named(base: Path, tmp_path: Path) -> None:
-    """A KeyError for a dtype that cannot be merged into."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    (adapter / "meta.json").unlink()
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight \(F64\) is stored in another dtype"):
-        run(adapter, tmp_path / "merged")
-    assert_nothing_left(tmp_path, "base", "adapter")
-
-
 # The sixteen levels of nf4 (Dettmers et al. 2023, appendix E).
 NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
 NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
@@ -403,21 +242,3 @@ def test_a_merge_becomes_one_gguf_file(base: Path, tmp_path: Path) -> None:
     small = [*flags[:3], tmp_path / "small.gguf", *flags[4:], "--dtype", "q8_0", "--precision", "32-true"]
     assert run_here("finetune/merge.py", *small).returncode == 0
     assert (tmp_path / "small.gguf").stat().st_size < 0.5 * (tmp_path / "model.gguf").stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--format", "gguf"], "should end in .gguf"),
-        (["--dtype", "q8_0"], "needs --format gguf"),
-    ],
-)
-def test_gguf_options_that_do_not_fit_are_told(base: Path, tmp_path: Path, flags: list[str], named: str) -> None:
-    """Catches a folder of GGUF's name, and a type that safetensors has not."""
-    adapter = write_adapter(tmp_path / "adapter", base)
-    for door, source in (
-        ("finetune/merge.py", ["--adapter_dir", adapter]),
-        ("prepare/checkpoint.py", ["--source", base]),
-    ):
-        refused = run_here(door, *source, "--destination_path", tmp_path / "made", *flags)
-        assert refused.returncode == 2 and named in refused.stderr and not (tmp_path / "made").exists(), refused

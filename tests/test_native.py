@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_here, tiny_model, write_tokenizer
+from meta_files import IDS, equal, nothing_left
 from safetensors.torch import load_file, save_file
-from test_meta import IDS, equal, nothing_left
 
 from lit_llama.convert import convert, open_source
 from lit_llama.convert.native import open_folder

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from small_runs import ROWS, TWELVE, prepare, run
+from small_runs import TWELVE, run
+from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 from torch import Tensor, nn
 
 from lit_llama.device import numerics
@@ -39,12 +40,6 @@ PLAIN = LoRAConfig(r=2, alpha=4)
 # At a lower rate: AdamW divides gradients of almost nothing by their own size, rounding and all.
 LONG = replace(TWELVE, save_interval=100, learning_rate=1e-3)
 ALONE_IN_ENVIRONMENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "NODE_RANK")
-
-
-@pytest.fixture(scope="module")
-def data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 rows to train on: the last step of an epoch has two, one for each process. Do not change it."""
-    return prepare(tmp_path_factory.mktemp("processes") / "data", tiny_folder, [*ROWS, *ROWS[:6]])
 
 
 @pytest.fixture(scope="module")

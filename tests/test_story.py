@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_door, run_here
+from meta_files import write, write_checklist
 from plain import Sizes, State, native, random_state, write_sentencepiece
 from safetensors.torch import load_file
-from test_meta import write, write_checklist
 
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import folder_style, named_style

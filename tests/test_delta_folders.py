@@ -1,0 +1,150 @@
+"""The folder of a sum: what an interruption leaves, where it says it came from, and that harm to it is found."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from delta_files import assert_same, delta_of, folder_of, plain_sum, read
+from delta_files import base as base  # a fixture
+
+from lit_llama.convert.delta.folders import apply, verify
+from lit_llama.errors import IntegrityError, ResourceError
+from lit_llama.folder import read_manifest, resume
+
+KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+from lit_llama import folder
+from lit_llama.convert.delta import writing
+from lit_llama.convert.delta.folders import apply
+steps, limit = [0], int(sys.argv[4])
+def counted(module, name):
+    original = getattr(module, name)
+    def call(*a, **k):
+        steps[0] += 1
+        if steps[0] == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*a, **k)
+    setattr(module, name, call)
+for name in ("combine", "write_shard", "write_index", "_write_settings", "_write_origin", "write_manifest"):
+    counted(writing, name)
+for name in ("sync", "_line"):
+    counted(folder, name)
+apply(*map(Path, sys.argv[1:4]), max_shard_size=60_000)
+print(steps[0])
+"""
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return read_manifest(folder)
+
+
+def test_a_run_killed_anywhere_goes_on_and_ends_in_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    """Catches a folder that looks whole and is not, and a resumed run that keeps a half-written file."""
+    delta = folder_of(tmp_path / "delta", delta_of("ziya"))
+
+    def start(destination: Path, limit: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, base, delta, destination, limit]
+        return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    whole = start(tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    total = int(whole.stdout)
+    draw = random.Random(0)
+    for limit in sorted(draw.sample(range(1, total + 1), 5)):
+        destination = tmp_path / f"killed-{limit}"
+        killed = start(destination, limit)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        if destination.exists():  # killed after the commit
+            verify(destination)
+            continue
+        # A second kill, then to the end: more than one interruption in a row must not matter.
+        again = start(destination, max(1, limit // 2))
+        if again.returncode == 0:
+            continue
+        apply(base, delta, destination, max_shard_size=60_000)
+        assert sums(destination) == sums(tmp_path / "whole") and len(sums(destination)) > 8
+        assert not list(tmp_path.glob(".killed*"))
+
+
+def test_a_resumed_run_does_not_trust_a_damaged_file(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a journal that is believed without looking at the file, and work that is done twice."""
+    delta = folder_of(tmp_path / "delta", delta_of("ziya"))
+    apply(base, delta, tmp_path / "whole", max_shard_size=60_000)
+    start = [sys.executable, "-c", KILLED, base, delta, tmp_path / "sum", 40]
+    subprocess.run([*map(str, start)], cwd=ROOT, capture_output=True, check=False)
+    files = sorted((tmp_path / ".sum.unfinished").glob("model-*.safetensors"))
+    assert len(files) > 2
+    kept = files[1].stat().st_mtime_ns
+    data = bytearray(files[0].read_bytes())
+    data[-1] ^= 1
+    files[0].write_bytes(data)
+    capsys.readouterr()
+    apply(base, delta, tmp_path / "sum", max_shard_size=60_000)
+    assert f"going on where it stopped: {len(files) - 1} of" in capsys.readouterr().err
+    assert (tmp_path / "sum" / files[1].name).stat().st_mtime_ns == kept
+    assert sums(tmp_path / "sum") == sums(tmp_path / "whole")
+
+
+def test_another_plan_starts_afresh_and_a_second_process_waits_for_nobody(base: Path, tmp_path: Path) -> None:
+    """Catches files of another delta in a sum, and two processes that write one folder."""
+    delta = folder_of(tmp_path / "delta", delta_of("ziya"))
+    start = [sys.executable, "-c", KILLED, base, delta, tmp_path / "sum", 40]
+    subprocess.run([*map(str, start)], cwd=ROOT, capture_output=True, check=False)
+    state = delta_of("ziya")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+    other = folder_of(tmp_path / "other", state)
+    with resume(tmp_path / "held", "plan"), pytest.raises(ResourceError, match="another run is at work"):
+        apply(base, other, tmp_path / "held")
+    apply(base, other, tmp_path / "sum", max_shard_size=60_000)
+    assert_same(read(tmp_path / "sum"), plain_sum(read(base), state, "ziya"))
+
+
+def test_the_folder_says_where_it_came_from(base: Path, tmp_path: Path) -> None:
+    """Catches provenance that changes with the files' cut, and a manifest that other programs cannot check."""
+    delta = folder_of(tmp_path / "delta", delta_of("ziya"))
+    apply(base, delta, tmp_path / "one")
+    apply(base, delta, tmp_path / "many", max_shard_size=60_000)
+    origins = [json.loads((tmp_path / name / "meta.json").read_text())["delta"] for name in ("one", "many")]
+    assert origins[0] == origins[1]
+    assert origins[0]["policy"] == "ziya" and origins[0]["base"]["path"] == str(base)
+    assert origins[0]["base"]["weights_sha256"] != origins[0]["delta"]["weights_sha256"]
+    assert set(sums(tmp_path / "many")) == {path.name for path in (tmp_path / "many").iterdir()} - {"SHA256SUMS"}
+    checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "many", check=False)
+    assert checked.returncode == 0
+
+
+@pytest.mark.parametrize("harm", ["bit", "missing", "config", "line"])
+def test_verify_finds_any_harm(base: Path, tmp_path: Path, harm: str) -> None:
+    """Catches a verification that cannot fail."""
+    apply(base, folder_of(tmp_path / "delta", delta_of("ziya")), tmp_path / "sum")
+    folder = tmp_path / "sum"
+    verify(folder, base, tmp_path / "delta")
+    if harm == "bit":
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[random.Random(0).randrange(len(data))] ^= 4
+        (folder / "model.safetensors").write_bytes(data)
+    elif harm == "missing":
+        (folder / "tokenizer.json").unlink()
+    elif harm == "config":
+        (folder / "config.json").write_text((folder / "config.json").read_text().replace("384", "385"))
+    else:
+        (folder / "SHA256SUMS").write_text("0" * 64 + "  ../base/config.json\n")
+    with pytest.raises(IntegrityError, match=r"damaged|missing"):
+        verify(folder, base, tmp_path / "delta")
+
+
+def test_verify_adds_rows_again(base: Path, tmp_path: Path) -> None:
+    """Catches a verification by manifest alone: the files are as written, but of another sum."""
+    apply(base, folder_of(tmp_path / "delta", delta_of("ziya")), tmp_path / "sum")
+    state = delta_of("ziya")
+    state["model.layers.1.mlp.down_proj.weight"] *= 0.5
+    with pytest.raises(IntegrityError, match=r"down_proj\.weight is not the sum"):
+        verify(tmp_path / "sum", base, folder_of(tmp_path / "other", state))

@@ -1,0 +1,155 @@
+// Numbers as the kernels compute with them: W floats at a time, whatever is stored. Vector extensions of GCC and Clang,
+// so that one source serves every processor; one without such wide registers uses several.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+typedef int64_t index_t;
+struct bf16 { uint16_t bits; };
+
+static const index_t W = 16;
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t integers __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+static const integers LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static inline lanes all(float x) { return lanes{} + x; }
+
+static inline lanes load(const float *x) {
+    lanes y;
+    memcpy(&y, x, sizeof y);
+    return y;
+}
+static inline lanes load(const bf16 *x) {
+    halves bits;
+    memcpy(&bits, x, sizeof bits);
+#ifdef __AVX512F__  // one instruction, which GCC 12 does not find
+    const words wide = (words)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+    const words wide = __builtin_convertvector(bits, words);
+#endif
+    return (lanes)(wide << 16);
+}
+
+// The bits of E, in the upper part of each word: to nearest, ties to even; what is no number stays none.
+static inline words rounded(lanes x, float) { return (words)x; }
+static inline words rounded(lanes x, bf16) {
+    const words bits = (words)x;
+    return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : words{} + 0x7fc00000;
+}
+static inline void store(uint32_t *to, words bits) { memcpy(to, &bits, sizeof bits); }
+static inline void store(float *to, words bits) { memcpy(to, &bits, sizeof bits); }
+static inline void store(bf16 *to, words bits) {
+    const halves upper = __builtin_convertvector(bits >> 16, halves);
+    memcpy(to, &upper, sizeof upper);
+}
+template <typename E> static inline void store(E *to, lanes x) { store(to, rounded(x, E{})); }
+
+// The first `count` lanes, where a row ends, and all of them before; those beyond it are what is given.
+template <typename E> static inline lanes load(const E *x, index_t count, float beyond = 0.0f) {
+    if (count >= W) return load(x);
+    E part[W];
+    store(part, all(beyond));
+    memcpy(part, x, (size_t)count * sizeof(E));
+    return load(part);
+}
+template <typename E> static inline void store(E *to, lanes x, index_t count) {
+    if (count >= W) return store(to, x);
+    E part[W];
+    store(part, x);
+    memcpy(to, part, (size_t)count * sizeof(E));
+}
+static inline float load_one(float x) { return x; }
+static inline float load_one(bf16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+// Calls body(j, count) for every vector of a row of n: `count` is its lanes, a constant wherever that is all W. Compilers
+// mix the work of several.
+template <typename Body> static inline void each_vector(index_t n, Body body) {
+    constexpr std::integral_constant<index_t, W> whole;
+    index_t j = 0;
+#pragma GCC unroll 4
+    for (; j + W <= n; j += W) body(j, whole);
+    if (j < n) body(j, n - j);
+}
+
+// What AVX-512 does in one instruction each, and compilers do not find: the larger and smaller of two (x where one is no
+// number), the nearest whole number, and 2^n x.
+#ifdef __AVX512F__
+static inline lanes larger(lanes y, lanes x) { return (lanes)_mm512_max_ps((__m512)y, (__m512)x); }
+static inline lanes smaller(lanes y, lanes x) { return (lanes)_mm512_min_ps((__m512)y, (__m512)x); }
+static inline lanes nearest(lanes x) { return (lanes)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+static inline lanes scaled(lanes x, lanes n) { return (lanes)_mm512_scalef_ps((__m512)x, (__m512)n); }
+#else
+static inline lanes larger(lanes y, lanes x) { return y > x ? y : x; }
+static inline lanes smaller(lanes y, lanes x) { return y < x ? y : x; }
+static inline lanes nearest(lanes x) {  // of those above -256
+    return __builtin_convertvector(__builtin_convertvector(x + 256.5f, integers) - 256, lanes);
+}
+static inline lanes scaled(lanes x, lanes n) {  // none below the smallest power
+    const integers power = __builtin_convertvector(n, integers) + 127;
+    return x * (lanes)((power > 0 ? power : integers{}) << 23);
+}
+#endif
+
+// Of the lanes, by halves.
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+template <typename Half, typename Whole> static inline Half half(const Whole &x, int which) {
+    Half y;
+    memcpy(&y, (const char *)&x + which * sizeof y, sizeof y);
+    return y;
+}
+static inline float sum(lanes x) {
+    const eight y = half<eight>(x, 0) + half<eight>(x, 1);
+    const four z = half<four>(y, 0) + half<four>(y, 1);
+    return z[0] + z[2] + (z[1] + z[3]);
+}
+static inline float largest(lanes x) {
+    const eight low = half<eight>(x, 0), high = half<eight>(x, 1), y = low > high ? low : high;
+    const four left = half<four>(y, 0), right = half<four>(y, 1), z = left > right ? left : right;
+    const float even = z[0] > z[2] ? z[0] : z[2], odd = z[1] > z[3] ? z[1] : z[3];
+    return even > odd ? even : odd;
+}
+
+// Of part(j, count) over a row, in several totals that do not wait for each other.
+template <typename Part> static inline float sum_of(index_t n, Part part) {
+    constexpr std::integral_constant<index_t, W> whole;
+    lanes totals[4] = {};
+    index_t j = 0;
+    for (; j + 4 * W <= n; j += 4 * W)
+#pragma GCC unroll 4
+        for (index_t i = 0; i < 4; i++) totals[i] += part(j + i * W, whole);
+    for (; j + W <= n; j += W) totals[0] += part(j, whole);
+    if (j < n) totals[1] += part(j, n - j);
+    return sum(totals[0] + totals[1] + (totals[2] + totals[3]));
+}
+// e^x within 2e-7 of its value, 0 for what is below all floats: 2^n e^r with r below half of ln 2 and a polynomial
+// (Cephes, expf).
+static inline lanes exponential(lanes x) {
+    x = larger(all(-104.0f), smaller(all(88.3f), x));
+    const lanes n = nearest(x * 1.44269504088896341f);
+    const lanes r = x - n * 0.69314718055994531f, square = r * r;
+    const lanes fifth = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    const lanes third = 8.3334519073e-3f * r + 4.1665795894e-2f;
+    const lanes first = 1.6666665459e-1f * r + 5.0000001201e-1f;
+    const lanes p = (fifth * square + third) * square + first;
+    return scaled(p * square + (r + 1.0f), n);
+}
+
+// Has rows brought into the cache that are wanted soon.
+template <typename E> static inline void prefetch(const E *x, index_t sx, index_t rows, index_t columns) {
+    for (index_t i = 0; i < rows; i++)
+        for (index_t j = 0; j < columns; j += 64 / (index_t)sizeof(E)) __builtin_prefetch(x + i * sx + j);
+}

@@ -1,5 +1,5 @@
-// Numbers as the kernels compute with them: W floats at a time, whatever is stored. Vector extensions of GCC and Clang,
-// so that one source serves every processor; one without such wide registers uses several.
+// Numbers as the kernels compute with them: W floats at a time, as many as a register holds, whatever is stored. Vector
+// extensions of GCC and Clang, so that one source serves every processor.
 
 #pragma once
 
@@ -13,14 +13,25 @@
 typedef int64_t index_t;
 struct bf16 { uint16_t bits; };
 
+#if defined(__AVX512F__)
 static const index_t W = 16;
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t integers __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+#elif defined(__AVX__)
+static const index_t W = 8;
+#else
+static const index_t W = 4;
+#endif
+typedef float lanes __attribute__((vector_size(4 * W)));
+typedef int32_t integers __attribute__((vector_size(4 * W)));
+typedef uint32_t words __attribute__((vector_size(4 * W)));
+typedef uint16_t halves __attribute__((vector_size(2 * W)));
 
-static const integers LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static inline lanes all(float x) { return lanes{} + x; }
+
+static inline integers first_lanes() {  // 0, 1, 2, ...
+    integers x;
+    for (index_t j = 0; j < W; j++) x[j] = (int32_t)j;
+    return x;
+}
 
 static inline lanes load(const float *x) {
     lanes y;
@@ -74,8 +85,8 @@ static inline float load_one(bf16 x) {
     return y;
 }
 
-// Calls body(j, count) for every vector of a row of n: `count` is its lanes, a constant wherever that is all W. Compilers
-// mix the work of several.
+// Calls body(j, count) for every vector of a row of n: `count` is its lanes, a constant wherever that is all W. Several
+// at once, as each alone would mostly wait for its own results.
 template <typename Body> static inline void each_vector(index_t n, Body body) {
     constexpr std::integral_constant<index_t, W> whole;
     index_t j = 0;
@@ -84,8 +95,8 @@ template <typename Body> static inline void each_vector(index_t n, Body body) {
     if (j < n) body(j, n - j);
 }
 
-// What AVX-512 does in one instruction each, and compilers do not find: the larger and smaller of two (x where one is no
-// number), the nearest whole number, and 2^n x.
+// What AVX-512 does in one instruction each, and compilers do not find: the larger and smaller of two (x where one is
+// no number), the nearest whole number, and 2^n x.
 #ifdef __AVX512F__
 static inline lanes larger(lanes y, lanes x) { return (lanes)_mm512_max_ps((__m512)y, (__m512)x); }
 static inline lanes smaller(lanes y, lanes x) { return (lanes)_mm512_min_ps((__m512)y, (__m512)x); }
@@ -104,23 +115,23 @@ static inline lanes scaled(lanes x, lanes n) {  // none below the smallest power
 #endif
 
 // Of the lanes, by halves.
-typedef float eight __attribute__((vector_size(32)));
-typedef float four __attribute__((vector_size(16)));
-template <typename Half, typename Whole> static inline Half half(const Whole &x, int which) {
-    Half y;
-    memcpy(&y, (const char *)&x + which * sizeof y, sizeof y);
-    return y;
+template <index_t N> struct Floats {
+    typedef float type __attribute__((vector_size(4 * N)));
+};
+template <index_t N, typename Fold> static inline float folded(typename Floats<N>::type x, Fold fold) {
+    if constexpr (N == 2) {
+        return fold(x[0], x[1]);
+    } else {
+        typename Floats<N / 2>::type half[2];
+        memcpy(half, &x, sizeof half);
+        return folded<N / 2>(fold(half[0], half[1]), fold);
+    }
 }
 static inline float sum(lanes x) {
-    const eight y = half<eight>(x, 0) + half<eight>(x, 1);
-    const four z = half<four>(y, 0) + half<four>(y, 1);
-    return z[0] + z[2] + (z[1] + z[3]);
+    return folded<W>(x, [](auto a, auto b) { return a + b; });
 }
 static inline float largest(lanes x) {
-    const eight low = half<eight>(x, 0), high = half<eight>(x, 1), y = low > high ? low : high;
-    const four left = half<four>(y, 0), right = half<four>(y, 1), z = left > right ? left : right;
-    const float even = z[0] > z[2] ? z[0] : z[2], odd = z[1] > z[3] ? z[1] : z[3];
-    return even > odd ? even : odd;
+    return folded<W>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Of part(j, count) over a row, in several totals that do not wait for each other.

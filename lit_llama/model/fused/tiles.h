@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "numbers.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -14,17 +16,18 @@ template <typename E> static constexpr index_t per_word = 4 / (index_t)sizeof(E)
 
 static inline index_t up(index_t x, index_t to) { return (x + to - 1) / to * to; }
 
-// Words of two rows, for E of half a word; of the first alone otherwise. Here, as in `multiply_add`, the instructions for
-// bfloat16 take what is too small for a normal float for 0.
+// Words of two rows, for E of half a word; of the first alone otherwise. As in `multiply_add`, which alone reads them,
+// the instructions for bfloat16 take what is too small for a normal float for 0.
 static inline words paired(lanes first, lanes, float) { return (words)first; }
 static inline words paired(lanes first, lanes second, bf16) {
 #ifdef __AVX512BF16__
-    const __m512i turns = _mm512_add_epi16(_mm512_set1_epi32(16 << 16), (__m512i)(LANES * 0x10001));
+    const __m512i turns = (__m512i)((words)first_lanes() * 0x10001 + (16 << 16));  // of 16 bits: 0, 16, 1, 17, ...
     return (words)_mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 #else
     return rounded(first, bf16{}) >> 16 | (rounded(second, bf16{}) & 0xffff0000u);
 #endif
 }
+// A row for `multiply_add`, with the same instructions.
 template <typename E> static inline void store_row(E *to, lanes x) { store(to, x); }
 #ifdef __AVX512BF16__
 static inline void store_row(bf16 *to, lanes x) {
@@ -60,9 +63,14 @@ struct Right {  // B: between rows
 };
 
 // As many rows of C by as many vectors as fill the registers: each word of A and each vector of B is loaded once.
-static const int ROWS = 6, VECTORS = 4;
+static const int ROWS = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+static const int VECTORS = 4;
+#else
+static const int VECTORS = 2;
+#endif
 
-template <typename E, int M, int N, bool add>
+template <typename E, bool add, int M, int N>
 static inline void tile(float *c, index_t sc, const Left &a, const Right &b, index_t k) {
     lanes totals[M][N];
 #pragma GCC unroll 6
@@ -85,33 +93,36 @@ static inline void tile(float *c, index_t sc, const Left &a, const Right &b, ind
         for (int j = 0; j < N; j++) store(c + i * sc + j * W, totals[i][j]);
 }
 
+// N vectors at most, `n` of them.
+template <typename E, bool add, int M, int N = VECTORS>
+static inline void some_vectors(float *c, index_t sc, const Left &a, const Right &b, index_t n, index_t k) {
+    if constexpr (N > 1)
+        if (n < N) return some_vectors<E, add, M, N - 1>(c, sc, a, b, n, k);
+    tile<E, add, M, N>(c, sc, a, b, k);
+}
+
 // M rows at most, `m` of them; n is a multiple of W.
 template <typename E, bool add, int M = ROWS>
 static inline void product(float *c, index_t sc, const Left &a, Right b, index_t m, index_t n, index_t k) {
     if constexpr (M > 1)
         if (m < M) return product<E, add, M - 1>(c, sc, a, b, m, n, k);
-    for (index_t left = n / W; left;) {
-        const index_t count = left >= 2 * VECTORS || left == VECTORS ? VECTORS : left > VECTORS ? 3 : left;
-        switch (count) {
-            case 4: tile<E, M, 4, add>(c, sc, a, b, k); break;
-            case 3: tile<E, M, 3, add>(c, sc, a, b, k); break;
-            case 2: tile<E, M, 2, add>(c, sc, a, b, k); break;
-            default: tile<E, M, 1, add>(c, sc, a, b, k);
-        }
-        left -= count, c += count * W, b.at += count * W;
+    for (index_t left = n / W, count; left; left -= count, c += count * W, b.at += count * W) {
+        count = left >= 2 * VECTORS ? VECTORS : left > VECTORS ? (left + 1) / 2 : left;  // the last two about alike
+        some_vectors<E, add, M>(c, sc, a, b, count, k);
     }
 }
 
 // ---- how numbers are laid out for it
 
 // Two rows of words become two that hold them in turns.
-static inline void interleave(words &low, words &high, words x, words y) {
+template <size_t... J>
+static inline void interleave(words &low, words &high, words x, words y, std::index_sequence<J...>) {
 #if __has_builtin(__builtin_shufflevector)
-    low = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high = __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    low = __builtin_shufflevector(x, y, (J / 2 + J % 2 * W)...);
+    high = __builtin_shufflevector(x, y, (W / 2 + J / 2 + J % 2 * W)...);
 #else
-    low = __builtin_shuffle(x, y, words{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-    high = __builtin_shuffle(x, y, words{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+    low = __builtin_shuffle(x, y, words{(uint32_t)(J / 2 + J % 2 * W)...});
+    high = __builtin_shuffle(x, y, words{(uint32_t)(W / 2 + J / 2 + J % 2 * W)...});
 #endif
 }
 
@@ -120,12 +131,13 @@ static inline void transpose(uint32_t *to, index_t st, const uint32_t *from, ind
     words x[W], y[W];
 #pragma GCC unroll 16
     for (index_t i = 0; i < W; i++) x[i] = (words)load((const float *)from + i * sf);
-#pragma GCC unroll 2
-    for (int round = 0; round < 2; round++) {
+#pragma GCC unroll 4
+    for (index_t round = 0; round < (W == 16 ? 4 : W == 8 ? 3 : 2); round++) {
 #pragma GCC unroll 8
-        for (index_t i = 0; i < W / 2; i++) interleave(y[2 * i], y[2 * i + 1], x[i], x[i + W / 2]);
-#pragma GCC unroll 8
-        for (index_t i = 0; i < W / 2; i++) interleave(x[2 * i], x[2 * i + 1], y[i], y[i + W / 2]);
+        for (index_t i = 0; i < W / 2; i++)
+            interleave(y[2 * i], y[2 * i + 1], x[i], x[i + W / 2], std::make_index_sequence<W>{});
+#pragma GCC unroll 16
+        for (index_t i = 0; i < W; i++) x[i] = y[i];
     }
 #pragma GCC unroll 16
     for (index_t i = 0; i < W; i++) store((float *)to + i * st, x[i]);

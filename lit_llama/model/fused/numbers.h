@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -41,8 +41,10 @@ static inline lanes load(const float *x) {
 static inline lanes load(const bf16 *x) {
     halves bits;
     memcpy(&bits, x, sizeof bits);
-#ifdef __AVX512F__  // one instruction, which GCC 12 does not find
+#if defined(__AVX512F__)  // one instruction, which GCC 12 does not find
     const words wide = (words)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+    const words wide = (words)_mm256_cvtepu16_epi32((__m128i)bits);
 #else
     const words wide = __builtin_convertvector(bits, words);
 #endif

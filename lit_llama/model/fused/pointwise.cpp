@@ -104,6 +104,8 @@ static void swiglu_backward(E *d_gate_up, index_t sd, E *out, index_t so, const 
 
 // ---- cross entropy: logits become `factor` times their gradient
 
+static const index_t CHUNK = 4096;  // of what is summed up: one total of a whole vocabulary would round too often
+
 template <typename E>
 static void cross_entropy(float *loss, E *logits, index_t sl, const index_t *targets, index_t T, index_t n,
                           float factor) {
@@ -114,8 +116,11 @@ static void cross_entropy(float *loss, E *logits, index_t sl, const index_t *tar
         lanes tops = all(never);
         each_vector(n, [&](index_t j, auto count) { tops = larger(load(row + j, count, never), tops); });
         const float top = largest(tops);
-        const float total =
-            sum_of(n, [&](index_t j, auto count) { return exponential(load(row + j, count, never) - top); });
+        float total = 0;
+        for (index_t at = 0; at < n; at += CHUNK)
+            total += sum_of(n - at < CHUNK ? n - at : CHUNK, [&](index_t j, auto count) {
+                return exponential(load(row + at + j, count, never) - top);
+            });
         loss[t] = __builtin_logf(total) + top - right;
         if (factor == 0) continue;
         const float scale = factor / total;

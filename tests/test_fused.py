@@ -24,7 +24,7 @@ LENGTHS = [130, 73, 47, 10, 1]
 
 @pytest.fixture(params=["compiled", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """With kernels.cpp, and as if there were no compiler."""
+    """With the compiled kernels, and as if there were no compiler."""
     if request.param == "plain":
         monkeypatch.setattr(kernels, "compiled", lambda: None)
     elif kernels.compiled() is None:
@@ -230,6 +230,19 @@ def test_a_target_that_is_no_token_is_refused(target: int) -> None:
         pointwise.cross_entropy(torch.zeros(2, 301), torch.tensor([5, target]), 1.0)
 
 
+def test_rounding_is_torchs() -> None:
+    """Of numbers of any size, those included that are too small for a normal float; catches one that is cut off."""
+    if kernels.compiled() is None:
+        pytest.skip("no C++ compiler")
+    sizes = torch.logspace(-40, 38, 200)[:, None]
+    gate, up = _draw(torch.float32, 200, 97).abs() + 1, _draw(torch.float32, 200, 97) * sizes
+    rounded = torch.cat([gate, up], 1).bfloat16()
+    ours, wide = torch.empty(200, 97, dtype=torch.bfloat16), torch.empty(200, 97)
+    pointwise.swiglu(ours, rounded)
+    pointwise.swiglu(wide, rounded.float())
+    assert torch.equal(ours, wide.bfloat16()) and 0 < ours.abs()[ours != 0].min() < torch.finfo(torch.bfloat16).tiny
+
+
 def test_what_is_no_number_stays_none(way: str) -> None:
     """A step that is not finite is skipped, if it is seen; catches a maximum or a rounding that hides it."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -272,6 +285,40 @@ def test_attention_is_the_formula(
     for got, want in zip((y, *gradients), (wanted, *exact_gradients), strict=True):
         # A key alone in its window changes nothing, so that there is nothing to compare with but dy.
         assert (got.double().cpu() - want).norm() < limit * max(want.norm(), dy.double().norm().cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    """Catches a sum in the order in which threads end, and scratch that two of them share."""
+    if kernels.compiled() is None:
+        pytest.skip("no C++ compiler")
+    layout = Packed([33, 70, 5, 150, 21, 40], parents=[-1, 0, 0, -1, -1, 4])
+    q, k, v, dy = (
+        _draw(dtype, sum(layout.counts), heads, 16) + shift for heads, shift in ((4, 0), (2, 0), (2, 1), (4, 1))
+    )
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            y, room = torch.empty_like(q), (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+            kept = attention.attend(y, (q, k, v), layout, None)
+            found.append([y, *kept, *attention.attend_backward(room, dy, y, kept, (q, k, v), layout, None)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
+
+
+def test_memory_that_ends_is_an_error() -> None:
+    """Catches a process that ends without a word."""
+    if kernels.compiled() is None:
+        pytest.skip("no C++ compiler")
+    layout, q = Packed([4]), torch.zeros(4, 2, 16)
+    layout.__dict__["offsets"] = torch.tensor([0, 1 << 44])
+    y, lse = torch.empty_like(q), torch.empty(4, 2)
+    with pytest.raises(MemoryError, match="attend"):
+        attention.attend(y, (q, q, q), layout, None)
+    with pytest.raises(MemoryError, match="attend_backward"):
+        attention.attend_backward((y, y, y), q, y, [lse], (q, q, q), layout, None)
 
 
 @pytest.mark.parametrize("window", [None, 50])

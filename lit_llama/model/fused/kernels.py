@@ -1,4 +1,4 @@
-"""kernels.cpp, compiled once for this processor and kept, where there is a compiler.
+"""pointwise.cpp and attention.cpp, compiled once for this processor and kept, where there is a compiler.
 
 Without one, or where it fails, everything still runs, by the plain functions, which are slower.
 """
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,26 +20,35 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.progress import stderr
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"),
-    # Sums may be reordered, which vectors need; what is infinite or no number stays what it is.
-    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"),
-)
+HERE = Path(__file__).parent
+COMPILED = ("pointwise.cpp", "attention.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 Argument = Tensor | int | float
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
-    """Call a function of kernels.cpp: tensors as pointers, whole numbers as index_t, others as float.
+    """Call a kernel: tensors as pointers, whole numbers as index_t, others as float.
 
     On tensors without numbers, with which the plan of a run is made, there is nothing to do.
+
+    Raises:
+        MemoryError: There was not enough.
     """
     if any(isinstance(value, FakeTensor) for value in arguments):
         return
+    if _function(name, dtype)(*map(_converted, arguments)):
+        raise MemoryError(f"not enough memory for {name}")
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    """That the library's pointer of this name points to, see exported.h."""
     library = compiled()
     assert library is not None
-    getattr(library, f"{name}_{DTYPES[dtype]}")(*map(_converted, arguments))
+    address = ctypes.c_void_p.in_dll(library, f"{name}_{DTYPES[dtype]}").value
+    assert address is not None
+    return ctypes.CFUNCTYPE(ctypes.c_int)(address)
 
 
 def _converted(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
@@ -48,7 +58,7 @@ def _converted(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_f
 
 
 def native(*tensors: Tensor) -> bool:
-    """Whether kernels.cpp computes with these; what has no numbers counts as if it would."""
+    """Whether a kernel computes with these; what has no numbers counts as if it would."""
     first = tensors[0]
     if isinstance(first, FakeTensor):
         return True
@@ -77,7 +87,8 @@ def compiled() -> ctypes.CDLL | None:
 def _built(compiler: str) -> Path:
     """Compile, unless it was done before: same source, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    known = (SOURCE.read_text("utf-8"), *FLAGS, version, _processor())
+    sources = [path.read_text("utf-8") for path in sorted(HERE.iterdir()) if path.suffix in (".cpp", ".h")]
+    known = (*sources, *FLAGS, version, _processor())
     key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
     library = home / f"kernels-{key}.so"
@@ -85,14 +96,13 @@ def _built(compiler: str) -> Path:
         return library
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        compiled_object, staged = Path(folder) / "kernels.o", Path(folder) / library.name
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled_object)],
+            [compiler, *FLAGS, "-c", *(str(HERE / name) for name in COMPILED)],
             # Without -fopenmp, which would link a second runtime, whose threads would fight with torch's.
-            [compiler, "-shared", str(compiled_object), "-o", str(staged)],
+            [compiler, "-shared", *(name.replace(".cpp", ".o") for name in COMPILED), "-o", library.name],
         ):
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        staged.replace(library)  # whole, or not at all
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        (Path(folder) / library.name).replace(library)  # whole, or not at all
     return library
 
 

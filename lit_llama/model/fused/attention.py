@@ -1,6 +1,6 @@
 """Attention of packed samples as two operations, forward and backward, on columns of wider tensors.
 
-kernels.cpp computes them on a CPU; on a GPU it is FlashAttention's kernels for samples of any length (Dao 2023,
+attention.cpp computes them on a CPU; on a GPU it is FlashAttention's kernels for samples of any length (Dao 2023,
 arXiv:2307.08691), or cuDNN's where all have the same length and are long. All keep the log-sum-exp of the scores and
 nothing of their square. Elsewhere the layout attends, and does it again for the gradients.
 
@@ -127,7 +127,7 @@ def attend_backward(
 
 
 def _kernels(q: Tensor, layout: Samples, window: int | None) -> Literal["flash", "cudnn", "plain"]:
-    """Who attends, where kernels.cpp does not."""
+    """Who attends, where attention.cpp does not."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     if q.dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0) or q.shape[2] % 8 or layout.shares:
         return "plain"

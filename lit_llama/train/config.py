@@ -11,7 +11,7 @@ LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 Checkpointing = Literal["none", "selective", "full"]
 
-CPU_TOKENS, GPU_TOKENS = 1024, 8192
+CPU_TOKENS, GPU_TOKENS = 2048, 8192
 """Per forward pass: from there on more of them hardly gain speed, and take memory."""
 
 
@@ -24,7 +24,7 @@ class TrainConfig:
         max_steps: Stop after this many optimizer steps, if that comes first.
         batch_size: Samples per optimizer step.
         micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients. auto is
-            1024 on a CPU, 8192 on a GPU, or less where the memory asks for it.
+            2048 on a CPU, 8192 on a GPU, or less where the memory asks for it.
         learning_rate: Highest learning rate.
         schedule: Course of the learning rate after the warm-up; wsd stays at the top and falls at the end.
         min_lr_ratio: Where cosine, linear and wsd end, as a share of the highest learning rate.

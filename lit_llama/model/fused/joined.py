@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_llama.model.fused.narrow import outer, project, project_back
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
 
 ALIGNED = {"cpu": 8, "cuda": 64}
@@ -87,25 +88,25 @@ class Joined:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """W x + s B A x (+ residual): (T, out). The last columns of x (T, in + R) are filled with u."""
         if self.tail:
-            torch.mm(x[:, : self.inputs], self._down.t(), out=x[:, self.inputs :])
+            project(x[:, self.inputs :], x[:, : self.inputs], self._down)
         y = self.product(x, residual)
         return y if self._bias is None else y.add_(self._bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """W' dy + A' s B' dy: (T, in). The last columns of dy (T, out + R) are filled with du."""
         if self.tail:
-            torch.mm(dy[:, : self.outputs], self._up, out=dy[:, self.outputs :])
+            project_back(dy[:, self.outputs :], dy[:, : self.outputs], self._up)
         return self.product_back(dy)
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor) -> list[Tensor]:
         """Those of A and B of each update, in float32; dy as `input_gradient` has left it, u (T, R)."""
         if not self.tail:
             return []
-        d_a = torch.mm(dy[:, self.outputs :].t(), x[:, : self.inputs])  # (R, in)
+        d_a = outer(dy[:, self.outputs :], x[:, : self.inputs])  # (R, in)
         found = []
         for linear, (rows, columns) in zip(self.updates, self._places, strict=True):
-            d_b = torch.mm(dy[:, rows].t(), u[:, columns])  # (out of this one, r)
-            found += [d_a[columns].float(), d_b.float().mul_(linear.scale)]
+            d_b = outer(u[:, columns], dy[:, rows])  # (r, out of this one)
+            found += [d_a[columns], d_b.mul_(linear.scale).t()]
         return found
 
 

@@ -1,4 +1,4 @@
-"""pointwise.cpp and attention.cpp, compiled once for this processor and kept, where there is a compiler.
+"""pointwise.cpp, attention.cpp and narrow.cpp, compiled once for this processor and kept, where there is a compiler.
 
 Without one, or where it fails, everything still runs, by the plain functions, which are slower.
 """
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lit_llama.progress import stderr
 
 HERE = Path(__file__).parent
-COMPILED = ("pointwise.cpp", "attention.cpp")
+COMPILED = ("pointwise.cpp", "attention.cpp", "narrow.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 Argument = Tensor | int | float

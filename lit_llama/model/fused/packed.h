@@ -8,11 +8,10 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
+#include "memory.h"
 #include "numbers.h"
 #include "tiles.h"
 
@@ -48,21 +47,6 @@ struct Keys {  // [low, high)
         const integers place = first_lanes() + (int32_t)j;
         return (place >= (int32_t)low) & (place < (int32_t)high) ? x : all(-__builtin_inff());
     }
-};
-
-// Room for `parts` times as many floats as are asked for, or std::bad_alloc.
-class Memory {
-    static constexpr std::align_val_t line{64};  // of the cache, of which no two parts have a share
-    struct Free {
-        void operator()(float *x) const { operator delete(x, line); }
-    };
-    index_t part;
-    std::unique_ptr<float, Free> start;
-
-  public:
-    Memory(index_t parts, index_t floats)
-        : part(up(floats, 16)), start((float *)operator new((size_t)(parts * part) * sizeof(float), line)) {}
-    float *operator[](index_t i) const { return start.get() + i * part; }
 };
 
 // Deals out a part of the memory. Without one, it finds how much is needed.

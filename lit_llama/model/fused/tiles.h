@@ -27,6 +27,12 @@ static inline words paired(lanes first, lanes second, bf16) {
     return rounded(first, bf16{}) >> 16 | (rounded(second, bf16{}) & 0xffff0000u);
 #endif
 }
+template <typename Count> static inline words paired_rows(const float *first, const float *, Count count) {
+    return (words)load(first, count);
+}
+template <typename Count> static inline words paired_rows(const bf16 *first, const bf16 *second, Count count) {
+    return (words)load(first, count) >> 16 | (words)load(second, count);
+}
 // A row for `multiply_add`, with the same instructions.
 template <typename E> static inline void store_row(E *to, lanes x) { store(to, x); }
 #ifdef __AVX512BF16__
@@ -73,7 +79,7 @@ static const int VECTORS = 2;
 template <typename E, bool add, int M, int N>
 static inline void tile(float *c, index_t sc, const Left &a, const Right &b, index_t k) {
     lanes totals[M][N];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) totals[i][j] = add ? load(c + i * sc + j * W) : lanes{};
@@ -81,13 +87,13 @@ static inline void tile(float *c, index_t sc, const Left &a, const Right &b, ind
         lanes right[N];
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) right[j] = load((const float *)b.at + p * b.row + j * W);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < N; j++)
                 totals[i][j] = multiply_add(totals[i][j], a.at[i * a.row + p * a.word], right[j], E{});
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) store(c + i * sc + j * W, totals[i][j]);

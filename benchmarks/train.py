@@ -50,6 +50,7 @@ def main(
     synthetic: Literal["llama-2-7b", "llama-3-8b", "llama-13b"] | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     sample_tokens: int | None = None,
+    quantize: Literal["nf4", "nf4-dq", "int8", "fp8"] | None = None,
 ) -> None:
     """Compare on the processor; or with --synthetic measure ours alone on a large model, on a GPU.
 
@@ -74,12 +75,13 @@ def main(
         synthetic: Random weights in the shape of this model.
         device: For --synthetic.
         sample_tokens: For --synthetic: tokens of every sample instead of lengths like Alpaca's.
+        quantize: For --synthetic: the base in 4 or 8 bits, as finetune/lora.py has it.
     """
     load = check_idle(IDLE, warn=when_busy == "warn")
     if synthetic:
         from benchmarks.training.synthetic import measure
 
-        result = measure(synthetic, device, steps=steps, warmup=warmup, sample_tokens=sample_tokens)
+        result = measure(synthetic, device, steps=steps, warmup=warmup, sample_tokens=sample_tokens, quantize=quantize)
         print("\n".join(f"{name:24}{value}" for name, value in result.items()))
         if out:
             out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")

@@ -334,9 +334,12 @@ def test_micro_batches_are_filled_exactly() -> None:
     assert 90 < mean < 150
 
 
-def test_a_synthetic_model_is_measured_and_learns() -> None:
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_a_synthetic_model_is_measured_and_learns(quantize: Any) -> None:
     batch = next(synthetic.packed(1, 512, tiny_config().vocab_size, None))
-    found = synthetic.train(tiny_config(), torch.device("cpu"), torch.float32, [batch] * 12, warmup=2)
+    found = synthetic.train(
+        tiny_config(), torch.device("cpu"), torch.float32, [batch] * 12, warmup=2, quantize=quantize
+    )
     assert found["first_loss"] == pytest.approx(math.log(tiny_config().vocab_size), rel=0.05)
     assert found["last_loss"] < found["first_loss"]
     assert found["tokens_per_second"] > 0

@@ -3,18 +3,21 @@
 Shapes: T tokens of a micro-batch.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lit_llama.device import peak_memory
-from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.model.quantize import is_quantized, quantized
 from lit_llama.text.dataset import Batch, collate
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.train.loss import TokenLoss
@@ -45,19 +48,35 @@ TOKENS = 8192
 LORA = LoRAConfig(r=16, alpha=32)
 
 
-def measure(name: str, device: str, *, steps: int, warmup: int, sample_tokens: int | None) -> dict[str, Any]:
+def measure(
+    name: str, device: str, *, steps: int, warmup: int, sample_tokens: int | None, quantize: Quantization | None
+) -> dict[str, Any]:
     """Train a model of the named shape in bfloat16, one packed micro-batch a step."""
     config = LLaMAConfig(**SHAPES[name], max_position_embeddings=max(4096, sample_tokens or 0))
     batches = list(packed(warmup + steps, TOKENS, config.vocab_size, sample_tokens))
-    result = train(config, torch.device(device), torch.bfloat16, batches, warmup=warmup)
-    return {"model": name, "device": _name(device), "torch": torch.__version__, **result, **ceilings(device)}
+    result = train(config, torch.device(device), torch.bfloat16, batches, warmup=warmup, quantize=quantize)
+    return {
+        "model": name,
+        "base": quantize or "bfloat16",
+        "device": _name(device),
+        "torch": torch.__version__,
+        **result,
+        **ceilings(device),
+    }
 
 
 def train(
-    config: LLaMAConfig, device: torch.device, dtype: torch.dtype, batches: list[Batch], *, warmup: int
+    config: LLaMAConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    batches: list[Batch],
+    *,
+    warmup: int,
+    quantize: Quantization | None = None,
 ) -> dict[str, Any]:
     """Take a step on each batch; those after the warm-up are timed together, without waiting in between."""
-    model = random_model(config, device, dtype)
+    model = random_model(config, device, dtype, quantize)
+    frozen = sum(math.prod(shape) for name, shape in shapes(config).items() if "embed" not in name)
     apply_lora(model, LORA)
     fuse(model)
     loss_of = TokenLoss(model).train()
@@ -77,7 +96,6 @@ def train(
     seconds = time.perf_counter() - start
     timed = batches[warmup:]
     tokens = sum(len(batch.input_ids) for batch in timed)
-    frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "embed" not in name)
     return {
         "tokens_per_second": tokens / seconds,
         "trained_tokens_per_second": sum(len(batch.targets) for batch in timed) / seconds,
@@ -90,18 +108,29 @@ def train(
 
 
 @torch.no_grad()
-def random_model(config: LLaMAConfig, device: torch.device, dtype: torch.dtype) -> LLaMA:
-    """Weights drawn on the device itself; norms are one."""
+def random_model(
+    config: LLaMAConfig, device: torch.device, dtype: torch.dtype, quantize: Quantization | None = None
+) -> LLaMA:
+    """Weights drawn on the device itself, one by one; norms are one."""
     with torch.device("meta"):
-        model = LLaMA(config).to(dtype)
-    model.to_empty(device=device)
+        model = LLaMA(config)
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            parameter.fill_(1)
+    for name, shape in shapes(config).items():
+        value = torch.ones(shape, dtype=dtype, device=device)
+        if not name.endswith("norm.weight"):
+            value.normal_(std=0.02)
+        module, _, leaf = name.rpartition(".")
+        if quantize and is_quantized(name):
+            model.set_submodule(module, quantized(value, None, quantize))
         else:
-            parameter.normal_(std=0.02)
-    return model.requires_grad_(False)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+    return model
+
+
+def shapes(config: LLaMAConfig) -> dict[str, torch.Size]:
+    """Those of all weights, by their names."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in LLaMA(config).named_parameters()}
 
 
 def packed(count: int, tokens: int, vocab_size: int, sample_tokens: int | None) -> Iterator[Batch]:

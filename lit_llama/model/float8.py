@@ -11,7 +11,6 @@ Shapes: T tokens; x (T, in), W (out, in), its scales (out,).
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 from lit_llama.errors import ResourceError
 from lit_llama.model.fused.pointwise import round_rows
@@ -20,8 +19,12 @@ from lit_llama.model.fused.pointwise import round_rows
 def check(device: torch.device) -> None:
     """
     Raises:
-        ResourceError: The device does not multiply 8-bit floats.
+        ResourceError: The device, or the installed torch, does not multiply 8-bit floats.
     """
+    if not hasattr(F, "scaled_mm"):
+        raise ResourceError(
+            f"--quantize fp8 needs torch.nn.functional.scaled_mm, which torch {torch.__version__} lacks"
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ResourceError(
             f"--quantize fp8: {torch.cuda.get_device_name(device)} does not multiply 8-bit floats, which GPUs do from "
@@ -51,7 +54,7 @@ def product_back(dy: Tensor, turned: Tensor, scales: Tensor) -> Tensor:
 
 def _multiplied(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """(a * rows) (b * columns); with a scale for each row, GPUs give bfloat16 only."""
-    kind = ScalingType.RowWise
+    kind = F.ScalingType.RowWise
     result = torch.bfloat16 if a.is_cuda else dtype
     scales = rows[:, None], columns[None].contiguous()
     return F.scaled_mm(a, b, scales[0], kind, scales[1], kind, output_dtype=result).to(dtype)

@@ -148,16 +148,19 @@ def test_less_is_kept_than_autograd_keeps() -> None:
 
     def kept(model: LLaMA, tokens: int) -> int:
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        sizes: dict[int, int] = {}
+        sizes: dict[int, dict[int, int]] = {}  # of each storage, its parts
+        wholes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in own:
-                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                wholes[storage.data_ptr()] = storage.nbytes()
+                sizes.setdefault(storage.data_ptr(), {})[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.model(torch.zeros(tokens, dtype=torch.int64))
-        return sum(sizes.values())
+        return sum(min(wholes[storage], sum(parts.values())) for storage, parts in sizes.items())
 
     model, plain = adapted(), adapted()
     fuse(model)

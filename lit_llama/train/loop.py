@@ -95,6 +95,9 @@ class Trainer:
         self._per_epoch = math.ceil(len(train) / config.batch_size)
         self._device = next(model.parameters()).device
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in self._parameters:
+            # Made anew in every step, they would come to lie among the activations, and leave holes there.
+            parameter.grad = torch.zeros_like(parameter)
         self.optimizer = build_optimizer(groups, config, self._device)
         self.scaler, self.best = numerics.scaler(), Best()
         self.kept = [p.detach().clone() for p in self._parameters] if config.keep == "best" else []
@@ -128,7 +131,7 @@ class Trainer:
         if finite:
             self.optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         tokens = int((self._train.lengths[rows] - 1).sum())
         self._advance(count, tokens)
         if finite:

@@ -35,4 +35,5 @@ def warm_up(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Bat
         for _ in range(2):
             backward(loss_of.of_batch(batch))
     for parameter in loss_of.parameters():
-        parameter.grad = None
+        if parameter.grad is not None:
+            parameter.grad.zero_()

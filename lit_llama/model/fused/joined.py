@@ -52,8 +52,8 @@ class Joined:
         """Take the weights over; gives room for A (R, in) and s B (out, R), filled with zeros."""
         return like.new_zeros(self.tail, self.inputs), like.new_zeros(self.outputs, self.tail)
 
-    def product(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """W x + s B u (+ residual), x and u beside each other: (T, in + R) -> (T, out)."""
+    def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
+        """out (T, out) = W x + s B u (+ residual), x and u beside each other (T, in + R)."""
         raise NotImplementedError
 
     def product_back(self, dy: Tensor) -> Tensor:
@@ -85,12 +85,13 @@ class Joined:
         """Room for dy and du: (T, out + R)."""
         return x.new_empty(len(x), self.outputs + self.tail)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """W x + s B A x (+ residual): (T, out). The last columns of x (T, in + R) are filled with u."""
+    def __call__(self, out: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
+        """out (T, out) = W x + s B A x (+ residual). The last columns of x (T, in + R) are filled with u."""
         if self.tail:
             project(x[:, self.inputs :], x[:, : self.inputs], self._down)
-        y = self.product(x, residual)
-        return y if self._bias is None else y.add_(self._bias)
+        self.product(out, x, residual)
+        if self._bias is not None:
+            out.add_(self._bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """W' dy + A' s B' dy: (T, in). The last columns of dy (T, out + R) are filled with du."""
@@ -140,9 +141,12 @@ class OneMatrix(Joined):
         assert first.weight.untyped_storage()._cdata == self._matrix.untyped_storage()._cdata, "the weights have moved"
         super().refresh()
 
-    def product(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
         weight = self._matrix[: self.outputs].t()
-        return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+        if residual is None:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(residual, x, weight, out=out)
 
     def product_back(self, dy: Tensor) -> Tensor:
         return torch.mm(dy, self._matrix[:, : self.inputs])

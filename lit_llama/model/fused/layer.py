@@ -20,6 +20,7 @@ from lit_llama.model.fused import pointwise
 from lit_llama.model.fused.attention import Heads, attend, attend_backward
 from lit_llama.model.fused.kernels import native
 from lit_llama.model.fused.quantized import join, kind_of
+from lit_llama.model.fused.room import Room
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
 
@@ -38,9 +39,10 @@ def fuse(model: LLaMA, leave: Leave = "none") -> int:
         leave: What is computed again in the backward pass.
     """
     layers = model.model.layers
+    room = Room(1 if leave == "full" else len(layers))
     for index, layer in enumerate(layers):
         if isinstance(layer, DecoderLayer) and fusable(layer):
-            layers[index] = FusedLayer(layer, leave)
+            layers[index] = FusedLayer(layer, leave, room)
     count = sum(isinstance(layer, FusedLayer) for layer in layers)
     if count == len(layers) and model.lm_head.weight.device.type == "cpu":
         _leave_files(model)
@@ -101,12 +103,12 @@ def fusable(layer: DecoderLayer) -> bool:
 class FusedLayer(DecoderLayer):
     """A decoder layer that computes as above where it is given packed samples, and plainly where it is not."""
 
-    def __init__(self, layer: DecoderLayer, leave: Leave) -> None:
+    def __init__(self, layer: DecoderLayer, leave: Leave, room: Room) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         attention, mlp = layer.self_attn, layer.mlp
         assert isinstance(attention, Attention)
-        self.leave = leave
+        self.leave, self.room = leave, room
         eps = layer.input_layernorm.eps
         assert eps is not None
         self.eps = eps
@@ -124,7 +126,8 @@ class FusedLayer(DecoderLayer):
         for joined in self.joined:
             joined.refresh()
         parameters = [parameter for joined in self.joined for parameter in joined.parameters]
-        y: Tensor = _Layer.apply(x, self, rotation, layout, *parameters)  # type: ignore[no-untyped-call]
+        backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))  # which the function cannot know
+        y: Tensor = _Layer.apply(x, self, rotation, layout, backward, *parameters)  # type: ignore[no-untyped-call]
         return y
 
     def heads(self, qkv: Tensor) -> Heads:
@@ -140,79 +143,109 @@ class _Kept:
     qkv: Tensor  # (T, (H + 2 G) D), rotated
     attended: Tensor  # (T, H D + R)
     middle: Tensor  # (T, C), the stream between attention and MLP
-    gate_up: Tensor  # (T, 2 I), or empty where it is computed again
     u_qkv: Tensor
-    u_gate_up: Tensor
     u_down: Tensor
+    gate_up: Tensor  # (T, 2 I); it and its u are empty where they are computed again
+    u_gate_up: Tensor
     attention: list[Tensor]
 
     def tensors(self) -> list[Tensor]:
-        named = [self.qkv, self.attended, self.middle, self.gate_up, self.u_qkv, self.u_gate_up, self.u_down]
+        named = [self.qkv, self.attended, self.middle, self.u_qkv, self.u_down, self.gate_up, self.u_gate_up]
         return [*named, *self.attention]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "_Kept":
-        qkv, attended, middle, gate_up, u_qkv, u_gate_up, u_down, *attention = tensors
-        return cls(qkv, attended, middle, gate_up, u_qkv, u_gate_up, u_down, attention)
+        qkv, attended, middle, u_qkv, u_down, gate_up, u_gate_up, *attention = tensors
+        return cls(qkv, attended, middle, u_qkv, u_down, gate_up, u_gate_up, attention)
+
+    @classmethod
+    def within(cls, layer: FusedLayer, x: Tensor) -> "tuple[Tensor, Tensor, _Kept]":
+        """A piece of memory for the tokens of x (T, C), and in it the places of the layer's result and of these."""
+        qkv, out, gate_up, down = layer.joined
+        widths = [down.outputs, qkv.outputs, out.inputs + out.tail, out.outputs, qkv.tail, down.tail]
+        widths += [0, 0] if layer.leave == "selective" else [gate_up.outputs, gate_up.tail]
+        piece = layer.room.take(x, len(x) * sum(widths))
+        parts = piece[: len(x) * sum(widths)].split([len(x) * width for width in widths])
+        y, *places = (part.view(len(x), width) for part, width in zip(parts, widths, strict=True))
+        return piece, y, cls.of(places)
 
 
-def _forward(layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> tuple[Tensor, _Kept]:
-    """The layer, and what its backward pass needs."""
+def _forward(
+    layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed
+) -> tuple[Tensor, Tensor, _Kept]:
+    """The layer, the piece of memory in which its result is, and what its backward pass needs."""
+    piece, y, kept = _Kept.within(layer, x)
     cos, sin = (part.flatten(1) for part in rotation)  # (T, D/2)
     first = layer.input_layernorm
     normed = layer.qkv.buffer_in(x)
     pointwise.norm(normed[:, : layer.qkv.inputs], x, first.weight, layer.eps)
-    qkv = layer.qkv(normed)
-    attended = layer.out.buffer_in(x)
-    heads = layer.heads(qkv)
+    layer.qkv(kept.qkv, normed)
+    pointwise.copy(kept.u_qkv, normed[:, layer.qkv.inputs :])
+    del normed
+    heads = layer.heads(kept.qkv)
     for part in heads[:2]:
         pointwise.rotate(part, part, cos, sin)
-    y = attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
-    attention = attend(y, heads, layout, layer.self_attn.window)
-    middle = layer.out(attended, residual=x)
-    u_qkv = normed[:, layer.qkv.inputs :].clone()
-    del normed
-    gate_up, u_gate_up = _gate_up(layer, middle)
+    attended = kept.attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
+    kept.attention = attend(attended, heads, layout, layer.self_attn.window)
+    layer.out(kept.middle, kept.attended, residual=x)
+    gate_up = _gate_up(layer, kept)
     product = layer.down.buffer_in(x)
     pointwise.swiglu(product[:, : layer.down.inputs], gate_up)
-    y = layer.down(product, residual=middle)
-    u_down = product[:, layer.down.inputs :].clone()
-    return y, _Kept(qkv, attended, middle, gate_up, u_qkv, u_gate_up, u_down, attention)
+    layer.down(y, product, residual=kept.middle)
+    pointwise.copy(kept.u_down, product[:, layer.down.inputs :])
+    return y, piece, kept
 
 
-def _gate_up(layer: FusedLayer, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up side by side (T, 2 I), and their u."""
-    joined, norm = layer.gate_up, layer.post_attention_layernorm
+def _gate_up(layer: FusedLayer, kept: _Kept) -> Tensor:
+    """Gate and up side by side (T, 2 I), kept with their u where there is a place for them."""
+    joined, norm, middle = layer.gate_up, layer.post_attention_layernorm, kept.middle
     normed = joined.buffer_in(middle)
     pointwise.norm(normed[:, : joined.inputs], middle, norm.weight, layer.eps)
-    gate_up = joined(normed)
-    return gate_up, normed[:, joined.inputs :].clone()
+    gate_up = kept.gate_up if kept.gate_up.numel() else middle.new_empty(len(middle), joined.outputs)
+    joined(gate_up, normed)
+    if kept.gate_up.numel():
+        pointwise.copy(kept.u_gate_up, normed[:, joined.inputs :])
+    return gate_up
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: FusedLayer, rotation: tuple[Tensor, Tensor], layout: Packed, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        layer: FusedLayer,
+        rotation: tuple[Tensor, Tensor],
+        layout: Packed,
+        backward: bool,
+        *parameters: Tensor,
     ) -> Tensor:
-        y, kept = _forward(layer, x, rotation, layout)
+        y, piece, kept = _forward(layer, x, rotation, layout)
         ctx.layer, ctx.rotation, ctx.layout = layer, rotation, layout
-        if layer.leave == "selective":
-            kept.gate_up = kept.u_gate_up = x.new_empty(0)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, *([] if layer.leave == "full" else kept.tensors()))
+        if backward and layer.leave != "full":
+            ctx.piece = piece
+            ctx.save_for_backward(x, *kept.tensors())
+        else:
+            y = y.clone()
+            layer.room.give(piece)
+            ctx.save_for_backward(*[x] * backward)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         layer, rotation, layout = ctx.layer, ctx.rotation, ctx.layout
         x, *tensors = ctx.saved_tensors
-        kept = _Kept.of(tensors) if tensors else _forward(layer, x, rotation, layout)[1]
-        del tensors
+        if tensors:
+            piece, kept = ctx.piece, _Kept.of(tensors)
+        else:
+            _, piece, kept = _forward(layer, x, rotation, layout)
         if not kept.gate_up.numel():
-            kept.gate_up, kept.u_gate_up = _gate_up(layer, kept.middle)
+            joined = layer.gate_up
+            kept.gate_up, kept.u_gate_up = joined.buffer_out(x).split([joined.outputs, joined.tail], dim=1)
+            _gate_up(layer, kept)
         d_middle, mlp = _mlp_backward(layer, grad_outputs[0].contiguous(), kept)
         dx, attention = _attention_backward(layer, d_middle, x, kept, rotation, layout, ctx.needs_input_grad[0])
-        return dx, None, None, None, *attention, *mlp
+        layer.room.give(piece)
+        return dx, None, None, None, None, *attention, *mlp
 
 
 def _mlp_backward(layer: FusedLayer, dy: Tensor, kept: _Kept) -> tuple[Tensor, list[Tensor]]:

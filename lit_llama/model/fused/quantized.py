@@ -17,12 +17,14 @@ from lit_llama.model.quantize import Float8Linear, QuantizedLinear
 class Unpacked(Joined):
     """Layers of four or eight bits, whose weights are unpacked for each product, all into one matrix."""
 
-    def product(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        inner, u = x[:, : self.inputs], x[:, self.inputs :]
-        # The update is small, and the product not rounded yet when it is added.
-        weight = self._dense(x).t()
-        y = torch.addmm(torch.mm(u, self._up.t()), inner, weight) if self.tail else torch.mm(inner, weight)
-        return y if residual is None else y.add_(residual)
+    def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
+        inner, u, weight = x[:, : self.inputs], x[:, self.inputs :], self._dense(x).t()
+        if self.tail:  # the update is small, and the product not rounded yet when it is added
+            torch.addmm(torch.mm(u, self._up.t()), inner, weight, out=out)
+        else:
+            torch.mm(inner, weight, out=out)
+        if residual is not None:
+            out.add_(residual)
 
     def product_back(self, dy: Tensor) -> Tensor:
         inner, du = dy[:, : self.outputs], dy[:, self.outputs :]
@@ -53,13 +55,13 @@ class Float8(Unpacked):
         self._turned = self._packed.t().contiguous() if like.is_cuda else self._packed.t()  # (in, out)
         return super().take(like)
 
-    def product(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
         if not self.bases[0].training:
-            return super().product(x, residual)
+            return super().product(out, x, residual)
         y = float8.product(x[:, : self.inputs], self._packed, self._scales)
         if self.tail:
             y.addmm_(x[:, self.inputs :], self._up.t())
-        return y if residual is None else y.add_(residual)
+        out.copy_(y) if residual is None else torch.add(y, residual, out=out)
 
     def product_back(self, dy: Tensor) -> Tensor:
         if not self.bases[0].training:

@@ -1,0 +1,38 @@
+"""Memory that layers keep from step to step."""
+
+from torch import Tensor
+
+ROUND = 1 << 20
+"""Pieces are multiples of so many values, as the next micro-batch may be a little larger."""
+
+
+class Room:
+    """Memory in which the layers of a model keep what their backward passes need, a piece each.
+
+    On a CPU it is one block, used again in every step: pieces made anew would leave holes in the heap, as gradients and
+    what the library remembers of its products come to lie between them. A GPU's memory has an allocator for that.
+
+    Args:
+        pieces: How many are taken at most until the first is given back.
+    """
+
+    def __init__(self, pieces: int) -> None:
+        self._pieces, self._size = pieces, 0
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor, size: int) -> Tensor:
+        """A flat piece of `size` values or more."""
+        if like.device.type != "cpu":
+            return like.new_empty(size)
+        if size > self._size and len(self._free) == self._pieces * bool(self._size):
+            self._free.clear()  # first of all, so that its memory can be had again
+            self._size = -(-size // ROUND) * ROUND
+            block = like.new_empty(self._pieces * self._size)
+            # By .data autograd takes each for itself: what is written into one does not spoil what another keeps.
+            self._free = [piece.data for piece in block.split(self._size)]
+        return self._free.pop() if self._free and size <= self._size else like.new_empty(size)
+
+    def give(self, piece: Tensor) -> None:
+        """Take it back: nobody needs what is in it."""
+        if piece.numel() == self._size and len(self._free) < self._pieces:
+            self._free.append(piece)

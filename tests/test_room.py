@@ -1,0 +1,104 @@
+"""The memory that layers pass on from step to step."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+
+from lit_llama.model.config import LoRAConfig
+from lit_llama.model.fused.layer import FusedLayer, fuse
+from lit_llama.model.fused.room import Room
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.train.loss import TokenLoss
+
+LIKE = torch.zeros(1)
+
+
+def test_pieces_are_used_again() -> None:
+    """Catches memory that grows from step to step, and pieces that overlap."""
+    room = Room(3)
+    first = [room.take(LIKE, 1000) for _ in range(3)]
+    for number, piece in enumerate(first):
+        piece.fill_(number)
+    assert [piece[0].item() for piece in first] == [0, 1, 2]
+    for piece in first:
+        room.give(piece)
+    places = {piece.data_ptr() for piece in first}
+    assert {room.take(LIKE, size).data_ptr() for size in (900, 1000, 10)} == places
+
+
+def test_there_is_always_a_piece() -> None:
+    """Catches a third layer of a model of two, and a larger batch while pieces of a smaller one are out."""
+    room = Room(2)
+    out = [room.take(LIKE, 1000) for _ in range(3)]
+    assert len({piece.data_ptr() for piece in out}) == 3
+    larger = room.take(LIKE, 10_000_000)
+    assert larger.numel() >= 10_000_000
+    for piece in (*out, larger):
+        room.give(piece)
+    assert room.take(LIKE, 10_000_000).numel() >= 10_000_000
+
+
+def model_of(leave: Any) -> LLaMA:
+    model = tiny_model(num_hidden_layers=3)
+    torch.manual_seed(1)
+    apply_lora(model, LoRAConfig(r=4))
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    fuse(model, leave)
+    return model
+
+
+def loss_of(model: LLaMA, lengths: list[int]) -> Tensor:
+    ids = torch.arange(sum(lengths)) % 300
+    select = torch.arange(len(ids) - 1)
+    return TokenLoss(model)(ids, lengths, select, ids[1:])
+
+
+@pytest.mark.parametrize("leave", ["none", "selective", "full"])
+def test_gradients_do_not_depend_on_what_came_before(leave: Any) -> None:
+    """Larger and smaller batches, evaluations between, two graphs at once, one that is dropped; catches a piece that is
+    given to another layer while it is needed."""
+    batches = [[30, 20], [90], [7], [80, 40, 11]]
+    wanted = []
+    for lengths in batches:
+        model = model_of(leave)
+        loss_of(model, lengths).backward()
+        wanted.append([parameter.grad for parameter in lora_parameters(model)])
+    model = model_of(leave)
+    for lengths, gradients in zip(batches, wanted, strict=True):
+        with torch.no_grad():
+            loss_of(model, [33])
+        loss_of(model, [12])  # never goes back
+        losses = loss_of(model, lengths), loss_of(model, [50])
+        for parameter in lora_parameters(model):
+            parameter.grad = None
+        losses[0].backward()
+        for parameter, gradient in zip(lora_parameters(model), gradients, strict=True):
+            assert gradient is not None and torch.equal(parameter.grad, gradient)
+        losses[1].backward()
+
+
+def test_what_is_passed_on_is_not_read_again() -> None:
+    """Catches a second backward pass that computes with the numbers of another step, and says nothing."""
+    model = model_of("none")
+    loss = loss_of(model, [40])
+    loss.backward(retain_graph=True)
+    loss_of(model, [40]).backward()
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_without_gradients_all_pieces_come_back() -> None:
+    """Catches an evaluation that takes the pieces with it."""
+    model = model_of("none")
+    loss_of(model, [40]).backward()
+    layer = model.model.layers[0]
+    assert isinstance(layer, FusedLayer)
+    before = {piece.data_ptr() for piece in layer.room._free}
+    with torch.no_grad():
+        loss_of(model, [40])
+    assert len(before) == 3 and {piece.data_ptr() for piece in layer.room._free} == before

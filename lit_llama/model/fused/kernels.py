@@ -96,14 +96,24 @@ def _built(compiler: str) -> Path:
         return library
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        for command in (
-            [compiler, *FLAGS, "-c", *(str(HERE / name) for name in COMPILED)],
-            # Without -fopenmp, which would link a second runtime, whose threads would fight with torch's.
-            [compiler, "-shared", *(name.replace(".cpp", ".o") for name in COMPILED), "-o", library.name],
-        ):
-            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        _run_all(folder, *([compiler, *FLAGS, "-c", str(HERE / name)] for name in COMPILED))
+        # Without -fopenmp, which would link a second runtime, whose threads would fight with torch's.
+        objects = [name.replace(".cpp", ".o") for name in COMPILED]
+        _run_all(folder, [compiler, "-shared", *objects, "-o", library.name])
         (Path(folder) / library.name).replace(library)  # whole, or not at all
     return library
+
+
+def _run_all(folder: str, *commands: list[str]) -> None:
+    """Run them side by side in a folder.
+
+    Raises:
+        subprocess.CalledProcessError: One of them failed.
+    """
+    started = [subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process, (_, said) in [(process, process.communicate()) for process in started]:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said)
 
 
 def _share_threads() -> bool:

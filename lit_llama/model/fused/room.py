@@ -1,9 +1,11 @@
 """Memory that layers keep from step to step."""
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-ROUND = 1 << 20
-"""Pieces are multiples of so many values, as the next micro-batch may be a little larger."""
+SLACK = 8
+"""A piece is larger than needed by one part in so many, as the next micro-batch may be. Nothing is there until it is
+used, so a plan does not count it."""
 
 
 class Room:
@@ -22,11 +24,11 @@ class Room:
 
     def take(self, like: Tensor, size: int) -> Tensor:
         """A flat piece of `size` values or more."""
-        if like.device.type != "cpu":
+        if like.device.type != "cpu" or isinstance(like, FakeTensor):
             return like.new_empty(size)
         if size > self._size and len(self._free) == self._pieces * bool(self._size):
             self._free.clear()  # first of all, so that its memory can be had again
-            self._size = -(-size // ROUND) * ROUND
+            self._size = size + size // SLACK
             block = like.new_empty(self._pieces * self._size)
             # By .data autograd takes each for itself: what is written into one does not spoil what another keeps.
             self._free = [piece.data for piece in block.split(self._size)]

@@ -59,4 +59,4 @@ def test_a_fused_step_takes_less_than_a_plain_one(monkeypatch: pytest.MonkeyPatc
                     patch.setattr(kernels, "compiled", lambda: None)
                 times[name].append(seconds(model))
     best = {name: min(found[1:]) for name, found in times.items()}
-    assert best["plain"] / best["fused"] > (1.2 if dtype == torch.bfloat16 else 1.0), best
+    assert best["plain"] / best["fused"] > (1.3 if dtype == torch.bfloat16 else 1.0), best

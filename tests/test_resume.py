@@ -140,6 +140,18 @@ def test_other_threads_are_remarked(
     assert "was written with threads 1 (now 2): the last bits of what follows may differ" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_smaller_micro_batches(
+    tiny_folder: Path, data: Path, straight: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that ran out of memory and can only begin anew, and bits that differ without a word."""
+    train = replace(TWELVE, micro_batch_tokens=100)
+    run(tiny_folder, data, stopped, DROPOUT, train, resume="auto")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"was written with micro_batch_tokens {TWELVE.micro_batch_tokens} (now 100): the last bits" in said
+    found, wanted = (read_metrics(folder)["tokens"] for folder in (stopped, straight))
+    assert found == wanted
+
+
 def test_a_run_repeats_from_its_run_file_with_the_same_bytes(straight: Path, tmp_path: Path) -> None:
     """Catches a setting that is not written down, or one that the door does not read back."""
     out = tmp_path / "again"

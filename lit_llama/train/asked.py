@@ -18,9 +18,10 @@ from lit_llama.train.state import STATES_DIR, choose_state, find_states, is_whol
 
 FREE = (
     *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
-    *("train.save_interval", "train.eval_interval", "train.sample_prompts"),
+    *("train.micro_batch_tokens", "train.save_interval", "train.eval_interval", "train.sample_prompts"),
 )
-"""Settings that a run may go on without: they change no weight (what the paths lead to is compared by fingerprints)."""
+"""Settings that a run may go on without: they change no weight, or what rounding does to it (what the paths lead to is
+compared by fingerprints)."""
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,7 @@ class _Kept:
         qkv, out, gate_up, down = layer.joined
         widths = [down.outputs, qkv.outputs, out.inputs + out.tail, out.outputs, qkv.tail, down.tail]
         widths += [0, 0] if layer.leave == "selective" else [gate_up.outputs, gate_up.tail]
-        piece = layer.room.take(x, len(x) * sum(widths))
-        parts = piece[: len(x) * sum(widths)].split([len(x) * width for width in widths])
+        piece, parts = layer.room.take(x, [len(x) * width for width in widths])
         y, *places = (part.view(len(x), width) for part, width in zip(parts, widths, strict=True))
         return piece, y, cls.of(places)
 

@@ -1,8 +1,12 @@
 """Memory that layers keep from step to step."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+ALIGNED = 64
+"""Values at whose multiples parts begin, so that vectors do not cross lines of the cache."""
 SLACK = 8
 """A piece is larger than needed by one part in so many, as the next micro-batch may be. Nothing is there until it is
 used, so a plan does not count it."""
@@ -22,13 +26,19 @@ class Room:
         self._pieces, self._size = pieces, 0
         self._free: list[Tensor] = []
 
-    def take(self, like: Tensor, size: int) -> Tensor:
-        """A flat piece of `size` values or more."""
+    def take(self, like: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """A flat piece, and parts of it of so many values each, as aligned as tensors of their own."""
+        spans = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+        piece = self._piece(like, sum(spans))
+        parts = piece[: sum(spans)].split(spans)
+        return piece, [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def _piece(self, like: Tensor, size: int) -> Tensor:
         if like.device.type != "cpu" or isinstance(like, FakeTensor):
             return like.new_empty(size)
         if size > self._size and len(self._free) == self._pieces * bool(self._size):
             self._free.clear()  # first of all, so that its memory can be had again
-            self._size = size + size // SLACK
+            self._size = -(-(size + size // SLACK) // ALIGNED) * ALIGNED
             block = like.new_empty(self._pieces * self._size)
             # By .data autograd takes each for itself: what is written into one does not spoil what another keeps.
             self._free = [piece.data for piece in block.split(self._size)]

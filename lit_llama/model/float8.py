@@ -17,7 +17,8 @@ from lit_llama.model.fused.pointwise import round_rows
 
 
 def check(device: torch.device) -> None:
-    """
+    """See that 8-bit floats can be multiplied there.
+
     Raises:
         ResourceError: The device, or the installed torch, does not multiply 8-bit floats.
     """

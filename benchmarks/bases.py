@@ -14,16 +14,14 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no installed package
 
 from benchmarks.training.compare import agreement, speed
-from benchmarks.training.contest import Contest, Run, Settings
-from benchmarks.training.process import ROOT, check_idle
+from benchmarks.training.contest import FILES, Contest, Run, Settings
+from benchmarks.training.process import check_idle
 from benchmarks.training.rows import IGNORE_INDEX, Rows
 from lit_llama.cli import CLI
 
-FILES = ("alpaca_en_demo.json", "gsm8k_train.json")
 BASES = {"float32": "", "bfloat16": "", "int8": "int8", "fp8": "fp8", "nf4": "nf4", "nf4-dq": "nf4-dq"}
 """How each is named in --quantize."""
 EXACT = "float32"
-IDLE = 0.5
 
 
 def main(
@@ -57,10 +55,10 @@ def main(
         when_busy: What to do when others use the machine.
         out: Writes OUT.json and OUT.png.
     """
-    check_idle(IDLE, warn=when_busy == "warn")
+    check_idle(warn=when_busy == "warn")
     settings = Settings(
         checkpoint_dir=checkpoint_dir,
-        files=files or [ROOT.parent / "shared" / "data" / name for name in FILES],
+        files=files or FILES,
         rows=rows,
         held_out=held_out,
         max_seq_length=max_seq_length,

@@ -67,7 +67,7 @@ def main(
     if measure:
         print(json.dumps(_rows(value) if measure == "rows" else _step(measure, value, repeats)))
         return
-    check_idle(0.5, warn=when_busy == "warn")
+    check_idle(warn=when_busy == "warn")
     points = []
     for axis in axes or get_args(Axis):
         for place in POINTS[axis]:

@@ -17,15 +17,12 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no installed package
 
 from benchmarks.training.compare import Speed, agreement, speed, summary
-from benchmarks.training.contest import CONTENDERS, OURS, Contest, Run, Settings
+from benchmarks.training.contest import CONTENDERS, FILES, OURS, Contest, Run, Settings
 from benchmarks.training.environments import PEERS
-from benchmarks.training.process import ROOT, check_idle
+from benchmarks.training.process import check_idle
 from benchmarks.training.show import plot, table
 from lit_llama.cli import CLI
 from lit_llama.errors import ResourceError, UserError
-
-FILES = ("alpaca_en_demo.json", "gsm8k_train.json")
-IDLE = 0.5
 
 
 def main(
@@ -77,7 +74,7 @@ def main(
         sample_tokens: For --synthetic: tokens of every sample instead of lengths like Alpaca's.
         quantize: For --synthetic: the base in 4 or 8 bits, as finetune/lora.py has it.
     """
-    load = check_idle(IDLE, warn=when_busy == "warn")
+    load = check_idle(warn=when_busy == "warn")
     if synthetic:
         from benchmarks.training.synthetic import measure
 
@@ -92,7 +89,7 @@ def main(
         raise UserError(f"--micro_batches has {bad[0]}, which does not divide --batch_size {batch_size}")
     settings = Settings(
         checkpoint_dir=checkpoint_dir,
-        files=files or [ROOT.parent / "shared" / "data" / name for name in FILES],
+        files=files or FILES,
         rows=rows,
         held_out=held_out,
         max_seq_length=max_seq_length,

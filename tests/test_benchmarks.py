@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, write_adapter
 from safetensors.torch import load_file
 
-from benchmarks import scaling
-from benchmarks.training import contest, environments, peer_litgpt, peer_trl, process, show, synthetic
+from benchmarks import bases, scaling
+from benchmarks.training import contest, environments, ours, peer_litgpt, peer_trl, process, show, synthetic
 from benchmarks.training.compare import Speed, agreement, speed, summary
 from benchmarks.training.contest import CONTENDERS, OURS, Contest, Settings
 from benchmarks.training.job import Course, Job
 from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
 from lit_llama.device import peak_memory
 from lit_llama.errors import DataError, IntegrityError, ResourceError
+from lit_llama.generate.load import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import adapters, apply_lora
@@ -110,6 +111,26 @@ def test_a_course_takes_the_time_of_each_step() -> None:
     assert course.seconds[1] == 0.5
     assert course.trained_tokens == [7]
     assert course.first_step > 0
+
+
+def test_a_quantised_base_is_a_flag_of_ours(tmp_path: Path) -> None:
+    assert "--quantize=fp8" in ours.flags(tiny_job(tmp_path, quantize="fp8"))
+    assert not any("quantize" in flag for flag in ours.flags(tiny_job(tmp_path)))
+
+
+def test_losses_on_a_base_are_those_of_the_model_before_and_after(tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches a loss of untrained tokens, labels that are not shifted, and an adapter that is left out."""
+    rows, adapter = rows_of(5, steps=[[0]]), write_adapter(tmp_path / "adapter", tiny_folder)
+    before, after = bases._held_out(tiny_folder, adapter, "", rows)
+    models = load_model(tiny_folder, dtype=torch.float32), load(adapter, precision="32-true").model
+    for found, model in zip((before, after), models, strict=True):
+        total, count = 0.0, 0
+        for ids, labels in rows.held_out:
+            logits = model(torch.from_numpy(ids).long())[:-1].log_softmax(-1)
+            picked = [-logits[place, label].item() for place, label in enumerate(labels[1:]) if label != IGNORE_INDEX]
+            total, count = total + sum(picked), count + len(picked)
+        assert found == pytest.approx(total / count, rel=1e-5)
+    assert abs(before - after) > 1e-3
 
 
 # comparison

@@ -96,6 +96,15 @@ def test_products_of_eight_bits_are_those_of_the_plain_layers(settings: dict[str
     assert 1e-3 < (ours - theirs).norm() / theirs.norm() < 0.5
 
 
+def test_an_evaluation_rounds_weights_only() -> None:
+    """Catches a test loss that is not that of the answers, which are computed with activations as they are."""
+    ids = torch.randint(0, 384, (90,), generator=torch.Generator().manual_seed(3))
+    models = fused(adapted("fp8")), adapted("fp8", dense=True, dtype=torch.float64)
+    with torch.no_grad():
+        losses = [TokenLoss(model).eval()(ids[:-1], [50, 39], torch.arange(89), ids[1:]).double() for model in models]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_multiplies_eight_bits_as_a_cpu_does() -> None:

@@ -26,7 +26,7 @@ from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.loop import evaluate
+from lit_llama.train.loop import Trainer, evaluate
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
 from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
@@ -169,6 +169,26 @@ def test_gradients_are_clipped_to_the_norm(
     whole, clipped = (read_metrics(tmp_path / str(limit))["grad_norm"][0][1] for limit in (0.0, 1e-3))
     assert whole == clipped > 0.01
     assert given == [pytest.approx(whole, rel=1e-4), pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_gradients_stay_where_they_are_and_begin_at_zero(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches gradients that are made anew among the activations, and those of a step that the next one adds to."""
+    places: list[set[int]] = []
+    left: list[bool] = []
+    trainer_step = Trainer.step
+
+    def step(self: Trainer) -> dict[str, Any]:
+        gradients = [parameter.grad for parameter in self.optimizer.param_groups[0]["params"]]
+        places.append({gradient.data_ptr() for gradient in gradients})
+        left.append(any(bool(gradient.any()) for gradient in gradients))
+        return trainer_step(self)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    run(tiny_folder, data, tmp_path / "out", LORA, TrainConfig(max_steps=3))
+    assert len(places) == 3 and places[0] == places[1] == places[2] and len(places[0]) > 20
+    assert left == [False] * 3
 
 
 def test_an_adapter_is_not_loaded_on_a_base_that_was_changed(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_products_are_those_in_float64(
     assert (sums - wanted).norm() <= (1e-6 if exact else 4e-3) * wanted.norm()
 
 
+def test_columns_that_lie_apart_are_read_where_they_are() -> None:
+    """Catches a transposed matrix that is read as if its rows were in one piece."""
+    x, u = torch.randn(20, 6).t().contiguous().t(), torch.randn(20, 4)
+    torch.testing.assert_close(narrow.outer(u, x), u.t() @ x)
+    torch.testing.assert_close(narrow.outer(x, u), x.t() @ u)
+
+
 @pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler")
 def test_sums_do_not_depend_on_the_threads() -> None:
     """Catches columns of which two threads have a share, or none."""

@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 from benchmarks.training.environments import python_of
 from benchmarks.training.job import RESULT_FILE, Job
-from benchmarks.training.process import KEEP_FREED_MEMORY, Done, run
+from benchmarks.training.process import KEEP_FREED_MEMORY, ROOT, Done, run
 from benchmarks.training.rows import Rows, load_rows
 from lit_llama.errors import DataError, IntegrityError
 from lit_llama.folder import sha256_file
 
 Run = dict[str, Any]
 R, ALPHA = 8, 16
+FILES = [ROOT.parent / "shared" / "data" / name for name in ("alpaca_en_demo.json", "gsm8k_train.json")]
+"""Rows that are trained on where none are named."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _processor_times() -> tuple[int, int]:
     return sum(times) - times[3] - times[4], sum(times)  # but for idle and waiting for a disk
 
 
-def check_idle(limit: float, *, warn: bool) -> float:
+def check_idle(limit: float = 0.5, *, warn: bool) -> float:
     """The load average, if it is small enough: one other program changes results many times over.
 
     Raises:

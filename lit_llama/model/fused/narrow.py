@@ -39,7 +39,8 @@ def outer(u: Tensor, x: Tensor) -> Tensor:
 
 def _is_narrow(x: Tensor, other: Tensor, columns: int) -> bool:
     """Whether the kernels take it: they read two neighbours of bfloat16 at a time."""
-    return columns <= MOST and not x.shape[1] % 2 and not x.stride(0) % 2 and native(x, other)
+    neighbours = x.stride(1) == other.stride(1) == 1 and not x.shape[1] % 2 and not x.stride(0) % 2
+    return columns <= MOST and neighbours and native(x, other)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor | int]:

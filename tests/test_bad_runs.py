@@ -46,6 +46,10 @@ def no_mask(data: Path) -> None:
     replace_train(data, Sample([5, 6, 7], [5, -1, 7]))
 
 
+def mask_that_is_read(data: Path) -> None:
+    replace_train(data, Sample([IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 6, 7]))
+
+
 def no_test_rows(data: Path) -> None:
     shutil.rmtree(data / "test")
     write_splits(data, {"test": []})
@@ -68,6 +72,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
     "longer than the context": (too_long, [], 3, "the longest sample has 300 tokens"),
     "beyond the vocabulary": (no_token, [], 3, "the train split holds 40000, which is none of the"),
     "another mask": (no_mask, [], 3, "the train split holds -1, which is none of the"),
+    "a mask among the input": (mask_that_is_read, [], 3, "the train split holds -100, which is none of the"),
     "no such target": (as_it_is, ["--lora.target_modules", "q_prj"], 2, "did you mean q_proj?"),
     "rank 0": (as_it_is, ["--lora.r", 0], 2, "--lora.r is 0, expected a whole number of 1 or more"),
     "batch above the rows": (

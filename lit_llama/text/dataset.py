@@ -86,10 +86,11 @@ class Split:
 
     def stranger(self, vocab_size: int) -> int | None:
         """An id or label that is none of so many tokens, if there is one."""
-        for values in (*self._ids.values(), *self._labels.values()):
-            bad = (values >= vocab_size) | ((values < 0) & (values != IGNORE_INDEX))
-            if bad.any():
-                return int(values[bad.argmax()])
+        for column, masked in ((self._ids, False), (self._labels, True)):
+            for values in column.values():
+                bad = (values >= vocab_size) | (values < 0) & ~(masked & (values == IGNORE_INDEX))
+                if bad.any():
+                    return int(values[bad.argmax()])
         return None
 
     def trained_tokens(self, rows: Iterable[int] | None = None) -> int:

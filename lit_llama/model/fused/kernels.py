@@ -110,7 +110,8 @@ def _run_all(folder: str, *commands: list[str]) -> None:
     Raises:
         subprocess.CalledProcessError: One of them failed.
     """
-    started = [subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) for command in commands]
+    nowhere, heard = subprocess.DEVNULL, subprocess.PIPE
+    started = [subprocess.Popen(words, cwd=folder, stdout=nowhere, stderr=heard, text=True) for words in commands]
     for process, (_, said) in [(process, process.communicate()) for process in started]:
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said)

@@ -1,4 +1,4 @@
-"""pointwise.cpp, attention.cpp and narrow.cpp, compiled once for this processor and kept, where there is a compiler.
+"""The C++ of this folder and of kernels/cpu, compiled once for this processor and kept, where there is a compiler.
 
 Without one, or where it fails, everything still runs, by the plain functions, which are slower.
 """
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lit_llama.progress import stderr
 
 HERE = Path(__file__).parent
-COMPILED = ("pointwise.cpp", "attention.cpp", "narrow.cpp")
+SOURCES = (HERE, HERE.parent / "kernels" / "cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-Argument = Tensor | int | float
+Argument = Tensor | int | float | ctypes.Structure | ctypes.c_int64
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
-    """Call a kernel: tensors as pointers, whole numbers as index_t, others as float.
+    """Call a kernel: tensors and structures as pointers, whole numbers as index_t, others as float.
 
     On tensors without numbers, with which the plan of a run is made, there is nothing to do.
 
@@ -51,9 +52,11 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     return ctypes.CFUNCTYPE(ctypes.c_int)(address)
 
 
-def _converted(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+def _converted(value: Argument) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure | ctypes.c_int64):
+        return ctypes.byref(value)
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
@@ -71,7 +74,7 @@ def compiled() -> ctypes.CDLL | None:
     """The library, or None where it cannot be had; said once."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if sys.platform != "linux" or compiler is None:
-        stderr().print("no C++ compiler (g++): training on this CPU is slower", markup=False)
+        stderr().print("no C++ compiler (g++): this CPU is slower than it could be", markup=False)
         return None
     try:
         if not _share_threads():
@@ -80,15 +83,21 @@ def compiled() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         reason = said.strip().splitlines()[0] if said.strip() else "no message"
-        stderr().print(f"{compiler}: {reason}: training on this CPU is slower", markup=False)
+        stderr().print(f"{compiler}: {reason}: this CPU is slower than it could be", markup=False)
         return None
 
 
 def _built(compiler: str) -> Path:
     """Compile, unless it was done before: same source, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [path.read_text("utf-8") for path in sorted(HERE.iterdir()) if path.suffix in (".cpp", ".h")]
-    known = (*sources, *FLAGS, version, _processor())
+    files = [path for folder in SOURCES for path in sorted(folder.iterdir())]
+    units = [path for path in files if path.suffix == ".cpp"]
+    known = (
+        *(path.read_text("utf-8") for path in files if path.suffix in (".cpp", ".h")),
+        *FLAGS,
+        version,
+        _processor(),
+    )
     key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_llama"
     library = home / f"kernels-{key}.so"
@@ -96,9 +105,9 @@ def _built(compiler: str) -> Path:
         return library
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        _run_all(folder, *([compiler, *FLAGS, "-c", str(HERE / name)] for name in COMPILED))
+        _run_all(folder, *([compiler, *FLAGS, "-c", str(path)] for path in units))
         # Without -fopenmp, which would link a second runtime, whose threads would fight with torch's.
-        objects = [name.replace(".cpp", ".o") for name in COMPILED]
+        objects = [f"{path.stem}.o" for path in units]
         _run_all(folder, [compiler, "-shared", *objects, "-o", library.name])
         (Path(folder) / library.name).replace(library)  # whole, or not at all
     return library

@@ -1,0 +1,120 @@
+"""What computes the logits of a step: the kernels of a CPU with packed weights, or the library's own operations.
+
+Shapes: N tokens whose logits are wanted, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lit_llama.errors import ResourceError, UserError
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
+
+
+class Runner(Protocol):
+    """A model with a cache of blocks.
+
+    Attributes:
+        config: Shape of the model.
+        blocks: How many there are.
+        device: Where the logits are.
+        exact: Whether the logits of a sequence are the same bits whatever is computed beside it.
+    """
+
+    config: LLaMAConfig
+    blocks: int
+    device: torch.device
+    exact: bool
+
+    def logits(self, batch: PagedBatch) -> Tensor:
+        """(N, V)."""
+        ...
+
+    def copy(self, source: int, destination: int) -> None:
+        """Copy a block."""
+        ...
+
+    def clear(self, block: int) -> None:
+        """Set a block to zero."""
+        ...
+
+    def add_adapter(self, name: str, factors: dict[str, Factors]) -> None:
+        """Keep the updates of an adapter."""
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        ...
+
+
+class PackedRunner:
+    """Packed weights on a CPU.
+
+    Args:
+        model: The weights.
+        cache_bytes: Memory of the cache.
+    """
+
+    exact = True
+    device = torch.device("cpu")
+
+    def __init__(self, model: PackedLLaMA, cache_bytes: int) -> None:
+        self._model, self.config = model, model.config
+        size = PackedCache.bytes_of_block(model.config, model.dtype)
+        self.blocks = _blocks(cache_bytes, size)
+        self._cache = PackedCache(model.config, self.blocks, model.dtype)
+        self.copy, self.clear = self._cache.copy, self._cache.clear
+        self.add_adapter, self.remove_adapter = model.add_adapter, model.remove_adapter
+
+    def logits(self, batch: PagedBatch) -> Tensor:
+        """(N, V) in float32."""
+        return self._model(batch, self._cache)
+
+
+class TorchRunner:
+    """A model as it is, on any device.
+
+    Args:
+        model: In evaluation mode.
+        cache_bytes: Memory of the cache.
+    """
+
+    exact = False
+
+    def __init__(self, model: LLaMA, cache_bytes: int) -> None:
+        self._model, self.config = model, model.config
+        weight = model.model.embed_tokens.weight
+        self.device = weight.device
+        self.blocks = _blocks(cache_bytes, PagedCache.bytes_of_block(model.config, weight.dtype))
+        self._cache = PagedCache(model.config, self.blocks, weight.device, weight.dtype)
+        self.copy, self.clear = self._cache.copy, self._cache.clear
+
+    def logits(self, batch: PagedBatch) -> Tensor:
+        """(N, V) in the dtype of the weights."""
+        return paged_logits(self._model, batch, self._cache)
+
+    def add_adapter(self, name: str, factors: dict[str, Factors]) -> None:
+        """Refused.
+
+        Raises:
+            UserError: Always: the layers of a model hold one adapter.
+        """
+        raise UserError(f"adapter {name!r}: several adapters at once need the kernels for CPUs; merge it into its base")
+
+    def remove_adapter(self, name: str) -> None:
+        """There is none."""
+        raise KeyError(name)
+
+
+def _blocks(cache_bytes: int, size: int) -> int:
+    count = cache_bytes // size
+    if count < 2:
+        raise ResourceError(
+            f"a cache of {cache_bytes:,} bytes holds {count} blocks of {BLOCK} tokens, which take {size:,} each; it "
+            "needs 2 at least"
+        )
+    return count

@@ -1,0 +1,145 @@
+// Products of a few tokens with matrices that are packed for it, each sum in one order whatever the number of tokens.
+//
+// A packed matrix is cut into blocks of 16 outputs; a block holds, for each word of inputs (a float, or two neighbours
+// of bfloat16), the words of its 16 outputs: (k / per word, 16, per word). That is a vector of AVX-512, two of AVX2, and
+// row by row the tile that AMX multiplies with. Blocks come in pairs, and k is a multiple of 32.
+//
+// A sum runs over k from the first input to the last, in one accumulator, so that its bits depend on nothing but its
+// own row and column: a token gives the same logits alone, among others, and however its prompt is cut.
+
+#pragma once
+
+#include "../../fused/tiles.h"
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+static const index_t BLOCK = 16;       // outputs of a block
+static const index_t PAIR = 2 * BLOCK; // of a pair of them
+static const index_t DEPTH = 32;       // k is a multiple of it
+static const index_t TALL = 32;        // tokens of a tile, at most
+
+// A part of a sum over k: rows of x, and a pair of blocks, the second of which begins `next` after the first.
+template <typename E> struct Term {
+    const E *x;
+    index_t sx;
+    const E *w;
+    index_t next, k;
+};
+
+#ifdef __AMX_BF16__
+static const bool AMX = true;
+// Whether the kernel lets this process use the tiles; it has to be asked once.
+static inline bool tiles_allowed() {
+    static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+    return allowed;
+}
+// All tiles of a thread: 16 rows of 64 bytes.
+static inline void configure_tiles() {
+    struct __attribute__((packed)) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+}
+static inline void release_tiles() { _tile_release(); }
+
+static const index_t AHEAD = 4096; // bytes of a block that are fetched before they are wanted
+
+static inline void fetch_tile(const char *at) {
+#pragma GCC unroll 16
+    for (int line = 0; line < 16; line++) __builtin_prefetch(at + AHEAD + 64 * line);
+}
+// c (rows, 32) of up to 32 rows; all 32, or 16 of them, are read and written, whatever they hold.
+static inline void pair_product(float *c, const Term<bf16> *terms, index_t count, index_t rows) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows <= BLOCK) {
+        for (index_t i = 0; i < count; i++) {
+            const Term<bf16> &term = terms[i];
+            const char *left = (const char *)term.w, *right = (const char *)(term.w + term.next);
+            for (index_t k = 0; k < term.k; k += DEPTH, left += 1024, right += 1024) {
+                fetch_tile(left);
+                fetch_tile(right);
+                _tile_loadd(4, term.x + k, term.sx * 2);
+                _tile_loadd(6, left, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, right, 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+        }
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (index_t i = 0; i < count; i++) {
+            const Term<bf16> &term = terms[i];
+            const char *left = (const char *)term.w, *right = (const char *)(term.w + term.next);
+            for (index_t k = 0; k < term.k; k += DEPTH, left += 1024, right += 1024) {
+                _tile_loadd(4, term.x + k, term.sx * 2);
+                _tile_loadd(6, left, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, right, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, term.x + BLOCK * term.sx + k, term.sx * 2);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(2, c + BLOCK * PAIR, PAIR * 4);
+        _tile_stored(3, c + BLOCK * PAIR + BLOCK, PAIR * 4);
+    }
+    _tile_stored(0, c, PAIR * 4);
+    _tile_stored(1, c + BLOCK, PAIR * 4);
+}
+#else
+static const bool AMX = false;
+static inline bool tiles_allowed() { return true; }
+static inline void configure_tiles() {}
+static inline void release_tiles() {}
+#endif
+
+static const int VECS = (int)(PAIR / W);
+static const int MANY = VECS == 2 ? 8 : 3; // rows at a time, as the registers allow
+
+template <typename E, int M> static inline void rows_product(float *c, const Term<E> *terms, index_t count, index_t row) {
+    lanes totals[M][VECS] = {};
+    for (index_t i = 0; i < count; i++) {
+        const Term<E> &term = terms[i];
+        const uint32_t *left = (const uint32_t *)term.w, *right = (const uint32_t *)(term.w + term.next);
+        const uint32_t *x = (const uint32_t *)(term.x + row * term.sx);
+        const index_t words = term.k / per_word<E>, sx = term.sx / per_word<E>;
+        for (index_t k = 0; k < words; k++, left += BLOCK, right += BLOCK) {
+            if (M == 1) {
+                __builtin_prefetch(left + 1024);
+                __builtin_prefetch(right + 1024);
+            }
+            lanes b[VECS];
+#pragma GCC unroll 8
+            for (int j = 0; j < VECS; j++)
+                b[j] = load((const float *)(j * W < BLOCK ? left + j * W : right + j * W - BLOCK));
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+                for (int j = 0; j < VECS; j++) totals[m][j] = multiply_add(totals[m][j], x[m * sx + k], b[j], E{});
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECS; j++) store(c + (row + m) * PAIR + j * W, totals[m][j]);
+}
+template <typename E, int M = MANY>
+static inline void last_rows(float *c, const Term<E> *terms, index_t count, index_t row, index_t rows) {
+    if constexpr (M > 1)
+        if (rows < M) return last_rows<E, M - 1>(c, terms, count, row, rows);
+    rows_product<E, M>(c, terms, count, row);
+}
+template <typename E> static inline void pair_product(float *c, const Term<E> *terms, index_t count, index_t rows) {
+    for (index_t row = 0; row < rows; row += MANY) last_rows<E>(c, terms, count, row, std::min<index_t>(MANY, rows - row));
+}
+
+static inline index_t first_of(index_t parts, index_t thread, index_t threads) { return parts * thread / threads; }

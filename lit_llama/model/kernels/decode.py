@@ -1,0 +1,406 @@
+"""A step of generation on a CPU in one call, decode.cpp, with weights that are packed for it.
+
+The sums of a token run in one order whatever is computed beside it: a sequence has the same logits, bit for bit, alone
+and among others, with its prompt in one piece or in several, and when its keys and values are computed again. paged.py
+is the plain twin.
+
+Shapes: T tokens of all sequences, S sequences, N tokens whose logits are wanted, C hidden, D head size, V vocabulary.
+"""
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_llama.errors import UserError
+from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.fused.kernels import call, compiled
+from lit_llama.model.kernels.packing import (
+    DEPTH,
+    PAIR,
+    Weights,
+    in_turns,
+    packed,
+    packed_codes,
+    packed_scales,
+    quantized,
+)
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.low_rank import Adapter, LowRank
+from lit_llama.model.paged import BLOCK, PagedBatch
+from lit_llama.model.quantize import QuantizedLinear
+from lit_llama.model.rope import rotary
+
+TALL = 32
+"""Tokens of a tile, as in products.h; they have one adapter."""
+
+TARGETS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Layers that are one product, in the order of decode.cpp."""
+
+_LINE = 64  # bytes of the processor's cache
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("at", "scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "k", "bits")),
+    )
+
+
+class _Update(ctypes.Structure):
+    _fields_ = (("a", _Matrix), ("b", _Matrix))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("layers", "hidden", "intermediate", "heads", "groups", "head_dim", "vocab")),
+        ("eps", ctypes.c_double),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("norm", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("embedding_packed", ctypes.c_int64),
+        ("head", _Matrix),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "sequences", "tiles", "selected", "threads")),
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "cos", "sin", "sequence", "starts", "table")),
+        ("table_stride", ctypes.c_int64),
+        ("cache", ctypes.c_void_p),
+        ("cache_blocks", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("tile_start", "tile_updates", "select", "logits", "memory")),
+        ("longest", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+
+class Factors(NamedTuple):
+    """An update of low rank: scale B A, with A (r, in) and B (out, r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def packs(config: LLaMAConfig, dtype: torch.dtype) -> bool:
+    """Whether a model of this shape can be packed here."""
+    fits = config.head_dim % 2 == 0 and config.head_dim <= 256
+    scaling = config.rope_scaling
+    return (
+        fits
+        and (scaling is None or scaling.rope_type != "dynamic")
+        and config.num_attention_heads // config.num_key_value_heads <= TALL
+        and dtype in (torch.bfloat16, torch.float32)
+        and compiled() is not None
+    )
+
+
+class PackedLLaMA:
+    """Weights of a model, packed.
+
+    Args:
+        model: On the CPU. Updates of low rank on its layers are left out, see `factors_of`; what else was trained is
+            merged.
+        dtype: Of activations, keys and values, and of weights as they are stored.
+        weights: How matrices are held.
+        consume: Give up the weights of the model one after another, so that they are never there twice.
+    """
+
+    def __init__(self, model: LLaMA, dtype: torch.dtype, weights: Weights = "stored", *, consume: bool = False) -> None:
+        self.config, self.dtype, self._weights = model.config, dtype, weights
+        self._kept: list[Tensor] = []  # what the structures point to
+        self._consume = consume
+        self._updates: dict[str, tuple[Any, int, list[Tensor]]] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._rotation = torch.empty(2, 0, model.config.head_dim // 2)
+        config = model.config
+        layers = (_Layer * config.num_hidden_layers)(
+            *map(self._layer, model.model.layers, range(len(model.model.layers)))
+        )
+        rows = _weight_of(model.model.embed_tokens)
+        tied = _weight_of(model.lm_head).data_ptr() == rows.data_ptr() and weights == "stored"
+        embedding = None if tied else self._keep(rows.to(dtype).contiguous())
+        head = self._matrix([model.lm_head], bits=None if weights == "stored" else 8)
+        self._model = _Model(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.vocab_size,
+            config.rms_norm_eps,
+            layers,
+            self._vector(_weight_of(model.model.norm)),
+            embedding,
+            embedding is None,
+            head,
+        )
+        if consume:
+            model.model.embed_tokens.weight = model.lm_head.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    # ---- packing
+
+    def _layer(self, layer: nn.Module, index: int) -> _Layer:
+        modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+        matrices = [self._matrix([modules[name] for name in names]) for names in TARGETS]
+        norms = [modules[name] for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")]
+        vectors = [None if isinstance(norm, nn.Identity) else self._vector(_weight_of(norm)) for norm in norms]
+        window = self.config.window(index)
+        return _Layer(*vectors, *matrices, 1 << 40 if window is None else window)
+
+    def _matrix(self, layers: Sequence[nn.Module], bits: int | None = None) -> _Matrix:
+        """One matrix of layers that read the same inputs: one below the other, or in turns where gate and up are."""
+        weights, biases = [_weight_of(layer) for layer in layers], [_bias_of(layer) for layer in layers]
+        weight = in_turns(*weights) if len(layers) == 2 else torch.cat(weights)
+        bias = None
+        if any(b is not None for b in biases):
+            vectors = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            bias = in_turns(*vectors) if len(layers) == 2 else torch.cat(vectors)
+        if self._consume:
+            for layer in layers:
+                _give_up(layer)
+        del weights
+        return self._pack(weight, bias, bits)
+
+    def _pack(self, weight: Tensor, bias: Tensor | None, bits: int | None) -> _Matrix:
+        outputs = len(weight)
+        if bias is not None:
+            bias = nn.functional.pad(bias.float(), (0, -outputs % PAIR))
+        bits = bits or {"stored": 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[self._weights]
+        if bits > 8:
+            kept = packed(weight.to(self.dtype))
+            at, scales, k = self._keep(kept), None, kept.shape[1] * kept.shape[3]
+        else:
+            codes, steps = quantized(weight, bits)
+            at, scales, k = self._keep(packed_codes(codes, bits)), self._keep(packed_scales(steps)), codes.shape[1]
+        return _Matrix(at, scales, None if bias is None else self._keep(bias), outputs, k, bits)
+
+    def _vector(self, vector: Tensor) -> int:
+        return self._keep(vector.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    # ---- adapters
+
+    def add_adapter(self, name: str, factors: Mapping[str, Factors]) -> None:
+        """Keep the updates of an adapter for the sequences that name it.
+
+        Args:
+            name: By which sequences choose it.
+            factors: Of each adapted layer, by its full name, such as model.layers.0.self_attn.q_proj.
+
+        Raises:
+            UserError: It updates something else than the linear layers of the decoder.
+        """
+        kept: list[Tensor] = []
+        wanted = dict(factors)
+        updates = (_Update * (4 * self.config.num_hidden_layers))()
+        widest = 0
+        for index in range(self.config.num_hidden_layers):
+            for place, names in enumerate(TARGETS):
+                block = "mlp" if names[0] in ("gate_proj", "down_proj") else "self_attn"
+                found = [wanted.pop(f"model.layers.{index}.{block}.{target}", None) for target in names]
+                if any(part is not None for part in found):
+                    a, b = self._stacked(names, found)
+                    widest = max(widest, len(a) + -len(a) % PAIR)
+                    updates[4 * index + place] = _Update(self._factor(a, kept), self._factor(b, kept))
+        if wanted:
+            raise UserError(f"adapter {name!r} updates {next(iter(wanted))}, which only a merged model can have")
+        self._updates[name] = updates, widest, kept
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        del self._updates[name]
+
+    def _stacked(self, names: Sequence[str], found: Sequence[Factors | None]) -> tuple[Tensor, Tensor]:
+        """The updates of layers that are one product, as one: A below A, and B at its outputs and columns."""
+        config = self.config
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        heads["v_proj"] = heads["k_proj"]
+        sizes = {name: count * config.head_dim for name, count in heads.items()}
+        sizes |= dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        sizes |= dict.fromkeys(("o_proj", "down_proj"), config.hidden_size)
+        ranks = [0 if part is None else len(part.a) for part in found]
+        a = torch.cat([part.a.detach().float() for part in found if part is not None])
+        blocks, column = [], 0
+        for name, part, rank in zip(names, found, ranks, strict=True):
+            block = torch.zeros(sizes[name], sum(ranks))
+            if part is not None:
+                block[:, column : column + rank] = part.b.detach().float() * part.scale
+            blocks.append(block)
+            column += rank
+        return a, in_turns(*blocks) if len(blocks) == 2 else torch.cat(blocks)
+
+    def _factor(self, factor: Tensor, kept: list[Tensor]) -> _Matrix:
+        kept.append(packed(factor.to(self.dtype)))
+        return _Matrix(kept[-1].data_ptr(), None, None, len(factor), kept[-1].shape[1] * kept[-1].shape[3], 16)
+
+    # ---- the step
+
+    def __call__(self, batch: PagedBatch, cache: "PackedCache") -> Tensor:
+        """Logits after the tokens that want them, (N, V) in float32. Sequences of an adapter lie next to each other."""
+        config = self.config
+        counts = [len(ids) for ids in batch.ids]
+        tokens = sum(counts)
+        order = [(start, start + count) for start, count in zip(batch.starts, counts, strict=True)]
+        position = torch.tensor([p for start, end in order for p in range(start, end)])
+        cos, sin = self._turned(position, max(end for _, end in order))
+        whole = [
+            torch.tensor(values)
+            for values in (
+                [token for ids in batch.ids for token in ids],
+                [index for index, count in enumerate(counts) for _ in range(count)],
+                [0, *_sums(counts)],
+                batch.selected,
+            )
+        ]
+        ids, sequence, starts, select = whole
+        width = max(map(len, batch.tables))
+        table = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch.tables], dtype=torch.int32)
+        edges, updates, rank = self._tiles(counts, batch.adapters)
+        tile_start, tile_updates = torch.tensor(edges), torch.tensor(updates)
+        logits = torch.empty(len(select), config.vocab_size)
+        step = _Step(
+            tokens,
+            len(counts),
+            len(updates),
+            len(select),
+            torch.get_num_threads(),
+            *(x.data_ptr() for x in (ids, position, cos, sin, sequence, starts, table)),
+            width,
+            cache.blocks.data_ptr(),
+            cache.blocks.shape[1],
+            *(x.data_ptr() for x in (tile_start, tile_updates, select, logits)),
+            None,
+            max(end for _, end in order),
+            rank,
+        )
+        size = ctypes.c_int64()
+        call("decode_memory", self.dtype, self._model, step, size)
+        if len(self._memory) < size.value + _LINE:
+            self._memory = torch.empty(size.value + size.value // 4 + _LINE, dtype=torch.uint8)
+        step.memory = -(-self._memory.data_ptr() // _LINE) * _LINE
+        call("decode", self.dtype, self._model, step)
+        return logits
+
+    def _turned(self, position: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at positions: two of (T, D/2), in float32."""
+        if longest > self._rotation.shape[1]:
+            places = torch.arange(max(256, 1 << (longest - 1).bit_length()))
+            layout: Any = SimpleNamespace(position_ids=places, counts=[len(places)], lengths=[len(places)])
+            self._rotation = torch.stack(rotary(self.config, layout, torch.float32)).squeeze(2)
+        cos, sin = self._rotation.index_select(1, position)
+        return cos, sin
+
+    def _tiles(self, counts: Sequence[int], adapters: Sequence[str | None]) -> tuple[list[int], list[int], int]:
+        """First tokens of tiles and their end, the updates of each (0 for none), and the widest rank."""
+        runs: list[tuple[str | None, int]] = []
+        for name, count in zip(adapters or [None] * len(counts), counts, strict=True):
+            if runs and runs[-1][0] == name:
+                runs[-1] = name, runs[-1][1] + count
+            else:
+                runs.append((name, count))
+        edges, widest = [0], 0
+        updates: list[int] = []
+        for name, count in runs:
+            first, end = edges[-1], edges[-1] + count
+            edges += [min(edge + TALL, end) for edge in range(first, end, TALL)]
+            at = 0
+            if name is not None:
+                structures, rank, _ = self._updates[name]
+                at, widest = ctypes.addressof(structures), max(widest, rank)
+            updates += [at] * (len(edges) - 1 - len(updates))
+        return edges, updates, widest
+
+
+class PackedCache:
+    """Keys and values in blocks, as decode.cpp reads them.
+
+    Args:
+        config: Shape of the model.
+        blocks: How many.
+        dtype: As of the packed model.
+    """
+
+    def __init__(self, config: LLaMAConfig, blocks: int, dtype: torch.dtype) -> None:
+        deep = config.head_dim + -config.head_dim % DEPTH
+        shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, BLOCK * deep)
+        self.blocks = torch.zeros(shape, dtype=dtype)  # 0 x NaN of a masked key is NaN
+
+    @staticmethod
+    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype) -> int:
+        """Memory that a block takes."""
+        deep = config.head_dim + -config.head_dim % DEPTH
+        return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * deep * dtype.itemsize
+
+    def copy(self, source: int, destination: int) -> None:
+        """Copy a block."""
+        self.blocks[:, destination] = self.blocks[:, source]
+
+    def clear(self, block: int) -> None:
+        """Set a block to zero, as after numbers that are not finite."""
+        self.blocks[:, block] = 0
+
+
+def factors_of(model: nn.Module) -> dict[str, Factors]:
+    """The updates of low rank on the layers of a model, by their full names; what else was trained is in its packed
+    weights."""
+    return {
+        name: Factors(module.lora_A, module.lora_B, module.scale)
+        for name, module in model.named_modules()
+        if isinstance(module, LowRank) and _is_plain(module)
+    }
+
+
+def _sums(counts: Iterable[int]) -> list[int]:
+    total, sums = 0, []
+    for count in counts:
+        total += count
+        sums.append(total)
+    return sums
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether what was trained of a module is an update B A and no more."""
+    return isinstance(module, LowRank) and module.PARTS == LowRank.PARTS
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer without its update of low rank; merged with what else was trained of it."""
+    base = getattr(module, "base_layer", module)
+    weight = base.dense(torch.float32) if isinstance(base, QuantizedLinear) else base.get_parameter("weight")
+    if isinstance(module, Adapter) and not _is_plain(module):
+        weight = module.merged(weight)
+    return weight.detach()
+
+
+def _bias_of(module: nn.Module) -> Tensor | None:
+    bias = getattr(getattr(module, "base_layer", module), "bias", None)
+    return None if bias is None else bias.detach()
+
+
+def _give_up(module: nn.Module) -> None:
+    base = getattr(module, "base_layer", module)
+    name = "packed" if isinstance(base, QuantizedLinear) else "weight"
+    base.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))

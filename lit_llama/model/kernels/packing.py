@@ -1,0 +1,89 @@
+"""Weights in the order in which products.h and quantized.h read them.
+
+Shapes: a weight is (N, K), N outputs and K inputs; both are filled up with zeros.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = Literal["stored", "int8", "int4"]
+"""How generation holds the weights of matrices: as they are, or in groups of 8-bit or 4-bit codes with a scale."""
+
+BLOCK, PAIR, DEPTH = 16, 32, 32
+"""Outputs of a block and of a pair of blocks, and of what K is a multiple, as in products.h."""
+
+GROUP = {8: 64, 4: 32}
+"""Inputs that share a scale, by the bits of a code; as in quantized.h."""
+
+ZERO = {8: 128, 4: 8}
+"""The code of zero."""
+
+
+def packed(weight: Tensor) -> Tensor:
+    """(N, K) -> (N/16, K/words, 16, words): a word is a float, or two of bfloat16."""
+    words = 4 // weight.element_size()
+    weight = _filled(weight, DEPTH)
+    return weight.unflatten(1, (-1, words)).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+
+
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (N, K) -> (N/16, K/4, 16, 4) bytes; of 4 bits (N/16, K/8, 16, 4), the input k + 4 above the input k."""
+    if bits == 8:
+        return codes.unflatten(1, (-1, 4)).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+    low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4)
+    return (low | high << 4).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+
+
+def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight: weight = scale * (code - ZERO).
+
+    Of 8 bits, the largest of a group is 127 steps away from zero. Of 4 bits, zero is nearer to one end than to the
+    other, and the scale is that of a few for which the squared error is least.
+
+    Args:
+        weight: (N, K).
+        bits: 8 or 4.
+
+    Returns:
+        Codes (N, K) in uint8 and scales (N, K / GROUP) in bfloat16, both filled up.
+    """
+    groups = _filled(weight, GROUP[bits]).float().unflatten(1, (-1, GROUP[bits]))  # (N, K / GROUP, GROUP)
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (N, K / GROUP, 1), with its sign
+    zero = ZERO[bits]
+    if bits == 8:
+        scale = (largest.abs() / 127).bfloat16()
+        return _codes(groups, scale, zero).flatten(1), scale[..., 0]
+    best, least = torch.zeros_like(largest, dtype=torch.bfloat16), torch.full_like(largest, torch.inf)
+    for steps in (-8.0, -7.5, -7.0, 7.0, 7.5, 8.0):
+        scale = (largest / steps).bfloat16()
+        error = ((_codes(groups, scale, zero).float() - zero) * scale.float() - groups).square().sum(2, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return _codes(groups, best, zero).flatten(1), best[..., 0]
+
+
+def dequantized(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """What codes and scales stand for, in float32: (N, K)."""
+    return ((codes.float() - ZERO[bits]).unflatten(1, (-1, GROUP[bits])) * scales.float()[..., None]).flatten(1)
+
+
+def packed_scales(scales: Tensor) -> Tensor:
+    """(N, groups) -> (N/16, groups, 16)."""
+    return scales.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+
+
+def in_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """Two matrices or vectors of N rows, a block of 16 rows of each in turn."""
+    both = [F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % BLOCK)).unflatten(0, (-1, BLOCK)) for x in (gate, up)]
+    return torch.stack(both, 1).flatten(0, 2)
+
+
+def _codes(groups: Tensor, scale: Tensor, zero: int) -> Tensor:
+    inverse = torch.where(scale == 0, 0, 1 / scale.float())
+    return (groups * inverse).round().add(zero).clamp(zero == 128, 2 * zero - 1).to(torch.uint8)
+
+
+def _filled(weight: Tensor, multiple: int) -> Tensor:
+    return F.pad(weight, (0, -weight.shape[1] % multiple, 0, -weight.shape[0] % PAIR))

@@ -189,8 +189,8 @@ class Engine:
             except TooLong:
                 held = self._runner.blocks * BLOCK
                 raise UserError(
-                    f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {sampling.max_new_tokens} that is "
-                    f"more than the {held} that the cache holds: shorten them, or give it more --cache_memory"
+                    f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {sampling.max_new_tokens} that "
+                    f"is more than the {held} that the cache holds: shorten them, or give it more --cache_memory"
                 ) from None
             except QueueFull:
                 raise ResourceError(

@@ -1,0 +1,209 @@
+"""The step of decode.cpp against the model in torch, its own quantisation, and itself in other company."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from lit_llama.model.config import LoRAConfig
+from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.kernels.packing import (
+    GROUP,
+    ZERO,
+    Weights,
+    dequantized,
+    in_turns,
+    packed,
+    packed_codes,
+    packed_scales,
+    quantized,
+)
+from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
+
+pytestmark = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
+
+SHAPES = {
+    "llama": {},
+    "odd sizes": {"hidden_size": 72, "intermediate_size": 100, "vocab_size": 391, "head_dim": 18},
+    "qwen2": {"attention_bias": True, "tie_word_embeddings": True},
+    "qwen3": {"use_qk_norm": True, "head_dim": 32},
+    "mistral": {"sliding_window": 40, "num_hidden_layers": 3},
+    "biases": {"mlp_bias": True, "attention_bias": True, "attention_out_bias": True},
+    "one head": {"num_attention_heads": 3, "num_key_value_heads": 1},
+}
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 384, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def whole(ids: list[int], table: list[int] | None = None) -> PagedBatch:
+    table = table or list(range(-(-len(ids) // BLOCK)))
+    return PagedBatch(ids=[ids], starts=[0], tables=[table], logits=[len(ids)])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_are_those_of_the_model(shape: dict[str, object]) -> None:
+    model, ids = tiny_model(**shape), ids_of(150)
+    made = PackedLLaMA(model, torch.float32)(whole(ids, [9, 2, 7, 1, 4]), PackedCache(model.config, 10, torch.float32))
+    assert torch.allclose(made, model(torch.tensor(ids)), rtol=1e-4, atol=1e-4)
+    torchs = paged_logits(model, whole(ids, [9, 2, 7, 1, 4]), PagedCache(model.config, 10, "cpu", torch.float32))
+    assert torch.allclose(torchs, model(torch.tensor(ids)), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_as_near_to_the_exact_model_as_torchs() -> None:
+    exact, ids = tiny_model(), ids_of(150)
+    rounded = tiny_model().bfloat16()
+    expected = exact.load_state_dict(rounded.float().state_dict()) and exact(torch.tensor(ids))
+    torchs = tiny_model().bfloat16()(torch.tensor(ids)).float()
+    made = PackedLLaMA(rounded, torch.bfloat16)(whole(ids), PackedCache(exact.config, 5, torch.bfloat16))
+    assert (made - expected).abs().mean() < 1.1 * (torchs - expected).abs().mean()
+
+
+@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["llama", "mistral"])
+def test_the_bits_do_not_depend_on_the_company(shape: str, dtype: torch.dtype, weights: Weights) -> None:
+    """Catches: a sum whose order depends on the rows beside it, the pieces of a prompt, or the threads."""
+    model = tiny_model(**SHAPES[shape])
+    step, cache = PackedLLaMA(model, dtype, weights), PackedCache(model.config, 40, dtype)
+    ids, others = ids_of(150), [ids_of(n, seed=n) for n in (1, 33, 70)]
+    alone = step(whole(ids), cache)
+    for piece in (1, 7, 64):
+        parts = [
+            step(PagedBatch(ids=[ids[i : i + piece]], starts=[i], tables=[[9, 8, 7, 6, 5]], logits=[piece]), cache)
+            for i in range(0, 150 - 150 % piece, piece)
+        ]
+        assert torch.equal(torch.cat(parts), alone[: 150 - 150 % piece]), piece
+    together = PagedBatch(
+        ids=[others[0], others[1], ids, others[2]],
+        starts=[0] * 4,
+        tables=[[10], [11, 12], [13, 14, 15, 16, 17], [18, 19, 20]],
+        logits=[0, 33, 150, 1],
+    )
+    assert torch.equal(step(together, cache)[33:-1], alone)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
+    model, ids, threads = tiny_model(), ids_of(20), torch.get_num_threads()
+    step, cache = PackedLLaMA(model, torch.bfloat16), PackedCache(model.config, 1, torch.bfloat16)
+    made = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            made.append(step(whole(ids), cache))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_codes_give_what_they_stand_for(weights: Weights, bits: int) -> None:
+    """Against the model with the weights that the codes stand for; what is left is the rounding of tokens to 8 bits."""
+    model, ids = tiny_model(), ids_of(60)
+    made = PackedLLaMA(model, torch.float32, weights)(whole(ids), PackedCache(model.config, 2, torch.float32))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            own = 8 if name == "lm_head" else bits
+            rows, columns = module.weight.shape
+            module.weight.copy_(dequantized(*quantized(module.weight, own), own)[:rows, :columns])
+    expected = model(torch.tensor(ids))
+    assert (made - expected).norm() < 0.04 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_are_near(bits: int) -> None:
+    weight = torch.randn(40, 100) * torch.logspace(-3, 1, 40)[:, None]
+    weight[3] = 0
+    codes, scales = quantized(weight, bits)
+    made = dequantized(codes, scales, bits)[:40, :100]
+    steps = 127 if bits == 8 else 7
+    largest = torch.nn.functional.pad(weight, (0, -100 % GROUP[bits])).unflatten(1, (-1, GROUP[bits])).abs().amax(2)
+    limit = (largest / steps * (0.51 if bits == 8 else 1.2)).repeat_interleave(GROUP[bits], 1)[:, :100]
+    assert ((made - weight).abs() <= limit + 1e-12).all() and (made[3] == 0).all()
+    assert int(codes.max()) < 2 * ZERO[bits]
+
+
+def test_packing_is_an_order_and_loses_nothing() -> None:
+    weight = torch.arange(40.0 * 50).reshape(40, 50)
+    for dtype, words in ((torch.float32, 1), (torch.bfloat16, 2)):
+        laid = packed(weight.to(dtype))
+        for row, column in itertools.product((0, 17, 39), (0, 1, 33, 49)):
+            assert laid[row // 16, column // words, row % 16, column % words] == weight[row, column].to(dtype)
+    codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8)
+    nibbles = packed_codes(codes, 4)
+    assert nibbles[1, 3, 5, 2] == codes[21, 26] | codes[21, 30] << 4
+    assert packed_scales(torch.arange(64.0).reshape(32, 2))[1, 1, 3] == 19 * 2 + 1
+    assert in_turns(torch.arange(20), 100 + torch.arange(20)).tolist()[16:20] == [100, 101, 102, 103]
+
+
+def tuned(seed: int = 0, **options: object) -> LLaMA:
+    model = tiny_model(num_attention_heads=4, attention_bias=True)
+    torch.manual_seed(seed)
+    apply_lora(model, LoRAConfig(**options))  # type: ignore[arg-type]
+    for _, module in adapters(model):
+        for parameter in module.parts().values():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj", "up_proj", "k_proj,down_proj,o_proj"])
+def test_updates_of_low_rank_are_those_of_the_layers(targets: str) -> None:
+    model, ids = tuned(target_modules=targets, r=5), ids_of(70)
+    step = PackedLLaMA(model, torch.float32)
+    step.add_adapter("own", factors_of(model))
+    batch = PagedBatch(ids=[ids], starts=[0], tables=[[0, 1, 2]], logits=[70], adapters=["own"])
+    made = step(batch, PackedCache(model.config, 3, torch.float32))
+    assert torch.allclose(made, model(torch.tensor(ids)), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_in_one_batch_give_what_each_gives_alone() -> None:
+    """Catches: a tile of tokens that is computed with the update of its neighbour."""
+    first, second = tuned(1, r=4), tuned(2, r=40, target_modules="q_proj,gate_proj")
+    step, cache = PackedLLaMA(tiny_model(attention_bias=True), torch.bfloat16), None
+    cache = PackedCache(first.config, 30, torch.bfloat16)
+    step.add_adapter("first", factors_of(first))
+    step.add_adapter("second", factors_of(second))
+    ids = [ids_of(n, seed=n) for n in (3, 40, 5, 37)]
+    names = [None, "first", "first", "second"]
+    tables = [[0], [1, 2], [3], [4, 5]]
+    together = step(
+        PagedBatch(ids=ids, starts=[0] * 4, tables=tables, logits=[len(i) for i in ids], adapters=names), cache
+    )
+    for own, table, name, part in zip(ids, tables, names, together.split([len(i) for i in ids]), strict=True):
+        alone = step(PagedBatch(ids=[own], starts=[0], tables=[table], logits=[len(own)], adapters=[name]), cache)
+        assert torch.equal(part, alone), name
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": "embed_tokens,lm_head,norm"}])
+def test_what_is_no_plain_update_is_merged(options: dict[str, object]) -> None:
+    model, ids = tuned(**options), ids_of(40)
+    step = PackedLLaMA(model, torch.float32)
+    step.add_adapter("own", factors_of(model))
+    batch = PagedBatch(ids=[ids], starts=[0], tables=[[0, 1]], logits=[40], adapters=["own"])
+    made = step(batch, PackedCache(model.config, 2, torch.float32))
+    assert torch.allclose(made, model(torch.tensor(ids)), rtol=1e-3, atol=1e-3)
+
+
+def test_an_update_of_an_unknown_layer_is_refused() -> None:
+    step = PackedLLaMA(tiny_model(), torch.float32)
+    with pytest.raises(Exception, match=r"lm_head.*merged"):
+        step.add_adapter("x", {"lm_head": Factors(torch.zeros(2, 64), torch.zeros(384, 2), 1.0)})
+
+
+def test_a_consumed_model_is_never_there_twice() -> None:
+    model = tiny_model()
+    expected = model(torch.tensor([1, 2, 3]))
+    step = PackedLLaMA(model, torch.float32, consume=True)
+    assert sum(p.numel() for name, p in model.named_parameters() if "norm" not in name) == 0
+    made = step(whole([1, 2, 3]), PackedCache(model.config, 1, torch.float32))
+    assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_which_models_are_packed() -> None:
+    assert packs(tiny_model().config, torch.float32)
+    assert not packs(tiny_model().config, torch.float16)

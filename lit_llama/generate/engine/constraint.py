@@ -74,7 +74,7 @@ class Constraint:
         self._matcher = _library().LLMatcher(tokens.table, grammar, log_level=0)
         if self._matcher.is_error():
             reason = self._matcher.get_error().strip().splitlines()
-            raise UserError(f"the {what} cannot be kept to: {' '.join(line.strip() for line in reason[:3])[:300]}")
+            raise UserError(f"the {what} cannot be kept to: {' '.join(line.strip() for line in reason[:5])[:300]}")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str, tokens: TokenTable) -> "Constraint":

@@ -1,6 +1,7 @@
 """The step of decode.cpp against the model in torch, its own quantisation, and itself in other company."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,6 +26,16 @@ from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More of them would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 SHAPES = {
     "llama": {},
@@ -89,15 +100,12 @@ def test_the_bits_do_not_depend_on_the_company(shape: str, dtype: torch.dtype, w
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
-    model, ids, threads = tiny_model(), ids_of(20), torch.get_num_threads()
+    model, ids = tiny_model(), ids_of(20)
     step, cache = PackedLLaMA(model, torch.bfloat16), PackedCache(model.config, 1, torch.bfloat16)
     made = []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            made.append(step(whole(ids), cache))
-    finally:
-        torch.set_num_threads(threads)
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        made.append(step(whole(ids), cache))
     assert torch.equal(*made)
 
 

@@ -6,6 +6,7 @@ head size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -79,46 +80,51 @@ class PagedCache:
 
 
 class Paged:
-    """The layout of a step, see attention.Layout: attention over the blocks of each sequence."""
+    """The layout of a step, see attention.Layout: attention over the blocks of each sequence.
+
+    Sequences with one new token are computed together, their keys gathered to one length; others one by one.
+    """
 
     def __init__(self, batch: PagedBatch, cache: PagedCache) -> None:
         device = cache.keys.device
         self.counts = [len(ids) for ids in batch.ids]
         self.lengths = [start + count for start, count in zip(batch.starts, self.counts, strict=True)]
-        spans = zip(batch.starts, self.lengths, strict=True)
-        self.position_ids = torch.cat([torch.arange(start, end) for start, end in spans]).to(device)
+        spans = list(zip(batch.starts, self.lengths, strict=True))
+        positions = [position for start, end in spans for position in range(start, end)]
+        self.position_ids = torch.tensor(positions, device=device)
         self._cache = cache
-        self._tables = [torch.tensor(table, device=device).clamp(min=0) for table in batch.tables]
-        blocks = [table[start // BLOCK :] for table, start in zip(self._tables, batch.starts, strict=True)]
-        first = [start // BLOCK for start in batch.starts]
-        self._blocks = torch.cat(
-            [
-                part[position // BLOCK - begin]
-                for part, begin, position in zip(blocks, first, self.position_ids.split(self.counts), strict=True)
-            ]
-        )
+        written = zip(batch.tables, spans, strict=True)
+        blocks = [table[position // BLOCK] for table, span in written for position in range(*span)]
+        self._blocks, self._places = torch.tensor(blocks, device=device), self.position_ids % BLOCK
+        self._groups: list[tuple[Tensor, Tensor, Tensor]] = []  # places among T (S L), tables (S, blocks), (S, L)
+        starts = [0, *accumulate(self.counts)]
+        single = [index for index, count in enumerate(self.counts) if count == 1]
+        for group in [single, *([index] for index, count in enumerate(self.counts) if count > 1)]:
+            if group:
+                width = max(-(-self.lengths[index] // BLOCK) for index in group)
+                rows = [([*batch.tables[index], *[0] * width])[:width] for index in group]
+                tables = torch.tensor(rows, device=device).clamp(min=0)
+                places = [place for index in group for place in range(starts[index], starts[index + 1])]
+                own = torch.tensor(places, device=device)
+                self._groups.append((own, tables, self.position_ids[own].unflatten(0, (len(group), -1))))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]  # (blocks, BLOCK, G, D)
-        keys[self._blocks, self.position_ids % BLOCK] = k
-        values[self._blocks, self.position_ids % BLOCK] = v
-        outputs = []
-        rest = zip(self._tables, self.lengths, self.position_ids.split(self.counts), q.split(self.counts), strict=True)
-        for table, length, position, query in rest:
-            low = max(0, int(position[0]) - window + 1) // BLOCK if window is not None else 0
-            used = table[low : -(-length // BLOCK)]
-            key, value = (x[used].flatten(0, 1).transpose(0, 1)[None] for x in (keys, values))  # (1, G, K, D)
-            place = torch.arange(low * BLOCK, low * BLOCK + key.shape[2], device=q.device)
-            distance = position[:, None] - place
+        keys[self._blocks, self._places] = k
+        values[self._blocks, self._places] = v
+        out = torch.empty_like(q)
+        for own, tables, position in self._groups:
+            query = q[own].unflatten(0, position.shape).transpose(1, 2)  # (S, H, L, D)
+            key, value = (x[tables].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (S, G, K, D)
+            distance = position[..., None] - torch.arange(key.shape[2], device=q.device)  # (S, L, K)
             mask = distance >= 0
             if window is not None:
                 mask &= distance < window
-            y = F.scaled_dot_product_attention(
-                query.transpose(0, 1)[None], key, value, mask, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outputs.append(y[0].transpose(0, 1))
-        return torch.cat(outputs)
+            grouped = q.shape[1] != k.shape[1]
+            y = F.scaled_dot_product_attention(query, key, value, mask[:, None], enable_gqa=grouped)
+            out[own] = y.transpose(1, 2).flatten(0, 1)
+        return out
 
 
 @torch.inference_mode()

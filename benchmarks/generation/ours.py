@@ -1,0 +1,121 @@
+"""Ours: the engine, with weights as they are stored or in 8 or 4 bits."""
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.generation.worker import Result, serve
+from lit_llama.generate.engine.engine import Engine, EngineConfig
+from lit_llama.generate.engine.request import Request, Sampling
+from lit_llama.generate.engine.runner import PackedRunner
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.kernels.decode import PackedLLaMA
+
+CACHE = 1 << 29
+
+
+def main(folder: Path, weights: Any) -> None:
+    """Load and serve."""
+    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    model = load_model(folder, torch.device("cpu"), torch.bfloat16)
+    runner = PackedRunner(PackedLLaMA(model, torch.bfloat16, weights, consume=True), CACHE)
+    del model
+    made = Ours(runner)
+    serve({name: getattr(made, name) for name in ("answer", "batch", "prefill", "arrivals", "known")})
+
+
+class Ours:
+    """The tasks; each begins with an empty cache."""
+
+    def __init__(self, runner: PackedRunner) -> None:
+        self._runner = runner
+
+    def _engine(self, **options: Any) -> Engine:
+        return Engine(self._runner, config=EngineConfig(**options))
+
+    def answer(self, ids: list[int], tokens: int, guess: bool = False) -> Result:
+        """One greedy answer: time from its first token to its last, and its ids."""
+        engine = self._engine(speculate=guess)
+        ticket = engine.add(Request(ids, Sampling(max_new_tokens=tokens)))
+        while not ticket.steps:
+            engine.step()
+        start, first = time.perf_counter(), sum(len(step.ids) for step in ticket.steps)
+        while engine.busy:
+            engine.step()
+        seconds = time.perf_counter() - start
+        made = [token for step in ticket.steps for token in step.ids]
+        return {"seconds": seconds, "tokens": len(made) - first, "ids": made}
+
+    def batch(self, prompts: list[list[int]], tokens: int) -> Result:
+        """Greedy answers to prompts, all at once: from the first prompt to the last token."""
+        engine = self._engine(speculate=False)
+        start = time.perf_counter()
+        tickets = [engine.add(Request(ids, Sampling(max_new_tokens=tokens))) for ids in prompts]
+        while engine.busy:
+            engine.step()
+        seconds = time.perf_counter() - start
+        made = [[token for step in ticket.steps for token in step.ids] for ticket in tickets]
+        return {"seconds": seconds, "tokens": sum(map(len, made)), "ids": made}
+
+    def prefill(self, ids: list[int]) -> Result:
+        """Time to the first token of a prompt that is not known."""
+        engine = self._engine(speculate=False)
+        start = time.perf_counter()
+        engine.add(Request(ids, Sampling(max_new_tokens=1)))
+        while engine.busy:
+            engine.step()
+        return {"seconds": time.perf_counter() - start, "tokens": len(ids)}
+
+    def known(self, ids: list[int], more: list[int]) -> Result:
+        """Time to the first token of a prompt whose beginning is known."""
+        engine = self._engine(speculate=False)
+        seconds = 0.0
+        for prompt in (ids, ids + more):
+            start = time.perf_counter()
+            engine.add(Request(prompt, Sampling(max_new_tokens=1)))
+            while engine.busy:
+                engine.step()
+            seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": len(more)}
+
+    def arrivals(self, prompts: list[list[int]], tokens: int, rate: float, together: bool) -> Result:
+        """Requests that come over time: how long until all are answered, and the time that a token takes.
+
+        Args:
+            prompts: Of the requests.
+            tokens: Of each answer.
+            rate: Requests a second, at random moments.
+            together: As many at a time as come, or one after another.
+        """
+        engine = self._engine(speculate=False, max_sequences=64 if together else 1)
+        draw, now, due = random.Random(7), 0.0, []
+        for ids in prompts:
+            now += draw.expovariate(rate)
+            due.append((now, ids))
+        start, waits, seen = time.perf_counter(), [], {}
+        while due or engine.busy:
+            clock = time.perf_counter() - start
+            while due and due[0][0] <= clock:
+                ticket = engine.add(Request(due.pop(0)[1], Sampling(max_new_tokens=tokens)))
+                seen[ticket] = clock
+            if not engine.busy:
+                time.sleep(max(0.0, due[0][0] - clock))
+                continue
+            engine.step()
+            clock = time.perf_counter() - start
+            for ticket in [ticket for ticket in seen if ticket.steps]:
+                ticket.steps.clear()
+                waits.append(clock - seen[ticket])
+                seen[ticket] = clock
+                if ticket.done:
+                    del seen[ticket]
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": tokens * len(prompts), "waits": waits}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

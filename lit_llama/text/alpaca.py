@@ -3,18 +3,22 @@
 import http.client
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
 from lit_llama.progress import stderr
 from lit_llama.text.prepare import Rules
+from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.records import StyleChoice, prepare_records
 from lit_llama.text.tokenizer import Tokenizer
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
 """The cleaned Alpaca data, 51,759 rows, where lit-llama took them from."""
+ROWS, SHARE = 2000, 0.1
+"""Rows for testing, but at most this share of all."""
 
 
 def prepare_alpaca(
@@ -24,9 +28,12 @@ def prepare_alpaca(
     data_file_name: str,
     prompt_style: StyleChoice,
     rules: Rules,
+    dialect: Dialect = UTF8,
     plan: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Make the data folder `destination` out of the raw file in it; the parameters are those of prepare/alpaca.py.
+
+    Without a size of the test split it has ROWS, as in lit-llama, or SHARE of the rows where these are fewer.
 
     Returns:
         What stands in meta.json.
@@ -36,11 +43,19 @@ def prepare_alpaca(
         CheckpointError: The tokenizer is missing or unusable.
         ResourceError: The raw file is not there and cannot be downloaded.
     """
+    if rules.test_split_size is None:
+        rules = replace(rules, test_split_size=ROWS, test_limit=SHARE)
     if not (destination / data_file_name).is_file():
         Tokenizer.from_path(tokenizer_path)  # better known to be missing before anything is fetched
     source = find_or_download(destination, data_file_name)
     return prepare_records(
-        [str(source)], destination, tokenizer_path=tokenizer_path, prompt_style=prompt_style, rules=rules, plan=plan
+        [str(source)],
+        destination,
+        tokenizer_path=tokenizer_path,
+        prompt_style=prompt_style,
+        rules=rules,
+        dialect=dialect,
+        plan=plan,
     )
 
 

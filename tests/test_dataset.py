@@ -173,7 +173,10 @@ def test_meta_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"is no finished data folder: it has no meta\.json; make it with prepare/alpaca\.py --destination_path"),
+        (
+            None,
+            r"is no finished data folder: it has no meta\.json; make it with prepare/records\.py --destination_path",
+        ),
         (b"", r"meta\.json is not JSON"),
         (b"{\xff}", r"meta\.json is not JSON"),
         (b"[1]", "expected an object"),

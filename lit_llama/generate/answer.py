@@ -144,8 +144,8 @@ def answer_file(
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     if output_file is not None and output_file.is_dir():
         raise UserError(f"--output_file {output_file} is a folder, expected a file or nothing there")
-    if data_dir is not None:
-        read_meta(data_dir)
+    if data_dir is not None and read_meta(data_dir).get("splits", {}).get("test", {}).get("rows") == 0:
+        raise DataError(f"{data_dir} has no test split to answer: it was prepared with --test_split_size 0")
     path = data_dir / TEST_FILE if data_dir is not None else input_file
     assert path is not None
     examples = read_prompts(path)[:limit]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -158,7 +159,7 @@ class LLaMAConfig:
         if not path.is_file() and (folder / "adapter_config.json").is_file():
             raise CheckpointError(
                 f"{folder} is an adapter and no model: put it into its base first, with python finetune/merge.py "
-                f"--adapter_dir {folder} --destination_path {folder}-merged"
+                f"--adapter_dir {shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-merged')}"
             )
         if not path.is_file():
             raise CheckpointError(

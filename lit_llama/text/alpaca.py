@@ -1,6 +1,7 @@
 """The Alpaca data set: fetched where it is missing, then prepared like any other records."""
 
 import http.client
+import shlex
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
 from lit_llama.progress import stderr
+from lit_llama.text.dataset import raw_files
 from lit_llama.text.prepare import Rules
 from lit_llama.text.read.files import UTF8, Dialect
+from lit_llama.text.read.raw import listed
 from lit_llama.text.records import StyleChoice, prepare_records
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -43,6 +46,12 @@ def prepare_alpaca(
         CheckpointError: The tokenizer is missing or unusable.
         ResourceError: The raw file is not there and cannot be downloaded.
     """
+    if destination.is_file():
+        raise DataError(
+            f"--destination_path {destination} is a file, expected the folder that holds the Alpaca data; for a file "
+            f"of your own use python prepare/records.py --source {shlex.quote(str(destination))} --destination_path "
+            f"{shlex.quote(f'data/{destination.stem}')}"
+        )
     if rules.test_split_size is None:
         rules = replace(rules, test_split_size=ROWS, test_limit=SHARE)
     if not (destination / data_file_name).is_file():
@@ -71,6 +80,12 @@ def find_or_download(folder: Path, name: str) -> Path:
         return path
     if name != DATA_FILE:
         raise DataError(f"{path} does not exist; put the data there, or name another file with --data_file_name")
+    if others := raw_files(folder):
+        raise DataError(
+            f"{folder} holds {listed([file.name for file in others], 3)} and not {name}: for instructions in Alpaca's "
+            f"format give --data_file_name {shlex.quote(others[0].name)}; for anything else, chats among it, use "
+            f"python prepare/records.py --source {shlex.quote(str(others[0]))}"
+        )
     try:
         _download(URL, path)
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError

@@ -193,7 +193,6 @@ def test_test_rows_that_stand_in_train_are_counted(prepare: Prepare, alpaca_rows
 
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "test split too large": ({"test_split_size": 40}, "--test_split_size is 40, but there are 40 rows"),
-    "no test split": ({"test_split_size": 0}, "--test_split_size is 0"),
     "nothing fits": (
         {"max_seq_length": 20},
         "no row of the train split is usable: .* 38 longer than 20 tokens",

@@ -60,7 +60,7 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
     "no comma": (b'[{"a": 1} {"a": 2}]', 1, "row 0 is not JSON: expected , or ] .*at line 1, column 11"),
     "two commas": (b'[{"a": 1},,]', 1, "row 1 is not JSON: Expecting value at line 1, column 11, byte 10"),
     "two arrays": (b'[{"a": 1}]\n[{"a": 2}]', 1, "the end is not JSON: more text behind the array at line 2, column 1"),
-    "single quotes": (b"[{'a': 1}]", 0, "row 0 is not JSON: Expecting property name.*how Python prints objects: write them with json.dumps"),
+    "single quotes": (b"[{'a': 1}]", 0, "row 0 is not JSON: Expecting property name.*; this is how Python prints obj"),
     "newline in a text": (b'[{"a": "b\nc"}]', 0, "row 0 is not JSON: Invalid control character at line 1, column 10"),
     "bad escape": (rb'[{"a": "\x41"}]', 0, r"row 0 is not JSON: Invalid \\escape at line 1, column 9"),
     "nested too deep": (b"[" * 100_000, 0, "row 0, which begins at line 1, column 2, byte 1, is nested too deep"),

@@ -45,7 +45,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if rows := raw_files(folder):
             raw = rows[0] if len(rows) == 1 else folder
-            raise DataError(f"{folder} holds raw data and is no data folder yet; make one of it: {_made_of(raw)}")
+            raise DataError(
+                f"{folder} is no finished data folder: it has raw data and no meta.json; make one: {_made_of(raw)}"
+            )
         what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
         raise DataError(
             f"{folder} {what}; make it with prepare/records.py --destination_path {shlex.quote(str(folder))}, or with "

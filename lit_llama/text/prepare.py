@@ -26,7 +26,7 @@ from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
 from lit_llama.text.shards import Shards
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
-from lit_llama.text.splits import SHARE, far_from, side_few, test_rows, usable
+from lit_llama.text.splits import SHARE, far_from, held_rows, side_few, usable
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer
@@ -256,7 +256,7 @@ class _Work:
 
     def _deal(self, rows: int) -> None:
         """Shuffle all rows into both splits."""
-        size, remark = test_rows(rows, self._rules.share, self._rules.test_limit)
+        size, remark = held_rows(rows, self._rules.share, self._rules.test_limit)
         drawn, moved = usable(shuffle_split(rows, size, self._rules.seed), self._rows)
         self.remarks += filter(None, (remark, moved))
         self._assign(self.sides.deal(dict(zip(SPLITS, drawn, strict=True))))

@@ -92,7 +92,7 @@ def _check_size(choice: Choice) -> None:
         )
 
 
-def test_rows(rows: int, size: float, limit: float = 1.0) -> tuple[int, str]:
+def held_rows(rows: int, size: float, limit: float = 1.0) -> tuple[int, str]:
     """How many of `rows` a shuffle holds out, and what has to be said of it.
 
     Args:

@@ -22,6 +22,28 @@ def test_every_form_of_json_gives_the_rows_that_json_gives(form: str, ending: st
     assert values(put(f"a.{ending}", gzip.compress(content) if ending.endswith("gz") else content)) == rows
 
 
+HABITS: dict[str, tuple[str, str, int, str]] = {
+    "joined files": ("jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 2}\n', 2, ""),
+    "joined arrays of lines": ("json", '{"a": 1}\ufeff\n \ufeff{"a": 2}', 2, ""),
+    "commas at line ends": ("jsonl", '{"a": 1},\n{"a": 2},\n', 2, "commas stand behind its rows"),
+    "commas at line ends, .json": ("json", '{"a": 1},\n{"a": 2}\n', 2, "commas stand behind its rows"),
+    "commas between objects": ("json", '{\n"a": 1\n},\n{"a": 2}\n', 2, "commas stand between its rows"),
+    "a comma behind the last row": ("json", '[{"a": 1}, {"a": 2},\n]\n', 2, "a comma stands behind the last row"),
+    "several a line": ("jsonl", '{"a": 1}{"a": 2}\n{"a": 3} {"a": 4}\n', 4, ""),
+    "indented objects": ("jsonl", '{\n "a": 1\n}\n{\n "a": 2\n}\n', 2, ""),
+}
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_habits_of_other_programs_are_read_and_said(name: str, put: Put) -> None:
+    """Catches rows lost at a mark, a comma or a line end, and what is no JSON passed over in silence."""
+    ending, content, count, remark = HABITS[name]
+    said: list[str] = []
+    rows = list(read_rows(put(f"a.{ending}", content), remark=said.append))
+    assert [row.value for row in rows] == [{"a": number} for number in range(1, count + 1)]
+    assert all(remark in sentence for sentence in said) and bool(said) == bool(remark)
+
+
 def test_borders_of_blocks_fall_anywhere(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an error in the middle of a number, a literal, an escape or a character that two blocks share."""
     rows = [{"a": [1234567, -1.5e-7, True, None, False], "b": '😀 é \\ " 北京'}, {"c": {"d": []}}] * 3

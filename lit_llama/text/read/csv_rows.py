@@ -112,9 +112,7 @@ class _Records:
     ) -> None:
         self._path, self._skipped, self._dialect, self._remark = path, skipped, dialect, remark
         self._delimiter, self._line = delimiter, ""  # _line: the last one that was read
-        self._lost = re.compile(rf'{re.escape(dialect.escape)}[^"{re.escape(dialect.escape + delimiter)}\r\n]') if (
-            dialect.escape
-        ) else None  # fmt: skip
+        self._lost = _escaping(dialect.escape, delimiter) if dialect.escape else None
         rest = header.rstrip("\r\n").split(delimiter)[1:]
         self._reader = csv.reader(
             self._watched(lines),
@@ -162,12 +160,18 @@ class _Records:
                 raise DataError(f"{self._path}:line {number}: found a NUL character: the file is damaged or not CSV")
             if self._lost and (found := self._lost.search(line)):
                 self._remark(
-                    f"{self._path}:line {number}: {shown(found[0])} is read as {shown(found[0][1:])}, since --escape "
+                    f"{self._path}:line {number}: {shown(found[1])} is read as {shown(found[1][1:])}, since --escape "
                     "holds before every character"
                 )
                 self._lost = None  # said once
             self._line = line
             yield line
+
+
+def _escaping(escape: str, delimiter: str) -> re.Pattern[str]:
+    """Finds an escape before a character that needs none."""
+    mark = re.escape(escape)
+    return re.compile(rf'(?<!{mark})(?:{mark}{mark})*({mark}[^"{re.escape(escape + delimiter)}\r\n])')
 
 
 def _next(reader: Any) -> list[str] | None:

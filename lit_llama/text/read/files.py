@@ -373,6 +373,6 @@ def _is_utf16(raw: bytes) -> bool:
 
 
 def _is_paired(raw: bytes) -> bool:
-    """Whether bytes above 127 mostly come in pairs, as in Chinese text and not in accented Latin."""
+    """Whether bytes above 127 mostly come in pairs of pairs, as in Chinese text and not in accented Latin."""
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
-    return sum(length for length in runs if length % 2 == 0) > sum(runs) / 2
+    return sum(length for length in runs if length % 2 == 0 and length > 2) > sum(runs) / 2

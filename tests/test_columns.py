@@ -27,7 +27,8 @@ def test_tables_of_pandas_are_read(orient: Any, index: str, put: Put) -> None:
 
 def test_tables_of_the_datasets_library_are_read_and_said(put: Put) -> None:
     """Catches one row whose fields are lists, and lists of messages that come apart."""
-    rows = [row | CHAT for row in ROWS]
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = [row | chat for row in ROWS]
     said: list[str] = []
     path = put("a.json", json.dumps(datasets.Dataset.from_list(rows).to_dict()))
     assert [row.value for row in read_rows(path, remark=said.append)] == rows

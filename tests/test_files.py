@@ -72,7 +72,9 @@ def test_files_that_describe_a_repository_are_left_out_and_said(
     said: list[str] = []
     assert [str(path) for path in expand(["."], remark=said.append)] == ["data/train.jsonl", "states/state.json"]
     assert [remark.split(" is left out")[0] for remark in said] == ["data/package.json", "dataset_infos.json"]
-    assert [str(path) for path in expand(["*.json", "data/package.json"], remark=said.append)] == ["data/package.json"]
+    assert [str(path) for path in expand(["dataset_infos.json"])] == ["dataset_infos.json"]
+    with pytest.raises(DataError, match=r"\*.json matches only dataset_infos.json and the like"):
+        expand(["*.json"])
 
 
 ENCODINGS = {"cp1252": "Grüße", "gbk": "你好，世界", "utf-16": "Grüße 你好", "iso2022_jp": "こんにちは", "utf-32": "é"}

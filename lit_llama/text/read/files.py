@@ -133,11 +133,11 @@ def _expand_one(source: str, endings: Sequence[str], remark: Remark) -> list[Pat
             raise DataError(f"{path} is a folder without data files (it holds {names}); expected {formats}")
         return inside
     if glob.has_magic(source):
-        matches = [
-            match for match in sorted(glob.glob(_literal(path), recursive=True)) if _is_data(Path(match), remark)
-        ]
-        if matches:
+        found = sorted(glob.glob(_literal(path), recursive=True))
+        if matches := [match for match in found if _is_data(Path(match), remark)]:
             return [entry for match in matches for entry in _expand_one(match, endings, remark)]
+        if found:
+            raise DataError(f"{source} matches only {found[0]} and the like, which describe a repository")
         if set("*?") & set(source):
             raise DataError(f"{source} matches no file (working folder: {Path.cwd()})")
     raise missing(path)

@@ -137,7 +137,7 @@ def _expand_one(source: str, endings: Sequence[str], remark: Remark) -> list[Pat
         if matches := [match for match in found if _is_data(Path(match), remark)]:
             return [entry for match in matches for entry in _expand_one(match, endings, remark)]
         if found:
-            raise DataError(f"{source} matches only {found[0]} and the like, which describe a repository")
+            raise DataError(f"{source} matches only {Path(found[0])} and the like, which describe a repository")
         if set("*?") & set(source):
             raise DataError(f"{source} matches no file (working folder: {Path.cwd()})")
     raise missing(path)

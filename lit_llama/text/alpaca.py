@@ -4,6 +4,7 @@ import http.client
 import shlex
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from lit_llama.text.dataset import raw_files
 from lit_llama.text.prepare import Rules
 from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.raw import listed
+from lit_llama.text.read.rows import read_rows
 from lit_llama.text.records import StyleChoice, prepare_records
 from lit_llama.text.tokenizer import Tokenizer
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
 """The cleaned Alpaca data, 51,759 rows, where lit-llama took them from."""
+_PAIRS = {"Alpaca", "Dolly", "prompt and completion"}
 ROWS, SHARE = 2000, 0.1
 """Rows for testing, but at most this share of all."""
 
@@ -57,14 +60,39 @@ def prepare_alpaca(
     if not (destination / data_file_name).is_file():
         Tokenizer.from_path(tokenizer_path)  # better known to be missing before anything is fetched
     source = find_or_download(destination, data_file_name)
-    return prepare_records(
-        [str(source)],
-        destination,
-        tokenizer_path=tokenizer_path,
-        prompt_style=prompt_style,
-        rules=rules,
-        dialect=dialect,
-        plan=plan,
+    try:
+        meta = prepare_records(
+            [str(source)],
+            destination,
+            tokenizer_path=tokenizer_path,
+            prompt_style=prompt_style,
+            rules=rules,
+            dialect=dialect,
+            plan=plan,
+        )
+    except DataError as error:
+        if _is_chat(source, dialect):
+            raise DataError(f"{error}. {_chats(source)}") from error
+        raise
+    if not meta["schemas"].keys() <= _PAIRS:
+        stderr().print(_chats(source), markup=False)
+    return meta
+
+
+def _is_chat(path: Path, dialect: Dialect) -> bool:
+    """Whether the first row of a file holds messages."""
+    with suppress(DataError):
+        row = next(read_rows(path, dialect), None)
+        return bool(row and row.value and row.value.keys() & {"messages", "conversations"})
+    return False
+
+
+def _chats(path: Path) -> str:
+    """Where chats are at home."""
+    source, made = shlex.quote(str(path)), shlex.quote(f"data/{path.stem}")
+    return (
+        f"{path} holds chats; prepare/alpaca.py is for single instructions, with the defaults of lit-llama. For chats: "
+        f"python prepare/records.py --source {source} --destination_path {made} --prompt_style chat_template"
     )
 
 

@@ -121,7 +121,7 @@ class Sided:
 
 Words = Callable[[int], tuple[str, str, str]]
 _BY = (
-    "the rows whose question has the lowest hash are for testing, which may change when rows are added",
+    "those with the lowest hash of what they open with, which may be others when rows are added",
     "all rows open alike, and are split by everything before the last answer",
     "all rows ask the same, and are split by their answers: the test loss says nothing of other questions",
 )

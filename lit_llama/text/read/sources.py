@@ -1,6 +1,7 @@
 """Sources -> parts: files, sheets of workbooks and splits of data sets, and which side of a given split each is."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lit_llama.errors import DataError
 from lit_llama.folder import sha256_file
 from lit_llama.text.read.documents import TEXT_ENDINGS, Documents, read_documents
 from lit_llama.text.read.files import ENDINGS, UTF8, WORKBOOKS, Dialect, Remark, expand, is_saved, unchanged
@@ -103,7 +105,13 @@ def _parts(
     path: Path, sheet: str | None, documents: Documents | None, dialect: Dialect, remark: Remark
 ) -> Iterator[Part]:
     if is_saved(path):
-        yield from _splits(str(path), open_saved(path))
+        saved = open_saved(path)
+        if any({"input_ids", "labels"} <= {*dataset.column_names} for dataset in saved.values()):
+            raise DataError(
+                f"{path} holds token ids, as the data folders that prepare/ makes: train on it with finetune/lora.py "
+                f"--data_dir {shlex.quote(str(path))}"
+            )
+        yield from _splits(str(path), saved)
         return
     hashed, guard = partial(sha256_file, path), partial(unchanged, path)
     if not documents and path.suffix.lower() in WORKBOOKS:

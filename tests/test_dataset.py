@@ -190,6 +190,13 @@ def test_a_folder_without_a_usable_meta_is_refused(content: bytes | None, messag
         (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_meta(tmp_path)
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text("{}")
+    for wrong in (rows, tmp_path):
+        with pytest.raises(
+            DataError, match=r"python prepare/records.py --source '.*/my rows.jsonl' --destination_path '"
+        ):
+            read_meta(wrong)
     with pytest.raises(DataError, match="nowhere does not exist; make it with"):
         read_meta(tmp_path / "nowhere")
 

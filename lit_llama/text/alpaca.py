@@ -22,7 +22,7 @@ from lit_llama.text.tokenizer import Tokenizer
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
 """The cleaned Alpaca data, 51,759 rows, where lit-llama took them from."""
-_PAIRS = {"Alpaca", "Dolly", "prompt and completion"}
+_CHATS = {"OpenAI messages", "ShareGPT", "OASST"}
 ROWS, SHARE = 2000, 0.1
 """Rows for testing, but at most this share of all."""
 
@@ -72,10 +72,10 @@ def prepare_alpaca(
         )
     except DataError as error:
         if _is_chat(source, dialect):
-            raise DataError(f"{error}. {_chats(source)}") from error
+            raise DataError(f"{error}. {_chats(source, tokenizer_path)}") from error
         raise
-    if not meta["schemas"].keys() <= _PAIRS:
-        stderr().print(_chats(source), markup=False)
+    if meta["schemas"].keys() & _CHATS:
+        stderr().print(_chats(source, tokenizer_path), markup=False)
     return meta
 
 
@@ -87,12 +87,12 @@ def _is_chat(path: Path, dialect: Dialect) -> bool:
     return False
 
 
-def _chats(path: Path) -> str:
+def _chats(path: Path, tokenizer_path: Path) -> str:
     """Where chats are at home."""
-    source, made = shlex.quote(str(path)), shlex.quote(f"data/{path.stem}")
+    source, made, tokenizer = (shlex.quote(str(word)) for word in (path, f"data/{path.stem}", tokenizer_path))
     return (
         f"{path} holds chats; prepare/alpaca.py is for single instructions, with the defaults of lit-llama. For chats: "
-        f"python prepare/records.py --source {source} --destination_path {made} --prompt_style chat_template"
+        f"python prepare/records.py --source {source} --destination_path {made} --tokenizer_path {tokenizer}"
     )
 
 

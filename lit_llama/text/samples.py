@@ -215,7 +215,7 @@ class Encoder:
                 (Segment(bos, template=True), Segment(text, trained=True), end) if bos else (Segment(text, True), end)
             )
         messages = [self._joined(message) for message in conversation.messages]
-        segments = self._style.render(messages, bos=bos, eos=eos)
+        segments = self._style.render(messages, bos=bos, eos=eos, tools=conversation.tools)
         return trained_ends(segments, self._tokenizer.control) if isinstance(self._style, JinjaStyle) else segments
 
     def _joined(self, message: Message) -> Message:
@@ -223,7 +223,8 @@ class Encoder:
         if "input" not in message:
             return message
         example = Example(message["content"], message["input"])
-        return {"role": message["role"], "content": self._style.user(example)}
+        joined = {key: value for key, value in message.items() if key != "input"}
+        return joined | {"content": self._style.user(example)}
 
     def _check_beginnings(
         self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], conversations: Sequence[Conversation]

@@ -315,7 +315,7 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     "half known": (["instruction", "answer"], "; try --fields output=answer"),
     "typo": (["instruction", "input", "ouput"], "; try --fields output=ouput"),
     "capital letters": (["Instruction", "Output"], "; try --fields instruction=Instruction,output=Output"),
-    "space": (["instruction", "output "], "; try --fields output=output "),
+    "space": (["instruction", "output "], "; try --fields 'output=output '"),
     "look-alike": (
         ["instruction", "\u043eutput"],
         "a field only looks like output: it holds U+043E CYRILLIC SMALL LETTER O; try --fields output=\u043eutput",

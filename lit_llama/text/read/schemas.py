@@ -103,11 +103,14 @@ def _way_out(row: Row) -> str:
     for name, value in row.items():
         if in_a_field(value):
             return f"; the field {listed([name])} holds messages: try --fields messages={listed([name])}"
-        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            return f"; the field {listed([name])} is a list of objects: if they are the rows, save that list alone"
     if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
         return "; this is one message: a row has to hold all messages of a conversation, as a list"
-    return _suggested(row)
+    if way := _suggested(row):
+        return way
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            return f"; the field {listed([name])} is a list of objects: if they are the rows, save that list alone"
+    return ""
 
 
 def _chosen(row: Row) -> str:

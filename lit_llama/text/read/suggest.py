@@ -1,6 +1,8 @@
 """What a user may have meant by the name of a field."""
 
 import difflib
+import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -42,12 +44,14 @@ def suggest(
     given = {key: name for key, name in pairs.items() if key != name}
     odd = "".join(_odd(key, name) for key, name in given.items())
     names = ",".join(f"{key}={listed([name])}" for key, name in given.items())
+    names = shlex.quote(names) if _FOR_A_SHELL.search(names) else names
     as_text = any(
         not isinstance(row[name], str) and not missing(row[name]) for key, name in pairs.items() if key not in _LISTS
     )
     return f"{odd}; try --fields {names}{' --as_text true' if as_text else ''}"
 
 
+_FOR_A_SHELL = re.compile(r"[^\w=,.:/+-]")
 _LISTS = ("messages", "conversations", "tools", "history")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lit_llama.text.read.raw import STRICTEST, RowError, explain, kind, listed, missing
 
 Entry = dict[str, Any]
+_ARGUMENTS = ("arguments", "parameters")  # the second as Llama 3.1 writes its calls
 
 
 def read_tools(value: Any, name: str, at: str = "") -> list[Mapping[str, Any]]:
@@ -32,13 +33,13 @@ def read_calls(value: Any, name: str, at: str) -> list[Entry]:
     for entry in _entries(value, name, at):
         call = _wrapped(entry, name, at)
         function = dict(call["function"])
-        given = next((key for key in ("arguments", "parameters") if not missing(function.get(key))), None)
-        arguments = function.pop(given) if given else {}
+        arguments: Any = next((function[key] for key in _ARGUMENTS if not missing(function.get(key))), {})
         if isinstance(arguments, str):
             arguments = _decoded(arguments, f"{name}: arguments", at) if arguments.strip() else {}
         if not isinstance(arguments, dict):
             raise RowError(f"field {name}: arguments are {kind(arguments)}, expected an object or its JSON text", at)
-        function.pop("arguments", None)
+        if "arguments" not in function:
+            function.pop("parameters", None)
         calls.append(call | {"function": function | {"arguments": arguments}})
     if not calls:
         raise RowError(f"field {name} holds no call", at)
@@ -59,19 +60,19 @@ def _entries(value: Any, name: str, at: str) -> list[Entry]:
 
 
 def _wrapped(entry: Entry, name: str, at: str) -> Entry:
-    """A function within the object that says so."""
+    """A function within the object that says so, its fields in their order, as templates may print them."""
     function = entry.get("function")
-    if isinstance(function, str):
-        function = _decoded(function, name, at)
-    around = {key: value for key, value in entry.items() if key != "function"}
     if function is None:  # it stands alone
         function = {key: value for key, value in entry.items() if key not in ("id", "type")}
-        around = {key: entry[key] for key in ("id", "type") if key in entry}
-    if around.get("type", "function") != "function" or not isinstance(function, dict):
+        entry = {key: entry[key] for key in ("id", "type") if key in entry}
+    elif isinstance(function, str):
+        function = _decoded(function, name, at)
+    if entry.get("type", "function") != "function" or not isinstance(function, dict):
         raise RowError(f"field {name} holds {listed(list(entry))}, expected a function", at)
     if not isinstance(function.get("name"), str):
         raise RowError(f"field {name} has {listed(list(function))}, expected a function with a name", at)
-    return {"type": "function"} | around | {"function": function}
+    kind_first = {} if "type" in entry else {"type": "function"}
+    return kind_first | entry | {"function": function}
 
 
 def _decoded(text: str, name: str, at: str) -> Any:

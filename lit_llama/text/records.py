@@ -68,6 +68,7 @@ def prepare_records(
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
     _check(rules, split_from)
+    ignore_fields = [name for given in ignore_fields for name in given.split(",")]  # as of a command line
     sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
     if part and shards:

@@ -36,12 +36,12 @@ _IDENTITY = names_of(
     "created_date create_time updated_at timestamp split version meta metadata __index_level_0__ num_tokens n_tokens "
     "token_count num_turns num_messages length parallel_tool_calls"
 )
-_METADATA = names_of(
+METADATA = names_of(
     "category subcategory task task_type task_name type domain topic topics tags keywords lang language author model "
     "model_name generator redacted toxic openai_moderation detoxify difficulty quality score rating score_chosen "
     "score_rejected"
 )
-_SPOKEN = _METADATA | {"parent_id", "turn", "turn_id", "markdown", "cache_control", "annotations", "toxicity"}
+_SPOKEN = METADATA | {"parent_id", "turn", "turn_id", "markdown", "cache_control", "annotations", "toxicity"}
 _ENDING = re.compile(r"(?i)(?:_id|_uuid|_hash|_url)$|^unnamed: \d+$")  # the last is what pandas calls an index
 
 
@@ -69,7 +69,7 @@ class FieldLog:
 
     def wanted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """A row, or an object in it, without the fields that are to be left out."""
-        if self._ignored.keys().isdisjoint(row):
+        if not self._ignored or self._ignored.keys().isdisjoint(row):
             return row
         for name in self._ignored.keys() & row.keys():
             self._count(self.left_out, name)
@@ -97,7 +97,7 @@ class FieldLog:
             RowError: It is what a model would have to see.
         """
         for name in message.keys() - used:
-            if missing(message[name]) or message[name] in ("", [], {}) or _says_nothing(name, _SPOKEN):
+            if missing(message[name]) or message[name] in ("", [], {}) or says_nothing(name, _SPOKEN):
                 continue
             if name in _CONTENT:
                 raise RowError(f"a message has {name}, for which there is no place", at, _way_out(name))
@@ -108,7 +108,7 @@ class FieldLog:
 
         Args:
             row: The row.
-            names: Fields that its schema does not use.
+            names: Fields that its schema does not use, and that may say something.
             schema: Name of that.
             contents: Contents of its messages.
             text: The row is a text without a prompt.
@@ -129,8 +129,7 @@ class FieldLog:
                 continue
             if name in _CONTENT:
                 raise RowError(f"field {name} has no place in a row of the kind {schema}", hint=_way_out(name))
-            if not _says_nothing(name, set() if text else _METADATA):
-                self.count_unused(name)
+            self.count_unused(name)
 
     def count_unused(self, name: str) -> None:
         """Count a row with a field that nothing uses."""
@@ -161,7 +160,8 @@ def _way_out(name: str) -> str:
     return f"{place}leave it out with --ignore_fields {name}"
 
 
-def _says_nothing(name: str, besides: Set[str]) -> bool:
+def says_nothing(name: str, besides: Set[str]) -> bool:
+    """Whether a field is known by its name to hold nothing for a model; `besides`, names that hold nothing either."""
     lower = name.lower()
     return not name or lower in _IDENTITY or lower in besides or bool(_ENDING.search(name))
 

@@ -33,6 +33,7 @@ ROLES = {
 }
 """Role of a message -> our word for it. Case does not matter."""
 
+_PLAIN_ROLES = {name: role for name, role in ROLES.items() if role != _CALL}
 _CALLS = ("tool_calls", _CALL)
 _SPEAKER, _SAID = ("role", "from"), ("content", "value", "text", "parts")
 _FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "weight")  # whether a message carries loss
@@ -131,6 +132,8 @@ def _message(value: Any, at: str, log: FieldLog) -> tuple[Words, list[Mapping[st
     if not isinstance(value, dict):
         raise RowError(f"a message is {kind(value)}, expected an object", at)
     value = log.wanted(value)
+    if (message := _plain(value, at)) is not None:
+        return message, [], False
     speaker = _first(value, _SPEAKER)
     said = _first(value, _SAID if speaker == "role" else ("value", *_SAID))
     if said is None and any(not missing(value.get(name)) for name in _CALLS):
@@ -147,6 +150,21 @@ def _message(value: Any, at: str, log: FieldLog) -> tuple[Words, list[Mapping[st
         raise RowError(f"tools stand in a message of {message['role']}, expected them in a system message", at)
     log.unused_in_message(value, _USED_WITH[said], at)
     return message, tools, role == _CALL
+
+
+def _plain(value: Mapping[str, Any], at: str) -> Words | None:
+    """A message that has a role and a content and nothing else, as nearly all have; None if it is another."""
+    if len(value) != 2:
+        return None
+    if "content" in value:
+        name, spoken, content = "content", value.get("role"), value["content"]
+    else:
+        name, spoken, content = "value", value.get("from"), value.get("value")
+    role = _PLAIN_ROLES.get(spoken) if isinstance(spoken, str) else None
+    if role is None or not isinstance(content, str):
+        return None
+    check_text(content, name, at)
+    return {"role": role, "content": content}
 
 
 def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

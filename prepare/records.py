@@ -39,7 +39,8 @@ def main(
     Args:
         source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the
             datasets library, or data sets of the Hub; several as a.jsonl b.csv. The schema of every row is
-            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text.
+            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text; see
+            docs/data.md.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         prompt_style: How a conversation is put to the model; chat_template is the model's own.

@@ -13,17 +13,20 @@ from lit_llama.text.read.raw import RowError, check_text, kind, missing
 
 Row = Mapping[str, Any]
 
-SYSTEM = ("system", "system_prompt", "system_message")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
 TOOLS = ("tools", "functions")
 INPUTS = ("input", "context")
+YES, NO = (1, "1", "1.0", "true"), (0, "0", "0.0", "false")  # true and false are numbers in Python
 _UNWANTED = ("label", "kto_tag")  # a false one marks an answer that is not wanted (KTO)
 
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 _PLACED = {*SYSTEM, *THOUGHTS, *INPUTS}  # by --fields
 _PREFERENCES = {"chosen", "rejected"}
-_CONTENT = _MEDIA | _PREFERENCES | _PLACED | {*TOOLS, "history", "documents", "chat_template_kwargs"}
-"""What a model would have to see, or to learn: left out only on request."""
+_LOSS = {"train", "loss_mask", "weight", "weights", "loss_weight", "sample_weight", "train_detail", "training_detail"}
+_CONTENT = _MEDIA | _PREFERENCES | _PLACED | _LOSS | {*TOOLS, "history", "documents", "chat_template_kwargs"}
+_CONTENT |= {"reasoning_details", "systeminstruction"}
+"""What a model would have to see, or to learn, in small letters: left out only on request."""
 
 
 def names_of(text: str) -> frozenset[str]:
@@ -99,7 +102,7 @@ class FieldLog:
         for name in message.keys() - used:
             if missing(message[name]) or message[name] in ("", [], {}) or says_nothing(name, _SPOKEN):
                 continue
-            if name in _CONTENT:
+            if name.lower() in _CONTENT:
                 raise RowError(f"a message has {name}, for which there is no place", at, _way_out(name))
             self.count_unused(f"messages[].{name}")
 
@@ -127,7 +130,9 @@ class FieldLog:
                 continue
             if isinstance(value, str) and _is_copy(value, contents):
                 continue
-            if name in _CONTENT:
+            if name in _LOSS and value in YES:
+                continue
+            if name.lower() in _CONTENT:
                 raise RowError(f"field {name} has no place in a row of the kind {schema}", hint=_way_out(name))
             self.count_unused(name)
 
@@ -152,12 +157,17 @@ class FieldLog:
 
 
 def _way_out(name: str) -> str:
-    if name in _PREFERENCES:
-        return f"preferences cannot be trained on yet; leave it out with --ignore_fields {name}"
-    if name in _MEDIA:
+    leave = f"leave it out with --ignore_fields {name}"
+    known = name.lower()
+    if known in _LOSS:
+        return f"mark the messages themselves with train true or false, or {leave}"
+    if known in _PREFERENCES:
+        return f"preferences cannot be trained on yet; {leave}"
+    if known in _MEDIA:
         return f"leave such rows out with --on_error skip, or the field with --ignore_fields {name}"
-    place = f"give it one with --fields, such as system={name}, or " if name in _PLACED else ""
-    return f"{place}leave it out with --ignore_fields {name}"
+    return (
+        f"give it one with --fields, such as input={name} or system={name}, or {leave}" if known in _PLACED else leave
+    )
 
 
 def says_nothing(name: str, besides: Set[str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_llama.text.read.fields import THOUGHTS, TOOLS, FieldLog, names_of
+from lit_llama.text.read.fields import NO, THOUGHTS, TOOLS, YES, FieldLog, names_of
 from lit_llama.text.read.raw import (
     STRICT,
     RowError,
@@ -36,8 +36,15 @@ ROLES = {
 _PLAIN_ROLES = {name: role for name, role in ROLES.items() if role != _CALL}
 _CALLS = ("tool_calls", _CALL)
 _SPEAKER, _SAID = ("role", "from"), ("content", "value", "text", "parts")
-_FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "weight")  # whether a message carries loss
-_YES, _NO = (1, "1", "1.0", "true"), (0, "0", "0.0", "false")  # true and false are numbers in Python
+_FLAGS = (
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_mask",
+    "loss_weight",
+    "weight",
+)  # whether a message carries loss
 _TEXTS = ("text", "input_text", "output_text", None)
 _USED = frozenset((*_SPEAKER, *THOUGHTS, *TOOLS, *_FLAGS, "tool_calls", _CALL, "tool_call_id", "name", "input"))
 _USED_WITH = {said: _USED | {said} for said in _SAID}
@@ -243,11 +250,11 @@ def _unlearned(value: Mapping[str, Any], role: str, at: str, log: FieldLog) -> W
         if missing(flag):
             continue
         flag = flag.strip().lower() if isinstance(flag, str) else flag
-        if flag in _NO:
+        if flag in NO:
             masked = True
-        elif flag not in _YES:
-            hint = f"expected true or false, or leave it out with --ignore_fields {name}"
-            raise RowError(f"a message has {name} {shown(flag)}: a part of a loss is not supported", at, hint)
+        elif flag not in YES:
+            hint = f"parts of a loss are not supported: see --ignore_fields {name}"
+            raise RowError(f"a message has {name} {shown(flag)}, expected true or false", at, hint)
         elif role not in ("assistant", _CALL):
             log.count_unused(f"messages[].{name} of {role}")
     return {"train": False} if masked and role in ("assistant", _CALL) else {}

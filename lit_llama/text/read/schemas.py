@@ -99,7 +99,7 @@ def recognise(row: Row) -> Schema:
 def _way_out(row: Row) -> str:
     """What to do about a row that fits no schema, as an end of the message; "" if nobody knows."""
     if {"chosen", "rejected"} <= row.keys():
-        return f"; preferences cannot be trained on yet: for their chosen answers alone{_chosen(row)}"
+        return f"; preferences cannot be trained on yet, only their chosen answers{_chosen(row)}"
     for name, value in row.items():
         if in_a_field(value):
             return f"; the field {listed([name])} holds messages: try --fields messages={listed([name])}"
@@ -121,7 +121,7 @@ def _chosen(row: Row) -> str:
         way = f"; try --fields {chosen}=chosen"
     else:
         way = _suggested({name: value for name, value in row.items() if name != "rejected"})
-    return f"{way or '; name their fields with --fields'} --ignore_fields rejected"
+    return f"{way or '; try --fields text=chosen'} --ignore_fields rejected"
 
 
 def _suggested(row: Row) -> str:

@@ -31,6 +31,11 @@ from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary
 
+FIELDS_SAID = {
+    "unused": "fields that nothing uses (--fields gives them a place)",
+    "written_as_text": "fields that were no text, written as JSON text",
+    "left_out": "fields left out, as asked",
+}
 StyleChoice = StyleName | Literal["chat_template"]
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
@@ -52,6 +57,8 @@ def prepare_records(
     shard: str | None = None,
     shards: str | Sequence[str] | None = None,
     plan: Mapping[str, int] | None = None,
+    as_text: bool = False,
+    ignore_fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
 
@@ -65,12 +72,20 @@ def prepare_records(
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
     _check(rules)
+    ignore_fields = [name for given in ignore_fields for name in given.split(",")]  # as of a command line
     sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
     if part and shards:
         raise UserError("--shard makes one shard and --shards takes all together: give one of them")
     read = partial(
-        read_conversations, fields=fields, on_error=on_error, tree=tree, seed=rules.seed, documents=documents
+        read_conversations,
+        fields=fields,
+        on_error=on_error,
+        tree=tree,
+        seed=rules.seed,
+        documents=documents,
+        as_text=as_text,
+        ignore_fields=ignore_fields,
     )
     reader = read(sources, weights=weights, dialect=dialect)
     choice = choose(rules.split, rules.test_split_size, reader.division, other=split_from is not None)
@@ -80,7 +95,11 @@ def prepare_records(
             f"{sources[0]} is one document, which cannot be for training and for testing: name more files, use "
             "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
-    members = read_members(split_from, lambda source: read([source])) if split_from else None
+    members = (
+        read_members(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        if split_from
+        else None
+    )
     made_of: dict[str, Any] = {
         "sources": [list(source) for source in reader.identity()],
         "tokenizer": _tokenizer_files(tokenizer_path),
@@ -91,6 +110,8 @@ def prepare_records(
         **{f"--{name}": value for name, value in asdict(rules).items()},
         "--split_from": members.identity() if members else None,
         "--fields": dict(fields),
+        "--ignore_fields": list(ignore_fields),
+        "--as_text": as_text,
         "--on_error": on_error,
         "--tree": tree,
         "--weights": list(weights or []),
@@ -232,6 +253,10 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
         say(f"  more than a tenth is dropped: {hint}", markup=False)
     for remark in meta["remarks"]:
         say(f"  {remark}", markup=False)
+    for what, fields in meta["fields"].items():
+        if fields:
+            named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
+            say(f"  {FIELDS_SAID[what]}: {named}", markup=False)
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:

@@ -1,4 +1,7 @@
-"""JSON of any size, row by row: an array of objects, one object a line, or objects one after another."""
+"""JSON of any size, row by row: an array of objects, one object a line, or objects one after another.
+
+A row that is a list of messages is a conversation.
+"""
 
 import json
 import re
@@ -9,7 +12,7 @@ from typing import Any
 from lit_llama.errors import DataError
 from lit_llama.text.read.columns import rows_of_table
 from lit_llama.text.read.files import Remark
-from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain
+from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain, holds_messages
 
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # a byte order mark stands within where files were joined
 _PYTHON = re.compile(r"[{,]\s*'|:\s*(?:None|True|False)\b")
@@ -157,10 +160,10 @@ def read_json(
     first = window.peek()
     if not first:
         raise DataError(f"{path} holds no rows")
-    if first == "[":
-        return _array(window, remark)
     end = window.text.find("\n", window.start)
     line = window.text[window.start : end if end >= 0 else None].rstrip().removesuffix(",")
+    if first == "[":
+        return _lines(window, remark) if _is_conversation(line) else _array(window, remark)
     if _is_object(line) or (by_lines and line != "{"):
         return _rows(_lines(window, remark), path, remark)
     return _rows(_sequence(window, remark), path, remark)
@@ -192,6 +195,15 @@ def _is_object(line: str) -> bool:
         return line.startswith("{") and LENIENT.raw_decode(line)[1] == len(line)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_conversation(line: str) -> bool:
+    """Whether a line is a whole list of messages."""
+    try:
+        value, end = LENIENT.raw_decode(line)
+    except (ValueError, RecursionError):
+        return False
+    return end == len(line) and holds_messages(value)
 
 
 def _row(window: _Window, number: int) -> RawRow:

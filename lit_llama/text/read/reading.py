@@ -6,12 +6,14 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.read.documents import Documents
+from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.files import UTF8, Dialect, plain_suffix
 from lit_llama.text.read.oasst import Tree, join_messages
 from lit_llama.text.read.raw import RawRow, RowError
@@ -31,6 +33,7 @@ class Reader:
         cut_turns: Last turns without an answer that were left off.
         remarks: What was read otherwise than it stands, and files that were left out; complete after a loop.
         division: How the sources are divided into train and test by themselves.
+        log: What became of fields that are not simply used.
     """
 
     def __init__(
@@ -41,11 +44,14 @@ class Reader:
         tree: Tree,
         weights: Sequence[float] | None,
         seed: int,
-        remarks: dict[str, None] | None = None,
+        as_text: bool,
+        ignored: Sequence[str],
+        remarks: dict[str, None],
     ) -> None:
-        self._sources, self._fields, self._on_error, self._tree = sources, fields, on_error, tree
+        self._sources, self._fields, self._on_error = sources, fields, on_error
+        self._new_log = partial(FieldLog, tree=tree, as_text=as_text, ignored=ignored)
         self._weights, self._seed = weights, seed
-        self.remarks = {} if remarks is None else remarks
+        self.remarks = remarks
         self.division = Division.of(sources)
         self._expected: dict[str, str] = {}
         self._begin()
@@ -61,6 +67,7 @@ class Reader:
         self.schemas: Counter[str] = Counter()
         self.files: list[dict[str, Any]] = []
         self.cut_turns = 0
+        self.log = self._new_log()
         self._unseen = dict(self._fields)
 
     def __iter__(self) -> Iterator[Conversation | Dropped]:
@@ -129,19 +136,21 @@ class Reader:
                 raise raw.error
             yield Dropped(self.rows, raw.where, raw.reason)
             return
+        self.log.begin_row()
         try:
-            schema = recognise(raw.value)
+            row = self.log.wanted(raw.value)
+            schema = recognise(row)
             self.schemas[schema.name] += 1
-            for turns in schema.turns(raw.value, self._tree):
+            for turns in schema.turns(row, self.log):
                 try:
-                    messages, cut = complete(turns, schema)
+                    messages, cut = complete(turns.messages, schema)
                 except RowError as error:
                     if not error.unusable:
                         raise
                     yield Dropped(self.rows, raw.where, error.reason)
                 else:
                     self.cut_turns += cut
-                    yield Conversation(messages, self.rows, raw.where, schema.is_text, split)
+                    yield Conversation(messages, self.rows, raw.where, schema.is_text, split, tuple(turns.tools))
         except RowError as error:
             if self._on_error == "stop":
                 raise DataError(f"{raw.where}: {error}") from error
@@ -158,6 +167,8 @@ def read_conversations(
     seed: int = 42,
     documents: Documents | None = None,
     dialect: Dialect = UTF8,
+    as_text: bool = False,
+    ignore_fields: Sequence[str] = (),
 ) -> Reader:
     """Read instruction, chat or text data. No row is read before the loop over the result begins.
 
@@ -174,6 +185,9 @@ def read_conversations(
         seed: Of the drawing.
         documents: The sources are files of plain text, or folders of such; this says what a document is.
         dialect: How the text of files is written.
+        as_text: Numbers, lists and objects where a text belongs become JSON text, and are counted; else they
+            are errors.
+        ignore_fields: Fields of rows and of messages, by their names in the data, that are left out.
 
     Raises:
         UserError: An option is wrong.
@@ -197,10 +211,12 @@ def read_conversations(
     names = [part.name for source in parts for part in source]
     if dialect.is_of_csv and not any(plain_suffix(Path(name)) in (".csv", ".tsv") for name in names):
         raise UserError("--quoting and --escape are about CSV, and no source is named .csv or .tsv: leave them out")
-    return Reader(parts, fields, on_error, tree, weights, seed, remarks)
+    return Reader(parts, fields, on_error, tree, weights, seed, as_text, ignore_fields, remarks)
 
 
 def _rename(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     given = {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
     taken = {fields[ours] for ours in given}
-    return {name: value for name, value in row.items() if name not in taken} | given
+    # A field whose name is taken by another one keeps a name of its own, so that it is not lost in silence.
+    rest = {f"{name} (not the renamed one)" if name in given else name: row[name] for name in row if name not in taken}
+    return rest | given

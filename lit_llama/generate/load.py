@@ -123,7 +123,7 @@ def load(
     stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
     special = special_ids(base, tokenizer)
     for remark in (*tokenizer.remarks, *special.remarks):
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     return make_speaker(model, tokenizer, style, special.ends)
 
 

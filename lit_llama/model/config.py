@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
+from lit_llama.model.patterns import check_pattern, matches_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +244,9 @@ class LoRAConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
                 try:
-                    re.compile(key)
-                except re.error as error:
-                    raise UserError(f"--lora.{name}: {key!r} is no regular expression: {error}") from error
+                    check_pattern(key)
+                except ValueError as error:
+                    raise UserError(f"--lora.{name}: {error}") from error
 
     @property
     def targets(self) -> list[str]:
@@ -269,7 +269,7 @@ class LoRAConfig:
 
 def matches_pattern(name: str, key: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means the module of this full name, as PEFT decides it."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return matches_whole(rf"(?:.*\.)?(?:{key})", name)
 
 
 def _names(names: str | list[str]) -> list[str]:

@@ -36,7 +36,7 @@ def main(
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.generate.decode import check_counts
-    from lit_llama.generate.sampling import Sampling
+    from lit_llama.generate.engine.request import Sampling
 
     check_counts(max_new_tokens=max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

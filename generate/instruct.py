@@ -54,7 +54,7 @@ def main(
     """
     from lit_llama.errors import UserError
     from lit_llama.generate.decode import check_counts
-    from lit_llama.generate.sampling import Sampling
+    from lit_llama.generate.engine.request import Sampling
 
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

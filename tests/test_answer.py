@@ -14,14 +14,15 @@ from lit_llama.generate import answer as module
 from lit_llama.generate.answer import (
     Answer,
     answer_all,
+    answer_batch,
     answer_file,
     answer_one,
     continue_text,
     instruction_ids,
     measure,
 )
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, load
-from lit_llama.generate.sampling import Sampling
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
 
@@ -100,8 +101,8 @@ def test_answers_are_in_order_and_the_same_in_any_batch(speaker: Speaker, temper
     sampling = Sampling(temperature=temperature, seed=5)
     found = answer_all(speaker, EXAMPLES, 20, sampling, batch_size)
     for number, (example, answer) in enumerate(zip(EXAMPLES, found, strict=True)):
-        alone = replace(sampling, seed=5 + number)
-        assert answer_all(speaker, [example], 20, alone, 1) == [answer]
+        prompt = instruction_ids(speaker, example)
+        assert answer_batch(speaker, [prompt], 20, sampling, [number]) == [answer]
     assert len({answer.text for answer in found}) == len(EXAMPLES)
     assert {answer.stopped for answer in found} == {True, False}
 

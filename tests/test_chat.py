@@ -12,8 +12,8 @@ import torch
 
 from lit_llama.errors import UserError
 from lit_llama.generate.chat import HELP, Conversation, line_reader, talk
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, load
-from lit_llama.generate.sampling import Sampling
 from lit_llama.model.attention import KVCache
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import named_style

@@ -11,7 +11,7 @@ from conftest import tiny_model
 
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import check_counts, check_room, generate, new_cache
-from lit_llama.generate.sampling import Sampling
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 

@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 from conftest import ROOT, run_door, run_here, write_adapter
 
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import load
-from lit_llama.generate.sampling import Sampling
 
 DOORS = sorted(
     str(path.relative_to(ROOT)) for room in ("prepare", "finetune", "generate") for path in ROOT.glob(f"{room}/*.py")

@@ -16,8 +16,8 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import IntegrityError
 from lit_llama.generate.answer import answer_all
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import load
-from lit_llama.generate.sampling import Sampling
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig

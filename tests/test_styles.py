@@ -14,8 +14,8 @@ from test_prompts import tiny as tiny  # a fixture
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.chat import Conversation
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import load
-from lit_llama.generate.sampling import Sampling
 from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import StyleName, folder_style, named_style

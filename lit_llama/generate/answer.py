@@ -13,8 +13,8 @@ from rich.progress import Progress
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.decode import check_counts, check_room, generate
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, report
-from lit_llama.generate.sampling import Sampling
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import TEST_FILE, read_meta
 from lit_llama.text.encode import prompt_ids

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import new_cache
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, report
-from lit_llama.generate.sampling import Sampling
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 

@@ -10,7 +10,7 @@ import torch
 from lit_llama.device import Precision, cores, peak_memory, pick_device, pick_dtype
 from lit_llama.errors import CheckpointError
 from lit_llama.generate.decode import generate
-from lit_llama.generate.sampling import Sampling
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.attention import KVCache
 from lit_llama.model.checkpoint import load_model

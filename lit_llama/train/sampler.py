@@ -8,8 +8,8 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.generate.answer import Answer, answer_batch, instruction_ids
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, make_speaker
-from lit_llama.generate.sampling import Sampling
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset import TEST_FILE
 from lit_llama.text.formats import Example, read_prompts

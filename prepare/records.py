@@ -26,6 +26,8 @@ def main(
     split_from: Path | None = None,
     near_duplicates: int = 200_000,
     fields: dict[str, str] | None = None,
+    ignore_fields: list[str] | None = None,
+    as_text: bool = False,
     weights: list[float] | None = None,
     tree: Literal["best", "all"] = "best",
     on_error: Literal["stop", "skip"] = "stop",
@@ -53,7 +55,10 @@ def main(
         split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
             case and white space) are for testing, all others for training, in place of --split.
         near_duplicates: Rows up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for not at all.
-        fields: Our names of fields and those in the data, as instruction=question,output=answer.
+        fields: Our names of fields and those in the data, as instruction=question,output=answer; a field that holds
+            something for the model and has no place stops the command, others without one are counted and named.
+        ignore_fields: Fields of rows and of messages to be left out, as context,tools.
+        as_text: Numbers, lists and objects where a text belongs become JSON text.
         weights: For several sources, how often a row is drawn from each, as 1,0.5.
         tree: Of a tree of messages, the best path or every one.
         on_error: A row that cannot be used stops the command, or is dropped with its reason.
@@ -81,6 +86,8 @@ def main(
         prompt_style=prompt_style,
         rules=rules,
         fields=fields or {},
+        ignore_fields=ignore_fields or (),
+        as_text=as_text,
         on_error=on_error,
         tree=tree,
         weights=weights,

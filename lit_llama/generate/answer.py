@@ -60,7 +60,7 @@ def instruction_ids(speaker: Speaker, example: Example) -> list[int]:
     """Ids of the prompt for an instruction, in the style the model was trained with."""
     style = speaker.require_style()
     turns = example.turns or [{"role": "user", "content": style.user(example)}]
-    return prompt_ids(speaker.tokenizer, style, turns)
+    return prompt_ids(speaker.tokenizer, style, turns, example.tools)
 
 
 def answer_all(
@@ -176,7 +176,7 @@ def answer_file(
 
 def _asked(example: Example) -> dict[str, Any]:
     if example.turns:
-        return {"messages": list(example.turns)}
+        return {"messages": list(example.turns)} | ({"tools": list(example.tools)} if example.tools else {})
     return {"instruction": example.instruction, "input": example.input}
 
 

@@ -27,6 +27,8 @@ from lit_llama.text.texts import Texts
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
 
+Tools = Sequence[Mapping[str, Any]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
@@ -107,6 +109,7 @@ def prepare(
             "made_of": dict(made_of or {}),
             "source": {"file": _name(reader.files), "files": reader.files, "rows": reader.rows},
             "schemas": dict(reader.schemas),
+            "fields": reader.log.meta(),
             "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
             "prompt_style": style.name,
             **asdict(rules),
@@ -184,9 +187,9 @@ class _Work:
             messages, row = conversation.messages, whole[conversation.row]
             self.findings.add(len(self._texts), conversation.where, side, *words(messages), tokens, learned)
             opened = None if conversation is row else opening(row.messages)  # a row that was cut may open otherwise
-            self._texts.add((messages, opened))
+            self._texts.add((messages, conversation.tools, opened))
             if side == "test":
-                self._hold_out(messages, opened)
+                self._hold_out(messages, conversation.tools, opened)
 
     def _side(self, conversation: Conversation) -> str:
         if self._rules.split == "given":
@@ -202,8 +205,8 @@ class _Work:
             return self._members.side(conversation)
         return hash_side(opening(conversation.messages), self._rules.test_split_size, self._rules.seed)
 
-    def _hold_out(self, messages: Sequence[Message], opened: str | None) -> None:
-        self._test.write(json.dumps(raw_row(messages), ensure_ascii=False) + "\n")
+    def _hold_out(self, messages: Sequence[Message], tools: Tools, opened: str | None) -> None:
+        self._test.write(json.dumps(raw_row(messages, tools), ensure_ascii=False) + "\n")
         self._keys.write(opening_key(opening(messages) if opened is None else opened) + "\n")
 
     def finish(self, rows: int) -> None:
@@ -253,17 +256,24 @@ class _Work:
 def words(messages: Sequence[Message]) -> tuple[str, str]:
     """Everything before the last answer, and that answer."""
     *before, last = messages
-    parts = [part for message in before for part in (message["content"], message.get("input", "")) if part]
-    return "\n".join(parts), last["content"]
+    return "\n".join(part for message in before for part in _said(message)), "\n".join(_said(last))
 
 
-def raw_row(messages: Sequence[Message]) -> dict[str, Any]:
+def _said(message: Message) -> list[str]:
+    """All that is in a message, calls as JSON."""
+    parts = [message.get(key, "") for key in ("reasoning_content", "content", "input")]
+    parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return [part for part in parts if part]
+
+
+def raw_row(messages: Sequence[Message], tools: Tools = ()) -> dict[str, Any]:
     """A row as generate/instruct.py reads it: Alpaca's fields for a question and its answer, else all turns."""
     roles = [message["role"] for message in messages]
     if roles == ["assistant"]:
         return {"text": messages[0]["content"]}
-    if roles != ["user", "assistant"]:
-        return {"messages": list(messages)}
+    more = tools or any(message.keys() - {"role", "content", "input"} for message in messages)
+    if more or roles != ["user", "assistant"]:
+        return {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
     question, answer = messages
     return {"instruction": question["content"], "input": question.get("input", ""), "output": answer["content"]}
 

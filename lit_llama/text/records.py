@@ -28,6 +28,11 @@ from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary
 
+FIELDS_SAID = {
+    "unused": "fields that nothing uses (--fields gives them a place)",
+    "written_as_text": "fields that were no text, written as JSON text",
+    "left_out": "fields left out, as asked",
+}
 StyleChoice = StyleName | Literal["chat_template"]
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
@@ -48,6 +53,8 @@ def prepare_records(
     shard: str | None = None,
     shards: str | Sequence[str] | None = None,
     plan: Mapping[str, int] | None = None,
+    as_text: bool = False,
+    ignore_fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
 
@@ -66,7 +73,14 @@ def prepare_records(
     if part and shards:
         raise UserError("--shard makes one shard and --shards takes all together: give one of them")
     read = partial(
-        read_conversations, fields=fields, on_error=on_error, tree=tree, seed=rules.seed, documents=documents
+        read_conversations,
+        fields=fields,
+        on_error=on_error,
+        tree=tree,
+        seed=rules.seed,
+        documents=documents,
+        as_text=as_text,
+        ignore_fields=ignore_fields,
     )
     reader = read(sources, weights=weights)
     if documents == "file" and len(reader.identity()) == 1:
@@ -86,6 +100,8 @@ def prepare_records(
         **{f"--{name}": value for name, value in asdict(rules).items()},
         "--split_from": members.identity() if members else None,
         "--fields": dict(fields),
+        "--ignore_fields": list(ignore_fields),
+        "--as_text": as_text,
         "--on_error": on_error,
         "--tree": tree,
         "--weights": list(weights or []),
@@ -229,6 +245,10 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     if lost - meta["dropped_by_choice"] > rows / 10:
         hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
         say(f"  more than a tenth is dropped: {hint}", markup=False)
+    for what, fields in meta["fields"].items():
+        if fields:
+            named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
+            say(f"  {FIELDS_SAID[what]}: {named}", markup=False)
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:

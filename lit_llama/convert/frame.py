@@ -47,8 +47,7 @@ class Frame:
         return cls(
             config=json.loads((folder / CONFIG_FILE).read_text("utf-8")),
             files=read_companions(folder),
-            # Old files carry the rotary frequencies, which follow from the configuration.
-            specs={name: weights.spec(name) for name in weights if not name.endswith("rotary_emb.inv_freq")},
+            specs={name: weights.spec(name) for name in weights},
             tokenizer=tokenizer,
         )
 

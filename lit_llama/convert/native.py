@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.meta.join import same
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.names import tidy
+from lit_llama.model.pth.files import read_pth
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Stored, Weights, check_names, read_index
 
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -83,8 +83,7 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
     answers = answer_all(
         load(out, precision="32-true"),
         [Example(row["instruction"], row["input"], row["output"]) for row in rows],
-        60,
-        Sampling(),
+        Sampling(max_new_tokens=60),
         8,
     )
     assert [answer.text for answer in answers] == [row["output"] for row in rows]

@@ -94,7 +94,7 @@ class Sampler:
     def _answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
         ids = [prompt.ids for prompt in prompts]
         room = self._speaker.model.config.context_length - max(map(len, ids))
-        return answer_batch(self._speaker, ids, min(MAX_NEW_TOKENS, room), Sampling())
+        return answer_batch(self._speaker, ids, Sampling(max_new_tokens=min(MAX_NEW_TOKENS, room)))
 
     def _groups(self) -> Iterator[list[Prompt]]:
         group: list[Prompt] = []

@@ -123,16 +123,20 @@ class Sampling:
         object.__setattr__(self, "stop", stops)
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and type(value) is not bool and math.isfinite(value)
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not _is_bool(value) and math.isfinite(value)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and type(value) is not bool
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not _is_bool(value)
 
 
-def _is_id(value: object) -> bool:
-    return _is_whole(value) and value >= 0  # type: ignore[operator]
+def _is_bool(value: object) -> bool:  # which is a whole number to Python
+    return isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,11 @@ class Sampler:
         """
         if not self._place:
             return
-        tokens = torch.as_tensor(ids, device=self._device)
         rows = [row for row, slot in enumerate(slots) if slot in self._place]
         if rows:
-            places = torch.tensor([self._place[slots[row]] for row in rows], device=self._device)
-            self._count(places, tokens[torch.tensor(rows, device=self._device)])
+            tokens = ids if isinstance(ids, Tensor) else _on(ids, self._device)
+            places = _on([self._place[slots[row]] for row in rows], self._device)
+            self._count(places, tokens.index_select(0, _on(rows, self._device)))
 
     def sample(
         self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], allowed: Tensor | None = None
@@ -134,8 +134,8 @@ class Sampler:
         scores = self._scores(raw, plan, positions, allowed)
         best, ids = scores.max(-1)
         if plan.drawn:
-            chosen = draw(probabilities(self._part(scores, plan.drawn), plan.filters), self._numbers(plan, positions))
-            ids = ids.index_copy(0, plan.drawn_index, chosen)
+            chances = probabilities(scores.index_select(0, plan.drawn_index), plan.filters)
+            ids = ids.index_copy(0, plan.drawn_index, draw(chances, self._numbers(plan, positions)))
         # A maximum is NaN if there is one, and -inf if nothing is left.
         ids = torch.where(best.isfinite(), ids, -1)
         if not plan.asked:
@@ -151,7 +151,7 @@ class Sampler:
         chances = torch.zeros_like(logits, dtype=torch.float32)
         chances.scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
         if plan.drawn:
-            drawn = probabilities(self._part(scores, plan.drawn), plan.filters)
+            drawn = probabilities(scores.index_select(0, plan.drawn_index), plan.filters)
             chances[plan.drawn_index, : self._width] = drawn / drawn.sum(-1, keepdim=True)
         return chances
 
@@ -168,24 +168,23 @@ class Sampler:
             scores.index_put_(plan.bias_index, plan.biases, accumulate=True)
         if plan.penalised:
             self._penalise(scores, plan)
-        for pairs in (plan.banned, starting):
-            if pairs:
-                rows, tokens = torch.tensor(pairs, device=self._device).T
-                scores[rows, tokens] = -torch.inf
+        if plan.banned:
+            scores[plan.banned_index] = -torch.inf
+        if starting:
+            scores[_pairs(starting, self._device)] = -torch.inf
         if allowed is not None:
             scores.masked_fill_(~allowed[:, : self._width], -torch.inf)
         return scores
 
     def _penalise(self, scores: Tensor, plan: "_Plan") -> None:
-        places = torch.tensor([self._place[slot] for slot in plan.penalised_slots], device=self._device)
-        counts, part = self._counts[places], self._part(scores, plan.penalised)
+        counts, part = self._counts[plan.places], scores.index_select(0, plan.penalised_index)
         repetition, presence, frequency = plan.penalties
         repeated = torch.where(part > 0, part / repetition, part * repetition)
-        part = torch.where(self._seen[places], repeated, part) - frequency * counts - presence * (counts > 0)
-        scores[torch.tensor(plan.penalised, device=self._device)] = part
+        part = torch.where(self._seen[plan.places], repeated, part) - frequency * counts - presence * (counts > 0)
+        scores.index_copy_(0, plan.penalised_index, part)
 
     def _with_logprobs(self, raw: Tensor, ids: Tensor, plan: "_Plan") -> Choice:
-        asked = torch.tensor(plan.asked, device=self._device)
+        asked = plan.asked_index
         logprobs, top_ids, top_logprobs = token_logprobs(raw[asked], ids[asked].clamp(min=0), plan.most)
 
         def spread(part: Tensor, fill: float) -> Tensor:
@@ -200,17 +199,15 @@ class Sampler:
         """Random numbers of the rows that draw: (D,) in float64."""
         keys = ((*self._slots[plan.slots[row]], positions[row]) for row in plan.drawn)
         numbers = [uniform(sampling.seed, number, position) for sampling, number, position in keys]
-        return torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return _on(numbers, self._device, torch.float64)
 
     def _planned(self, slots: Sequence[int]) -> "_Plan":
         key = tuple(slots)
         if self._plan is None or self._plan[0] != key:
             samplings = [self._slots[slot][0] for slot in key]
-            self._plan = key, _Plan(key, samplings, self._width, self._device)
+            places = [self._place[slot] for slot in key if slot in self._place]
+            self._plan = key, _Plan(key, samplings, places, self._width, self._device)
         return self._plan[1]
-
-    def _part(self, rows: Tensor, which: Sequence[int]) -> Tensor:
-        return rows if len(which) == len(rows) else rows[torch.tensor(which, device=self._device)]
 
     def _grow(self) -> None:
         old = len(self._counts)
@@ -243,36 +240,44 @@ class Filters:
 class _Plan:
     """What a composition of slots needs at each step, laid out once: rows of each kind, and their settings."""
 
-    def __init__(self, slots: tuple[int, ...], rows: Sequence[Sampling], width: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: tuple[int, ...],
+        rows: Sequence[Sampling],
+        places: Sequence[int],
+        width: int,
+        device: torch.device,
+    ) -> None:
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+            return _on(values, device, torch.float32)[:, None]
 
         def pairs(field: str) -> list[tuple[int, Any]]:
             return [(row, token) for row, own in enumerate(rows) for token in getattr(own, field) if token < width]
 
         self.slots = slots
         self.drawn = [row for row, own in enumerate(rows) if not own.greedy]
-        self.drawn_index = torch.tensor(self.drawn, dtype=torch.int64, device=device)
+        self.drawn_index = _on(self.drawn, device)
         drawn = [rows[row] for row in self.drawn]
         if drawn:
             ks = [own.top_k if 0 < own.top_k < width else width for own in drawn]
             self.filters = Filters(
                 column([own.temperature for own in drawn]),
-                torch.tensor(ks, device=device)[:, None] if min(ks) < width else None,
+                _on(ks, device)[:, None] if min(ks) < width else None,
                 column([own.top_p for own in drawn]) if min(own.top_p for own in drawn) < 1 else None,
                 column([own.min_p for own in drawn]) if max(own.min_p for own in drawn) > 0 else None,
                 max((k for k in ks if k < width), default=0),
             )
         self.penalised = [row for row, own in enumerate(rows) if own.penalised]
-        self.penalised_slots = [slots[row] for row in self.penalised]
+        self.penalised_index, self.places = _on(self.penalised, device), _on(places, device)
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
         self.penalties = [column([getattr(rows[row], name) for row in self.penalised]) for name in names]
         self.biased = pairs("logit_bias")
         if self.biased:
-            self.bias_index = tuple(torch.tensor(self.biased, device=device).T)
+            self.bias_index = _pairs(self.biased, device)
             biases = [float(rows[row].logit_bias[token]) for row, token in self.biased]
-            self.biases = torch.tensor(biases, dtype=torch.float32, device=device)
+            self.biases = _on(biases, device, torch.float32)
         self.banned = pairs("banned_ids")
+        self.banned_index = _pairs(self.banned, device) if self.banned else ()
         self.least = [
             (row, own.min_new_tokens, [token for token in own.stop_ids if token < width])
             for row, own in enumerate(rows)
@@ -280,7 +285,20 @@ class _Plan:
         ]
         self.logprobs = [own.logprobs for own in rows]
         self.asked = [row for row, own in enumerate(rows) if own.logprobs is not None]
+        self.asked_index = _on(self.asked, device)
         self.most = min(max((own.logprobs or 0 for own in rows), default=0), width)
+
+
+def _on(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A few numbers on the device; a GPU does not wait for them."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of rows and of tokens."""
+    rows, tokens = zip(*pairs, strict=True)
+    return _on(rows, device), _on(tokens, device)
 
 
 def probabilities(scores: Tensor, filters: Filters) -> Tensor:

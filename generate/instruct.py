@@ -66,8 +66,8 @@ def main(
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
     folder.check_style(system)
     drawn = sampling.over(folder.sampling)
-    speaker = folder.load(precision=precision, quantize=quantize)
-    answer(speaker, asked, drawn, output_file=output_file, batch_size=batch_size, system=system)
+    speaker = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size)
+    answer(speaker, asked, drawn, output_file=output_file, system=system)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from lit_llama.console import Results, shown
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
-from lit_llama.generate.decode import check_counts, check_room, generate
 from lit_llama.generate.engine.request import FinishReason, Request, Sampling
 from lit_llama.generate.load import Speaker, Stream, report
 from lit_llama.generate.metrics import Answer as Answer
@@ -75,7 +74,7 @@ def _print_stream(speaker: Speaker, stream: Stream, sampling: Sampling) -> None:
         results.write(text)
     print(flush=True)
     ending = ended(stream.text.finish_reason, sampling)
-    report(stream.text.tokens, time.perf_counter() - start, speaker.model.model.embed_tokens.weight.device, ending)
+    report(stream.text.tokens, time.perf_counter() - start, speaker.device, ending)
 
 
 def ended(reason: FinishReason | None, sampling: Sampling) -> str:
@@ -101,57 +100,73 @@ def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
     return turns if not system or turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
 
 
-def answer_all(
-    speaker: Speaker, examples: Sequence[Example], sampling: Sampling, batch_size: int, system: str = ""
-) -> list[Answer]:
-    """Answer every example `sampling.n` times, prompts of similar length together, in the order given.
+def answer_all(speaker: Speaker, examples: Sequence[Example], sampling: Sampling, system: str = "") -> list[Answer]:
+    """Answer every example `sampling.n` times, in the order given.
 
     Raises:
         DataError: A prompt is too long for the model; found before the first answer.
     """
     prompts = [instruction_ids(speaker, example, system) for example in examples]
-    for example, prompt in zip(examples, prompts, strict=True):
+    requests = [speaker.request(prompt, sampling, number=row) for row, prompt in enumerate(prompts)]
+    for example, request in zip(examples, requests, strict=True):
         try:
-            check_room(speaker.model, len(prompt), sampling.max_new_tokens)
+            speaker.engine.check_request(request)
         except UserError as error:
             raise DataError(f"row {example.row}: {error}") from error
-    rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    order = [(row, answer) for row in rows for answer in range(sampling.n)]
-    answers: dict[tuple[int, int], Answer] = {}
     console = stderr()
     with bar(console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("answering", total=len(order))
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            numbers = [Request(prompts[row], sampling, number=row).answer_number(answer) for row, answer in part]
-            made = answer_batch(speaker, [prompts[row] for row, _ in part], sampling, numbers)
-            answers.update(zip(part, made, strict=True))
-            progress.advance(task, len(part))
-    return [answers[key] for key in sorted(answers)]
+        task = progress.add_task("answering", total=len(prompts))
+        # Prompts of similar length next to each other: those that begin alike are found, and fewer wait for others.
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        made = answer_requests(speaker, [requests[row] for row in order], lambda: progress.advance(task))
+    answers = dict(zip(order, made, strict=True))
+    return [answer for row in range(len(prompts)) for answer in answers[row]]
 
 
-def answer_batch(
-    speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
-) -> list[Answer]:
-    """Answer prompts, given as ids, all at once; `numbers` as in `generate`."""
-    texts = [speaker.text(sampling, speaker.opening) for _ in prompts]
-    parts: list[list[str]] = [[] for _ in prompts]
-    steps = generate(
-        speaker.model,
-        prompts,
-        max_new_tokens=sampling.max_new_tokens,
-        stop_ids=texts[0].stop_ids,
-        sampling=sampling,
-        tokens=speaker.tokenizer.size,
-        numbers=numbers,
-        ended=lambda row, _: texts[row].finish_reason is not None,
-    )
-    for step in steps:
-        for row, token in step:
-            parts[row].append(texts[row].push(token))
+def answer_requests(
+    speaker: Speaker, requests: Sequence[Request], done: Callable[[], object] = lambda: None
+) -> list[list[Answer]]:
+    """Answer requests, all at once: of each its `n` answers.
+
+    Args:
+        speaker: Who is asked.
+        requests: Made by `Speaker.request`.
+        done: Called when one is answered.
+
+    Raises:
+        UserError: One failed; the others are given up.
+    """
+    engine = speaker.engine
+    tickets = [engine.add(request) for request in requests]
+    texts = [[speaker.text(r.sampling, speaker.opening) for _ in range(r.sampling.n)] for r in requests]
+    parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
+    going = set(range(len(tickets)))
+    try:
+        while going:
+            engine.step()
+            for index in sorted(going):
+                ticket = tickets[index]
+                while ticket.steps:
+                    step = ticket.steps.popleft()
+                    text = texts[index][step.answer]
+                    if not text.ended:
+                        parts[index][step.answer].append(text.take(step))
+                        if text.is_before(step):  # at a stop text
+                            engine.abort(ticket, step.answer)
+                if ticket.error is not None:
+                    raise ticket.error
+                if ticket.done and not ticket.steps:
+                    going.remove(index)
+                    done()
+    finally:
+        for ticket in tickets:
+            engine.abort(ticket)
     return [
-        Answer("".join(part), text.finish_reason == "stop", text.tokens)
-        for part, text in zip(parts, texts, strict=True)
+        [
+            Answer("".join(part), text.finish_reason == "stop", text.tokens)
+            for part, text in zip(own, their, strict=True)
+        ]
+        for own, their in zip(parts, texts, strict=True)
     ]
 
 
@@ -161,14 +176,13 @@ def answer(
     sampling: Sampling,
     *,
     output_file: Path | None = None,
-    batch_size: int = 32,
     system: str = "",
 ) -> None:
     """Answer one question, streamed to stdout, or rows; see `answer_one` and `answer_rows`."""
     if isinstance(asked, Example):
         answer_one(speaker, asked, sampling, system)
     else:
-        answer_rows(speaker, asked, sampling, output_file=output_file, batch_size=batch_size, system=system)
+        answer_rows(speaker, asked, sampling, output_file=output_file, system=system)
 
 
 def answer_rows(
@@ -177,7 +191,6 @@ def answer_rows(
     sampling: Sampling,
     *,
     output_file: Path | None = None,
-    batch_size: int = 32,
     system: str = "",
 ) -> dict[str, Any]:
     """Answer rows, a line of JSON for each answer.
@@ -188,16 +201,15 @@ def answer_rows(
         The measures.
 
     Raises:
-        UserError: `batch_size` is below 1, or nothing can be written at `output_file`.
+        UserError: Nothing can be written at `output_file`.
         DataError: A prompt is too long for the model.
     """
-    check_counts(batch_size=batch_size)
     if output_file is not None:  # what cannot be made is better known before the answers
         check_output(output_file)
     if system and (own := sum(bool(example.turns) and example.turns[0]["role"] == "system" for example in examples)):
         stderr().print(f"{own} of {len(examples)} rows have a system message of their own, which they keep")
     start = time.perf_counter()
-    answers = answer_all(speaker, examples, sampling, batch_size, system)
+    answers = answer_all(speaker, examples, sampling, system)
     asked = [example for example in examples for _ in range(sampling.n)]
     rows = [
         _asked(example, system) | _answered(example, answer) | ({"sample": number} if sampling.n > 1 else {})
@@ -215,7 +227,7 @@ def answer_rows(
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
     for note in notes(asked, answers, control):
         stderr().print(note)
-    tokens, device = sum(answer.tokens for answer in answers), speaker.model.model.embed_tokens.weight.device
+    tokens, device = sum(answer.tokens for answer in answers), speaker.device
     report(tokens, time.perf_counter() - start, device)
     return measures
 

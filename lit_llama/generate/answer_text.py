@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from lit_llama.generate.engine.request import FinishReason, Sampling
+from lit_llama.generate.engine.request import FinishReason, Sampling, Step
 from lit_llama.text.stops import StopFinder
 from lit_llama.text.tokenizer import Streamer, Tokenizer
 
@@ -36,6 +36,23 @@ class AnswerText:
     def stop_ids(self) -> Collection[int]:
         """Those given, and the control tokens that stop texts spell."""
         return self._stop_ids
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more belongs to it."""
+        return self.finish_reason is not None
+
+    def is_before(self, step: Step) -> bool:
+        """Whether it has ended, and the engine, whose last step this is, does not know."""
+        return self.ended and step.finish_reason is None
+
+    def take(self, step: Step) -> str:
+        """The text that became certain with a step of the engine; what comes after the end is left out."""
+        text = ""
+        for token in step.ids:
+            if not self.ended:
+                text += self.push(token)
+        return text + self.abort() if step.finish_reason == "abort" and not self.ended else text
 
     def push(self, token: int) -> str:
         """The text that became certain with a token; all that is left where it ends the answer."""

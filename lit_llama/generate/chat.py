@@ -1,4 +1,4 @@
-"""Talking to a model turn after turn, keeping what is computed of the turns before."""
+"""Talking to a model turn after turn."""
 
 import sys
 import time
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from lit_llama.console import Results
 from lit_llama.errors import UserError
 from lit_llama.generate.answer import ended
-from lit_llama.generate.decode import new_cache
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, report
 from lit_llama.progress import stderr
@@ -19,7 +18,7 @@ HELP = (
 
 
 class Conversation:
-    """Messages so far, and the cache of their keys and values.
+    """Messages so far; what the engine has computed of them is found again.
 
     Args:
         speaker: Who answers.
@@ -42,8 +41,6 @@ class Conversation:
         if system:
             self.messages = [{"role": "system", "content": system}]
             prompt_ids(speaker.tokenizer, self._style, [*self.messages, {"role": "user", "content": "."}])
-        self._cached: list[int] = []
-        self._cache = new_cache(speaker.model, 1, 0)
 
     def ask(self, text: str) -> Iterator[str]:
         """Add a message of the user and stream the answer; both are kept, also if the answer is stopped half way.
@@ -52,39 +49,21 @@ class Conversation:
             UserError: The message does not fit into what the model reads, even alone; it is forgotten again.
         """
         messages, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
-        known = _common(prompt[:-1], self._cached)  # the last token is always run, as its logits are wanted
-        capacity = len(prompt) + self._sampling.max_new_tokens
-        if capacity > self._cache.capacity:
-            self._cache, known = new_cache(self._speaker.model, 1, 2 * capacity), 0
-        self._cache.truncate(known)
-        self._cached = list(prompt)
         self.messages = messages
         parts: list[str] = []
+        stream = self._speaker.answer(prompt, self._sampling, number=len(messages))  # other draws in each turn
+        self.answer = stream.text
         try:
-            stream = self._speaker.answer(
-                prompt[known:],
-                self._sampling,
-                cache=self._cache,
-                cached=prompt[:known],
-                number=len(messages),  # other draws in each turn
-            )
-            self.answer = stream.text
-            for ids, piece in stream:
-                self._cached += ids
+            for _, piece in stream:
                 parts.append(piece)
                 yield piece
-        except GeneratorExit:
-            raise
-        except BaseException:  # amid a step: the cache has made room that was never filled
-            self._cached = []
-            raise
         finally:
+            stream.close()
             self.messages.append({"role": "assistant", "content": "".join(parts)})
-            self._cached = self._cached[: self._cache.lengths[0]]
 
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """Messages and their prompt; the oldest turns are left out, aloud, beyond what the model reads."""
-        limit = self._speaker.model.config.context_length - self._sampling.max_new_tokens
+        limit = self._speaker.config.context_length - self._sampling.max_new_tokens
         first = 1 if messages[0]["role"] == "system" else 0
         dropped = 0
         while True:
@@ -101,14 +80,6 @@ class Conversation:
         if dropped:
             stderr().print(f"(the conversation is too long for the model: {dropped} oldest turns are forgotten)")
         return messages, prompt
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the common beginning."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
 
 
 def talk(speaker: Speaker, sampling: Sampling, read: Callable[[], str], system: str = "") -> None:
@@ -167,7 +138,7 @@ def _answer(conversation: Conversation, text: str, speaker: Speaker, sampling: S
         return
     print(flush=True)
     seconds, answer = time.perf_counter() - start, conversation.answer
-    device = speaker.model.model.embed_tokens.weight.device
+    device = speaker.device
     report(answer.tokens, seconds, device, ended(answer.finish_reason, sampling))
 
 

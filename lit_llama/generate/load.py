@@ -1,25 +1,35 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_llama.device import Precision, cores, peak_memory, pick_device, pick_dtype
+from lit_llama.device import (
+    Precision,
+    cores,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    resident_memory,
+    total_memory,
+)
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.answer_text import AnswerText
-from lit_llama.generate.decode import generate
 from lit_llama.generate.defaults import folder_sampling
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.engine import Engine, EngineConfig
+from lit_llama.generate.engine.request import Request, Sampling, Step
+from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.flags import FolderSampling
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
-from lit_llama.model.attention import KVCache
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig, Onto
+from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, factors_of, packs
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.paged import BLOCK
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id, prompt_ids
@@ -29,54 +39,43 @@ from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """A model with its tokenizer, its prompt style, and the ids that end its answers.
+    """An engine with its tokenizer, its prompt style, and the ids that end its answers.
 
     Attributes:
+        engine: What answers.
+        config: Shape of the model.
+        device: Where it computes.
         opening: Text of the style that answers begin with and that is not shown.
+        model: What the engine runs, where its weights were not packed.
     """
 
-    model: LLaMA
+    engine: Engine
+    config: LLaMAConfig
+    device: torch.device
     tokenizer: Tokenizer
     style: PromptStyle | None
     stop_ids: frozenset[int]
     opening: str = ""
+    model: LLaMA | None = None
 
-    def stream(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        cache: KVCache | None = None,
-        cached: Sequence[int] = (),
-        number: int = 0,
-        opening: str = "",
-    ) -> "Stream":
-        """Continue one prompt; gives new ids and the text that became certain with them.
+    def request(self, prompt: Sequence[int], sampling: Sampling, *, number: int = 0) -> Request:
+        """A request of the engine for a prompt, which ends at what ends a text here."""
+        stops = self.text(sampling).stop_ids
+        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), number=number)
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, *, number: int = 0, opening: str = "") -> "Stream":
+        """Continue one prompt, once; gives new ids and the text that became certain with them.
 
         Args:
-            prompt: Ids that are not in the cache.
+            prompt: Ids.
             sampling: How tokens are drawn, and where the text ends.
-            cache: See `generate`, as for `cached`.
-            cached: Ids before the prompt that are in the cache.
             number: Of the answer, for its draws.
             opening: Text that is left out at the beginning.
         """
-        text = self.text(sampling, opening)
-        steps = generate(
-            self.model,
-            [prompt],
-            max_new_tokens=sampling.max_new_tokens,
-            stop_ids=text.stop_ids,
-            sampling=sampling,
-            tokens=self.tokenizer.size,
-            cache=cache,
-            cached=cached,
-            numbers=[number],
-            ended=lambda *_: text.finish_reason is not None,
-        )
-        return Stream(steps, text)
+        request = self.request(prompt, replace(sampling, n=1), number=number)
+        return Stream(self.engine.stream(request), self.text(sampling, opening))
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> "Stream":
         """As `stream`, for a prompt in the folder's style: the text is the answer without its opening."""
@@ -102,16 +101,22 @@ class Stream:
         text: How it ended, once it has: `text.finish_reason`; and how many tokens it has.
     """
 
-    def __init__(self, steps: Iterator[list[tuple[int, int]]], text: AnswerText) -> None:
+    def __init__(self, steps: Iterator[Step], text: AnswerText) -> None:
         self.text = text
         self._pieces = self._run(steps)
 
     def __iter__(self) -> Iterator[tuple[list[int], str]]:
         return self._pieces
 
-    def _run(self, steps: Iterator[list[tuple[int, int]]]) -> Iterator[tuple[list[int], str]]:
-        for [(_, token)] in steps:
-            yield [token], self.text.push(token)
+    def close(self) -> None:
+        """End the answer where it is."""
+        self._pieces.close()
+
+    def _run(self, steps: Iterator[Step]) -> Generator[tuple[list[int], str]]:
+        for step in steps:
+            yield list(step.ids), self.text.take(step)
+            if self.text.finish_reason is not None:
+                return
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,12 @@ class Opened:
         turns = [{"role": "system", "content": system}] if system else []
         prompt_ids(self.tokenizer, _required(self.style), [*turns, {"role": "user", "content": "."}])
 
-    def load(self, *, precision: Precision = "auto", quantize: Onto | None = None) -> Speaker:
-        """Load the weights; arguments and errors as for `load`."""
+    def load(self, *, precision: Precision = "auto", quantize: Onto | None = None, max_sequences: int = 32) -> Speaker:
+        """Load the weights; other arguments and errors as for `load`.
+
+        Args:
+            max_sequences: Answers that are made together, at most.
+        """
         start = time.perf_counter()
         device = pick_device()
         dtype = pick_dtype(precision, device)
@@ -168,7 +177,10 @@ class Opened:
         stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
         for remark in (*remarks, *self.remarks):
             stderr().print(remark)
-        return make_speaker(model, self.tokenizer, self.style, self.ends)
+        speaker = make_speaker(model, self.tokenizer, self.style, self.ends, max_sequences)
+        if device.type == "cpu" and held is None and packs(model.config, dtype):
+            return _packed(speaker, model, dtype, max_sequences)
+        return speaker
 
 
 def load(
@@ -230,11 +242,62 @@ def _base(folder: Path, base_dir: Path | None) -> Path:
     return folder
 
 
-def make_speaker(model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int]) -> Speaker:
+def make_speaker(
+    model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int], max_sequences: int = 32
+) -> Speaker:
     """Put a speaker together; its answers end in one of `ends`, or in what ends an answer in its style."""
     end = end_id(tokenizer, style) if style else None
-    stop_ids = ends if end is None else ends | {end}
-    return Speaker(model, tokenizer, style, stop_ids, answer_opening(tokenizer, style) if style else "")
+    weight = model.model.embed_tokens.weight
+    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
+    return Speaker(
+        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
+        config=model.config,
+        device=weight.device,
+        tokenizer=tokenizer,
+        style=style,
+        stop_ids=ends if end is None else ends | {end},
+        opening=answer_opening(tokenizer, style) if style else "",
+        model=model,
+    )
+
+
+def torch_engine(model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int) -> Engine:
+    """An engine on a model as it is, of whose logits the first `tokens` count."""
+    return Engine(TorchRunner(model, cache_bytes), tokens=tokens, config=_limits(max_sequences))
+
+
+def _packed(speaker: Speaker, model: LLaMA, dtype: torch.dtype, max_sequences: int) -> Speaker:
+    """The same speaker with the weights of its model packed, which the model loses."""
+    factors = factors_of(model)
+    packed = PackedLLaMA(model, dtype, consume=True)
+    cache_bytes = cache_limit(model.config, dtype, speaker.device, max_sequences)
+    runner = PackedRunner(packed, cache_bytes)
+    engine = Engine(runner, tokens=speaker.tokenizer.size, config=_limits(max_sequences))
+    if factors:
+        engine.add_adapter(ADAPTER, factors)
+        engine.default_adapter = ADAPTER
+    return replace(speaker, engine=engine, model=None)
+
+
+ADAPTER = "adapter"
+"""Name of the adapter of a folder in its engine."""
+
+
+def _limits(max_sequences: int) -> EngineConfig:
+    return EngineConfig(max_sequences=max_sequences, max_batch_tokens=max(512, 2 * max_sequences))
+
+
+CACHE_TOKENS = 1024
+"""Tokens for each of the answers that are made together, where there is memory; any of them may take more."""
+
+
+def cache_limit(config: LLaMAConfig, dtype: torch.dtype, device: torch.device, max_sequences: int) -> int:
+    """Most memory of a cache: for one answer as long as the model reads and for all that are made together, but no more
+    than half of what is free. On a CPU it is only taken as it is used."""
+    tokens = max(config.context_length, CACHE_TOKENS * max_sequences) + BLOCK
+    wanted = -(-tokens // BLOCK) * PackedCache.bytes_of_block(config, dtype)
+    free = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
+    return min(wanted, free // 2)
 
 
 def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:

@@ -4,10 +4,12 @@ Shapes: T tokens of all sequences, S sequences, N tokens whose logits are wanted
 head size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,11 @@ class PagedBatch:
         return places
 
 
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU, whose memory is not taken before it is used."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
 class PagedCache:
     """Keys and values of all layers, in blocks.
 
@@ -60,7 +67,11 @@ class PagedCache:
 
     def __init__(self, config: LLaMAConfig, blocks: int, device: torch.device | str, dtype: torch.dtype) -> None:
         shape = (2, config.num_hidden_layers, blocks, BLOCK, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)  # 0 x NaN of a masked one is NaN
+        on_cpu = torch.device(device).type == "cpu"
+        # Zeros, as 0 x NaN of a masked one is NaN.
+        self.keys, self.values = (
+            untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, device=device, dtype=dtype)
+        )
 
     @staticmethod
     def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype) -> int:

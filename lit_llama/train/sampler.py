@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.generate.answer import Answer, answer_batch, instruction_ids
+from lit_llama.generate.answer import Answer, answer_requests, instruction_ids
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.load import Speaker, make_speaker
+from lit_llama.generate.load import Speaker, make_speaker, torch_engine
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.text.dataset import TEST_FILE
 from lit_llama.text.formats import Example, read_prompts
 from lit_llama.text.prompts import folder_style
@@ -46,8 +47,7 @@ class Sampler:
     Args:
         speaker: The model in training, with what its prompts and answers are made of.
         prompts: At least one.
-        micro_batch_tokens: Prompts are answered together while their cache stays below so many tokens, so that it is
-            small beside what a training step holds.
+        micro_batch_tokens: Tokens of the cache, so that it is small beside what a training step holds.
     """
 
     def __init__(self, speaker: Speaker, prompts: Sequence[Prompt], micro_batch_tokens: int) -> None:
@@ -73,10 +73,11 @@ class Sampler:
         No random number is drawn, and the model is left in the mode in which it was found.
         """
         model = self._speaker.model
+        assert model is not None, "a model that is trained is not packed"
         training = model.training
         model.eval()
         try:
-            return [answer for prompts in self._groups() for answer in self._answer(prompts)]
+            return self._answer(model)
         finally:
             model.train(training)
 
@@ -91,20 +92,16 @@ class Sampler:
                 "stopped": answer.stopped,
             }
 
-    def _answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        ids = [prompt.ids for prompt in prompts]
-        room = self._speaker.model.config.context_length - max(map(len, ids))
-        return answer_batch(self._speaker, ids, Sampling(max_new_tokens=min(MAX_NEW_TOKENS, room)))
-
-    def _groups(self) -> Iterator[list[Prompt]]:
-        group: list[Prompt] = []
-        for prompt in self.prompts:
-            longest = max(len(other.ids) for other in (*group, prompt))
-            if group and (len(group) + 1) * (longest + MAX_NEW_TOKENS) > self._limit:
-                yield group
-                group = []
-            group.append(prompt)
-        yield group
+    def _answer(self, model: LLaMA) -> list[Answer]:
+        """All answers, from an engine whose memory is given back afterwards."""
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        limit = min(MAX_NEW_TOKENS, model.config.context_length - longest)
+        blocks = -(-max(self._limit, longest + limit) // BLOCK) + 1
+        size = PagedCache.bytes_of_block(model.config, model.model.embed_tokens.weight.dtype)
+        engine = torch_engine(model, self._speaker.tokenizer.size, blocks * size, len(self.prompts))
+        speaker = replace(self._speaker, engine=engine)
+        requests = [speaker.request(prompt.ids, Sampling(max_new_tokens=limit)) for prompt in self.prompts]
+        return [answer for [answer] in answer_requests(speaker, requests)]
 
 
 def test_prompts(speaker: Speaker, path: Path, count: int) -> list[Prompt]:
@@ -122,7 +119,7 @@ def test_prompts(speaker: Speaker, path: Path, count: int) -> list[Prompt]:
                 found[number] = prompt
                 break
     if not found:
-        raise DataError(f"{path}: no row can be asked of a model that reads {speaker.model.config.context_length}")
+        raise DataError(f"{path}: no row can be asked of a model that reads {speaker.config.context_length}")
     return [found[number] for number in sorted(found)]
 
 
@@ -148,4 +145,4 @@ def _prompt(speaker: Speaker, number: int, row: Example | str) -> Prompt | None:
         ids, reference = instruction_ids(speaker, row), row.response
         turns = [f"{turn['role']}: {turn['content']}" for turn in row.turns]
         text = "\n\n".join(turns or filter(None, (row.instruction, row.input)))
-    return Prompt(number, text, reference, ids) if 0 < len(ids) < speaker.model.config.context_length else None
+    return Prompt(number, text, reference, ids) if 0 < len(ids) < speaker.config.context_length else None

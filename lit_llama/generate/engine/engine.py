@@ -129,6 +129,9 @@ class Engine:
         runner: The model and its cache.
         tokens: Size of the tokenizer; ids from there on pad the embedding and are never drawn.
         config: Limits.
+
+    Attributes:
+        default_adapter: Name of the adapter of requests that name none.
     """
 
     def __init__(self, runner: Runner, *, tokens: int | None = None, config: EngineConfig | None = None) -> None:
@@ -150,6 +153,7 @@ class Engine:
         self._slots: dict[Sequence, int] = {}
         self._answers: dict[Sequence, _Answer] = {}
         self._adapters: set[str] = set()
+        self.default_adapter: str | None = None
         self._computed = self._reused = self._made = self._guessed = self._right = 0
         self._lock = threading.RLock()
         self.closed = False
@@ -165,7 +169,9 @@ class Engine:
             ResourceError: Too many requests are waiting.
         """
         with self._lock:
-            self._check(request)
+            if request.adapter is None and self.default_adapter is not None:
+                request = replace(request, adapter=self.default_adapter)
+            self.check_request(request)
             ticket = Ticket(request)
             sampling = request.sampling
             first: Sequence | None = None
@@ -201,7 +207,8 @@ class Engine:
             self._answers.update((answer.sequence, answer) for answer in ticket.answers)
             return ticket
 
-    def _check(self, request: Request) -> None:
+    def check_request(self, request: Request) -> None:
+        """Raise UserError if a request could not be answered, whatever else is there."""
         if self.closed:
             raise UserError("the engine is closed")
         vocabulary = self._runner.config.vocab_size
@@ -220,12 +227,12 @@ class Engine:
                 f"more than the {limit} the model reads: shorten the prompt or the answer"
             )
 
-    def abort(self, ticket: Ticket) -> None:
-        """End a request, whatever its state; each answer that goes on ends with the reason `abort`."""
+    def abort(self, ticket: Ticket, answer: int | None = None) -> None:
+        """End a request, or one of its answers, whatever its state; what goes on ends with the reason `abort`."""
         with self._lock:
-            for answer in ticket.answers:
-                if answer.sequence in self._answers:
-                    self._end(answer, (), (), "abort")
+            for own in ticket.answers if answer is None else [ticket.answers[answer]]:
+                if own.sequence in self._answers:
+                    self._end(own, (), (), "abort")
 
     def stream(self, request: Request) -> Iterator[Step]:
         """Answer a request, together with all others that are in the engine; leaving the iterator aborts it.

@@ -30,7 +30,7 @@ from lit_llama.model.kernels.packing import (
 )
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.low_rank import Adapter, LowRank
-from lit_llama.model.paged import BLOCK, PagedBatch
+from lit_llama.model.paged import BLOCK, PagedBatch, untouched_zeros
 from lit_llama.model.quantize import QuantizedLinear
 from lit_llama.model.rope import rotary
 
@@ -346,7 +346,7 @@ class PackedCache:
     def __init__(self, config: LLaMAConfig, blocks: int, dtype: torch.dtype) -> None:
         deep = config.head_dim + -config.head_dim % DEPTH
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, BLOCK * deep)
-        self.blocks = torch.zeros(shape, dtype=dtype)  # 0 x NaN of a masked key is NaN
+        self.blocks = untouched_zeros(shape, dtype)  # 0 x NaN of a masked key is NaN
 
     @staticmethod
     def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype) -> int:

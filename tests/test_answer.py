@@ -14,16 +14,17 @@ from lit_llama.generate import answer as module
 from lit_llama.generate.answer import (
     Answer,
     answer_all,
-    answer_batch,
     answer_one,
+    answer_requests,
     answer_rows,
     continue_text,
     instruction_ids,
     raw_ids,
 )
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.engine import Engine
+from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.flags import EXAMPLE_PROMPT
-from lit_llama.generate.load import Speaker, load
+from lit_llama.generate.load import Speaker, load, open_folder
 from lit_llama.generate.questions import read_questions
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
@@ -57,19 +58,22 @@ def questions(**changes: Any) -> Any:
 def run_file(speaker: Speaker, path: Path, *, limit: int | None = None, **changes: Any) -> dict[str, Any]:
     asked = questions(input_file=path, limit=limit, output_file=changes.get("output_file"))
     assert isinstance(asked, list)
-    settings: dict[str, Any] = {"sampling": Sampling(max_new_tokens=12), "batch_size": 3}
+    settings: dict[str, Any] = {"sampling": Sampling(max_new_tokens=12)}
     return answer_rows(speaker, asked, **(settings | changes))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
-def test_answers_are_in_order_and_the_same_in_any_batch(speaker: Speaker, temperature: float, batch_size: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_answers_are_in_order_and_the_same_in_any_batch(
+    speaker: Speaker, tiny_folder: Path, temperature: float, batch_size: int
+) -> None:
     """Answers in the order of their lengths, or random draws that depend on the batch."""
     sampling = Sampling(temperature=temperature, seed=5, max_new_tokens=20)
-    found = answer_all(speaker, EXAMPLES, sampling, batch_size)
+    together = open_folder(tiny_folder).load(precision="32-true", max_sequences=batch_size)
+    found = answer_all(replace(together, stop_ids=speaker.stop_ids), EXAMPLES, sampling)
     for number, (example, answer) in enumerate(zip(EXAMPLES, found, strict=True)):
         prompt = instruction_ids(speaker, example)
-        assert answer_batch(speaker, [prompt], sampling, [number]) == [answer]
+        assert answer_requests(speaker, [speaker.request(prompt, sampling, number=number)]) == [[answer]]
     assert len({answer.text for answer in found}) == len(EXAMPLES)
     assert {answer.stopped for answer in found} == {True, False}
 
@@ -81,7 +85,7 @@ def test_an_answer_holds_neither_prompt_nor_stop_token(speaker: Speaker, tiny_fo
     prompt = instruction_ids(speaker, EXAMPLES[0])
     steps = list(speaker.stream(prompt, Sampling(max_new_tokens=20)))
     ids = [token for step, _ in steps for token in step]
-    answer = answer_all(speaker, EXAMPLES[:1], Sampling(max_new_tokens=20), 1)[0]
+    answer = answer_all(speaker, EXAMPLES[:1], Sampling(max_new_tokens=20))[0]
     assert answer.tokens == len(ids) and answer.stopped == (ids[-1] in speaker.stop_ids)
     backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     assert answer.text == backend.decode([i for i in ids if i not in speaker.stop_ids])
@@ -91,7 +95,7 @@ def test_an_answer_holds_neither_prompt_nor_stop_token(speaker: Speaker, tiny_fo
 def test_streamed_text_equals_batch_text(speaker: Speaker, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A character of several bytes torn between tokens: a model this random says little else."""
     sampling = Sampling(temperature=3.0, seed=seed, max_new_tokens=150)
-    answer = answer_all(speaker, [EXAMPLES[2]], sampling, 1)[0]
+    answer = answer_all(speaker, [EXAMPLES[2]], sampling)[0]
     answer_one(speaker, EXAMPLES[2], sampling)
     streamed = capsys.readouterr()
     assert streamed.out == answer.text + "\n"
@@ -102,7 +106,7 @@ def test_streamed_characters_arrive_whole(speaker: Speaker, monkeypatch: pytest.
     """Pieces with a replacement character where the text has an emoji."""
     text = "Zoë: 北京 😀!"
     ids = speaker.tokenizer.encode(text)
-    monkeypatch.setattr("lit_llama.generate.load.generate", lambda *_, **__: iter([[(0, i)] for i in ids]))
+    monkeypatch.setattr(Engine, "stream", lambda *_: iter([Step((i,)) for i in ids]))
     pieces = [piece for _, piece in replace(speaker, stop_ids=frozenset({2})).stream([1], Sampling())]
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) > 5, "the text was to come in pieces"
@@ -127,7 +131,8 @@ def test_raw_text_begins_with_the_token_the_model_wants(tiny_folder: Path, speak
             seen.append(list(prompt))
             return super().stream(prompt, *rest, **more)
 
-    spy = Spy(speaker.model, load(tiny_folder).tokenizer, None, speaker.stop_ids)
+    given = vars(speaker) | {"tokenizer": load(tiny_folder).tokenizer, "style": None}
+    spy = Spy(**given)
     continue_text(spy, "def", Sampling(max_new_tokens=1))
     spy.tokenizer.bos = "<|im_start|>"
     continue_text(spy, "def", Sampling(max_new_tokens=1))
@@ -170,7 +175,7 @@ def test_without_an_output_file_each_row_is_a_line_on_stdout(
     assert [row["instruction"] for row in found] == ["Say é", "x"] and "北京" in captured.out
     assert [row["output"] for row in found] == ["hi", ""]
     assert [row["answer"] for row in found] == [
-        a.text for a in answer_all(speaker, [Example("Say é", "北京"), Example("x")], Sampling(max_new_tokens=12), 1)
+        a.text for a in answer_all(speaker, [Example("Say é", "北京"), Example("x")], Sampling(max_new_tokens=12))
     ]
     assert measures["rows"] == 2 and "rows 2, stopped" in captured.err and "exact_match 0.0%" in captured.err
 
@@ -216,14 +221,13 @@ def test_flags_that_would_be_dropped_are_refused(put: Put, flags: dict[str, Any]
         questions(**({"input_file": path} | flags))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
 def test_several_answers_to_a_row_are_lines_of_their_own(
-    speaker: Speaker, alpaca_rows: Rows, capsys: pytest.CaptureFixture[str], batch_size: int
+    speaker: Speaker, alpaca_rows: Rows, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Answers that are all alike, that go to another row, or of which the first is not the one that is made alone."""
     path = alpaca_rows([{"instruction": "Say é", "output": "a"}, {"instruction": "x y " * 9}]) / "rows.json"
     drawn = Sampling(temperature=1, max_new_tokens=12)
-    measures = run_file(speaker, path, sampling=replace(drawn, n=3), batch_size=batch_size)
+    measures = run_file(speaker, path, sampling=replace(drawn, n=3))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["instruction"][:3], row["sample"]) for row in rows] == [
         (text, sample) for text in ("Say", "x y") for sample in range(3)
@@ -242,7 +246,7 @@ def test_several_answers_to_a_question_are_printed_one_after_another(
     drawn = Sampling(temperature=1, max_new_tokens=12, n=3)
     answer_one(speaker, EXAMPLES[0], drawn)
     captured = capsys.readouterr()
-    made = answer_all(speaker, EXAMPLES[:1], drawn, 8)
+    made = answer_all(speaker, EXAMPLES[:1], drawn)
     assert captured.out == "".join(f"{answer.text}\n" for answer in made) and len({a.text for a in made}) == 3
     assert [f"answer {n} of 3:" in captured.err for n in (1, 2, 3)] == [True] * 3
 
@@ -282,12 +286,12 @@ def test_an_answer_ends_before_a_stop_text(speaker: Speaker, capsys: pytest.Capt
     answers of a batch."""
     silent = replace(speaker, stop_ids=frozenset({383}))
     limited = Sampling(temperature=1, seed=4, max_new_tokens=30)
-    whole = answer_all(silent, EXAMPLES[:2], limited, 2)
+    whole = answer_all(silent, EXAMPLES[:2], limited)
     ends = {answer.finish_reason for answer in whole}
     assert ends == {"length"}
     for stop in stops_of(whole[0].text)[:12]:
         own = replace(limited, stop=["never there", stop])
-        made = answer_all(silent, EXAMPLES[:2], own, 2)
+        made = answer_all(silent, EXAMPLES[:2], own)
         for answer, free in zip(made, whole, strict=True):
             assert answer.text == free.text.partition(stop)[0]
             assert answer.finish_reason == ("stop" if stop in free.text else "length")
@@ -375,10 +379,10 @@ def test_a_row_too_long_for_the_model_is_named_before_the_answers(
     speaker: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest row, which is answered last, ending a run of hours."""
-    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("answered first"))
+    monkeypatch.setattr(Engine, "step", lambda _: pytest.fail("answered first"))
     rows = [Example("a", row=0), Example("word " * 300, row=1)]
     with pytest.raises(DataError, match=r"row 1: the prompt has \d+ tokens.*--max_new_tokens 5.*256"):
-        answer_all(speaker, rows, Sampling(max_new_tokens=5), 2)
+        answer_all(speaker, rows, Sampling(max_new_tokens=5))
 
 
 def test_no_rows_and_no_data_are_errors(tmp_path: Path) -> None:

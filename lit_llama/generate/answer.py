@@ -14,7 +14,7 @@ from lit_llama.console import Results, shown
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.request import FinishReason, Request, Sampling
-from lit_llama.generate.load import Speaker, Stream, report
+from lit_llama.generate.load import Speaker, report
 from lit_llama.generate.metrics import Answer as Answer
 from lit_llama.generate.metrics import measure as measure
 from lit_llama.generate.metrics import notes
@@ -60,21 +60,34 @@ def answer_one(speaker: Speaker, example: Example, sampling: Sampling, system: s
 
 
 def _print_answers(speaker: Speaker, prompt: Sequence[int], sampling: Sampling, opening: str = "") -> None:
-    """Every answer to a prompt on stdout, each ending its line; which one it is, on stderr."""
-    for answer in range(sampling.n):
-        if sampling.n > 1:
-            stderr().print(f"answer {answer + 1} of {sampling.n}:")
-        number = Request(prompt, sampling).answer_number(answer)
-        _print_stream(speaker, speaker.stream(prompt, sampling, number=number, opening=opening), sampling)
+    """Every answer to a prompt on stdout, each ending its line; which one it is, on stderr.
 
-
-def _print_stream(speaker: Speaker, stream: Stream, sampling: Sampling) -> None:
-    start, results = time.perf_counter(), Results()
-    for _, text in stream:
-        results.write(text)
-    print(flush=True)
-    ending = ended(stream.text.finish_reason, sampling)
-    report(stream.text.tokens, time.perf_counter() - start, speaker.device, ending)
+    They are made together. The first one is shown as it comes, and each other one as soon as it is its turn.
+    """
+    engine, start = speaker.engine, time.perf_counter()
+    ticket = engine.add(speaker.request(prompt, sampling))
+    texts = [speaker.text(sampling, opening) for _ in range(sampling.n)]
+    unshown = [""] * sampling.n
+    try:
+        for number, text in enumerate(texts):
+            if sampling.n > 1:
+                stderr().print(f"answer {number + 1} of {sampling.n}:")
+            results = Results()
+            results.write(unshown[number])
+            for step in () if text.ended else engine.follow(ticket):
+                piece = texts[step.answer].take(step)
+                if texts[step.answer].is_before(step):  # at a stop text
+                    engine.abort(ticket, step.answer)
+                if step.answer != number:
+                    unshown[step.answer] += piece
+                    continue
+                results.write(piece)
+                if text.finish_reason is not None:
+                    break
+            print(flush=True)
+            report(text.tokens, time.perf_counter() - start, speaker.device, ended(text.finish_reason, sampling))
+    finally:
+        engine.abort(ticket)
 
 
 def ended(reason: FinishReason | None, sampling: Sampling) -> str:

@@ -49,6 +49,8 @@ class AnswerText:
     def take(self, step: Step) -> str:
         """The text that became certain with a step of the engine; what comes after the end is left out."""
         text = ""
+        if self.ended:
+            return text
         for token in step.ids:
             if not self.ended:
                 text += self.push(token)

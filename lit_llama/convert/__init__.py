@@ -81,6 +81,8 @@ def convert(
 
         write_gguf(opened, destination, dtype)
     say = stderr().print
+    for remark in opened.notes.get("remarks", ()):
+        say(remark, markup=False)
     for name, note in opened.notes.items():
         if isinstance(note, str):
             say(f"{name}: {note}")

@@ -18,6 +18,7 @@ from lit_llama.place import (
     check_output,
     check_writable,
     full_disk_explained,
+    is_part,
     new_folder,
     open_own,
     real,
@@ -82,7 +83,7 @@ def publish(destination: Path, marker: str, *, replace: bool = False, keep: bool
 def _clear(room: Path, name: str) -> None:
     """Remove the temporary folders of processes that are gone: whoever has one holds the lock that we hold now."""
     for path in room.iterdir():
-        if re.fullmatch(rf"\.{re.escape(name)}\.partial-[0-9a-f]{{8}}", path.name) and not path.is_symlink():
+        if is_part(path.name, room / name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -142,6 +143,7 @@ def _move_in(staging: Path, place: Path, marker: str) -> None:
 
 def _move(source: Path, target: Path) -> None:
     """Put a file or folder in the place of another, which goes only when the new one is there."""
+    _clear(target.parent, target.name)
     old = unused(target) if target.is_dir() and not target.is_symlink() else None
     if old:
         target.rename(old)

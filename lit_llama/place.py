@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -124,10 +125,13 @@ def aside(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: The disk is full.
     """
+    _clear_parts(path)
     part = unused(path)
     with full_disk_explained(path, part):
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield part
             sync(part)
             part.replace(path)
@@ -135,6 +139,25 @@ def aside(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
+        finally:
+            os.close(descriptor)
+
+
+def is_part(name: str, path: Path) -> bool:
+    """Whether a name is one that `unused` gives to what is on its way to `path`."""
+    return re.fullmatch(rf"\.{re.escape(path.name)}\.partial-[0-9a-f]{{8}}", name) is not None
+
+
+def _clear_parts(path: Path) -> None:
+    """Remove files on their way to `path` whose process is gone: it held a lock on them."""
+    for part in [entry for entry in path.parent.iterdir() if is_part(entry.name, path)]:
+        with contextlib.suppress(OSError, UserError):
+            descriptor = open_own(part, os.O_WRONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -192,14 +215,20 @@ def full_disk_explained(destination: Path, written: Path) -> Iterator[None]:
         if not is_full(error):
             raise
         raise ResourceError(
-            f"the disk is full while {destination} is written: {amount(free_space(written))} free on the disk of "
-            f"{written.parent}, more than {amount(size_of(written))} needed; make room or name a place on another disk"
+            f"{destination} cannot be written: {_reason(error)}; {amount(free_space(written))} free on the disk of "
+            f"{written.parent}, more than {amount(size_of(written))} needed: make room or name a place on another disk"
         ) from error
 
 
 def is_full(error: BaseException) -> bool:
     """Whether a disk, or a user's share of one, being full is what an error tells."""
     return (isinstance(error, OSError) and error.errno in _FULL) or bool(_SAID_FULL.search(str(error)))
+
+
+def _reason(error: BaseException) -> str:
+    """In the words of the system, which a library may have lost."""
+    number = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
+    return os.strerror(number)
 
 
 def size_of(path: Path) -> int:

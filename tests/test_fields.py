@@ -30,9 +30,10 @@ BASES: dict[str, dict[str, Any]] = {
 SAID = "something that stands nowhere else"
 TOOL = [{"name": SAID}]
 CONTENT = {
-    **dict.fromkeys(("input", "context", "system", "system_prompt", "system_message"), SAID),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), SAID),
-    **dict.fromkeys(("image", "images", "videos", "audio", "documents", "chosen", "rejected"), SAID),
+    **dict.fromkeys(("input", "context", "system", "system_prompt", "system_message", "systemInstruction"), SAID),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts"), SAID),
+    **dict.fromkeys(("image", "images", "videos", "audio", "documents", "chosen", "rejected", "Images"), SAID),
+    **{"loss_mask": [0, 1], "train": False, "weight": 0.5},
     **dict.fromkeys(("tools", "functions"), TOOL),
     "history": [[SAID, "An answer."]],
 }
@@ -75,8 +76,8 @@ def test_what_is_for_the_model_is_used_or_an_error_with_a_way_out(name: str) -> 
         else:
             assert SAID in said and not log.unused and not log.left_out
     used = [field for field, value in CONTENT.items() if _reads(BASES[name] | {field: value})]
-    chats = ["system", "system_prompt", "system_message", "tools", "functions"]
-    pairs = ["input", "context", "reasoning_content", "reasoning", "thinking", "history"]
+    chats = ["system", "system_prompt", "system_message", "systemInstruction", "tools", "functions"]
+    pairs = ["input", "context", "reasoning_content", "reasoning", "thinking", "thoughts", "history"]
     places = {"OASST": [], "plain text": [], "OpenAI messages": chats, "ShareGPT": chats}.get(name, chats + pairs)
     assert sorted(used) == sorted(places)
 
@@ -96,7 +97,17 @@ def test_fields_of_unknown_names_are_counted_whatever_they_hold(name: str) -> No
         assert read(BASES[name] | {field: value})[1].unused == {field: 1}
     for nothing in (None, "", [], {}, float("nan")):
         assert not read(BASES[name] | {"choices": nothing})[1].unused
-    harmless = {"id": "x", "source": SAID, "prompt_id": "1", "url": "u", "": 7, "Unnamed: 0": 7, "timestamp": 3}
+    harmless = {
+        "train": True,
+        "weight": 1,
+        "id": "x",
+        "source": SAID,
+        "prompt_id": "1",
+        "url": "u",
+        "": 7,
+        "Unnamed: 0": 7,
+        "timestamp": 3,
+    }
     assert not read(BASES[name] | harmless)[1].unused
 
 
@@ -159,6 +170,8 @@ def test_preferences_and_unwanted_answers_are_refused_with_a_way_out(put: Any) -
         [found] = from_file(put, row, **advised(message))[1]
         assert found.messages[-1] == {"role": "assistant", "content": "good"} and len(found.messages) >= 2
         assert [m["content"] for m in found.messages if m["role"] == "user"] == ["Why?"]
+    hh = {side: f"\n\nHuman: Why?\n\nAssistant: {word}" for side, word in texts.items()}
+    assert from_file(put, hh, **advised(refused(hh)))[1][0].messages[0]["content"] == hh["chosen"]
     assert "field chosen has no place" in refused({"conversations": TURNS} | texts)
     wanted = {"prompt": "Why?", "completion": "a", "label": True}
     assert not read(wanted)[1].unused

@@ -227,13 +227,14 @@ def test_a_full_disk_is_told_with_place_and_amounts(disk: Path, keep: bool) -> N
     """Catches "[Errno 28] No space left on device", and half of a result that stays."""
     with (
         pytest.raises(
-            ResourceError, match=rf"full while {disk}/name is written: \d\S* \w+ free .* 6\d\.\d\d kB needed"
+            ResourceError,
+            match=rf"{disk}/name cannot be written: No space left on device; \d\S* \w+ free .* 6\d\.\d\d kB needed",
         ),
         publish(disk / "name", MARKER, keep=keep) as folder,
     ):
         (folder / "x").write_bytes(bytes(1 << 20))
     assert free_space(disk) > 60_000 or keep
-    with pytest.raises(ResourceError, match=rf"full while {disk}/page is written"):
+    with pytest.raises(ResourceError, match=rf"{disk}/page cannot be written: No space"):
         replace_file(disk / "page", bytes(1 << 20))
     assert not (disk / "page").exists()
 

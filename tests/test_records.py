@@ -268,7 +268,7 @@ def test_what_became_of_fields_is_said_everywhere(
     """Catches a label that no one hears of, and a count that stands in the terminal only."""
     rows = [{"instruction": f"q{n}", "output": n, "label": n % 3, "context": "c"} for n in range(1, 40)]
     path = put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    meta = prepare(path, as_text=True, ignore_fields=["context", "[/b]"])
+    meta = prepare(path, as_text=True, ignore_fields=["context,[/b]"])
     assert meta["fields"] == {
         "unused": {"label": 39},
         "written_as_text": {"output": 39},

@@ -210,7 +210,7 @@ SAID: dict[str, tuple[Any, str]] = {
     "role with a surrogate": ({"role": "\ud83d", "content": "a"}, "field role holds a lone surrogate"),
     "part of a loss": (
         {"role": "assistant", "content": "a", "weight": 0.5},
-        "a message has weight 0.5: a part of a loss is not supported; expected true or false, or leave it out",
+        "a message has weight 0.5, expected true or false; parts of a loss are not supported: see --ignore_fields",
     ),
     "loss by token": ({"role": "assistant", "content": "a", "loss_mask": [0, 1]}, "a message has loss_mask [0, 1]"),
     "question with thoughts": ({"role": "user", "content": "a", "thinking": "b"}, "a message of user has thoughts"),
@@ -322,7 +322,7 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     ),
     "preferences": (
         ["prompt", "chosen", "rejected"],
-        "; preferences cannot be trained on yet: for their chosen answers alone; try --fields completion=chosen "
+        "; preferences cannot be trained on yet, only their chosen answers; try --fields completion=chosen "
         "--ignore_fields rejected",
     ),
     "context": (["question", "context", "answer"], "; try --fields instruction=question,output=answer,input=context"),

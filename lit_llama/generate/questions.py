@@ -54,8 +54,8 @@ def read_questions(
 
 
 def _rows(data_dir: Path | None, input_file: Path | None) -> list[Example]:
-    if data_dir is not None:
-        read_meta(data_dir)
+    if data_dir is not None and read_meta(data_dir).get("splits", {}).get("test", {}).get("rows") == 0:
+        raise DataError(f"{data_dir} has no test split to answer: it was prepared with --test_split_size 0")
     path = data_dir / TEST_FILE if data_dir is not None else input_file
     assert path is not None
     examples = read_prompts(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-from lit_llama.errors import IntegrityError
+from lit_llama.errors import IntegrityError, ResourceError
 from lit_llama.progress import bar, stderr
 from lit_llama.train.config import LoggerName
 from lit_llama.train.loggers import open_loggers
@@ -82,7 +82,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(text)
 
     def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
         """Answer the fixed prompts after `step`.
@@ -112,7 +112,10 @@ class Log:
         if "test_loss" in metrics:
             try:
                 write_run_report(self._folder)
-            except OSError as error:  # a full disk: training is worth more, and its states say so themselves
+            except (
+                OSError,
+                ResourceError,
+            ) as error:  # a full disk: training is worth more, and its states say so themselves
                 self.say(f"no report this time: {error}")
 
     def sync(self) -> None:

@@ -13,17 +13,20 @@ from lit_llama.text.read.raw import RowError, check_text, kind, missing
 
 Row = Mapping[str, Any]
 
-SYSTEM = ("system", "system_prompt", "system_message")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
 TOOLS = ("tools", "functions")
 INPUTS = ("input", "context")
+YES, NO = (1, "1", "1.0", "true"), (0, "0", "0.0", "false")  # true and false are numbers in Python
 _UNWANTED = ("label", "kto_tag")  # a false one marks an answer that is not wanted (KTO)
 
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 _PLACED = {*SYSTEM, *THOUGHTS, *INPUTS}  # by --fields
 _PREFERENCES = {"chosen", "rejected"}
-_CONTENT = _MEDIA | _PREFERENCES | _PLACED | {*TOOLS, "history", "documents", "chat_template_kwargs"}
-"""What a model would have to see, or to learn: left out only on request."""
+_LOSS = {"train", "loss_mask", "weight", "weights", "loss_weight", "sample_weight", "train_detail", "training_detail"}
+_CONTENT = _MEDIA | _PREFERENCES | _PLACED | _LOSS | {*TOOLS, "history", "documents", "chat_template_kwargs"}
+_CONTENT |= {"reasoning_details", "systeminstruction"}
+"""What a model would have to see, or to learn, in small letters: left out only on request."""
 
 
 def names_of(text: str) -> frozenset[str]:
@@ -36,12 +39,12 @@ _IDENTITY = names_of(
     "created_date create_time updated_at timestamp split version meta metadata __index_level_0__ num_tokens n_tokens "
     "token_count num_turns num_messages length parallel_tool_calls"
 )
-_METADATA = names_of(
+METADATA = names_of(
     "category subcategory task task_type task_name type domain topic topics tags keywords lang language author model "
     "model_name generator redacted toxic openai_moderation detoxify difficulty quality score rating score_chosen "
     "score_rejected"
 )
-_SPOKEN = _METADATA | {"parent_id", "turn", "turn_id", "markdown", "cache_control", "annotations", "toxicity"}
+_SPOKEN = METADATA | {"parent_id", "turn", "turn_id", "markdown", "cache_control", "annotations", "toxicity"}
 _ENDING = re.compile(r"(?i)(?:_id|_uuid|_hash|_url)$|^unnamed: \d+$")  # the last is what pandas calls an index
 
 
@@ -69,7 +72,7 @@ class FieldLog:
 
     def wanted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """A row, or an object in it, without the fields that are to be left out."""
-        if self._ignored.keys().isdisjoint(row):
+        if not self._ignored or self._ignored.keys().isdisjoint(row):
             return row
         for name in self._ignored.keys() & row.keys():
             self._count(self.left_out, name)
@@ -97,9 +100,9 @@ class FieldLog:
             RowError: It is what a model would have to see.
         """
         for name in message.keys() - used:
-            if missing(message[name]) or message[name] in ("", [], {}) or _says_nothing(name, _SPOKEN):
+            if missing(message[name]) or message[name] in ("", [], {}) or says_nothing(name, _SPOKEN):
                 continue
-            if name in _CONTENT:
+            if name.lower() in _CONTENT:
                 raise RowError(f"a message has {name}, for which there is no place", at, _way_out(name))
             self.count_unused(f"messages[].{name}")
 
@@ -108,7 +111,7 @@ class FieldLog:
 
         Args:
             row: The row.
-            names: Fields that its schema does not use.
+            names: Fields that its schema does not use, and that may say something.
             schema: Name of that.
             contents: Contents of its messages.
             text: The row is a text without a prompt.
@@ -127,10 +130,11 @@ class FieldLog:
                 continue
             if isinstance(value, str) and _is_copy(value, contents):
                 continue
-            if name in _CONTENT:
+            if name in _LOSS and value in YES:
+                continue
+            if name.lower() in _CONTENT:
                 raise RowError(f"field {name} has no place in a row of the kind {schema}", hint=_way_out(name))
-            if not _says_nothing(name, set() if text else _METADATA):
-                self.count_unused(name)
+            self.count_unused(name)
 
     def count_unused(self, name: str) -> None:
         """Count a row with a field that nothing uses."""
@@ -153,15 +157,21 @@ class FieldLog:
 
 
 def _way_out(name: str) -> str:
-    if name in _PREFERENCES:
-        return f"preferences cannot be trained on yet; leave it out with --ignore_fields {name}"
-    if name in _MEDIA:
+    leave = f"leave it out with --ignore_fields {name}"
+    known = name.lower()
+    if known in _LOSS:
+        return f"mark the messages themselves with train true or false, or {leave}"
+    if known in _PREFERENCES:
+        return f"preferences cannot be trained on yet; {leave}"
+    if known in _MEDIA:
         return f"leave such rows out with --on_error skip, or the field with --ignore_fields {name}"
-    place = f"give it one with --fields, such as system={name}, or " if name in _PLACED else ""
-    return f"{place}leave it out with --ignore_fields {name}"
+    return (
+        f"give it one with --fields, such as input={name} or system={name}, or {leave}" if known in _PLACED else leave
+    )
 
 
-def _says_nothing(name: str, besides: Set[str]) -> bool:
+def says_nothing(name: str, besides: Set[str]) -> bool:
+    """Whether a field is known by its name to hold nothing for a model; `besides`, names that hold nothing either."""
     lower = name.lower()
     return not name or lower in _IDENTITY or lower in besides or bool(_ENDING.search(name))
 

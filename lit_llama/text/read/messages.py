@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_llama.text.read.fields import THOUGHTS, TOOLS, FieldLog, names_of
+from lit_llama.text.read.fields import NO, THOUGHTS, TOOLS, YES, FieldLog, names_of
 from lit_llama.text.read.raw import (
     STRICT,
     RowError,
@@ -33,10 +33,18 @@ ROLES = {
 }
 """Role of a message -> our word for it. Case does not matter."""
 
+_PLAIN_ROLES = {name: role for name, role in ROLES.items() if role != _CALL}
 _CALLS = ("tool_calls", _CALL)
 _SPEAKER, _SAID = ("role", "from"), ("content", "value", "text", "parts")
-_FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "weight")  # whether a message carries loss
-_YES, _NO = (1, "1", "1.0", "true"), (0, "0", "0.0", "false")  # true and false are numbers in Python
+_FLAGS = (
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_mask",
+    "loss_weight",
+    "weight",
+)  # whether a message carries loss
 _TEXTS = ("text", "input_text", "output_text", None)
 _USED = frozenset((*_SPEAKER, *THOUGHTS, *TOOLS, *_FLAGS, "tool_calls", _CALL, "tool_call_id", "name", "input"))
 _USED_WITH = {said: _USED | {said} for said in _SAID}
@@ -131,6 +139,8 @@ def _message(value: Any, at: str, log: FieldLog) -> tuple[Words, list[Mapping[st
     if not isinstance(value, dict):
         raise RowError(f"a message is {kind(value)}, expected an object", at)
     value = log.wanted(value)
+    if (message := _plain(value, at)) is not None:
+        return message, [], False
     speaker = _first(value, _SPEAKER)
     said = _first(value, _SAID if speaker == "role" else ("value", *_SAID))
     if said is None and any(not missing(value.get(name)) for name in _CALLS):
@@ -147,6 +157,21 @@ def _message(value: Any, at: str, log: FieldLog) -> tuple[Words, list[Mapping[st
         raise RowError(f"tools stand in a message of {message['role']}, expected them in a system message", at)
     log.unused_in_message(value, _USED_WITH[said], at)
     return message, tools, role == _CALL
+
+
+def _plain(value: Mapping[str, Any], at: str) -> Words | None:
+    """A message that has a role and a content and nothing else, as nearly all have; None if it is another."""
+    if len(value) != 2:
+        return None
+    if "content" in value:
+        name, spoken, content = "content", value.get("role"), value["content"]
+    else:
+        name, spoken, content = "value", value.get("from"), value.get("value")
+    role = _PLAIN_ROLES.get(spoken) if isinstance(spoken, str) else None
+    if role is None or not isinstance(content, str):
+        return None
+    check_text(content, name, at)
+    return {"role": role, "content": content}
 
 
 def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -225,11 +250,11 @@ def _unlearned(value: Mapping[str, Any], role: str, at: str, log: FieldLog) -> W
         if missing(flag):
             continue
         flag = flag.strip().lower() if isinstance(flag, str) else flag
-        if flag in _NO:
+        if flag in NO:
             masked = True
-        elif flag not in _YES:
-            hint = f"expected true or false, or leave it out with --ignore_fields {name}"
-            raise RowError(f"a message has {name} {shown(flag)}: a part of a loss is not supported", at, hint)
+        elif flag not in YES:
+            hint = f"parts of a loss are not supported: see --ignore_fields {name}"
+            raise RowError(f"a message has {name} {shown(flag)}, expected true or false", at, hint)
         elif role not in ("assistant", _CALL):
             log.count_unused(f"messages[].{name} of {role}")
     return {"train": False} if masked and role in ("assistant", _CALL) else {}

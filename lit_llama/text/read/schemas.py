@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lit_llama.text.conversation import Message
-from lit_llama.text.read.fields import INPUTS, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row
+from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing
 from lit_llama.text.read.messages import (
     OASST_FIELDS,
     Turns,
@@ -67,7 +67,7 @@ class Schema:
             RowError: A field is not what it has to be, or holds something for the model that has no place.
         """
         found = list(self.read(row, log))
-        if rest := _rest(tuple(row), self.keys, self.beside):
+        if rest := _rest(tuple(row), (*self.keys, *self.beside), self.is_text):
             messages = [message for turns in found for message in turns.messages]
             contents = [message[key] for message in messages for key in ("content", "input") if message.get(key)]
             log.unused_in_row(row, rest, self.name, contents, self.is_text)
@@ -75,9 +75,9 @@ class Schema:
 
 
 @lru_cache(maxsize=64)  # nearly all rows of a file have the same fields
-def _rest(names: tuple[str, ...], keys: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
-    """Fields of a row that its schema does not use."""
-    return [name for name in names if name not in keys and name not in beside]
+def _rest(names: tuple[str, ...], used: tuple[str, ...], text: bool) -> list[str]:
+    """Fields of a row that its schema does not use, and that may say something."""
+    return [name for name in names if name not in used and not says_nothing(name, METADATA if not text else set())]
 
 
 def recognise(row: Row) -> Schema:
@@ -99,7 +99,7 @@ def recognise(row: Row) -> Schema:
 def _way_out(row: Row) -> str:
     """What to do about a row that fits no schema, as an end of the message; "" if nobody knows."""
     if {"chosen", "rejected"} <= row.keys():
-        return f"; preferences cannot be trained on yet: for their chosen answers alone{_chosen(row)}"
+        return f"; preferences cannot be trained on yet, only their chosen answers{_chosen(row)}"
     for name, value in row.items():
         if in_a_field(value):
             return f"; the field {listed([name])} holds messages: try --fields messages={listed([name])}"
@@ -121,7 +121,7 @@ def _chosen(row: Row) -> str:
         way = f"; try --fields {chosen}=chosen"
     else:
         way = _suggested({name: value for name, value in row.items() if name != "rejected"})
-    return f"{way or '; name their fields with --fields'} --ignore_fields rejected"
+    return f"{way or '; try --fields text=chosen'} --ignore_fields rejected"
 
 
 def _suggested(row: Row) -> str:
@@ -262,6 +262,8 @@ def _joined(beside: Turns, chat: Turns) -> Turns:
 
 def _one_of(row: Row, names: Sequence[str], log: FieldLog) -> str:
     """The text of the one of some fields that has one, "" if none has."""
+    if row.keys().isdisjoint(names):
+        return ""
     there = [name for name in names if not missing(row.get(name)) and row[name] != ""]
     texts = [log.text(row, name) for name in there]
     if len(set(texts)) > 1:

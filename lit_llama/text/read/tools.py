@@ -49,7 +49,7 @@ def read_calls(value: Any, name: str, at: str) -> list[Entry]:
 def _entries(value: Any, name: str, at: str) -> list[Entry]:
     """The objects of a list, or of its JSON text, without fields that are null."""
     if isinstance(value, str):
-        value = _decoded(value, name, at) if value.strip() else []
+        value = (_decoded(value, name, at) if value.strip() else None) or []
     found = []
     for entry in value if isinstance(value, list) else [value]:
         entry = _decoded(entry, name, at) if isinstance(entry, str) else entry

@@ -22,6 +22,7 @@ _COUNTED = (
     "made_of",
     "too_long",
     "dropped_by_choice",
+    "remarks",
     "fields",
 )  # stand elsewhere in the report
 _MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
@@ -80,6 +81,7 @@ def account(meta: Mapping[str, Any]) -> Json:
         "dropped_by_choice": meta["dropped_by_choice"],
         "fields": meta.get("fields", {}),
         "too_long": meta["too_long"],
+        "remarks": list(meta.get("remarks", [])),
         "adds_up": rows == meta["kept"] + lost,
         "cut_rows": cut,
         "dropped_rows": dropped,
@@ -99,6 +101,8 @@ def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list
     _warn_of_fields(accounting, warn)
     _warn_of_leakage(findings, warn)
     _warn_of_contents(findings, warn)
+    for remark in accounting["remarks"]:
+        warn("note", f"{remark[0].upper()}{remark[1:]}.", "Said by prepare/ as well.")
     order = ("fix", "check", "note")
     return sorted(found, key=lambda warning: order.index(warning["severity"]))
 

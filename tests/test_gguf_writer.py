@@ -28,6 +28,7 @@ from lit_llama.text.tokenizer import Tokenizer
 IDS = torch.arange(2, 50)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 24},
+    "biases": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2", "attention_bias": True, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "use_qk_norm": True, "head_dim": 128},  # what transformers takes for granted

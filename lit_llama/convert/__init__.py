@@ -14,6 +14,7 @@ Layout = Literal["hf", "meta", "lit", "gguf"]
 _MARKERS = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
 """The file that tells a whole folder, so that one is refused before anything is read."""
 
+_ADAPTER = "adapter_config.json"
 _EXPECTED = (
     "a GGUF file, a .pth of lit-llama, a folder of Meta's (consolidated.NN.pth), of litgpt (lit_model.pth) or of "
     "Hugging Face (config.json with weights)"
@@ -61,7 +62,9 @@ def convert(
         raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
     if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
         _check_foreign(source)
-    opened = open_source(source, None if layout == "gguf" else dtype, rms_norm_eps)
+    # A GGUF file is written from all that a value has, and rounded there, once.
+    exact = None if dtype is None else "float32"
+    opened = open_source(source, exact if layout == "gguf" else dtype, rms_norm_eps)
     if resize_vocab is not None:
         from lit_llama.convert.resize import resize
 
@@ -102,7 +105,7 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
         CheckpointError: It is missing, or nothing that can be read.
     """
     if source.is_dir():
-        opened = _open_folder(source, rms_norm_eps).cast(dtype)
+        opened = _open_folder(source, dtype, rms_norm_eps)
     elif source.is_file():
         opened = _open_file(source, dtype, rms_norm_eps)
     else:
@@ -133,7 +136,25 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
     raise CheckpointError(f"--source: {path} is {what}; expected {_EXPECTED}")
 
 
-def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
+def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
+    from lit_llama.convert.gguf.parts import only_model
+
+    if (opened := _open_layout(folder, rms_norm_eps)) is not None:
+        return opened.cast(dtype)
+    if (path := only_model(folder)) is not None:  # as prepare/download.py makes it
+        return _open_file(path, dtype, rms_norm_eps)
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py, or name --format gguf "
+            "for an adapter of llama.cpp"
+        )
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
+    )
+
+
+def _open_layout(folder: Path, rms_norm_eps: float | None) -> Source | None:
     """The layouts that a folder may be in, those first whose files leave no doubt."""
     from lit_llama.convert import native
     from lit_llama.convert.lit import lit_llama as lit
@@ -150,9 +171,4 @@ def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
         return native.open_folder(folder)
     if meta.has_shards(folder / "original"):
         return meta.open_meta(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
-    )
+    return None

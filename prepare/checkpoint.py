@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
+from lit_llama.model.config import GGUFType
 
 
 def main(
@@ -16,7 +17,7 @@ def main(
     source: Path,
     destination_path: Path,
     format: Literal["hf", "meta", "lit", "gguf"] = "hf",
-    dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
+    dtype: GGUFType | None = None,
     max_shard_size: str = "5GB",
     num_shards: int = 1,
     resize_vocab: int | None = None,
@@ -33,7 +34,8 @@ def main(
         format: Layout to write: hf (Hugging Face), meta (for Meta's code), lit (for lit-llama), gguf (one
             file for llama.cpp and Ollama).
         dtype: Dtype to round all weights to; left out, none is rounded but quantised ones, which become bfloat16.
-            q8_0 (8 bits) is for GGUF files.
+            With --format gguf also q8_0, q6_k, q5_k_m, q4_k_m and q4_0: as many bits a value, vectors excepted; those
+            with k need the extra `kquants`.
         max_shard_size: Most bytes of a safetensors file, such as 200MB, unless one tensor is larger.
         num_shards: Number of consolidated.NN.pth to write with --format meta.
         resize_vocab: Rows that embedding and head are to have, where the tokenizer has more tokens than they have rows;

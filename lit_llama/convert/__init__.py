@@ -2,11 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_destination
+from lit_llama.model.config import PlainType
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
@@ -38,7 +39,8 @@ def convert(
         source: File or folder with weights.
         destination: Folder to make, or for gguf the file.
         layout: What to write: hf, meta, lit or gguf.
-        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16. gguf has q8_0, too.
+        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16. For gguf see
+            `GGUFType`.
         max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
@@ -53,13 +55,15 @@ def convert(
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
+        from lit_llama.convert.gguf.types import check_type
         from lit_llama.convert.gguf.writer import check_file
 
         check_file(destination)
+        check_type(dtype)
     else:
         check_destination(destination, _MARKERS[layout])
-    if dtype == "q8_0" and layout != "gguf":
-        raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
+    if dtype not in (None, *get_args(PlainType)) and layout != "gguf":
+        raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
     if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
         _check_foreign(source)
     # A GGUF file is written from all that a value has, and rounded there, once.
@@ -84,6 +88,8 @@ def convert(
 
         write_gguf(opened, destination, dtype)
     say = stderr().print
+    for remark in opened.notes.get("remarks", ()):
+        say(remark, markup=False)
     for name, note in opened.notes.items():
         if isinstance(note, str):
             say(f"{name}: {note}", markup=False)

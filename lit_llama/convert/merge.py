@@ -3,13 +3,16 @@
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lit_llama.convert.frame import read_companions, with_dtype, write_companions
+from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
+from lit_llama.convert.gguf.parts import model_name
+from lit_llama.convert.gguf.types import check_type
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
@@ -18,20 +21,20 @@ from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
 from lit_llama.model.adapter import (
     META_FILE,
-    WEIGHTS_FILE,
     base_of,
     load_adapter,
     trained_on,
 )
+from lit_llama.model.adapters.tensors import find_file
 from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.config import LLaMAConfig, Onto
+from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
 from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity
+from lit_llama.text.vocabulary import adapter_tokenizer, identity
 
 PROBES = (
     "What food do llamas eat?",
@@ -53,7 +56,13 @@ class Proof:
 
 
 def merge(
-    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto | None = None
+    adapter_dir: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    precision: Precision,
+    onto: Onto | None = None,
+    base_dir: Path | None = None,
 ) -> Proof:
     """Write what the adapter makes of each weight, computed in float32 and rounded once; then compare logits.
 
@@ -70,6 +79,7 @@ def merge(
         dtype: Dtype of the adapted tensors; None keeps that of the base.
         precision: In which the logits are compared.
         onto: The base's weights as they are stored, or what quantisation leaves of them; None as in the training.
+        base_dir: Where the base is; None looks for it, see `base_of`.
 
     Raises:
         CheckpointError: The adapter is empty, all zero, or does not fit its base, or the base's tokenizer does not.
@@ -77,18 +87,32 @@ def merge(
             not carry it.
         ResourceError: Disk or memory is too small, said before anything is written.
     """
+    proof = _write(adapter_dir, destination, dtype, precision, onto, base_dir)
+    stderr().print(
+        f"{destination}: ready for generate/ and for any program that reads Hugging Face folders", markup=False
+    )
+    return proof
+
+
+def _write(
+    adapter_dir: Path,
+    destination: Path,
+    dtype: str | None,
+    precision: Precision,
+    onto: Onto | None,
+    base_dir: Path | None,
+) -> Proof:
     check_destination(destination, "config.json")
     if destination.resolve() == adapter_dir.resolve():
         raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
-    if dtype == "q8_0":
-        raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
-    base = base_of(adapter_dir)
+    if dtype not in (None, *get_args(PlainType)):
+        raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
+    base = base_of(adapter_dir, base_dir)
     onto = _choose(adapter_dir, onto)
-    tokenizer, shape = Tokenizer.from_path(base), LLaMAConfig.from_folder(base)
-    check_vocabulary(base, shape.vocab_size, tokenizer)
-    for record in (base, adapter_dir):
-        check_recorded(record, tokenizer, base)
+    tokenizer = adapter_tokenizer(adapter_dir, base, LLaMAConfig.from_folder(base).vocab_size)
     merged = Merged(base, adapter_dir, onto, dtype)
+    for remark in merged.remarks:
+        stderr().print(remark, markup=False)
     raw = json.loads((base / "config.json").read_text("utf-8"))
     if merged.unties:
         raw["tie_word_embeddings"] = False
@@ -99,18 +123,18 @@ def merge(
         write_json(folder / "config.json", with_dtype(raw, dtype))
         template = adapter_dir / TEMPLATE_FILE
         own = template.read_bytes() if template.is_file() else None
-        write_companions(folder, read_companions(base), own, folder_style(adapter_dir), tokenizer)
+        style = folder_style(adapter_dir)
+        write_companions(folder, companions_of_adapter(adapter_dir, base), own, style, tokenizer)
         proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
         meta = {
             "format": 1,
             "base": {"path": str(base), "fingerprint": fingerprint(base)},
-            "adapter": {"path": str(adapter_dir), "sha256": sha256_file(adapter_dir / WEIGHTS_FILE)},
+            "adapter": {"path": str(adapter_dir), "sha256": sha256_file(find_file(adapter_dir))},
             "onto": onto,
             "tokenizer": identity(tokenizer),
             "proof": proof.__dict__,
         }
         write_json(folder / META_FILE, meta)
-    stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
     return proof
 
 
@@ -130,24 +154,36 @@ def _name(onto: Onto) -> str:
 
 
 def merge_into_gguf(
-    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto | None = None
+    adapter_dir: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    precision: Precision,
+    onto: Onto | None = None,
+    base_dir: Path | None = None,
 ) -> Proof:
     """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
 
     Args:
         adapter_dir: What finetune/lora.py wrote.
         destination: File to make.
-        dtype: bfloat16, float16, float32 or q8_0; None keeps that of the base.
+        dtype: As in `GGUFType`; None keeps that of the base.
         precision: In which the logits are compared.
         onto: As for `merge`.
+        base_dir: As for `merge`.
     """
     check_file(destination)
+    check_type(dtype)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as held:
         folder = Path(held) / "merged"
-        proof = merge(adapter_dir, folder, dtype=None, precision=precision, onto=onto)
-        write_gguf(open_folder(folder), destination, dtype)
-    stderr().print(f"{destination}: {destination.stat().st_size / 1e9:.2f} GB, ready for llama.cpp and Ollama")
+        # Rounded once: what is float32 in the file, or packed from it, was never bfloat16 in between.
+        kept = dtype if dtype in (None, *get_args(PlainType)) else "float32"
+        proof = _write(adapter_dir, folder, kept, precision, onto, base_dir)
+        source = replace(open_folder(folder), path=adapter_dir)  # for messages: the folder goes again
+        write_gguf(source, destination, dtype, name=model_name(destination.name))
+    size = f"{destination.stat().st_size / 1e9:.2f} GB"
+    stderr().print(f"{destination}: {size}, ready for llama.cpp and Ollama", markup=False)
     return proof
 
 
@@ -211,6 +247,8 @@ def _prove(
         f"(the adapter itself moves them by {proof.adapter_effect:.2e}), "
         f"same most likely token at {proof.top1_agreement:.1%}"
     )
+    if not proof.adapter_effect:
+        raise IntegrityError(f"{adapter_dir} changes no logit of its base: there is nothing to merge")
     if not proof.mean_difference < proof.adapter_effect / 2:
         raise IntegrityError(
             f"the merged model does not carry the adapter: its logits are {proof.mean_difference:.2e} off, the adapter "

@@ -2,6 +2,7 @@
 
 python prepare/checkpoint.py --source llama-2-7b --destination_path checkpoints/llama-2-7b
 python prepare/checkpoint.py --source model.gguf --destination_path checkpoints/NAME
+python prepare/checkpoint.py --source out/lora/NAME --format gguf --destination_path NAME-adapter.gguf
 python prepare/checkpoint.py --source lora.pth --base_dir checkpoints/llama-7b --destination_path out/lora/NAME
 """
 
@@ -29,10 +30,11 @@ def main(
 
     Args:
         source: A folder of Meta's (consolidated.NN.pth, params.json, tokenizer.model), a .pth of lit-llama, a folder of
-            litgpt's (lit_model.pth), a GGUF file, or a Hugging Face folder with safetensors or pytorch_model.bin.
+            litgpt's (lit_model.pth), a GGUF file or one of its parts, a Hugging Face folder with safetensors or
+            pytorch_model.bin, or an adapter.
         destination_path: Folder to make, such as checkpoints/NAME, or with --format gguf the file.
         format: Layout to write: hf (Hugging Face), meta (for Meta's code), lit (for lit-llama), gguf (one
-            file for llama.cpp and Ollama).
+            file for llama.cpp and Ollama, also of an adapter).
         dtype: Dtype to round all weights to; left out, none is rounded but quantised ones, which become bfloat16.
             With --format gguf also q8_0, q6_k, q5_k_m, q4_k_m and q4_0: as many bits a value, vectors excepted; those
             with k need the extra `kquants`.
@@ -41,16 +43,13 @@ def main(
         resize_vocab: Rows that embedding and head are to have, where the tokenizer has more tokens than they have rows;
             new rows are the mean of the trained ones.
         rms_norm_eps: Epsilon of the norms of a lit-llama .pth, which does not hold it; left out, that of LLaMA 1.
-        base_dir: Converted base model of a LoRA .pth of lit-llama, which becomes a PEFT adapter folder.
-        lora_alpha: Alpha that the LoRA was trained with, which its file does not hold; 16 in lit-llama's scripts.
+        base_dir: Base model of an adapter: of a LoRA .pth of lit-llama or a GGUF adapter, which become a PEFT adapter
+            folder, or of an adapter folder that is written with --format gguf and does not find its base.
+        lora_alpha: Alpha that a LoRA .pth was trained with, which it does not hold; 16 in lit-llama's scripts.
     """
     from lit_llama.convert import convert
-    from lit_llama.convert.lit.lora import convert_lit_lora
     from lit_llama.model.weights import parse_size
 
-    if base_dir is not None:
-        convert_lit_lora(source, base_dir, destination_path, lora_alpha)
-        return
     convert(
         source,
         destination_path,
@@ -60,6 +59,8 @@ def main(
         num_shards=num_shards,
         rms_norm_eps=rms_norm_eps,
         resize_vocab=resize_vocab,
+        base_dir=base_dir,
+        lora_alpha=lora_alpha,
     )
 
 

@@ -32,6 +32,8 @@ def convert(
     num_shards: int = 1,
     rms_norm_eps: float | None = None,
     resize_vocab: int | None = None,
+    base_dir: Path | None = None,
+    lora_alpha: float = 16,
 ) -> None:
     """Find out what `source` is, write it as `layout` into the folder `destination`, and say so on stderr.
 
@@ -45,6 +47,8 @@ def convert(
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
         resize_vocab: Rows that embedding and head are to grow to.
+        base_dir: The base model, of an adapter.
+        lora_alpha: Alpha of lit-llama's LoRA file, which does not say it.
 
     Raises:
         CheckpointError: `source` is missing, or nothing that can be converted.
@@ -52,6 +56,9 @@ def convert(
         ResourceError: The disk has no room.
     """
     start = time.perf_counter()
+    if base_dir is not None or (layout == "gguf" and (source / _ADAPTER).is_file() and not _is_model(source)):
+        _convert_adapter(source, destination, layout, dtype, base_dir, lora_alpha)
+        return
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
@@ -95,6 +102,43 @@ def convert(
             say(f"{name}: {note}", markup=False)
     made = f"{opened.parameters:,} parameters in {dtype or opened.dtype}"
     say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / SETTINGS_FILE).is_file()
+
+
+def _convert_adapter(
+    source: Path, destination: Path, layout: Layout, dtype: str | None, base_dir: Path | None, lora_alpha: float
+) -> None:
+    """An adapter folder -> a GGUF adapter, or a GGUF adapter or lit-llama's LoRA file -> an adapter folder."""
+    from lit_llama.convert.gguf.adapter import read_adapter, write_adapter
+    from lit_llama.convert.gguf.scan import MAGIC
+    from lit_llama.convert.lit.lora import convert_lit_lora
+
+    if source.is_dir() and (source / _ADAPTER).is_file():
+        if layout != "gguf":
+            raise CheckpointError(_merge_hint(source))
+        write_adapter(source, destination, dtype, base_dir)
+        return
+    if base_dir is None or layout != "hf":
+        raise UserError(f"--source: {source} is no adapter folder, from which alone --format {layout} makes an adapter")
+    if not source.is_file():
+        raise CheckpointError(f"--source: {source} is no file: --base_dir is for adapters, see --help")
+    with source.open("rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    if is_gguf:
+        read_adapter(source, base_dir, destination)
+    else:
+        convert_lit_lora(source, base_dir, destination, lora_alpha)
+    stderr().print(f"{destination}: an adapter of {base_dir}, from {source}", markup=False)
+
+
+def _merge_hint(folder: Path) -> str:
+    return (
+        f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py, or name --format gguf for "
+        "an adapter of llama.cpp"
+    )
 
 
 def _check_foreign(source: Path) -> None:
@@ -150,10 +194,7 @@ def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) ->
     if (path := only_model(folder)) is not None:  # as prepare/download.py makes it
         return _open_file(path, dtype, rms_norm_eps)
     if (folder / _ADAPTER).is_file():
-        raise CheckpointError(
-            f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py, or name --format gguf "
-            "for an adapter of llama.cpp"
-        )
+        raise CheckpointError(_merge_hint(folder))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"

@@ -43,7 +43,7 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # o
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class GGUFTensor:
     """A tensor of the file.
 
     Args:
@@ -57,7 +57,7 @@ class _Tensor:
     rows: Stored
 
     @classmethod
-    def at(cls, path: Path, name: str, extent: Extent) -> "_Tensor":
+    def at(cls, path: Path, name: str, extent: Extent) -> "GGUFTensor":
         """Raises CheckpointError if its values are packed in a way that is not implemented."""
         if extent.kind not in (*_PLAIN, *_PACKED):
             known = ", ".join(kind.name for kind in (*_PLAIN, *_PACKED))
@@ -104,13 +104,13 @@ class GGUFFile:
         self.path = path
         files = read_parts(path)
         self.metadata = files.metadata
-        self.tensors: dict[str, _Tensor] = {}  # by Hugging Face's names
+        self.tensors: dict[str, GGUFTensor] = {}  # by Hugging Face's names
         divisors = None
         with self.explained("cannot be used"):
             check_model(files.metadata)
             reading = Reading(files.metadata)
             for name, (part, extent) in files.tensors.items():
-                tensor = _Tensor.at(part, name, extent)
+                tensor = GGUFTensor.at(part, name, extent)
                 if name == ROPE_FREQS and extent.size <= 2**16:
                     divisors = tensor.read(torch.float32)
                 elif native := native_name(name):
@@ -145,7 +145,7 @@ class GGUFFile:
                 values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
         main = max(values, key=lambda dtype: values[dtype])
 
-        def kept(tensor: _Tensor) -> torch.dtype:
+        def kept(tensor: GGUFTensor) -> torch.dtype:
             if len(tensor.extent.shape) > 1 or tensor.dtype != torch.float32:
                 return tensor.dtype
             value = tensor.rows.read()

@@ -15,6 +15,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
 from rich.progress import wrap_file
 
+from lit_llama.convert.gguf.parts import model_name
 from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
@@ -42,7 +43,7 @@ def download(
         repo_id: OWNER/NAME.
         destination: Folder to make; None for checkpoints/NAME.
         revision: Branch, tag or commit; None for the main branch.
-        file: A single GGUF file of the repository.
+        file: A GGUF file of the repository, or a part of a GGUF model, of which all parts come.
         endpoint: Address of the Hub; None for HF_ENDPOINT or the public one.
 
     Returns:
@@ -239,7 +240,9 @@ def _what_next(folder: Path, choice: Choice) -> str:
     place = shlex.quote(str(folder))
     name = choice.files[0].name
     if name.endswith(".gguf"):
-        source, made = (shlex.quote(str(path)) for path in (folder / name, folder.parent / Path(name).stem))
+        target = folder.parent / model_name(name)
+        target = target.with_name(f"{target.name}-hf") if target == folder else target
+        source, made = shlex.quote(str(folder / name)), shlex.quote(str(target))
         return f"next: python prepare/checkpoint.py --source {source} --destination_path {made}"
     if choice.marker == ADAPTER_FILE:
         return _next_of_adapter(folder, choice)

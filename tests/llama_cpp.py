@@ -34,7 +34,10 @@ class LlamaCpp:
 
     def logprobs(self, ids: list[int], count: int) -> dict[int, float]:
         """The most likely ids to come next, and their log-probabilities."""
-        answer = self._ask("/completion", prompt=ids, n_predict=1, n_probs=count, temperature=0, cache_prompt=False)
+        # Half a character, or an end of text, would come without numbers: they are those before the sampler, which is
+        # made to choose the digit at id 20.
+        options = {"n_predict": 1, "n_probs": count, "temperature": 0, "cache_prompt": False}
+        answer = self._ask("/completion", prompt=ids, logit_bias=[[20, 1000.0]], **options)
         return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
 
     def greedy(self, ids: list[int], count: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.errors import UserError
 from lit_llama.model.config import GGUFType
 
 
@@ -21,6 +22,7 @@ def main(
     dtype: GGUFType | None = None,
     precision: Precision = "auto",
     onto: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    modelfile: bool = False,
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 
@@ -34,11 +36,24 @@ def main(
         precision: In which the logits are compared; auto is bfloat16 where the hardware is fast at it.
         onto: Add the update to the base as it is stored, or to what quantisation leaves of it. Left out, it is what the
             adapter has seen in its training, as its folder records; anything else gives another model than that.
+        modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
     """
     from lit_llama.convert.merge import merge, merge_into_gguf
 
-    write = merge_into_gguf if format == "gguf" else merge
-    write(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto, base_dir=base_dir)
+    if format == "gguf":
+        merge_into_gguf(
+            adapter_dir,
+            destination_path,
+            dtype=dtype,
+            precision=precision,
+            onto=onto,
+            base_dir=base_dir,
+            modelfile=modelfile,
+        )
+        return
+    if modelfile:
+        raise UserError("--modelfile is for a model with --format gguf")
+    merge(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto, base_dir=base_dir)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def main(
     rms_norm_eps: float | None = None,
     base_dir: Path | None = None,
     lora_alpha: float = 16,
+    modelfile: bool = False,
 ) -> None:
     """Convert weights from one layout into another, tensor by tensor. What `source` is, is found out.
 
@@ -46,6 +47,7 @@ def main(
         base_dir: Base model of an adapter: of a LoRA .pth of lit-llama or a GGUF adapter, which become a PEFT adapter
             folder, or of an adapter folder that is written with --format gguf and does not find its base.
         lora_alpha: Alpha that a LoRA .pth was trained with, which it does not hold; 16 in lit-llama's scripts.
+        modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
     """
     from lit_llama.convert import convert
     from lit_llama.model.weights import parse_size
@@ -61,6 +63,7 @@ def main(
         resize_vocab=resize_vocab,
         base_dir=base_dir,
         lora_alpha=lora_alpha,
+        modelfile=modelfile,
     )
 
 

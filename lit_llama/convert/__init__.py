@@ -34,6 +34,7 @@ def convert(
     resize_vocab: int | None = None,
     base_dir: Path | None = None,
     lora_alpha: float = 16,
+    modelfile: bool = False,
 ) -> None:
     """Find out what `source` is, write it as `layout` into the folder `destination`, and say so on stderr.
 
@@ -49,6 +50,7 @@ def convert(
         resize_vocab: Rows that embedding and head are to grow to.
         base_dir: The base model, of an adapter.
         lora_alpha: Alpha of lit-llama's LoRA file, which does not say it.
+        modelfile: Write a Modelfile for Ollama beside the GGUF file.
 
     Raises:
         CheckpointError: `source` is missing, or nothing that can be converted.
@@ -56,17 +58,23 @@ def convert(
         ResourceError: The disk has no room.
     """
     start = time.perf_counter()
-    if base_dir is not None or (layout == "gguf" and (source / _ADAPTER).is_file() and not _is_model(source)):
+    adapter = base_dir is not None or (layout == "gguf" and (source / _ADAPTER).is_file() and not _is_model(source))
+    if modelfile and (adapter or layout != "gguf"):
+        raise UserError("--modelfile is for a model with --format gguf")
+    if adapter:
         _convert_adapter(source, destination, layout, dtype, base_dir, lora_alpha)
         return
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
+        from lit_llama.convert.gguf.modelfile import check_modelfile
         from lit_llama.convert.gguf.types import check_type
         from lit_llama.convert.gguf.writer import check_file
 
         check_file(destination)
         check_type(dtype)
+        if modelfile:
+            check_modelfile(destination)
     else:
         check_destination(destination, _MARKERS[layout])
     if dtype not in (None, *get_args(PlainType)) and layout != "gguf":
@@ -100,6 +108,10 @@ def convert(
     for name, note in opened.notes.items():
         if isinstance(note, str):
             say(f"{name}: {note}", markup=False)
+    if modelfile:
+        from lit_llama.convert.gguf.modelfile import write_modelfile
+
+        write_modelfile(destination)
     made = f"{opened.parameters:,} parameters in {dtype or opened.dtype}"
     say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
+from lit_llama.convert.gguf.modelfile import check_modelfile, write_modelfile
 from lit_llama.convert.gguf.parts import model_name
 from lit_llama.convert.gguf.types import check_type
 from lit_llama.convert.gguf.writer import check_file, write_gguf
@@ -161,6 +162,7 @@ def merge_into_gguf(
     precision: Precision,
     onto: Onto | None = None,
     base_dir: Path | None = None,
+    modelfile: bool = False,
 ) -> Proof:
     """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
 
@@ -171,9 +173,12 @@ def merge_into_gguf(
         precision: In which the logits are compared.
         onto: As for `merge`.
         base_dir: As for `merge`.
+        modelfile: Write a Modelfile for Ollama beside the file.
     """
     check_file(destination)
     check_type(dtype)
+    if modelfile:
+        check_modelfile(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as held:
         folder = Path(held) / "merged"
@@ -182,6 +187,8 @@ def merge_into_gguf(
         proof = _write(adapter_dir, folder, kept, precision, onto, base_dir)
         source = replace(open_folder(folder), path=adapter_dir)  # for messages: the folder goes again
         write_gguf(source, destination, dtype, name=model_name(destination.name))
+    if modelfile:
+        write_modelfile(destination)
     size = f"{destination.stat().st_size / 1e9:.2f} GB"
     stderr().print(f"{destination}: {size}, ready for llama.cpp and Ollama", markup=False)
     return proof

@@ -92,9 +92,10 @@ def convert(
 
 
 def _check_foreign(source: Path) -> None:
+    from lit_llama.convert.fp8 import is_fp8
     from lit_llama.convert.native import has_safetensors
 
-    if source.is_dir() and has_safetensors(source):
+    if source.is_dir() and has_safetensors(source) and not is_fp8(source):
         raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
 
 

@@ -123,6 +123,8 @@ def verify(merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | Non
 
 
 def _side(source: Source) -> Side:
+    if not source.stored:  # made while it is read
+        raise CheckpointError(f"{source.path} ({source.kind}): bring it into 16 bits first, with prepare/checkpoint.py")
     return Side(source.path, source.stored)
 
 

@@ -44,14 +44,17 @@ def main(
         resize_vocab: Rows that embedding and head are to have, where the tokenizer has more tokens than they have rows;
             new rows are the mean of the trained ones.
         rms_norm_eps: Epsilon of the norms of a lit-llama .pth, which does not hold it; left out, that of LLaMA 1.
-        base_dir: Base model of an adapter: of a LoRA .pth of lit-llama or a GGUF adapter, which become a PEFT adapter
-            folder, or of an adapter folder that is written with --format gguf and does not find its base.
-        lora_alpha: Alpha that a LoRA .pth was trained with, which it does not hold; 16 in lit-llama's scripts.
+        base_dir: Base model of an adapter: of a LoRA .pth of lit-llama, a GGUF adapter or a folder of mlx-lm, which
+            become a PEFT adapter folder, or of an adapter folder that does not find its own, with --format gguf.
+        lora_alpha: Alpha that a LoRA of lit-llama was trained with, which its file does not hold; 16 in its scripts.
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
     """
-    from lit_llama.convert import convert
+    from lit_llama.convert import convert, convert_adapter
     from lit_llama.model.weights import parse_size
 
+    if base_dir is not None and format == "hf":
+        convert_adapter(source, base_dir, destination_path, lora_alpha)
+        return
     convert(
         source,
         destination_path,
@@ -62,7 +65,6 @@ def main(
         rms_norm_eps=rms_norm_eps,
         resize_vocab=resize_vocab,
         base_dir=base_dir,
-        lora_alpha=lora_alpha,
         modelfile=modelfile,
     )
 

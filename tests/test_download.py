@@ -235,7 +235,7 @@ def test_an_adapter_comes_as_it_is_and_names_its_base(
     settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": REPO}
     hub.repos["owner/lora"]["adapter_config.json"] = json.dumps(settings).encode()
     download("owner/lora", tmp_path / "other", endpoint=hub.endpoint)
-    assert f"download.py --repo_id {REPO} --destination_path {REPO} (its base)" in capsys.readouterr().err
+    assert f"download.py --repo_id {REPO} --destination_path {tmp_path}/tiny (its base)" in capsys.readouterr().err
 
 
 def test_one_gguf_file_comes_alone(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def test_an_adapter_of_llama_cpp_is_that_of_peft(tmp_path: Path, alpha: float | 
     done = run_here(
         *("prepare/checkpoint.py", "--source", path, "--base_dir", base, "--destination_path", tmp_path / "adapter")
     )
-    assert done.returncode == 0 and "an adapter of" in done.stderr
+    assert done.returncode == 0, done.stderr
     random = np.random.default_rng(0)
     state = load_model(base).state_dict()
     for layer in (0, 1):
@@ -228,7 +228,7 @@ def test_a_user_is_told_which_way_to_take(tmp_path: Path, plain_base: Path) -> N
         convert(adapter, tmp_path / "made")
     with pytest.raises(UserError, match="--dtype is 'q8_0', expected one of bfloat16, float16, float32 for an adapter"):
         convert(adapter, tmp_path / "other.gguf", layout="gguf", dtype="q8_0")
-    with pytest.raises(UserError, match="is no adapter folder, from which alone --format gguf makes an adapter"):
+    with pytest.raises(UserError, match=r"--base_dir is for adapters; .* is none"):
         convert(plain_base, tmp_path / "other.gguf", layout="gguf", base_dir=plain_base)
 
 

@@ -8,6 +8,7 @@ from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_destination
 from lit_llama.model.config import PlainType
+from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
@@ -33,7 +34,6 @@ def convert(
     rms_norm_eps: float | None = None,
     resize_vocab: int | None = None,
     base_dir: Path | None = None,
-    lora_alpha: float = 16,
     modelfile: bool = False,
 ) -> None:
     """Find out what `source` is, write it as `layout` into the folder `destination`, and say so on stderr.
@@ -48,8 +48,7 @@ def convert(
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
         resize_vocab: Rows that embedding and head are to grow to.
-        base_dir: The base model, of an adapter.
-        lora_alpha: Alpha of lit-llama's LoRA file, which does not say it.
+        base_dir: The base model of an adapter folder that becomes a GGUF adapter; None looks for it.
         modelfile: Write a Modelfile for Ollama beside the GGUF file.
 
     Raises:
@@ -58,12 +57,16 @@ def convert(
         ResourceError: The disk has no room.
     """
     start = time.perf_counter()
-    adapter = base_dir is not None or (layout == "gguf" and (source / _ADAPTER).is_file() and not _is_model(source))
+    adapter = layout == "gguf" and _is_adapter(source)
     if modelfile and (adapter or layout != "gguf"):
         raise UserError("--modelfile is for a model with --format gguf")
     if adapter:
-        _convert_adapter(source, destination, layout, dtype, base_dir, lora_alpha)
+        from lit_llama.convert.gguf.adapter import write_adapter
+
+        write_adapter(source, destination, dtype, base_dir)
         return
+    if base_dir is not None:
+        raise UserError(f"--base_dir is for adapters; {source}, which is to be a file of --format {layout}, is none")
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
@@ -116,34 +119,8 @@ def convert(
     say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / SETTINGS_FILE).is_file()
-
-
-def _convert_adapter(
-    source: Path, destination: Path, layout: Layout, dtype: str | None, base_dir: Path | None, lora_alpha: float
-) -> None:
-    """An adapter folder -> a GGUF adapter, or a GGUF adapter or lit-llama's LoRA file -> an adapter folder."""
-    from lit_llama.convert.gguf.adapter import read_adapter, write_adapter
-    from lit_llama.convert.gguf.scan import MAGIC
-    from lit_llama.convert.lit.lora import convert_lit_lora
-
-    if source.is_dir() and (source / _ADAPTER).is_file():
-        if layout != "gguf":
-            raise CheckpointError(_merge_hint(source))
-        write_adapter(source, destination, dtype, base_dir)
-        return
-    if base_dir is None or layout != "hf":
-        raise UserError(f"--source: {source} is no adapter folder, from which alone --format {layout} makes an adapter")
-    if not source.is_file():
-        raise CheckpointError(f"--source: {source} is no file: --base_dir is for adapters, see --help")
-    with source.open("rb") as file:
-        is_gguf = file.read(len(MAGIC)) == MAGIC
-    if is_gguf:
-        read_adapter(source, base_dir, destination)
-    else:
-        convert_lit_lora(source, base_dir, destination, lora_alpha)
-    stderr().print(f"{destination}: an adapter of {base_dir}, from {source}", markup=False)
+def _is_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER).is_file() and not (folder / SETTINGS_FILE).is_file()
 
 
 def _merge_hint(folder: Path) -> str:
@@ -154,9 +131,10 @@ def _merge_hint(folder: Path) -> str:
 
 
 def _check_foreign(source: Path) -> None:
+    from lit_llama.convert.fp8 import is_fp8
     from lit_llama.convert.native import has_safetensors
 
-    if source.is_dir() and has_safetensors(source):
+    if source.is_dir() and has_safetensors(source) and not is_fp8(source):
         raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
 
 
@@ -171,10 +149,58 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
     elif source.is_file():
         opened = _open_file(source, dtype, rms_norm_eps)
     else:
-        raise CheckpointError(f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}")
+        raise _absent(source)
     if rms_norm_eps is not None and opened.kind != "lit-llama":
         raise UserError(f"--rms_norm_eps: {source} ({opened.kind}) says its epsilon itself, leave the flag out")
     return opened
+
+
+def _absent(source: Path) -> CheckpointError:
+    if repository(str(source)) is None:
+        return CheckpointError(
+            f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}"
+        )
+    return CheckpointError(
+        f"--source: {source} does not exist (working folder: {Path.cwd()}). If it is a model on the Hub: python "
+        f"prepare/download.py --repo_id {source}"
+    )
+
+
+def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha: float) -> None:
+    """Make a PEFT adapter folder of another program's: lit-llama's LoRA .pth, a GGUF adapter, a folder of mlx-lm.
+
+    Args:
+        source: The file or folder.
+        base_dir: The converted base model that it was trained on.
+        destination: Folder to make.
+        lora_alpha: Alpha of a LoRA of lit-llama, whose file does not hold it.
+
+    Raises:
+        CheckpointError: It is none of these, or does not fit the base.
+    """
+    from lit_llama.convert import mlx
+    from lit_llama.convert.gguf.adapter import read_adapter
+    from lit_llama.convert.lit.lora import convert_lit_lora
+
+    if not source.exists():
+        raise _absent(source)
+    if (source / mlx.WEIGHTS_FILE).is_file():
+        mlx.convert_mlx(source, base_dir, destination)
+    elif source.is_dir():
+        raise CheckpointError(
+            f"--source: {source} holds no adapter of another program; with --base_dir expected a LoRA .pth of "
+            f"lit-llama, a GGUF adapter or a folder of mlx-lm ({mlx.WEIGHTS_FILE}). PEFT's own folders need no "
+            "conversion"
+        )
+    elif _is_gguf(source):
+        read_adapter(source, base_dir, destination)
+    else:
+        convert_lit_lora(source, base_dir, destination, lora_alpha)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
@@ -190,6 +216,8 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
         from lit_llama.convert.gguf.reader import open_gguf
 
         return open_gguf(path, dtype)
+    if (path.parent / SETTINGS_FILE).is_file() and path.suffix in (".safetensors", ".bin"):
+        raise CheckpointError(f"--source: {path} is a file of the folder {path.parent}: name the folder")
     if start.startswith(b"PK") or path.suffix == ".pth":
         from lit_llama.convert.lit.lit_llama import open_lit
 
@@ -205,8 +233,12 @@ def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) ->
         return opened.cast(dtype)
     if (path := only_model(folder)) is not None:  # as prepare/download.py makes it
         return _open_file(path, dtype, rms_norm_eps)
+    if foreign := foreign_adapter(folder, {path.name for path in folder.iterdir()}):
+        raise CheckpointError(f"--source: {folder} {foreign}")
     if (folder / _ADAPTER).is_file():
         raise CheckpointError(_merge_hint(folder))
+    if (folder / "consolidated.safetensors").is_file():
+        raise CheckpointError(f"--source: {wrong_place(folder)}")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"

@@ -5,6 +5,7 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that
 
 
 def load_model(
-    folder: Path,
+    folder: Path | str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantize: Quantization | None = None,
@@ -45,6 +46,7 @@ def load_model(
         CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
             delta, or a value does not fit float16.
     """
+    folder = Path(folder)
     config = LLaMAConfig.from_folder(folder)
     weights = Weights(folder)
     with torch.device("meta"):
@@ -101,8 +103,8 @@ def check_no_delta(folder: Path, norms: Iterable[torch.Tensor]) -> None:
     if (size := torch.cat([norm.flatten().float() for norm in norms]).square().mean().sqrt().item()) < _DELTA:
         raise CheckpointError(
             f"{folder} holds a delta and no model: its norms are near zero (root mean square {size:.2g}, expected 0.3 "
-            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir {folder} "
-            f"--destination_path {folder}-merged"
+            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir "
+            f"{shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-merged')}"
         )
 
 

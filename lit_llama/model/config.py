@@ -161,7 +161,7 @@ class LLaMAConfig:
         try:
             raw = json.loads(path.read_text("utf-8"))
             if raw.get("quantization_config") or raw.get("compression_config"):
-                raise CheckpointError(describe_quantization(raw, folder.name))
+                raise CheckpointError(describe_quantization(raw, folder))
             return cls.from_dict(raw)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error

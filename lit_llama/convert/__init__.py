@@ -107,10 +107,10 @@ def convert(
         write_gguf(opened, destination, dtype)
     say = stderr().print
     for remark in opened.notes.get("remarks", ()):
-        say(remark, markup=False)
+        say(remark)
     for name, note in opened.notes.items():
         if isinstance(note, str):
-            say(f"{name}: {note}", markup=False)
+            say(f"{name}: {note}")
     if modelfile:
         from lit_llama.convert.gguf.modelfile import write_modelfile
 

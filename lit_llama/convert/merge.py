@@ -89,9 +89,7 @@ def merge(
         ResourceError: Disk or memory is too small, said before anything is written.
     """
     proof = _write(adapter_dir, destination, dtype, precision, onto, base_dir)
-    stderr().print(
-        f"{destination}: ready for generate/ and for any program that reads Hugging Face folders", markup=False
-    )
+    stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
     return proof
 
 
@@ -113,7 +111,7 @@ def _write(
     tokenizer = adapter_tokenizer(adapter_dir, base, LLaMAConfig.from_folder(base).vocab_size)
     merged = Merged(base, adapter_dir, onto, dtype)
     for remark in merged.remarks:
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     raw = json.loads((base / "config.json").read_text("utf-8"))
     if merged.unties:
         raw["tie_word_embeddings"] = False
@@ -190,7 +188,7 @@ def merge_into_gguf(
     if modelfile:
         write_modelfile(destination)
     size = f"{destination.stat().st_size / 1e9:.2f} GB"
-    stderr().print(f"{destination}: {size}, ready for llama.cpp and Ollama", markup=False)
+    stderr().print(f"{destination}: {size}, ready for llama.cpp and Ollama")
     return proof
 
 

@@ -25,7 +25,7 @@ from lit_llama.device import (
     seed_everything,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError, check_seed
-from lit_llama.folder import publish, replace_text, write_json
+from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
@@ -119,7 +119,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
     run = replace(run, train=fitted)
     for remark in remarks if run.processes.is_first else ():
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     plan = make_plan(
         run.method,
         inputs.config,
@@ -139,7 +139,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     if state and run.processes.is_first:
         check_same(state, read_state(state)["identity"], identity)
     if finished:
-        stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do", markup=False)
+        stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do")
         return
     with explained(plan):
         _execute(run, inputs, identity, plan, state, start)
@@ -150,9 +150,11 @@ def _execute(
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
-    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}", markup=False)
+    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}")
     if not plan.fits:
-        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
+        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
+    if processes.is_first:  # for a state, and for the result beside it
+        check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
     (keep_freed_memory if plan.roomy else return_freed_memory)()
     keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
@@ -177,7 +179,7 @@ def _execute(
             training.restore(state, read_state(state))
         processes.check_same("adapter", training.digest())
         if processes.is_first:
-            write_json(run.out_dir / META_FILE, training.meta(steps))
+            replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
             f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "
             f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
@@ -325,13 +327,13 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
     if not run.train.sample_prompts:
         return None
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
-        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)", markup=False)
+        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)")
         return None
     prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:
         return Sampler.from_folders(model, run.checkpoint_dir, run.data_dir, prompts, tokens)
     except UserError as error:
-        stderr().print(f"no sample answers: {error}", markup=False)
+        stderr().print(f"no sample answers: {error}")
         return None
 
 

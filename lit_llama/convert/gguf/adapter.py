@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lit_llama.convert.gguf.config import GGUF_NAMES, architecture, in_rotary_pairs, native_name
 from lit_llama.convert.gguf.parts import Files, model_name, read_parts
 from lit_llama.convert.gguf.reader import GGUFTensor
-from lit_llama.convert.gguf.writer import add_key, aside, check_file
+from lit_llama.convert.gguf.writer import add_key, check_file
 from lit_llama.convert.rotary import in_halves, in_pairs
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_space, publish, write_json
@@ -30,6 +30,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adaptable, adapters, apply_lora
 from lit_llama.model.low_rank import LoRAEmbedding, LoRALinear
 from lit_llama.model.weights import Weights
+from lit_llama.place import aside
 from lit_llama.progress import stderr
 from lit_llama.text.prompts import TEMPLATE_FILE
 
@@ -64,7 +65,8 @@ def write_adapter(adapter_dir: Path, destination: Path, dtype: str | None = None
     tensors, alpha = _tensors(model, config, adapter_dir, getattr(torch, dtype or "float32"))
     keys: dict[str, Any] = {"general.type": "adapter", "general.name": model_name(destination.name)}
     keys |= {"general.file_type": file_type, _TYPE: "lora", _ALPHA: alpha}
-    check_space(destination.parent, sum(value.nbytes for value in tensors.values()))
+    check_space(destination, sum(value.nbytes for value in tensors.values()))
+    destination.parent.mkdir(parents=True, exist_ok=True)
     with aside(destination) as part, contextlib.closing(gguf.GGUFWriter(part, architecture(config))) as writer:
         for key, value in keys.items():
             add_key(writer, key, value)
@@ -123,7 +125,7 @@ def _say(remarks: tuple[str, ...], adapter_dir: Path, destination: Path, base: P
         f"{destination}: an adapter of {count} modules, for a GGUF file of {base}: llama-cli --lora {destination}"
     )
     for line in lines:
-        stderr().print(line, markup=False)
+        stderr().print(line)
 
 
 def read_adapter(path: Path, base_dir: Path, destination: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_llama.convert.gguf.scan import scan
 from lit_llama.errors import UserError
+from lit_llama.place import aside
 from lit_llama.progress import stderr
 from lit_llama.text.jinja.template import JinjaStyle
 from lit_llama.text.prompts import style_of
@@ -33,8 +34,9 @@ def check_modelfile(path: Path) -> None:
 def write_modelfile(path: Path) -> None:
     """Write the Modelfile of a GGUF file beside it, and say on stderr what to do with it."""
     metadata, made = scan(path).metadata, modelfile_of(path)
-    made.write_text(modelfile(path.name, metadata), "utf-8")
-    stderr().print(f"{made}: ollama create {path.stem} -f {made}", markup=False)
+    with aside(made) as part:
+        part.write_text(modelfile(path.name, metadata), "utf-8")
+    stderr().print(f"{made}: ollama create {path.stem} -f {made}")
 
 
 def modelfile(name: str, metadata: dict[str, Any]) -> str:

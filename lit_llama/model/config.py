@@ -161,7 +161,7 @@ class LLaMAConfig:
         try:
             raw = json.loads(path.read_text("utf-8"))
             if raw.get("quantization_config") or raw.get("compression_config"):
-                raise CheckpointError(describe_quantization(raw, folder.name))
+                raise CheckpointError(describe_quantization(raw, folder))
             return cls.from_dict(raw)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
@@ -180,6 +180,12 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 Quantization = Literal["nf4", "nf4-dq", "int8", "fp8"]
 """How the linear layers of a base are held: see quantize.py."""
+
+PlainType = Literal["bfloat16", "float16", "float32"]
+"""In what weights are stored in folders and adapters."""
+
+GGUFType = Literal["bfloat16", "float16", "float32", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+"""In what they are stored in GGUF files: the numbers are bits, `k` and `m` llama.cpp's mixtures."""
 
 Onto = Literal["stored", "nf4", "nf4-dq", "int8", "fp8"]
 """What an adapter is put on: the base as it is stored, or with quantised linear layers."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.checkpoint import fingerprint
-from lit_llama.model.config import LoRAConfig, Quantization
+from lit_llama.model.config import LoRAConfig, Quantization, is_pattern
 from lit_llama.model.lora import adapt, adaptable, adapters
 from lit_llama.model.low_rank import LoRAEmbedding, LowRank
 from lit_llama.model.weights import check_names, describe_wrong_file
@@ -64,7 +64,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": config.targets,
+        "target_modules": config.pattern or config.targets,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": config.rank_pattern,
@@ -118,8 +118,10 @@ def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str]:
         if raw.get(key, neutral[0]) not in neutral:
             raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not implemented (only {neutral[0]!r})")
     targets = raw.get("target_modules")
-    if not isinstance(targets, list) and targets != "all-linear":
-        raise CheckpointError(f"{path}: target_modules is {targets!r}, expected a list of names or 'all-linear'")
+    if not isinstance(targets, list) and targets != "all-linear" and not is_pattern(targets):
+        raise CheckpointError(
+            f"{path}: target_modules is {targets!r}, expected a list of names, a regular expression or 'all-linear'"
+        )
     names = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
     variant = {name: raw[name] for name in names if raw.get(name) is not None}
     try:

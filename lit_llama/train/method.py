@@ -80,7 +80,9 @@ class LoRA:
     @property
     def uniform(self) -> bool:
         config = self.config
-        return not any("." in name for name in (*config.targets, *config.rank_pattern, *config.alpha_pattern))
+        return config.pattern is None and not any(
+            "." in name for name in (*config.targets, *config.rank_pattern, *config.alpha_pattern)
+        )
 
     def apply(self, model: LLaMA) -> str:
         adapted = apply_lora(model, self.config)

@@ -42,7 +42,8 @@ def main(
         dtype: Store the model in this dtype; left out, in that of the base. States are always stored as they train.
         seed: Of the order of the samples.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
-            OUT/states/step-000100. The result is that of a run that was never stopped.
+            OUT/states/step-000100. The result is that of a run that was never stopped. With more train.epochs or
+            train.max_steps than before a run is lengthened, a finished one as well.
         loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
         devices: How many devices share the samples of a step, or all there are; each holds the whole model.
         num_nodes: How many machines do; start the command on each with torchrun or srun.

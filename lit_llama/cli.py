@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, get_args, get_origin
 
-from lit_llama.errors import ResourceError, UserError
+from lit_llama.errors import Interrupted, ResourceError, UserError
 
 
 def CLI(*mains: Callable[..., Any]) -> None:
@@ -28,6 +28,8 @@ def CLI(*mains: Callable[..., Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _run(mains)
+    except Interrupted as error:  # which the user wanted
+        _say(error, error.exit_status)
     except UserError as error:
         _fail(error, error.exit_status)
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
@@ -36,7 +38,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
     except OSError as error:
         _fail(error, ResourceError.exit_status)
     except KeyboardInterrupt:
-        _fail("interrupted", 128 + signal.SIGINT)
+        _say("Interrupted", 128 + signal.SIGINT)
 
 
 def _run(mains: Sequence[Callable[..., Any]]) -> None:
@@ -166,5 +168,9 @@ def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
 
 
 def _fail(error: object, status: int) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    _say(f"error: {error}", status)
+
+
+def _say(text: object, status: int) -> None:
+    print(" ".join(str(text).split()), file=sys.stderr)
     sys.exit(status)

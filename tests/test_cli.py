@@ -283,7 +283,7 @@ def test_ctrl_c_is_one_line_and_status_130(door: Path) -> None:
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (130, "error: interrupted\n")
+    assert (process.returncode, said) == (130, "Interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,9 @@ def test_a_target_that_matches_nothing_is_an_error(target: str, hint: str) -> No
     assert not list(adapters(model)), "the model must be left as it was"
 
 
-@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"model\.layers\.1\..*(up|k)_proj", r".*[13]\.mlp\.(up|down)_proj"])
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q|v)_proj", r"model\.layers\.1\..*(up|k)_proj", r".*[13]\.mlp\.(up|down)_proj"]
+)
 def test_a_regular_expression_means_the_modules_that_it_means_to_peft(pattern: str) -> None:
     """Catches one that is matched at the beginning or the end alone, or against other names than PEFT's."""
     from peft import LoraConfig, get_peft_model

@@ -47,10 +47,12 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
     evaluations = _evaluations(series)
     door = meta.get("run", {}).get("door", _LORA)
     steps = max((step for step, _ in series["step"]), default=0)
+    of_steps = meta.get("steps", steps)
+    result = (folder / (CONFIG_FILE if door == _LORA else SETTINGS_FILE)).exists()
     verdict = {
         "steps": steps,
-        "of_steps": meta.get("steps", steps),
-        "finished": (folder / (CONFIG_FILE if door == _LORA else SETTINGS_FILE)).exists(),
+        "of_steps": of_steps,
+        "finished": result and steps >= of_steps,  # a result stays while its run is made longer
         "before": evaluations[0] if evaluations else None,
         "after": evaluations[-1] if evaluations else None,
         "best": min(evaluations, key=lambda row: row["test_loss"]) if evaluations else None,

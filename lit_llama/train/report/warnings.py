@@ -53,7 +53,7 @@ def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
         )
     if not verdict["finished"]:
         what = f"The run is at step {verdict['steps']:,} of {verdict['of_steps']:,}: there is no result yet."
-        found.append(("note", what, "This page is written anew at every evaluation."))
+        found.append(("note", what, "This page is written anew at evaluations and saves, and every minute."))
     return found
 
 

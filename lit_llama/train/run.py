@@ -36,6 +36,7 @@ from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.text.report.look import look_at
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
@@ -51,7 +52,7 @@ from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
 from lit_llama.train.processes import Strategy, join
 from lit_llama.train.recompute import recompute_activations
-from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
 from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
@@ -190,6 +191,8 @@ def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
     with publish(run.out_dir, run.method.marker, replace=True) as folder:
         training.write_result(folder, exact=False)
     write_run_report(run.out_dir)
+    for line in look_at(run.out_dir / REPORT_JSON):
+        log.say(line)
     log.say(
         f"{run.out_dir}: {run.method.result}, report.html, metrics.csv, loss.png, run.yaml; "
         f"{time.perf_counter() - start:.1f} s, peak memory {training.trainer.memory() / 1e9:.2f} GB"
@@ -221,6 +224,7 @@ class _Training:
             "door": self.run.method.door,
             "trainable": self.trainable,
             "dtype": str(self.numerics),
+            "vocab_size": self.inputs.config.vocab_size,
             "device": describe(pick_device()),
         }
         made["torch"] = torch.__version__

@@ -28,6 +28,7 @@ def main(
     loggers: LoggerName | list[LoggerName] | None = None,
     plan: bool = False,
     plan_memory: str | None = None,
+    plan_device: str | None = None,
     devices: int | Literal["auto"] = 1,
     num_nodes: int = 1,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
@@ -55,6 +56,8 @@ def main(
         loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
         plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
         plan_memory: The same for a GPU with this much memory, such as 16GB, that is not here.
+        plan_device: The same for a kind of GPU, such as v100, t4, a100 or rtx4090, which decides the precision of auto,
+            too. Of several sizes of its memory the smallest counts, unless plan_memory is given.
         devices: GPUs of this machine that share the samples of each step, or auto for all of them; without GPUs, as
             many processes on the CPU. The steps are those of one process, and any number of them can continue a run.
             Under torchrun or srun, which start the processes themselves, leave this and num_nodes out.
@@ -81,6 +84,7 @@ def main(
         strategy=strategy,
         plan=plan,
         plan_memory=plan_memory,
+        plan_device=plan_device,
         own={"adapter_dir": None, "lora": asdict(lora), "quantize": quantize, "strategy": strategy},
     )
 

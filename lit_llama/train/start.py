@@ -36,6 +36,7 @@ def start(
     strategy: Strategy,
     plan: bool,
     plan_memory: str | None,
+    plan_device: str | None,
     own: Mapping[str, Any],
 ) -> None:
     """Print the plan where one is asked for, else train; see `print_plan`, `launch` and `finetune`.
@@ -59,7 +60,7 @@ def start(
             "--checkpoint_dir is missing: the base model, a folder in Hugging Face layout; or give --adapter_dir, an "
             "adapter to go on with, which names its base"
         )
-    if plan or plan_memory is not None:
+    if plan or plan_memory is not None or plan_device is not None:
         from lit_llama.train.plan_table import print_plan
 
         return print_plan(
@@ -71,6 +72,7 @@ def start(
             quantize=quantize,
             seed=seed,
             memory=plan_memory,
+            card=plan_device,
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,

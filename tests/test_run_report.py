@@ -290,7 +290,8 @@ def test_a_browser_shows_the_page(made: tuple[Path, Any], tmp_path: Path, width:
     ("body", "wrong"),
     [
         ("<img src='http://127.0.0.1:9/x.png'>", "asks the network"),
-        ("<div style='width:800px'>wide</div>", "scrolled sideways"),
+        ("<div style='width:800px'>wide</div>", "page has to be scrolled sideways"),
+        ("<div class='wide' style='overflow:auto'><p style='width:800px'>wide</p></div>", "table has to be scrolled"),
     ],
 )
 def test_the_browser_would_see_what_is_wrong(tmp_path: Path, body: str, wrong: str) -> None:

@@ -13,6 +13,7 @@ from lit_llama.device import Precision
 def main(
     *,
     checkpoint_dir: Path,
+    base_dir: Path | None = None,
     prompt: str = "Hello, my name is",
     max_new_tokens: int = 50,
     temperature: float = 0.0,
@@ -26,6 +27,7 @@ def main(
 
     Args:
         checkpoint_dir: A checkpoint folder or an adapter folder.
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
         prompt: Text to continue.
         max_new_tokens: Most tokens to make.
         temperature: 0 takes the most likely token, more is more varied.
@@ -43,7 +45,12 @@ def main(
     from lit_llama.generate.answer import continue_text
     from lit_llama.generate.load import load
 
-    continue_text(load(checkpoint_dir, precision=precision, quantize=quantize), prompt, max_new_tokens, sampling)
+    continue_text(
+        load(checkpoint_dir, precision=precision, quantize=quantize, base_dir=base_dir),
+        prompt,
+        max_new_tokens,
+        sampling,
+    )
 
 
 if __name__ == "__main__":

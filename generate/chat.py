@@ -14,6 +14,7 @@ from lit_llama.text.prompts import StyleName
 def main(
     *,
     checkpoint_dir: Path,
+    base_dir: Path | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
     top_k: int = 0,
@@ -27,6 +28,7 @@ def main(
 
     Args:
         checkpoint_dir: A checkpoint folder or an adapter folder.
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
         max_new_tokens: Most tokens of an answer.
         temperature: 0 takes the most likely token, more is more varied.
         top_k: Draw among this many most likely tokens; 0 for all.
@@ -45,7 +47,7 @@ def main(
     from lit_llama.generate.load import load
 
     talk(
-        load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize),
+        load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize, base_dir=base_dir),
         max_new_tokens,
         sampling,
         line_reader(),

@@ -15,6 +15,7 @@ from lit_llama.text.prompts import StyleName
 def main(
     *,
     checkpoint_dir: Path,
+    base_dir: Path | None = None,
     prompt: str = "What food do llamas eat?",
     input: str = "",
     data_dir: Path | None = None,
@@ -35,6 +36,7 @@ def main(
 
     Args:
         checkpoint_dir: A checkpoint folder or an adapter folder.
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
         prompt: The instruction.
         input: What the instruction is about, if it is apart.
         data_dir: Answer the test split of this data folder instead, and measure the answers.
@@ -64,7 +66,7 @@ def main(
     from lit_llama.generate.load import load
     from lit_llama.text.formats import Example
 
-    speaker = load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize)
+    speaker = load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize, base_dir=base_dir)
     if data_dir is None and input_file is None:
         answer_one(speaker, Example(prompt, input), max_new_tokens, sampling)
     else:

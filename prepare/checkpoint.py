@@ -39,15 +39,15 @@ def main(
         resize_vocab: Rows that embedding and head are to have, where the tokenizer has more tokens than they have rows;
             new rows are the mean of the trained ones.
         rms_norm_eps: Epsilon of the norms of a lit-llama .pth, which does not hold it; left out, that of LLaMA 1.
-        base_dir: Converted base model of a LoRA .pth of lit-llama, which becomes a PEFT adapter folder.
-        lora_alpha: Alpha that the LoRA was trained with, which its file does not hold; 16 in lit-llama's scripts.
+        base_dir: Converted base model of a LoRA .pth of lit-llama or an adapter folder of mlx-lm, which becomes a PEFT
+            adapter folder.
+        lora_alpha: Alpha that a LoRA of lit-llama was trained with, which its file does not hold; 16 in its scripts.
     """
-    from lit_llama.convert import convert
-    from lit_llama.convert.lit.lora import convert_lit_lora
+    from lit_llama.convert import convert, convert_adapter
     from lit_llama.model.weights import parse_size
 
     if base_dir is not None:
-        convert_lit_lora(source, base_dir, destination_path, lora_alpha)
+        convert_adapter(source, base_dir, destination_path, lora_alpha)
         return
     convert(
         source,

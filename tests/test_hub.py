@@ -24,16 +24,26 @@ def test_an_index_says_which_parts_are_needed(hub: FakeHub, files: dict[str, byt
     index = json.dumps({"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}).encode()
     old = dict.fromkeys(("model-1-of-9.safetensors", "pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin"), b"x")
     hub.repos[REPO] |= {**parts, **old, "model.safetensors.index.json": index}
+    del hub.repos[REPO]["model.safetensors"]
     made = download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     wanted = (set(files) | set(parts) | {"model.safetensors.index.json"}) - {"model.safetensors"}
     assert set(hub.fetched()) == wanted and len(hub.fetched()) == len(wanted)
     assert set(listing(made)) == wanted | {"meta.json"}
 
 
+def test_a_single_file_counts_before_an_index(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
+    """The shards of an earlier save, which transformers would not take either."""
+    index = json.dumps({"weight_map": {"a": "model-1-of-1.safetensors"}}).encode()
+    hub.repos[REPO] |= {"model.safetensors.index.json": index, "model-1-of-1.safetensors": b"old"}
+    download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
+    assert set(hub.fetched()) == set(files)
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/x.safetensors", "gone.safetensors", "config.json", 7, ""])
 def test_an_index_that_names_anything_else_is_refused(hub: FakeHub, tmp_path: Path, name: object) -> None:
     """A file written outside the folder, another file taken for weights, or a traceback."""
     hub.repos[REPO]["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": name}}).encode()
+    del hub.repos[REPO]["model.safetensors"]
     with pytest.raises(CheckpointError, match=rf"index\.json names {re.escape(repr(name))}, which is no weight file"):
         download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     assert not (tmp_path / "tiny").exists()

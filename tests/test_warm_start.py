@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from small_runs import LORA, TWELVE, Killed, outcome, run, stop_after
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
-from lit_llama.errors import UserError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, read_adapter_config
+from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
+from lit_llama.train.method import LoRA
 from lit_llama.train.run import RUN_FILE
 from lit_llama.train.state import STATES_DIR
 from lit_llama.train.warm_start import read_start
@@ -83,21 +85,27 @@ def test_another_adapter_under_the_same_name_is_refused(first: Path, data: Path,
     assert again.returncode == 2 and "the adapter (fingerprint) was" in again.stderr
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], r".*\.1\..*[vo]_proj"])
-def test_an_adapter_of_peft_is_taken_with_its_values(targets: Any, tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 5}},
+        {"target_modules": r".*\.1\..*[vo]_proj", "use_rslora": True},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_an_adapter_of_peft_is_taken_with_its_values(
+    settings: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
     """Catches names that only our own files have; PEFT's logits, computed by PEFT, are those at the start."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    twin = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)).eval()
+    twin = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **settings)).eval()
     twin.save_pretrained(tmp_path)
     config, start = read_start(tmp_path, tiny_folder, LoRAConfig(dropout=0.1))
     assert (config.r, config.alpha, config.dropout) == (3, 5, 0.1)
-    from lit_llama.model.checkpoint import load_model
-    from lit_llama.train.method import LoRA
-
     model = load_model(tiny_folder, "cpu", torch.float32)
     method = LoRA(config, start)
     method.apply(model)
@@ -122,7 +130,7 @@ def test_the_modules_of_the_files_decide(first: Path, tiny_folder: Path, tmp_pat
     [
         (["--lora.r", 16], 2, "--lora.r is 16, but the adapter of"),
         (["--lora.target_modules", "q_proj"], 2, "--lora.target_modules is ['q_proj'], but the adapter of"),
-        (["--checkpoint_dir", "other"], 6, "--checkpoint_dir other is not the base that"),
+        (["--checkpoint_dir", "other"], 6, "other is not the base that first was trained on"),
         (["--checkpoint_dir", "first"], 2, "make it part of its base first, with python finetune/merge.py"),
     ],
 )
@@ -178,3 +186,19 @@ def test_the_flags_may_repeat_what_the_adapter_has(first: Path, tiny_folder: Pat
     assert read_start(first, tiny_folder, config)[0] == config
     with pytest.raises(UserError, match=r"--lora\.alpha is 5"):
         read_start(first, tiny_folder, replace(config, alpha=5))
+
+
+def test_what_cannot_go_on_training_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches rows that stay as they are without a word, and an update that is scaled by 0."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    for settings, message in (
+        ({"lora_alpha": 4, "trainable_token_indices": {"embed_tokens": [5, 6]}}, "which cannot go on training here"),
+        ({"lora_alpha": 0}, r"cannot go on training: --lora\.alpha is 0"),
+    ):
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **settings)
+        get_peft_model(base, config).save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=message):
+            read_start(tmp_path, tiny_folder, LoRAConfig())

@@ -7,6 +7,7 @@ from typing import Literal
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_destination
+from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
@@ -81,6 +82,8 @@ def convert(
 
         write_gguf(opened, destination, dtype)
     say = stderr().print
+    for remark in opened.notes.get("remarks", ()):
+        say(remark, markup=False)
     for name, note in opened.notes.items():
         if isinstance(note, str):
             say(f"{name}: {note}", markup=False)
@@ -106,10 +109,49 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
     elif source.is_file():
         opened = _open_file(source, dtype, rms_norm_eps)
     else:
-        raise CheckpointError(f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}")
+        raise _absent(source)
     if rms_norm_eps is not None and opened.kind != "lit-llama":
         raise UserError(f"--rms_norm_eps: {source} ({opened.kind}) says its epsilon itself, leave the flag out")
     return opened
+
+
+def _absent(source: Path) -> CheckpointError:
+    if repository(str(source)) is None:
+        return CheckpointError(
+            f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}"
+        )
+    return CheckpointError(
+        f"--source: {source} does not exist (working folder: {Path.cwd()}). If it is a model on the Hub: python "
+        f"prepare/download.py --repo_id {source}"
+    )
+
+
+def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha: float) -> None:
+    """Make a PEFT adapter folder of the adapter of another program: a LoRA .pth of lit-llama, or a folder of mlx-lm.
+
+    Args:
+        source: The file or folder.
+        base_dir: The converted base model that it was trained on.
+        destination: Folder to make.
+        lora_alpha: Alpha of a LoRA of lit-llama, whose file does not hold it.
+
+    Raises:
+        CheckpointError: It is neither, or does not fit the base.
+    """
+    from lit_llama.convert import mlx
+    from lit_llama.convert.lit.lora import convert_lit_lora
+
+    if not source.exists():
+        raise _absent(source)
+    if (source / mlx.WEIGHTS_FILE).is_file():
+        mlx.convert_mlx(source, base_dir, destination)
+    elif source.is_dir():
+        raise CheckpointError(
+            f"--source: {source} holds no adapter of another program; with --base_dir expected a LoRA .pth of "
+            f"lit-llama or a folder of mlx-lm ({mlx.WEIGHTS_FILE}). PEFT's own folders are used as they are"
+        )
+    else:
+        convert_lit_lora(source, base_dir, destination, lora_alpha)
 
 
 def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
@@ -125,6 +167,8 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
         from lit_llama.convert.gguf.reader import open_gguf
 
         return open_gguf(path, dtype)
+    if (path.parent / SETTINGS_FILE).is_file() and path.suffix in (".safetensors", ".bin"):
+        raise CheckpointError(f"--source: {path} is a file of the folder {path.parent}: name the folder")
     if start.startswith(b"PK") or path.suffix == ".pth":
         from lit_llama.convert.lit.lit_llama import open_lit
 
@@ -150,8 +194,12 @@ def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
         return native.open_folder(folder)
     if meta.has_shards(folder / "original"):
         return meta.open_meta(folder)
+    if foreign := foreign_adapter(folder, {path.name for path in folder.iterdir()}):
+        raise CheckpointError(f"--source: {folder} {foreign}")
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py")
+    if (folder / "consolidated.safetensors").is_file():
+        raise CheckpointError(f"--source: {wrong_place(folder)}")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"

@@ -8,20 +8,21 @@ from pathlib import Path
 import torch
 
 from lit_llama.device import Precision, cores, peak_memory, pick_device, pick_dtype
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.decode import generate
 from lit_llama.generate.sampling import Sampling
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.attention import KVCache
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import Onto
+from lit_llama.model.config import LLaMAConfig, Onto
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id
 from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Streamer, Tokenizer
-from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
+from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ class Speaker:
 
 
 def load(
-    folder: Path,
+    folder: Path | str,
     *,
     precision: Precision = "auto",
     prompt_style: str | None = None,
     quantize: Onto | None = None,
+    base_dir: Path | str | None = None,
 ) -> Speaker:
     """Load a checkpoint folder, or an adapter folder with its base.
 
@@ -96,6 +98,7 @@ def load(
         prompt_style: Ask in this style instead of the folder's own.
         quantize: How to hold the linear layers; None as they were held when the adapter was trained, or as they are
             stored.
+        base_dir: Where the base of an adapter is; None looks for it, see `base_of`.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -103,28 +106,38 @@ def load(
         IntegrityError: The base or its tokenizer is not the one the adapter was trained on.
     """
     start = time.perf_counter()
+    folder = Path(folder)
+    base = _base(folder, None if base_dir is None else Path(base_dir))
     device = pick_device()
     dtype = pick_dtype(precision, device)
     torch.set_num_threads(cores())
-    base = base_of(folder) if (folder / CONFIG_FILE).is_file() else folder
     method = trained_on(folder) if quantize is None and base != folder else quantize
     held = None if method == "stored" else method
+    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     model = load_model(base, device, dtype, held)
+    remarks = [*Weights(base).remarks]
     if base != folder:
-        load_adapter(model, folder)
+        remarks += load_adapter(model, folder).remarks
         model.requires_grad_(False).eval()
-    tokenizer = Tokenizer.from_path(base)
-    check_vocabulary(base, model.config.vocab_size, tokenizer)
-    for record in dict.fromkeys((folder, base)):
-        check_recorded(record, tokenizer, base)
     style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
     what = f"{folder} on {base}" if base != folder else str(folder)
     how = f"{held} and {str(dtype)[6:]}" if held else str(dtype)[6:]
     stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
-    special = special_ids(base, tokenizer)
-    for remark in (*tokenizer.remarks, *special.remarks):
+    specials = [special_ids(place, tokenizer) for place in dict.fromkeys((base, folder))]
+    if (home := tokenizer_home(folder, base)) != base:
+        remarks.append(f"{home}: its own tokenizer is used ({tokenizer.size} tokens, texts end in {tokenizer.eos})")
+    for remark in (*remarks, *tokenizer.remarks, *(remark for special in specials for remark in special.remarks)):
         stderr().print(remark, markup=False)
-    return make_speaker(model, tokenizer, style, special.ends)
+    return make_speaker(model, tokenizer, style, frozenset().union(*(special.ends for special in specials)))
+
+
+def _base(folder: Path, base_dir: Path | None) -> Path:
+    """The model that a folder holds, or that its adapter belongs to."""
+    if (folder / CONFIG_FILE).is_file():
+        return base_of(folder, base_dir)
+    if base_dir is not None:
+        raise UserError(f"--base_dir is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}")
+    return folder
 
 
 def make_speaker(model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int]) -> Speaker:

@@ -51,8 +51,7 @@ def load_model(
         model = LLaMA(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     linear = linear_weights(model)
-    # Old files carry the rotary frequencies, which follow from the configuration.
-    names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
+    names = list(weights)
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
     if tied:
         expected.pop("lm_head.weight")

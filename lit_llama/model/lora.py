@@ -1,7 +1,6 @@
 """Adapters on a built model: which modules they take the place of, and what an optimizer is given."""
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from lit_llama.errors import UserError
 from lit_llama.model.config import LoRAConfig, matches_pattern
 from lit_llama.model.dora import DoRALinear
 from lit_llama.model.low_rank import Adapter, LoRAEmbedding, LoRALinear, LoRAOnQuantized
+from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
 from lit_llama.model.whole import whole
 
@@ -89,7 +89,7 @@ def _adapted(able: Iterable[str], config: LoRAConfig) -> list[str]:
     """Those of the modules that `target_modules` names, each of whose names or its pattern has to mean one."""
     able = list(able)
     if config.pattern is not None:
-        if found := [name for name in able if re.fullmatch(config.pattern, name)]:
+        if found := [name for name in able if matches_whole(config.pattern, name)]:
             return found
         raise UserError(
             f"--lora.target_modules: the regular expression {config.pattern!r} matches no linear layer or embedding of "

@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import SPLITS, Split, data_fingerprint, read_meta
@@ -62,7 +62,7 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs
     tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)
     splits = read_splits(checkpoint_dir, config, data_dir, batch_size)
     template = read_text(data_dir / TEMPLATE_FILE)
-    base = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
+    base = base_record(checkpoint_dir)
     identity = {
         "data": data_fingerprint(data_dir),
         "base": base["fingerprint"],

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
-from lit_llama.model.adapter import META_FILE, base_of, load_adapter, read_adapter_config
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.adapter import META_FILE, base_of, load_adapter
+from lit_llama.model.adapters.rows import TrainedRows
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.weights import Weights, weight_files
 from lit_llama.model.whole import Whole
 from lit_llama.progress import stderr
 from lit_llama.text.prompts import TEMPLATE_FILE
@@ -64,9 +65,17 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
     """
     with torch.device("meta"):
         frame, twin = LLaMA(LLaMAConfig.from_folder(base)), LLaMA(LLaMAConfig.from_folder(base))
-    load_adapter(frame, adapter_dir)  # the adapter alone has values
+    placed = load_adapter(frame, adapter_dir, _weights(base))  # it alone has values
+    for remark in placed.remarks:
+        stderr().print(remark, markup=False)
     found = dict(adapters(frame))
-    config = replace(read_adapter_config(adapter_dir)[0], **{name: getattr(asked, name) for name in OWN})
+    if rows := [name for name, module in found.items() if isinstance(module, TrainedRows)]:
+        raise CheckpointError(
+            f"{adapter_dir} has trained rows of {rows[0]} (trainable_token_indices), which cannot go on training here: "
+            "make it part of its base with finetune/merge.py, and begin a new adapter on that, with "
+            "--lora.modules_to_save where the rows are to train"
+        )
+    config = _trainable(placed.lora, adapter_dir, asked)
     with suppress(UserError):  # of names that mean nothing here, where the tensors say what is meant
         apply_lora(twin, config)
     if {name: _shapes(module) for name, module in adapters(twin)} != {name: _shapes(m) for name, m in found.items()}:
@@ -82,6 +91,24 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
             )
     values = {f"{name}.{part}": value.detach() for name, m in found.items() for part, value in m.parts().items()}
     return config, Start(adapter_dir, values, _hash(values))
+
+
+def _weights(base: Path) -> Weights | None:
+    """The weights of the base, for what an adapter holds of them; a plan may be made without any."""
+    try:
+        weight_files(base)
+    except CheckpointError:
+        return None
+    return Weights(base)
+
+
+def _trainable(found: LoRAConfig, adapter_dir: Path, asked: LoRAConfig) -> LoRAConfig:
+    """The settings of a trained adapter as those of a run, which ask for an update that is scaled by more than 0."""
+    settings = {field.name: getattr(found, field.name) for field in fields(LoRAConfig)}
+    try:
+        return LoRAConfig(**settings | {name: getattr(asked, name) for name in OWN})
+    except UserError as error:
+        raise CheckpointError(f"{adapter_dir} cannot go on training: {error}") from error
 
 
 def _shape(config: LoRAConfig) -> dict[str, Any]:
@@ -109,21 +136,17 @@ def find_base(adapter_dir: Path, checkpoint_dir: Path | None) -> Path:
         CheckpointError: There is none.
         IntegrityError: It is another than the adapter was trained on.
     """
-    if checkpoint_dir is None:
-        return base_of(adapter_dir)
-    expected = _recorded_base(adapter_dir)
-    if expected is None:
+    try:
+        base = base_of(adapter_dir, checkpoint_dir)
+    except (CheckpointError, IntegrityError) as error:  # here the flag of the base has another name
+        raise type(error)(str(error).replace("--base_dir", "--checkpoint_dir")) from error
+    if checkpoint_dir is not None and not _recorded_base(adapter_dir):
         stderr().print(
             f"{adapter_dir} does not say by a fingerprint which base it was trained on; {checkpoint_dir} is taken for "
-            "it, whose shapes fit",
+            "it, if its shapes fit",
             markup=False,
         )
-    elif fingerprint(checkpoint_dir) != expected:
-        raise IntegrityError(
-            f"--checkpoint_dir {checkpoint_dir} is not the base that {adapter_dir} was trained on: its weights have "
-            "another fingerprint; leave it out, and the adapter's own is found"
-        )
-    return checkpoint_dir
+    return base
 
 
 def _recorded_base(adapter_dir: Path) -> str | None:

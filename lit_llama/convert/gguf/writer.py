@@ -109,8 +109,8 @@ def _plan(source: Source, wanted: Kind | None) -> dict[str, Kind]:
     """How each tensor is stored. A tied head is the embedding and goes unsaid."""
     plan = {}
     for name, (stored, shape) in source.specs.items():
-        if name != HEAD or not source.shape.tie_word_embeddings:
-            plan[name] = Kind.F32 if len(shape) == 1 else wanted or _STORED[stored]
+        if name != HEAD or not source.shape.tie_word_embeddings:  # F32 is 0, which counts as false
+            plan[name] = Kind.F32 if len(shape) == 1 else _STORED[stored] if wanted is None else wanted
     odd = [name for name, kind in plan.items() if kind == Kind.Q8_0 and source.specs[name][1][-1] % 32]
     if odd:
         stderr().print(f"{len(odd)} matrices, {odd[0]} first, have rows that 32 does not divide: f16 instead of q8_0")

@@ -42,7 +42,8 @@ _TOKENIZER = (
     "chat_template.json",
 )
 _OLD_TOKENIZER = ("vocab.json", "merges.txt")
-_WEIGHTS = (INDEX_FILE, SINGLE_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")  # the first one counts
+# The first one counts, as in transformers: beside a single file an index is of an older save.
+_WEIGHTS = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LISTED = 20  # most names in a message
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.convert.kinds import foreign_kind
 from lit_llama.convert.lit.litgpt import FILE as LITGPT_FILE
 from lit_llama.convert.lit.litgpt import PARTS, open_litgpt
 from lit_llama.convert.meta.join import same
-from lit_llama.convert.pth.files import read_pth, write_pth
 from lit_llama.convert.rotary import in_halves, in_pairs
 from lit_llama.convert.source import (
     EMBEDDING,
@@ -32,6 +32,7 @@ from lit_llama.convert.tokens.files import read_vocabulary, write_tokenizer_mode
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.pth.files import read_pth, write_pth
 from lit_llama.model.weights import Spec, Stored, byte_size
 
 FILE = "lit-llama.pth"
@@ -72,6 +73,8 @@ def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
     if path.is_dir():
         path = path / (LITGPT_FILE if (path / LITGPT_FILE).is_file() else FILE)
     tensors = read_pth(path)
+    if (foreign := foreign_kind(path, tensors)) is not None:
+        raise CheckpointError(foreign)
     if any(".norm_1." in name for name in tensors):
         return open_litgpt(path, tensors)
     if any(name.endswith(".lora_A") for name in tensors):

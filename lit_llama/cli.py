@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import errno
 import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from lit_llama.console import shown
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.habits import answer, explain
 
@@ -38,7 +42,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        _fail(error, ResourceError.exit_status)
+        _fail(_system(error), ResourceError.exit_status)
     except KeyboardInterrupt:
         _say("Interrupted", 128 + signal.SIGINT)
 
@@ -218,10 +222,22 @@ def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
             yield from _names(kind, f"{prefix}{name}.")
 
 
+def _system(error: OSError) -> str:
+    """What the system refused, and where."""
+    if error.strerror is None:  # raised by a library
+        return str(error)
+    places = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if error.errno == errno.ENOSPC and not places:
+        free = {folder: shutil.disk_usage(folder).free for folder in (os.getcwd(), tempfile.gettempdir())}
+        return "a disk is full: " + ", ".join(f"{folder} has {size:,} bytes free" for folder, size in free.items())
+    return ": ".join([*places[:1], error.strerror]) + (f" ({places[1]})" if places[1:] else "")
+
+
 def _fail(error: object, status: int) -> None:
     _say(f"error: {error}", status)
 
 
 def _say(text: object, status: int) -> None:
-    print(" ".join(str(text).split()), file=sys.stderr)
+    line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
+    print(shown(line, sys.stderr), file=sys.stderr)
     sys.exit(status)

@@ -271,7 +271,7 @@ def test_an_unusable_output_is_found_before_the_answers(
     monkeypatch.setattr(module, "answer_all", lambda *_: pytest.fail("answered first"))
     with pytest.raises(UserError, match="is a folder"):
         run_file(speaker, folder / "rows.json", output_file=folder)
-    with pytest.raises(OSError, match=r"rows\.json"):
+    with pytest.raises(UserError, match=r"rows\.json is a file, expected a folder"):
         run_file(speaker, folder / "rows.json", output_file=folder / "rows.json" / "x.jsonl")
 
 

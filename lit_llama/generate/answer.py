@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+from lit_llama.console import Results, shown
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.decode import check_counts, check_room, generate
 from lit_llama.generate.load import Speaker, report
 from lit_llama.generate.sampling import Sampling
-from lit_llama.progress import stderr
+from lit_llama.place import check_output
+from lit_llama.progress import bar, stderr
 from lit_llama.text.dataset import TEST_FILE, read_meta
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example, read_prompts
@@ -48,10 +50,10 @@ def answer_one(speaker: Speaker, example: Example, max_new_tokens: int, sampling
 
 
 def _print_stream(speaker: Speaker, steps: Iterable[tuple[list[int], str]]) -> None:
-    start, count = time.perf_counter(), 0
+    start, count, results = time.perf_counter(), 0, Results()
     for ids, text in steps:
         count += len(ids)
-        print(text, end="", flush=True)
+        results.write(text)
     print(flush=True)
     report(count, time.perf_counter() - start, speaker.model.model.embed_tokens.weight.device)
 
@@ -80,7 +82,7 @@ def answer_all(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: dict[int, Answer] = {}
     console = stderr()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bar(console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("answering", total=len(prompts))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -152,7 +154,7 @@ def answer_file(
     if not examples:
         raise DataError(f"{path} holds no rows to answer")
     if output_file is not None:  # what cannot be made is better known before the answers
-        output_file.parent.mkdir(parents=True, exist_ok=True)
+        check_output(output_file)
     start = time.perf_counter()
     answers = answer_all(speaker, examples, max_new_tokens, sampling, batch_size)
     rows = [
@@ -163,7 +165,7 @@ def answer_file(
         write_json_lines(output_file, rows)
     else:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=sys.stdout)
+            print(shown(json.dumps(row, ensure_ascii=False), sys.stdout))
     measures = measure(examples, answers)
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
     report(

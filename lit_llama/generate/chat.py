@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from lit_llama.console import Results
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import new_cache
 from lit_llama.generate.load import Speaker, report
@@ -144,10 +145,10 @@ def _instruct(conversation: Conversation, text: str) -> None:
 
 def _answer(conversation: Conversation, text: str, speaker: Speaker) -> None:
     start = time.perf_counter()
-    pieces = conversation.ask(text)
+    pieces, results = conversation.ask(text), Results()
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            results.write(piece)
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
         print(" ...", end="")

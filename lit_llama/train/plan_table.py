@@ -9,13 +9,12 @@ from typing import Literal
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import LLaMAConfig, Quantization
-from lit_llama.progress import stderr
+from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
 from lit_llama.train.cards import find_card
 from lit_llama.train.config import TrainConfig
@@ -79,7 +78,10 @@ def print_plan(
         processes=Processes(size=here * machines, here=here),
     )
     plan = spread(plan, strategy)
-    Console().print(table(plan))
+    console = stdout()
+    if not console.is_terminal:  # a file has no edge
+        console.width = 160
+    console.print(table(plan), soft_wrap=False)
     if not plan.fits:
         raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
 

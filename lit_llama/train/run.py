@@ -26,7 +26,7 @@ from lit_llama.device import (
     seed_everything,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError
-from lit_llama.folder import publish, replace_text, write_json
+from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
@@ -148,6 +148,8 @@ def _execute(
     stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}", markup=False)
     if not plan.fits:
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
+    if processes.is_first:  # for a state, and for the result beside it
+        check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
     (keep_freed_memory if plan.roomy else return_freed_memory)()
     keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
@@ -173,7 +175,7 @@ def _execute(
             training.restore(state, read_state(state))
         processes.check_same("adapter", training.digest())
         if processes.is_first:
-            write_json(run.out_dir / META_FILE, training.meta(steps))
+            replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
             f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "
             f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "

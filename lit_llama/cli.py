@@ -125,7 +125,7 @@ def _gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
 def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
     """The flag with all its values; what is no list, mapping or part of one stays as it is."""
     if held == "pairs" and values and all(re.match(r"\w+=", value) for value in values):
-        pairs = [part.partition("=") for value in values for part in re.split(r",(?=\w+=)", value)]
+        pairs = [part.partition("=") for value in values for part in re.split(r",\s*(?=\w+=)", value)]
         return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
     if held == "numbers" and values and values != ["null"]:
         return [f"{option}=[{','.join(value.strip('[]') for value in values)}]"]

@@ -173,7 +173,10 @@ def test_meta_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"is no finished data folder: it has no meta\.json; make it with prepare/alpaca\.py --destination_path"),
+        (
+            None,
+            r"is no finished data folder: it has no meta\.json; make it with prepare/records\.py --destination_path",
+        ),
         (b"", r"meta\.json is not JSON"),
         (b"{\xff}", r"meta\.json is not JSON"),
         (b"[1]", "expected an object"),
@@ -187,6 +190,13 @@ def test_a_folder_without_a_usable_meta_is_refused(content: bytes | None, messag
         (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_meta(tmp_path)
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text("{}")
+    for wrong in (rows, tmp_path):
+        with pytest.raises(
+            DataError, match=r"python prepare/records.py --source '.*/my rows.jsonl' --destination_path '"
+        ):
+            read_meta(wrong)
     with pytest.raises(DataError, match="nowhere does not exist; make it with"):
         read_meta(tmp_path / "nowhere")
 

@@ -62,7 +62,7 @@ def instruction_ids(speaker: Speaker, example: Example) -> list[int]:
     """Ids of the prompt for an instruction, in the style the model was trained with."""
     style = speaker.require_style()
     turns = example.turns or [{"role": "user", "content": style.user(example)}]
-    return prompt_ids(speaker.tokenizer, style, turns)
+    return prompt_ids(speaker.tokenizer, style, turns, example.tools)
 
 
 def answer_all(
@@ -146,8 +146,8 @@ def answer_file(
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     if output_file is not None and output_file.is_dir():
         raise UserError(f"--output_file {output_file} is a folder, expected a file or nothing there")
-    if data_dir is not None:
-        read_meta(data_dir)
+    if data_dir is not None and read_meta(data_dir).get("splits", {}).get("test", {}).get("rows") == 0:
+        raise DataError(f"{data_dir} has no test split to answer: it was prepared with --test_split_size 0")
     path = data_dir / TEST_FILE if data_dir is not None else input_file
     assert path is not None
     examples = read_prompts(path)[:limit]
@@ -178,7 +178,7 @@ def answer_file(
 
 def _asked(example: Example) -> dict[str, Any]:
     if example.turns:
-        return {"messages": list(example.turns)}
+        return {"messages": list(example.turns)} | ({"tools": list(example.tools)} if example.tools else {})
     return {"instruction": example.instruction, "input": example.input}
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
     hint = ""
     if any(name.endswith((".bin", ".pth")) for name in names):
         hint = (
-            f"; bring the weights into this layout: python prepare/checkpoint.py --source {folder} --destination_path "
-            f"{folder}-converted. A delta is added to its base as it is, with prepare/delta.py apply"
+            "; bring the weights into this layout: python prepare/checkpoint.py --source "
+            f"{shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-converted')}. A delta "
+            "is added to its base as it is, with prepare/delta.py apply"
         )
     found = ", ".join(names[:8]) or "nothing"
     raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}){hint}")

@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and "input" where an instruction has one."""
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text} and, only where there is something in them:
+
+* input: of a user's instruction, text that the prompt style puts with it;
+* reasoning_content: an assistant's thoughts;
+* tool_calls: an assistant's, as a list of {"type": "function", "function": {"name": text, "arguments": object}}, with
+  an "id" where there is one; "content" may be empty beside them;
+* tool_call_id, name: which call a tool's message answers, and who speaks;
+* train: False where an assistant's message carries no loss.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +26,7 @@ class Conversation:
         where: "chat.jsonl:line 3", "rows.json:row 17", "a.parquet:row 5".
         text: Plain text to continue: one assistant message, no prompt.
         split: "train", "test" or "validation" where the sources come divided into train and test already.
+        tools: The functions that the assistant may call, as chat templates take them.
     """
 
     messages: tuple[Message, ...]
@@ -24,6 +34,7 @@ class Conversation:
     where: str
     text: bool = False
     split: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Segments -> runs of text and control tokens, and the ids of a prompt: the same for training and for generation."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.conversation import Message
@@ -24,14 +25,16 @@ class Run:
     control: int | None = None
 
 
-def prompt_ids(tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to where the assistant has to begin.
+def prompt_ids(
+    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Ids of a conversation up to where the assistant has to begin; `tools` are those that it may call.
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
     """
     check_style(tokenizer, style)
-    segments = style.render(messages, bos=tokenizer.bos, eos=tokenizer.eos, answer=True)
+    segments = style.render(messages, bos=tokenizer.bos, eos=tokenizer.eos, answer=True, tools=tools)
     runs = Cutter(tokenizer).runs(segments)
     texts = iter(tokenizer.encode_batch([run.text for run in runs if run.control is None]))
     return [i for run in runs for i in (next(texts) if run.control is None else [run.control])]

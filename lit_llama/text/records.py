@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.errors import DataError, UserError
+from lit_llama.errors import DataError, UserError, check_seed
 from lit_llama.folder import sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
@@ -19,16 +20,23 @@ from lit_llama.text.members import read_members
 from lit_llama.text.prepare import Rules, new_encoder, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.read.documents import Documents
+from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.reading import OnError, read_conversations
 from lit_llama.text.report.findings import unchecked
 from lit_llama.text.report.look import look_at
 from lit_llama.text.report.report import REPORT_HTML, REPORT_JSON
 from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
+from lit_llama.text.splits import choose
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary
 
+FIELDS_SAID = {
+    "unused": "fields that nothing uses (--fields gives them a place)",
+    "written_as_text": "fields that were no text, written as JSON text",
+    "left_out": "fields left out, as asked",
+}
 StyleChoice = StyleName | Literal["chat_template"]
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
@@ -45,10 +53,13 @@ def prepare_records(
     tree: Literal["best", "all"] = "best",
     weights: Sequence[float] | None = None,
     documents: Documents | None = None,
+    dialect: Dialect = UTF8,
     split_from: Path | None = None,
     shard: str | None = None,
     shards: str | Sequence[str] | None = None,
     plan: Mapping[str, int] | None = None,
+    as_text: bool = False,
+    ignore_fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
 
@@ -61,22 +72,35 @@ def prepare_records(
         DataError: Rows that cannot be used, or too few of them.
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
-    _check(rules, split_from)
+    _check(rules)
+    ignore_fields = [name for given in ignore_fields for name in given.split(",")]  # as of a command line
     sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
     if part and shards:
         raise UserError("--shard makes one shard and --shards takes all together: give one of them")
     read = partial(
-        read_conversations, fields=fields, on_error=on_error, tree=tree, seed=rules.seed, documents=documents
+        read_conversations,
+        fields=fields,
+        on_error=on_error,
+        tree=tree,
+        seed=rules.seed,
+        documents=documents,
+        as_text=as_text,
+        ignore_fields=ignore_fields,
     )
-    reader = read(sources, weights=weights)
-    if documents == "file" and len(reader.identity()) == 1:
+    reader = read(sources, weights=weights, dialect=dialect)
+    choice = choose(rules.split, rules.test_split_size, reader.division, other=split_from is not None)
+    rules = replace(rules, split=choice.split, test_split_size=choice.test_split_size)
+    if documents == "file" and len(reader.identity()) == 1 and rules.tests:
         raise UserError(
-            f"{sources[0]} is one document, which cannot be for training and for testing: name more files, or use "
-            "--documents paragraph or line"
+            f"{sources[0]} is one document, which cannot be for training and for testing: name more files, use "
+            "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
-    members = read_members(split_from, lambda source: read([source])) if split_from else None
-    rules = replace(rules, split="from") if members else rules
+    members = (
+        read_members(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        if split_from
+        else None
+    )
     made_of: dict[str, Any] = {
         "sources": [list(source) for source in reader.identity()],
         "tokenizer": _tokenizer_files(tokenizer_path),
@@ -87,9 +111,12 @@ def prepare_records(
         **{f"--{name}": value for name, value in asdict(rules).items()},
         "--split_from": members.identity() if members else None,
         "--fields": dict(fields),
+        "--ignore_fields": list(ignore_fields),
+        "--as_text": as_text,
         "--on_error": on_error,
         "--tree": tree,
         "--weights": list(weights or []),
+        **{f"--{name}": value for name, value in asdict(dialect).items()},
         "plan of steps": dict(plan or {}),
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -123,24 +150,18 @@ def prepare_records(
         shards=together,
         plan=plan,
         commands=_next_commands(destination, tokenizer_path),
+        remarks=choice.remarks,
     )
     _summary(destination, meta, tokenizer)
     return meta
 
 
-def _check(rules: Rules, split_from: Path | None) -> None:
+def _check(rules: Rules) -> None:
+    check_seed(rules.seed)
     if rules.max_seq_length < 3:
         raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
     if rules.near_duplicates < 0:
         raise UserError(f"--near_duplicates is {rules.near_duplicates}, expected a number of rows, or 0 for none")
-    if split_from:
-        if rules.split != "hash":
-            raise UserError(f"--split_from says which rows are for testing: leave out --split {rules.split}")
-    elif rules.split == "hash" and not 0 < rules.test_split_size < 1:
-        raise UserError(
-            f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
-            "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
-        )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -160,11 +181,12 @@ def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
 
 def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
     """What to do with the folder."""
-    show = f"python prepare/show.py --data_dir {destination}"
+    data, base = (shlex.quote(str(path)) for path in (destination, tokenizer_path))
+    show = f"python prepare/show.py --data_dir {data}"
     if not tokenizer_path.is_dir():
         return [show]
-    tune = f"python finetune/lora.py --checkpoint_dir {tokenizer_path} --data_dir {destination} --out_dir out/lora/"
-    return [show, tune + destination.name]
+    out = shlex.quote(f"out/lora/{destination.name}")
+    return [show, f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}"]
 
 
 def _style(name: StyleChoice, tokenizer_path: Path) -> PromptStyle:
@@ -230,6 +252,12 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     if lost - meta["dropped_by_choice"] > rows / 10:
         hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
         say(f"  more than a tenth is dropped: {hint}", markup=False)
+    for remark in meta["remarks"]:
+        say(f"  {remark}", markup=False)
+    for what, fields in meta["fields"].items():
+        if fields:
+            named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
+            say(f"  {FIELDS_SAID[what]}: {named}", markup=False)
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
@@ -241,6 +269,9 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
         samples = sum(counts["rows"] for counts in meta["splits"].values())
         say(f"  near-duplicates were not looked for: {unchecked(samples, meta['near_duplicates'])}")
     for name, counts in meta["splits"].items():
+        if not counts["rows"]:
+            say(f"  {name}: no rows, as --test_split_size is 0: finetune trains without evaluation")
+            continue
         share = counts["trained_tokens"] / counts["tokens"]
         say(
             f"  {name}: {counts['rows']} rows, {counts['tokens']:,} tokens, {share:.0%} of them trained, "
@@ -251,7 +282,7 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
     for line in look_at(destination / REPORT_JSON):
         say(f"  {line}", markup=False)
-    say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {destination}")
+    say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {shlex.quote(str(destination))}")
 
 
 def _shard_summary(destination: Path, made: Mapping[str, Any], part: Part) -> None:

@@ -215,7 +215,12 @@ class Encoder:
                 (Segment(bos, template=True), Segment(text, trained=True), end) if bos else (Segment(text, True), end)
             )
         messages = [self._joined(message) for message in conversation.messages]
-        segments = self._style.render(messages, bos=bos, eos=eos)
+        if not self._mask_inputs and any("train" in message for message in messages):
+            raise UserError(
+                "an answer is marked not to be trained on, while --mask_inputs false trains on every token: use "
+                "--mask_inputs true"
+            )
+        segments = self._style.render(messages, bos=bos, eos=eos, tools=conversation.tools)
         return trained_ends(segments, self._tokenizer.control) if isinstance(self._style, JinjaStyle) else segments
 
     def _joined(self, message: Message) -> Message:
@@ -223,7 +228,8 @@ class Encoder:
         if "input" not in message:
             return message
         example = Example(message["content"], message["input"])
-        return {"role": message["role"], "content": self._style.user(example)}
+        joined = {key: value for key, value in message.items() if key != "input"}
+        return joined | {"content": self._style.user(example)}
 
     def _check_beginnings(
         self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], conversations: Sequence[Conversation]
@@ -305,18 +311,23 @@ class Encoder:
         turns = [rest[i:j] for i, j in zip(starts, [*starts[1:], len(rest)], strict=True)]
         made: Pieces = []
         begun: tuple[Message, ...] = ()
+        passed: tuple[Message, ...] = ()  # turns without anything to learn, for the one behind them to refer to
         for turn in turns:
-            for held in (begun + turn, turn):
+            if not any(message["role"] == "assistant" and message.get("train", True) for message in turn):
+                passed += turn
+                continue
+            together = begun + passed + turn
+            for held in (together, passed + turn, turn):
                 part = replace(long, messages=system + held)
                 batch, _ = self._one(part)
                 if batch.lengths[0] <= self._limit:
                     break
             else:
                 return Dropped(long.row, long.where, f"one turn alone is longer than {self._limit} tokens")
-            if held is not turn and begun:
+            if held is together and begun:
                 made.pop()
             made.append((part, batch))
-            begun = held
+            begun, passed = held, ()
         return made
 
     def _split_text(self, long: Conversation, whole: Samples) -> Pieces:

@@ -1,9 +1,10 @@
 """Prompt styles: messages -> segments of text, each trained or not, and the equal Jinja chat template."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.text.conversation import Message
@@ -21,6 +22,25 @@ class Segment:
     text: str
     trained: bool = False
     template: bool = False
+
+
+UNSAID = {
+    "tool_calls": "",
+    "reasoning_content": ", or the thoughts with --ignore_fields and the name of their field",
+    "tools": ", or their tools with --ignore_fields tools",
+}
+"""Keys of a message or a conversation that the model would have to read or write, and that only a chat template may
+have words for; and how to do without them."""
+
+
+def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError if a conversation holds what a prompt style would leave out in silence."""
+    there = {key for message in messages for key in message if key in UNSAID} | ({"tools"} if tools else set())
+    for unsaid in (key for key in UNSAID if key in there):
+        raise UserError(
+            f"the prompt style {name} cannot say {unsaid}: use a model whose own template does, with --prompt_style "
+            f"chat_template, or leave such rows out with --on_error skip{UNSAID[unsaid]}"
+        )
 
 
 class PromptStyle:
@@ -41,7 +61,13 @@ class PromptStyle:
         return f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
 
     def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        bos: str = "",
+        eos: str = "",
+        answer: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
         """Segments of a conversation.
 
@@ -50,6 +76,10 @@ class PromptStyle:
             bos: Spelling of the token that begins a text, empty where the model wants none.
             eos: Spelling of the token that ends one.
             answer: End where the assistant has to begin.
+            tools: The functions that the assistant may call.
+
+        Raises:
+            UserError: The style has no words for a message, or for what a message or the conversation holds.
         """
         raise NotImplementedError
 
@@ -106,7 +136,13 @@ class TurnStyle(PromptStyle):
     again: str = ""
 
     def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        bos: str = "",
+        eos: str = "",
+        answer: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
         """See PromptStyle."""
 
@@ -118,6 +154,7 @@ class TurnStyle(PromptStyle):
             ahead, behind = _around(turn, bos, eos, message["role"], trained)
             return [*ahead, *self._words(content, trained), *behind]
 
+        refuse_unsaid(self.name, messages, tools)
         segments = [] if self._places_bos else [own("{bos}")]
         if self.system_turn and messages and messages[0]["role"] == "system":
             segments += around(self.system_turn, messages[0])
@@ -131,7 +168,7 @@ class TurnStyle(PromptStyle):
                 raise UserError(f"the prompt style {self.name} has no {role} message{self._where}")
             if role == "user":
                 segments.append(own(self._opening(index == 0, message["content"])))
-            segments += around(turn, message, role == "assistant")
+            segments += around(turn, message, role == "assistant" and message.get("train", True))
         if answer:
             segments.append(own((self.every or self.assistant_turn).before, "assistant"))
         return [segment for segment in segments if segment.text]

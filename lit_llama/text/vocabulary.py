@@ -1,5 +1,6 @@
 """Whether a tokenizer, the rows of an embedding and what the folders record belong together."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ def check_vocabulary(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
     raise CheckpointError(
         f"{folder}: the tokenizer has {tokenizer.size} tokens, the embedding only {rows} rows: "
         f"{', '.join(extra[:_SHOWN])}{', ...' if extra[_SHOWN:] else ''} have none. Use the tokenizer that came with "
-        f"these weights, or give them rows: prepare/checkpoint.py --source {folder} --destination_path "
-        f"{folder}-resized --resize_vocab {tokenizer.size}"
+        f"these weights, or give them rows: prepare/checkpoint.py --source {shlex.quote(str(folder))} "
+        f"--destination_path {shlex.quote(f'{folder}-resized')} --resize_vocab {tokenizer.size}"
     )
 
 

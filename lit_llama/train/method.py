@@ -127,8 +127,8 @@ class LoRA:
         restore_adapter(model, folder)
 
     def next(self, out_dir: Path) -> str:
-        merged = shlex.quote(f"checkpoints/{out_dir.name}-merged")
-        return f"python finetune/merge.py --adapter_dir {shlex.quote(str(out_dir))} --destination_path {merged}"
+        adapter, merged = shlex.quote(str(out_dir)), shlex.quote(f"checkpoints/{out_dir.name}-merged")
+        return f"python finetune/merge.py --adapter_dir {adapter} --destination_path {merged}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lit_llama.device import (
     return_freed_memory,
     seed_everything,
 )
-from lit_llama.errors import Interrupted, NumericalError, UserError
+from lit_llama.errors import Interrupted, NumericalError, UserError, check_seed
 from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
@@ -40,7 +40,7 @@ from lit_llama.text.report.look import look_at
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
-from lit_llama.train.inputs import Inputs, read_inputs
+from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import SAVE_SECONDS, Log, Silence
 from lit_llama.train.loggers import check_loggers
@@ -104,8 +104,7 @@ def finetune(
         Interrupted: A signal came; the state is saved.
     """
     start = time.perf_counter()
-    if seed < 0:
-        raise UserError(f"--seed is {seed}, expected 0 or more")
+    check_seed(seed)
     check_loggers(loggers)
     with join(devices, num_nodes) as processes:
         run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers, processes)
@@ -117,7 +116,11 @@ def finetune(
 def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
     """Read and check everything, then train."""
     state = run.processes.first(lambda: run.find_state(resume))
-    inputs = read_inputs(run.checkpoint_dir, run.data_dir, run.train.batch_size)
+    inputs = read_inputs(run.checkpoint_dir, run.data_dir)
+    fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
+    run = replace(run, train=fitted)
+    for remark in remarks if run.processes.is_first else ():
+        stderr().print(remark, markup=False)
     plan = make_plan(
         run.method,
         inputs.config,
@@ -167,7 +170,7 @@ def _execute(
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
     steps = run.train.steps(len(inputs.train))
-    with _log(run, model, steps) as log:
+    with _log(run, model, steps, bool(len(inputs.test))) as log:
         groups = run.method.groups(model, run.train.weight_decay)
         trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say, numerics, processes)
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
@@ -320,11 +323,11 @@ class _Training:
         self.log.say(f"continuing from {state}")
 
 
-def _log(run: Run, model: LLaMA, steps: int) -> Log:
+def _log(run: Run, model: LLaMA, steps: int, tested: bool) -> Log:
     """What a run of so many steps tells, if this is the process that tells it."""
     if not run.processes.is_first:
         return Silence()
-    return Log(run.out_dir, steps, sampler=_sampler(run, model), loggers=run.loggers)
+    return Log(run.out_dir, steps, sampler=_sampler(run, model) if tested else None, loggers=run.loggers)
 
 
 def _sampler(run: Run, model: LLaMA) -> Sampler | None:

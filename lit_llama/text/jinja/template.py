@@ -1,7 +1,7 @@
 """A model's own chat template as a prompt style: rendered in a sandbox, and made to say whose words are whose."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from lit_llama.errors import CheckpointError
 from lit_llama.text.conversation import Message
 from lit_llama.text.jinja.sandbox import Sandbox
-from lit_llama.text.styles import PromptStyle, Segment
+from lit_llama.text.styles import PromptStyle, Segment, refuse_unsaid
 
 TEMPLATE_FILE = "chat_template.jinja"
 _SANDBOX = Sandbox(TEMPLATE_FILE)
@@ -48,7 +48,13 @@ class JinjaStyle(PromptStyle):
         self._headers: dict[tuple[str, str], str | None] = {}
 
     def render(
-        self, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        bos: str = "",
+        eos: str = "",
+        answer: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
         """See PromptStyle.
 
@@ -56,6 +62,7 @@ class JinjaStyle(PromptStyle):
             CheckpointError: The template refuses the messages, leaves one out or changes its words, fails, takes longer
                 than two seconds, or writes far more than it is given.
         """
+        refuse_unsaid(self.name, messages, tools)
         names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": answer, "tools": None, "documents": None}
         rendered = self._rendered(messages, names, range(len(messages)))
         if rendered is None:
@@ -67,7 +74,7 @@ class JinjaStyle(PromptStyle):
             )
         answered = any(message["role"] == "assistant" for message in messages)
         header = self._header(bos, eos) if answered else None
-        return _segments(rendered, [message["role"] for message in messages], header)
+        return _segments(rendered, messages, header)
 
     def jinja(self, bos: bool) -> str:
         """See PromptStyle."""
@@ -168,23 +175,29 @@ def _end_of_blanks(text: str, position: int) -> int:
     return match.end()
 
 
-def _segments(rendered: list[str | tuple[int, str]], roles: list[str], header: str | None) -> list[Segment]:
+def _segments(rendered: list[str | tuple[int, str]], messages: Sequence[Message], header: str | None) -> list[Segment]:
     """Which of the texts are trained."""
+    roles = [message["role"] for message in messages]
+    trained = [message["role"] == "assistant" and message.get("train", True) for message in messages]
     blocks = any(isinstance(part, str) and _BLOCK.search(part) for part in rendered)
     segments: list[Segment] = []
     inside, last = False, -1
     for index, part in enumerate(rendered):
         if isinstance(part, tuple):
             last, words = part
-            segments.append(Segment(words, inside if blocks else roles[last] == "assistant"))
-        elif blocks:
+            segments.append(Segment(words, inside if blocks else trained[last]))
+            continue
+        follower = rendered[index + 1] if index + 1 < len(rendered) else None
+        if blocks:
             for piece in _BLOCK.split(part):
-                inside = piece == _AROUND[0] if piece in _AROUND else inside
-                segments.append(Segment("" if piece in _AROUND else piece, inside, template=True))
+                if piece in _AROUND:  # a block belongs to the message whose words come next
+                    wanted = not isinstance(follower, tuple) or messages[follower[0]].get("train", True)
+                    inside = piece == _AROUND[0] and wanted
+                else:
+                    segments.append(Segment(piece, inside, template=True))
         else:
-            follower = rendered[index + 1] if index + 1 < len(rendered) else None
             prompt = len(part)  # as much of it as generation gives to the model
-            if isinstance(follower, tuple) and roles[follower[0]] == "assistant":
+            if isinstance(follower, tuple) and trained[follower[0]]:
                 if follower[0] == last:
                     prompt = 0
                 elif header is not None and last >= 0 and roles[last] == "user" and part.startswith(header):

@@ -76,7 +76,10 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         },
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
-        "commands": [*_way_on(folder, door, verdict["finished"]), *commands(folder, settings, door)],
+        "commands": [
+            *_way_on(folder, door, verdict["finished"]),
+            *commands(folder, settings, door, _test_rows(meta) != 0),
+        ],
     }
 
 
@@ -140,8 +143,8 @@ def _way_on(folder: Path, door: str, finished: bool) -> list[Json]:
     return [] if finished else [{"what": "Go on with it", "command": command}]
 
 
-def commands(folder: Path, settings: Json, door: str) -> list[Json]:
-    """What to type next: {"what", "command"}."""
+def commands(folder: Path, settings: Json, door: str, tested: bool = True) -> list[Json]:
+    """What to type next, with a test split or without one: {"what", "command"}."""
     out, name = shlex.quote(str(folder)), folder.resolve().name
     again = shlex.quote(f"{folder}-again")
     merged = shlex.quote(f"checkpoints/{name}-merged")
@@ -151,10 +154,16 @@ def commands(folder: Path, settings: Json, door: str) -> list[Json]:
     }
     if door == _LORA:
         found["Merge it into its base"] = f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}"
-    if "data_dir" in settings:
+    if "data_dir" in settings and tested:
         data = shlex.quote(str(settings["data_dir"]))
         found["Answer the test split"] = f"python generate/instruct.py --checkpoint_dir {out} --data_dir {data}"
     return [{"what": what, "command": command} for what, command in found.items()]
+
+
+def _test_rows(meta: Json) -> int | None:
+    """Rows of the test split, None if that is not known."""
+    rows: int | None = meta.get("data", {}).get("splits", {}).get("test", {}).get("rows")
+    return rows
 
 
 def _read_samples(path: Path) -> list[Json]:

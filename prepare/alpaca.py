@@ -29,7 +29,7 @@ def main(
     Args:
         destination_path: Folder with the raw file, and of the result. The published Alpaca file is downloaded.
         tokenizer_path: A tokenizer.model, a tokenizer.json, or a model folder.
-        test_split_size: Rows held out for testing, 0 for none; if it is not given 2000, or a tenth of fewer than 20,000.
+        test_split_size: Rows held out for testing, 0 for none; if not given 2000, or a tenth of fewer than 20,000.
         max_seq_length: Most tokens of a sample.
         seed: Of the split.
         mask_inputs: Train on the answer only, not on the prompt.

@@ -42,9 +42,8 @@ def main(
     Args:
         source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst; workbooks as book.xlsx or
             book.xlsx#SHEET), folders, patterns, folders of the datasets library, or data sets of the Hub; several as
-            a.jsonl b.csv. The schema of every row is
-            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text; see
-            docs/data.md and docs/files.md.
+            a.jsonl b.csv; see docs/files.md. The schema of every row is recognised: Alpaca, prompt/completion, Dolly,
+            OpenAI messages, ShareGPT, OASST trees, plain text; see docs/data.md.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         prompt_style: How a conversation is put to the model; chat_template is the model's own.

@@ -209,7 +209,7 @@ def test_chats_are_sent_to_their_own_door(
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(9)))
     with pytest.raises(DataError, match=r"records.py --source '.*/my chats/chats.jsonl'"):
         prepare(folder, data_file_name=DATA_FILE)
-    with pytest.raises(DataError, match=r"is a file, expected the folder .* records.py --source '.*chats.jsonl'"):
+    with pytest.raises(DataError, match=r"is a file, expected the folder .*records.py --source '.*chats.jsonl'"):
         prepare(folder / "chats.jsonl")
     prepare(folder, data_file_name="chats.jsonl", test_split_size=2)
     assert "holds chats; prepare/alpaca.py is for single instructions" in " ".join(capsys.readouterr().err.split())

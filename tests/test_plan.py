@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lit_llama.folder import write_json
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset import Split
+from lit_llama.train.cards import CARDS
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
@@ -289,6 +291,12 @@ def test_a_gpu_that_cannot_be_planned_for(
     """Catches a plan of what its GPU would refuse."""
     planned = run_here("finetune/lora.py", "--checkpoint_dir", tmp_path, "--data_dir", data, *flags)
     assert planned.returncode == status and message in planned.stderr and planned.stdout == "", planned.stderr
+
+
+def test_the_page_names_every_gpu() -> None:
+    """Catches a list that was true once."""
+    said = (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert [name for name in CARDS if not re.search(rf"\b{name}\b", said)] == []
 
 
 @pytest.mark.parametrize("text", ["", "lots", "16TB", "-1GB", "0GB"])

@@ -114,8 +114,8 @@ class Run:
             if self.is_finished and steps > (done := self._recorded_steps(steps)):
                 raise UserError(
                     f"{self.out_dir} is finished after {done} steps, and there is no state in {self.states} to go on "
-                    f"from. Begin a run of its own from the result: {self.method.door} "
-                    f"{self.method.start_flag} {self.out_dir} --out_dir ANOTHER"
+                    f"from. Begin a run of its own from the result: python {self.method.door} "
+                    f"{self.method.start_flag} {shlex.quote(str(self.out_dir))} --out_dir ANOTHER"
                 )
             return self.is_finished and self._say_ended(None)
         record = read_state(state)

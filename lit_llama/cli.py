@@ -81,11 +81,16 @@ def _lenient(parser: type[Any]) -> type[Any]:
     return Parser
 
 
-_Held = Literal["text or texts", "texts", "numbers", "pairs"]
+_Held = Literal["text or texts", "texts", "numbers", "pairs", "literal texts"]
 
 
 def _held(kind: Any) -> _Held | None:
-    """What a parameter of this type holds several of."""
+    """What a parameter of this type holds several of.
+
+    In a Sequence[str] every word is a text as it stands; in a list[str], [a,b] is two.
+    """
+    if get_origin(kind) is Sequence:
+        return "literal texts"
     if get_origin(kind) is list:
         return "numbers" if get_args(kind)[0] in (int, float) else "texts"
     if get_origin(kind) is dict:
@@ -124,6 +129,8 @@ def _gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
 
 def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
     """The flag with all its values; what is no list, mapping or part of one stays as it is."""
+    if held == "literal texts" and values:
+        return [f"{option}={json.dumps(values)}"]
     if held == "pairs" and values and all(re.match(r"\w+=", value) for value in values):
         pairs = [part.partition("=") for value in values for part in re.split(r",\s*(?=\w+=)", value)]
         return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
@@ -173,7 +180,7 @@ def _about(message: str, mains: Sequence[Callable[..., Any]], words: Sequence[st
 
 def _door(main: Callable[..., Any]) -> str:
     """The script of a function, such as finetune/lora.py."""
-    path = Path(inspect.getsourcefile(main) or main.__name__)
+    path = Path(inspect.getsourcefile(inspect.unwrap(main)) or main.__name__)
     return f"{path.parent.name}/{path.name}"
 
 

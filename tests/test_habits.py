@@ -161,6 +161,21 @@ def test_a_configuration_of_another_program_is_answered_at_once(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize(
+    ("door", "flag", "said"),
+    [
+        ("generate/chat.py", "--temp", "here --temperature; 0 takes"),
+        ("generate/base.py", "--sys-prompt", "generate/chat.py --system"),
+        ("prepare/delta.py", "--delta-path", "here --delta_dir"),
+        ("finetune/merge.py", "--base_model", "--base_dir names it"),
+    ],
+)
+def test_every_kind_of_door_knows_which_it_is(door: str, flag: str, said: str) -> None:
+    """Catches a script whose function is made by another file, or is one of several."""
+    done = run_here(door, *(["apply"] if "delta" in door else []), f"{flag}=x")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {flag}: ") and said in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(("text", "found"), [("train: 3\n", "3"), ("train:\n", "None"), ("lora: [1]\n", "[1]")])
 def test_a_value_in_place_of_a_group(tmp_path: Path, text: str, found: str) -> None:
     """Catches a traceback of the parser."""

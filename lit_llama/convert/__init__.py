@@ -86,7 +86,7 @@ def convert(
         say(remark, markup=False)
     for name, note in opened.notes.items():
         if isinstance(note, str):
-            say(f"{name}: {note}", markup=False)
+            say(f"{name}: {note}")
     made = f"{opened.parameters:,} parameters in {dtype or opened.dtype}"
     say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
 

@@ -76,7 +76,7 @@ def prepare_alpaca(
             raise DataError(f"{error}. {_chats(source, tokenizer_path)}") from error
         raise
     if meta["schemas"].keys() & _CHATS:
-        stderr().print(_chats(source, tokenizer_path), markup=False)
+        stderr().print(_chats(source, tokenizer_path))
     return meta
 
 

@@ -135,7 +135,7 @@ class Run:
                 f"{self.train.max_steps} end after {steps}; go on with more"
             )
         if steps != was.steps(rows):
-            stderr().print(_new_schedule(self.train, step_of(state), was.steps(rows), steps), markup=False)
+            stderr().print(_new_schedule(self.train, step_of(state), was.steps(rows), steps))
         return False
 
     def _recorded_steps(self, unknown: int) -> int:
@@ -146,9 +146,7 @@ class Run:
     def _say_ended(self, record: Mapping[str, Any] | None) -> bool:
         waited = record is not None and Best.from_state(record["best"]).exhausted(self.train)
         more = "a higher --train.patience goes" if waited else "more --train.epochs or --train.max_steps go"
-        stderr().print(
-            f"{self.out_dir}: the run is finished, there is nothing to do; {more} on from here", markup=False
-        )
+        stderr().print(f"{self.out_dir}: the run is finished, there is nothing to do; {more} on from here")
         return True
 
     def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:

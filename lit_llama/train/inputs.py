@@ -127,7 +127,7 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
     check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer)
     check_recorded(checkpoint_dir, tokenizer, checkpoint_dir)
     for remark in (*tokenizer.remarks, *special_ids(checkpoint_dir, tokenizer).remarks):
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     recorded = meta.get("tokenizer", {})
     if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise DataError(

@@ -90,7 +90,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(text)
 
     def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
         """Answer the fixed prompts after `step`.

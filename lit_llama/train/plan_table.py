@@ -58,7 +58,7 @@ def print_plan(
     kind = find_card(card) if card is not None else None
     if kind:
         kind.check(precision, quantize)
-        stderr().print(f"planned for {kind.describe(memory)}", markup=False)
+        stderr().print(f"planned for {kind.describe(memory)}")
         memory = kind.memory(memory)
         precision = "16-mixed" if precision == "auto" and not kind.bfloat16 else precision
     elif memory is not None and precision == "auto":
@@ -84,7 +84,7 @@ def print_plan(
         console.width = 160
     console.print(table(plan), soft_wrap=False)
     for remark in remarks:
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     if not plan.fits:
         raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
 

@@ -120,7 +120,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
     run = replace(run, train=fitted)
     for remark in remarks if run.processes.is_first else ():
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     plan = make_plan(
         run.method,
         inputs.config,
@@ -148,9 +148,9 @@ def _execute(
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
-    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}", markup=False)
+    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}")
     if not plan.fits:
-        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
+        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
     if processes.is_first:  # for a state, and for the result beside it
         check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
     (keep_freed_memory if plan.roomy else return_freed_memory)()
@@ -335,13 +335,13 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
     if not run.train.sample_prompts:
         return None
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
-        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)", markup=False)
+        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)")
         return None
     prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:
         return Sampler.from_folders(model, run.checkpoint_dir, run.data_dir, prompts, tokens)
     except UserError as error:
-        stderr().print(f"no sample answers: {error}", markup=False)
+        stderr().print(f"no sample answers: {error}")
         return None
 
 

@@ -125,5 +125,5 @@ def _begin_with(
     if trained != quantize:
         kind = f"on a base in {trained}" if trained else "on a base that was not quantised"
         now = f"; it goes on on one in {quantize}" if quantize else ", and goes on so"
-        stderr().print(f"{adapter_dir} was trained {kind}{now}", markup=False)
+        stderr().print(f"{adapter_dir} was trained {kind}{now}")
     return LoRA(config, begun), base, quantize or trained

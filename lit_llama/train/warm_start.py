@@ -67,7 +67,7 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
         frame, twin = LLaMA(LLaMAConfig.from_folder(base)), LLaMA(LLaMAConfig.from_folder(base))
     placed = load_adapter(frame, adapter_dir, _weights(base))  # it alone has values
     for remark in placed.remarks:
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     found = dict(adapters(frame))
     if rows := [name for name, module in found.items() if isinstance(module, TrainedRows)]:
         raise CheckpointError(
@@ -144,7 +144,6 @@ def find_base(adapter_dir: Path, checkpoint_dir: Path | None) -> Path:
         stderr().print(
             f"{adapter_dir} does not say by a fingerprint which base it was trained on; {checkpoint_dir} is taken for "
             "it, if its shapes fit",
-            markup=False,
         )
     return base
 
@@ -166,5 +165,4 @@ def remark_on_style(adapter_dir: Path, data_dir: Path) -> None:
         stderr().print(
             f"{data_dir} has another prompt style than {adapter_dir} was trained with: the result is asked in that of "
             "the data",
-            markup=False,
         )

@@ -76,7 +76,7 @@ def download(
 
 
 def _say(text: str) -> None:
-    stderr().print(text, markup=False)  # names from the network may hold brackets
+    stderr().print(text)  # names from the network may hold brackets
 
 
 @contextlib.contextmanager

@@ -88,7 +88,9 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
     """
     ranges = parse_rows(rows)
     tokenizer = recorded_tokenizer(data_dir, tokenizer_path)
-    samples = Split(data_dir, split)
+    samples = Split(data_dir, split, empty=True)
+    if not len(samples):
+        raise UserError(f"{data_dir} has no {split} split: it was prepared with --test_split_size 0")
     last = max(part[-1] for part in ranges)
     if last >= len(samples):
         raise UserError(f"--rows names {last}, but {data_dir / split} has the rows 0 to {len(samples) - 1}")

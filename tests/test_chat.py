@@ -12,9 +12,11 @@ import torch
 
 from lit_llama.errors import UserError
 from lit_llama.generate.chat import HELP, Conversation, line_reader, talk
-from lit_llama.generate.decode import generate
+from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.load import Speaker, Stream, load
+from lit_llama.model.paged import BLOCK
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import named_style
 
@@ -23,20 +25,17 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 @dataclass(frozen=True)
 class Recorder(Speaker):
-    """Notes what is run at each turn, and how many tokens before it come from the cache."""
+    """Notes what is asked at each turn."""
 
     run: list[list[int]] = field(default_factory=list)
-    reused: list[int] = field(default_factory=list)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Stream:
         self.run.append(list(prompt))
-        self.reused.append(more["cache"].lengths[0])
         return super().stream(prompt, sampling, **more)
 
 
 def recorder(speaker: Speaker, **changes: Any) -> Recorder:
-    parts = {"model": speaker.model, "tokenizer": speaker.tokenizer, "style": speaker.style} | changes
-    return Recorder(**({"stop_ids": speaker.stop_ids} | parts))
+    return Recorder(**(vars(speaker) | {"run": []} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +56,17 @@ def say(conversation: Conversation, text: str) -> str:
     return "".join(conversation.ask(text))
 
 
+def fresh(engine: Engine) -> Engine:
+    """Another engine on the same model, whose cache is empty."""
+    runner = engine._runner
+    assert isinstance(runner, PackedRunner | TorchRunner)
+    return Engine(type(runner)(runner._model, 1 << 22), tokens=engine._tokens)  # type: ignore[arg-type]
+
+
 def fresh_answer(conversation: Conversation, text: str) -> str:
     """The answer of a conversation that has the same messages and nothing computed."""
-    other = begin(recorder(conversation._speaker), conversation._sampling.max_new_tokens)
+    speaker = conversation._speaker
+    other = begin(recorder(speaker, engine=fresh(speaker.engine)), conversation._sampling.max_new_tokens)
     other.messages = [dict(message) for message in conversation.messages]
     return say(other, text)
 
@@ -75,8 +82,9 @@ def test_the_second_turn_is_that_of_transformers(real_folder: Path) -> None:
     answer = say(conversation, "And a red one?")
     tokenizer = AutoTokenizer.from_pretrained(real_folder)
     wanted = tokenizer.apply_chat_template(conversation.messages[:3], add_generation_prompt=True)["input_ids"]
-    assert speaker.reused[1] + len(speaker.run[1]) == len(wanted) and wanted[-len(speaker.run[1]) :] == speaker.run[1]
-    assert speaker.reused[1] > speaker.reused[0] + len(speaker.run[0]), "the first answer was to be reused"
+    assert speaker.run[1] == wanted
+    reused = speaker.engine.statistics().reused
+    assert len(speaker.run[0]) + 8 - BLOCK <= reused, "what was computed of the first turn was to be found"
     theirs = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32).eval()
     ids = torch.tensor([wanted])
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=2)
@@ -90,18 +98,10 @@ def test_later_turns_reuse_the_cache_and_answer_as_without_it(speaker: Recorder)
         wanted = fresh_answer(conversation, text)
         assert say(conversation, text) == wanted
     whole = prompt_ids(speaker.tokenizer, speaker.require_style(), conversation.messages[:-1])
-    assert speaker.reused[-1] + len(speaker.run[-1]) == len(whole)
-    assert speaker.reused[0] == 0 and max(speaker.reused) > 20, "only a cache that grows is filled anew"
+    assert speaker.run[-1] == whole
+    counts = speaker.engine.statistics()
+    assert counts.reused > BLOCK and counts.computed < sum(map(len, speaker.run)) + 4 * 12
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 4
-
-
-def test_the_cache_grows_with_the_conversation(speaker: Recorder) -> None:
-    """A cache sized for the first turn."""
-    conversation = begin(speaker, 4)
-    say(conversation, "a")
-    text = "a much longer message than the one before it, " * 3
-    wanted = fresh_answer(conversation, text)
-    assert say(conversation, text) == wanted
 
 
 def test_a_closed_answer_keeps_what_was_said(speaker: Recorder) -> None:
@@ -117,7 +117,9 @@ def test_a_closed_answer_keeps_what_was_said(speaker: Recorder) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 5])
-def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(speaker: Recorder, step: int) -> None:
+def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(
+    speaker: Recorder, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Room made in the cache for tokens whose keys were never computed: zeros that later turns attend to."""
     conversation = begin(speaker, 20)
     say(conversation, "Say hi")
@@ -129,12 +131,18 @@ def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(speaker: Recorder,
         if calls == step + 1:
             raise KeyboardInterrupt
 
-    handle = speaker.model.model.layers[1].register_forward_pre_hook(interrupt)
-    try:
+    runner = speaker.engine._runner
+    compute = runner.logits
+
+    def interrupted(batch: Any) -> Any:
+        logits = compute(batch)
+        interrupt()
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "logits", interrupted)
         with pytest.raises(KeyboardInterrupt):
             say(conversation, "go on with a longer message")
-    finally:
-        handle.remove()
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
     wanted = fresh_answer(conversation, "and now?")
     assert say(conversation, "and now?") == wanted
@@ -146,8 +154,7 @@ def test_the_oldest_turns_are_dropped_aloud(speaker: Recorder, capsys: pytest.Ca
     texts = [f"message {number} with a few more words in it" for number in range(9)]
     for text in texts:
         say(conversation, text)
-        longest = speaker.reused[-1] + len(speaker.run[-1])
-        assert longest + 20 <= speaker.model.config.max_position_embeddings
+        assert len(speaker.run[-1]) + 20 <= speaker.config.max_position_embeddings
     said = capsys.readouterr().err
     assert "too long for the model: 1 oldest turns are forgotten" in said
     contents = [message["content"] for message in conversation.messages if message["role"] != "assistant"]
@@ -215,14 +222,9 @@ def test_talk_answers_on_stdout_and_talks_on_stderr(speaker: Recorder, capsys: p
 def test_tokens_are_those_that_were_made(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """A count of the text's own encoding, which is another and lacks the end of the answer."""
     conversation = begin(speaker, 30)
-    made = generate(
-        speaker.model,
-        [prompt_ids(speaker.tokenizer, speaker.require_style(), [{"role": "user", "content": "Say hi"}])],
-        max_new_tokens=30,
-        stop_ids=speaker.stop_ids,
-        sampling=Sampling(),
-    )
-    count = len(list(made))
+    prompt = prompt_ids(speaker.tokenizer, speaker.require_style(), [{"role": "user", "content": "Say hi"}])
+    steps = speaker.engine.stream(speaker.request(prompt, Sampling(max_new_tokens=30)))
+    count = sum(len(step.ids) for step in steps)
     text = say(conversation, "Say hi")
     assert conversation.answer.tokens == count != len(speaker.tokenizer.encode(text))
     talk(speaker, Sampling(max_new_tokens=30), script("Say hi\n"))

@@ -40,13 +40,19 @@ def of_sixteen_bits(name: str) -> str | None:
     return plain if plain != name else None
 
 
-def describe_quantization(raw: Mapping[str, Any], name: str = "") -> str:
+def describe_quantization(raw: Mapping[str, Any], folder: Path) -> str:
     """What a quantization_config stands for, and the way out.
 
     Args:
         raw: Contents of config.json.
-        name: What the folder is called.
+        folder: The folder that it stands in.
     """
+    if holds_fp8(raw):
+        quoted = shlex.quote(str(folder))
+        return (
+            "the weights are 8-bit floats (FP8) with scales: turn them into bfloat16 once, with python "
+            f"prepare/checkpoint.py --source {quoted} --destination_path {quoted}-bf16"
+        )
     settings = raw.get("quantization_config") or raw.get("compression_config")
     settings = settings if isinstance(settings, Mapping) else {}
     unnamed = "bitsandbytes" if _bnb_bits(settings) else "a method that is not named"
@@ -54,13 +60,23 @@ def describe_quantization(raw: Mapping[str, Any], name: str = "") -> str:
     bits = settings.get("bits", settings.get("w_bit")) or _bnb_bits(settings)
     said = f"{_METHODS.get(kind, kind)}{f' in {bits} bits' if isinstance(bits, int) else ''}"
     origin = raw.get("_name_or_path")
-    known = (of_sixteen_bits(text) for text in (origin, name) if isinstance(text, str))
+    known = (of_sixteen_bits(text) for text in (origin, folder.name) if isinstance(text, str))
     plain = next((text for text in known if text), None)
     which = f", probably {plain}" if plain else ""
     command = f"python prepare/download.py --repo_id {repository(plain or '') or 'OWNER/NAME'}"
     return (
         f"the weights are quantised with {said}, which is not read here: take the 16-bit model that they were made from"
         f"{which} ({command}), and hold that in few bits with --quantize"
+    )
+
+
+def holds_fp8(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are 8-bit floats with scales, which can be turned into bfloat16."""
+    settings = raw.get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return False
+    return settings.get("quant_method") in ("fp8", "fbgemm_fp8") or (
+        settings.get("quant_method") == "compressed-tensors" and settings.get("format") == "float-quantized"
     )
 
 

@@ -131,7 +131,7 @@ def test_raw_text_begins_with_the_token_the_model_wants(tiny_folder: Path, speak
             seen.append(list(prompt))
             return super().stream(prompt, *rest, **more)
 
-    given = vars(speaker) | {"tokenizer": load(tiny_folder).tokenizer, "style": None}
+    given: dict[str, Any] = vars(speaker) | {"tokenizer": load(tiny_folder).tokenizer, "style": None}
     spy = Spy(**given)
     continue_text(spy, "def", Sampling(max_new_tokens=1))
     spy.tokenizer.bos = "<|im_start|>"

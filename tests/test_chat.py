@@ -257,11 +257,11 @@ def test_turns_draw_apart_and_penalties_see_the_cached_turns(speaker: Recorder) 
     penalised = Sampling(repetition_penalty=1.8, max_new_tokens=12)
     conversation = Conversation(speaker, penalised)
     for text in ("Say hi", "once more", "x"):
-        fresh = Conversation(recorder(speaker), penalised)
-        fresh.messages = [dict(message) for message in conversation.messages]
-        wanted = say(fresh, text)
+        other = Conversation(recorder(speaker, engine=fresh(speaker.engine)), penalised)
+        other.messages = [dict(message) for message in conversation.messages]
+        wanted = say(other, text)
         assert say(conversation, text) == wanted
-    assert speaker.reused[-1] > 0
+    assert speaker.engine.statistics().reused > 0
 
 
 def test_a_system_message_of_the_command_heads_every_conversation(speaker: Recorder) -> None:
@@ -292,7 +292,7 @@ def test_new_forgets_and_system_begins_with_a_message(speaker: Recorder) -> None
         [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "two"}],
         [{"role": "user", "content": "three"}],
     )]  # fmt: skip
-    assert speaker.run == turns and speaker.reused == [0, 0, 0]
+    assert speaker.run == turns
 
 
 @pytest.mark.parametrize("command", ["/help", "/neu", "/system", "/"])
@@ -320,21 +320,23 @@ def test_talk_goes_on_after_a_message_too_long(speaker: Recorder, capsys: pytest
     assert "(the message has" in captured.err and len(speaker.run) == 1 and captured.out.count("\n") >= 1
 
 
-def test_ctrl_c_during_an_answer_keeps_the_conversation(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_during_an_answer_keeps_the_conversation(
+    speaker: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A long answer that cannot be stopped without losing everything."""
-    calls = 0
+    calls, runner = 0, speaker.engine._runner
+    compute = runner.logits
 
-    def interrupt(*_: Any) -> None:
+    def interrupted(batch: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
+        return compute(batch)
 
-    handle = speaker.model.register_forward_pre_hook(interrupt)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "logits", interrupted)
         talk(speaker, Sampling(max_new_tokens=12), script("Say hi\n", "x\n"))
-    finally:
-        handle.remove()
     assert " ...\n" in capsys.readouterr().out
     assert len(speaker.run) == 2 and "Say hi" in speaker.tokenizer.decode(speaker.run[1])
 

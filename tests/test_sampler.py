@@ -11,10 +11,12 @@ from conftest import as_transformers, tiny_model
 
 from lit_llama.errors import DataError
 from lit_llama.folder import write_json_lines
-from lit_llama.generate.load import Speaker, make_speaker
+from lit_llama.generate.engine.request import Request
+from lit_llama.generate.load import Speaker, make_speaker, torch_engine
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.model.paged import BLOCK
 from lit_llama.text.prompts import named_style
 from lit_llama.text.styles import Plain
 from lit_llama.text.tokenizer import Tokenizer
@@ -146,31 +148,29 @@ def test_training_does_not_notice(tiny_folder: Path, file: Path, dtype: torch.dt
 def test_the_mode_comes_back_after_a_failure(speaker: Speaker, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a training that goes on without dropout."""
     sampler = Sampler(speaker, test_prompts(speaker, file, 2), 4096)
-    monkeypatch.setattr(sampler_module, "answer_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr(sampler_module, "answer_requests", lambda *_: 1 / 0)
     speaker.model.train()
     with pytest.raises(ZeroDivisionError):
         sampler.answers()
     assert speaker.model.training
 
 
-def test_no_more_tokens_at_once_than_in_a_micro_batch(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_no_larger_than_a_micro_batch(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a cache that is larger than what the training step holds, prompts left out, and answers exchanged."""
-    asked: list[tuple[int, int]] = []
+    held: list[int] = []
 
-    def answer(_: Speaker, prompts: list[list[int]], sampling: Any) -> list[Any]:
-        assert sampling.temperature == 0
-        asked.append((len(prompts), max(map(len, prompts)) + sampling.max_new_tokens))
-        return [SimpleNamespace(text=len(ids), stopped=True) for ids in prompts]
+    def answer(asked: Speaker, requests: list[Request]) -> list[Any]:
+        held.append(asked.engine.statistics().blocks * BLOCK)
+        assert all(request.sampling.temperature == 0 for request in requests)
+        assert all(len(r.ids) + r.sampling.max_new_tokens <= speaker.config.context_length for r in requests)
+        return [[SimpleNamespace(text=len(request.ids), stopped=True)] for request in requests]
 
-    monkeypatch.setattr(sampler_module, "answer_batch", answer)
-    prompts = [Prompt(n, "", "", list(range(length))) for n, length in enumerate((10, 20, 200, 30, 40))]
-    for limit in (1, 350, 700, 10_000):
-        asked.clear()
+    monkeypatch.setattr(sampler_module, "answer_requests", answer)
+    prompts = [Prompt(n, "", "", list(range(1, 1 + length))) for n, length in enumerate((10, 20, 200, 30, 40))]
+    for limit in (1, 700, 10_000):
         answers = Sampler(speaker, prompts, limit).answers()
         assert [answer.text for answer in answers] == [10, 20, 200, 30, 40]
-        assert all(count == 1 or count * length <= limit for count, length in asked)
-        assert all(length <= speaker.model.config.context_length for _, length in asked)
-    assert len(asked) == 1, "all together where there is room"
+        assert held[-1] <= max(limit, speaker.config.context_length) + 2 * BLOCK
 
 
 def test_the_cache_is_let_go(speaker: Speaker, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,20 +178,17 @@ def test_the_cache_is_let_go(speaker: Speaker, file: Path, monkeypatch: pytest.M
     import gc
     import weakref
 
-    from lit_llama.generate import decode
-
     caches: list[Any] = []
-    new_cache = decode.new_cache
 
     def remembered(*arguments: Any) -> Any:
-        cache = new_cache(*arguments)
-        caches.append(weakref.ref(cache))
-        return cache
+        engine = torch_engine(*arguments)
+        caches.append(weakref.ref(engine._runner._cache))  # type: ignore[attr-defined]
+        return engine
 
-    monkeypatch.setattr(decode, "new_cache", remembered)
+    monkeypatch.setattr(sampler_module, "torch_engine", remembered)
     Sampler(speaker, test_prompts(speaker, file, 2), 1).answers()
     gc.collect()
-    assert len(caches) == 2 and all(cache() is None for cache in caches)
+    assert len(caches) == 1 and caches[0]() is None
 
 
 def test_rows_are_lines_of_json(speaker: Speaker, file: Path) -> None:

@@ -94,13 +94,16 @@ class Sampler:
 
     def _answer(self, model: LLaMA) -> list[Answer]:
         """All answers, from an engine whose memory is given back afterwards."""
-        longest = max(len(prompt.ids) for prompt in self.prompts)
-        limit = min(MAX_NEW_TOKENS, model.config.context_length - longest)
-        blocks = -(-max(self._limit, longest + limit) // BLOCK) + 1
-        size = PagedCache.bytes_of_block(model.config, model.model.embed_tokens.weight.dtype)
-        engine = torch_engine(model, self._speaker.tokenizer.size, blocks * size, len(self.prompts))
-        speaker = replace(self._speaker, engine=engine)
-        requests = [speaker.request(prompt.ids, Sampling(max_new_tokens=limit)) for prompt in self.prompts]
+        config, tokenizer = model.config, self._speaker.tokenizer
+        limits = [min(MAX_NEW_TOKENS, config.context_length - len(prompt.ids)) for prompt in self.prompts]
+        longest = max(len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
+        blocks = -(-max(self._limit, longest) // BLOCK) + 1
+        size = PagedCache.bytes_of_block(config, model.model.embed_tokens.weight.dtype)
+        speaker = replace(self._speaker, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
+        requests = [
+            speaker.request(prompt.ids, Sampling(max_new_tokens=limit))
+            for prompt, limit in zip(self.prompts, limits, strict=True)
+        ]
         return [answer for [answer] in answer_requests(speaker, requests)]
 
 

@@ -13,6 +13,7 @@ from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_com
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
+from lit_llama.convert.tokens.fast import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
 from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
@@ -107,6 +108,7 @@ def merge(
         own = template.read_bytes() if template.is_file() else None
         style = folder_style(adapter_dir)
         write_companions(folder, companions_of_adapter(adapter_dir, base), own, style, tokenizer)
+        complete(folder)
         proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
         meta = {
             "format": 1,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 import socket
 import time
@@ -11,6 +12,7 @@ import pytest
 from fake_hub import REPO, FakeHub
 
 from lit_llama.convert.hub.download import download
+from lit_llama.convert.hub.repository import explained
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 
 
@@ -117,6 +119,10 @@ def test_an_answer_that_is_no_description_is_told(hub: FakeHub, tmp_path: Path) 
     ("present", "words"),
     [
         ({"a-Q4_0.gguf": 1, "b/c.gguf": 2}, ["GGUF files only", "--file", "a-Q4_0.gguf (0.00 MB), b/c.gguf"]),
+        (
+            {f"b/c-{number:05}-of-00003.gguf": 10_000 for number in (1, 2, 3)},
+            ["It has b/c-00001-of-00003.gguf (3 parts, 0.03 MB)"],
+        ),
         ({"original/consolidated.00.pth": 1, "original/params.json": 1}, ["Meta's own", "prepare/checkpoint.py"]),
         ({"README.md": 1, "config.json": 1}, ["no model.safetensors or pytorch_model.bin", "README.md"]),
         ({"model-00001-of-00002.safetensors": 1, "config.json": 1}, ["nor an index", "model-00001-of-00002"]),
@@ -134,3 +140,28 @@ def test_a_repository_without_usable_weights_says_what_is_there(
         download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     assert caught.value.exit_status == 4 and all(word in str(caught.value) for word in words), caught.value
     assert hub.fetched() == [] and listing(tmp_path) == []
+
+
+def test_attempts_are_one_line_of_our_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches huggingface_hub's own lines for each attempt, and other warnings that are lost with them."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger, ear = logging.getLogger("huggingface_hub.utils._http"), Ear()
+    logger.addHandler(ear)
+    try:
+        with explained(REPO, "https://hub.example"):
+            for text in (
+                "'[Errno -2]' thrown while requesting GET x",
+                "Retrying in 1s [Retry 1/5].",
+                "your token ends",
+            ):
+                logger.warning(text)
+        logger.warning("Retrying in 2s [Retry 2/5].")  # of another program
+    finally:
+        logger.removeHandler(ear)
+    assert capsys.readouterr().err.startswith("https://hub.example does not answer as it should, trying again ...\n")
+    assert heard == ["your token ends", "Retrying in 2s [Retry 2/5]."]

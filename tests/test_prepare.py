@@ -72,8 +72,8 @@ def prepare(tiny_folder: Path, tmp_path: Path) -> Prepare:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """All files below a folder, and when they were written."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """All files below a folder but what is on its way there, and when they were written."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "/.data." not in str(path))
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -296,7 +296,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(
     made = prepare(rows, seed=2)
     fresh = prepare(rows, folder=tmp_path / "fresh" / "data", seed=2)
     assert made["splits"] == fresh["splits"] and (folder / "raw.txt").read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "rows.jsonl", "fresh"}, "what it left is cleared away"
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "rows.jsonl", "fresh"}
+    assert not list(folder.glob(".*")), "what it left is cleared away"
 
 
 def test_two_runs_at_once_do_not_mix(prepare: Prepare, rows: Path, tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_two_runs_at_once_do_not_mix(prepare: Prepare, rows: Path, tmp_path: Pat
             prepare(rows, seed=3)
         assert prepare(rows) == meta, "what is there already can be used meanwhile"
         assert contents(tmp_path / "data") == whole
-        (next(tmp_path.glob(".data.partial")) / "meta.json").write_bytes(whole["meta.json"][1])
+        (next(tmp_path.glob("data/.data.partial-*")) / "meta.json").write_bytes(whole["meta.json"][1])
     assert prepare(rows, seed=3)["seed"] == 3
 
 
@@ -320,7 +321,7 @@ def test_a_full_disk_is_an_error_that_changes_nothing(prepare: Prepare, rows: Pa
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(ResourceError, match="data cannot be written: File too large"):
             prepare(rows, seed=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -48,7 +48,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": config.targets,
+        "target_modules": config.pattern or config.targets,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": config.rank_pattern,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
-from lit_llama.progress import stderr
+from lit_llama.place import aside
+from lit_llama.progress import reading, stderr
 from lit_llama.text.dataset import raw_files
 from lit_llama.text.prepare import Rules
 from lit_llama.text.read.files import UTF8, Dialect
@@ -75,7 +76,7 @@ def prepare_alpaca(
             raise DataError(f"{error}. {_chats(source, tokenizer_path)}") from error
         raise
     if meta["schemas"].keys() & _CHATS:
-        stderr().print(_chats(source, tokenizer_path), markup=False)
+        stderr().print(_chats(source, tokenizer_path))
     return meta
 
 
@@ -125,21 +126,15 @@ def find_or_download(folder: Path, name: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    from rich.progress import wrap_file
-
-    part = path.with_name(f".{path.name}.part")
     with urllib.request.urlopen(url, timeout=30) as answer:
         size = int(answer.headers["Content-Length"] or 0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with (
-                part.open("wb") as file,
-                wrap_file(answer, size, description="downloading", console=stderr(), transient=True) as source,
-            ):
-                while block := source.read(1 << 20):
-                    file.write(block)
-                if size and file.tell() != size:
-                    raise OSError(f"{file.tell()} of {size} bytes arrived")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with (
+            aside(path) as part,
+            part.open("wb") as file,
+            reading(answer, size, "downloading") as source,
+        ):
+            while block := source.read(1 << 20):
+                file.write(block)
+            if size and file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes arrived")

@@ -23,7 +23,8 @@ from lit_llama.text.read.documents import Documents
 from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.reading import OnError, read_conversations
 from lit_llama.text.report.findings import unchecked
-from lit_llama.text.report.report import REPORT_HTML
+from lit_llama.text.report.look import look_at
+from lit_llama.text.report.report import REPORT_HTML, REPORT_JSON
 from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
 from lit_llama.text.splits import choose
@@ -124,7 +125,7 @@ def prepare_records(
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
     if changes := _changes(meta.get("made_of", {}), made_of):
-        stderr().print(f"{destination}: made anew, since {changes}", markup=False)
+        stderr().print(f"{destination}: made anew, since {changes}")
     if not part and (destination / SHARD_FILE).exists():
         raise UserError(f"--destination_path {destination} is a shard; name another folder for the data")
     together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
@@ -207,7 +208,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         check_recorded(path, tokenizer, path)
     for remark in tokenizer.remarks:
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     return tokenizer
 
 
@@ -247,16 +248,16 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     for reason, tally in dropped.items():
         shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
         shown += ", ..." if tally["rows"] > _SHOWN else ""
-        say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})", markup=False)
+        say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})")
     if lost - meta["dropped_by_choice"] > rows / 10:
         hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
-        say(f"  more than a tenth is dropped: {hint}", markup=False)
+        say(f"  more than a tenth is dropped: {hint}")
     for remark in meta["remarks"]:
-        say(f"  {remark}", markup=False)
+        say(f"  {remark}")
     for what, fields in meta["fields"].items():
         if fields:
             named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
-            say(f"  {FIELDS_SAID[what]}: {named}", markup=False)
+            say(f"  {FIELDS_SAID[what]}: {named}")
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
@@ -267,8 +268,6 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     if not meta["near_duplicates_checked"]:
         samples = sum(counts["rows"] for counts in meta["splits"].values())
         say(f"  near-duplicates were not looked for: {unchecked(samples, meta['near_duplicates'])}")
-    if meta["test_rows_also_in_train"]:
-        say(f"  {meta['test_rows_also_in_train']} test rows stand in train too: the test loss will flatter")
     for name, counts in meta["splits"].items():
         if not counts["rows"]:
             say(f"  {name}: no rows, as --test_split_size is 0: finetune trains without evaluation")
@@ -281,6 +280,8 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     what = "answers only" if meta["mask_inputs"] else "prompts and answers (--mask_inputs true for answers only)"
     schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
+    for line in look_at(destination / REPORT_JSON):
+        say(f"  {line}")
     say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {shlex.quote(str(destination))}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lit_llama.errors import CheckpointError, DataError
+from lit_llama.text.bounds import check_model, check_tokenizer, read_bounded
 from lit_llama.text.quick.byte_level import ByteLevel, byte_level
 from lit_llama.text.quick.words import Flat, Words, splits_at_spaces
 from lit_llama.text.special import (
@@ -173,11 +174,13 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor()
+        model = read_bounded(path)
         try:
-            self._model.load(str(path))
+            self._model.load_from_serialized_proto(model)
             self._model.id_to_piece(list(range(self._model.vocab_size())))  # all of them are text
         except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
+        check_model(path, model)
         self.remarks = []
         self._pieces = self._model.vocab_size()
         self.unknown = self._model.unk_id()
@@ -265,14 +268,17 @@ class HubTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         try:
-            raw = json.loads(path.read_text("utf-8"))
+            raw = json.loads(read_bounded(path))
+            check_tokenizer(raw)
             raw["truncation"] = raw["padding"] = None  # would cut or fill in silence
             self._decoder = Backend.from_str(json.dumps(raw))
             added = raw.pop("added_tokens", None) or []
             self._raw = raw
             # A copy that knows no added tokens: what somebody typed is never parsed as one.
             self._encoder = Backend.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
-        except Exception as error:  # the package raises plain Exception
+        except BaseException as error:  # the package raises plain Exception, and panics
+            if not isinstance(error, Exception) and not _panics(error):
+                raise
             raise CheckpointError(f"{path} is not a usable tokenizer.json: {error}") from error
         if raw.get("model", {}).get("dropout"):
             raise CheckpointError(f"{path}: model.dropout makes encoding random; remove it")
@@ -325,7 +331,7 @@ class HubTokenizer(Tokenizer):
         try:
             return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the package, no Exception: a regex that runs away
+            if not _panics(error):  # a regex that runs away
                 raise
             raise DataError(f"text cannot be encoded: {error}") from error
 
@@ -333,10 +339,20 @@ class HubTokenizer(Tokenizer):
         return byte_level(self._raw, self._encoder)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._decoder.decode(ids, skip_special_tokens=True)
+        try:
+            return self._decoder.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            if not _panics(error):
+                raise
+            raise CheckpointError(f"tokenizer.json cannot decode: its decoder fails ({error})") from error
 
     def _vocabulary(self) -> list[str | None]:
         return [self._decoder.id_to_token(i) for i in range(self.size)]
+
+
+def _panics(error: BaseException) -> bool:
+    """Whether this is how `tokenizers` fails within, which is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 class Streamer:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lit_llama.place import aside
 from lit_llama.train.metrics import read_metrics, smooth
 
 CURVE_FILE = "loss.png"
@@ -27,6 +28,7 @@ def draw_curve(folder: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = folder / CURVE_FILE
-    figure.savefig(path, dpi=150)
+    with aside(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     pyplot.close(figure)
     return path

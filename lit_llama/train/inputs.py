@@ -132,7 +132,7 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
         *tokenizer.remarks,
         *special_ids(checkpoint_dir, tokenizer).remarks,
     ):
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     recorded = meta.get("tokenizer", {})
     if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise DataError(

@@ -48,6 +48,8 @@ def _of_lists(columns: Mapping[str, list[Any]]) -> list[Row] | None:
 
 
 def _of_objects(value: Mapping[str, Row], inner: Sequence[Row]) -> list[Row] | None:
+    if any(isinstance(entry.get(name), list) for entry in inner for name in ("role", "from")):
+        return None  # the messages of one conversation, as a struct of lists
     names = inner[0].keys()
     same, outer = all(entry.keys() == names for entry in inner), value.keys()
     if same and _numbers(names) and not _numbers(outer):

@@ -20,6 +20,7 @@ from lit_llama.errors import DataError
 from lit_llama.text.quick import words
 from lit_llama.text.quick.byte_level import _CL100K, ByteLevel, byte_level, merges_by_id
 from lit_llama.text.quick.words import Words, splits_at_spaces
+from lit_llama.text.special import without_prefix
 from lit_llama.text.tokenizer import Tokenizer
 
 CUTS: dict[str, Callable[[], Any]] = {
@@ -163,11 +164,13 @@ def test_words_are_those_of_sentencepiece(name: str, request: pytest.FixtureRequ
     """Catches a space that is lost or doubled."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(request.getfixturevalue(name)))
     assert splits_at_spaces(model)
-    quick = Words(model)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(model.serialized_model_proto()))
+    quick = Words(model, plain)
 
     def compare(texts: list[str]) -> None:
-        ids, lengths = quick.encode(texts)
-        assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == model.encode(texts)
+        for blank, wanted in ((True, model.encode(texts)), (False, plain.encode(texts))):
+            ids, lengths = quick.encode(texts, blank=blank)
+            assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == wanted
 
     compare([*AWKWARD, *mixed_texts(2000), *CORPUS, "", " ", "▁", " ▁▁a▁ b", "a ", " a", "a  ", "", "\0"])
     any_text = st.lists(st.text(st.sampled_from("ab ▁\n1é北😀"), max_size=20), min_size=1, max_size=6)
@@ -178,7 +181,7 @@ def test_the_book_of_words_stays_small(llama_tokenizer: Path, monkeypatch: pytes
     """Catches memory that grows with the data, and ids of words that were forgotten."""
     monkeypatch.setattr(words, "_REMEMBERED", 500)
     model = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer))
-    quick = Words(model)
+    quick = Words(model, model)
     for start in range(0, 600, 20):
         texts = mixed_texts(20, seed=start)
         ids, _ = quick.encode(texts)

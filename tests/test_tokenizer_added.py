@@ -9,7 +9,10 @@ import pytest
 import sentencepiece
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer, Streamer, Tokenizer
+from lit_llama.text.hub_tokenizer import HubTokenizer
+from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from lit_llama.text.streamer import Streamer
+from lit_llama.text.tokenizer import Tokenizer
 
 Beside = Callable[..., Path]
 TEXTS = ["Hello.", "the order as JSON", " two  blanks", "naïve café, 北京 😀", "", "### Response:"]
@@ -58,7 +61,7 @@ def test_added_tokens_equal_those_of_transformers(name: str, beside: Beside, tra
     assert (ours.bos, ours.eos) == ("<s>", "</s>")
     for token, token_id in theirs.added_tokens_encoder.items():
         if token != "<unk>" or name in ("llama 2", "later transformers"):
-            assert ours.control[token] == token_id
+            assert ours.added[token] == token_id
         for text in TEXTS:  # theirs parses the token and encodes what stands beside it apart
             wanted = theirs(f"{text}{token}{text}", add_special_tokens=False)["input_ids"]
             assert [*ours.encode(text), token_id, *ours.encode(text)] == wanted

@@ -17,7 +17,7 @@ from lit_llama.generate.load import Speaker, report
 from lit_llama.generate.sampling import Sampling
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import TEST_FILE, read_meta
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.encode import place_behind, prompt_ids
 from lit_llama.text.formats import Example, read_prompts
 
 
@@ -112,9 +112,10 @@ def answer_batch(
         for index, token in step:
             made[index].append(token)
     answers = []
-    for ids in made:
+    for prompt, ids in zip(prompts, made, strict=True):
         stopped = ids[-1] in speaker.stop_ids
-        text = speaker.tokenizer.decode(ids[:-1] if stopped else ids).removeprefix(speaker.opening)
+        said = speaker.tokenizer.decode(ids[:-1] if stopped else ids, place_behind(speaker.tokenizer, prompt))
+        text = said.removeprefix(speaker.opening)
         answers.append(Answer(text, stopped, len(ids)))
     return answers
 

@@ -17,10 +17,11 @@ from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Onto
 from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
-from lit_llama.text.encode import answer_opening, end_id
+from lit_llama.text.encode import answer_opening, end_id, place_behind
 from lit_llama.text.prompts import folder_style, named_style
+from lit_llama.text.streamer import Streamer
 from lit_llama.text.styles import PromptStyle
-from lit_llama.text.tokenizer import Streamer, Tokenizer
+from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
 
 
@@ -42,7 +43,7 @@ class Speaker:
         self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, cache: KVCache | None = None
     ) -> Iterator[tuple[list[int], str]]:
         """Continue one prompt; yields new ids and the text that became certain with them."""
-        streamer = Streamer(self.tokenizer)
+        streamer = Streamer(self.tokenizer, place_behind(self.tokenizer, prompt))
         steps = generate(
             self.model,
             [prompt],

@@ -15,10 +15,11 @@ from lit_llama.text.losses import Losses, keep_long_rows
 from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
+from lit_llama.text.render import OnError, TrainOn
 from lit_llama.text.report.findings import NEAR_DUPLICATES, Findings
 from lit_llama.text.report.report import write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
-from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
+from lit_llama.text.samples import Encoded, Encoder, Overflow
 from lit_llama.text.shards import Shards
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split

@@ -1,8 +1,8 @@
 """Prompt styles: messages -> segments of text, each trained or not, and the equal Jinja chat template."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,14 +16,19 @@ class Segment:
     """A piece of a prompt or an answer.
 
     `template` text was written by us or by the model's publisher and may spell control tokens; everything else is
-    somebody's words, which never become one.
+    somebody's words, which never become one. `trained` text is of an answer; a `muted` answer carries no loss, but is
+    encoded as any other, so that a prompt has the same ids whether its former answers were trained or not.
     """
 
     text: str
     trained: bool = False
     template: bool = False
+    muted: bool = False
 
 
+_WITHIN = (
+    "; --thoughts keep writes thoughts into the answer between <think> and </think>, --thoughts drop leaves them out"
+)
 UNSAID = ("tool_calls", "reasoning_content")
 """Keys of a message that the model would have to read or write, and that only a chat template may have words for."""
 
@@ -34,7 +39,7 @@ def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mappin
     if unsaid:
         raise UserError(
             f"the prompt style {name} cannot say {unsaid}: use a model whose own template does, with --prompt_style "
-            "chat_template, or leave such rows out with --on_error skip"
+            f"chat_template, or leave such rows out with --on_error skip{_WITHIN if unsaid == UNSAID[1] else ''}"
         )
 
 
@@ -46,10 +51,17 @@ class PromptStyle:
     Attributes:
         name: As in --prompt_style.
         tokens: Spellings in the templates that have to be control tokens.
+        begins: Whether the template that it was read from writes the token that begins a text; None where it was named,
+            and the tokenizer decides.
     """
 
     name: str
     tokens: tuple[str, ...] = ()
+    begins: bool | None = None
+
+    def marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
+        """Those of a tokenizer's added words that open turns, so that nobody else may spell them."""
+        return {*self.tokens} & {*words}
 
     def user(self, example: Example) -> str:
         """Content of the user message for an instruction and its input, which stands below it."""
@@ -130,6 +142,12 @@ class TurnStyle(PromptStyle):
     preface: str = ""
     again: str = ""
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)  # whether or not one was read from a template that begins texts
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def render(
         self,
         messages: Sequence[Message],
@@ -147,7 +165,10 @@ class TurnStyle(PromptStyle):
         def around(turn: Turn, message: Message, trained: bool = False) -> list[Segment]:
             content = message["content"].strip() if turn.strip else message["content"]
             ahead, behind = _around(turn, bos, eos, message["role"], trained)
-            return [*ahead, *self._words(content, trained), *behind]
+            turned = [*ahead, Segment(content, trained), *behind]
+            if trained and not message.get("train", True):
+                return [replace(segment, muted=segment.trained) for segment in turned]
+            return turned
 
         refuse_unsaid(self.name, messages, tools)
         segments = [] if self._places_bos else [own("{bos}")]
@@ -163,7 +184,7 @@ class TurnStyle(PromptStyle):
                 raise UserError(f"the prompt style {self.name} has no {role} message{self._where}")
             if role == "user":
                 segments.append(own(self._opening(index == 0, message["content"])))
-            segments += around(turn, message, role == "assistant" and message.get("train", True))
+            segments += around(turn, message, role == "assistant")
         if answer:
             segments.append(own((self.every or self.assistant_turn).before, "assistant"))
         return [segment for segment in segments if segment.text]
@@ -206,9 +227,6 @@ class TurnStyle(PromptStyle):
     @property
     def _where(self) -> str:
         return " but at the beginning" if self.system_turn else ""
-
-    def _words(self, content: str, trained: bool) -> list[Segment]:
-        return [Segment(content, trained)]
 
     def _opening(self, first: bool, content: str) -> str:
         """Template text before a user's turn."""
@@ -299,12 +317,15 @@ class ChatML(TurnStyle):
 
 
 class Ziya(TurnStyle):
-    """Ziya-LLaMA-13B-v1: `<human>:` and the stripped question, `<bot>:` in the next line, answer and end of text."""
+    """Ziya-LLaMA-13B-v1: `<human>:` and the stripped question, `<bot>:` in the next line, answer and end of text.
+
+    It was trained on answers encoded apart, which sentencepiece begins with a blank.
+    """
 
     name = "ziya"
     tokens = ("<human>", "<bot>")
     user_turn = Turn("<human>:", after="\n", strip=True)
-    assistant_turn = Turn("<bot>:", end="{eos}")
+    assistant_turn = Turn("<bot>:", lead=" ", end="{eos}")
 
 
 class Vicuna(TurnStyle):
@@ -358,8 +379,3 @@ class Plain(TurnStyle):
     """No prompt at all: a text, and the answer goes on with it."""
 
     name = "plain"
-
-    def _words(self, content: str, trained: bool) -> list[Segment]:
-        """The blank before an answer is marked as a style's, as sentencepiece would double a text's own."""
-        lead = " " if trained and content.startswith(" ") else ""
-        return [Segment(lead, trained, template=True), Segment(content.removeprefix(lead), trained)]

@@ -144,7 +144,7 @@ def _write_settings(work: Work, folder: Path, style: StyleName | None) -> None:
         complete(folder)
     tokenizer = Tokenizer.from_path(folder)
     named = named_style(style) if style else folder_style(folder)
-    if named is None and {"<human>", "<bot>"} <= tokenizer.control.keys():
+    if named is None and {"<human>", "<bot>"} <= tokenizer.added.keys():
         named = named_style("ziya")  # its folders name none, and asked otherwise it does not answer
     if named:
         (folder / TEMPLATE_FILE).write_text(named.jinja(bool(tokenizer.bos)), "utf-8")

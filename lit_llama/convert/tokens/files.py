@@ -17,7 +17,7 @@ from lit_llama.convert.tokens.fast import fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
 from lit_llama.progress import stderr
-from lit_llama.text.tokenizer import SentencePieceTokenizer
+from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 FILE = "tokenizer.model"
 _FETCH = (

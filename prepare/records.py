@@ -15,10 +15,13 @@ def main(
     source: str | list[str],
     destination_path: Path,
     tokenizer_path: Path,
-    prompt_style: StyleName | Literal["chat_template"] = "alpaca",
+    prompt_style: StyleName | Literal["chat_template"] | None = None,
     max_seq_length: int = 2048,
     mask_inputs: bool = True,
     train_on: Literal["all", "last"] = "all",
+    thoughts: Literal["template", "keep", "drop"] = "template",
+    typed_ends: Literal["keep", "strip"] = "keep",
+    rendered: bool = False,
     overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
     split: Literal["hash", "shuffle", "given"] = "hash",
     test_split_size: float = 0.05,
@@ -26,6 +29,8 @@ def main(
     split_from: Path | None = None,
     near_duplicates: int = 200_000,
     fields: dict[str, str] | None = None,
+    ignore_fields: list[str] | None = None,
+    as_text: bool = False,
     weights: list[float] | None = None,
     tree: Literal["best", "all"] = "best",
     on_error: Literal["stop", "skip"] = "stop",
@@ -37,13 +42,19 @@ def main(
     Args:
         source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the
             datasets library, or data sets of the Hub; several as a.jsonl b.csv. The schema of every row is
-            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text.
+            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text; see
+            docs/data.md.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
-        prompt_style: How a conversation is put to the model; chat_template is the model's own.
+        prompt_style: How a conversation is put to the model; chat_template is the model's own, which is taken where
+            none is named, or alpaca where the model folder has none; see docs/prompts.md.
         max_seq_length: Most tokens of a sample.
         mask_inputs: Train on answers only, not on prompts.
         train_on: Every answer of a conversation, or the last one.
+        thoughts: What becomes of thoughts before answers (<think>...</think>, reasoning_content): the chat template
+            decides, each answer is trained with its own, or none is.
+        typed_ends: An answer that ends in a spelled control token such as </s> keeps it as text, or loses it.
+        rendered: Rows of plain text hold control tokens, spelled: they were rendered for this model before.
         overflow: What becomes of a longer row: dropped, losing the oldest turns and the beginning of its question,
             losing the end of its answer, cut into several samples between turns, or an error.
         split: By a hash of the question (rows that ask the same stand on one side, and no row moves when others are
@@ -53,7 +64,10 @@ def main(
         split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
             case and white space) are for testing, all others for training, in place of --split.
         near_duplicates: Rows up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for not at all.
-        fields: Our names of fields and those in the data, as instruction=question,output=answer.
+        fields: Our names of fields and those in the data, as instruction=question,output=answer; a field that holds
+            something for the model and has no place stops the command, others without one are counted and named.
+        ignore_fields: Fields of rows and of messages to be left out, as context,tools.
+        as_text: Numbers, lists and objects where a text belongs become JSON text.
         weights: For several sources, how often a row is drawn from each, as 1,0.5.
         tree: Of a tree of messages, the best path or every one.
         on_error: A row that cannot be used stops the command, or is dropped with its reason.
@@ -68,6 +82,9 @@ def main(
         max_seq_length=max_seq_length,
         mask_inputs=mask_inputs,
         train_on=train_on,
+        thoughts=thoughts,
+        typed_ends=typed_ends,
+        rendered=rendered,
         overflow=overflow,
         split=split,
         test_split_size=test_split_size,
@@ -81,6 +98,8 @@ def main(
         prompt_style=prompt_style,
         rules=rules,
         fields=fields or {},
+        ignore_fields=ignore_fields or (),
+        as_text=as_text,
         on_error=on_error,
         tree=tree,
         weights=weights,

@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import DataError
+from lit_llama.text.conversation import Conversation
 from lit_llama.text.formats import Example, read_prompts, read_text
 from lit_llama.text.prepare import raw_row
+from lit_llama.text.read.reading import read_conversations
 
 Put = Callable[[str, bytes | str], Path]
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -77,6 +79,28 @@ def test_held_out_rows_are_asked_as_they_were_trained(put: Put) -> None:
     found = read_prompts(path)
     assert [(e.instruction, e.input, e.response) for e in found[:5]] == [(t, t, t + "!") for t in texts]
     assert [(*e.turns, {"role": "assistant", "content": e.response}) for e in found[5:]] == [*map(tuple, rows[5:])]
+
+
+def test_held_out_rows_keep_all_that_was_trained(put: Put) -> None:
+    """Catches an input beside a system message, thoughts, calls, tools or a mark of no loss lost on the way back."""
+    call = {"type": "function", "function": {"name": "a", "arguments": {"b": 1}}}
+    asked = {"role": "user", "content": "Sum up.", "input": "A tale."}
+    answer = {"role": "assistant", "content": "Short."}
+    wrong = {"role": "assistant", "content": "Long.", "reasoning_content": "Let me see.", "train": False}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "content": "4", "name": "a", "tool_call_id": "x"}
+    rows = [
+        ([{"role": "system", "content": "Be brief."}, asked, answer], ()),
+        ([asked, wrong, asked, called, told, answer], (call,)),
+        ([asked, answer], (call,)),
+        ([asked, {**answer, "reasoning_content": "Let me see."}], ()),
+    ]
+    path = put("test.jsonl", "".join(json.dumps(raw_row(row, tools)) + "\n" for row, tools in rows))
+    for (row, tools), found in zip(rows, read_prompts(path), strict=True):
+        before = list(found.turns) or [{"role": "user", "content": found.instruction, "input": found.input}]
+        assert (before, found.response, found.tools) == (row[:-1], row[-1]["content"], tools)
+    found = [entry for entry in read_conversations([str(path)]) if isinstance(entry, Conversation)]
+    assert [(list(entry.messages), entry.tools) for entry in found] == rows
 
 
 @pytest.mark.parametrize(

@@ -177,3 +177,19 @@ def test_a_long_text_is_dropped_or_loses_its_end(overflow: Any, tokenizer: Token
         assert encoded.cut == [0] and len(samples[0].input_ids) == 20 and samples[0].labels[-1] == tokenizer.eos_id
     else:
         assert not samples and len(encoded.dropped) == 1
+
+
+def test_parts_without_anything_to_learn_stand_before_one_with(tokenizer: Tokenizer) -> None:
+    """Catches a split at an answer that carries no loss: an error, a part that teaches nothing, or a lost turn."""
+    messages = [m | {"train": False} if i % 4 == 1 else m for i, m in enumerate(chat(8, 5))]
+    two = max(lengths(tokenizer, rows_of(*(messages[i : i + 4] for i in range(0, 16, 4)))))
+    samples, encoded = encode(tokenizer, rows_of(messages), max_seq_length=two, overflow="split")
+    assert encoded.parts == [0] and not encoded.dropped and len(samples) > 1
+    assert [m for part in encoded.conversations for m in part.messages] == messages
+    assert all(any(label != IGNORE_INDEX for label in sample.labels) for sample in samples)
+    whole = encode(tokenizer, rows_of(messages))[0][0]
+    learned = [[label for label in sample.labels if label != IGNORE_INDEX] for sample in (whole, *samples)]
+    assert learned[0] == [label for part in learned[1:] for label in part]
+    alone = max(lengths(tokenizer, rows_of(*(messages[i : i + 2] for i in range(2, 16, 4)))))
+    samples, encoded = encode(tokenizer, rows_of(messages), max_seq_length=alone, overflow="split")
+    assert all(len(sample.input_ids) <= alone for sample in samples) and encoded.parts == [0]

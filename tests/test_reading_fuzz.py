@@ -29,11 +29,21 @@ names = [
     "conversations",
     "text",
     "system",
+    "input",
+    "tools",
+    "history",
+    "thinking",
+    "chosen",
+    "label",
 ]
 roles = st.sampled_from(["user", "assistant", "system", "tool", "gpt", "human"]) | values
 messages = st.lists(
     st.fixed_dictionaries(
-        {}, optional={"role": roles, "from": roles, "content": values, "value": values, "text": values}
+        {},
+        optional={
+            **{"role": roles, "from": roles, "content": values, "value": values, "text": values},
+            **{"tool_calls": values, "thinking": values, "train": values, "name": values, "tools": values},
+        },
     )
     | values,
     max_size=4,
@@ -55,8 +65,8 @@ rows = st.dictionaries(
 def test_arbitrary_rows_are_kept_or_dropped_or_a_data_error(put: Put, given: list[Any], tree: Any) -> None:
     """Catches a traceback for an odd type in an odd place, and a row that is neither kept nor dropped."""
     path = put("a.json", json.dumps(given))
-    for on_error in ("stop", "skip"):
-        reader = read_conversations([str(path)], on_error=on_error, tree=tree)  # type: ignore[arg-type]
+    for on_error, as_text in (("stop", False), ("skip", False), ("skip", True)):
+        reader = read_conversations([str(path)], on_error=on_error, tree=tree, as_text=as_text)  # type: ignore[arg-type]
         try:
             found = list(reader)
         except DataError as error:

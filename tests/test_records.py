@@ -260,3 +260,33 @@ def test_the_script_has_the_same_options_and_tells_the_report_of_training(
     report = json.loads((tmp_path / "data" / "report.json").read_text("utf-8"))
     assert report["plan"]["steps_per_epoch"] == -(-meta["splits"]["train"]["rows"] // 16)
     assert report["commands"][0] == f"python prepare/show.py --data_dir {tmp_path / 'data'}"
+
+
+def test_what_became_of_fields_is_said_everywhere(
+    prepare: Prepare, put: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a label that no one hears of, and a count that stands in the terminal only."""
+    rows = [{"instruction": f"q{n}", "output": n, "label": n % 3, "context": "c"} for n in range(1, 40)]
+    path = put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    meta = prepare(path, as_text=True, ignore_fields=["context,[/b]"])
+    assert meta["fields"] == {
+        "unused": {"label": 39},
+        "written_as_text": {"output": 39},
+        "left_out": {"context": 39, "[/b]": 0},
+    }
+    said = capsys.readouterr().err
+    assert "fields that nothing uses (--fields gives them a place): label (39 rows)" in said
+    assert "fields that were no text, written as JSON text: output (39 rows)" in said
+    assert "fields left out, as asked: context (39 rows), [/b] (0 rows)" in said
+    report = json.loads((tmp_path / "data" / "report.json").read_text("utf-8"))
+    assert report["accounting"]["fields"] == meta["fields"]
+    assert "check: Fields that nothing uses: label (39 rows)." in [
+        f"{warning['severity']}: {warning['what']}" for warning in report["warnings"]
+    ]
+    assert "context (39 rows)" in (tmp_path / "data" / "report.html").read_text("utf-8")
+    assert "made anew, since --ignore_fields is ['context']" in _again(prepare, path, capsys)
+
+
+def _again(prepare: Prepare, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    prepare(path, as_text=True, ignore_fields=["context"])
+    return capsys.readouterr().err

@@ -224,3 +224,41 @@ def test_a_models_own_template_trains_as_the_built_in_style(tiny_folder: Path) -
     for option in options:
         found, wanted = (encode(tokenizer, rows, style, **option)[0] for style in (CHATML, named_style("chatml")))
         assert found == wanted and found
+
+
+GENERATION = JinjaStyle(
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_an_answer_marked_as_not_trained_is_in_the_prompt_without_loss(tokenizer: Tokenizer) -> None:
+    """Catches a wrong answer that is learned, left out, or that takes the loss or the end of another one with it."""
+    for style in [*styles(tokenizer), *([GENERATION] if "<|im_end|>" in tokenizer.control else [])]:
+        for masked in ([0], [1], [0, 1], [0, 2]):
+            messages = chat(4, 7)
+            marked = [m | {"train": False} if i // 2 in masked and i % 2 else m for i, m in enumerate(messages)]
+            ([plain], _), ([found], _) = (encode(tokenizer, rows_of(row), style) for row in (messages, marked))
+            assert tokenizer.spaced or found.input_ids == plain.input_ids
+            learned = [messages[2 * turn + 1]["content"] for turn in range(4) if turn not in masked]
+            wanted = [i for answer in learned for i in answer_ids(tokenizer, style, answer)]
+            assert [label for label in found.labels if label != IGNORE_INDEX] == wanted
+            assert all(label in (IGNORE_INDEX, i) for label, i in zip(found.labels, found.input_ids, strict=True))
+    with pytest.raises(UserError, match=r"line 1: an answer is marked not to be trained on, while --mask_inputs false"):
+        encode(tokenizer, rows_of(marked), mask_inputs=False)
+
+
+@pytest.mark.parametrize("name", ["tools", "tool_calls", "reasoning_content"])
+def test_a_built_in_style_refuses_what_it_cannot_say(name: str, tokenizer: Tokenizer) -> None:
+    """Catches tools, calls and thoughts that a style without words for them leaves out in silence."""
+    [row] = rows_of(chat(1))
+    call = {"type": "function", "function": {"name": "a", "arguments": {}}}
+    value = "Let me see." if name == "reasoning_content" else [call]
+    if name == "tools":
+        row = replace(row, tools=(call,))
+    else:
+        row = replace(row, messages=(row.messages[0], {**row.messages[1], name: value}))
+    with pytest.raises(UserError, match=rf"line 1: the prompt style alpaca cannot say {name}: use a model whose own"):
+        encode(tokenizer, [row])
+    assert [entry.row for entry in encode(tokenizer, [row], on_error="skip")[1].dropped] == [0]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.schemas import FIELDS, SCHEMAS, complete, recognise
 
@@ -12,8 +13,8 @@ from lit_llama.text.read.schemas import FIELDS, SCHEMAS, complete, recognise
 def convert(row: dict[str, Any]) -> tuple[str, list[tuple[str, ...]], int]:
     """Schema, messages as (role, content[, input]), and how many were cut."""
     schema = recognise(row)
-    (turns,) = schema.turns(row, "best")
-    messages, cut = complete(turns, schema)
+    (turns,) = schema.turns(row, FieldLog())
+    messages, cut = complete(turns.messages, schema)
     return schema.name, [tuple(message.values()) for message in messages], cut
 
 
@@ -168,10 +169,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "decimal": (A | {"output": Decimal(3)}, "field output is of type Decimal, expected text"),
     "lone surrogate": (A | {"output": "ab\ud83d"}, "field output holds a lone surrogate; it is character 2"),
     "system number": (A | {"system": 3}, "field system is a number, expected text"),
-    "history": (A | {"history": [["a", "b"]]}, "field history cannot be rendered; leave such rows out"),
-    "images": (A | {"images": ["x.png"]}, "field images cannot be rendered"),
-    "tools": ({"messages": chat("user", "assistant"), "tools": [{}]}, "field tools cannot be rendered"),
-    "messages as text": ({"messages": "[]"}, "field messages is text, expected a list of messages"),
+    "history of texts": (A | {"history": ["a", "b"]}, "history[0]: field history holds text, expected pairs"),
+    "images": (A | {"images": ["x.png"]}, "field images has no place in a row of the kind Alpaca; leave such rows out"),
+    "tools": ({"messages": chat("user", "assistant"), "tools": [{}]}, "field tools has nothing, expected a function"),
+    "messages as text": ({"messages": "hi"}, "field messages is text, expected a list of messages"),
     "messages null": ({"messages": None}, "field messages is null, expected a list of messages"),
     "prompt null": ({"prompt": None, "completion": "a"}, "field prompt is null, expected text"),
     "OASST with odd replies": ({"prompt": {"text": "a", "replies": "b"}}, "prompt: replies are text, expected a list"),
@@ -194,7 +195,7 @@ SAID: dict[str, tuple[Any, str]] = {
     "no role": ({"content": "a"}, "a message has no role; found content; expected role and content, or from and value"),
     "no content": ({"role": "assistant"}, "a message has no content; found role"),
     "look-alike": ({"role": "assistant", "c\u043entent": "a"}, "a message has no content"),
-    "ShareGPT without a value": ({"from": "gpt", "text": "a"}, "a message has no value; found from, text"),
+    "ShareGPT without a value": ({"from": "gpt", "words": "a"}, "a message has no value; found from, words"),
     "null content": ({"role": "assistant", "content": None}, "field content is null, expected text"),
     "number content": ({"role": "assistant", "content": 3}, "field content is a number, expected text"),
     "surrogate": (
@@ -206,24 +207,29 @@ SAID: dict[str, tuple[Any, str]] = {
         {"role": "narrator", "content": "a"},
         "unknown role 'narrator'; expected one of system,",
     ),
-    "capital role": ({"role": "Assistant", "content": "a"}, "unknown role 'Assistant'"),
     "role with a surrogate": ({"role": "\ud83d", "content": "a"}, "field role holds a lone surrogate"),
-    "tool calls": (
-        {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]},
-        "a message has tool_calls, which cannot be rendered; leave such rows out",
+    "part of a loss": (
+        {"role": "assistant", "content": "a", "weight": 0.5},
+        "a message has weight 0.5, expected true or false; parts of a loss are not supported: see --ignore_fields",
     ),
-    "function call": (
-        {"role": "assistant", "content": "", "function_call": {"name": "f"}},
-        "a message has function_call,",
+    "loss by token": ({"role": "assistant", "content": "a", "loss_mask": [0, 1]}, "a message has loss_mask [0, 1]"),
+    "question with thoughts": ({"role": "user", "content": "a", "thinking": "b"}, "a message of user has thoughts"),
+    "two thoughts": (
+        {"role": "assistant", "content": "a", "thinking": "b", "reasoning_content": "c"},
+        "a message has thoughts in several fields",
     ),
-    "weight": ({"role": "assistant", "content": "a", "weight": 0}, "a message has the weight 0, expected 1"),
+    "images of a message": ({"role": "user", "content": "a", "images": ["b.png"]}, "a message has images, for which"),
     "image": (
         {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
         "a part of the content is 'image_url', expected an object of type text",
     ),
-    "part of text": (
-        {"role": "user", "content": ["a"]},
-        "a part of the content is text, expected an object",
+    "part without a form": (
+        {"role": "user", "content": [["a"]]},
+        "a part of the content is a list, expected an object",
+    ),
+    "part with an answer of a tool": (
+        {"role": "user", "content": [{"type": "tool_result", "content": "a"}]},
+        "a part of the content is 'tool_result', expected an object of type text",
     ),
     "null part": ({"role": "user", "content": [{"type": "text", "text": None}]}, "field text is null, expected text"),
 }
@@ -309,12 +315,26 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     "half known": (["instruction", "answer"], "; try --fields output=answer"),
     "typo": (["instruction", "input", "ouput"], "; try --fields output=ouput"),
     "capital letters": (["Instruction", "Output"], "; try --fields instruction=Instruction,output=Output"),
-    "space": (["instruction", "output "], "; try --fields output=output "),
+    "space": (["instruction", "output "], "; try --fields 'output=output '"),
     "look-alike": (
         ["instruction", "\u043eutput"],
         "a field only looks like output: it holds U+043E CYRILLIC SMALL LETTER O; try --fields output=\u043eutput",
     ),
-    "preferences": (["prompt", "chosen", "rejected"], "; try --fields completion=chosen"),
+    "preferences": (
+        ["prompt", "chosen", "rejected"],
+        "; preferences cannot be trained on yet, only their chosen answers; try --fields completion=chosen "
+        "--ignore_fields rejected",
+    ),
+    "context": (["question", "context", "answer"], "; try --fields instruction=question,output=answer,input=context"),
+    "system prompt": (
+        ["id", "system_prompt", "question", "response"],
+        "; try --fields instruction=question,output=response,system=system_prompt",
+    ),
+    "thoughts": (
+        ["Question", "Complex_CoT", "Response"],
+        "; try --fields instruction=Question,output=Response,reasoning_content=Complex_CoT",
+    ),
+    "one message": (["role", "content"], "; this is one message: a row has to hold all messages"),
     "chat": (["dialogue"], "; try --fields messages=dialogue"),
     "text": (["Text"], "; try --fields text=Text"),
     "no field": ([], "no schema fits the fields nothing"),
@@ -347,4 +367,11 @@ def test_nothing_is_suggested_that_is_not_close() -> None:
 
 def test_the_fields_that_can_be_named_are_those_of_the_schemas() -> None:
     """Catches a schema whose fields --fields refuses."""
-    assert set(FIELDS) >= {key for schema in SCHEMAS for key in schema.keys} | {"input", "context", "system"}
+    assert set(FIELDS) >= {key for schema in SCHEMAS for key in schema.keys} | {
+        "input",
+        "context",
+        "system",
+        "tools",
+        "reasoning_content",
+        "history",
+    }

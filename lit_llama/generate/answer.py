@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def instruction_ids(speaker: Speaker, example: Example) -> list[int]:
     """Ids of the prompt for an instruction, in the style the model was trained with."""
     style = speaker.require_style()
     turns = example.turns or [{"role": "user", "content": style.user(example)}]
-    return prompt_ids(speaker.tokenizer, style, turns)
+    return prompt_ids(speaker.tokenizer, style, turns, example.tools)
 
 
 def answer_all(
@@ -165,7 +165,7 @@ def answer_file(
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), file=sys.stdout)
-    measures = measure(examples, answers)
+    measures = measure(examples, answers, speaker.tokenizer.control)
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
     report(
         sum(answer.tokens for answer in answers),
@@ -177,14 +177,15 @@ def answer_file(
 
 def _asked(example: Example) -> dict[str, Any]:
     if example.turns:
-        return {"messages": list(example.turns)}
+        return {"messages": list(example.turns)} | ({"tools": list(example.tools)} if example.tools else {})
     return {"instruction": example.instruction, "input": example.input}
 
 
-def measure(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Any]:
+def measure(examples: Sequence[Example], answers: Sequence[Answer], control: Collection[str] = ()) -> dict[str, Any]:
     """Shares of answers that stop by themselves, that equal the reference, and that are the same JSON as it.
 
-    The last two only over rows that have a reference; JSON only if every reference is JSON.
+    The last two only over rows that have a reference; JSON only if every reference is JSON. Answers that end in a
+    control token that is spelled as text, as a reference may too, are a share of their own where there are any.
     """
     pairs = [
         (example.response, answer.text) for example, answer in zip(examples, answers, strict=True) if example.response
@@ -192,6 +193,9 @@ def measure(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str,
     measures: dict[str, Any] = {"rows": len(answers), "stopped": _mean([answer.stopped for answer in answers])}
     if pairs:
         measures["exact_match"] = _mean([wanted.strip() == text.strip() for wanted, text in pairs])
+    spelled = [answer.text.rstrip().endswith(tuple(control)) for answer in answers]
+    if control and any(spelled):
+        measures["ends_spelled_as_text"] = _mean(spelled)
     wanted = [_json(reference) for reference, _ in pairs]
     if pairs and all(value is not None for value in wanted):
         measures["json_match"] = _mean([value == _json(text) for value, (_, text) in zip(wanted, pairs, strict=True)])

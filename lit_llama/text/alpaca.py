@@ -9,6 +9,7 @@ from typing import Any
 from lit_llama.errors import DataError, ResourceError
 from lit_llama.progress import stderr
 from lit_llama.text.prepare import Rules
+from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.records import StyleChoice, prepare_records
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -39,6 +40,14 @@ def prepare_alpaca(
     if not (destination / data_file_name).is_file():
         Tokenizer.from_path(tokenizer_path)  # better known to be missing before anything is fetched
     source = find_or_download(destination, data_file_name)
+    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    if prompt_style == "alpaca" and (own := folder_style(folder)) not in (None, named_style("alpaca")):
+        assert own
+        stderr().print(
+            f"prompt style alpaca, although {folder} has a chat template of its own ({own.name}): prepare/records.py "
+            "takes that, or name another with --prompt_style",
+            markup=False,
+        )
     return prepare_records(
         [str(source)], destination, tokenizer_path=tokenizer_path, prompt_style=prompt_style, rules=rules, plan=plan
     )

@@ -7,11 +7,13 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.text.conversation import Message
+from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.files import NOT_DATA
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.rows import read_rows
 from lit_llama.text.read.schemas import complete, recognise
 
+_ASKED = ("role", "content", "input")
 _ANSWERS = {"instruction": "output", "prompt": "completion"}  # fields that may be missing here
 
 
@@ -25,6 +27,7 @@ class Example:
         response: May be unknown ("").
         row: Number in the raw file, from 0.
         turns: A whole chat up to where the answer belongs, in place of instruction and input.
+        tools: The functions that the assistant may call.
     """
 
     instruction: str
@@ -32,6 +35,7 @@ class Example:
     response: str = ""
     row: int = 0
     turns: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_prompts(path: Path) -> list[Example]:
@@ -66,14 +70,15 @@ def _example(row: Mapping[str, Any], number: int) -> Example:
     schema = recognise(row)
     if schema.is_text:
         raise RowError("plain text asks nothing", hint="expected an instruction or a chat")
-    turns = next(iter(schema.turns(row, "best")))
+    found = schema.turns(row, FieldLog())[0]
+    turns, tools = found.messages, tuple(found.tools)
     answered = bool(turns) and turns[-1]["role"] == "assistant"
     before = turns[:-1] if answered else turns
     complete([*before, {"role": "assistant", "content": "."}], schema)  # for its checks
     response = turns[-1]["content"] if answered else ""
-    if [message["role"] for message in before] == ["user"]:
+    if not tools and [message["role"] for message in before] == ["user"] and before[0].keys() <= {*_ASKED}:
         return Example(before[0]["content"], before[0].get("input", ""), response, number)
-    return Example("", "", response, number, tuple(before))
+    return Example("", "", response, number, tuple(before), tools)
 
 
 def read_text(path: Path) -> str:

@@ -11,11 +11,12 @@ from lit_llama.folder import publish, write_json
 from lit_llama.text.blocks import Block, encode_blocks, rare_collections, read_blocks
 from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
-from lit_llama.text.losses import Losses, keep_long_rows
+from lit_llama.text.encode import begins
+from lit_llama.text.losses import Losses, Tally, keep_long_rows
 from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
-from lit_llama.text.render import OnError, TrainOn
+from lit_llama.text.render import OnError, TrainOn, TypedEnds
 from lit_llama.text.report.findings import NEAR_DUPLICATES, Findings
 from lit_llama.text.report.report import write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
@@ -25,8 +26,11 @@ from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
+from lit_llama.text.thoughts import ThoughtsRule
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
+
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,9 @@ class Rules:
         test_split_size: Rows for testing: below 1 their share, else (shuffle) their number.
         seed: Of the split.
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
+        thoughts: What becomes of the thoughts of answers.
+        typed_ends: Whether an answer keeps a spelled control token that it ends in, as text.
+        rendered: Texts hold control tokens, spelled.
     """
 
     max_seq_length: int
@@ -52,6 +59,9 @@ class Rules:
     test_split_size: float
     seed: int
     near_duplicates: int = NEAR_DUPLICATES
+    thoughts: ThoughtsRule = "template"
+    typed_ends: TypedEnds = "keep"
+    rendered: bool = False
 
 
 def prepare(
@@ -108,12 +118,14 @@ def prepare(
             "made_of": dict(made_of or {}),
             "source": {"file": _name(reader.files), "files": reader.files, "rows": reader.rows},
             "schemas": dict(reader.schemas),
+            "fields": reader.log.meta(),
             "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
             "prompt_style": style.name,
             **asdict(rules),
             "kept": reader.rows - work.losses.dropped_rows,
             **work.losses.meta(),
             "in_parts": work.parts,
+            "notes": {what: asdict(tally) for what, tally in work.notes.items()},
             "turns_cut": reader.cut_turns,
             "splits": {name: dict(counts) for name, counts in work.sides.counts.items()},
             "near_duplicates_checked": findings["near_duplicates_checked"],
@@ -121,7 +133,7 @@ def prepare(
         }
         if members:
             meta["split_from"] = members.meta()
-        (folder / TEMPLATE_FILE).write_text(style.jinja(bos=bool(tokenizer.bos)), "utf-8")
+        (folder / TEMPLATE_FILE).write_text(style.jinja(bos=begins(tokenizer, style)), "utf-8")
         steps = step_plan(work.findings.lengths_of("train"), seed=rules.seed, **plan) if plan else None
         samples = work.shown(tokenizer)
         write_report(folder, meta, findings, samples, name=destination.name, plan=steps, commands=commands)
@@ -142,6 +154,9 @@ def new_encoder(tokenizer: Tokenizer, style: PromptStyle, rules: Rules, on_error
         train_on=rules.train_on,
         overflow=rules.overflow,
         on_error=on_error,
+        thoughts=rules.thoughts,
+        spelled=rules.rendered,
+        typed_ends=rules.typed_ends,
     )
 
 
@@ -155,6 +170,7 @@ class _Work:
         self.findings = Findings(near_duplicates=rules.near_duplicates)
         self.losses = Losses(folder)
         self.parts = 0
+        self.notes: dict[str, Tally] = {}
         self._texts = Texts(folder)  # of each sample, by its number of arrival
         self._test = (folder / TEST_FILE).open("w", encoding="utf-8")
         self._keys = (folder / TEST_KEYS_FILE).open("w", encoding="ascii")
@@ -174,6 +190,9 @@ class _Work:
         whole = {conversation.row: conversation for conversation in block.conversations}
         self.losses.add([*block.dropped, *encoded.dropped], [whole[row] for row in encoded.cut])
         self.parts += len(encoded.parts)
+        for what, rows_of_it in encoded.notes.items():
+            for number in rows_of_it:
+                self.notes.setdefault(what, Tally()).add(whole[number].where)
         side_of = {row: self._side(conversation) for row, conversation in whole.items()}  # all parts on one
         if self._members:
             self._members.lost += sum(side_of[row.row] == "test" for row in encoded.dropped)
@@ -185,9 +204,9 @@ class _Work:
             messages, row = conversation.messages, whole[conversation.row]
             self.findings.add(len(self._texts), conversation.where, side, *words(messages), tokens, learned)
             opened = None if conversation is row else opening(row.messages)  # a row that was cut may open otherwise
-            self._texts.add((messages, opened))
+            self._texts.add((messages, conversation.tools, opened))
             if side == "test":
-                self._hold_out(messages, opened)
+                self._hold_out(messages, conversation.tools, opened)
 
     def _side(self, conversation: Conversation) -> str:
         if self._rules.split == "given":
@@ -203,8 +222,8 @@ class _Work:
             return self._members.side(conversation)
         return hash_side(opening(conversation.messages), self._rules.test_split_size, self._rules.seed)
 
-    def _hold_out(self, messages: Sequence[Message], opened: str | None) -> None:
-        self._test.write(json.dumps(raw_row(messages), ensure_ascii=False) + "\n")
+    def _hold_out(self, messages: Sequence[Message], tools: Tools, opened: str | None) -> None:
+        self._test.write(json.dumps(raw_row(messages, tools), ensure_ascii=False) + "\n")
         self._keys.write(opening_key(opening(messages) if opened is None else opened) + "\n")
 
     def finish(self, rows: int) -> None:
@@ -254,17 +273,24 @@ class _Work:
 def words(messages: Sequence[Message]) -> tuple[str, str]:
     """Everything before the last answer, and that answer."""
     *before, last = messages
-    parts = [part for message in before for part in (message["content"], message.get("input", "")) if part]
-    return "\n".join(parts), last["content"]
+    return "\n".join(part for message in before for part in _said(message)), "\n".join(_said(last))
 
 
-def raw_row(messages: Sequence[Message]) -> dict[str, Any]:
+def _said(message: Message) -> list[str]:
+    """All that is in a message, calls as JSON."""
+    parts = [message.get(key, "") for key in ("reasoning_content", "content", "input")]
+    parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return [part for part in parts if part]
+
+
+def raw_row(messages: Sequence[Message], tools: Tools = ()) -> dict[str, Any]:
     """A row as generate/instruct.py reads it: Alpaca's fields for a question and its answer, else all turns."""
     roles = [message["role"] for message in messages]
     if roles == ["assistant"]:
         return {"text": messages[0]["content"]}
-    if roles != ["user", "assistant"]:
-        return {"messages": list(messages)}
+    more = tools or any(message.keys() - {"role", "content", "input"} for message in messages)
+    if more or roles != ["user", "assistant"]:
+        return {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
     question, answer = messages
     return {"instruction": question["content"], "input": question.get("input", ""), "output": answer["content"]}
 

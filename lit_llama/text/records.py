@@ -16,11 +16,13 @@ from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.losses import LOST_FILE, keep_long_rows
 from lit_llama.text.members import read_members
+from lit_llama.text.merges import MERGES_FILES
 from lit_llama.text.prepare import Rules, new_encoder, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.read.documents import Documents
 from lit_llama.text.read.reading import OnError, read_conversations
 from lit_llama.text.report.findings import unchecked
+from lit_llama.text.report.notes import noted
 from lit_llama.text.report.report import REPORT_HTML
 from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
@@ -28,6 +30,11 @@ from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary
 
+FIELDS_SAID = {
+    "unused": "fields that nothing uses (--fields gives them a place)",
+    "written_as_text": "fields that were no text, written as JSON text",
+    "left_out": "fields left out, as asked",
+}
 StyleChoice = StyleName | Literal["chat_template"]
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
@@ -37,7 +44,7 @@ def prepare_records(
     destination: Path,
     *,
     tokenizer_path: Path,
-    prompt_style: StyleChoice,
+    prompt_style: StyleChoice | None,
     rules: Rules,
     fields: Mapping[str, str] = {},
     on_error: OnError = "stop",
@@ -48,6 +55,8 @@ def prepare_records(
     shard: str | None = None,
     shards: str | Sequence[str] | None = None,
     plan: Mapping[str, int] | None = None,
+    as_text: bool = False,
+    ignore_fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
 
@@ -61,12 +70,20 @@ def prepare_records(
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
     _check(rules, split_from)
+    ignore_fields = [name for given in ignore_fields for name in given.split(",")]  # as of a command line
     sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
     if part and shards:
         raise UserError("--shard makes one shard and --shards takes all together: give one of them")
     read = partial(
-        read_conversations, fields=fields, on_error=on_error, tree=tree, seed=rules.seed, documents=documents
+        read_conversations,
+        fields=fields,
+        on_error=on_error,
+        tree=tree,
+        seed=rules.seed,
+        documents=documents,
+        as_text=as_text,
+        ignore_fields=ignore_fields,
     )
     reader = read(sources, weights=weights)
     if documents == "file" and len(reader.identity()) == 1:
@@ -86,6 +103,8 @@ def prepare_records(
         **{f"--{name}": value for name, value in asdict(rules).items()},
         "--split_from": members.identity() if members else None,
         "--fields": dict(fields),
+        "--ignore_fields": list(ignore_fields),
+        "--as_text": as_text,
         "--on_error": on_error,
         "--tree": tree,
         "--weights": list(weights or []),
@@ -103,6 +122,8 @@ def prepare_records(
     together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
     tokenizer = _read_tokenizer(tokenizer_path)
     style = _style(prompt_style, tokenizer_path)
+    if prompt_style is None:
+        stderr().print(_chosen(style, _folder_of(tokenizer_path)), markup=False)
     if part:
         encoder = new_encoder(tokenizer, style, rules, on_error)
         made = write_shard(reader, encoder, destination, part, key=key, made_of=made_of)
@@ -166,14 +187,27 @@ def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
     return [show, tune + destination.name]
 
 
-def _style(name: StyleChoice, tokenizer_path: Path) -> PromptStyle:
-    if name != "chat_template":
+def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
+    """The style of a name; without one that of the model folder, or Alpaca's where the folder has none."""
+    if name not in (None, "chat_template"):
         return named_style(name)
-    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    folder = _folder_of(tokenizer_path)
     style = folder_style(folder)
-    if style is None:
+    if style is None and name is not None:
         raise UserError(f"--prompt_style chat_template: {folder} has no {TEMPLATE_FILE}; name a built-in style")
-    return style
+    return style or named_style("alpaca")
+
+
+def _folder_of(tokenizer_path: Path) -> Path:
+    return tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+
+
+def _chosen(style: PromptStyle, folder: Path) -> str:
+    """Which style is taken where none is named."""
+    if folder_style(folder) is None:
+        return f"prompt style alpaca, as {folder} has no chat template; --prompt_style names another"
+    which = "" if style.name == "chat_template" else f", which is {style.name}"
+    return f"prompt style: the chat template of {folder}{which}; --prompt_style names another"
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -192,7 +226,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 def _tokenizer_files(path: Path) -> dict[str, str]:
     """Sha256 of all that says how texts are encoded and rendered."""
     folder = path if path.is_dir() else path.parent
-    beside = (*TOKENIZER_FILES, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", TEMPLATE_FILE)
+    beside = (
+        *(*TOKENIZER_FILES, *MERGES_FILES, TEMPLATE_FILE),
+        *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    )
     files = {name: sha256_file(folder / name) for name in beside if (folder / name).is_file()}
     return files | {"tokenizer": sha256_file(path) if path.is_file() else ""}
 
@@ -229,10 +266,18 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     if lost - meta["dropped_by_choice"] > rows / 10:
         hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
         say(f"  more than a tenth is dropped: {hint}", markup=False)
+    for what, fields in meta["fields"].items():
+        if fields:
+            named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
+            say(f"  {FIELDS_SAID[what]}: {named}", markup=False)
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
         say(f"  {meta['in_parts']} rows became several samples")
+    for what, tally in meta["notes"].items():
+        shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
+        shown += ", ..." if tally["rows"] > _SHOWN else ""
+        say(f"  {tally['rows']} rows {noted(what, meta)} ({shown})", markup=False)
     if given := meta.get("split_from"):
         also = f", {given['dropped']} of them dropped" if given["dropped"] else ""
         say(f"  split as in {given['path']}: {given['rows']} rows ask its {given['questions']} test questions{also}")

@@ -1,8 +1,9 @@
 """Conversations -> runs of text and control tokens, each of which the tokenizer encodes at once."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from lit_llama.errors import CheckpointError, UserError
@@ -10,6 +11,7 @@ from lit_llama.text.conversation import Conversation, Dropped, Message
 from lit_llama.text.encode import Cutter, Run, rendered
 from lit_llama.text.formats import Example
 from lit_llama.text.jinja.teller import Told
+from lit_llama.text.places import Place, any_of
 from lit_llama.text.prompts import JinjaStyle
 from lit_llama.text.styles import PromptStyle, Segment
 from lit_llama.text.thoughts import ThoughtsRule, with_thoughts_inside, without_thoughts
@@ -17,7 +19,15 @@ from lit_llama.text.tokenizer import Tokenizer
 
 OnError = Literal["stop", "skip"]
 TrainOn = Literal["all", "last"]
+TypedEnds = Literal["keep", "strip"]
+Note = Literal["thoughts_left_out", "typed_ends", "looks_rendered", "opened", "joined"]
+"""Of a row: its answer is trained without its thoughts; ends in an end that somebody typed; is a text that was rendered
+before; is trained behind what the template ends a prompt in, and does not write before an answer; or begins with what
+the tokenizer would join to the end of its prompt."""
 _MARKS = re.compile(r"</?s>|<\|\w+\|>|<(?:start|end)_of_turn>")  # as control tokens of most models are spelled
+_TYPED_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>")
+_NEAR = 12  # characters on either side of a border within which a tokenizer may join something
+_HEAD = re.compile(rf"\s*\S{{0,{_NEAR}}}")
 
 
 @dataclass(frozen=True)
@@ -29,14 +39,18 @@ class Rendered:
         runs: Of each of them.
         dropped: The others.
         apart: Rows of which each answer is one of the conversations.
-        thoughts: Rows with answers that are trained without their thoughts.
+        notes: What there is to say of some rows, and which.
     """
 
     conversations: list[Conversation]
     runs: list[list[Run]]
     dropped: list[Dropped]
     apart: list[int] = field(default_factory=list)
-    thoughts: list[int] = field(default_factory=list)
+    notes: dict[Note, list[int]] = field(default_factory=dict)
+
+    def note(self, what: Note, row: int) -> None:
+        """Say something of a row."""
+        self.notes.setdefault(what, []).append(row)
 
 
 class Renderer:
@@ -50,10 +64,16 @@ class Renderer:
         train_on: TrainOn,
         on_error: OnError,
         thoughts: ThoughtsRule,
+        mask_inputs: bool,
         spelled: bool,
+        typed_ends: TypedEnds,
     ) -> None:
         self._tokenizer, self._style, self._cutter = tokenizer, style, Cutter(tokenizer)
         self._train_on, self._on_error, self._thoughts, self._spelled = train_on, on_error, thoughts, spelled
+        self._mask_inputs, self._typed_ends = mask_inputs, typed_ends
+        ends = "|".join(map(re.escape, {*tokenizer.control, *_TYPED_ENDS}))
+        self._typed = re.compile(rf"(?:\s*(?:{ends}))+\s*\Z")
+        self._joins: dict[tuple[str, str], bool] = {}
 
     def render(self, conversations: Sequence[Conversation]) -> Rendered:
         """Cut conversations into what is encoded apart: all that is to do before the tokenizer has its turn.
@@ -64,8 +84,9 @@ class Renderer:
         """
         made = Rendered([], [], [])
         for given in conversations:
-            conversation = self._with_thoughts(given)
+            conversation = self._asked_for(given)
             try:
+                self._check_flags(given)
                 parts = self._parts(conversation)
                 runs = [self._runs_of(part, told) for part, told in parts]
             except UserError as error:
@@ -77,11 +98,46 @@ class Renderer:
             made.runs.extend(runs)
             if len(parts) > 1:
                 made.apart.append(conversation.row)
-            if (conversation is not given and self._thoughts == "drop") or any(
-                told and not _trained(part).isdisjoint(told.left_out) for part, told in parts
-            ):
-                made.thoughts.append(conversation.row)
+            for what in self._noted(given, parts):
+                made.note(what, conversation.row)
+        self._note_joined(made)
         return made
+
+    def _noted(self, given: Conversation, parts: Sequence[tuple[Conversation, Told | None]]) -> Iterator[Note]:
+        """What there is to say of a row."""
+        last = given.messages[-1]["content"]
+        if given.text:
+            if not self._spelled and (_MARKS.search(last) or any_of(self._tokenizer.control).search(last)):
+                yield "looks_rendered"
+            return
+        if self._thoughts == "drop":
+            if any(without_thoughts(message) is not message for message in given.messages):
+                yield "thoughts_left_out"
+        elif any(told and not _trained(part).isdisjoint(told.left_out) for part, told in parts):
+            yield "thoughts_left_out"
+        if any(told and told.opened for _, told in parts):
+            yield "opened"
+        if any(self._typed.search(given.messages[index]["content"]) for index in _trained(given)):
+            yield "typed_ends"
+
+    def _note_joined(self, made: Rendered) -> None:
+        """Look for answers whose beginning the tokenizer would join to the end of their prompt."""
+        pairs: list[tuple[int, tuple[str, str]]] = []
+        for conversation, runs in zip(made.conversations, made.runs, strict=True):
+            for before, run in pairwise(runs):
+                if run.trained and not run.muted and run.place == Place.MORE and not before.trained:
+                    head = _HEAD.match(run.text)
+                    pairs.append((conversation.row, (before.text[-_NEAR:], head.group() if head else "")))
+        if new := list({pair for _, pair in pairs} - self._joins.keys()):
+            whole, left, right = (
+                self._tokenizer.encode_batch(texts, Place.MORE)
+                for texts in (["".join(pair) for pair in new], [pair[0] for pair in new], [pair[1] for pair in new])
+            )
+            found = (all_ids != a + b for all_ids, a, b in zip(whole, left, right, strict=True))
+            self._joins.update(zip(new, found, strict=True))
+        said = set(made.notes.get("opened", ()))  # of which this is no news
+        for row in dict.fromkeys(row for row, pair in pairs if self._joins[pair] and row not in said):
+            made.note("joined", row)
 
     def _parts(self, conversation: Conversation) -> list[tuple[Conversation, Told | None]]:
         """The conversation, rendered; or one for each of its answers, where they cannot be trained together.
@@ -92,7 +148,12 @@ class Renderer:
             return [(conversation, None)]
         told = self._told(conversation)
         answers = sorted(_trained(conversation))
-        if len(answers) < 2 or self._train_on == "last" or not isinstance(self._style, JinjaStyle):
+        if (
+            len(answers) < 2
+            or self._train_on == "last"
+            or not self._mask_inputs
+            or not isinstance(self._style, JinjaStyle)
+        ):
             return [(conversation, told)]
         lost = self._thoughts == "keep" and any(index in told.left_out for index in answers[:-1])
         if not told.apart and not lost and self._ended(told):
@@ -105,6 +166,13 @@ class Renderer:
             part = replace(conversation, messages=(*before, conversation.messages[index]))
             parts.append((part, self._told(part)))
         return parts
+
+    def _check_flags(self, conversation: Conversation) -> None:
+        if not self._mask_inputs and any("train" in message for message in conversation.messages):
+            raise UserError(
+                "an answer is marked not to be trained on, while --mask_inputs false trains on every token: use "
+                "--mask_inputs true"
+            )
 
     def _ended(self, told: Told) -> bool:
         """Whether every answer ends in a control token."""
@@ -125,16 +193,25 @@ class Renderer:
             ]
         return rendered(self._tokenizer, self._style, messages, tools=conversation.tools, keep=self._thoughts == "keep")
 
-    def _with_thoughts(self, conversation: Conversation) -> Conversation:
-        """The conversation as the rule of thoughts has it, as far as that is no matter of a template."""
-        if conversation.text or self._thoughts == "template":
+    def _asked_for(self, conversation: Conversation) -> Conversation:
+        """The conversation as the rules of thoughts and of typed ends have it, as far as no template is concerned."""
+        if conversation.text:
             return conversation
-        if self._thoughts == "keep" and isinstance(self._style, JinjaStyle):
-            return conversation
-        change = without_thoughts if self._thoughts == "drop" else with_thoughts_inside
-        messages = tuple(change(message) for message in conversation.messages)
+        messages = conversation.messages
+        if self._thoughts == "drop":
+            messages = tuple(map(without_thoughts, messages))
+        elif self._thoughts == "keep" and not isinstance(self._style, JinjaStyle):
+            messages = tuple(map(with_thoughts_inside, messages))
+        if self._typed_ends == "strip":
+            messages = tuple(map(self._without_end, messages))
         same = all(new is old for new, old in zip(messages, conversation.messages, strict=True))
         return conversation if same else replace(conversation, messages=messages)
+
+    def _without_end(self, message: Message) -> Message:
+        """An answer without the ends that somebody typed behind it."""
+        if message["role"] != "assistant" or not (found := self._typed.search(message["content"])):
+            return message
+        return {**message, "content": message["content"][: found.start()]}
 
     def runs(self, conversation: Conversation) -> list[Run]:
         """Runs of a conversation.

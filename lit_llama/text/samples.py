@@ -20,7 +20,7 @@ from lit_llama.text.arrow import Samples
 from lit_llama.text.conversation import Conversation, Dropped, Message
 from lit_llama.text.encode import IGNORE_INDEX, Run, begins, for_style
 from lit_llama.text.prompts import JinjaStyle
-from lit_llama.text.render import OnError, Rendered, Renderer, TrainOn
+from lit_llama.text.render import Note, OnError, Rendered, Renderer, TrainOn, TypedEnds
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.thoughts import ThoughtsRule
 from lit_llama.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class Encoded:
         cut: Rows that lost a part of their prompt or answer.
         parts: Rows that became several samples.
         dropped: Rows that are left out.
-        thoughts: Rows with answers that are trained without their thoughts.
+        notes: What there is to say of some rows, and which.
     """
 
     batch: Samples
@@ -47,7 +47,7 @@ class Encoded:
     cut: list[int]
     parts: list[int]
     dropped: list[Dropped]
-    thoughts: list[int] = field(default_factory=list)
+    notes: dict[Note, list[int]] = field(default_factory=dict)
 
 
 class Encoder:
@@ -65,6 +65,7 @@ class Encoder:
         on_error: A row that the style cannot render stops the encoding, or is dropped with its reason.
         thoughts: What becomes of the thoughts of answers.
         spelled: Texts hold control tokens, spelled: they were rendered before.
+        typed_ends: Whether an answer keeps a spelled control token that it ends in, as text.
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
@@ -83,6 +84,7 @@ class Encoder:
         on_error: OnError = "stop",
         thoughts: ThoughtsRule = "template",
         spelled: bool = False,
+        typed_ends: TypedEnds = "keep",
     ) -> None:
         tokenizer = for_style(tokenizer, style)
         if overflow == "split" and train_on == "last":
@@ -92,7 +94,14 @@ class Encoder:
             )
         self._tokenizer, self._style = tokenizer, style
         self._renderer = Renderer(
-            tokenizer, style, train_on=train_on, on_error=on_error, thoughts=thoughts, spelled=spelled
+            tokenizer,
+            style,
+            train_on=train_on,
+            on_error=on_error,
+            thoughts=thoughts,
+            mask_inputs=mask_inputs,
+            spelled=spelled,
+            typed_ends=typed_ends,
         )
         self._limit, self._mask_inputs, self._overflow = max_seq_length, mask_inputs, overflow
         self._is_control = np.zeros(tokenizer.size, dtype=bool)
@@ -120,7 +129,7 @@ class Encoder:
         conversations, dropped = rendered.conversations, list(rendered.dropped)
         batch, trained = self._encode(conversations, rendered.runs)
         if (batch.lengths <= self._limit).all():
-            return Encoded(batch, conversations, [], rendered.apart, dropped, rendered.thoughts)
+            return Encoded(batch, conversations, [], rendered.apart, dropped, rendered.notes)
         fits = np.flatnonzero(batch.lengths <= self._limit).tolist()
         pieces, kept = [batch.take(fits)], [conversations[i] for i in fits]
         cut: list[int] = []
@@ -138,7 +147,7 @@ class Encoder:
             (cut if self._overflow != "split" else parts).append(long.row)
         order = sorted(range(len(kept)), key=lambda i: kept[i].row)  # stable: the parts of a row stay in order
         parts = list(dict.fromkeys(parts))
-        return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped, rendered.thoughts)
+        return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped, rendered.notes)
 
     def _one(self, conversation: Conversation) -> tuple[Samples, npt.NDArray[np.bool_]]:
         return self._encode([conversation], [self._renderer.runs(conversation)])
@@ -254,18 +263,23 @@ class Encoder:
         turns = [rest[i:j] for i, j in zip(starts, [*starts[1:], len(rest)], strict=True)]
         made: Pieces = []
         begun: tuple[Message, ...] = ()
+        passed: tuple[Message, ...] = ()  # turns without anything to learn, for the one behind them to refer to
         for turn in turns:
-            for held in (begun + turn, turn):
+            if not any(message["role"] == "assistant" and message.get("train", True) for message in turn):
+                passed += turn
+                continue
+            together = begun + passed + turn
+            for held in (together, passed + turn, turn):
                 part = replace(long, messages=system + held)
                 batch, _ = self._one(part)
                 if batch.lengths[0] <= self._limit:
                     break
             else:
                 return Dropped(long.row, long.where, f"one turn alone is longer than {self._limit} tokens")
-            if held is not turn and begun:
+            if held is together and begun:
                 made.pop()
             made.append((part, batch))
-            begun = held
+            begun, passed = held, ()
         return made
 
     def _split_text(self, long: Conversation, whole: Samples) -> Pieces:

@@ -26,20 +26,22 @@ class Segment:
     muted: bool = False
 
 
-_WITHIN = (
-    "; --thoughts keep writes thoughts into the answer between <think> and </think>, --thoughts drop leaves them out"
-)
-UNSAID = ("tool_calls", "reasoning_content")
-"""Keys of a message that the model would have to read or write, and that only a chat template may have words for."""
+UNSAID = {
+    "tool_calls": "",
+    "reasoning_content": "; --thoughts keep writes them into the answer as <think>...</think>, drop leaves them out",
+    "tools": ", or their tools with --ignore_fields tools",
+}
+"""Keys of a message or a conversation that the model would have to read or write, and that only a chat template may
+have words for; and how to do without them."""
 
 
 def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
     """Raise UserError if a conversation holds what a prompt style would leave out in silence."""
-    unsaid = next((key for message in messages for key in UNSAID if key in message), "tools" if tools else None)
-    if unsaid:
+    there = {key for message in messages for key in message if key in UNSAID} | ({"tools"} if tools else set())
+    for unsaid in (key for key in UNSAID if key in there):
         raise UserError(
             f"the prompt style {name} cannot say {unsaid}: use a model whose own template does, with --prompt_style "
-            f"chat_template, or leave such rows out with --on_error skip{_WITHIN if unsaid == UNSAID[1] else ''}"
+            f"chat_template, or leave such rows out with --on_error skip{UNSAID[unsaid]}"
         )
 
 

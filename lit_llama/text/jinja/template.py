@@ -157,7 +157,7 @@ class JinjaStyle(PromptStyle):
         if without and rest.pop(0) == text:
             raise UserError(
                 f"{TEMPLATE_FILE} does not write tools, so the model would not know of them; use a model whose "
-                "template does, or leave such rows out with --on_error skip"
+                "template does, or leave such rows out with --on_error skip, or their tools with --ignore_fields tools"
             )
         parts = MARK.split(marked)
         numbers = [int(number) for number in parts[1::2]]

@@ -1,4 +1,7 @@
-"""JSON of any size, row by row: an array of objects, one object a line, or objects one after another."""
+"""JSON of any size, row by row: an array of objects, one object a line, or objects one after another.
+
+A row that is a list of messages is a conversation.
+"""
 
 import json
 import re
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain
+from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain, holds_messages
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ENDLESS = "Unterminated string"
@@ -149,10 +152,10 @@ def read_json(blocks: Iterator[str], path: Path, by_lines: bool = False) -> Iter
     first = window.peek()
     if not first:
         raise DataError(f"{path} holds no rows")
-    if first == "[":
-        return _array(window)
     end = window.text.find("\n", window.start)
     line = window.text[window.start : end if end >= 0 else None].rstrip()
+    if first == "[":
+        return _lines(window) if _is_conversation(line) else _array(window)
     if _is_object(line) or (by_lines and line != "{"):
         return _lines(window)
     return _sequence(window)
@@ -163,6 +166,15 @@ def _is_object(line: str) -> bool:
         return line.startswith("{") and LENIENT.raw_decode(line)[1] == len(line)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_conversation(line: str) -> bool:
+    """Whether a line is a whole list of messages."""
+    try:
+        value, end = LENIENT.raw_decode(line)
+    except (ValueError, RecursionError):
+        return False
+    return end == len(line) and holds_messages(value)
 
 
 def _row(window: _Window, number: int) -> RawRow:

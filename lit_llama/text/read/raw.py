@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,9 +30,11 @@ class RawRow:
 
     @classmethod
     def of(cls, where: str, value: Any) -> "RawRow":
-        """A row, which has to be an object."""
+        """A row: an object, or the list of messages of a conversation."""
         if isinstance(value, dict):
             return cls(where, value)
+        if holds_messages(value):
+            return cls(where, {"messages": value})
         return cls.bad(where, f"found {kind(value)}, expected an object")
 
     @classmethod
@@ -52,7 +54,26 @@ def kind(value: Any) -> str:
         dict: "an object",
         bytes: "binary",
     }
-    return "null" if value is None else names.get(type(value)) or f"of type {type(value).__name__}"
+    if missing(value):
+        return "null"
+    return names.get(type(value)) or f"of type {type(value).__name__}"
+
+
+def missing(value: Any) -> bool:
+    """Whether a field says nothing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def holds_messages(value: Any) -> bool:
+    """Whether a value is a list of objects that each say who speaks."""
+    return isinstance(value, list) and bool(value) and all(is_message(entry) for entry in value)
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is an object that says who speaks, and what."""
+    if not isinstance(value, dict) or not any(isinstance(value.get(name), str) for name in ("role", "from")):
+        return False
+    return any(name in value for name in ("content", "value", "parts", "tool_calls", "function_call"))
 
 
 def shown(value: Any, longest: int = 60) -> str:
@@ -75,6 +96,11 @@ def _refuse(constant: str) -> NoReturn:
     raise NotStrictError(f"{constant} is not JSON")
 
 
+def _missing(constant: str) -> None:
+    if constant != "NaN":  # as pandas writes what is missing
+        _refuse(constant)
+
+
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
@@ -91,7 +117,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_missing, parse_float=_finite)
+"""For rows. NaN, which is no JSON, is null."""
+STRICTEST = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+"""For JSON that a model reads or writes."""
 LENIENT = json.JSONDecoder(parse_int=len)
 """Finds the end of a value that is refused; numbers of any length do."""
 
@@ -121,19 +150,10 @@ class RowError(ValueError):
         self.unusable = unusable
 
 
-def text_of(row: Mapping[str, Any], name: str, at: str = "") -> str:
-    """A field that has to be text and fit into a file.
-
-    Raises:
-        RowError: It does not.
-    """
-    value = row[name]
-    if not isinstance(value, str):
-        hint = "write the column as text" if isinstance(value, bytes) else ""
-        raise RowError(f"field {name} is {kind(value)}, expected text", at, hint)
+def check_text(value: str, name: str, at: str = "") -> None:
+    """Raise RowError if a text does not fit into a file."""
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise RowError(f"field {name} holds a lone surrogate", at, f"it is character {error.start}") from error
-    return value

@@ -16,6 +16,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import sha256_file
 from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.read.documents import TEXT_ENDINGS, Documents, read_documents
+from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.files import ENDINGS, expand, is_saved, unchanged
 from lit_llama.text.read.oasst import Tree, join_messages
 from lit_llama.text.read.raw import RawRow, RowError
@@ -46,6 +47,7 @@ class Reader:
         schemas: Rows of each schema.
         files: Path, sha256 and number of raw rows of each file that has been read to its end.
         cut_turns: Last turns without an answer that were left off.
+        log: What became of fields that are not simply used.
     """
 
     def __init__(
@@ -56,8 +58,11 @@ class Reader:
         tree: Tree,
         weights: Sequence[float] | None,
         seed: int,
+        as_text: bool,
+        ignored: Sequence[str],
     ) -> None:
-        self._sources, self._fields, self._on_error, self._tree = sources, fields, on_error, tree
+        self._sources, self._fields, self._on_error = sources, fields, on_error
+        self._new_log = partial(FieldLog, tree=tree, as_text=as_text, ignored=ignored)
         self._weights, self._seed = weights, seed
         self._expected: dict[str, str] = {}
         self._begin()
@@ -73,6 +78,7 @@ class Reader:
         self.schemas: Counter[str] = Counter()
         self.files: list[dict[str, Any]] = []
         self.cut_turns = 0
+        self.log = self._new_log()
         self._unseen = dict(self._fields)
 
     def __iter__(self) -> Iterator[Conversation | Dropped]:
@@ -141,19 +147,21 @@ class Reader:
                 raise raw.error
             yield Dropped(self.rows, raw.where, raw.reason)
             return
+        self.log.begin_row()
         try:
-            schema = recognise(raw.value)
+            row = self.log.wanted(raw.value)
+            schema = recognise(row)
             self.schemas[schema.name] += 1
-            for turns in schema.turns(raw.value, self._tree):
+            for turns in schema.turns(row, self.log):
                 try:
-                    messages, cut = complete(turns, schema)
+                    messages, cut = complete(turns.messages, schema)
                 except RowError as error:
                     if not error.unusable:
                         raise
                     yield Dropped(self.rows, raw.where, error.reason)
                 else:
                     self.cut_turns += cut
-                    yield Conversation(messages, self.rows, raw.where, schema.is_text, split)
+                    yield Conversation(messages, self.rows, raw.where, schema.is_text, split, tuple(turns.tools))
         except RowError as error:
             if self._on_error == "stop":
                 raise DataError(f"{raw.where}: {error}") from error
@@ -169,6 +177,8 @@ def read_conversations(
     weights: Sequence[float] | None = None,
     seed: int = 42,
     documents: Documents | None = None,
+    as_text: bool = False,
+    ignore_fields: Sequence[str] = (),
 ) -> Reader:
     """Read instruction, chat or text data. No row is read before the loop over the result begins.
 
@@ -184,6 +194,9 @@ def read_conversations(
             what is not drawn is dropped with that reason. Without weights, the sources follow one another.
         seed: Of the drawing.
         documents: The sources are files of plain text, or folders of such; this says what a document is.
+        as_text: Numbers, lists and objects where a text belongs become JSON text, and are counted; else they
+            are errors.
+        ignore_fields: Fields of rows and of messages, by their names in the data, that are left out.
 
     Raises:
         UserError: An option is wrong.
@@ -202,7 +215,9 @@ def read_conversations(
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"--weights: found {weight}, expected a number above 0; leave out unwanted sources")
-    return Reader(_known_splits(_resolve(sources, documents)), fields, on_error, tree, weights, seed)
+    return Reader(
+        _known_splits(_resolve(sources, documents)), fields, on_error, tree, weights, seed, as_text, ignore_fields
+    )
 
 
 def _resolve(sources: Sequence[str], documents: Documents | None) -> list[list[_Part]]:
@@ -264,4 +279,6 @@ def _known_splits(sources: list[list[_Part]]) -> list[list[_Part]]:
 def _rename(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     given = {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
     taken = {fields[ours] for ours in given}
-    return {name: value for name, value in row.items() if name not in taken} | given
+    # A field whose name is taken by another one keeps a name of its own, so that it is not lost in silence.
+    rest = {f"{name} (not the renamed one)" if name in given else name: row[name] for name in row if name not in taken}
+    return rest | given

@@ -9,18 +9,21 @@ from functools import lru_cache
 from typing import Any
 
 from lit_llama.text.conversation import Message
-from lit_llama.text.read.oasst import Tree, branches
-from lit_llama.text.read.raw import RowError, kind, listed, shown, text_of
+from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing
+from lit_llama.text.read.messages import (
+    OASST_FIELDS,
+    Turns,
+    as_list,
+    in_a_field,
+    read_message,
+    read_messages,
+    read_role,
+)
+from lit_llama.text.read.oasst import Node, branches
+from lit_llama.text.read.raw import RowError, kind, listed, missing
 from lit_llama.text.read.suggest import suggest
+from lit_llama.text.read.tools import read_tools
 
-Row = Mapping[str, Any]
-
-_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot"), "assistant"),
-    **dict.fromkeys(("tool", "observation"), "tool"),
-}
 _AFTER: dict[str, tuple[str, ...]] = {
     "": ("system", "user"),
     "system": ("user",),
@@ -28,9 +31,8 @@ _AFTER: dict[str, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-# What prompt styles do not render. Without it we would train on something else than the row says.
-_REFUSED_IN_MESSAGES = ("tool_calls", "function_call")
-_REFUSED_IN_ROWS = {"tools", "functions", "history", "image", "images", "videos", "audios"}
+_BESIDE_CHATS = (*SYSTEM, *TOOLS)
+_BESIDE_PAIRS = (*_BESIDE_CHATS, *INPUTS, *THOUGHTS, "history")
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class Schema:
     Args:
         name: What the summary and the messages call it.
         keys: Fields that every row of this kind has.
-        turns: Makes lists of messages of a row.
+        read: Makes lists of messages of a row.
+        beside: Fields that a row of this kind may have, and that are used.
         words: What its messages are called when they are empty, by role.
         fits: A test besides the fields.
     """
 
     name: str
     keys: tuple[str, ...]
-    turns: Callable[[Row, Tree], Iterable[list[Message]]]
+    read: Callable[[Row, FieldLog], Iterable[Turns]]
+    beside: tuple[str, ...] = ()
     words: Mapping[str, str] = field(default_factory=dict)
     fits: Callable[[Row], bool] = lambda row: True
 
@@ -55,6 +59,25 @@ class Schema:
     def is_text(self) -> bool:
         """Whether there is no prompt."""
         return self.keys == ("text",)
+
+    def turns(self, row: Row, log: FieldLog) -> list[Turns]:
+        """Conversations of a row, several for the branches of a tree. Every field is accounted for.
+
+        Raises:
+            RowError: A field is not what it has to be, or holds something for the model that has no place.
+        """
+        found = list(self.read(row, log))
+        if rest := _rest(tuple(row), (*self.keys, *self.beside), self.is_text):
+            messages = [message for turns in found for message in turns.messages]
+            contents = [message[key] for message in messages for key in ("content", "input") if message.get(key)]
+            log.unused_in_row(row, rest, self.name, contents, self.is_text)
+        return found
+
+
+@lru_cache(maxsize=64)  # nearly all rows of a file have the same fields
+def _rest(names: tuple[str, ...], used: tuple[str, ...], text: bool) -> list[str]:
+    """Fields of a row that its schema does not use, and that may say something."""
+    return [name for name in names if name not in used and not says_nothing(name, METADATA if not text else set())]
 
 
 def recognise(row: Row) -> Schema:
@@ -65,29 +88,57 @@ def recognise(row: Row) -> Schema:
     """
     fitting = [schema for schema in _with_keys(tuple(row)) if schema.fits(row)]
     for schema in fitting:
-        if any(row[key] is not None for key in schema.keys):
+        if any(not missing(row[key]) for key in schema.keys):
             return schema
     if fitting:
         return fitting[0]
     accepted = ", ".join(f"{' + '.join(schema.keys)} ({schema.name})" for schema in SCHEMAS)
-    way_out = suggest(list(row), [schema.keys for schema in SCHEMAS if schema is not OASST])
-    inside = next((name for name, value in row.items() if _holds_rows(value)), None)
-    if inside is not None:
-        way_out = f"; the field {listed([inside])} is a list of objects: if they are the rows, save that list alone"
-    raise RowError(f"no schema fits the fields {listed(list(row))}", hint=f"accepted are {accepted}{way_out}")
+    raise RowError(f"no schema fits the fields {listed(list(row))}", hint=f"accepted are {accepted}{_way_out(row)}")
 
 
-def _holds_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
+def _way_out(row: Row) -> str:
+    """What to do about a row that fits no schema, as an end of the message; "" if nobody knows."""
+    if {"chosen", "rejected"} <= row.keys():
+        return f"; preferences cannot be trained on yet, only their chosen answers{_chosen(row)}"
+    for name, value in row.items():
+        if in_a_field(value):
+            return f"; the field {listed([name])} holds messages: try --fields messages={listed([name])}"
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return "; this is one message: a row has to hold all messages of a conversation, as a list"
+    if way := _suggested(row):
+        return way
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            return f"; the field {listed([name])} is a list of objects: if they are the rows, save that list alone"
+    return ""
 
 
-@lru_cache(maxsize=64)  # nearly all rows of a file have the same fields
+def _chosen(row: Row) -> str:
+    """How to train on the chosen answers of preferences."""
+    if in_a_field(row["chosen"]):
+        first = read_messages(row, "chosen", FieldLog()).messages[0]
+        chosen = "completion" if first["role"] == "assistant" and "prompt" in row else "messages"
+        way = f"; try --fields {chosen}=chosen"
+    else:
+        way = _suggested({name: value for name, value in row.items() if name != "rejected"})
+    return f"{way or '; try --fields text=chosen'} --ignore_fields rejected"
+
+
+def _suggested(row: Row) -> str:
+    required = [schema.keys for schema in SCHEMAS if schema is not OASST]
+    return suggest(row, required, {schema.keys: schema.beside for schema in SCHEMAS})
+
+
+@lru_cache(maxsize=64)
 def _with_keys(names: tuple[str, ...]) -> list[Schema]:
     return [schema for schema in SCHEMAS if set(schema.keys) <= set(names)]
 
 
 def complete(messages: Sequence[Message], schema: Schema) -> tuple[tuple[Message, ...], int]:
-    """A conversation in order, up to its last answer, and how many messages behind that were left off.
+    """A conversation in order, up to its last answer that carries loss.
+
+    Returns:
+        Its messages, and how many were left off behind the last answer of all.
 
     Raises:
         RowError: The order is none, or there is nothing to learn.
@@ -100,127 +151,174 @@ def complete(messages: Sequence[Message], schema: Schema) -> tuple[tuple[Message
             place = f"behind {before}" if before else "at the beginning"
             raise RowError(f"found role {role} {place}, expected {wanted}", f"message {index}")
         before = role
-    end = len(messages)
-    while end and messages[end - 1]["role"] != "assistant":
-        end -= 1
-    if not end:
+    answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answered:
         raise RowError("no answer" if messages else "no messages", unusable=True)
+    learned = [index for index in answered if messages[index].get("train", True)]
+    if not learned:
+        raise RowError("no answer is marked to be trained on", unusable=True)
+    end = learned[-1] + 1
     for index, message in enumerate(messages[:end]):
         role = message["role"]
-        if role in ("user", "assistant") and not message["content"].strip():
+        if role in ("user", "assistant") and not message["content"].strip() and "tool_calls" not in message:
             raise RowError(f"empty {schema.words.get(role, f'{role} message')}", f"message {index}", unusable=True)
-    return tuple(messages[:end]), len(messages) - end
+    return tuple(messages[:end]), len(messages) - 1 - answered[-1]
 
 
-def _pair(user: str, given: str, answer: str) -> Callable[[Row, Tree], Iterator[list[Message]]]:
-    """Turns of a row with a field for each: the instruction, its input (which may be missing or null), the answer."""
+def _pair(user: str, answer: str) -> Callable[[Row, FieldLog], Iterator[Turns]]:
+    """Turns of a row with a field for each: the instruction, its input (which may be missing), the answer."""
 
-    def turns(row: Row, _: Tree) -> Iterator[list[Message]]:
-        asked = {"role": "user", "content": text_of(row, user)}
-        if row.get(given) is not None and (extra := text_of(row, given)):
-            asked["input"] = extra
-        yield [*_system(row), asked, {"role": "assistant", "content": text_of(row, answer)}]
+    def read(row: Row, log: FieldLog) -> Iterator[Turns]:
+        turns = _beside(row, log)
+        turns.messages += _history(row, log)
+        given = _one_of(row, INPUTS, log)
+        asked = {"role": "user", "content": "" if given and missing(row[user]) else log.text(row, user)}
+        if given and asked["content"].strip():
+            asked["input"] = given
+        elif given:
+            asked["content"] = given
+        turns.messages += [asked, _answer(row, answer, log)]
+        yield turns
 
-    return turns
+    return read
 
 
-def _chat(name: str) -> Callable[[Row, Tree], Iterator[list[Message]]]:
+def _answer(row: Row, name: str, log: FieldLog) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": log.text(row, name)}
+    if thoughts := _one_of(row, THOUGHTS, log):
+        answer["reasoning_content"] = thoughts
+    return answer
+
+
+def _chat(name: str) -> Callable[[Row, FieldLog], Iterator[Turns]]:
     """Turns of a row with a list of messages."""
 
-    def turns(row: Row, _: Tree) -> Iterator[list[Message]]:
-        yield [*_system(row), *_messages(row, name)]
+    def read(row: Row, log: FieldLog) -> Iterator[Turns]:
+        yield _joined(_beside(row, log), read_messages(row, name, log))
 
-    return turns
+    return read
 
 
-def _prompt_completion(row: Row, _: Tree) -> Iterator[list[Message]]:
+def _prompt_completion(row: Row, log: FieldLog) -> Iterator[Turns]:
     """Two texts, or two lists of messages, as TRL has them."""
-    turns = _system(row)
+    lists = [name for name in ("prompt", "completion") if not _is_text(row[name])]
+    if not lists:
+        yield from _pair("prompt", "completion")(row, log)
+        return
+    for name in (*INPUTS, *THOUGHTS, "history"):
+        if not missing(row.get(name)) and row[name] not in ("", []):
+            raise RowError(f"field {name} has no place beside a list of messages", hint=f"see --ignore_fields {name}")
+    turns = _beside(row, log)
     for name, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row[name], list):
-            turns += _messages(row, name)
+        if name in lists:
+            turns = _joined(turns, read_messages(row, name, log))
         else:
-            turns.append({"role": role, "content": text_of(row, name)})
+            turns.messages.append({"role": role, "content": log.text(row, name)})
     yield turns
 
 
-def _tree(row: Row, tree: Tree) -> Iterator[list[Message]]:
-    for branch in branches(row["prompt"], tree):
-        yield [_message(message, "prompt and replies", "text") for message in branch]
+def _is_text(value: Any) -> bool:
+    return as_list(value) is None if not isinstance(value, str) else not in_a_field(value)
 
 
-def _text(row: Row, _: Tree) -> Iterator[list[Message]]:
-    yield [{"role": "assistant", "content": text_of(row, "text")}]
+def _tree(row: Row, log: FieldLog) -> Iterator[Turns]:
+    for branch in branches(row["prompt"], log.tree):
+        yield Turns([_node(node, log) for node in branch])
 
 
-def _system(row: Row) -> list[Message]:
-    """The message of a field `system`, if there is one."""
-    for name in sorted(_REFUSED_IN_ROWS & row.keys()):
-        if row[name] and row[name] != "[]":
-            raise RowError(f"field {name} cannot be rendered", hint="leave such rows out")
-    return [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
+def _node(node: Node, log: FieldLog) -> dict[str, Any]:
+    """A message of a tree."""
+    at = "prompt and replies"
+    for name in ("role", "text"):
+        if name not in node:
+            raise RowError(f"a message has no {name}", at, f"found {listed(list(node))}; expected role and text")
+    log.unused_in_message(node, OASST_FIELDS, at)
+    return read_message(node, read_role(node["role"], "role", at), "text", at, log)
 
 
-def _messages(row: Row, name: str) -> list[Message]:
-    if not isinstance(row[name], list):
-        raise RowError(f"field {name} is {kind(row[name])}, expected a list of messages")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(row[name])]
+def _text(row: Row, log: FieldLog) -> Iterator[Turns]:
+    yield Turns([{"role": "assistant", "content": log.text(row, "text")}])
 
 
-def _message(message: Any, at: str, content: str = "content") -> Message:
-    """A message in OpenAI's words (role, content) or in ShareGPT's (from, value)."""
-    if not isinstance(message, dict):
-        raise RowError(f"a message is {kind(message)}, expected an object", at)
-    for name in _REFUSED_IN_MESSAGES:
-        if message.get(name):
-            raise RowError(f"a message has {name}, which cannot be rendered", at, "leave such rows out")
-    if message.get("weight") not in (None, 1):  # OpenAI's way to say: do not train on this answer
-        raise RowError(f"a message has the weight {shown(message['weight'])}, expected 1", at)
-    names = ("from", "value") if message.get("role") is None and message.get("from") is not None else ("role", content)
-    for name in names:
-        if name not in message:
-            hint = f"found {listed(list(message))}; expected role and {content}, or from and value"
-            raise RowError(f"a message has no {name}", at, hint)
-    role = _ROLES.get(text_of(message, names[0], at))
-    if role is None:
-        raise RowError(f"unknown role {shown(message[names[0]])}", at, f"expected one of {', '.join(_ROLES)}")
-    value = message[names[1]]
-    return {"role": role, "content": _joined(value, at) if isinstance(value, list) else text_of(message, names[1], at)}
+def _beside(row: Row, log: FieldLog) -> Turns:
+    """The system message and the tools that stand beside the messages of a row."""
+    turns = Turns()
+    if system := _one_of(row, SYSTEM, log):
+        turns.messages.append({"role": "system", "content": system})
+    if tools := [name for name in TOOLS if not missing(row.get(name)) and row[name]]:
+        turns.tools += read_tools(row[tools[0]], tools[0])
+    return turns
 
 
-def _joined(parts: list[Any], at: str) -> str:
-    """Content in parts, which stand behind one another as chat templates render them."""
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or "text" not in part:
-            what = shown(part.get("type")) if isinstance(part, dict) else kind(part)
-            raise RowError(f"a part of the content is {what}, expected an object of type text", at)
-    return "".join(text_of(part, "text", at) for part in parts)
+def _joined(beside: Turns, chat: Turns) -> Turns:
+    """A chat with what stands beside it; a system message that stands in both comes once."""
+    messages = beside.messages
+    if messages and chat.messages[:1] and messages[-1] == chat.messages[0]:
+        messages = messages[:-1]
+    if beside.tools and chat.tools and beside.tools != chat.tools:
+        raise RowError("tools stand beside the messages and in one of them, and differ", "tools")
+    return Turns(messages + chat.messages, beside.tools or chat.tools)
+
+
+def _one_of(row: Row, names: Sequence[str], log: FieldLog) -> str:
+    """The text of the one of some fields that has one, "" if none has."""
+    if row.keys().isdisjoint(names):
+        return ""
+    there = [name for name in names if not missing(row.get(name)) and row[name] != ""]
+    texts = [log.text(row, name) for name in there]
+    if len(set(texts)) > 1:
+        hint = f"join them, or leave one out with --ignore_fields {there[-1]}"
+        raise RowError(f"the fields {listed(there)} are for one place, and differ", hint=hint)
+    return texts[0] if texts else ""
+
+
+def _history(row: Row, log: FieldLog) -> list[dict[str, Any]]:
+    """Questions and answers before the instruction, as LLaMA-Factory has them."""
+    value = row.get("history")
+    if missing(value) or not value:
+        return []
+    if isinstance(value, str):
+        value = as_list(value)
+    messages = []
+    for index, entry in enumerate(value if isinstance(value, list) else [None]):
+        at = f"history[{index}]"
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise RowError(f"field history holds {kind(entry)}, expected pairs of a question and its answer", at)
+        for role, text in zip(("user", "assistant"), entry, strict=True):
+            messages.append({"role": role, "content": log.text({"history": text}, "history", at)})
+    return messages
 
 
 OASST = Schema("OASST", ("prompt",), _tree, fits=lambda row: isinstance(row["prompt"], dict))
 SCHEMAS = (
-    Schema("OpenAI messages", ("messages",), _chat("messages")),
-    Schema("ShareGPT", ("conversations",), _chat("conversations")),
+    Schema("OpenAI messages", ("messages",), _chat("messages"), _BESIDE_CHATS),
+    Schema("ShareGPT", ("conversations",), _chat("conversations"), _BESIDE_CHATS),
     OASST,
     Schema(
         "prompt and completion",
         ("prompt", "completion"),
         _prompt_completion,
+        _BESIDE_PAIRS,
         {"user": "prompt", "assistant": "completion"},
     ),
     Schema(
         "Alpaca",
         ("instruction", "output"),
-        _pair("instruction", "input", "output"),
+        _pair("instruction", "output"),
+        _BESIDE_PAIRS,
         {"user": "instruction", "assistant": "output"},
     ),
     Schema(
         "Dolly",
         ("instruction", "response"),
-        _pair("instruction", "context", "response"),
+        _pair("instruction", "response"),
+        _BESIDE_PAIRS,
         {"user": "instruction", "assistant": "response"},
     ),
-    Schema("plain text", ("text",), _text, {"assistant": "text"}),
+    Schema("plain text", ("text",), _text, words={"assistant": "text"}),
 )
-FIELDS = (*dict.fromkeys(key for schema in SCHEMAS for key in schema.keys), "input", "context", "system")
+FIELDS = (
+    *dict.fromkeys(key for schema in SCHEMAS for key in schema.keys),
+    *("input", "context", "system", "reasoning_content", "tools", "history"),
+)
 """What --fields can give a name to."""

@@ -16,6 +16,7 @@ from lit_llama.text.read.raw import RawRow, shown
 BATCH = 500  # rows turned into objects at a time
 BUFFER = 1 << 20  # bytes read at a time of each column
 MAGIC = b"PAR1"
+_CALLS = {"tool_calls", "function_call", "tools", "function", "arguments", "parameters"}
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:#[\w.\[\]:%+-]+)?", re.ASCII)
 
 
@@ -80,8 +81,10 @@ def _rows(batches: Iterator[Any], names: list[str], name: str) -> Iterator[RawRo
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
     """The rows of a batch; instead of one that Python has no value for, what is wrong with it."""
+    padded = [field.name for field in batch.schema if _has_padding(field.type)]
     try:
-        yield from batch.to_pylist()
+        for found in batch.to_pylist():
+            yield found | {name: _without_padding(found[name]) for name in padded} if padded else found
         return
     except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond the year 9999
         pass
@@ -89,7 +92,8 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
         row: dict[str, Any] = {}
         for name in batch.column_names if hasattr(batch, "column_names") else batch.schema.names:
             try:
-                row[name] = batch.column(name)[index].as_py()
+                value = batch.column(name)[index].as_py()
+                row[name] = _without_padding(value) if name in padded else value
             except UnicodeDecodeError as error:
                 yield f"field {name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
                 break
@@ -98,6 +102,22 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
                 break
         else:
             yield row
+
+
+def _has_padding(kind: Any) -> bool:
+    """Whether a column holds tools or calls: objects that each have the arguments of all in Arrow."""
+    import pyarrow as pa
+
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    return not _CALLS.isdisjoint(field.name for field in kind.value_type)
+
+
+def _without_padding(value: Any) -> Any:
+    """A value without the fields of objects that are null, as no other program can tell those from missing ones."""
+    if isinstance(value, dict):
+        return {name: _without_padding(inner) for name, inner in value.items() if inner is not None}
+    return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
 def open_saved(path: Path) -> Mapping[str | None, Any]:

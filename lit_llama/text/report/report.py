@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_llama.folder import write_json
 from lit_llama.text.report.findings import unchecked
+from lit_llama.text.report.notes import grade, noted
 from lit_llama.text.report.page import render_page
 from lit_llama.text.report.render import percent
 from lit_llama.text.report.show import ShownSample
@@ -22,6 +23,8 @@ _COUNTED = (
     "made_of",
     "too_long",
     "dropped_by_choice",
+    "fields",
+    "notes",
 )  # stand elsewhere in the report
 _MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
 
@@ -77,6 +80,11 @@ def account(meta: Mapping[str, Any]) -> Json:
         "dropped": lost,
         "dropped_share": lost / rows if rows else 0.0,
         "dropped_by_choice": meta["dropped_by_choice"],
+        "fields": meta.get("fields", {}),
+        "notes": [
+            {"what": noted(what, meta), "severity": grade(what, meta), **tally}
+            for what, tally in meta.get("notes", {}).items()
+        ],
         "too_long": meta["too_long"],
         "adds_up": rows == meta["kept"] + lost,
         "cut_rows": cut,
@@ -94,6 +102,11 @@ def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list
     if not accounting["adds_up"]:
         warn("fix", "The rows do not add up.", "Rows were lost or counted twice: a defect, please report it.")
     _warn_of_losses(accounting, warn)
+    _warn_of_fields(accounting, warn)
+    for note in accounting["notes"]:
+        what, _, more = note["what"].partition("; ")
+        why = f"{more[0].upper()}{more[1:]}." if more else "As asked."
+        warn(note["severity"], f"{_rows(note['rows'])} {what}.", why)
     _warn_of_leakage(findings, warn)
     _warn_of_contents(findings, warn)
     order = ("fix", "check", "note")
@@ -123,6 +136,18 @@ def _warn_of_losses(accounting: Mapping[str, Any], warn: Any) -> None:
             f"{_rows(accounting['cut'])} cut: the answer ends early.",
             "The model learns to stop there. A larger --max_seq_length keeps them whole.",
         )
+
+
+def _warn_of_fields(accounting: Mapping[str, Any], warn: Any) -> None:
+    fields = accounting["fields"]
+    for what, severity, begins, why in (
+        ("unused", "check", "Fields that nothing uses", "The model never sees them; --fields gives them a place."),
+        ("written_as_text", "note", "Fields that were no text", "They were written as JSON text, as asked."),
+        ("left_out", "note", "Fields left out", "As asked."),
+    ):
+        if named := fields.get(what):
+            listed = ", ".join(f"{field} ({_rows(rows)})" for field, rows in named.items())
+            warn(severity, f"{begins}: {listed}.", why)
 
 
 def _warn_of_leakage(findings: Mapping[str, Any], warn: Any) -> None:

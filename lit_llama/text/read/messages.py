@@ -1,0 +1,278 @@
+"""Messages of raw rows, in OpenAI's words, in ShareGPT's and in those of their relatives."""
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_llama.text.read.fields import NO, THOUGHTS, TOOLS, YES, FieldLog, names_of
+from lit_llama.text.read.raw import (
+    STRICT,
+    RowError,
+    check_text,
+    explain,
+    holds_messages,
+    is_message,
+    kind,
+    listed,
+    missing,
+    shown,
+)
+from lit_llama.text.read.tools import read_calls, read_tools
+
+Words = dict[str, Any]  # a message that is being put together
+
+_CALL = "function_call"  # a role whose content is a call, and the field of a message that holds one
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys((_CALL, "tool_call"), _CALL),
+}
+"""Role of a message -> our word for it. Case does not matter."""
+
+_PLAIN_ROLES = {name: role for name, role in ROLES.items() if role != _CALL}
+_CALLS = ("tool_calls", _CALL)
+_SPEAKER, _SAID = ("role", "from"), ("content", "value", "text", "parts")
+_FLAGS = (
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_mask",
+    "loss_weight",
+    "weight",
+)  # whether a message carries loss
+_TEXTS = ("text", "input_text", "output_text", None)
+_USED = frozenset((*_SPEAKER, *THOUGHTS, *TOOLS, *_FLAGS, "tool_calls", _CALL, "tool_call_id", "name", "input"))
+_USED_WITH = {said: _USED | {said} for said in _SAID}
+_PART = frozenset(("type", "text", "thinking", "reasoning", "signature"))
+OASST_FIELDS = names_of(
+    "role text replies rank deleted parent_id labels emojis review_count review_result synthetic message_tree_id "
+    "message_id tree_state model_name detoxify created_date user_id lang"
+)
+"""Of a message in a tree: what orders it, and what its reviewers said of it."""
+
+
+@dataclass
+class Turns:
+    """Messages as they stand in a row, and the tools that they may call."""
+
+    messages: list[Words] = field(default_factory=list)
+    tools: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+def read_messages(row: Mapping[str, Any], name: str, log: FieldLog) -> Turns:
+    """The messages of a field: a list of objects, an object of lists, a list of Arrow's maps, or the text of one.
+
+    Raises:
+        RowError: It is something else, or a message is none.
+    """
+    found = as_list(row[name])
+    if found is None:
+        hint = "text has to be the JSON of one" if isinstance(row[name], str) else ""
+        raise RowError(f"field {name} is {kind(row[name])}, expected a list of messages", hint=hint)
+    turns = Turns()
+    calls = False  # whether the message before is a call alone, which another one may join
+    for index, value in enumerate(found):
+        at = f"{name}[{index}]"
+        message, tools, alone = _message(value, at, log)
+        turns.tools += tools
+        if alone and calls:
+            turns.messages[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            turns.messages.append(message)
+        calls = alone
+    return turns
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """A list of messages in whichever form it is stored; None if a value is no such list."""
+    if isinstance(value, str):
+        value = _parsed(value)
+    if isinstance(value, dict):
+        if is_message(value):
+            return [value]
+        columns = {name: column for name, column in value.items() if not missing(column)}
+        lengths = {len(column) if isinstance(column, list) else -1 for column in columns.values()}
+        if len(lengths) != 1 or -1 in lengths or not {*_SPEAKER} & columns.keys():
+            return None
+        return [dict(zip(columns, entry, strict=True)) for entry in zip(*columns.values(), strict=True)]
+    return value if isinstance(value, list) else None
+
+
+def in_a_field(value: Any) -> bool:
+    """Whether a field of any name holds messages, however they are stored."""
+    if isinstance(value, str) and not value.lstrip().startswith("[{"):
+        return False
+    found = as_list(value)
+    return holds_messages([_unmapped(entry) for entry in found or []])
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text, or of one that Python printed; the text itself if it is neither."""
+    if not text.lstrip().startswith(("[", "{")):
+        return text
+    try:
+        return STRICT.decode(text)
+    except json.JSONDecodeError:
+        pass
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"a list of messages is JSON text which {explain(error)}") from error
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+
+
+def _unmapped(value: Any) -> Any:
+    """An object out of what Arrow has for a map: pairs of names and values."""
+    pairs = isinstance(value, list) and bool(value) and all(isinstance(p, tuple) and len(p) == 2 for p in value)
+    return dict(value) if pairs else value
+
+
+def _message(value: Any, at: str, log: FieldLog) -> tuple[Words, list[Mapping[str, Any]], bool]:
+    """A message, the tools that stand in it, and whether it is a call alone."""
+    value = _unmapped(value)
+    if not isinstance(value, dict):
+        raise RowError(f"a message is {kind(value)}, expected an object", at)
+    value = log.wanted(value)
+    if (message := _plain(value, at)) is not None:
+        return message, [], False
+    speaker = _first(value, _SPEAKER)
+    said = _first(value, _SAID if speaker == "role" else ("value", *_SAID))
+    if said is None and any(not missing(value.get(name)) for name in _CALLS):
+        value, said = {**value, "content": None}, "content"
+    for name, names in ((speaker, _SPEAKER), (said, _SAID)):
+        if name is None:
+            hint = f"found {listed(list(value))}; expected role and content, or from and value"
+            raise RowError(f"a message has no {names[speaker == 'from']}", at, hint)
+    assert speaker and said
+    role = read_role(value[speaker], speaker, at)
+    message = read_message(value, role, said, at, log)
+    tools = [tool for name in TOOLS if not missing(value.get(name)) for tool in read_tools(value[name], name, at)]
+    if tools and message["role"] not in ("system", "user"):
+        raise RowError(f"tools stand in a message of {message['role']}, expected them in a system message", at)
+    log.unused_in_message(value, _USED_WITH[said], at)
+    return message, tools, role == _CALL
+
+
+def _plain(value: Mapping[str, Any], at: str) -> Words | None:
+    """A message that has a role and a content and nothing else, as nearly all have; None if it is another."""
+    if len(value) != 2:
+        return None
+    if "content" in value:
+        name, spoken, content = "content", value.get("role"), value["content"]
+    else:
+        name, spoken, content = "value", value.get("from"), value.get("value")
+    role = _PLAIN_ROLES.get(spoken) if isinstance(spoken, str) else None
+    if role is None or not isinstance(content, str):
+        return None
+    check_text(content, name, at)
+    return {"role": role, "content": content}
+
+
+def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first of the names that says something, else the first that is there."""
+    there = [name for name in names if name in message]
+    return next((name for name in there if not missing(message[name])), there[0] if there else None)
+
+
+def read_message(value: Mapping[str, Any], role: str, said: str, at: str, log: FieldLog) -> Words:
+    """A message in our words.
+
+    Args:
+        value: The raw one.
+        role: As in ROLES.
+        said: Its field that says what.
+        at: Where it stands in its row.
+        log: Reads the fields.
+    """
+    if role == _CALL:
+        calls = read_calls(value[said], said, at)
+        return {"role": "assistant", "content": "", "tool_calls": calls} | _unlearned(value, role, at, log)
+    thoughts = [log.text(value, name, at) for name in THOUGHTS if not missing(value.get(name)) and value[name] != ""]
+    calls = [
+        call
+        for name in _CALLS
+        if not missing(value.get(name)) and value[name] != []
+        for call in read_calls(value[name], name, at)
+    ]
+    content = value[said]
+    if calls and missing(content):
+        content = ""
+    if isinstance(content, list):
+        content, more = _joined(content, said, at, log)
+        thoughts += more
+    else:
+        content = log.text({said: content}, said, at)
+    message: Words = {"role": role, "content": content}
+    if role == "user" and not missing(value.get("input")) and value["input"] != "":
+        message["input"] = log.text(value, "input", at)
+    if (thoughts or calls) and role != "assistant":
+        raise RowError(f"a message of {role} has {'thoughts' if thoughts else 'tool calls'}", at, "expected assistant")
+    if len(set(thoughts)) > 1:
+        raise RowError(f"a message has thoughts in several fields ({', '.join(THOUGHTS)})", at, "expected one of them")
+    if thoughts:
+        message["reasoning_content"] = thoughts[0]
+    if calls:
+        message["tool_calls"] = calls
+    for name in ("name", "tool_call_id"):
+        if not missing(value.get(name)) and value[name] != "":
+            message[name] = log.text(value, name, at)
+            if role != "tool":
+                log.count_unused(f"messages[].{name}")
+    return message | _unlearned(value, role, at, log)
+
+
+def read_role(value: Any, name: str, at: str) -> str:
+    """A role of ROLES, in whatever case it is written.
+
+    Raises:
+        RowError: It is none.
+    """
+    if not isinstance(value, str):
+        raise RowError(f"field {name} is {kind(value)}, expected text", at)
+    check_text(value, name, at)
+    role = ROLES.get(value) or ROLES.get(value.strip().lower())
+    if role is None:
+        raise RowError(f"unknown role {shown(value)}", at, f"expected one of {', '.join(ROLES)}")
+    return role
+
+
+def _unlearned(value: Mapping[str, Any], role: str, at: str, log: FieldLog) -> Words:
+    """{"train": False} if a flag of an assistant's message says so; others carry no loss in any case."""
+    masked = False
+    for name in _FLAGS:
+        flag = value.get(name)
+        if missing(flag):
+            continue
+        flag = flag.strip().lower() if isinstance(flag, str) else flag
+        if flag in NO:
+            masked = True
+        elif flag not in YES:
+            hint = f"parts of a loss are not supported: see --ignore_fields {name}"
+            raise RowError(f"a message has {name} {shown(flag)}, expected true or false", at, hint)
+        elif role not in ("assistant", _CALL):
+            log.count_unused(f"messages[].{name} of {role}")
+    return {"train": False} if masked and role in ("assistant", _CALL) else {}
+
+
+def _joined(parts: list[Any], name: str, at: str, log: FieldLog) -> tuple[str, list[str]]:
+    """Content in parts, which stand behind one another as chat templates render them, and the thoughts among them."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(log.text({name: part}, name, at))
+            continue
+        what = part.get("type") if isinstance(part, dict) else None
+        inside = what if what in ("thinking", "reasoning") else "text"
+        if not isinstance(part, dict) or (inside == "text" and what not in _TEXTS) or inside not in part:
+            found = shown(what) if isinstance(part, dict) else kind(part)
+            raise RowError(f"a part of the content is {found}, expected an object of type text", at)
+        (texts if inside == "text" else thoughts).append(log.text(part, inside, at))
+        log.unused_in_message(part, _PART, at)
+    return "".join(texts), ["".join(thoughts)] if thoughts else []

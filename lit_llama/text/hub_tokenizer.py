@@ -1,12 +1,14 @@
 """Hugging Face's tokenizer.json."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError, DataError
-from lit_llama.text.places import Place, at_place
+from lit_llama.text.places import TRAILING, Place, any_of, at_place
 from lit_llama.text.quick.byte_level import ByteLevel, byte_level
 from lit_llama.text.special import (
     SETTINGS_FILE,
@@ -154,6 +156,23 @@ class HubTokenizer(Tokenizer):
         return ((named or own) if wanted else ""), spelled
 
     def _encode_batch(self, texts: list[str], place: Place) -> list[list[int]]:
+        if place != Place.MORE or not self.words or self._backend(place) is self._backend(Place.AFTER):
+            return self._encode_at(texts, place)
+        # What stands behind an added word may begin with a blank again.
+        ends = [found.start() if (found := self._cut.search(text)) else len(text) for text in texts]
+        before = [text[:end] for text, end in zip(texts, ends, strict=True)]
+        for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            if end < len(text) and self.strips.get(self._cut.findall(text)[0], (False, False))[0]:
+                before[row] = TRAILING.sub("", before[row])
+        behind = [text[end:] for text, end in zip(texts, ends, strict=True)]
+        pairs = zip(self._encode_at(before, place), self._encode_at(behind, Place.AFTER), strict=True)
+        return [first + rest for first, rest in pairs]
+
+    @cached_property
+    def _cut(self) -> re.Pattern[str]:
+        return any_of(self.words)
+
+    def _encode_at(self, texts: list[str], place: Place) -> list[list[int]]:
         try:
             found = self._backend(place).encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in found]

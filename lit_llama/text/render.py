@@ -27,6 +27,7 @@ the tokenizer would join to the end of its prompt."""
 _MARKS = re.compile(r"</?s>|<\|\w+\|>|<(?:start|end)_of_turn>")  # as control tokens of most models are spelled
 _TYPED_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>")
 _NEAR = 12  # characters on either side of a border within which a tokenizer may join something
+_REMEMBERED = 4096  # borders that were looked at
 _HEAD = re.compile(rf"\s*\S{{0,{_NEAR}}}")
 
 
@@ -128,6 +129,8 @@ class Renderer:
                 if run.trained and not run.muted and run.place == Place.MORE and not before.trained:
                     head = _HEAD.match(run.text)
                     pairs.append((conversation.row, (before.text[-_NEAR:], head.group() if head else "")))
+        if len(self._joins) > _REMEMBERED:
+            self._joins.clear()
         if new := list({pair for _, pair in pairs} - self._joins.keys()):
             whole, left, right = (
                 self._tokenizer.encode_batch(texts, Place.MORE)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from lit_llama.cli import CLI
-from lit_llama.convert.pth.files import write_pth
 from lit_llama.folder import write_json
+from lit_llama.model.pth.files import write_pth
 
 ROOT = Path(__file__).parent.parent
 HIDDEN, INTERMEDIATE, HEADS, SHARDS = 5120, 13824, 40, 2

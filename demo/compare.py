@@ -19,10 +19,11 @@ def main(*, run_dir: Path = Path("out/lora/demo"), samples: int = 3) -> None:
         samples: Rows to show side by side.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from lit_llama.console import harmless
     from lit_llama.generate.answer import Answer, measure
+    from lit_llama.progress import stdout
     from lit_llama.text.formats import Example
     from lit_llama.train.metrics import read_metrics
 
@@ -35,7 +36,7 @@ def main(*, run_dir: Path = Path("out/lora/demo"), samples: int = 3) -> None:
         for name, rows in answers.items()
     }
     losses = [value for _, value in read_metrics(run_dir)["test_loss"]]
-    console = Console(width=112, highlight=False)
+    console = stdout(width=112)
 
     table = Table("", "before", "after", title=f"{measures['after']['rows']} test rows", box=box.SIMPLE_HEAD)
     for label, key in (
@@ -44,15 +45,15 @@ def main(*, run_dir: Path = Path("out/lora/demo"), samples: int = 3) -> None:
     ):
         table.add_row(label, *(f"{measures[name][key]:.1%}" for name in ("before", "after")))
     table.add_row("test loss per trained token", f"{losses[0]:.4f}", f"{losses[-1]:.4f}")
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
     shown = Table(
         "sentence", "wanted", "before", "after", title="the same question", box=box.SIMPLE_HEAD, show_lines=True
     )
     for before, after in list(zip(answers["before"], answers["after"], strict=True))[:samples]:
         texts = (before["input"], after["output"], textwrap.shorten(before["answer"], 150), after["answer"])
-        shown.add_row(*texts)
-    console.print(shown)
+        shown.add_row(*map(harmless, texts))
+    console.print(shown, soft_wrap=False)
     console.print(f"loss curve: {run_dir / 'loss.png'}")
 
 

@@ -6,7 +6,6 @@ values come from pools broad enough that rows held out from training mostly show
 
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -358,12 +357,13 @@ def main(destination_path: Path, count: int = 6000, seed: int = 42) -> None:
         count: The number of rows.
         seed: The seed of the random draws.
     """
+    from lit_llama.folder import replace_text
+    from lit_llama.place import check_output, real
+
+    check_output(destination_path)
     rows = generate_rows(count, seed)
-    destination_path.parent.mkdir(parents=True, exist_ok=True)
     # Readers must never find half a file.
-    temporary_path = destination_path.with_name(f"{destination_path.name}.tmp")
-    temporary_path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary_path, destination_path)
+    replace_text(real(destination_path), json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"Wrote {len(rows)} rows to {destination_path}", file=sys.stderr)
 
 

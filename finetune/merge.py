@@ -14,6 +14,7 @@ from lit_llama.device import Precision
 def main(
     *,
     adapter_dir: Path,
+    base_dir: Path | None = None,
     destination_path: Path,
     format: Literal["hf", "gguf"] = "hf",
     dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
@@ -23,7 +24,8 @@ def main(
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 
     Args:
-        adapter_dir: Adapter folder made by finetune/lora.py.
+        adapter_dir: Adapter folder made by finetune/lora.py or by PEFT.
+        base_dir: Its base model, where it is not found where the adapter says.
         destination_path: Folder to make, or with --format gguf the file.
         format: hf for a Hugging Face folder, gguf for one file that llama.cpp and Ollama read.
         dtype: Store the weights in this dtype; left out, in that of the base. q8_0 (8 bits) is for GGUF files.
@@ -34,7 +36,7 @@ def main(
     from lit_llama.convert.merge import merge, merge_into_gguf
 
     write = merge_into_gguf if format == "gguf" else merge
-    write(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto)
+    write(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto, base_dir=base_dir)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.generate.flags import Asked, sampling_flags
 from lit_llama.text.prompts import StyleName
 
 
+@sampling_flags(samples=False, max_new_tokens=512, temperature=0.7, top_p=0.9)
 def main(
     *,
     checkpoint_dir: Path,
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    top_k: int = 0,
-    top_p: float = 0.9,
-    seed: int = 1234,
+    base_dir: Path | None = None,
+    system: str = "",
+    sampling: Asked,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
     quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
@@ -27,29 +27,20 @@ def main(
 
     Args:
         checkpoint_dir: A checkpoint folder or an adapter folder.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the most likely token, more is more varied.
-        top_k: Draw among this many most likely tokens; 0 for all.
-        top_p: Draw among the fewest most likely tokens that together have this probability.
-        seed: Of the draws.
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
+        system: System message that each conversation begins with.
+        sampling: How the tokens of answers are drawn.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
-    from lit_llama.generate.decode import check_counts
-    from lit_llama.generate.sampling import Sampling
-
-    check_counts(max_new_tokens=max_new_tokens)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     from lit_llama.generate.chat import line_reader, talk
-    from lit_llama.generate.load import load
+    from lit_llama.generate.load import open_folder
 
-    talk(
-        load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize),
-        max_new_tokens,
-        sampling,
-        line_reader(),
-    )
+    folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
+    folder.check_style(system)
+    drawn = sampling.over(folder.sampling)
+    talk(folder.load(precision=precision, quantize=quantize), drawn, line_reader(), system)
 
 
 if __name__ == "__main__":

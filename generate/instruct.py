@@ -9,24 +9,24 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.generate.flags import EXAMPLE_PROMPT, Asked, sampling_flags
 from lit_llama.text.prompts import StyleName
 
 
+@sampling_flags(max_new_tokens=256)
 def main(
     *,
     checkpoint_dir: Path,
-    prompt: str = "What food do llamas eat?",
+    base_dir: Path | None = None,
+    system: str = "",
+    prompt: str = EXAMPLE_PROMPT,
     input: str = "",
     data_dir: Path | None = None,
     input_file: Path | None = None,
     output_file: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 1234,
+    sampling: Asked,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
     quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
@@ -35,6 +35,8 @@ def main(
 
     Args:
         checkpoint_dir: A checkpoint folder or an adapter folder.
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
+        system: System message of prompts that have none of their own.
         prompt: The instruction.
         input: What the instruction is about, if it is apart.
         data_dir: Answer the test split of this data folder instead, and measure the answers.
@@ -43,41 +45,29 @@ def main(
         output_file: Write the answers there, one object a line, instead of to stdout.
         limit: Only the first rows.
         batch_size: Rows answered together.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the most likely token, more is more varied.
-        top_k: Draw among this many most likely tokens; 0 for all.
-        top_p: Draw among the fewest most likely tokens that together have this probability.
-        seed: Of the draws.
+        sampling: How the tokens of answers are drawn.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
-    from lit_llama.errors import UserError
-    from lit_llama.generate.decode import check_counts
-    from lit_llama.generate.sampling import Sampling
+    from lit_llama.generate.answer import answer
+    from lit_llama.generate.load import open_folder
+    from lit_llama.generate.questions import read_questions
 
-    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    if data_dir and input_file:
-        raise UserError("--data_dir and --input_file are both given, expected one of them")
-    from lit_llama.generate.answer import answer_file, answer_one
-    from lit_llama.generate.load import load
-    from lit_llama.text.formats import Example
-
-    speaker = load(checkpoint_dir, precision=precision, prompt_style=prompt_style, quantize=quantize)
-    if data_dir is None and input_file is None:
-        answer_one(speaker, Example(prompt, input), max_new_tokens, sampling)
-    else:
-        answer_file(
-            speaker,
-            data_dir=data_dir,
-            input_file=input_file,
-            output_file=output_file,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            batch_size=batch_size,
-        )
+    asked = read_questions(
+        prompt,
+        input,
+        data_dir=data_dir,
+        input_file=input_file,
+        output_file=output_file,
+        limit=limit,
+        batch_size=batch_size,
+    )
+    folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
+    folder.check_style(system)
+    drawn = sampling.over(folder.sampling)
+    speaker = folder.load(precision=precision, quantize=quantize)
+    answer(speaker, asked, drawn, output_file=output_file, batch_size=batch_size, system=system)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_llama.generate.engine.request import Sampling
     from lit_llama.generate.load import Speaker, load
-    from lit_llama.generate.sampling import Sampling
     from lit_llama.model.checkpoint import load_model
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
     from lit_llama.model.llama import LLaMA
@@ -36,7 +36,7 @@ _HOMES = {
     "LLaMA": "model.llama",
     "LLaMAConfig": "model.config",
     "LoRAConfig": "model.config",
-    "Sampling": "generate.sampling",
+    "Sampling": "generate.engine.request",
     "Speaker": "generate.load",
     "Tokenizer": "text.tokenizer",
     "apply_lora": "model.lora",

@@ -2,16 +2,20 @@
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, get_args, get_origin
 
+from lit_llama.console import shown
 from lit_llama.errors import ResourceError, UserError
 
 
@@ -34,7 +38,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        _fail(error, ResourceError.exit_status)
+        _fail(_system(error), ResourceError.exit_status)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
 
@@ -71,11 +75,16 @@ def _lenient(parser: type[Any]) -> type[Any]:
     return Parser
 
 
-_Held = Literal["text or texts", "texts", "numbers", "pairs"]
+_Held = Literal["text or texts", "texts", "numbers", "pairs", "literal texts"]
 
 
 def _held(kind: Any) -> _Held | None:
-    """What a parameter of this type holds several of."""
+    """What a parameter of this type holds several of.
+
+    In a Sequence[str] every word is a text as it stands; in a list[str], [a,b] is two.
+    """
+    if get_origin(kind) is Sequence:
+        return "literal texts"
     if get_origin(kind) is list:
         return "numbers" if get_args(kind)[0] in (int, float) else "texts"
     if get_origin(kind) is dict:
@@ -114,8 +123,10 @@ def _gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
 
 def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
     """The flag with all its values; what is no list, mapping or part of one stays as it is."""
+    if held == "literal texts" and values:
+        return [f"{option}={json.dumps(values)}"]
     if held == "pairs" and values and all(re.match(r"\w+=", value) for value in values):
-        pairs = [part.partition("=") for value in values for part in re.split(r",(?=\w+=)", value)]
+        pairs = [part.partition("=") for value in values for part in re.split(r",\s*(?=\w+=)", value)]
         return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
     if held == "numbers" and values and values != ["null"]:
         return [f"{option}=[{','.join(value.strip('[]') for value in values)}]"]
@@ -165,6 +176,18 @@ def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
             yield from _names(kind, f"{prefix}{name}.")
 
 
+def _system(error: OSError) -> str:
+    """What the system refused, and where."""
+    if error.strerror is None:  # raised by a library
+        return str(error)
+    places = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if error.errno == errno.ENOSPC and not places:
+        free = {folder: shutil.disk_usage(folder).free for folder in (os.getcwd(), tempfile.gettempdir())}
+        return "a disk is full: " + ", ".join(f"{folder} has {size:,} bytes free" for folder, size in free.items())
+    return ": ".join([*places[:1], error.strerror]) + (f" ({places[1]})" if places[1:] else "")
+
+
 def _fail(error: object, status: int) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = re.sub(r"\s*\n\s*", " ", str(error).strip())  # of other programs; blanks may be part of a path
+    print(shown(f"error: {text}", sys.stderr), file=sys.stderr)
     sys.exit(status)

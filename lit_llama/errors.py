@@ -10,6 +10,12 @@ class UserError(ValueError):
     exit_status = 2
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that generators of random numbers do not take."""
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed is {seed}, expected 0 to {2**64 - 1}")
+
+
 class DataError(UserError):
     """Rows or a data folder that cannot be used; the message names file:row:field."""
 

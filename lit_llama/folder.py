@@ -1,6 +1,7 @@
 """Folders that describe themselves: written aside and moved into place, the describing file last."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,10 +11,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import IntegrityError, ResourceError, UserError
+from lit_llama.errors import IntegrityError, UserError
 from lit_llama.lock import hold
+from lit_llama.place import (
+    aside,
+    check_output,
+    check_writable,
+    full_disk_explained,
+    is_part,
+    new_folder,
+    open_own,
+    real,
+    refuse_foreign,
+    remove_own,
+    unused,
+    what_is,
+)
+from lit_llama.place import check_space as check_space  # part of this file for those who write folders
+from lit_llama.place import sync as sync
 
 MANIFEST = "SHA256SUMS"
+_OWN = ".unfinished"  # in a folder that outlives a failure: it is ours
 
 
 @contextlib.contextmanager
@@ -24,6 +42,10 @@ def publish(destination: Path, marker: str, *, replace: bool = False, keep: bool
     goes first and the new one comes last, so that whatever interrupts us leaves nothing that looks whole. Other files
     in an existing destination (raw data, say) stay as they are.
 
+    The destination may be a link to a folder, a mount point, or lie on another disk: its links are followed once, at
+    the beginning. The temporary folder lies in a destination that is there and beside one that is not, so that the move
+    never crosses disks. Links at names of our own are not followed.
+
     Args:
         destination: The folder to make or to fill.
         marker: Name of the file that is moved last; the body must have written it.
@@ -31,43 +53,113 @@ def publish(destination: Path, marker: str, *, replace: bool = False, keep: bool
         keep: What the body wrote survives its failure, and the next call finds it there again.
 
     Raises:
-        UserError: The destination is whole already and `replace` is false, or it is no folder.
+        UserError: The destination is whole already and `replace` is false, is no folder, cannot be written, or
+            something foreign has the name of what is unfinished.
         LockedError: Another process is at work on what both would write into.
+        ResourceError: The disk is full.
     """
     check_destination(destination, marker, replace=replace)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.parent / f".{destination.name}.{'unfinished' if keep else 'partial'}"
+    place = real(destination)
+    room = place if place.is_dir() else place.parent
+    room.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        if keep or replace:  # two runs would mix their files; alone, we may clear away what a killed one left
-            held.enter_context(hold(staging.with_suffix(".lock"), destination))
-            check_destination(destination, marker, replace=replace)  # another run may have ended meanwhile
-        else:
-            staging = staging.with_name(f"{staging.name}-{os.getpid()}")
-        if not keep:
-            shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(exist_ok=keep)
         try:
-            yield staging
-            _move_in(staging, destination, marker)
+            held.enter_context(hold(room / f".{place.name}.lock", destination))
+            _clear(room, place.name)
+        except OSError as error:
+            if keep or replace or error.errno not in (errno.ENOSYS, errno.ENOTSUP):  # a disk without locks
+                raise
+        check_destination(destination, marker, replace=replace)  # another run may have ended meanwhile
+        staging = _unfinished(room, place) if keep else new_folder(room / place.name)
+        try:
+            with full_disk_explained(destination, staging):
+                yield staging
+                _move_in(staging, place, marker)
         finally:
-            if keep:
-                with contextlib.suppress(OSError):
-                    staging.rmdir()  # which it does only where nothing is kept
-            else:
+            if not keep or (staging.is_dir() and {path.name for path in staging.iterdir()} <= {_OWN}):
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-def _move_in(staging: Path, destination: Path, marker: str) -> None:
-    _sync_tree(staging)
-    if not destination.exists() or not any(destination.iterdir()):
-        staging.rename(destination)  # in one step
+def _clear(room: Path, name: str) -> None:
+    """Remove the temporary folders of processes that are gone: whoever has one holds the lock that we hold now."""
+    for path in room.iterdir():
+        if is_part(path.name, room / name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _unfinished(room: Path, place: Path) -> Path:
+    """The folder that outlives a failure, new or with what an earlier command wrote into it.
+
+    Raises:
+        UserError: Something foreign has its name.
+    """
+    name = f".{place.name}.unfinished"
+    staging, beside = room / name, place.parent / name
+    if staging != beside and os.path.lexists(beside) and not os.path.lexists(staging):
+        _check_ours(beside)  # the destination was made meanwhile
+        with hold(place.parent / f".{place.name}.lock", place):
+            try:
+                beside.rename(staging)
+            except OSError as error:
+                raise UserError(
+                    f"{beside} holds the unfinished work of an earlier command and cannot be moved to {staging} "
+                    f"({error.strerror}): move it there, or remove it to begin anew"
+                ) from error
+    if os.path.lexists(staging):
+        _check_ours(staging)
     else:
-        (destination / marker).unlink(missing_ok=True)
-        sync(destination)
+        staging.mkdir()
+    if not (staging / _OWN).exists():
+        os.close(open_own(staging / _OWN, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    return staging
+
+
+def _check_ours(staging: Path) -> None:
+    """Refuse what an unfinished command did not leave: it would be followed, or removed with what is half made."""
+    if staging.is_symlink() or not staging.is_dir():
+        raise refuse_foreign(staging, what_is(staging))
+    names = sorted(path.name for path in staging.iterdir())
+    known = {_OWN, Staging.JOURNAL, MANIFEST, "meta.json"}
+    if names and not known & set(names) and not any(name.endswith(".part") for name in names):
+        raise refuse_foreign(staging, f"a folder with files of somebody else ({', '.join(names[:3])})")
+    if links := [name for name in names if (staging / name).is_symlink()]:
+        raise refuse_foreign(staging / links[0], what_is(staging / links[0]))
+
+
+def _move_in(staging: Path, place: Path, marker: str) -> None:
+    _sync_tree(staging)
+    if not os.path.lexists(place):
+        staging.rename(place)  # in one step
+        (place / _OWN).unlink(missing_ok=True)
+    else:
+        (place / marker).unlink(missing_ok=True)
+        sync(place)
         for entry in sorted(staging.iterdir(), key=lambda path: path.name == marker):
-            _move(entry, destination / entry.name)
-        sync(destination)
-    sync(destination.parent)
+            if entry.name != _OWN:
+                _move(entry, place / entry.name)
+        sync(place)
+    sync(place.parent)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Put a file or folder in the place of another, which goes only when the new one is there."""
+    _clear(target.parent, target.name)
+    old = unused(target) if target.is_dir() and not target.is_symlink() else None
+    if old:
+        target.rename(old)
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            if old:
+                old.rename(target)
+            raise
+        copy = unused(target)  # a disk was mounted there meanwhile: better late than never
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+        _sync_tree(copy)
+        copy.rename(target)
+    if old:
+        shutil.rmtree(old)
 
 
 class Staging:
@@ -103,8 +195,8 @@ class Staging:
                 self.done[line["file"]] = line
                 kept.append(line)
         for path in self.path.iterdir():
-            if path.name not in {self.JOURNAL, *self.done}:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name not in {self.JOURNAL, _OWN, *self.done}:
+                remove_own(path)
         part = journal.with_suffix(".part")
         part.write_text("".join(map(_line, kept)), "utf-8")
         sync(part)
@@ -139,31 +231,20 @@ def resume(destination: Path, plan: str) -> Iterator[Staging]:
 
 def check_absent(destination: Path) -> None:
     """Refuse a destination that holds anything: nothing is overwritten or deleted."""
-    if destination.is_symlink() or destination.exists():
-        if destination.is_dir() and not any(destination.iterdir()):
-            return
+    place = real(destination)
+    own = {f".{place.name}.{name}" for name in ("unfinished", "lock")} | {"lost+found"}  # that is of the disk itself
+    if place.exists() and not (place.is_dir() and {path.name for path in place.iterdir()} <= own):
         raise UserError(f"{destination} already exists; name another folder, nothing is ever overwritten")
+    check_writable(destination)
 
 
 def check_apart(destination: Path, *inputs: Path) -> None:
     """Refuse a destination that is an input, lies in one, or holds one."""
-    made = destination.resolve()
+    made = real(destination)
     for folder in inputs:
-        real = folder.resolve()
-        if made == real or made.is_relative_to(real) or real.is_relative_to(made):
+        given = folder.resolve()
+        if made == given or made.is_relative_to(given) or given.is_relative_to(made):
             raise UserError(f"--destination_path {destination} and the input {folder} lie in each other; name another")
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raise ResourceError unless the disk of `folder` has room for `needed` bytes and a little more."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.02:
-        raise ResourceError(
-            f"{folder} has {free / 1e9:.1f} GB free, {needed * 1.02 / 1e9:.1f} GB are needed; make room or name "
-            "another disk"
-        )
 
 
 def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
@@ -193,26 +274,12 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def check_destination(destination: Path, marker: str, *, replace: bool = False) -> None:
-    """Refuse a destination that is no folder or already whole, before hours are spent on its contents."""
+    """Refuse a destination that is no folder, already whole, or not to be written, before hours are spent on it."""
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file, expected a folder or nothing there")
+    check_writable(destination)
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
-
-
-def _move(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of names of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -239,32 +306,30 @@ def sha256_file(path: Path) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file beside `path` and move it there: a reader sees the old one or the new one."""
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        part.write_text(text, "utf-8")
-        sync(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """One object a line, moved into place when all are written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, text.encode())
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put a file in place of another at once, so that whoever looks finds one of them whole."""
-    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with aside(path) as part:
         part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """One object a line, moved into place when all are written; a link is followed, a pipe or device written to.
+
+    Raises:
+        UserError: See `check_output`.
+        ResourceError: The disk is full.
+    """
+    check_output(path)
+    if path.exists() and not path.is_file():
+        _write_lines(path, rows)
+    else:
+        with aside(real(path)) as part:
+            _write_lines(part, rows)
+
+
+def _write_lines(path: Path, rows: Iterable[Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -9,6 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from lit_llama.errors import LockedError
+from lit_llama.place import check_writable, open_own, refuse_foreign
+
+_BEGINNING = "process "
 
 
 @contextlib.contextmanager
@@ -23,22 +26,26 @@ def hold(lock: Path, destination: Path) -> Iterator[None]:
 
     Raises:
         LockedError: Another process holds it; the message names the process, its machine and since when.
+        UserError: Something that is no lock has its name; it is neither followed nor written to.
     """
     while True:
-        with lock.open("a+", encoding="utf-8") as file:
+        with os.fdopen(open_own(lock, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace") as file:
+            beginning = file.read(200)
+            if beginning and not beginning.startswith(_BEGINNING):
+                raise refuse_foreign(lock, "a file with something else than who is at work")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read(200).strip() or "a process that has just begun"
+                holder = beginning.strip() or "a process that has just begun"
                 raise LockedError(
                     f"another run is at work on {destination}: {holder}; wait until it has ended"
                 ) from error
             if not os.fstat(file.fileno()).st_nlink:
                 continue  # its holder ended between our opening and locking it: this file is no longer there
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             now = datetime.now().astimezone().isoformat(" ", "seconds")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            file.write(f"{_BEGINNING}{os.getpid()} on {socket.gethostname()} since {now}\n")
             file.flush()
             try:
                 yield
@@ -53,7 +60,9 @@ def claim(folder: Path) -> Iterator[None]:
 
     Raises:
         LockedError: Another process works in it.
+        UserError: It cannot be made or written.
     """
+    check_writable(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,24 +1,74 @@
-"""Progress on stderr for anything that takes more than a moment."""
+"""Talk and progress on stderr, tables on stdout. Texts are literal: brackets in a path are no markup."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import track as _track
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lit_llama.console import harmless, unbroken
 
 T = TypeVar("T")
 
 
+class _Literal(Console):
+    """A console on which no text is markup, and none acts on the terminal."""
+
+    def __init__(self, *, stderr: bool, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as Console does; into a pipe or a file a text goes byte for byte, on a terminal no word is broken."""
+        if len(objects) == 1 and isinstance(text := objects[0], str):
+            if not self.is_terminal:
+                self.file.write(f"{text}\n")
+                self.file.flush()
+                return
+            objects = (unbroken(harmless(text), self.width),)
+        super().print(*objects, **{"markup": False, "emoji": False, **options})
+
+
 def stderr() -> Console:
     """The console for talk; results go to stdout."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return _Literal(stderr=True)
+
+
+def stdout(width: int | None = None) -> Console:
+    """The console for tables, which are results; `width` in characters, None for the terminal's."""
+    return _Literal(stderr=False, width=width)
+
+
+def bar(console: Console, *columns: ProgressColumn, transient: bool = True) -> Progress:
+    """Progress on a terminal, nothing elsewhere: a description that is no markup, then these columns."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        *columns,
+        console=console,
+        transient=transient,
+        disable=not console.is_terminal,
+    )
 
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:
     """Iterate with a bar on a terminal, silently elsewhere."""
     console = stderr()
-    return _track(items, description, console=console, transient=True, disable=not console.is_terminal)
+    if not console.is_terminal:
+        yield from items
+        return
+    with bar(console, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as progress:
+        yield from progress.track(items, description=harmless(description))
 
 
 def count(items: Iterable[T], description: str) -> Iterator[T]:
@@ -27,9 +77,15 @@ def count(items: Iterable[T], description: str) -> Iterator[T]:
     if not console.is_terminal:
         yield from items
         return
-    columns = (SpinnerColumn(), TextColumn(description), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    with bar(console, SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task(harmless(description), total=None)
         for item in items:
             yield item
             progress.advance(task)
+
+
+@contextlib.contextmanager
+def reading(source: BinaryIO, size: int, description: str) -> Iterator[BinaryIO]:
+    """Give a file or a network answer of so many bytes to read, with a bar on a terminal."""
+    with bar(stderr(), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
+        yield progress.wrap_file(source, size, description=harmless(description))

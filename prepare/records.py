@@ -23,8 +23,8 @@ def main(
     typed_ends: Literal["keep", "strip"] = "keep",
     rendered: bool = False,
     overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
-    split: Literal["hash", "shuffle", "given"] = "hash",
-    test_split_size: float = 0.05,
+    split: Literal["auto", "hash", "shuffle", "given"] = "auto",
+    test_split_size: float | None = None,
     seed: int = 42,
     split_from: Path | None = None,
     near_duplicates: int = 200_000,
@@ -34,16 +34,19 @@ def main(
     weights: list[float] | None = None,
     tree: Literal["best", "all"] = "best",
     on_error: Literal["stop", "skip"] = "stop",
+    encoding: str | None = None,
+    quoting: Literal["double", "none"] = "double",
+    escape: str | None = None,
     shard: str | None = None,
     shards: str | list[str] | None = None,
 ) -> None:
     """Read, render, tokenize, mask and split; writes train and test, a report and the prompt style.
 
     Args:
-        source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst), folders, patterns, folders of the
-            datasets library, or data sets of the Hub; several as a.jsonl b.csv. The schema of every row is
-            recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST trees, plain text; see
-            docs/data.md.
+        source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst; workbooks as book.xlsx or
+            book.xlsx#SHEET), folders, patterns, folders of the datasets library, or data sets of the Hub; several as
+            a.jsonl b.csv; see docs/files.md. The schema of every row is recognised: Alpaca, prompt/completion, Dolly,
+            OpenAI messages, ShareGPT, OASST trees, plain text; see docs/data.md.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         prompt_style: How a conversation is put to the model; chat_template is the model's own, which is taken where
@@ -58,8 +61,10 @@ def main(
         overflow: What becomes of a longer row: dropped, losing the oldest turns and the beginning of its question,
             losing the end of its answer, cut into several samples between turns, or an error.
         split: By a hash of the question (rows that ask the same stand on one side, and no row moves when others are
-            added), by shuffling as lit-llama did, or as the sources are divided.
-        test_split_size: Rows held out for testing: their share, or with --split shuffle their number.
+            added), by shuffling as lit-llama did, or as the sources are divided by their names, as train.jsonl and
+            test.jsonl are (given). auto is given where the sources are divided, and else hash.
+        test_split_size: Rows held out for testing: their share, or with --split shuffle their number; 0.05 if it is not
+            given, 0 trains on all rows.
         seed: Of the split and of mixing.
         split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
             case and white space) are for testing, all others for training, in place of --split.
@@ -71,10 +76,14 @@ def main(
         weights: For several sources, how often a row is drawn from each, as 1,0.5.
         tree: Of a tree of messages, the best path or every one.
         on_error: A row that cannot be used stops the command, or is dropped with its reason.
+        encoding: Of files that are not UTF-8, such as cp1252.
+        quoting: Of CSV: quotes around a field are no part of it and doubled inside, or (none) part of the text.
+        escape: Of CSV: the character before a quote inside a field, where it is not doubled, such as a backslash.
         shard: Encode one part of the rows only, such as 0/3, 1/3 or 2/3, into a folder of its own.
         shards: The folders, or a pattern, of all these parts: put them together, as if all had been encoded here.
     """
     from lit_llama.text.prepare import Rules
+    from lit_llama.text.read.files import Dialect
     from lit_llama.text.records import prepare_records
     from lit_llama.train.config import CPU_TOKENS, TrainConfig
 
@@ -103,6 +112,7 @@ def main(
         on_error=on_error,
         tree=tree,
         weights=weights,
+        dialect=Dialect(encoding, quoting, escape),
         split_from=split_from,
         shard=shard,
         shards=shards,

@@ -113,13 +113,7 @@ def test_what_is_saved_loads_back_bit_for_bit(tiny_folder: Path, folder: Path) -
 
 # Settings that PEFT itself writes when a variant is chosen.
 VARIANTS: dict[str, Any] = {
-    "bias": "all",
     "lora_bias": True,
-    "fan_in_fan_out": True,
-    "layers_to_transform": [0],
-    "layers_pattern": "layers",
-    "exclude_modules": ["v_proj"],
-    "trainable_token_indices": [1, 2],
     "target_parameters": ["experts.gate"],
     "use_qalora": True,
     "megatron_config": {"a": 1},
@@ -129,7 +123,6 @@ VARIANTS: dict[str, Any] = {
     "use_bdlora": {"a": 1},
     "monteclora_config": {"a": 1},
     "kasa_config": {"a": 1},
-    "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
 }
 
@@ -163,6 +156,9 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
         "alpha_pattern",
         "modules_to_save",
     }  # computed: test_variants
+    # What the tensors say: test_foreign_adapters.
+    harmless |= {"bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules"}
+    harmless |= {"trainable_token_indices", "ensure_weight_tying"}
     harmless |= {"megatron_core", "qalora_group_size"}  # of variants refused by another key
     harmless |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}  # start and training
     assert set(LoraConfig.__dataclass_fields__) == harmless | VARIANTS.keys()
@@ -172,12 +168,9 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
     ("changes", "named"),
     [
         ({"peft_type": "IA3"}, "peft_type LORA"),
-        ({"target_modules": ".*q_proj"}, "target_modules"),
-        ({"target_modules": None}, "target_modules"),
         ({"r": 0}, "r is 0"),
         ({"r": "eight"}, CONFIG_FILE),
         ({"lora_alpha": None}, CONFIG_FILE),
-        ({"lora_alpha": -1}, "alpha is -1"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
         ({"rank_pattern": ["q_proj"]}, CONFIG_FILE),
         ({"use_dora": "yes"}, "use_dora"),
@@ -236,11 +229,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "embedding": (
         lambda tensors: tensors.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 384)}),
-        "1 missing (model.embed_tokens.lora_embedding_B",
+        "adapts model.embed_tokens, which adapter_config.json does not ask for",
     ),
     "saved whole": (
-        lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(384, 64)}),
-        "lm_head whole, which is no module that modules_to_save names",
+        lambda tensors: tensors.update({"base_model.model.model.other.weight": torch.ones(384, 64)}),
+        "model.other whole, which is no module of the base model",
     ),
 }
 

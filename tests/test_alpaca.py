@@ -189,11 +189,39 @@ def test_test_rows_that_stand_in_train_are_counted(prepare: Prepare, alpaca_rows
     assert prepare(alpaca_rows(ROWS))["test_rows_also_in_train"] == 0
 
 
+def test_fewer_rows_than_lit_llama_held_out(prepare: Prepare, alpaca_rows: WriteRows) -> None:
+    """Catches documented commands that fail on 1000 rows, and nearly all rows held out of 2100."""
+    folder = alpaca_rows(ROWS[:3] + ROWS[5:9])
+    meta = prepare(folder, test_split_size=None)
+    assert {name: counts["rows"] for name, counts in meta["splits"].items()} == {"train": 6, "test": 1}
+    assert "1 of 7 rows are for testing, not the usual 2000" in meta["remarks"][0]
+    with pytest.raises(DataError, match=r"is 2000, but there are 7 rows: expected 1 to 6, .* or 0 to train on all"):
+        prepare(folder, test_split_size=2000)
+
+
+def test_chats_are_sent_to_their_own_door(
+    prepare: Prepare, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches Alpaca downloaded into a folder of chats, and a chat refused without a word on what takes it."""
+    folder = tmp_path / "my chats"
+    folder.mkdir()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(9)))
+    with pytest.raises(DataError, match=r"records.py --source '.*/my chats/chats.jsonl'"):
+        prepare(folder, data_file_name=DATA_FILE)
+    with pytest.raises(DataError, match=r"is a file, expected the folder .*records.py --source '.*chats.jsonl'"):
+        prepare(folder / "chats.jsonl")
+    prepare(folder, data_file_name="chats.jsonl", test_split_size=2)
+    assert "holds chats; prepare/alpaca.py is for single instructions" in " ".join(capsys.readouterr().err.split())
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "dancer", "content": "a"}]}))
+    with pytest.raises(DataError, match=r"unknown role 'dancer'.* holds chats; .* python prepare/records.py --source"):
+        prepare(folder, data_file_name="chats.jsonl", test_split_size=2)
+
+
 # All or nothing
 
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "test split too large": ({"test_split_size": 40}, "--test_split_size is 40, but there are 40 rows"),
-    "no test split": ({"test_split_size": 0}, "--test_split_size is 0"),
     "nothing fits": (
         {"max_seq_length": 20},
         "no row of the train split is usable: .* 38 longer than 20 tokens",

@@ -14,17 +14,21 @@ from lit_llama.generate import answer as module
 from lit_llama.generate.answer import (
     Answer,
     answer_all,
-    answer_file,
+    answer_batch,
     answer_one,
+    answer_rows,
     continue_text,
     instruction_ids,
-    measure,
+    raw_ids,
 )
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.generate.load import Speaker, load
-from lit_llama.generate.sampling import Sampling
+from lit_llama.generate.questions import read_questions
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
 
+pytestmark = pytest.mark.usefixtures("one_core")
 EXAMPLES = [
     Example("Say hi"),
     Example("Extract the order as JSON: item, quantity.", "two blue lamps", '{"item": "blue lamp", "quantity": 2}', 1),
@@ -33,6 +37,8 @@ EXAMPLES = [
     Example("Write a response that appropriately completes the request. " * 3, "", "", 4),
 ]
 Rows = Callable[[list[dict[str, str]]], Path]
+Put = Callable[[str, bytes | str], Path]
+LIMITED = Sampling(max_new_tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -41,67 +47,29 @@ def speaker(tiny_folder: Path) -> Speaker:
     return replace(load(tiny_folder, precision="32-true"), stop_ids=frozenset(range(0, 384, 12)))
 
 
-def measured(reference: str, text: str) -> dict[str, Any]:
-    return measure([Example("x", "", reference)], [Answer(text, True, 3)])
+def questions(**changes: Any) -> Any:
+    """What instruct.py is asked with these flags."""
+    given: dict[str, Any] = {"data_dir": None, "input_file": None, "output_file": None, "limit": None}
+    given |= {"batch_size": 32} | changes
+    return read_questions(given.pop("prompt", EXAMPLE_PROMPT), given.pop("input", ""), **given)
 
 
-def run_file(speaker: Speaker, path: Path, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"data_dir": None, "input_file": path, "output_file": None, "limit": None}
-    settings |= {"max_new_tokens": 12, "sampling": Sampling(), "batch_size": 3}
-    return answer_file(speaker, **(settings | changes))
-
-
-@pytest.mark.parametrize(
-    ("reference", "text", "exact", "same_json"),
-    [
-        ('{"a": 1, "b": [2]}', '{"a": 1, "b": [2]}', 1.0, 1.0),
-        ('{"a": 1, "b": [2]}', ' {"a": 1, "b": [2]}\n', 1.0, 1.0),
-        ('{"a": 1, "b": [2]}', '{"b":[2],\n"a":1}', 0.0, 1.0),
-        ('{"a": {"x": 1, "y": 2}}', '{"a": {"y": 2, "x": 1}}', 0.0, 1.0),
-        ('{"a": [1, 2]}', '{"a": [2, 1]}', 0.0, 0.0),
-        ('{"a": "é"}', '{"a": "\\u00e9"}', 0.0, 1.0),
-        ('{"a": 1}', '{"a": true}', 0.0, 0.0),
-        ('{"a": 0}', '{"a": false}', 0.0, 0.0),
-        ('{"a": 1}', '{"a": "1"}', 0.0, 0.0),
-        ('{"a": 1}', '{"a": 1.0}', 0.0, 0.0),  # how a number is written is part of what was asked for
-        ('{"a": 1.5}', '{"a": 1.50}', 0.0, 1.0),
-        ('{"a": null}', "{}", 0.0, 0.0),
-        ("null", "", 0.0, 0.0),
-        ("null", "null", 1.0, 1.0),
-        ('{"a": 1}', '{"a": 1', 0.0, 0.0),
-        ('{"a": 1}', 'Here it is: {"a": 1}', 0.0, 0.0),
-        ('{"a": 1}', "[" * 100_000, 0.0, 0.0),
-    ],
-)
-def test_json_is_compared_by_value(reference: str, text: str, exact: float, same_json: float) -> None:
-    """Comparing texts, Python's 1 == True, or a crash on what is no JSON."""
-    assert measured(reference, text) == {"rows": 1, "stopped": 1.0, "exact_match": exact, "json_match": same_json}
-
-
-def test_plain_text_references_have_no_json_measure() -> None:
-    """A share of 0 % where there is nothing to compare."""
-    assert measured("two lamps", "two lamps ") == {"rows": 1, "stopped": 1.0, "exact_match": 1.0}
-    mixed = measure([Example("x", "", "{}"), Example("x", "", "no")], [Answer("{}", True, 1), Answer("no", True, 1)])
-    assert "json_match" not in mixed and mixed["exact_match"] == 1.0
-
-
-def test_rows_without_reference_count_only_as_answered() -> None:
-    """Rows without reference counted as wrong, or a division by zero where no row has one."""
-    answers = [Answer("a", True, 1), Answer("b", False, 1), Answer("", True, 1), Answer("d", False, 1)]
-    examples = [Example("x", "", "a"), Example("x", "", "B"), Example("x"), Example("x")]
-    assert measure(examples, answers) == {"rows": 4, "stopped": 0.5, "exact_match": 0.5}
-    assert measure(examples[2:], answers[2:]) == {"rows": 2, "stopped": 0.5}
+def run_file(speaker: Speaker, path: Path, *, limit: int | None = None, **changes: Any) -> dict[str, Any]:
+    asked = questions(input_file=path, limit=limit, output_file=changes.get("output_file"))
+    assert isinstance(asked, list)
+    settings: dict[str, Any] = {"sampling": Sampling(max_new_tokens=12), "batch_size": 3}
+    return answer_rows(speaker, asked, **(settings | changes))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
 def test_answers_are_in_order_and_the_same_in_any_batch(speaker: Speaker, temperature: float, batch_size: int) -> None:
     """Answers in the order of their lengths, or random draws that depend on the batch."""
-    sampling = Sampling(temperature=temperature, seed=5)
-    found = answer_all(speaker, EXAMPLES, 20, sampling, batch_size)
+    sampling = Sampling(temperature=temperature, seed=5, max_new_tokens=20)
+    found = answer_all(speaker, EXAMPLES, sampling, batch_size)
     for number, (example, answer) in enumerate(zip(EXAMPLES, found, strict=True)):
-        alone = replace(sampling, seed=5 + number)
-        assert answer_all(speaker, [example], 20, alone, 1) == [answer]
+        prompt = instruction_ids(speaker, example)
+        assert answer_batch(speaker, [prompt], sampling, [number]) == [answer]
     assert len({answer.text for answer in found}) == len(EXAMPLES)
     assert {answer.stopped for answer in found} == {True, False}
 
@@ -111,9 +79,9 @@ def test_an_answer_holds_neither_prompt_nor_stop_token(speaker: Speaker, tiny_fo
     from tokenizers import Tokenizer
 
     prompt = instruction_ids(speaker, EXAMPLES[0])
-    steps = list(speaker.stream(prompt, 20, Sampling()))
+    steps = list(speaker.stream(prompt, Sampling(max_new_tokens=20)))
     ids = [token for step, _ in steps for token in step]
-    answer = answer_all(speaker, EXAMPLES[:1], 20, Sampling(), 1)[0]
+    answer = answer_all(speaker, EXAMPLES[:1], Sampling(max_new_tokens=20), 1)[0]
     assert answer.tokens == len(ids) and answer.stopped == (ids[-1] in speaker.stop_ids)
     backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     assert answer.text == backend.decode([i for i in ids if i not in speaker.stop_ids])
@@ -122,9 +90,9 @@ def test_an_answer_holds_neither_prompt_nor_stop_token(speaker: Speaker, tiny_fo
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_text_equals_batch_text(speaker: Speaker, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A character of several bytes torn between tokens: a model this random says little else."""
-    sampling = Sampling(temperature=3.0, seed=seed)
-    answer = answer_all(speaker, [EXAMPLES[2]], 150, sampling, 1)[0]
-    answer_one(speaker, EXAMPLES[2], 150, sampling)
+    sampling = Sampling(temperature=3.0, seed=seed, max_new_tokens=150)
+    answer = answer_all(speaker, [EXAMPLES[2]], sampling, 1)[0]
+    answer_one(speaker, EXAMPLES[2], sampling)
     streamed = capsys.readouterr()
     assert streamed.out == answer.text + "\n"
     assert f"{answer.tokens} tokens in" in streamed.err and "tokens/s" in streamed.err
@@ -135,19 +103,19 @@ def test_streamed_characters_arrive_whole(speaker: Speaker, monkeypatch: pytest.
     text = "Zoë: 北京 😀!"
     ids = speaker.tokenizer.encode(text)
     monkeypatch.setattr("lit_llama.generate.load.generate", lambda *_, **__: iter([[(0, i)] for i in ids]))
-    pieces = [piece for _, piece in replace(speaker, stop_ids=frozenset({2})).stream([1], 50, Sampling())]
+    pieces = [piece for _, piece in replace(speaker, stop_ids=frozenset({2})).stream([1], Sampling())]
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) > 5, "the text was to come in pieces"
 
 
 def test_raw_text_is_continued_as_it_is(speaker: Speaker, capsys: pytest.CaptureFixture[str]) -> None:
     """A template around raw text, or the prompt echoed."""
-    ids = [i for step, _ in speaker.stream(speaker.tokenizer.encode("def add"), 20, Sampling()) for i in step]
-    continue_text(speaker, "def add", 20, Sampling())
+    ids = [i for step, _ in speaker.stream(speaker.tokenizer.encode("def add"), LIMITED) for i in step]
+    continue_text(speaker, "def add", LIMITED)
     text = speaker.tokenizer.decode([i for i in ids if i not in speaker.stop_ids])
     assert capsys.readouterr().out == text + "\n"
     with pytest.raises(UserError, match="prompt is empty"):
-        continue_text(speaker, "", 5, Sampling())
+        continue_text(speaker, "", Sampling())
 
 
 def test_raw_text_begins_with_the_token_the_model_wants(tiny_folder: Path, speaker: Speaker) -> None:
@@ -160,16 +128,16 @@ def test_raw_text_begins_with_the_token_the_model_wants(tiny_folder: Path, speak
             return super().stream(prompt, *rest, **more)
 
     spy = Spy(speaker.model, load(tiny_folder).tokenizer, None, speaker.stop_ids)
-    continue_text(spy, "def", 1, Sampling())
+    continue_text(spy, "def", Sampling(max_new_tokens=1))
     spy.tokenizer.bos = "<|im_start|>"
-    continue_text(spy, "def", 1, Sampling())
+    continue_text(spy, "def", Sampling(max_new_tokens=1))
     assert seen[1] == [1, *seen[0]]
 
 
-def test_a_blank_instruction_is_refused(speaker: Speaker) -> None:
+def test_a_blank_instruction_is_refused() -> None:
     """An answer to an unset shell variable."""
     with pytest.raises(UserError, match="--prompt is empty"):
-        answer_one(speaker, Example(" \n"), 5, Sampling())
+        questions(prompt=" \n")
 
 
 def test_a_chat_is_answered_where_it_stands(speaker: Speaker, tmp_path: Path) -> None:
@@ -182,7 +150,7 @@ def test_a_chat_is_answered_where_it_stands(speaker: Speaker, tmp_path: Path) ->
     style = speaker.require_style()
     prompts = [prompt_ids(speaker.tokenizer, style, asked) for asked in (turns[:3], turns[:1])]
     for row, prompt in zip((chat, single), prompts, strict=True):
-        ids = [i for step, _ in speaker.stream(prompt, 12, Sampling()) for i in step]
+        ids = [i for step, _ in speaker.stream(prompt, Sampling(max_new_tokens=12)) for i in step]
         assert row["answer"] == speaker.tokenizer.decode([i for i in ids if i not in speaker.stop_ids])
     assert chat["messages"] == turns[:3] and chat["output"] == "assistant 1"
     assert (single["instruction"], single["input"], single["output"]) == ("user 0", "", "")
@@ -196,11 +164,13 @@ def test_without_an_output_file_each_row_is_a_line_on_stdout(
     measures = run_file(speaker, alpaca_rows(given) / "rows.json")
     captured = capsys.readouterr()
     found = [json.loads(line) for line in captured.out.splitlines()]
-    assert [list(row) for row in found] == [["instruction", "input", "output", "answer", "stopped"]] * 2
+    assert [list(row) for row in found] == [
+        ["instruction", "input", "output", "answer", "stopped", "finish_reason"]
+    ] * 2
     assert [row["instruction"] for row in found] == ["Say é", "x"] and "北京" in captured.out
     assert [row["output"] for row in found] == ["hi", ""]
     assert [row["answer"] for row in found] == [
-        a.text for a in answer_all(speaker, [Example("Say é", "北京"), Example("x")], 12, Sampling(), 1)
+        a.text for a in answer_all(speaker, [Example("Say é", "北京"), Example("x")], Sampling(max_new_tokens=12), 1)
     ]
     assert measures["rows"] == 2 and "rows 2, stopped" in captured.err and "exact_match 0.0%" in captured.err
 
@@ -224,12 +194,138 @@ def test_limit_takes_the_first_rows(speaker: Speaker, alpaca_rows: Rows, capsys:
     assert run_file(speaker, path, limit=99)["rows"] == 3
 
 
-@pytest.mark.parametrize("flag", ["limit", "batch_size", "max_new_tokens"])
-@pytest.mark.parametrize("value", [0, -1])
-def test_counts_below_1_are_refused(speaker: Speaker, tmp_path: Path, flag: str, value: int) -> None:
-    """A limit of -1 that leaves out the last row in silence, or a batch of 0 that ends in a traceback."""
-    with pytest.raises(UserError, match=f"--{flag} is {value}, expected 1 or more"):
-        run_file(speaker, tmp_path / "rows.json", **{flag: value})
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"limit": 0}, "--limit is 0, expected 1 or more"),
+        ({"limit": -1}, "--limit is -1, expected 1 or more"),
+        ({"batch_size": 0}, "--batch_size is 0, expected 1 or more"),
+        ({"prompt": "hi"}, "--prompt and --input_file are both given"),
+        ({"input": "x"}, "--input and --input_file are both given"),
+        ({"data_dir": Path("data")}, "--data_dir and --input_file are both given"),
+        ({"input_file": None, "limit": 3}, "--limit is of answers to rows"),
+        ({"input_file": None, "output_file": Path("x.jsonl")}, "--output_file is of answers to rows"),
+    ],
+)
+def test_flags_that_would_be_dropped_are_refused(put: Put, flags: dict[str, Any], named: str) -> None:
+    """A question that nobody answers because there is a file, too; a limit of -1 that leaves out the last row in
+    silence, or a batch of 0 that ends in a traceback."""
+    path = put("rows.jsonl", '{"instruction": "a"}')
+    assert len(questions(input_file=path)) == 1
+    with pytest.raises(UserError, match=named):
+        questions(**({"input_file": path} | flags))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_several_answers_to_a_row_are_lines_of_their_own(
+    speaker: Speaker, alpaca_rows: Rows, capsys: pytest.CaptureFixture[str], batch_size: int
+) -> None:
+    """Answers that are all alike, that go to another row, or of which the first is not the one that is made alone."""
+    path = alpaca_rows([{"instruction": "Say é", "output": "a"}, {"instruction": "x y " * 9}]) / "rows.json"
+    drawn = Sampling(temperature=1, max_new_tokens=12)
+    measures = run_file(speaker, path, sampling=replace(drawn, n=3), batch_size=batch_size)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["instruction"][:3], row["sample"]) for row in rows] == [
+        (text, sample) for text in ("Say", "x y") for sample in range(3)
+    ]
+    assert len({row["answer"] for row in rows}) == 6 and measures["rows"] == 2 and measures["answers"] == 6
+    run_file(speaker, path, sampling=drawn)
+    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["answer"] for row in alone] == [rows[0]["answer"], rows[3]["answer"]]
+    assert all("sample" not in row for row in alone)
+
+
+def test_several_answers_to_a_question_are_printed_one_after_another(
+    speaker: Speaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One answer only, or talk between them on stdout."""
+    drawn = Sampling(temperature=1, max_new_tokens=12, n=3)
+    answer_one(speaker, EXAMPLES[0], drawn)
+    captured = capsys.readouterr()
+    made = answer_all(speaker, EXAMPLES[:1], drawn, 8)
+    assert captured.out == "".join(f"{answer.text}\n" for answer in made) and len({a.text for a in made}) == 3
+    assert [f"answer {n} of 3:" in captured.err for n in (1, 2, 3)] == [True] * 3
+
+
+def test_a_system_message_heads_prompts_that_have_none(
+    speaker: Speaker, put: Put, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A system message that is left out, put before another, or that nobody finds again in the answers' file."""
+    own = [{"role": "system", "content": "Be rude"}, {"role": "user", "content": "hi"}]
+    rows = [
+        {"instruction": "hi"},
+        {"messages": own},
+        {"messages": [own[1], {"role": "assistant", "content": "a"}, own[1]]},
+    ]
+    asked = questions(input_file=put("rows.jsonl", "\n".join(map(json.dumps, rows))))
+    texts = [speaker.tokenizer.decode(instruction_ids(speaker, row, "Be brief")) for row in asked]
+    assert [text.count("Be brief") for text in texts] == [1, 0, 1] and "Be rude" in texts[1]
+    brief = {"role": "system", "content": "Be brief"}
+    turns = ([brief, own[1]], own, [brief, *rows[2]["messages"]])
+    for row, messages in zip(asked, turns, strict=True):
+        wanted = prompt_ids(speaker.tokenizer, speaker.require_style(), messages)  # type: ignore[arg-type]
+        assert instruction_ids(speaker, row, "Be brief") == wanted
+    answer_rows(speaker, asked, LIMITED, system="Be brief")
+    captured = capsys.readouterr()
+    told = [json.loads(line) for line in captured.out.splitlines()]
+    assert told[0]["system"] == "Be brief" and told[1]["messages"] == own and told[2]["messages"][0] == brief
+    assert "1 of 3 rows have a system message of their own" in captured.err
+
+
+def stops_of(text: str) -> list[str]:
+    """Parts of an answer that begin and end amid its tokens."""
+    return [text[start : start + length] for start in range(2, len(text) - 4, 3) for length in (1, 2, 4)]
+
+
+def test_an_answer_ends_before_a_stop_text(speaker: Speaker, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stop text that is shown in part or whole, that is missed where it is spread over tokens, or that ends the other
+    answers of a batch."""
+    silent = replace(speaker, stop_ids=frozenset({383}))
+    limited = Sampling(temperature=1, seed=4, max_new_tokens=30)
+    whole = answer_all(silent, EXAMPLES[:2], limited, 2)
+    ends = {answer.finish_reason for answer in whole}
+    assert ends == {"length"}
+    for stop in stops_of(whole[0].text)[:12]:
+        own = replace(limited, stop=["never there", stop])
+        made = answer_all(silent, EXAMPLES[:2], own, 2)
+        for answer, free in zip(made, whole, strict=True):
+            assert answer.text == free.text.partition(stop)[0]
+            assert answer.finish_reason == ("stop" if stop in free.text else "length")
+            assert answer.tokens <= free.tokens
+    answer_one(silent, EXAMPLES[0], own)
+    captured = capsys.readouterr()
+    assert captured.out == made[0].text + "\n" and "cut off" not in captured.err
+    answer_one(silent, EXAMPLES[0], limited)
+    assert "; cut off at --max_new_tokens 30" in capsys.readouterr().err
+
+
+def test_a_stop_text_may_spell_a_control_token(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that never comes, as control tokens are none."""
+    plain = replace(speaker, stop_ids=frozenset({383}))
+    assert plain.text(Sampling(stop=["<|im_start|>"])).stop_ids == {383, plain.tokenizer.control["<|im_start|>"]}
+
+
+def test_control_tokens_of_a_raw_prompt_are_made_on_request(
+    speaker: Speaker, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against transformers, which always makes them: catches one that is encoded as words on request, or made of a
+    user's words unasked, and a beginning that is doubled."""
+    from transformers import AutoTokenizer
+
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    theirs = AutoTokenizer.from_pretrained(tiny_folder)
+    assert raw_ids(speaker, text, True) == theirs(text)["input_ids"]
+    assert capsys.readouterr().err == ""
+    words = raw_ids(speaker, text, False)
+    assert not {0, 1, 2} & {*words} and speaker.tokenizer.decode(words) == text
+    assert (
+        "<|im_start|>, <|im_end|> in the prompt: words as any others, without --control_tokens"
+        in capsys.readouterr().err
+    )
+    beginning = replace(speaker, tokenizer=load(tiny_folder).tokenizer)
+    beginning.tokenizer.bos = "<|im_start|>"
+    assert raw_ids(beginning, text, True) == theirs(text)["input_ids"]
+    assert raw_ids(beginning, text, False) == [1, *words]
 
 
 def test_an_output_file_is_written_whole(
@@ -253,7 +349,7 @@ def test_a_failure_leaves_the_old_output_file(
     output.write_text("old\n")
 
     class Unwritable:
-        text, stopped, tokens = object(), True, 1
+        text, stopped, tokens, finish_reason = object(), True, 1, "stop"
 
     answers = [Answer("fine", True, 1), Unwritable()]
     monkeypatch.setattr(module, "answer_all", lambda *_: answers)
@@ -270,8 +366,8 @@ def test_an_unusable_output_is_found_before_the_answers(
     folder = alpaca_rows([{"instruction": "a"}])
     monkeypatch.setattr(module, "answer_all", lambda *_: pytest.fail("answered first"))
     with pytest.raises(UserError, match="is a folder"):
-        run_file(speaker, folder / "rows.json", output_file=folder)
-    with pytest.raises(OSError, match=r"rows\.json"):
+        questions(input_file=folder / "rows.json", output_file=folder)
+    with pytest.raises(UserError, match=r"rows\.json is a file, expected a folder"):
         run_file(speaker, folder / "rows.json", output_file=folder / "rows.json" / "x.jsonl")
 
 
@@ -282,18 +378,18 @@ def test_a_row_too_long_for_the_model_is_named_before_the_answers(
     monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("answered first"))
     rows = [Example("a", row=0), Example("word " * 300, row=1)]
     with pytest.raises(DataError, match=r"row 1: the prompt has \d+ tokens.*--max_new_tokens 5.*256"):
-        answer_all(speaker, rows, 5, Sampling(), 2)
+        answer_all(speaker, rows, Sampling(max_new_tokens=5), 2)
 
 
-def test_no_rows_and_no_data_are_errors(speaker: Speaker, tmp_path: Path) -> None:
+def test_no_rows_and_no_data_are_errors(tmp_path: Path) -> None:
     """A measure over nothing."""
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "empty.jsonl").write_text("\n")
     for name in ("empty.json", "empty.jsonl", "absent.json"):
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
-            run_file(speaker, tmp_path / name)
+            questions(input_file=tmp_path / name)
     with pytest.raises(DataError, match=r"prepare/alpaca\.py"):
-        run_file(speaker, tmp_path, data_dir=tmp_path / "data", input_file=None)
+        questions(data_dir=tmp_path / "data")
 
 
 def test_memory_and_speed_are_of_this_run(speaker: Speaker, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 
 from lit_llama.errors import UserError
 from lit_llama.generate.chat import HELP, Conversation, line_reader, talk
-from lit_llama.generate.load import Speaker, load
-from lit_llama.generate.sampling import Sampling
-from lit_llama.model.attention import KVCache
+from lit_llama.generate.decode import generate
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.load import Speaker, Stream, load
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import named_style
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,10 @@ class Recorder(Speaker):
     run: list[list[int]] = field(default_factory=list)
     reused: list[int] = field(default_factory=list)
 
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, cache: KVCache | None = None
-    ) -> Iterator[tuple[list[int], str]]:
-        assert cache is not None
+    def stream(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Stream:
         self.run.append(list(prompt))
-        self.reused.append(cache.lengths[0])
-        return super().stream(prompt, max_new_tokens, sampling, cache)
+        self.reused.append(more["cache"].lengths[0])
+        return super().stream(prompt, sampling, **more)
 
 
 def recorder(speaker: Speaker, **changes: Any) -> Recorder:
@@ -50,8 +49,8 @@ def speaker(loaded: Speaker) -> Recorder:
     return recorder(loaded)
 
 
-def begin(speaker: Speaker, max_new_tokens: int = 12) -> Conversation:
-    return Conversation(speaker, max_new_tokens, Sampling())
+def begin(speaker: Speaker, max_new_tokens: int = 12, system: str = "") -> Conversation:
+    return Conversation(speaker, Sampling(max_new_tokens=max_new_tokens), system)
 
 
 def say(conversation: Conversation, text: str) -> str:
@@ -60,7 +59,7 @@ def say(conversation: Conversation, text: str) -> str:
 
 def fresh_answer(conversation: Conversation, text: str) -> str:
     """The answer of a conversation that has the same messages and nothing computed."""
-    other = begin(recorder(conversation._speaker), conversation._max_new_tokens)
+    other = begin(recorder(conversation._speaker), conversation._sampling.max_new_tokens)
     other.messages = [dict(message) for message in conversation.messages]
     return say(other, text)
 
@@ -143,8 +142,7 @@ def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(speaker: Recorder,
 
 def test_the_oldest_turns_are_dropped_aloud(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """A conversation that ends, or that forgets without a word, when the context is full."""
-    conversation = begin(speaker, 20)
-    conversation.instruct("Be brief")
+    conversation = begin(speaker, 20, "Be brief")
     texts = [f"message {number} with a few more words in it" for number in range(9)]
     for text in texts:
         say(conversation, text)
@@ -207,28 +205,86 @@ def texts_of(speaker: Recorder) -> list[str]:
 
 def test_talk_answers_on_stdout_and_talks_on_stderr(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """Hints among the answers, or the end of input that is an error."""
-    talk(speaker, 12, Sampling(), script("Say hi\n", "x\n"))
+    talk(speaker, Sampling(max_new_tokens=12), script("Say hi\n", "x\n"))
     captured = capsys.readouterr()
     conversation = begin(speaker)
     assert captured.out == say(conversation, "Say hi") + "\n" + say(conversation, "x") + "\n"
     assert captured.err.startswith(HELP) and captured.err.count("tokens/s") == 2
 
 
+def test_tokens_are_those_that_were_made(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A count of the text's own encoding, which is another and lacks the end of the answer."""
+    conversation = begin(speaker, 30)
+    made = generate(
+        speaker.model,
+        [prompt_ids(speaker.tokenizer, speaker.require_style(), [{"role": "user", "content": "Say hi"}])],
+        max_new_tokens=30,
+        stop_ids=speaker.stop_ids,
+        sampling=Sampling(),
+    )
+    count = len(list(made))
+    text = say(conversation, "Say hi")
+    assert conversation.answer.tokens == count != len(speaker.tokenizer.encode(text))
+    talk(speaker, Sampling(max_new_tokens=30), script("Say hi\n"))
+    assert f"\n{count} tokens in" in capsys.readouterr().err
+
+
+def test_an_answer_that_was_cut_off_says_so(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that looks as if the model had nothing more to say."""
+    talk(speaker, Sampling(max_new_tokens=2), script("Say hi\n"))
+    assert "; cut off at --max_new_tokens 2" in capsys.readouterr().err
+
+
+def test_an_answer_ends_before_a_stop_text_and_the_next_turn_goes_on(speaker: Recorder) -> None:
+    """A cache in which the tokens of the stop text stay, as if they had been said."""
+    free = say(begin(speaker, 20), "Say hi")
+    stop = free[len(free) // 2 :][:2]
+    conversation = Conversation(speaker, Sampling(max_new_tokens=20, stop=[stop]))
+    assert say(conversation, "Say hi") == free.partition(stop)[0] == conversation.messages[-1]["content"]
+    assert conversation.answer.finish_reason == "stop"
+    fresh = Conversation(recorder(speaker), Sampling(max_new_tokens=20, stop=[stop]))
+    fresh.messages = [dict(message) for message in conversation.messages]
+    assert say(conversation, "and now?") == say(fresh, "and now?")
+
+
+def test_turns_draw_apart_and_penalties_see_the_cached_turns(speaker: Recorder) -> None:
+    """Equal questions that get equal answers in every turn, and penalties that know only the tokens run anew."""
+    drawn = Sampling(temperature=1, max_new_tokens=12)
+    conversation = Conversation(speaker, drawn)
+    assert say(conversation, "x") != say(conversation, "x")
+    penalised = Sampling(repetition_penalty=1.8, max_new_tokens=12)
+    conversation = Conversation(speaker, penalised)
+    for text in ("Say hi", "once more", "x"):
+        fresh = Conversation(recorder(speaker), penalised)
+        fresh.messages = [dict(message) for message in conversation.messages]
+        wanted = say(fresh, text)
+        assert say(conversation, text) == wanted
+    assert speaker.reused[-1] > 0
+
+
+def test_a_system_message_of_the_command_heads_every_conversation(speaker: Recorder) -> None:
+    """A message that a new start loses, or that outlives another one."""
+    lines = script("one\n", "/new\n", "two\n", "/system Be rude\n", "three\n", "/new\n", "four\n")
+    talk(speaker, Sampling(max_new_tokens=2), lines, "Be brief")
+    found = [next(text for text in ("Be brief", "Be rude") if text in prompt) for prompt in texts_of(speaker)]
+    assert found == ["Be brief", "Be brief", "Be rude", "Be brief"]
+
+
 def test_empty_lines_and_ctrl_c_at_the_prompt_are_ignored(speaker: Recorder) -> None:
     """A turn without words, or a conversation that ends with a line thrown away."""
-    talk(speaker, 2, Sampling(), script("\n", "   \n", KeyboardInterrupt, "Say hi\n"))
+    talk(speaker, Sampling(max_new_tokens=2), script("\n", "   \n", KeyboardInterrupt, "Say hi\n"))
     assert len(speaker.run) == 1
 
 
 def test_quit_ends_at_once(speaker: Recorder) -> None:
     """Lines after /quit."""
-    talk(speaker, 2, Sampling(), script("/quit\n", "Say hi\n"))
+    talk(speaker, Sampling(max_new_tokens=2), script("/quit\n", "Say hi\n"))
     assert speaker.run == []
 
 
 def test_new_forgets_and_system_begins_with_a_message(speaker: Recorder) -> None:
     """Turns, or a system message, that survive a new start."""
-    talk(speaker, 2, Sampling(), script("one\n", "/system Be brief\n", "two\n", "/new\n", "three\n"))
+    talk(speaker, Sampling(max_new_tokens=2), script("one\n", "/system Be brief\n", "two\n", "/new\n", "three\n"))
     turns = [prompt_ids(speaker.tokenizer, speaker.require_style(), messages) for messages in (
         [{"role": "user", "content": "one"}],
         [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "two"}],
@@ -240,7 +296,7 @@ def test_new_forgets_and_system_begins_with_a_message(speaker: Recorder) -> None
 @pytest.mark.parametrize("command", ["/help", "/neu", "/system", "/"])
 def test_an_unknown_command_shows_the_list(speaker: Recorder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A mistyped command that the model is asked."""
-    talk(speaker, 2, Sampling(), script(f"{command}\n"))
+    talk(speaker, Sampling(max_new_tokens=2), script(f"{command}\n"))
     assert f"unknown command {command}; {HELP}" in capsys.readouterr().err
     assert speaker.run == []
 
@@ -250,14 +306,14 @@ def test_a_style_without_system_message_says_so_and_goes_on(
 ) -> None:
     """A traceback, or a system message that makes every later turn fail."""
     speaker = recorder(loaded, style=named_style("alpaca"))
-    talk(speaker, 2, Sampling(), script("/system Be brief\n", "Say hi\n", "x\n"))
+    talk(speaker, Sampling(max_new_tokens=2), script("/system Be brief\n", "Say hi\n", "x\n"))
     assert capsys.readouterr().err.count("(the prompt style alpaca has no system message)") == 1
     assert len(speaker.run) == 2 and "Be brief" not in texts_of(speaker)[0]
 
 
 def test_talk_goes_on_after_a_message_too_long(speaker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """One long paste that ends the conversation."""
-    talk(speaker, 2, Sampling(), script("many words " * 100, "Say hi\n"))
+    talk(speaker, Sampling(max_new_tokens=2), script("many words " * 100, "Say hi\n"))
     captured = capsys.readouterr()
     assert "(the message has" in captured.err and len(speaker.run) == 1 and captured.out.count("\n") >= 1
 
@@ -274,7 +330,7 @@ def test_ctrl_c_during_an_answer_keeps_the_conversation(speaker: Recorder, capsy
 
     handle = speaker.model.register_forward_pre_hook(interrupt)
     try:
-        talk(speaker, 12, Sampling(), script("Say hi\n", "x\n"))
+        talk(speaker, Sampling(max_new_tokens=12), script("Say hi\n", "x\n"))
     finally:
         handle.remove()
     assert " ...\n" in capsys.readouterr().out

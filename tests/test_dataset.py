@@ -173,7 +173,10 @@ def test_meta_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"is no finished data folder: it has no meta\.json; make it with prepare/alpaca\.py --destination_path"),
+        (
+            None,
+            r"is no finished data folder: it has no meta\.json; make it with prepare/records\.py --destination_path",
+        ),
         (b"", r"meta\.json is not JSON"),
         (b"{\xff}", r"meta\.json is not JSON"),
         (b"[1]", "expected an object"),
@@ -189,6 +192,18 @@ def test_a_folder_without_a_usable_meta_is_refused(content: bytes | None, messag
         read_meta(tmp_path)
     with pytest.raises(DataError, match="nowhere does not exist; make it with"):
         read_meta(tmp_path / "nowhere")
+
+
+def test_raw_data_in_place_of_a_data_folder_is_sent_to_prepare(tmp_path: Path) -> None:
+    """Catches advice to download Alpaca for a file of chats, and a command that a blank in a path breaks."""
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text("{}")
+    for wrong in (rows, tmp_path):
+        with pytest.raises(DataError, match=r"prepare/records.py --source '.*/my rows.jsonl' --destination_path '"):
+            read_meta(wrong)
+    (tmp_path / "book.txt").write_text("a")
+    with pytest.raises(DataError, match=r"python prepare/text.py --source \S*/book.txt"):
+        read_meta(tmp_path / "book.txt")
 
 
 def remove(folder: Path) -> None:

@@ -11,10 +11,11 @@ from conftest import tiny_model
 
 from lit_llama.errors import UserError
 from lit_llama.generate.decode import check_counts, check_room, generate, new_cache
-from lit_llama.generate.sampling import Sampling
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 
+pytestmark = pytest.mark.usefixtures("one_core")
 REAL_PROMPTS = [
     "What food do llamas eat?",
     "Extract the order as JSON: item, quantity.\n\nTwo blue lamps for Zoë O'Brien, please.",

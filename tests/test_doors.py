@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 from conftest import ROOT, run_door, run_here, write_adapter
 
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import load
-from lit_llama.generate.sampling import Sampling
 
 DOORS = sorted(
     str(path.relative_to(ROOT)) for room in ("prepare", "finetune", "generate") for path in ROOT.glob(f"{room}/*.py")
@@ -270,7 +270,7 @@ def test_a_configuration_file_runs_a_door(tmp_path: Path, tiny_folder: Path) -> 
     (tmp_path / "run.yaml").write_text(f"checkpoint_dir: {tiny_folder}\nprompt: Say hi\nmax_new_tokens: 3\n")
     by_file = run_here("generate/base.py", "--config", "run.yaml", cwd=tmp_path)
     speaker = load(tiny_folder)
-    wanted = "".join(text for _, text in speaker.stream(speaker.tokenizer.encode("Say hi"), 3, Sampling()))
+    wanted = "".join(text for _, text in speaker.stream(speaker.tokenizer.encode("Say hi"), Sampling(max_new_tokens=3)))
     assert by_file.returncode == 0 and by_file.stdout == wanted + "\n"
     assert "3 tokens in" in by_file.stderr and "tokens/s" in by_file.stderr
     (tmp_path / "run.yaml").write_text("checkpoint_dir: absent\nlora:\n  rank: 8\n")
@@ -284,3 +284,48 @@ def test_chat_talks_through_a_pipe(tiny_folder: Path) -> None:
     assert result.returncode == 0 and "Traceback" not in result.stderr
     assert result.stderr.count("tokens/s") == 2 and "unknown command /what" in result.stderr
     assert "/quit" not in result.stdout and result.stdout.count("\n") >= 2
+
+
+@pytest.mark.parametrize(
+    ("door", "flags", "status", "named"),
+    [
+        ("generate/chat.py", [], 4, "has no chat template"),
+        ("generate/instruct.py", [], 4, "--prompt_style alpaca"),
+        ("generate/chat.py", ["--prompt_style", "llama-3"], 4, "<|start_header_id|>"),
+        ("generate/instruct.py", ["--prompt_style", "llama-3"], 4, "<|start_header_id|>"),
+        ("generate/chat.py", ["--prompt_style", "alpaca", "--system", "Be brief"], 2, "no system message"),
+        ("generate/instruct.py", ["--prompt_style", "alpaca", "--num_samples", "2"], 2, "--num_samples is 2"),
+        ("generate/base.py", ["--num_samples", "2"], 2, "--num_samples is 2"),
+        ("generate/instruct.py", ["--prompt_style", "alpaca", "--prompt", "hi", "--data_dir", "x"], 2, "--prompt and"),
+        ("generate/instruct.py", ["--prompt_style", "alpaca", "--prompt", ""], 2, "--prompt is empty"),
+        ("generate/instruct.py", ["--prompt_style", "alpaca", "--input_file", "absent.json"], 3, "absent.json"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_the_weights_are_loaded(
+    door: str, flags: list[str], status: int, named: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Minutes of loading before it turns out that no question can be put, or one error for every message: here the
+    weights are missing, which is found later."""
+    folder = Path(
+        shutil.copytree(tiny_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    )
+    assert_refused(run_here(door, "--checkpoint_dir", folder, *flags, cwd=tmp_path), status, named)
+
+
+def test_instruct_samples_as_it_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    """Flags, or the folder's words, that do not reach the model; tiny temperatures and an empty nucleus that are no
+    greedy answer."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    flags = ["--checkpoint_dir", folder, "--prompt", "Say hi", "--max_new_tokens", 12]
+    greedy = run_here("generate/instruct.py", *flags).stdout
+    for more in (["--temperature", "1e-38"], ["--temperature", 1, "--top_p", 0], ["--temperature", 3, "--top_k", 1]):
+        assert run_here("generate/instruct.py", *flags, *more).stdout == greedy
+    drawn = run_here("generate/instruct.py", *flags, "--temperature", 1, "--num_samples", 3)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 1.0}')
+    by_folder = run_here("generate/instruct.py", *flags)
+    assert by_folder.stdout != greedy and drawn.stdout.startswith(by_folder.stdout), "the first of several is the one"
+    assert "generation_config.json decides: temperature 1; flags come first" in by_folder.stderr
+    assert run_here("generate/instruct.py", *flags, "--temperature", 0).stdout == greedy
+    cut = run_here("generate/instruct.py", *flags, "--temperature", 0, "--stop", greedy[3:5])
+    assert cut.stdout == greedy.partition(greedy[3:5])[0] + "\n"
+    assert "cut off at --max_new_tokens 12" in by_folder.stderr and "cut off" not in cut.stderr

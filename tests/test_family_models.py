@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_llama.convert.merge import merge
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.decode import check_room, generate, new_cache
-from lit_llama.generate.sampling import Sampling
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.adapter import load_adapter
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import load_model

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lit_llama.errors import DataError
-from lit_llama.text.read.files import decoded, expand, open_bytes, unchanged
+from lit_llama.errors import DataError, UserError
+from lit_llama.text.read.files import Dialect, decoded, expand, open_bytes, unchanged
 
 
 def read(path: Path) -> str:
@@ -46,6 +46,9 @@ def test_sources_come_to_files_in_a_fixed_order_and_each_once(tmp_path: Path, mo
     ]  # fmt: skip
     put(tmp_path, "odd[1].json")
     assert [str(path) for path in expand(["odd[1].json"])] == ["odd[1].json"]
+    put(tmp_path, "dir[v2]/g.json", "dir[v2]/h.csv")
+    assert [str(path) for path in expand(["dir[v2]/*.json"])] == ["dir[v2]/g.json"]
+    assert [str(path) for path in expand(["dir[v2]"])] == ["dir[v2]/g.json", "dir[v2]/h.csv"]
     (tmp_path / "link.json").symlink_to("a.json")
     assert [str(path) for path in expand(["a.json", "link.json"])] == ["a.json"]
     assert [path.name for path in expand(["**/c.*"])] == ["c.CSV"]
@@ -60,6 +63,57 @@ def test_a_folder_may_hold_folders_of_the_datasets_library(tmp_path: Path) -> No
     assert found == ["a.json", "one", "two", "z/state.json"]
 
 
+def test_files_that_describe_a_repository_are_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a cloned repository that stops at its first JSON file, and rows that are passed over in silence."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "dataset_infos.json", "data/train.jsonl", "data/package.json", "states/state.json")
+    said: list[str] = []
+    assert [str(path) for path in expand(["."], remark=said.append)] == ["data/train.jsonl", "states/state.json"]
+    assert [remark.split(" is left out")[0] for remark in said] == ["data/package.json", "dataset_infos.json"]
+    assert [str(path) for path in expand(["dataset_infos.json"])] == ["dataset_infos.json"]
+    with pytest.raises(DataError, match=r"\*.json matches only dataset_infos.json and the like"):
+        expand(["*.json"])
+
+
+ENCODINGS = {"cp1252": "Grüße", "gbk": "你好，世界", "utf-16": "Grüße 你好", "iso2022_jp": "こんにちは", "utf-32": "é"}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_other_encodings_are_read_as_asked_for(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches characters cut at the border of two blocks, a mark that becomes text, and another encoding in silence."""
+    text = f'[{{"a": "{ENCODINGS[encoding]}"}}]\n' * 40
+    (tmp_path / "a").write_bytes(text.encode(encoding))
+    for block in (1, 3, 1 << 20):
+        monkeypatch.setattr("lit_llama.text.read.files.BLOCK", block)
+        said: list[str] = []
+        with open_bytes(tmp_path / "a") as stream:
+            assert "".join(decoded(stream, tmp_path / "a", Dialect(encoding), said.append)) == text
+        assert said and encoding[:5] in said[0]
+
+
+def test_utf_8_stays_utf_8_whatever_is_asked_for(tmp_path: Path) -> None:
+    """Catches "GrÃ¼ÃŸe" trained on, since one of several files needed --encoding."""
+    path, said = tmp_path / "a", list[str]()
+    path.write_text("Grüße " * 30, "utf-8")
+    with open_bytes(path) as stream:
+        assert "".join(decoded(stream, path, Dialect("cp1252"), said.append)) == "Grüße " * 30
+    assert said == [f"{path} is read as UTF-8, which it is, and not as cp1252"]
+    path.write_bytes(b"x" * 70 + b"\x81")
+    with pytest.raises(DataError, match=r"is not cp1252: byte 0x81 at offset 70"), open_bytes(path) as stream:
+        list(decoded(stream, path, Dialect("cp1252")))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"encoding": "cp99"}, {"encoding": "base64"}, {"encoding": "rot13"}, {"escape": ""}, {"escape": "ab"}]
+)
+def test_a_dialect_that_is_none_is_a_usage_error(wrong: dict[str, str]) -> None:
+    """Catches a LookupError of codecs, and one of the csv module."""
+    with pytest.raises(UserError, match=r"--e(ncoding|scape) is "):
+        Dialect(**wrong)
+
+
 def test_a_source_that_names_nothing_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a bare FileNotFoundError, an empty pattern that passes in silence, and a hang on a pipe."""
     monkeypatch.chdir(tmp_path)
@@ -71,6 +125,7 @@ def test_a_source_that_names_nothing_says_where_it_looked(tmp_path: Path, monkey
         "data/alpca.json": "data/alpca.json does not exist (working folder: {here}); the closest name is data/alpaca.j",
         "dat/alpaca.json": "dat/alpaca.json does not exist (working folder: {here}); the closest name is data",
         "zzz": "zzz does not exist (working folder: {here})",
+        "data/alpca[1].json": "data/alpca[1].json does not exist (working folder: {here}); the closest name is data/al",
         "*.parquet": "*.parquet matches no file (working folder: {here})",
         "empty": "empty is a folder without data files (it holds README.md); expected JSON",
         "-": "'-' is no source: save the data to a file",
@@ -96,7 +151,7 @@ NOT_DATA: dict[str, tuple[bytes, str]] = {
     "HTML page in gzip": (gzip.compress(b"<!doctype html>"), "HTML page"),
     "failed download": (b"404: Not Found", "failed download"),
     "failed login": (b"Invalid username or password.", "log in"),
-    "zip": (b"PK\x03\x04\x14", "a ZIP archive or an Excel workbook; unpack it"),
+    "zip": (b"PK\x03\x04\x14", "a ZIP archive, or a workbook under a wrong name; unpack it"),
     "bzip2": (b"BZh91AY", "packed by bzip2"),
     "xz": (b"\xfd7zXZ\x00\x00", "packed by xz"),
     "Arrow": (b"ARROW1\0\0", "an Arrow file"),
@@ -107,9 +162,13 @@ NOT_DATA: dict[str, tuple[bytes, str]] = {
     "gzip damaged": (b"\x1f\x8b\x08\0\0\0\0\0\0\xff\xff\xff\xff\xff", "damaged or cut off"),
     "zstd cut off": (pa.compress(b"[1, 2]" * 99, "zstd", asbytes=True)[:-4], "damaged or cut off: Truncated"),
     "zstd and rubbish": (pa.compress(b"[1, 2]", "zstd", asbytes=True) + b"rubbish", "damaged or cut off"),
-    "cp1252": ('{"a": "café"}'.encode("cp1252"), "byte 0xe9 at offset 10; it may be CP1252.*iconv -f CP1252 -t UTF-8"),
+    "cp1252": (
+        '{"a": "café"}'.encode("cp1252"),
+        "byte 0xe9 at offset 10; it may be CP1252.*--encoding cp1252.*iconv -f CP1252 -t UTF-8",
+    ),
+    "cp1252 with two in a row": ("Straße grüßt".encode("cp1252"), "it may be CP1252"),
     "GBK": ('{"a": "你好，世界"}'.encode("gbk"), "byte 0xc4 at offset 7; it may be GBK.*iconv -f GBK"),
-    "UTF-16": ('{"a": "b"}'.encode("utf-16"), "byte 0xff at offset 0; it may be UTF-16"),
+    "UTF-16 cut off": ('{"a": "b"}'.encode("utf-16")[:-1], "is not utf-16-le: byte 0x7d at offset 20"),
     "UTF-16 without a mark": ('{"a": "b"}'.encode("utf-16-le"), "byte 0x00 at offset 1; it may be UTF-16"),
     "UTF-16, big end first": ('{"a": "b"}'.encode("utf-16-be"), "byte 0x00 at offset 0; it may be UTF-16"),
     "cut inside a character": ("é".encode()[:1], "byte 0xc3 at offset 0"),

@@ -14,8 +14,8 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama import device
 from lit_llama.generate.answer import answer_all
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import load
-from lit_llama.generate.sampling import Sampling
 from lit_llama.model.checkpoint import load_model
 from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.encode import IGNORE_INDEX
@@ -83,8 +83,7 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
     answers = answer_all(
         load(out, precision="32-true"),
         [Example(row["instruction"], row["input"], row["output"]) for row in rows],
-        60,
-        Sampling(),
+        Sampling(max_new_tokens=60),
         8,
     )
     assert [answer.text for answer in answers] == [row["output"] for row in rows]

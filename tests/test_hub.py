@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 import socket
 import time
@@ -11,6 +12,7 @@ import pytest
 from fake_hub import REPO, FakeHub
 
 from lit_llama.convert.hub.download import download
+from lit_llama.convert.hub.repository import explained
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 
 
@@ -24,16 +26,26 @@ def test_an_index_says_which_parts_are_needed(hub: FakeHub, files: dict[str, byt
     index = json.dumps({"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}).encode()
     old = dict.fromkeys(("model-1-of-9.safetensors", "pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin"), b"x")
     hub.repos[REPO] |= {**parts, **old, "model.safetensors.index.json": index}
+    del hub.repos[REPO]["model.safetensors"]
     made = download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     wanted = (set(files) | set(parts) | {"model.safetensors.index.json"}) - {"model.safetensors"}
     assert set(hub.fetched()) == wanted and len(hub.fetched()) == len(wanted)
     assert set(listing(made)) == wanted | {"meta.json"}
 
 
+def test_a_single_file_counts_before_an_index(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
+    """The shards of an earlier save, which transformers would not take either."""
+    index = json.dumps({"weight_map": {"a": "model-1-of-1.safetensors"}}).encode()
+    hub.repos[REPO] |= {"model.safetensors.index.json": index, "model-1-of-1.safetensors": b"old"}
+    download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
+    assert set(hub.fetched()) == set(files)
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/x.safetensors", "gone.safetensors", "config.json", 7, ""])
 def test_an_index_that_names_anything_else_is_refused(hub: FakeHub, tmp_path: Path, name: object) -> None:
     """A file written outside the folder, another file taken for weights, or a traceback."""
     hub.repos[REPO]["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": name}}).encode()
+    del hub.repos[REPO]["model.safetensors"]
     with pytest.raises(CheckpointError, match=rf"index\.json names {re.escape(repr(name))}, which is no weight file"):
         download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     assert not (tmp_path / "tiny").exists()
@@ -124,3 +136,28 @@ def test_a_repository_without_usable_weights_says_what_is_there(
         download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     assert caught.value.exit_status == 4 and all(word in str(caught.value) for word in words), caught.value
     assert hub.fetched() == [] and listing(tmp_path) == []
+
+
+def test_attempts_are_one_line_of_our_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches huggingface_hub's own lines for each attempt, and other warnings that are lost with them."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger, ear = logging.getLogger("huggingface_hub.utils._http"), Ear()
+    logger.addHandler(ear)
+    try:
+        with explained(REPO, "https://hub.example"):
+            for text in (
+                "'[Errno -2]' thrown while requesting GET x",
+                "Retrying in 1s [Retry 1/5].",
+                "your token ends",
+            ):
+                logger.warning(text)
+        logger.warning("Retrying in 2s [Retry 2/5].")  # of another program
+    finally:
+        logger.removeHandler(ear)
+    assert capsys.readouterr().err.startswith("https://hub.example does not answer as it should, trying again ...\n")
+    assert heard == ["your token ends", "Retrying in 2s [Retry 2/5]."]

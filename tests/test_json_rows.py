@@ -22,6 +22,28 @@ def test_every_form_of_json_gives_the_rows_that_json_gives(form: str, ending: st
     assert values(put(f"a.{ending}", gzip.compress(content) if ending.endswith("gz") else content)) == rows
 
 
+HABITS: dict[str, tuple[str, str, int, str]] = {
+    "joined files": ("jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 2}\n', 2, ""),
+    "joined arrays of lines": ("json", '{"a": 1}\ufeff\n \ufeff{"a": 2}', 2, ""),
+    "commas at line ends": ("jsonl", '{"a": 1},\n{"a": 2},\n', 2, "commas stand behind its rows"),
+    "commas at line ends, .json": ("json", '{"a": 1},\n{"a": 2}\n', 2, "commas stand behind its rows"),
+    "commas between objects": ("json", '{\n"a": 1\n},\n{"a": 2}\n', 2, "commas stand between its rows"),
+    "a comma behind the last row": ("json", '[{"a": 1}, {"a": 2},\n]\n', 2, "a comma stands behind the last row"),
+    "several a line": ("jsonl", '{"a": 1}{"a": 2}\n{"a": 3} {"a": 4}\n', 4, ""),
+    "indented objects": ("jsonl", '{\n "a": 1\n}\n{\n "a": 2\n}\n', 2, ""),
+}
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_habits_of_other_programs_are_read_and_said(name: str, put: Put) -> None:
+    """Catches rows lost at a mark, a comma or a line end, and what is no JSON passed over in silence."""
+    ending, content, count, remark = HABITS[name]
+    said: list[str] = []
+    rows = list(read_rows(put(f"a.{ending}", content), remark=said.append))
+    assert [row.value for row in rows] == [{"a": number} for number in range(1, count + 1)]
+    assert all(remark in sentence for sentence in said) and bool(said) == bool(remark)
+
+
 def test_borders_of_blocks_fall_anywhere(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an error in the middle of a number, a literal, an escape or a character that two blocks share."""
     rows = [{"a": [1234567, -1.5e-7, True, None, False], "b": '😀 é \\ " 北京'}, {"c": {"d": []}}] * 3
@@ -58,9 +80,9 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
     "cut off behind a row": (b'[{"a": 1}', 1, "the end of row 0 is not JSON: expected , or ].*cut off, fetch it again"),
     "cut off behind a comma": (b'[{"a": 1},\n', 1, "row 1 is not JSON: Expecting value.*cut off"),
     "no comma": (b'[{"a": 1} {"a": 2}]', 1, "row 0 is not JSON: expected , or ] .*at line 1, column 11"),
-    "comma at the end": (b'[{"a": 1},]', 1, "row 1 is not JSON: Expecting value at line 1, column 11, byte 10"),
+    "two commas": (b'[{"a": 1},,]', 1, "row 1 is not JSON: Expecting value at line 1, column 11, byte 10"),
     "two arrays": (b'[{"a": 1}]\n[{"a": 2}]', 1, "the end is not JSON: more text behind the array at line 2, column 1"),
-    "single quotes": (b"[{'a': 1}]", 0, "row 0 is not JSON: Expecting property name"),
+    "single quotes": (b"[{'a': 1}]", 0, "row 0 is not JSON: Expecting property name.*; this is how Python prints obj"),
     "newline in a text": (b'[{"a": "b\nc"}]', 0, "row 0 is not JSON: Invalid control character at line 1, column 10"),
     "bad escape": (rb'[{"a": "\x41"}]', 0, r"row 0 is not JSON: Invalid \\escape at line 1, column 9"),
     "nested too deep": (b"[" * 100_000, 0, "row 0, which begins at line 1, column 2, byte 1, is nested too deep"),
@@ -117,7 +139,7 @@ def test_a_broken_line_leaves_the_others_readable(put: Put) -> None:
     """Catches a whole file that is refused for one line, and a number of a line that is off."""
     good = json.dumps(ROW)
     deep = "[" * 100_000
-    lines = [good, '{"a": ', "nonsense", "", deep, '{"a": 1} {"b": 2}', good, '{"a": "b']
+    lines = [good, '{"a": ', "nonsense", "", deep, '{"a": 1} ["b"]', good, '{"a": "b']
     path = put("a.jsonl", "\n".join(lines))
     found, error = read(path)
     assert not error and [row.where for row in found] == [f"{path}:line {n}" for n in (1, 2, 3, 5, 6, 7, 8)]

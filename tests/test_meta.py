@@ -22,9 +22,9 @@ from lit_llama.convert import convert
 from lit_llama.convert.meta import reader as meta
 from lit_llama.convert.meta.join import Joined
 from lit_llama.convert.meta.reader import open_meta
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.errors import CheckpointError
 from lit_llama.model.checkpoint import load_model
+from lit_llama.model.pth.files import read_pth
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch_files import HONEST, archive_of, dict_of, global_, number, refused, text, view
 
-from lit_llama.convert.pth.pickled import MAX_OPCODES
+from lit_llama.model.pth.pickled import MAX_OPCODES
 
 CANARY = "CANARY"
 COMMAND = f"open({CANARY!r}, 'w')"

@@ -18,9 +18,9 @@ from conftest import ROOT, tiny_model
 from torch import Tensor
 from torch_files import HONEST, archive_of, bits, dict_of, refused, text, view
 
-from lit_llama.convert.pth import files as pth
-from lit_llama.convert.pth.files import read_pth, write_pth
 from lit_llama.errors import CheckpointError
+from lit_llama.model.pth import files as pth
+from lit_llama.model.pth.files import read_pth, write_pth
 from lit_llama.model.weights import SINGLE_FILE, Weights, describe_wrong_file
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -292,7 +292,7 @@ def test_reading_and_writing_hold_one_tensor(tmp_path: Path) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
-from lit_llama.convert.pth.files import read_pth, write_pth
+from lit_llama.model.pth.files import read_pth, write_pth
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch_files import HONEST, archive_of, bits, dict_of, number, refused, text, view
 
-from lit_llama.convert.pth import files as pth
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.errors import CheckpointError
+from lit_llama.model.pth import files as pth
+from lit_llama.model.pth.files import read_pth
 
 VIEWS: dict[str, tuple[bytes, str]] = {
     "storage too large": (view(elements=5), "archive/data/0 has 16 bytes, tensor 'a' expects 20"),

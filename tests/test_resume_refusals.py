@@ -213,3 +213,26 @@ def test_a_second_run_in_one_folder_is_turned_away(tiny_folder: Path, data: Path
     assert (out / ".lock").exists()
     assert run_here("finetune/lora.py", *flags_of(tiny_folder, data, out), "--train.max_steps", 1).returncode == 0
     assert not (out / ".lock").exists()
+
+
+def test_a_run_ends_in_a_link_to_another_disk(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches a training of days whose result can never be put into its folder, also with --resume; the lock and what
+    is half written of report and settings are names of our own, at which no link is followed."""
+    disk, out, theirs = tmp_path / "disk", tmp_path / "out", tmp_path / "theirs"
+    disk.mkdir()
+    theirs.write_text("mine")
+    out.symlink_to(disk)
+    for name in (".run.yaml.partial", "meta.json", "loss.png", "metrics.csv"):
+        (disk / name).symlink_to(theirs)
+    run(tiny_folder, data, out)
+    assert (disk / "adapter_config.json").is_file() and not (disk / "meta.json").is_symlink()
+    assert theirs.read_text() == "mine" and {path.name for path in disk.glob(".*")} == {".run.yaml.partial"}
+    (disk / "adapter_config.json").unlink()  # as a run that could not be published left it
+    run(tiny_folder, data, out, resume="auto")
+    assert (disk / "adapter_config.json").is_file() and out.is_symlink()
+    lock = tmp_path / "second"
+    lock.mkdir()
+    (lock / ".lock").symlink_to(theirs)
+    with pytest.raises(UserError, match=r"second/\.lock is a link to"):
+        run(tiny_folder, data, lock)
+    assert theirs.read_text() == "mine"

@@ -157,9 +157,9 @@ def test_no_more_tokens_at_once_than_in_a_micro_batch(speaker: Speaker, monkeypa
     """Catches a cache that is larger than what the training step holds, prompts left out, and answers exchanged."""
     asked: list[tuple[int, int]] = []
 
-    def answer(_: Speaker, prompts: list[list[int]], max_new_tokens: int, sampling: Any) -> list[Any]:
+    def answer(_: Speaker, prompts: list[list[int]], sampling: Any) -> list[Any]:
         assert sampling.temperature == 0
-        asked.append((len(prompts), max(map(len, prompts)) + max_new_tokens))
+        asked.append((len(prompts), max(map(len, prompts)) + sampling.max_new_tokens))
         return [SimpleNamespace(text=len(ids), stopped=True) for ids in prompts]
 
     monkeypatch.setattr(sampler_module, "answer_batch", answer)

@@ -79,7 +79,7 @@ def test_an_old_state_goes_only_when_the_new_one_is_proven(tmp_path: Path, monke
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path: Path) -> None:
     """Catches minutes of writing that end in an error, and an error that does not say how much is missing."""
     save_state(tmp_path / "states", 1, write, 100)
-    with pytest.raises(ResourceError, match=r"GB free, 1\d{6}\.\d GB are needed.*step-000001 stays"):
+    with pytest.raises(ResourceError, match=r"B free, 1020\.00 TB are needed.*step-000001 stays"):
         save_state(tmp_path / "states", 2, write, 10**15)
     assert names(tmp_path / "states") == ["step-000001"]
 

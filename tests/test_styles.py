@@ -14,8 +14,8 @@ from test_prompts import tiny as tiny  # a fixture
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.chat import Conversation
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import load
-from lit_llama.generate.sampling import Sampling
 from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import StyleName, folder_style, named_style
@@ -194,7 +194,9 @@ def test_ziya_without_its_tokens_is_refused(llama_tokenizer: Path, tiny_folder: 
             prompt_ids(Tokenizer.from_path(path), named_style("ziya"), chat("hi"))
 
 
-def test_a_byte_level_model_answers_without_the_blank_of_the_style(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_byte_level_model_answers_without_the_blank_of_the_style(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches answers that begin with a blank, which the next turn would double."""
     adapter = write_adapter(tmp_path / "adapter", tiny_folder, style="vicuna")
     assert folder_style(adapter) == named_style("vicuna")
@@ -203,13 +205,9 @@ def test_a_byte_level_model_answers_without_the_blank_of_the_style(tiny_folder: 
     prompt = prompt_ids(speaker.tokenizer, named_style("vicuna"), chat("hi"))
     said = speaker.tokenizer.encode(" ab")
 
-    class Scripted(type(speaker)):  # type: ignore[misc]
-        def stream(self, prompt: Any, *rest: Any) -> Any:
-            yield from [([i], speaker.tokenizer.decode([i])) for i in said]
-
-    scripted = Scripted(**vars(speaker))
-    assert "".join(text for _, text in scripted.answer(prompt, 9, Sampling())) == "ab"
-    conversation = Conversation(scripted, 9, Sampling())
+    monkeypatch.setattr("lit_llama.generate.load.generate", lambda *_, **__: iter([[(0, i)] for i in said]))
+    assert "".join(text for _, text in speaker.answer(prompt, Sampling())) == "ab"
+    conversation = Conversation(speaker, Sampling(max_new_tokens=9))
     assert "".join(conversation.ask("hi")) == "ab"
     assert conversation.messages[-1] == {"role": "assistant", "content": "ab"}
     following = prompt_ids(speaker.tokenizer, named_style("vicuna"), [*conversation.messages, *chat("again")])

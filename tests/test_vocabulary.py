@@ -125,7 +125,7 @@ def test_every_stage_refuses_a_tokenizer_that_is_too_large(converted: Path, alpa
 def test_ids_of_padding_rows_are_never_drawn() -> None:
     """Catches an id that the tokenizer cannot decode, drawn because its untrained row happens to win."""
     from lit_llama.generate.decode import generate
-    from lit_llama.generate.sampling import Sampling
+    from lit_llama.generate.engine.request import Sampling
 
     model = tiny_model()
     model.lm_head.weight[300:] *= 10

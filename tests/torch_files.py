@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.errors import CheckpointError
+from lit_llama.model.pth.files import read_pth
 
 
 def bits(tensor: Tensor) -> bytes:

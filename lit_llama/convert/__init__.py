@@ -81,9 +81,11 @@ def convert(
 
         write_gguf(opened, destination, dtype)
     say = stderr().print
+    for remark in opened.notes.get("remarks", ()):
+        say(remark, markup=False)
     for name, note in opened.notes.items():
         if isinstance(note, str):
-            say(f"{name}: {note}", markup=False)
+            say(f"{name}: {note}")
     made = f"{opened.parameters:,} parameters in {dtype or opened.dtype}"
     say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
 

@@ -16,11 +16,18 @@ from lit_llama.folder import check_space, write_json
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights
 from lit_llama.text.encode import end_id
 from lit_llama.text.prompts import TEMPLATE_FILE, style_of
-from lit_llama.text.special import SETTINGS_FILE, read_object
+from lit_llama.text.special import ADDED_FILE, NAMES_FILE, SETTINGS_FILE, read_object
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import tokenizer_home
 
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_PARTS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", SETTINGS_FILE, ADDED_FILE, NAMES_FILE),
+    *(TEMPLATE_FILE, "chat_template.json"),
+)
+"""Files that together are a tokenizer, with its chat template."""
+
 _NAMES = {str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items()}
 
 
@@ -47,8 +54,7 @@ class Frame:
         return cls(
             config=json.loads((folder / CONFIG_FILE).read_text("utf-8")),
             files=read_companions(folder),
-            # Old files carry the rotary frequencies, which follow from the configuration.
-            specs={name: weights.spec(name) for name in weights if not name.endswith("rotary_emb.inv_freq")},
+            specs={name: weights.spec(name) for name in weights},
             tokenizer=tokenizer,
         )
 
@@ -91,6 +97,19 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in companions(folder).items()}
 
 
+def companions_of_adapter(adapter_dir: Path, base: Path) -> dict[str, bytes]:
+    """What belongs to base + adapter: of the base, but for the tokenizer where the adapter has its own.
+
+    No file of the base's tokenizer stays beside the adapter's: added tokens of one would be read into the other.
+    """
+    files, own = read_companions(base), read_companions(adapter_dir)
+    if tokenizer_home(adapter_dir, base) == base:
+        return files
+    template = {TEMPLATE_FILE: files[TEMPLATE_FILE]} if TEMPLATE_FILE in files else {}
+    kept = {name: content for name, content in files.items() if name not in TOKENIZER_PARTS}
+    return kept | template | {name: content for name, content in own.items() if name in TOKENIZER_PARTS}
+
+
 def write_companions(
     folder: Path,
     files: Mapping[str, bytes],
@@ -100,7 +119,8 @@ def write_companions(
 ) -> None:
     """Write what belongs to a model beside config.json and weights, and let it speak in a style.
 
-    The end of an answer in that style is added to those of generation_config.json, as other programs stop at these.
+    The tokenizer's end and that of an answer in that style are added to those of generation_config.json, as other
+    programs stop at these.
 
     Args:
         folder: Where to.
@@ -120,5 +140,5 @@ def write_companions(
     path = folder / GENERATION_FILE
     named = read_object(path).get("eos_token_id")
     ends = named if isinstance(named, list) else [tokenizer.eos_id if named is None else named]
-    if end is not None and end not in ends:
-        write_json(path, read_object(path) | {"eos_token_id": [*ends, end]})
+    if more := [wanted for wanted in dict.fromkeys((tokenizer.eos_id, end)) if wanted not in (None, *ends)]:
+        write_json(path, read_object(path) | {"eos_token_id": [*ends, *more]})

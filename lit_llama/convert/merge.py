@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.convert.frame import read_companions, with_dtype, write_companions
+from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
@@ -18,11 +18,11 @@ from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
 from lit_llama.model.adapter import (
     META_FILE,
-    WEIGHTS_FILE,
     base_of,
     load_adapter,
     trained_on,
 )
+from lit_llama.model.adapters.tensors import find_file
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, Onto
 from lit_llama.model.llama import LLaMA
@@ -31,7 +31,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
 from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity
+from lit_llama.text.vocabulary import adapter_tokenizer, identity
 
 PROBES = (
     "What food do llamas eat?",
@@ -53,7 +53,13 @@ class Proof:
 
 
 def merge(
-    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto | None = None
+    adapter_dir: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    precision: Precision,
+    onto: Onto | None = None,
+    base_dir: Path | None = None,
 ) -> Proof:
     """Write what the adapter makes of each weight, computed in float32 and rounded once; then compare logits.
 
@@ -70,6 +76,7 @@ def merge(
         dtype: Dtype of the adapted tensors; None keeps that of the base.
         precision: In which the logits are compared.
         onto: The base's weights as they are stored, or what quantisation leaves of them; None as in the training.
+        base_dir: Where the base is; None looks for it, see `base_of`.
 
     Raises:
         CheckpointError: The adapter is empty, all zero, or does not fit its base, or the base's tokenizer does not.
@@ -82,13 +89,12 @@ def merge(
         raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
     if dtype == "q8_0":
         raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
-    base = base_of(adapter_dir)
+    base = base_of(adapter_dir, base_dir)
     onto = _choose(adapter_dir, onto)
-    tokenizer, shape = Tokenizer.from_path(base), LLaMAConfig.from_folder(base)
-    check_vocabulary(base, shape.vocab_size, tokenizer)
-    for record in (base, adapter_dir):
-        check_recorded(record, tokenizer, base)
+    tokenizer = adapter_tokenizer(adapter_dir, base, LLaMAConfig.from_folder(base).vocab_size)
     merged = Merged(base, adapter_dir, onto, dtype)
+    for remark in merged.remarks:
+        stderr().print(remark, markup=False)
     raw = json.loads((base / "config.json").read_text("utf-8"))
     if merged.unties:
         raw["tie_word_embeddings"] = False
@@ -99,12 +105,13 @@ def merge(
         write_json(folder / "config.json", with_dtype(raw, dtype))
         template = adapter_dir / TEMPLATE_FILE
         own = template.read_bytes() if template.is_file() else None
-        write_companions(folder, read_companions(base), own, folder_style(adapter_dir), tokenizer)
+        style = folder_style(adapter_dir)
+        write_companions(folder, companions_of_adapter(adapter_dir, base), own, style, tokenizer)
         proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
         meta = {
             "format": 1,
             "base": {"path": str(base), "fingerprint": fingerprint(base)},
-            "adapter": {"path": str(adapter_dir), "sha256": sha256_file(adapter_dir / WEIGHTS_FILE)},
+            "adapter": {"path": str(adapter_dir), "sha256": sha256_file(find_file(adapter_dir))},
             "onto": onto,
             "tokenizer": identity(tokenizer),
             "proof": proof.__dict__,
@@ -130,7 +137,13 @@ def _name(onto: Onto) -> str:
 
 
 def merge_into_gguf(
-    adapter_dir: Path, destination: Path, *, dtype: str | None, precision: Precision, onto: Onto | None = None
+    adapter_dir: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    precision: Precision,
+    onto: Onto | None = None,
+    base_dir: Path | None = None,
 ) -> Proof:
     """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
 
@@ -140,12 +153,15 @@ def merge_into_gguf(
         dtype: bfloat16, float16, float32 or q8_0; None keeps that of the base.
         precision: In which the logits are compared.
         onto: As for `merge`.
+        base_dir: As for `merge`.
     """
     check_file(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as held:
         folder = Path(held) / "merged"
-        proof = merge(adapter_dir, folder, dtype=None, precision=precision, onto=onto)
+        # Rounded once: what is float32 in the file was never bfloat16 in between.
+        kept = None if dtype == "q8_0" else dtype
+        proof = merge(adapter_dir, folder, dtype=kept, precision=precision, onto=onto, base_dir=base_dir)
         write_gguf(open_folder(folder), destination, dtype)
     stderr().print(f"{destination}: {destination.stat().st_size / 1e9:.2f} GB, ready for llama.cpp and Ollama")
     return proof
@@ -211,6 +227,8 @@ def _prove(
         f"(the adapter itself moves them by {proof.adapter_effect:.2e}), "
         f"same most likely token at {proof.top1_agreement:.1%}"
     )
+    if not proof.adapter_effect:
+        raise IntegrityError(f"{adapter_dir} changes no logit of its base: there is nothing to merge")
     if not proof.mean_difference < proof.adapter_effect / 2:
         raise IntegrityError(
             f"the merged model does not carry the adapter: its logits are {proof.mean_difference:.2e} off, the adapter "

@@ -24,6 +24,7 @@ class Merged:
         specs: Dtype and shape of every tensor, in the order of the base.
         unties: A head that was tied to the embedding is a matrix of its own now.
         added_bytes: What the adapter adds to the memory of its base.
+        remarks: What of base and adapter was passed over or decided, for people.
 
     Args:
         base: Checkpoint folder.
@@ -40,7 +41,8 @@ class Merged:
         self._weights, self._onto = Weights(base), onto
         with torch.device("meta"):
             frame = LLaMA(shape)
-        load_adapter(frame, adapter_dir)  # names and shapes fit; the adapter alone takes memory
+        # Names and shapes fit; the adapter alone takes memory.
+        self.remarks = (*self._weights.remarks, *load_adapter(frame, adapter_dir, self._weights).remarks)
         self._adapters = {f"{name}.weight": module for name, module in adapters(frame)}
         trained = [part for _, module in adapters(frame) for part in module.parts().values()]
         self.added_bytes = sum(part.numel() * part.element_size() for part in trained)

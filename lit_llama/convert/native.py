@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.meta.join import same
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.names import tidy
+from lit_llama.model.pth.files import read_pth
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Stored, Weights, check_names, read_index
 
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -46,10 +47,8 @@ def open_folder(folder: Path) -> Source:
     config = LLaMAConfig.from_folder(folder)
     raw = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
     safe = has_safetensors(folder)
-    stored = Weights(folder).locate() if safe else _locate_bin(folder)
-    # Old files carry the rotary frequencies, which follow from the configuration.
-    places = {name: place for name, place in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-    notes: dict[str, Any] = {} if safe else {"weights": "torch .bin"}
+    places, remarks = _locate(folder) if safe else _locate_bin(folder)
+    notes: dict[str, Any] = ({} if safe else {"weights": "torch .bin"}) | ({"remarks": remarks} if remarks else {})
     if config.tie_word_embeddings and HEAD in places:
         if EMBEDDING not in places or not same(places[EMBEDDING], places.pop(HEAD)):
             raise CheckpointError(
@@ -69,14 +68,24 @@ def open_folder(folder: Path) -> Source:
     )
 
 
-def _locate_bin(folder: Path) -> dict[str, Stored]:
-    """Where each tensor of pytorch_model*.bin lies."""
-    index = folder / BIN_INDEX_FILE
-    if index.is_file():
+def _locate(folder: Path) -> tuple[dict[str, Stored], list[str]]:
+    """Where each tensor of the safetensors files lies, and what is to be said of them."""
+    weights = Weights(folder)
+    return weights.locate(), list(weights.remarks)
+
+
+def _locate_bin(folder: Path) -> tuple[dict[str, Stored], list[str]]:
+    """The same of pytorch_model*.bin. Of a single file and an index the file counts, as in transformers."""
+    index, remarks = folder / BIN_INDEX_FILE, []
+    if (folder / BIN_FILE).is_file():
+        listed, paths = {}, [folder / BIN_FILE]
+        if index.is_file():
+            remarks.append(
+                f"{folder}: {BIN_FILE} is used, as transformers does; {BIN_INDEX_FILE} beside it is left out"
+            )
+    elif index.is_file():
         listed = read_index(index)
         paths = sorted(set(listed.values()))
-    elif (folder / BIN_FILE).is_file():
-        listed, paths = {}, [folder / BIN_FILE]
     else:
         listed, paths = {}, _bin_shards(folder)
     places: dict[str, Stored] = {}
@@ -87,7 +96,8 @@ def _locate_bin(folder: Path) -> dict[str, Stored]:
         if twice := sorted(found.keys() & places.keys()):
             raise CheckpointError(f"{path}: {twice[0]} is in {places[twice[0]].path.name}, too")
         places |= found
-    return places
+    tidied = tidy(folder, places)
+    return {name: places[stored] for name, stored in tidied.names.items()}, [*remarks, *tidied.remarks]
 
 
 def _bin_shards(folder: Path) -> list[Path]:

@@ -200,5 +200,5 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_path(folder)
     except CheckpointError as error:
-        stderr().print(f"the tokenizer is taken along, but not recorded: {error}", markup=False)
+        stderr().print(f"the tokenizer is taken along, but not recorded: {error}")
         return None

@@ -3,12 +3,13 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
+from lit_llama.console import Results
 from lit_llama.errors import UserError
+from lit_llama.generate.answer import ended
 from lit_llama.generate.decode import new_cache
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, report
-from lit_llama.generate.sampling import Sampling
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 
@@ -22,14 +23,25 @@ class Conversation:
 
     Args:
         speaker: Who answers.
-        max_new_tokens: Most tokens of an answer.
-        sampling: How tokens are drawn.
+        sampling: How tokens are drawn, and where an answer ends.
+        system: Message that it begins with.
+
+    Attributes:
+        messages: So far.
+        answer: The last answer: how many tokens it took, and how it ended.
+
+    Raises:
+        UserError: The prompt style has no system message.
     """
 
-    def __init__(self, speaker: Speaker, max_new_tokens: int, sampling: Sampling) -> None:
-        self._speaker, self._max_new_tokens, self._sampling = speaker, max_new_tokens, sampling
+    def __init__(self, speaker: Speaker, sampling: Sampling, system: str = "") -> None:
+        self._speaker, self._sampling = speaker, sampling
         self._style = speaker.require_style()
         self.messages: list[dict[str, str]] = []
+        self.answer = speaker.text(sampling)
+        if system:
+            self.messages = [{"role": "system", "content": system}]
+            prompt_ids(speaker.tokenizer, self._style, [*self.messages, {"role": "user", "content": "."}])
         self._cached: list[int] = []
         self._cache = new_cache(speaker.model, 1, 0)
 
@@ -41,7 +53,7 @@ class Conversation:
         """
         messages, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         known = _common(prompt[:-1], self._cached)  # the last token is always run, as its logits are wanted
-        capacity = len(prompt) + self._max_new_tokens
+        capacity = len(prompt) + self._sampling.max_new_tokens
         if capacity > self._cache.capacity:
             self._cache, known = new_cache(self._speaker.model, 1, 2 * capacity), 0
         self._cache.truncate(known)
@@ -49,8 +61,14 @@ class Conversation:
         self.messages = messages
         parts: list[str] = []
         try:
-            sampling = replace(self._sampling, seed=self._sampling.seed + len(messages))  # other draws in each turn
-            stream = self._speaker.answer(prompt[known:], self._max_new_tokens, sampling, self._cache)
+            stream = self._speaker.answer(
+                prompt[known:],
+                self._sampling,
+                cache=self._cache,
+                cached=prompt[:known],
+                number=len(messages),  # other draws in each turn
+            )
+            self.answer = stream.text
             for ids, piece in stream:
                 self._cached += ids
                 parts.append(piece)
@@ -64,19 +82,9 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": "".join(parts)})
             self._cached = self._cached[: self._cache.lengths[0]]
 
-    def instruct(self, text: str) -> None:
-        """Begin the conversation with a system message.
-
-        Raises:
-            UserError: The prompt style has none.
-        """
-        system = {"role": "system", "content": text}
-        prompt_ids(self._speaker.tokenizer, self._style, [system, {"role": "user", "content": ""}])
-        self.messages = [system]
-
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """Messages and their prompt; the oldest turns are left out, aloud, beyond what the model reads."""
-        limit = self._speaker.model.config.context_length - self._max_new_tokens
+        limit = self._speaker.model.config.context_length - self._sampling.max_new_tokens
         first = 1 if messages[0]["role"] == "system" else 0
         dropped = 0
         while True:
@@ -86,7 +94,7 @@ class Conversation:
             if len(messages) - first < 3:
                 raise UserError(
                     f"the message has {len(prompt)} tokens, but only {max(limit, 0)} fit beside an answer of "
-                    f"--max_new_tokens {self._max_new_tokens}"
+                    f"--max_new_tokens {self._sampling.max_new_tokens}"
                 )
             del messages[first : first + 2]
             dropped += 1
@@ -103,15 +111,18 @@ def _common(left: list[int], right: list[int]) -> int:
     return min(len(left), len(right))
 
 
-def talk(speaker: Speaker, max_new_tokens: int, sampling: Sampling, read: Callable[[], str]) -> None:
+def talk(speaker: Speaker, sampling: Sampling, read: Callable[[], str], system: str = "") -> None:
     """Read messages until the end of input; answers go to stdout, everything else to stderr.
 
     Args:
+        speaker: Who answers.
+        sampling: How tokens are drawn, and where an answer ends.
         read: Gives the next message; EOFError ends the conversation, KeyboardInterrupt drops the line.
+        system: Message that conversations begin with.
     """
     say = stderr().print
     say(HELP)
-    conversation = Conversation(speaker, max_new_tokens, sampling)
+    conversation = Conversation(speaker, sampling, system)
     while True:
         try:
             text = read().strip()
@@ -125,29 +136,29 @@ def talk(speaker: Speaker, max_new_tokens: int, sampling: Sampling, read: Callab
         if command == "/quit":
             return
         if command == "/new" or (command == "/system" and rest):
-            conversation = Conversation(speaker, max_new_tokens, sampling)
-            if command == "/system":
-                _instruct(conversation, rest)
+            conversation = _begin(speaker, sampling, rest if command == "/system" else system)
             continue
         if command.startswith("/"):
             say(f"unknown command {text}; {HELP}")
             continue
-        _answer(conversation, text, speaker)
+        _answer(conversation, text, speaker, sampling)
 
 
-def _instruct(conversation: Conversation, text: str) -> None:
+def _begin(speaker: Speaker, sampling: Sampling, system: str) -> Conversation:
+    """A new conversation; without a system message, said, where the style has none."""
     try:
-        conversation.instruct(text)
+        return Conversation(speaker, sampling, system)
     except UserError as error:
         stderr().print(f"({error})")
+        return Conversation(speaker, sampling)
 
 
-def _answer(conversation: Conversation, text: str, speaker: Speaker) -> None:
+def _answer(conversation: Conversation, text: str, speaker: Speaker, sampling: Sampling) -> None:
     start = time.perf_counter()
-    pieces = conversation.ask(text)
+    pieces, results = conversation.ask(text), Results()
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            results.write(piece)
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
         print(" ...", end="")
@@ -155,8 +166,9 @@ def _answer(conversation: Conversation, text: str, speaker: Speaker) -> None:
         stderr().print(f"({error})")
         return
     print(flush=True)
-    tokens = len(speaker.tokenizer.encode(conversation.messages[-1]["content"]))
-    report(tokens, time.perf_counter() - start, speaker.model.model.embed_tokens.weight.device)
+    seconds, answer = time.perf_counter() - start, conversation.answer
+    device = speaker.model.model.embed_tokens.weight.device
+    report(answer.tokens, seconds, device, ended(answer.finish_reason, sampling))
 
 
 def line_reader() -> Callable[[], str]:

@@ -3,13 +3,14 @@
 Shapes: B sequences, T tokens of all of them, V vocabulary.
 """
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from lit_llama.errors import UserError
-from lit_llama.generate.sampling import Sampling, choose, generators
+from lit_llama.errors import NumericalError, UserError
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.model.attention import KVCache
 from lit_llama.model.llama import LLaMA
 
@@ -21,10 +22,12 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     tokens: int | None = None,
     cache: KVCache | None = None,
+    cached: Sequence[int] = (),
     numbers: Sequence[int] | None = None,
+    ended: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue prompts of any lengths, all at once.
 
@@ -33,17 +36,19 @@ def generate(
         prompts: Ids of each sequence; with a cache, only those that are not in it yet.
         max_new_tokens: Most tokens to make for a sequence.
         stop_ids: A sequence ends after any of these, which is given out as well.
-        sampling: How tokens are drawn.
+        sampling: How tokens are drawn, in all sequences or in each of them; its own limit and stop ids do not count.
         tokens: Size of the tokenizer; ids from there on are padding of the embedding and never drawn.
         cache: Continue in this one, made by `new_cache`.
-        numbers: Which stream of random numbers each sequence has, so that its draws do not depend on the others; 0, 1,
-            2 and so on if left out.
+        cached: Ids of the prompt that are in it, for penalties.
+        numbers: Number of each answer, which tells its draws from those of others; 0, 1, 2 and so on if left out.
+        ended: Asked after each token, by (index of the sequence, id), whether the sequence ends with it.
 
     Yields:
         After each step, (index of the sequence, id) for every sequence that is still going.
 
     Raises:
         UserError: A prompt is empty, or too long for the model.
+        NumericalError: The logits of a sequence are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise UserError("the prompt is empty, expected at least one token")
@@ -53,25 +58,42 @@ def generate(
         check_room(model, longest, max_new_tokens)
         cache = new_cache(model, len(prompts), longest + max_new_tokens)
     device = cache.keys.device
-    streams = generators(range(len(prompts)) if numbers is None else numbers, sampling)
+    sampler = Sampler(len(prompts), model.config.vocab_size, tokens=tokens, device=device)
+    own = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    for row, prompt in enumerate(prompts):
+        number = row if numbers is None else numbers[row]
+        sampler.set(row, replace(own[row], stop_ids=stop_ids), number=number, prompt=[*cached, *prompt])
     alive = list(range(len(prompts)))
     pending = [list(prompt) for prompt in prompts]
-    for _ in range(max_new_tokens):
+    for position in range(max_new_tokens):
         counts = [len(ids) for ids in pending]
         input_ids = torch.tensor([i for ids in pending for i in ids], device=device)
         last = torch.tensor(counts, device=device).cumsum(0) - 1
         logits = model(input_ids, cache.extend(counts), select=last)  # (B, V)
-        if tokens is not None and tokens < logits.shape[-1]:
-            logits[:, tokens:] = -math.inf
-        chosen = choose(logits, sampling, [streams[row] for row in alive])
-        yield list(zip(alive, chosen, strict=True))
-        going = [row for row, token in enumerate(chosen) if token not in stop_ids]
+        choice = sampler.sample(logits, alive, [position] * len(alive)).ids
+        sampler.accept(alive, choice)
+        chosen: list[int] = choice.tolist()
+        if min(chosen) < 0:
+            raise NumericalError(f"{_NOT_FINITE}, for sequence {alive[chosen.index(-1)]} at token {position}")
+        step = list(zip(alive, chosen, strict=True))
+        yield step
+        going = [
+            index
+            for index, (row, token) in enumerate(step)
+            if token not in stop_ids and not (ended and ended(row, token))
+        ]
         if not going:
             return
-        pending = [[chosen[row]] for row in going]
+        pending = [[chosen[index]] for index in going]
         if len(going) < len(alive):
-            alive = [alive[row] for row in going]
+            alive = [alive[index] for index in going]
             cache.keep(going)
+
+
+_NOT_FINITE = (
+    "the model's logits are not finite, or every token is banned: the weights may be damaged, or need "
+    "--precision 32-true"
+)
 
 
 def new_cache(model: LLaMA, batch: int, capacity: int) -> KVCache:

@@ -5,6 +5,7 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +52,7 @@ def load_model(
         model = LLaMA(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     linear = linear_weights(model)
-    # Old files carry the rotary frequencies, which follow from the configuration.
-    names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
+    names = list(weights)
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
     if tied:
         expected.pop("lm_head.weight")
@@ -102,8 +102,8 @@ def check_no_delta(folder: Path, norms: Iterable[torch.Tensor]) -> None:
     if (size := torch.cat([norm.flatten().float() for norm in norms]).square().mean().sqrt().item()) < _DELTA:
         raise CheckpointError(
             f"{folder} holds a delta and no model: its norms are near zero (root mean square {size:.2g}, expected 0.3 "
-            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir {folder} "
-            f"--destination_path {folder}-merged"
+            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir "
+            f"{shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-merged')}"
         )
 
 

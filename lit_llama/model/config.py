@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
+from lit_llama.model.patterns import check_pattern, matches_whole
+from lit_llama.model.places import describe_quantization, wrong_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,18 +156,13 @@ class LLaMAConfig:
     def from_folder(cls, folder: Path) -> "LLaMAConfig":
         """Read `folder/config.json`; errors name the file."""
         path = folder / "config.json"
-        if not path.is_file() and (folder / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{folder} is an adapter and no model: put it into its base first, with python finetune/merge.py "
-                f"--adapter_dir {folder} --destination_path {folder}-merged"
-            )
         if not path.is_file():
-            raise CheckpointError(
-                f"{path} does not exist; a checkpoint folder has config.json, *.safetensors and tokenizer files. "
-                "Make one with prepare/checkpoint.py"
-            )
+            raise wrong_place(folder)
         try:
-            return cls.from_dict(json.loads(path.read_text("utf-8")))
+            raw = json.loads(path.read_text("utf-8"))
+            if raw.get("quantization_config") or raw.get("compression_config"):
+                raise CheckpointError(describe_quantization(raw, folder.name))
+            return cls.from_dict(raw)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except (ValueError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
@@ -227,7 +223,7 @@ class LoRAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"--lora.{name} is {getattr(self, name)!r}, expected true or false")
         _check_rank("r", self.r)
-        _check_alpha("alpha", self.alpha)
+        self._check_alpha("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
         if not all(self.targets):
@@ -239,13 +235,17 @@ class LoRAConfig:
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+            self._check_alpha(f"alpha_pattern[{key!r}]", alpha)
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
                 try:
-                    re.compile(key)
-                except re.error as error:
-                    raise UserError(f"--lora.{name}: {key!r} is no regular expression: {error}") from error
+                    check_pattern(key)
+                except ValueError as error:
+                    raise UserError(f"--lora.{name}: {error}") from error
+
+    def _check_alpha(self, name: str, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise UserError(f"--lora.{name} is {value}, expected more than 0")
 
     @property
     def targets(self) -> list[str]:
@@ -268,7 +268,7 @@ class LoRAConfig:
 
 def matches_pattern(name: str, key: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means the module of this full name, as PEFT decides it."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return matches_whole(rf"(?:.*\.)?(?:{key})", name)
 
 
 def _names(names: str | list[str]) -> list[str]:
@@ -278,8 +278,3 @@ def _names(names: str | list[str]) -> list[str]:
 def _check_rank(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"--lora.{name} is {value}, expected a whole number of 1 or more")
-
-
-def _check_alpha(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise UserError(f"--lora.{name} is {value}, expected more than 0")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError, UserError
+from lit_llama.model.names import tidy
 from lit_llama.progress import track
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -89,23 +91,33 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 class Weights(Mapping[str, Tensor]):
     """The tensors of a folder by name, read from the mapped files when asked for.
 
+    Names are those of the model: what wrappers put before them is taken off, and old buffers are left out.
+
+    Attributes:
+        files: The file that holds each tensor.
+        remarks: What was passed over or renamed, for people.
+
     Raises:
         CheckpointError: Files are missing, unreadable, or do not hold what the index says.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files = weight_files(folder)
+        files = weight_files(folder)
         self._open = {}
-        for path in sorted(set(self.files.values())):
+        for path in sorted(set(files.values())):
             try:
                 self._open[path] = safe_open(path, framework="pt")  # the package checks the whole header
             except (SafetensorError, OSError) as error:
                 raise _unreadable(path, error) from error
-            listed = {name for name, file in self.files.items() if file == path}
+            listed = {name for name, file in files.items() if file == path}
             check_names(path, listed, dict.fromkeys(self._open[path].keys()))
+        tidied = tidy(folder, files)
+        self._stored = tidied.names
+        self.files = {name: files[stored] for name, stored in tidied.names.items()}
+        self.remarks = (*_about_index(folder), *tidied.remarks)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open[self.files[name]].get_tensor(name)
+        return self._open[self.files[name]].get_tensor(self._stored[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -115,7 +127,7 @@ class Weights(Mapping[str, Tensor]):
 
     def spec(self, name: str) -> Spec:
         """Name of the dtype and shape, without reading the tensor."""
-        part = self._open[self.files[name]].get_slice(name)
+        part = self._open[self.files[name]].get_slice(self._stored[name])
         return part.get_dtype(), tuple(part.get_shape())
 
     def locate(self) -> dict[str, Stored]:
@@ -124,10 +136,13 @@ class Weights(Mapping[str, Tensor]):
         Raises:
             CheckpointError: A tensor is of another dtype than F32, F16 or BF16.
         """
+        names = {stored: name for name, stored in self._stored.items()}
         places = {}
         for path in sorted(set(self.files.values())):
             start, header = read_header(path)
-            for name, entry in header.items():
+            for stored, entry in header.items():
+                if (name := names.get(stored)) is None:
+                    continue
                 if entry["dtype"] not in DTYPES:
                     raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}, expected {', '.join(DTYPES)}")
                 offset = start + entry["data_offsets"][0]
@@ -136,13 +151,14 @@ class Weights(Mapping[str, Tensor]):
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor.
+    """Which file holds each tensor. Of a single file and an index the file counts, as in transformers: a save into a
+    folder leaves an older index behind.
 
     Raises:
         CheckpointError: There are no weights, or the index names files that are not there.
     """
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index.is_file():
+    if index.is_file() and not single.is_file():
         return read_index(index)
     if single.is_file():
         try:
@@ -154,11 +170,28 @@ def weight_files(folder: Path) -> dict[str, Path]:
     hint = ""
     if any(name.endswith((".bin", ".pth")) for name in names):
         hint = (
-            f"; bring the weights into this layout: python prepare/checkpoint.py --source {folder} --destination_path "
-            f"{folder}-converted. A delta is added to its base as it is, with prepare/delta.py apply"
+            "; bring the weights into this layout: python prepare/checkpoint.py --source "
+            f"{shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-converted')}. A delta "
+            "is added to its base as it is, with prepare/delta.py apply"
         )
     found = ", ".join(names[:8]) or "nothing"
     raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}){hint}")
+
+
+def _about_index(folder: Path) -> list[str]:
+    """What to say where an index stands beside the single file that counts."""
+    index = folder / INDEX_FILE
+    if not index.is_file() or not (folder / SINGLE_FILE).is_file():
+        return []
+    try:
+        others = sorted({path.name for path in read_index(index).values()} - {SINGLE_FILE})
+        what = f"{', '.join(others[:2])}{' ...' if others[2:] else ''}, which are there as well" if others else ""
+    except CheckpointError:
+        what = "files that are not all there"
+    if not what:
+        return []
+    way = f"remove {INDEX_FILE} and its files, or {SINGLE_FILE} if it is the older save"
+    return [f"{folder}: {SINGLE_FILE} is used, as transformers does; {INDEX_FILE} beside it names {what}: {way}"]
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

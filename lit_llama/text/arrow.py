@@ -4,7 +4,7 @@ Memory holds one batch, however many rows there are, and the same rows give the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,18 @@ class SplitWriter:
         info = {"citation": "", "description": "", "features": self._features, "homepage": "", "license": ""}
         (self._folder / "state.json").write_text(json.dumps(state, indent=2), "utf-8")
         (self._folder / "dataset_info.json").write_text(json.dumps(info, indent=2), "utf-8")
+
+
+def read_samples(folder: Path) -> Iterator[Samples]:
+    """The samples of a split that a SplitWriter has closed, in its batches."""
+    import pyarrow as pa
+
+    for path in sorted(folder.glob("*.arrow")):
+        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                ids, labels = (batch.column(name) for name in COLUMNS)
+                lengths = np.diff(ids.offsets.to_numpy()).astype(np.int64)
+                yield Samples(ids.values.to_numpy(), labels.values.to_numpy(), lengths)
 
 
 def finish(folder: Path, splits: Sequence[str]) -> None:

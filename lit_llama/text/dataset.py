@@ -5,6 +5,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,10 @@ META_FILE, TEST_FILE = "meta.json", "test.jsonl"
 TEST_KEYS_FILE = "test_keys.txt"
 """In a data folder: for each line of test.jsonl, the key of what its row opened with before anything was cut."""
 SPLITS = ("train", "test")
+_WRITTEN = (META_FILE, TEST_FILE, "lost.jsonl", "report.json", "dataset_dict.json", "shard.json")
+"""Files of a data folder that look like raw data."""
+_PROSE = (".txt", ".text", ".md")
+_RAW = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx")
 FORMAT = 1
 PART = 1 << 20
 """Values of a column that are looked at at once."""
@@ -36,10 +41,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / META_FILE
     if folder.is_file():
-        raise DataError(f"{folder} is a file, expected the data folder that prepare/alpaca.py made of it")
+        raise DataError(f"{folder} is a file, expected the data folder that is made of it: {_made_of(folder)}")
     if not path.is_file():
+        if rows := raw_files(folder):
+            raw = rows[0] if len(rows) == 1 else folder
+            raise DataError(
+                f"{folder} is no finished data folder: it has raw data and no meta.json; make one: {_made_of(raw)}"
+            )
         what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
-        raise DataError(f"{folder} {what}; make it with prepare/alpaca.py --destination_path {folder}")
+        raise DataError(
+            f"{folder} {what}; make it with prepare/records.py --destination_path {shlex.quote(str(folder))}, or with "
+            "prepare/alpaca.py for the Alpaca data"
+        )
     try:
         meta: Any = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -51,6 +64,23 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return dict(meta)
 
 
+def _made_of(raw: Path) -> str:
+    """The command that makes a data folder of raw rows."""
+    door = "text" if raw.suffix.lower() in _PROSE else "records"
+    source, made = shlex.quote(str(raw)), shlex.quote(f"data/{raw.stem}")
+    return f"python prepare/{door}.py --source {source} --destination_path {made} --tokenizer_path checkpoints/NAME"
+
+
+def raw_files(folder: Path) -> list[Path]:
+    """Files in a folder that may hold raw rows; those of a data folder are none of them."""
+    found = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+        if name.endswith(_RAW) and not name.startswith(".") and name not in _WRITTEN and file.is_file():
+            found.append(file)
+    return found
+
+
 def data_fingerprint(folder: Path) -> str:
     """Identity of the samples of a data folder: a hash over the bytes of both splits."""
     files = [path for name in SPLITS for path in sorted((folder / name).glob("*.arrow"))]
@@ -60,11 +90,16 @@ def data_fingerprint(folder: Path) -> str:
 class Split:
     """Samples of one split, zero-copy from the mapped Arrow file.
 
+    Args:
+        folder: The data folder.
+        name: Of the split.
+        empty: It may be without samples.
+
     Attributes:
         lengths: (rows,) tokens of each sample.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, empty: bool = False) -> None:
         import datasets
 
         try:
@@ -73,7 +108,7 @@ class Split:
         except (OSError, ValueError, LookupError) as error:  # IndexError: no rows at all
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
         self.lengths = self._ids.lengths
-        if not len(self) or not np.array_equal(self.lengths, self._labels.lengths):
+        if not (len(self) or empty) or not np.array_equal(self.lengths, self._labels.lengths):
             raise DataError(
                 f"{folder / name}: expected rows with input_ids and labels of the same length; prepare the data again"
             )

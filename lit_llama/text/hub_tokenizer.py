@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError, DataError
+from lit_llama.text.bounds import check_tokenizer, read_bounded
 from lit_llama.text.places import TRAILING, Place, any_of, at_place
 from lit_llama.text.quick.byte_level import ByteLevel, byte_level
 from lit_llama.text.special import (
@@ -34,15 +35,16 @@ class HubTokenizer(Tokenizer):
 
     def __init__(self, path: Path, raw: dict[str, Any] | None = None) -> None:
         try:
-            raw = json.loads(path.read_text("utf-8")) if raw is None else raw
+            raw = json.loads(read_bounded(path)) if raw is None else raw
+            check_tokenizer(raw)
             raw["truncation"] = raw["padding"] = None  # would cut or fill in silence
             own = [AddedToken.of(entry) for entry in raw.get("added_tokens") or []]
             self._raw, self.remarks = raw, []
             self._backends = {Place.START: self._complete(path)}
             self._decoder.encode_special_tokens = True  # what somebody typed is never parsed as one
-        except CheckpointError:
-            raise
-        except Exception as error:  # the package raises plain Exception
+        except BaseException as error:  # the package raises plain Exception, and panics
+            if not isinstance(error, Exception) and not _panics(error):
+                raise
             raise CheckpointError(f"{path} is not a usable tokenizer.json: {error}") from error
         if raw.get("model", {}).get("dropout"):
             raise CheckpointError(f"{path}: model.dropout makes encoding random; remove it")
@@ -177,7 +179,7 @@ class HubTokenizer(Tokenizer):
             found = self._backend(place).encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in found]
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the package, no Exception: a regex that runs away
+            if not _panics(error):  # a regex that runs away
                 raise
             raise DataError(f"text cannot be encoded: {error}") from error
 
@@ -189,7 +191,13 @@ class HubTokenizer(Tokenizer):
         return self._backend(Place.START)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._decoder.decode(ids, skip_special_tokens=True)
+        try:
+            text: str = self._decoder.decode(ids, skip_special_tokens=True)
+            return text
+        except BaseException as error:
+            if not _panics(error):
+                raise
+            raise CheckpointError(f"tokenizer.json cannot decode: its decoder fails ({error})") from error
 
     def _vocabulary(self) -> list[str | None]:
         return [self._decoder.id_to_token(i) for i in range(self.size)]
@@ -199,3 +207,8 @@ def _entry(token: AddedToken) -> dict[str, Any]:
     """An added token as tokenizer.json has it."""
     flags = {"single_word": False, "lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": not token.special}
     return {"id": token.id, "content": token.spelling, **flags, "special": token.special}
+
+
+def _panics(error: BaseException) -> bool:
+    """Whether this is how `tokenizers` fails within, which is no Exception."""
+    return type(error).__name__ == "PanicException"

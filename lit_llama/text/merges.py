@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.bounds import read_bounded
 from lit_llama.text.special import SETTINGS_FILE, added_tokens, read_object, special_spellings, spelling_of
 
 MERGES_FILES = ("vocab.json", "merges.txt")
@@ -24,6 +25,8 @@ def from_merges(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: A file is damaged, or the class is one that cuts text in another way.
     """
+    for name in MERGES_FILES:
+        read_bounded(folder / name)
     settings = read_object(folder / SETTINGS_FILE)
     kind = _class(settings, read_object(folder / "config.json"))
     vocabulary = read_object(folder / MERGES_FILES[0])

@@ -1,10 +1,14 @@
 """From raw rows to a data folder: read, encode, split, write, account for every row, and say what is in it."""
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
@@ -24,6 +28,7 @@ from lit_llama.text.samples import Encoded, Encoder, Overflow
 from lit_llama.text.shards import Shards
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
+from lit_llama.text.splits import SHARE, far_from, held_rows, side_few, usable
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
 from lit_llama.text.thoughts import ThoughtsRule
@@ -42,13 +47,16 @@ class Rules:
         mask_inputs: Only answers carry loss.
         train_on: Every answer of a conversation, or the last one.
         overflow: What becomes of longer rows.
-        split: By a hash of the question, by shuffling, as the sources are divided, or as other data is.
-        test_split_size: Rows for testing: below 1 their share, else (shuffle) their number.
+        split: By a hash of the question, by shuffling, as the sources are divided, or as other data is; auto is as the
+            sources are divided where they are, and else by hash.
+        test_split_size: Rows for testing: below 1 their share, else (shuffle) their number; 0 for none, None for the
+            usual share.
         seed: Of the split.
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
         thoughts: What becomes of the thoughts of answers.
         typed_ends: Whether an answer keeps a spelled control token that it ends in, as text.
         rendered: Texts hold control tokens, spelled.
+        test_limit: Largest share of the rows that a number of rows for testing may come to.
     """
 
     max_seq_length: int
@@ -56,12 +64,23 @@ class Rules:
     train_on: TrainOn
     overflow: Overflow
     split: SplitRule
-    test_split_size: float
+    test_split_size: float | None
     seed: int
     near_duplicates: int = NEAR_DUPLICATES
     thoughts: ThoughtsRule = "template"
     typed_ends: TypedEnds = "keep"
     rendered: bool = False
+    test_limit: float = 1.0
+
+    @property
+    def tests(self) -> bool:
+        """Whether there are to be rows for testing."""
+        return self.split in ("given", "from") or self.test_split_size != 0
+
+    @property
+    def share(self) -> float:
+        """The size of the test split, as a share or a number."""
+        return SHARE if self.test_split_size is None else self.test_split_size
 
 
 def prepare(
@@ -79,6 +98,7 @@ def prepare(
     shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the data folder `destination`.
 
@@ -96,6 +116,7 @@ def prepare(
         shards: Encoded rows; without them all rows are encoded here.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
         commands: For the report: what made this folder.
+        remarks: What has to be said of the split.
 
     Returns:
         What stands in meta.json.
@@ -126,6 +147,7 @@ def prepare(
             **work.losses.meta(),
             "in_parts": work.parts,
             "notes": {what: asdict(tally) for what, tally in work.notes.items()},
+            "remarks": [*reader.remarks, *remarks, *work.remarks],
             "turns_cut": reader.cut_turns,
             "splits": {name: dict(counts) for name, counts in work.sides.counts.items()},
             "near_duplicates_checked": findings["near_duplicates_checked"],
@@ -134,7 +156,9 @@ def prepare(
         if members:
             meta["split_from"] = members.meta()
         (folder / TEMPLATE_FILE).write_text(style.jinja(bos=begins(tokenizer, style)), "utf-8")
-        steps = step_plan(work.findings.lengths_of("train"), seed=rules.seed, **plan) if plan else None
+        lengths = work.findings.lengths_of("train")
+        plan = dict(plan or {}) | ({"batch_size": min(plan["batch_size"], len(lengths))} if plan else {})
+        steps = step_plan(lengths, seed=rules.seed, **plan) if plan else None
         samples = work.shown(tokenizer)
         write_report(folder, meta, findings, samples, name=destination.name, plan=steps, commands=commands)
         meta["files"] = {
@@ -171,6 +195,8 @@ class _Work:
         self.losses = Losses(folder)
         self.parts = 0
         self.notes: dict[str, Tally] = {}
+        self.remarks: list[str] = []
+        self._rows = array("q")  # of each sample, by its number of arrival
         self._texts = Texts(folder)  # of each sample, by its number of arrival
         self._test = (folder / TEST_FILE).open("w", encoding="utf-8")
         self._keys = (folder / TEST_KEYS_FILE).open("w", encoding="ascii")
@@ -199,6 +225,7 @@ class _Work:
         rows = [conversation.row for conversation in encoded.conversations]
         sides = [side_of[row] for row in rows]
         self.sides.add(encoded.batch, rows, sides)
+        self._rows.extend(rows)
         lengths, trained = encoded.batch.lengths.tolist(), trained_tokens(encoded.batch).tolist()
         for conversation, side, tokens, learned in zip(encoded.conversations, sides, lengths, trained, strict=True):
             messages, row = conversation.messages, whole[conversation.row]
@@ -220,7 +247,7 @@ class _Work:
             return ""
         if self._members:
             return self._members.side(conversation)
-        return hash_side(opening(conversation.messages), self._rules.test_split_size, self._rules.seed)
+        return hash_side(opening(conversation.messages), self._rules.share, self._rules.seed)
 
     def _hold_out(self, messages: Sequence[Message], tools: Tools, opened: str | None) -> None:
         self._test.write(json.dumps(raw_row(messages, tools), ensure_ascii=False) + "\n")
@@ -238,23 +265,58 @@ class _Work:
         if self._members:
             self._members.check()
         if self._drawn:
-            size = self._rules.test_split_size
-            drawn = shuffle_split(rows, int(size if size >= 1 else size * rows), self._rules.seed)
-            for name, samples in self.sides.deal(dict(zip(SPLITS, drawn, strict=True))).items():
-                self.findings.assign(name, samples)
-                for number in samples if name == "test" else ():
-                    self._hold_out(*self._texts[number])
+            self._deal(rows)
+        elif self._rules.split == "hash" and self._rules.tests:
+            self._balance()
         self._close()
         for name, counts in self.sides.counts.items():
-            if not counts.samples:
-                dropped = self.losses.dropped.items()
-                lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
-                size = self._rules.test_split_size
-                hint = f"; --test_split_size is {size}, and --seed another draw" if self._rules.split == "hash" else ""
-                if len(self.losses.too_long) > rows / 2:
-                    hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._rules.max_seq_length)}"
-                raise DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
+            if not counts.samples and (name == "train" or self._rules.tests):
+                raise self._nothing(name, rows)
         self.sides.close()
+
+    def _deal(self, rows: int) -> None:
+        """Shuffle all rows into both splits."""
+        size, remark = held_rows(rows, self._rules.share, self._rules.test_limit)
+        drawn, moved = usable(shuffle_split(rows, size, self._rules.seed), self._rows)
+        self.remarks += filter(None, (remark, moved))
+        self._assign(self.sides.deal(dict(zip(SPLITS, drawn, strict=True))))
+
+    def _balance(self) -> None:
+        """Give both splits samples where the hash gave one of them none."""
+        counts, share = {name: counts.samples for name, counts in self.sides.counts.items()}, self._rules.share
+        if all(counts.values()):
+            self.remarks += filter(None, [far_from(share, counts)])
+        elif any(counts.values()) and (found := side_few(self._rows, self._said, share, self._rules.seed)):
+            self.remarks.append(found.remark)
+            for file in (self._test, self._keys):
+                file.seek(0)
+                file.truncate()
+            self._assign(self.sides.divide(found.test))
+
+    def _assign(self, samples: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        for name, numbers in samples.items():
+            self.findings.assign(name, numbers)
+            for number in numbers if name == "test" else ():
+                self._hold_out(*self._texts[number])
+
+    def _said(self, number: int) -> tuple[str, str, str]:
+        """What the row of a sample opens with, and the words of the sample."""
+        messages, *_, opened = self._texts[number]
+        return (opening(messages) if opened is None else opened), *words(messages)
+
+    def _nothing(self, name: str, rows: int) -> DataError:
+        """The error for a split without samples."""
+        dropped = self.losses.dropped.items()
+        lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
+        kept = len(set(self._rows))
+        if len(self.losses.too_long) > rows / 2:
+            hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._rules.max_seq_length)}"
+        elif kept and self._rules.split in ("hash", "shuffle"):
+            what = "there is one usable row" if kept == 1 else f"the {kept} usable rows are all the same"
+            hint = f"; {what}, which cannot be for training and for testing both: --test_split_size 0 trains on all"
+        else:
+            hint = ""
+        return DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
 
     def text_of(self, number: int) -> tuple[str, str]:
         """Prompt and answer of a sample."""

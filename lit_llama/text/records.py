@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.errors import DataError, UserError
+from lit_llama.errors import DataError, UserError, check_seed
 from lit_llama.folder import sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
@@ -20,12 +21,14 @@ from lit_llama.text.merges import MERGES_FILES
 from lit_llama.text.prepare import Rules, new_encoder, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.read.documents import Documents
+from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.reading import OnError, read_conversations
 from lit_llama.text.report.findings import unchecked
 from lit_llama.text.report.notes import noted
 from lit_llama.text.report.report import REPORT_HTML
 from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
+from lit_llama.text.splits import choose
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary
@@ -51,6 +54,7 @@ def prepare_records(
     tree: Literal["best", "all"] = "best",
     weights: Sequence[float] | None = None,
     documents: Documents | None = None,
+    dialect: Dialect = UTF8,
     split_from: Path | None = None,
     shard: str | None = None,
     shards: str | Sequence[str] | None = None,
@@ -69,7 +73,7 @@ def prepare_records(
         DataError: Rows that cannot be used, or too few of them.
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
-    _check(rules, split_from)
+    _check(rules)
     ignore_fields = [name for given in ignore_fields for name in given.split(",")]  # as of a command line
     sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
     part = Part.parse(shard) if shard else None
@@ -85,14 +89,19 @@ def prepare_records(
         as_text=as_text,
         ignore_fields=ignore_fields,
     )
-    reader = read(sources, weights=weights)
-    if documents == "file" and len(reader.identity()) == 1:
+    reader = read(sources, weights=weights, dialect=dialect)
+    choice = choose(rules.split, rules.test_split_size, reader.division, other=split_from is not None)
+    rules = replace(rules, split=choice.split, test_split_size=choice.test_split_size)
+    if documents == "file" and len(reader.identity()) == 1 and rules.tests:
         raise UserError(
-            f"{sources[0]} is one document, which cannot be for training and for testing: name more files, or use "
-            "--documents paragraph or line"
+            f"{sources[0]} is one document, which cannot be for training and for testing: name more files, use "
+            "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
-    members = read_members(split_from, lambda source: read([source])) if split_from else None
-    rules = replace(rules, split="from") if members else rules
+    members = (
+        read_members(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        if split_from
+        else None
+    )
     made_of: dict[str, Any] = {
         "sources": [list(source) for source in reader.identity()],
         "tokenizer": _tokenizer_files(tokenizer_path),
@@ -108,6 +117,7 @@ def prepare_records(
         "--on_error": on_error,
         "--tree": tree,
         "--weights": list(weights or []),
+        **{f"--{name}": value for name, value in asdict(dialect).items()},
         "plan of steps": dict(plan or {}),
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -116,7 +126,7 @@ def prepare_records(
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
     if changes := _changes(meta.get("made_of", {}), made_of):
-        stderr().print(f"{destination}: made anew, since {changes}", markup=False)
+        stderr().print(f"{destination}: made anew, since {changes}")
     if not part and (destination / SHARD_FILE).exists():
         raise UserError(f"--destination_path {destination} is a shard; name another folder for the data")
     together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
@@ -143,24 +153,18 @@ def prepare_records(
         shards=together,
         plan=plan,
         commands=_next_commands(destination, tokenizer_path),
+        remarks=choice.remarks,
     )
     _summary(destination, meta, tokenizer)
     return meta
 
 
-def _check(rules: Rules, split_from: Path | None) -> None:
+def _check(rules: Rules) -> None:
+    check_seed(rules.seed)
     if rules.max_seq_length < 3:
         raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
     if rules.near_duplicates < 0:
         raise UserError(f"--near_duplicates is {rules.near_duplicates}, expected a number of rows, or 0 for none")
-    if split_from:
-        if rules.split != "hash":
-            raise UserError(f"--split_from says which rows are for testing: leave out --split {rules.split}")
-    elif rules.split == "hash" and not 0 < rules.test_split_size < 1:
-        raise UserError(
-            f"--test_split_size is {rules.test_split_size}, expected a share such as 0.05: a split by hash cannot "
-            "have a number of rows, as rows would change sides when others are added (--split shuffle can)"
-        )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -180,11 +184,12 @@ def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
 
 def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
     """What to do with the folder."""
-    show = f"python prepare/show.py --data_dir {destination}"
+    data, base = (shlex.quote(str(path)) for path in (destination, tokenizer_path))
+    show = f"python prepare/show.py --data_dir {data}"
     if not tokenizer_path.is_dir():
         return [show]
-    tune = f"python finetune/lora.py --checkpoint_dir {tokenizer_path} --data_dir {destination} --out_dir out/lora/"
-    return [show, tune + destination.name]
+    out = shlex.quote(f"out/lora/{destination.name}")
+    return [show, f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}"]
 
 
 def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
@@ -219,7 +224,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         check_recorded(path, tokenizer, path)
     for remark in tokenizer.remarks:
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     return tokenizer
 
 
@@ -262,14 +267,16 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     for reason, tally in dropped.items():
         shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
         shown += ", ..." if tally["rows"] > _SHOWN else ""
-        say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})", markup=False)
+        say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})")
     if lost - meta["dropped_by_choice"] > rows / 10:
         hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
-        say(f"  more than a tenth is dropped: {hint}", markup=False)
+        say(f"  more than a tenth is dropped: {hint}")
+    for remark in meta["remarks"]:
+        say(f"  {remark}")
     for what, fields in meta["fields"].items():
         if fields:
             named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
-            say(f"  {FIELDS_SAID[what]}: {named}", markup=False)
+            say(f"  {FIELDS_SAID[what]}: {named}")
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
@@ -287,6 +294,9 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     if meta["test_rows_also_in_train"]:
         say(f"  {meta['test_rows_also_in_train']} test rows stand in train too: the test loss will flatter")
     for name, counts in meta["splits"].items():
+        if not counts["rows"]:
+            say(f"  {name}: no rows, as --test_split_size is 0: finetune trains without evaluation")
+            continue
         share = counts["trained_tokens"] / counts["tokens"]
         say(
             f"  {name}: {counts['rows']} rows, {counts['tokens']:,} tokens, {share:.0%} of them trained, "
@@ -295,7 +305,7 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     what = "answers only" if meta["mask_inputs"] else "prompts and answers (--mask_inputs true for answers only)"
     schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
-    say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {destination}")
+    say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {shlex.quote(str(destination))}")
 
 
 def _shard_summary(destination: Path, made: Mapping[str, Any], part: Part) -> None:

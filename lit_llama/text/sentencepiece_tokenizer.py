@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.bounds import check_model, read_bounded
 from lit_llama.text.places import LEADING, TRAILING, Place, any_of
 from lit_llama.text.quick.words import Words, splits_at_spaces
 from lit_llama.text.special import (
@@ -27,11 +28,13 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor()
+        model = read_bounded(path)
         try:
-            self._model.load(str(path))
+            self._model.load_from_serialized_proto(model)
             self._model.id_to_piece(list(range(self._model.vocab_size())))  # all of them are text
         except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
+        check_model(path, model)
         self.remarks = []
         self._pieces = self._model.vocab_size()
         self.unknown = self._model.unk_id()

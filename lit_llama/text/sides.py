@@ -1,6 +1,7 @@
 """Samples on their way into train and test: written as they come, or dealt at the end where sides are drawn."""
 
 import os
+import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +11,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.arrow import Samples, SplitWriter, finish
+from lit_llama.text.arrow import Samples, SplitWriter, finish, read_samples
 from lit_llama.text.dataset import SPLITS
 from lit_llama.text.encode import IGNORE_INDEX
 
-SplitRule = Literal["hash", "shuffle", "given", "from"]
+SplitRule = Literal["auto", "hash", "shuffle", "given", "from"]
 Pair = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 SHOWN = 6
 """Most of the first samples of a split that are remembered for the report."""
@@ -61,6 +62,31 @@ class Sides:
             dealt[name] = samples
         self._aside = None
         return dealt
+
+    def divide(self, test: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.int64]]:
+        """Divide the samples of the only split that has any.
+
+        Args:
+            test: (samples,) which of them are for testing.
+
+        Returns:
+            The samples of each split, by their number of arrival.
+        """
+        (whole,) = (name for name in SPLITS if self.counts[name].samples)
+        for name in SPLITS:
+            self._writers[name].close()
+        aside = self._folder / ".undivided"
+        (self._folder / whole).rename(aside)
+        for name in SPLITS:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+            self._writers[name], self.counts[name] = SplitWriter(self._folder / name), _Counts()
+        first = 0
+        for batch in read_samples(aside):
+            chosen = test[first : first + len(batch.lengths)]
+            self.add(batch, (), np.where(chosen, "test", "train").tolist())
+            first += len(batch.lengths)
+        shutil.rmtree(aside)
+        return {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
 
     def close(self) -> None:
         """Make it one `datasets.DatasetDict`."""

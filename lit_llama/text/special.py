@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.bounds import MAX_ID
 
 SETTINGS_FILE, ADDED_FILE, NAMES_FILE = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
-_MAX_ID = 1 << 21  # eight times the largest vocabulary in use; a wrong id must not fill the memory
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -84,8 +84,8 @@ def added_tokens(folder: Path) -> list[AddedToken]:
     by_spelling: dict[str, AddedToken] = {}
     for file, spelling, index, marked, token in entries:
         where = f"{folder / file}: the added token {spelling!r}"
-        if not spelling or type(index) is not int or not 0 <= index < _MAX_ID:
-            raise CheckpointError(f"{where} has the id {index!r}, expected a spelling and a number from 0 to {_MAX_ID}")
+        if not spelling or type(index) is not int or not 0 <= index < MAX_ID:
+            raise CheckpointError(f"{where} has the id {index!r}, expected a spelling and a number from 0 to {MAX_ID}")
         for other in (by_id.get(index), by_spelling.get(spelling)):
             if other and (other.id, other.spelling) != (index, spelling):
                 raise CheckpointError(f"{where} has the id {index}, but {other.spelling!r} has the id {other.id}")

@@ -13,14 +13,15 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[npt.NDArr
     """(rows,) indices of train and test, as lit-llama drew them: torch.utils.data.random_split with a seeded generator.
 
     Raises:
-        DataError: Either split would be empty.
+        DataError: Train would be empty.
     """
     import torch
 
-    if not 0 < test_split_size < rows:
+    if not 0 <= test_split_size < rows:
+        expected = f"1 to {rows - 1}, so that train and test both have rows, or 0" if rows > 1 else "0"
+        there = "is 1 row" if rows == 1 else f"are {rows} rows"
         raise DataError(
-            f"--test_split_size is {test_split_size}, but there are {rows} rows: expected 1 to {rows - 1}, "
-            "so that train and test both have rows"
+            f"--test_split_size is {test_split_size}, but there {there}: expected {expected} to train on all"
         )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).numpy()
     return order[: rows - test_split_size], order[rows - test_split_size :]
@@ -42,6 +43,29 @@ def hash_side(opening: str, share: float, seed: int) -> str:
         share: How many of the openings are for testing, between 0 and 1.
         seed: Of the hash.
     """
-    text = normalised(opening).encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest()
-    return "test" if int.from_bytes(digest, "little") < share * 2**64 else "train"
+    return "test" if hash_number(opening, seed) < share * 2**64 else "train"
+
+
+def hash_number(text: str, seed: int) -> int:
+    """64 bits that a text comes to, whatever its case, white space and Unicode form."""
+    data = normalised(text).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "little")
+
+
+def few_sides(numbers: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_] | None:
+    """Which rows are for testing, by a hash of each, where both splits are to have some: (rows,).
+
+    Those whose hash is below the share, but at least the lowest one and never the highest.
+
+    Args:
+        numbers: (rows,) hashes.
+        share: How many are for testing, between 0 and 1.
+
+    Returns:
+        None where all hashes are the same.
+    """
+    known = np.unique(numbers)
+    if len(known) < 2:
+        return None
+    below = int(np.searchsorted(known[:-1], np.uint64(int(share * 2**64))))
+    return np.asarray(numbers < known[max(1, below)])

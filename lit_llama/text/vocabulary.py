@@ -1,12 +1,13 @@
 """Whether a tokenizer, the rows of an embedding and what the folders record belong together."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.text.special import read_object
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _SHOWN = 3  # extra tokens that an error spells
 
@@ -19,9 +20,40 @@ def check_vocabulary(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
     raise CheckpointError(
         f"{folder}: the tokenizer has {tokenizer.size} tokens, the embedding only {rows} rows: "
         f"{', '.join(extra[:_SHOWN])}{', ...' if extra[_SHOWN:] else ''} have none. Use the tokenizer that came with "
-        f"these weights, or give them rows: prepare/checkpoint.py --source {folder} --destination_path "
-        f"{folder}-resized --resize_vocab {tokenizer.size}"
+        f"these weights, or give them rows: prepare/checkpoint.py --source {shlex.quote(str(folder))} "
+        f"--destination_path {shlex.quote(f'{folder}-resized')} --resize_vocab {tokenizer.size}"
     )
+
+
+def tokenizer_home(adapter_dir: Path, base: Path) -> Path:
+    """The folder whose tokenizer an adapter was trained with: its own where it has one, as in transformers."""
+    return adapter_dir if any((adapter_dir / name).is_file() for name in TOKENIZER_FILES) else base
+
+
+def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
+    """The tokenizer of base + adapter, which may be one folder, proven against what the folders record.
+
+    Args:
+        adapter_dir: The adapter, or the base once more.
+        base: Its base model.
+        rows: Rows of the base's embedding.
+
+    Raises:
+        CheckpointError: It has more tokens than there are rows.
+        IntegrityError: It is not the one that is recorded.
+    """
+    home = tokenizer_home(adapter_dir, base)
+    tokenizer = Tokenizer.from_path(home)
+    if home != base and tokenizer.size > rows:
+        raise CheckpointError(
+            f"{home}: the adapter's own tokenizer has {tokenizer.size} tokens, the base {base} only {rows} rows. Give "
+            f"it more: python prepare/checkpoint.py --source {base} --destination_path {base}-resized --resize_vocab "
+            f"{tokenizer.size}, then name it with --base_dir {base}-resized"
+        )
+    check_vocabulary(base, rows, tokenizer)
+    for record in dict.fromkeys((adapter_dir, home)):
+        check_recorded(record, tokenizer, home)
+    return tokenizer
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lit_llama.place import aside
 from lit_llama.train.metrics import read_metrics, smooth
 
 CURVE_FILE = "loss.png"
@@ -18,7 +19,8 @@ def draw_curve(folder: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*series["loss"], strict=True), color="#9db8d9", linewidth=1, label="train, each step")
     axes.plot(*zip(*smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
-    axes.plot(*zip(*series["test_loss"], strict=True), "o:", color="#d1495b", linewidth=1, label="test split")
+    if series["test_loss"]:  # not where the data has no test split
+        axes.plot(*zip(*series["test_loss"], strict=True), "o:", color="#d1495b", linewidth=1, label="test split")
     axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.resolve().name)
     if min(value for _, value in series["loss"]) > 0:
         axes.set_yscale("log")
@@ -26,6 +28,7 @@ def draw_curve(folder: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = folder / CURVE_FILE
-    figure.savefig(path, dpi=150)
+    with aside(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     pyplot.close(figure)
     return path

@@ -1,12 +1,14 @@
 """What a run reads before it trains, and whether its parts fit each other."""
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import SPLITS, Split, data_fingerprint, read_meta
@@ -14,6 +16,7 @@ from lit_llama.text.formats import read_text
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
+from lit_llama.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +52,19 @@ class Inputs:
         return self.splits["test"]
 
 
-def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs:
+def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
     """Read data and descriptions; no weight is loaded.
 
     Raises:
         DataError: The data is not there, cannot be trained on, or does not fit the checkpoint.
         CheckpointError: The checkpoint cannot be used.
-        UserError: A batch is larger than the training split.
     """
     config = LLaMAConfig.from_folder(checkpoint_dir)
     meta = read_meta(data_dir)
     tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)
-    splits = read_splits(checkpoint_dir, config, data_dir, batch_size)
+    splits = read_splits(checkpoint_dir, config, data_dir, meta)
     template = read_text(data_dir / TEMPLATE_FILE)
-    base = {"path": str(checkpoint_dir), "fingerprint": fingerprint(checkpoint_dir)}
+    base = base_record(checkpoint_dir)
     identity = {
         "data": data_fingerprint(data_dir),
         "base": base["fingerprint"],
@@ -79,22 +81,44 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, batch_size: int) -> Inputs
     )
 
 
-def read_splits(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, batch_size: int) -> dict[str, Split]:
-    """The rows of a data folder, which a model with `config` can be trained on in batches of this size.
+def read_splits(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: Mapping[str, Any]) -> dict[str, Split]:
+    """The rows of a data folder with this meta.json, which a model with `config` can be trained on.
+
+    The test split may be empty where the data was prepared so.
 
     Raises:
         DataError: A split is not there, has no trained token, or has samples too long for the model.
-        UserError: A batch is larger than the training split.
     """
-    splits = {name: Split(data_dir, name) for name in SPLITS}
+    untested = meta.get("splits", {}).get("test", {}).get("rows") == 0
+    splits = {name: Split(data_dir, name, empty=untested and name == "test") for name in SPLITS}
     for name, split in splits.items():
-        _check_split(name, split, checkpoint_dir, config, data_dir)
-    if batch_size > (rows := len(splits["train"])):
-        raise UserError(
-            f"--train.batch_size is {batch_size}, but the train split of {data_dir} has {rows} rows: expected 1 to "
-            f"{rows}"
-        )
+        if len(split):
+            _check_split(name, split, checkpoint_dir, config, data_dir)
     return splits
+
+
+def fitting(train: TrainConfig, splits: Mapping[str, Split], data_dir: Path) -> tuple[TrainConfig, list[str]]:
+    """The settings as data with few rows, or with no rows to test on, allows them.
+
+    Returns:
+        They, with smaller batches where there are fewer rows; and what has to be said of it.
+
+    Raises:
+        UserError: They ask for evaluations, and there are no rows for them.
+    """
+    rows, remarks = len(splits["train"]), []
+    if rows < train.batch_size:
+        remarks.append(f"{data_dir} has {rows} rows for training: --train.batch_size is {rows}, not {train.batch_size}")
+        train = replace(train, batch_size=rows)
+    if not len(splits["test"]):
+        for flag, asked in (("--train.keep best", train.keep == "best"), ("--train.patience", train.patience)):
+            if asked:
+                raise UserError(
+                    f"{flag} goes by the test loss, but {data_dir} has no test split: leave it out, or prepare the "
+                    "data with a --test_split_size above 0"
+                )
+        remarks.append(f"{data_dir} has no test split: no evaluation, no sample answers")
+    return train, remarks
 
 
 def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: dict[str, Any]) -> Tokenizer:
@@ -103,12 +127,12 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
     check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer)
     check_recorded(checkpoint_dir, tokenizer, checkpoint_dir)
     for remark in (*tokenizer.remarks, *special_ids(checkpoint_dir, tokenizer).remarks):
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     recorded = meta.get("tokenizer", {})
     if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise DataError(
             f"{data_dir} was prepared with {recorded.get('path')}, whose vocabulary is not that of "
-            f"{checkpoint_dir}; prepare it again with --tokenizer_path {checkpoint_dir}"
+            f"{checkpoint_dir}; prepare it again with --tokenizer_path {shlex.quote(str(checkpoint_dir))}"
         )
     return tokenizer
 

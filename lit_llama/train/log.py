@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-from lit_llama.errors import IntegrityError
-from lit_llama.progress import stderr
+from lit_llama.errors import IntegrityError, ResourceError
+from lit_llama.progress import bar, stderr
 from lit_llama.train.config import LoggerName
 from lit_llama.train.loggers import open_loggers
 from lit_llama.train.metrics import COLUMNS, METRICS_FILE, Lines, csv_line, perplexity, rows_of
@@ -44,8 +44,7 @@ class Log:
         self._files[SAMPLES_FILE] = Lines(folder / SAMPLES_FILE)
         self._begun = False
         self._seconds: list[float] = []  # of the steps done here
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = bar(self._console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=False)
         self._task = self._progress.add_task("training", total=steps)
         self._loggers = open_loggers(loggers, folder)
 
@@ -83,7 +82,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(text)
 
     def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
         """Answer the fixed prompts after `step`.
@@ -113,7 +112,10 @@ class Log:
         if "test_loss" in metrics:
             try:
                 write_run_report(self._folder)
-            except OSError as error:  # a full disk: training is worth more, and its states say so themselves
+            except (
+                OSError,
+                ResourceError,
+            ) as error:  # a full disk: training is worth more, and its states say so themselves
                 self.say(f"no report this time: {error}")
 
     def sync(self) -> None:

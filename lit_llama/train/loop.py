@@ -68,7 +68,7 @@ class Trainer:
         model: In the state of its beginning.
         groups: Its weights that train, as an optimizer is told, with the `lr_ratio` of each group.
         train: Rows to train on.
-        test: Rows to evaluate on.
+        test: Rows to evaluate on; none for no evaluation.
         config: Course of the training.
         seed: Of the order of the samples and of dropout.
         say: Takes remarks on single steps.
@@ -205,6 +205,11 @@ class Trainer:
         """Most bytes held so far."""
         return peak_memory(self._device)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return len(self._test) > 0
+
     def evaluate(self) -> float:
         """The loss on the test split."""
         return evaluate(self._loss_of, self._test, self.config.tokens_on(self._device.type), self.processes)
@@ -261,16 +266,17 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
     """
     config, progress = trainer.config, trainer.progress
     if not progress.begun:
-        log.status("evaluating on the test split")
         log.status("trying the largest micro-batch")
         trainer.try_largest()
-        log.step({"step": 0, "memory": trainer.memory(), **log.evaluated(0, trainer.evaluate())})
+        log.status("evaluating on the test split" if trainer.evaluates else "training")
+        evaluated = log.evaluated(0, trainer.evaluate()) if trainer.evaluates else {}
+        log.step({"step": 0, "memory": trainer.memory(), **evaluated})
         progress.begun = True
         log.status("saving")
         save()
     while not trainer.ended:
         metrics = trainer.step()
-        if progress.step == trainer.steps or progress.step % config.eval_interval == 0:
+        if trainer.evaluates and (progress.step == trainer.steps or progress.step % config.eval_interval == 0):
             log.status("evaluating on the test split")
             metrics |= log.evaluated(progress.step, trainer.evaluate())
             trainer.compare(metrics["test_loss"])

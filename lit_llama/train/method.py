@@ -1,5 +1,6 @@
 """The ways of fine-tuning: which weights train, and how they are written and read back."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,8 +97,8 @@ class LoRA:
         restore_adapter(model, folder)
 
     def next(self, out_dir: Path) -> str:
-        merged = f"checkpoints/{out_dir.name}-merged"
-        return f"python finetune/merge.py --adapter_dir {out_dir} --destination_path {merged}"
+        adapter, merged = shlex.quote(str(out_dir)), shlex.quote(f"checkpoints/{out_dir.name}-merged")
+        return f"python finetune/merge.py --adapter_dir {adapter} --destination_path {merged}"
 
 
 @dataclass(frozen=True)
@@ -133,4 +134,4 @@ class Full:
                 parameter.copy_(stored[name])
 
     def next(self, out_dir: Path) -> str:
-        return f"python generate/chat.py --checkpoint_dir {out_dir}"
+        return f"python generate/chat.py --checkpoint_dir {shlex.quote(str(out_dir))}"

@@ -7,9 +7,12 @@ holds what depends on the machine.
 import csv
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lit_llama.place import full_disk_explained, open_own
 
 METRICS_FILE, TIMING_FILE = "metrics.csv", "timing.csv"
 METRICS = (
@@ -49,7 +52,7 @@ class Lines:
         self.close()
         if not self.path.exists():
             return -1
-        self._file = self.path.open("r+b")
+        self._file = os.fdopen(open_own(self.path, os.O_RDWR), "r+b")
         end, last = 0, -1
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
@@ -71,11 +74,12 @@ class Lines:
     def append(self, text: str) -> None:
         """Write lines that are there for others at once."""
         if self._file is None:
-            self._file = self.path.open("wb")
-        if self._file.tell() == 0:
-            self._file.write(self._header.encode())
-        self._file.write(text.encode())
-        self._file.flush()
+            self._file = os.fdopen(open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
+        with full_disk_explained(self.path, self.path):
+            if self._file.tell() == 0:
+                self._file.write(self._header.encode())
+            self._file.write(text.encode())
+            self._file.flush()
 
     def close(self) -> None:
         """Let go of the file."""

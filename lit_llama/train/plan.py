@@ -91,6 +91,11 @@ class Plan:
         """The largest micro-batch that the steps of this run meet."""
         return self._shape("train", self.train.batch_size, self.steps)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to test on."""
+        return len(self.splits["test"]) > 0
+
     @cached_property
     def largest_test(self) -> Shape:
         """The same of an evaluation, which takes the whole test split at once."""
@@ -150,7 +155,9 @@ class Plan:
         made = FETCHED * self.sizes.layers // self.config.num_hidden_layers if self.processes.sharded else 0
         return {
             "training": self._pass("training", self.largest, self.build.training_peak) + made,
-            "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made,
+            "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made
+            if self.evaluates
+            else 0,
             # A file is written from the CPU's memory, whole; but a model one tensor at a time.
             "saving": self.kept["optimizer"] + (0 if self.method.whole else self.kept["trained"]) if on_cpu else 0,
         }

@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lit_llama.device import TrainingPrecision
-from lit_llama.errors import ResourceError
+from lit_llama.errors import ResourceError, check_seed
 from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.inputs import read_splits
+from lit_llama.train.inputs import fitting, read_splits
 from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
@@ -50,8 +50,9 @@ def print_plan(
     """
     here, machines = layout(devices, num_nodes)
     config = LLaMAConfig.from_folder(checkpoint_dir)
-    read_meta(data_dir)
-    splits = read_splits(checkpoint_dir, config, data_dir, train.batch_size)
+    check_seed(seed)
+    splits = read_splits(checkpoint_dir, config, data_dir, read_meta(data_dir))
+    train, remarks = fitting(train, splits, data_dir)
     plan = make_plan(
         method,
         config,
@@ -64,7 +65,12 @@ def print_plan(
         processes=Processes(size=here * machines, here=here),
     )
     plan = spread(plan, strategy)
-    Console().print(table(plan))
+    console = stdout()
+    if not console.is_terminal:  # a file has no edge
+        console.width = 160
+    console.print(table(plan), soft_wrap=False)
+    for remark in remarks:
+        stderr().print(remark)
     if not plan.fits:
         raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
 
@@ -88,7 +94,9 @@ def table(plan: Plan) -> Table:
         "optimizer": plan.train.optimizer,
         "training": f"largest micro-batch: {sum(largest.lengths):,} tokens of {len(largest.lengths)} samples, "
         f"{largest.trained:,} trained; logits {_gb(plan.logits)} of it",
-        "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens",
+        "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens"
+        if plan.evaluates
+        else "none: no test split",
         "saving": "optimizer" if plan.method.whole else "adapter and optimizer",
     }
     for name, size in {"program": plan.memory.program, **kept, **passing}.items():

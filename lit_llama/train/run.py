@@ -24,8 +24,8 @@ from lit_llama.device import (
     return_freed_memory,
     seed_everything,
 )
-from lit_llama.errors import Interrupted, NumericalError, UserError
-from lit_llama.folder import publish, replace_text, write_json
+from lit_llama.errors import Interrupted, NumericalError, UserError, check_seed
+from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
@@ -38,7 +38,7 @@ from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
-from lit_llama.train.inputs import Inputs, read_inputs
+from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log, Silence
 from lit_llama.train.loggers import check_loggers
@@ -103,8 +103,7 @@ def finetune(
         Interrupted: A signal came; the state is saved.
     """
     start = time.perf_counter()
-    if seed < 0:
-        raise UserError(f"--seed is {seed}, expected 0 or more")
+    check_seed(seed)
     check_loggers(loggers)
     with join(devices, num_nodes) as processes:
         run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers, processes)
@@ -116,7 +115,11 @@ def finetune(
 def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
     """Read and check everything, then train."""
     state, finished = run.processes.first(lambda: (run.find_state(resume), run.is_finished))
-    inputs = read_inputs(run.checkpoint_dir, run.data_dir, run.train.batch_size)
+    inputs = read_inputs(run.checkpoint_dir, run.data_dir)
+    fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
+    run = replace(run, train=fitted)
+    for remark in remarks if run.processes.is_first else ():
+        stderr().print(remark)
     plan = make_plan(
         run.method,
         inputs.config,
@@ -136,7 +139,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     if state and run.processes.is_first:
         check_same(state, read_state(state)["identity"], identity)
     if finished:
-        stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do", markup=False)
+        stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do")
         return
     with explained(plan):
         _execute(run, inputs, identity, plan, state, start)
@@ -147,9 +150,11 @@ def _execute(
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
-    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}", markup=False)
+    stderr().print(f"plan: {short(plan)}\nplan: {course(plan)}")
     if not plan.fits:
-        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}", markup=False)
+        stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
+    if processes.is_first:  # for a state, and for the result beside it
+        check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
     (keep_freed_memory if plan.roomy else return_freed_memory)()
     keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
@@ -166,7 +171,7 @@ def _execute(
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
     steps = run.train.steps(len(inputs.train))
-    with _log(run, model, steps) as log:
+    with _log(run, model, steps, bool(len(inputs.test))) as log:
         groups = run.method.groups(model, run.train.weight_decay)
         trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say, numerics, processes)
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
@@ -174,7 +179,7 @@ def _execute(
             training.restore(state, read_state(state))
         processes.check_same("adapter", training.digest())
         if processes.is_first:
-            write_json(run.out_dir / META_FILE, training.meta(steps))
+            replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
             f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "
             f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
@@ -310,11 +315,11 @@ class _Training:
         self.log.say(f"continuing from {state}")
 
 
-def _log(run: Run, model: LLaMA, steps: int) -> Log:
+def _log(run: Run, model: LLaMA, steps: int, tested: bool) -> Log:
     """What a run of so many steps tells, if this is the process that tells it."""
     if not run.processes.is_first:
         return Silence()
-    return Log(run.out_dir, steps, sampler=_sampler(run, model), loggers=run.loggers)
+    return Log(run.out_dir, steps, sampler=_sampler(run, model) if tested else None, loggers=run.loggers)
 
 
 def _sampler(run: Run, model: LLaMA) -> Sampler | None:
@@ -322,13 +327,13 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
     if not run.train.sample_prompts:
         return None
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
-        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)", markup=False)
+        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)")
         return None
     prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:
         return Sampler.from_folders(model, run.checkpoint_dir, run.data_dir, prompts, tokens)
     except UserError as error:
-        stderr().print(f"no sample answers: {error}", markup=False)
+        stderr().print(f"no sample answers: {error}")
         return None
 
 

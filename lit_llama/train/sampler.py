@@ -8,8 +8,8 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.generate.answer import Answer, answer_batch, instruction_ids
+from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.load import Speaker, make_speaker
-from lit_llama.generate.sampling import Sampling
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset import TEST_FILE
 from lit_llama.text.formats import Example, read_prompts
@@ -94,7 +94,7 @@ class Sampler:
     def _answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
         ids = [prompt.ids for prompt in prompts]
         room = self._speaker.model.config.context_length - max(map(len, ids))
-        return answer_batch(self._speaker, ids, min(MAX_NEW_TOKENS, room), Sampling())
+        return answer_batch(self._speaker, ids, Sampling(max_new_tokens=min(MAX_NEW_TOKENS, room)))
 
     def _groups(self) -> Iterator[list[Prompt]]:
         group: list[Prompt] = []

@@ -7,7 +7,6 @@ SHA256SUMS over them. It is written aside, synced to the disk and renamed, so th
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from lit_llama.folder import (
     write_json,
     write_manifest,
 )
+from lit_llama.place import remove_own
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 
 STATES_DIR, STATE_FILE = "states", "state.json"
@@ -78,13 +78,15 @@ def step_of(folder: Path) -> int:
 
 def set_aside(folder: Path) -> None:
     """Take a state out of the list, in one step, so that none is ever half removed; `save_state` removes it."""
-    folder.rename(folder.with_name(f".{folder.name}.old"))
+    old = folder.with_name(f".{folder.name}.old")
+    remove_own(old)  # of a run that was killed before it came to that
+    folder.rename(old)
 
 
 def _clear(states: Path) -> None:
     """Remove what was set aside, and what a killed process had begun."""
     for path in states.glob(".step-*"):
-        shutil.rmtree(path)
+        remove_own(path)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def write(work: Work, destination: Path, max_shard_size: int, style: StyleName |
         if staging.done:
             stderr().print(f"going on where it stopped: {len(staging.done)} of {len(shards)} files are there")
         names = [name for file in left for name in left[file]]
-        check_space(destination.parent, sum(byte_size(work.specs[name]) for name in names))
+        check_space(destination, sum(byte_size(work.specs[name]) for name in names))
         bar = iter(track(names, f"writing {destination}"))
         for file in left:
             _write_file(work, staging, file, left[file], bar)

@@ -22,7 +22,7 @@ from lit_llama.convert.gguf.scan import Extent, scan
 from lit_llama.convert.rotary import in_halves
 from lit_llama.convert.source import NAMES, Source, settings
 from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.tokens.fast import fast_tokenizer
+from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_tokenizer
 from lit_llama.convert.tokens.spm import from_metadata
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
@@ -199,11 +199,11 @@ def _folder_files(file: GGUFFile) -> dict[str, bytes]:
     values: dict[str, Any] = {}
     if kind == "llama":
         files |= _sentencepiece_files(from_metadata(metadata).encode())
-        values |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}  # a space follows control tokens, as there
+        values |= class_settings("tokenizer.json" in files)
         values |= {f"add_{name}_token": _flag(metadata, name, name == "bos") for name in ("bos", "eos")}
     elif kind == "gpt2":
         files["tokenizer.json"] = encode_json(tokenizer_json(metadata))
-        values |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos(metadata)}
+        values |= {"tokenizer_class": PLAIN_CLASS, "add_bos_token": adds_bos(metadata)}
     else:
         raise CheckpointError(f"tokenizer.ggml.model is {kind!r}, implemented are 'llama' and 'gpt2'")
     for name, key in _SPECIAL.items():

@@ -6,8 +6,6 @@ the architecture "llama" stand in pairs.
 
 import contextlib
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import HEAD, Source, check_shapes
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_space
+from lit_llama.place import aside, check_writable
 from lit_llama.progress import stderr, track
 
 TYPES = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -61,9 +60,10 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None) -> N
     divisors = gguf_config.llama3_divisors(source.shape).numpy() if scaling and scaling.rope_type == "llama3" else None
     names = {name: gguf_config.GGUF_NAMES(name) or name for name in plan}
     sizes = {name: math.prod(quants.quant_shape_to_byte_shape(source.specs[name][1], plan[name])) for name in plan}
-    check_space(destination.parent, sum(sizes.values()))
+    check_space(destination, sum(sizes.values()))
+    destination.parent.mkdir(parents=True, exist_ok=True)
     with (
-        _aside(destination) as part,
+        aside(destination) as part,
         contextlib.closing(gguf.GGUFWriter(part, gguf_config.architecture(source.shape))) as writer,
     ):
         for key, value in metadata.items():
@@ -87,30 +87,17 @@ def check_file(destination: Path) -> None:
     """Refuse a GGUF file that is there already, or whose name does not say what it is."""
     if destination.suffix != ".gguf":
         raise UserError(f"--format gguf writes one file: --destination_path {destination} should end in .gguf")
+    check_writable(destination)
     if destination.exists():
         raise UserError(f"{destination} already exists; name another file or remove this one")
-
-
-@contextlib.contextmanager
-def _aside(destination: Path) -> Iterator[Path]:
-    """A file beside the destination, moved there when all is written."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    part = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(destination)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _plan(source: Source, wanted: Kind | None) -> dict[str, Kind]:
     """How each tensor is stored. A tied head is the embedding and goes unsaid."""
     plan = {}
     for name, (stored, shape) in source.specs.items():
-        if name != HEAD or not source.shape.tie_word_embeddings:
-            plan[name] = Kind.F32 if len(shape) == 1 else wanted or _STORED[stored]
+        if name != HEAD or not source.shape.tie_word_embeddings:  # F32 is 0, which counts as false
+            plan[name] = Kind.F32 if len(shape) == 1 else _STORED[stored] if wanted is None else wanted
     odd = [name for name, kind in plan.items() if kind == Kind.Q8_0 and source.specs[name][1][-1] % 32]
     if odd:
         stderr().print(f"{len(odd)} matrices, {odd[0]} first, have rows that 32 does not divide: f16 instead of q8_0")

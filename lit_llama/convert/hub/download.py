@@ -13,7 +13,6 @@ from pathlib import Path
 from huggingface_hub import hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
-from rich.progress import wrap_file
 
 from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
 from lit_llama.convert.native import open_folder
@@ -23,7 +22,8 @@ from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.progress import stderr
+from lit_llama.place import remove_own
+from lit_llama.progress import reading, stderr
 from lit_llama.text.prompts import folder_style
 from lit_llama.text.special import read_object
 
@@ -76,7 +76,7 @@ def download(
 
 
 def _say(text: str) -> None:
-    stderr().print(text, markup=False)  # names from the network may hold brackets
+    stderr().print(text)  # names from the network may hold brackets
 
 
 @contextlib.contextmanager
@@ -174,20 +174,9 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
 
 def _verify(path: Path, file: File, repo: Repo) -> str:
     """Compare the contents with the hash that the Hub names; gives their sha256."""
-    console = stderr()
     sha256 = hashlib.sha256()
     git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)  # how Git names small files
-    with (
-        path.open("rb") as opened,
-        wrap_file(
-            opened,
-            file.size,
-            description=f"checking {file.name}",
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ) as source,
-    ):
+    with path.open("rb") as opened, reading(opened, file.size, f"checking {file.name}") as source:
         while block := source.read(1 << 20):
             sha256.update(block)
             if file.blob_id:
@@ -207,8 +196,8 @@ def _tidy(repo: Repo, files: Sequence[File], folder: Path, hashes: Mapping[str, 
     """Give the files their names, the one that makes the folder whole last, and remove what is left of other runs."""
     kept = {_part(folder, file).name for file in files}
     for path in folder.iterdir():
-        if path.name not in kept:
-            path.unlink()
+        if path.name not in kept and not path.name.startswith("."):
+            remove_own(path)
     entries = {file.name: {"size": file.size, "sha256": hashes[file.name]} for file in files}
     source = {"repo_id": repo.repo_id, "commit": repo.commit, "files": entries}
     write_json(folder / META_FILE, {"format": 1, "source": source})

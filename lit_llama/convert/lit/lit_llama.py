@@ -15,7 +15,6 @@ from torch import Tensor
 from lit_llama.convert.lit.litgpt import FILE as LITGPT_FILE
 from lit_llama.convert.lit.litgpt import PARTS, open_litgpt
 from lit_llama.convert.meta.join import same
-from lit_llama.convert.pth.files import read_pth, write_pth
 from lit_llama.convert.rotary import in_halves, in_pairs
 from lit_llama.convert.source import (
     EMBEDDING,
@@ -32,6 +31,7 @@ from lit_llama.convert.tokens.files import read_vocabulary, write_tokenizer_mode
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.pth.files import read_pth, write_pth
 from lit_llama.model.weights import Spec, Stored, byte_size
 
 FILE = "lit-llama.pth"

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.rotary import halves_from_pairs
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, read_adapter_weights, save_adapter
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.pth.files import read_pth
 from lit_llama.model.weights import Stored, check_names
 
 _TARGETS = ["q_proj", "v_proj"]
@@ -60,8 +60,7 @@ def convert_lit_lora(path: Path, base_dir: Path, destination: Path, alpha: float
         save_adapter(model, lora, folder, str(base_dir))
         read_adapter_weights(folder)  # refuses one that was never trained
         source = {"path": str(path), "kind": "lit-llama LoRA", "lora_alpha": "given, the file does not say"}
-        identity = {"path": str(base_dir), "fingerprint": fingerprint(base_dir)}
-        write_json(folder / META_FILE, {"format": 1, "base": identity, "source": source})
+        write_json(folder / META_FILE, {"format": 1, "base": base_record(base_dir), "source": source})
 
 
 def _rank(path: Path, tensors: dict[str, Stored], width: int) -> int:

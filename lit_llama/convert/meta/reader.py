@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.meta.join import Joined, same
-from lit_llama.convert.pth.files import read_pth
 from lit_llama.convert.rotary import in_halves
 from lit_llama.convert.source import (
     EMBEDDING,
@@ -29,6 +28,7 @@ from lit_llama.convert.source import (
 from lit_llama.convert.tokens.files import Vocabulary, read_vocabulary
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
+from lit_llama.model.pth.files import read_pth
 from lit_llama.progress import track
 
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")

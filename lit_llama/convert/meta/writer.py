@@ -15,13 +15,13 @@ from lit_llama.convert.meta.reader import (
     llama3_rope,
     md5_file,
 )
-from lit_llama.convert.pth.files import write_pth
 from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
 from lit_llama.convert.tokens.files import write_tokenizer_model
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.pth.files import write_pth
 from lit_llama.model.weights import Spec, byte_size
 
 # multiple_of and ffn_dim_multiplier of the published models.

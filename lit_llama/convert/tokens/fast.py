@@ -62,6 +62,10 @@ _MODEL: dict[str, Any] = {
     "byte_fallback": True,
     "ignore_merges": False,
 }
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+"""The class of transformers that takes a tokenizer.json as it is. LlamaTokenizer of transformers 5 takes its vocabulary
+alone and puts another rule for spaces beside it: ' Hello' is one token there, and two in sentencepiece."""
+
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -92,14 +96,25 @@ def fast_tokenizer(path: Path) -> dict[str, Any] | None:
         },
     }
     texts = [*_PROBES, *(piece.replace(_SPACE, " ") for piece in ids)]
-    return raw if _encode(raw, texts) == model.encode(texts) else None
+    wanted = model.encode(texts)
+    return next((found for found in (raw, raw | _unspaced()) if _encode(found, texts) == wanted), None)
+
+
+def _unspaced() -> dict[str, Any]:
+    """The parts of a tokenizer that puts no space before a text (add_dummy_prefix, which few models leave out)."""
+    normalizer, decoder = _PARTS["normalizer"], _PARTS["decoder"]
+    return {
+        "normalizer": normalizer | {"normalizers": normalizer["normalizers"][1:]},
+        "decoder": decoder | {"decoders": decoder["decoders"][:-1]},
+    }
 
 
 def complete(folder: Path) -> None:
     """Put a tokenizer.json beside a tokenizer.model that has none, with the tokens added to it, if it says the same.
 
-    Most programs read nothing else. `legacy` tells transformers to encode what stands after a control token as if a
-    space stood before it, as sentencepiece does, and as these models were trained.
+    Most programs read nothing else. The settings name the class of transformers that takes it as it is, which encodes
+    what stands after a control token as if a space stood before it, as sentencepiece does, and as these models were
+    trained.
     """
     path, settings = folder / "tokenizer.json", folder / SETTINGS_FILE
     if path.is_file() or not (folder / "tokenizer.model").is_file():
@@ -121,7 +136,12 @@ def complete(folder: Path) -> None:
     if same is None or (same.fingerprint(), same.bos, same.eos) != (own.fingerprint(), own.bos, own.eos):
         path.unlink()
         return
-    write_json(settings, {"legacy": True} | read_object(settings))
+    write_json(settings, read_object(settings) | {"tokenizer_class": PLAIN_CLASS})
+
+
+def class_settings(fast: bool) -> dict[str, Any]:
+    """The class in tokenizer_config.json beside a tokenizer.model: with a tokenizer.json of ours, or without."""
+    return {"tokenizer_class": PLAIN_CLASS} if fast else {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 
 
 def merges(ids: Mapping[Token, int], order: Callable[[Token], Any] | None = None) -> list[tuple[Token, Token]]:

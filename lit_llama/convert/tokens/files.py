@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.tokens.bpe import tokenizer_json
-from lit_llama.convert.tokens.fast import fast_tokenizer, merges
+from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
 from lit_llama.progress import stderr
@@ -93,9 +93,9 @@ def _bytes(content: Path | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
-def _settings(tokenizer_class: str, **tokens: str | bool) -> bytes:
+def _settings(**tokens: str | bool) -> bytes:
     rules = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    return encode_json({"tokenizer_class": tokenizer_class, **tokens, **rules})
+    return encode_json({**tokens, **rules})
 
 
 def _from_sentencepiece(path: Path) -> Vocabulary:
@@ -103,9 +103,10 @@ def _from_sentencepiece(path: Path) -> Vocabulary:
     if not tokenizer.bos:
         raise CheckpointError(f"{path} has no token that begins a text, as every LLaMA has; {_FETCH}")
     roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "unk_token": "<unk>"}
-    settings = _settings("LlamaTokenizer", **roles, legacy=True)  # legacy: see fast.py
+    fast = fast_tokenizer(path)
+    settings = _settings(**class_settings(fast is not None), **roles)
     files: dict[str, Path | bytes] = {FILE: path, "tokenizer_config.json": settings}
-    if (fast := fast_tokenizer(path)) is not None:  # most programs read this, and the model only with more packages
+    if fast is not None:  # most programs read this, and the model only with more packages
         files["tokenizer.json"] = encode_json(fast)
     return Vocabulary(files, tokenizer.size, tokenizer.control[tokenizer.bos], (tokenizer.eos_id,))
 
@@ -125,7 +126,7 @@ def _from_tiktoken(path: Path, llama: str) -> Vocabulary:
     }
     files: dict[str, Path | bytes] = {
         "tokenizer.json": encode_json(tokenizer_json(described)),
-        "tokenizer_config.json": _settings("PreTrainedTokenizerFast", bos_token=_BEGIN, eos_token=_END),
+        "tokenizer_config.json": _settings(tokenizer_class=PLAIN_CLASS, bos_token=_BEGIN, eos_token=_END),
     }
     ends = tuple(ids[name] for name in (_END, _MESSAGE_END, _TURN_END) if name in ids)
     return Vocabulary(files, len(ranks) + len(names), ids[_BEGIN], ends)

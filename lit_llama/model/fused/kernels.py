@@ -71,7 +71,7 @@ def compiled() -> ctypes.CDLL | None:
     """The library, or None where it cannot be had; said once."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if sys.platform != "linux" or compiler is None:
-        stderr().print("no C++ compiler (g++): training on this CPU is slower", markup=False)
+        stderr().print("no C++ compiler (g++): training on this CPU is slower")
         return None
     try:
         if not _share_threads():
@@ -80,7 +80,7 @@ def compiled() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         reason = said.strip().splitlines()[0] if said.strip() else "no message"
-        stderr().print(f"{compiler}: {reason}: training on this CPU is slower", markup=False)
+        stderr().print(f"{compiler}: {reason}: training on this CPU is slower")
         return None
 
 

@@ -1,29 +1,40 @@
 """CSV and TSV, strictly: a row that does not fit its header is an error with its line, never a guess."""
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.read.raw import LONGEST, RawRow, listed, shown
+from lit_llama.text.read.files import UTF8, Dialect, Remark
+from lit_llama.text.read.header import rows_under
+from lit_llama.text.read.raw import LONGEST, RawRow, shown
 
 _DELIMITERS = ",;\t|"
-_LONG_NAME = 100  # characters; a longer "name" is a text
+_UNCLOSED = "a quote that opens here is never closed"
 _EXPLAINED = {
-    "unexpected end of data": "a quote that opens here is never closed",
-    "field larger": "a quote that opens here is never closed, or a field is far too long",
+    "unexpected end of data": _UNCLOSED,
+    "field larger": f"{_UNCLOSED}, or a field is far too long",
     "new-line character": "a carriage return stands alone; expected lines that end in LF or CRLF",
 }
 
 
-def read_csv(blocks: Iterator[str], path: Path, delimiter: str | None = None) -> Iterator[RawRow]:
+def read_csv(
+    blocks: Iterator[str],
+    path: Path,
+    delimiter: str | None = None,
+    dialect: Dialect = UTF8,
+    remark: Remark = lambda _: None,
+) -> Iterator[RawRow]:
     """Rows of a file with a header, each as an object of texts; blank lines are none.
 
     Args:
         blocks: Its text.
         path: Its name.
         delimiter: What separates the fields; without one, the header or a line `sep=;` decides.
+        dialect: How quotes are written.
+        remark: Takes what has to be said of it.
 
     Raises:
         DataError: There is no usable header, or quotes are wrong: nothing behind them can be read.
@@ -35,20 +46,8 @@ def read_csv(blocks: Iterator[str], path: Path, delimiter: str | None = None) ->
         first, skipped = next(lines, ""), 1
         if len(delimiter) != 1 or delimiter.isalnum() or delimiter in "\"'":
             raise DataError(f"{path}:line 1: sep={shown(delimiter)}, expected one character that separates fields")
-    records = _records(_chained(first, lines), delimiter or _sniff(first), path, skipped)
-    line, header = next(records, (1 + skipped, []))
-    _check_header(header, f"{path}:line {line}")
-    rows = 0
-    for line, record in records:
-        where = f"{path}:line {line}"
-        rows += 1
-        if len(record) == len(header):
-            yield RawRow(where, dict(zip(header, record, strict=True)))
-        else:
-            hint = f" ({listed(header)}); put fields that hold the delimiter into quotes"
-            yield RawRow.bad(where, f"found {len(record)} fields, expected {len(header)}", hint)
-    if not rows:
-        raise DataError(f"{path} holds no rows, only a header")
+    records = _Records(_chained(first, lines), delimiter or _sniff(first), first, path, skipped, dialect, remark)
+    yield from rows_under(iter(records), str(path), "line", remark)
 
 
 def _split(blocks: Iterator[str], path: Path) -> Iterator[str]:
@@ -88,20 +87,91 @@ def _sniff(header: str) -> str:
     return max(_DELIMITERS, key=names)
 
 
-def _records(lines: Iterator[str], delimiter: str, path: Path, skipped: int) -> Iterator[tuple[int, list[str]]]:
-    """Records that are not blank, with the line where each begins."""
-    reader = csv.reader(_without_zeros(lines, path, skipped), delimiter=delimiter, strict=True)
-    while True:
-        line = reader.line_num + skipped + 1
-        try:
-            record = _next(reader)
-        except csv.Error as error:
-            problem = next((text for words, text in _EXPLAINED.items() if str(error).startswith(words)), str(error))
-            raise DataError(f"{path}:line {line}: {problem} (quotes inside a field are doubled)") from error
-        if record is None:
-            return
-        if record:
-            yield line, record
+class _Records:
+    """Records that are not blank, with the line where each begins.
+
+    Args:
+        lines: Of the file.
+        delimiter: Separates fields.
+        header: The first line, which shows whether blanks follow the delimiters.
+        path: Of the file.
+        skipped: Lines before the first of `lines`.
+        dialect: How quotes are written.
+        remark: Takes what has to be said of them.
+    """
+
+    def __init__(
+        self,
+        lines: Iterator[str],
+        delimiter: str,
+        header: str,
+        path: Path,
+        skipped: int,
+        dialect: Dialect,
+        remark: Remark,
+    ) -> None:
+        self._path, self._skipped, self._dialect, self._remark = path, skipped, dialect, remark
+        self._delimiter, self._line = delimiter, ""  # _line: the last one that was read
+        self._lost = _escaping(dialect.escape, delimiter) if dialect.escape else None
+        rest = header.rstrip("\r\n").split(delimiter)[1:]
+        self._reader = csv.reader(
+            self._watched(lines),
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_NONE if dialect.quoting == "none" else csv.QUOTE_MINIMAL,
+            escapechar=dialect.escape,
+            skipinitialspace=delimiter != "\t" and bool(rest) and all(name.startswith(" ") for name in rest),
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        while True:
+            line = self._reader.line_num + self._skipped + 1
+            try:
+                record = _next(self._reader)
+            except csv.Error as error:
+                raise self._error(str(error), line) from error
+            if record is None:
+                return
+            last = self._reader.line_num + self._skipped
+            if self._delimiter == "\t" and last > line:
+                self._remark(
+                    f"{self._path}: quotes hold fields of several lines together, as in lines {line} to {last}; if "
+                    "they are part of the text, give --quoting none"
+                )
+                self._delimiter = ""  # said once
+            if record:
+                yield line, record
+
+    def _error(self, problem: str, line: int) -> DataError:
+        known = next((text for words, text in _EXPLAINED.items() if problem.startswith(words)), "")
+        if self._dialect.is_of_csv:
+            hint = ""
+        elif '\\"' in self._line:
+            hint = "; quotes inside a field are doubled: if a backslash stands before them, give --escape '\\'"
+        elif known and not known.startswith(_UNCLOSED):
+            hint = ""
+        else:
+            hint = "; quotes inside a field are doubled: if quotes are part of the text, give --quoting none"
+        return DataError(f"{self._path}:line {line}: {known or f'a quote ends inside of a field ({problem})'}{hint}")
+
+    def _watched(self, lines: Iterator[str]) -> Iterator[str]:
+        for number, line in enumerate(lines, 1 + self._skipped):
+            if "\0" in line:
+                raise DataError(f"{self._path}:line {number}: found a NUL character: the file is damaged or not CSV")
+            if self._lost and (found := self._lost.search(line)):
+                self._remark(
+                    f"{self._path}:line {number}: {shown(found[1])} is read as {shown(found[1][1:])}, since --escape "
+                    "holds before every character"
+                )
+                self._lost = None  # said once
+            self._line = line
+            yield line
+
+
+def _escaping(escape: str, delimiter: str) -> re.Pattern[str]:
+    """Finds an escape before a character that needs none."""
+    mark = re.escape(escape)
+    return re.compile(rf'(?<!{mark})(?:{mark}{mark})*({mark}[^"{re.escape(escape + delimiter)}\r\n])')
 
 
 def _next(reader: Any) -> list[str] | None:
@@ -111,25 +181,3 @@ def _next(reader: Any) -> list[str] | None:
         return next(reader, None)
     finally:
         csv.field_size_limit(before)
-
-
-def _without_zeros(lines: Iterator[str], path: Path, skipped: int) -> Iterator[str]:
-    for number, line in enumerate(lines, 1 + skipped):
-        if "\0" in line:
-            raise DataError(f"{path}:line {number}: found a NUL character: the file is damaged or not CSV")
-        yield line
-
-
-def _check_header(header: list[str], where: str) -> None:
-    for number, name in enumerate(header):
-        if not name.strip() and number:  # the first one is empty where pandas has written its index
-            problem = f"column {number + 1} has no name"
-        elif name and header.count(name) > 1:
-            problem = f"the column {shown(name)} stands there twice"
-        elif len(name) > _LONG_NAME or "\n" in name or name.strip().isdecimal():
-            problem = f"{shown(name)} is no name of a column"
-        else:
-            continue
-        raise DataError(f"{where}: {problem}; expected a header, that is, a line with the name of each column")
-    if not any(name.strip() for name in header):
-        raise DataError(f"{where}: found no header, expected a line with the name of each column")

@@ -5,23 +5,26 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.errors import DataError
-from lit_llama.text.read.files import decoded, open_bytes
+from lit_llama.text.read.files import UTF8, Dialect, Remark, decoded, open_bytes
 from lit_llama.text.read.raw import LONGEST, RawRow
 
 Documents = Literal["file", "paragraph", "line"]
 TEXT_ENDINGS = (".txt", ".text", ".md")
 
 
-def read_documents(path: Path, documents: Documents) -> Iterator[RawRow]:
+def read_documents(
+    path: Path, documents: Documents, dialect: Dialect = UTF8, remark: Remark = lambda _: None
+) -> Iterator[RawRow]:
     """Documents of a file one after another, each as a row with a field `text`.
 
     A line ends at LF or CRLF, which is not part of it; a paragraph ends at a line of white space.
 
     Raises:
-        DataError: The file cannot be read, is not UTF-8, or a document has more than LONGEST characters.
+        DataError: The file cannot be read, is of another encoding, or a document has more than LONGEST characters.
     """
     with open_bytes(path) as stream:
-        blocks = _bounded(decoded(stream, path), path) if documents == "file" else decoded(stream, path)
+        text = decoded(stream, path, dialect, remark)
+        blocks = _bounded(text, path) if documents == "file" else text
         if documents == "file":
             yield RawRow(str(path), {"text": "".join(blocks).replace("\r\n", "\n")})
             return

@@ -8,17 +8,41 @@ import gzip
 import io
 import os
 import re
+import shlex
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from lit_llama.errors import DataError
+from lit_llama.errors import DataError, UserError
 
 BLOCK = 1 << 20  # bytes read at a time
 PACKED = (".gz", ".zst")
-ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-FORMATS = "JSON (.json, .jsonl, .ndjson), CSV (.csv, .tsv), Parquet (.parquet), each also as .gz or .zst"
+WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *WORKBOOKS)
+FORMATS = (
+    "JSON (.json, .jsonl, .ndjson), CSV (.csv, .tsv), Parquet (.parquet), each also as .gz or .zst, or a workbook "
+    "(.xlsx, .xls, .ods)"
+)
+Quoting = Literal["double", "none"]
+Remark = Callable[[str], None]
+"""Takes a sentence about what was read otherwise than it stands; the same one may come several times."""
+
+_DESCRIPTIONS = {
+    *(
+        "dataset_info.json",
+        "dataset_infos.json",
+        "dataset_dict.json",
+        "croissant.json",
+        "croissant.jsonl",
+    ),
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "package.json", "package-lock.json"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json", "dataset-metadata.json"),
+}
+"""Files that stand beside data in repositories and hold none; one that is named itself is read."""
 
 NOT_DATA = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; fetch the file itself (git lfs pull)",
@@ -29,7 +53,8 @@ NOT_DATA = {
 }
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _OTHER_MAGIC = {
-    b"PK\x03\x04": "a ZIP archive or an Excel workbook; unpack it, or save the sheet as CSV",
+    b"PK\x03\x04": "a ZIP archive, or a workbook under a wrong name; unpack it, or call it .xlsx or .ods",
+    b"\xd0\xcf\x11\xe0": "a document of old Office programs; if it is a workbook, call it .xls",
     b"BZh": "packed by bzip2; unpack it (bunzip2), or pack it as .gz or .zst",
     b"\xfd7zXZ\x00": "packed by xz; unpack it (unxz), or pack it as .gz or .zst",
     b"7z\xbc\xaf": "a 7-Zip archive; unpack it",
@@ -39,23 +64,58 @@ _OTHER_MAGIC = {
 }
 
 
-def expand(sources: Sequence[str], endings: Sequence[str] = ENDINGS) -> list[Path]:
+@dataclass(frozen=True)
+class Dialect:
+    """How the text of files is written.
+
+    Args:
+        encoding: Of files that are neither UTF-8 nor begin with the mark of another Unicode form.
+        quoting: Whether quotes around a field of CSV are no part of it, or stand for themselves.
+        escape: The character before a quote that does not end a field of CSV, where quotes are not doubled.
+    """
+
+    encoding: str | None = None
+    quoting: Quoting = "double"
+    escape: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoding is not None:
+            try:
+                "".encode(self.encoding).decode(self.encoding)  # not one that is of bytes, such as base64
+            except (LookupError, ValueError) as error:
+                raise UserError(
+                    f"--encoding is {self.encoding!r}, expected the name of an encoding such as cp1252, utf-16 or gbk"
+                ) from error
+        if self.escape is not None and (len(self.escape) != 1 or self.escape in '\r\n\0"'):
+            raise UserError(f"--escape is {self.escape!r}, expected one character, such as \\")
+
+    @property
+    def is_of_csv(self) -> bool:
+        """Whether it says something of CSV."""
+        return self.quoting != "double" or self.escape is not None
+
+
+UTF8 = Dialect()
+
+
+def expand(sources: Sequence[str], endings: Sequence[str] = ENDINGS, remark: Remark = lambda _: None) -> list[Path]:
     """Paths, patterns and folders -> files and folders saved by the datasets library, each once.
 
     Sources stay in the order given; what one pattern or folder comes to is sorted. Of a folder, all files are taken
-    whose names end in one of `endings`, those in its subfolders too; hidden and linked ones are not.
+    whose names end in one of `endings`, those in its subfolders too; hidden and linked ones are not. Files that only
+    describe a repository are left out, and remarked.
 
     Raises:
         DataError: A source names nothing.
     """
     found: dict[Path, Path] = {}
     for source in sources:
-        for path in _expand_one(source, endings):
+        for path in _expand_one(source, endings, remark):
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
 
-def _expand_one(source: str, endings: Sequence[str]) -> list[Path]:
+def _expand_one(source: str, endings: Sequence[str], remark: Remark) -> list[Path]:
     path = Path(source)
     if not source.strip():
         raise DataError("a source is empty, expected a file, a folder or a pattern")
@@ -67,27 +127,44 @@ def _expand_one(source: str, endings: Sequence[str]) -> list[Path]:
             return [path]
         if is_saved(path):
             return [path]
-        if not (inside := _data_in(path, endings)):
+        if not (inside := _data_in(path, endings, remark)):
             names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             formats = FORMATS if endings == ENDINGS else ", ".join(endings)
             raise DataError(f"{path} is a folder without data files (it holds {names}); expected {formats}")
         return inside
     if glob.has_magic(source):
-        if matches := sorted(glob.glob(source, recursive=True)):
-            return [entry for match in matches for entry in _expand_one(match, endings)]
-        raise DataError(f"{source} matches no file (working folder: {Path.cwd()})")
+        found = sorted(glob.glob(_literal(path), recursive=True))
+        if matches := [match for match in found if _is_data(Path(match), remark)]:
+            return [entry for match in matches for entry in _expand_one(match, endings, remark)]
+        if found:
+            raise DataError(f"{source} matches only {Path(found[0])} and the like, which describe a repository")
+        if set("*?") & set(source):
+            raise DataError(f"{source} matches no file (working folder: {Path.cwd()})")
     raise missing(path)
 
 
-def _data_in(folder: Path, endings: Sequence[str]) -> list[Path]:
+def _literal(pattern: Path) -> str:
+    """The pattern, in which brackets in the names of folders that are there stand for themselves."""
+    there = next((parent for parent in pattern.parents if parent.is_dir()), Path())
+    return os.path.join(glob.escape(str(there)), pattern.relative_to(there))
+
+
+def _is_data(path: Path, remark: Remark) -> bool:
+    if path.name.lower() not in _DESCRIPTIONS or path.is_dir():
+        return True
+    remark(f"{path} is left out: files of this name describe a repository; name it as a source if it holds rows")
+    return False
+
+
+def _data_in(folder: Path, endings: Sequence[str], remark: Remark) -> list[Path]:
     """Data files below a folder, and saved folders in place of their files; linked folders might lead in a circle."""
     found = []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") or (entry.is_dir() and entry.is_symlink()):
             continue
         if entry.is_dir():
-            found += [entry] if is_saved(entry) else _data_in(entry, endings)
-        elif plain_suffix(entry) in endings:
+            found += [entry] if is_saved(entry) else _data_in(entry, endings, remark)
+        elif plain_suffix(entry) in endings and _is_data(entry, remark):
             found.append(entry)
     return found
 
@@ -196,32 +273,80 @@ def _sniff(path: Path, start: bytes) -> None:
             raise DataError(f"{path} is {what}")
 
 
-def decoded(stream: io.BufferedReader, path: Path) -> Iterator[str]:
+def decoded(
+    stream: io.BufferedReader, path: Path, dialect: Dialect = UTF8, remark: Remark = lambda _: None
+) -> Iterator[str]:
     """Blocks of text, without a byte order mark.
 
     Raises:
-        DataError: The bytes are not UTF-8; what stands before the first wrong byte is given first.
+        DataError: The bytes are of another encoding; what stands before the first wrong byte is given first.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
     start = stream.read(64)
-    if _is_utf16(start):
+    mark, encoding = _marked(start) or (b"", dialect.encoding or "utf-8")
+    if not mark and dialect.encoding and _is_utf8(path):
+        encoding = "utf-8"
+        remark(f"{path} is read as UTF-8, which it is, and not as {dialect.encoding}")
+    elif encoding != "utf-8":
+        remark(f"{path} is read as {encoding}")
+    elif not mark and _is_utf16(start):
         raise not_utf8(start, start.find(0) if start[0] < 128 else 0, 0, path)
-    offset = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    decoder = codecs.getincrementaldecoder(encoding)()
+    offset = len(mark)
     block = start[offset:] + stream.read(BLOCK)
     while True:
-        pending = len(decoder.getstate()[0])
+        pending = decoder.getstate()[0]
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
+            raw = pending + block
+            if encoding != "utf-8":
+                byte, place = raw[error.start : error.start + 1], offset - len(pending) + error.start
+                raise DataError(
+                    f"{path} is not {encoding}: byte 0x{byte.hex()} at offset {place}; see --encoding"
+                ) from error
             if error.start:
-                yield error.object[: error.start].decode()
-            raise not_utf8(error.object, error.start, offset - pending, path) from error
+                yield raw[: error.start].decode()
+            raise not_utf8(raw, error.start, offset - len(pending), path) from error
         if text:
             yield text
         if not block:
             return
         offset += len(block)
         block = stream.read(BLOCK)
+
+
+def beginning(start: bytes) -> str:
+    """The first characters of a file, for finding out what it holds."""
+    mark, encoding = _marked(start) or (b"", "latin-1")
+    return start.removeprefix(mark).decode("latin-1" if encoding == "utf-8" else encoding, "replace").lstrip()
+
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+
+def _marked(start: bytes) -> tuple[bytes, str] | None:
+    """The byte order mark that a file begins with, and the encoding that it stands for."""
+    return next(((mark, encoding) for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether a file holds characters beyond ASCII, all of them in UTF-8: that is no other encoding by accident."""
+    decoder, beyond = codecs.getincrementaldecoder("utf-8")(), False
+    with open_bytes(path) as stream:
+        try:
+            while block := stream.read(BLOCK):
+                beyond = beyond or not block.isascii()
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return beyond
 
 
 def not_utf8(raw: bytes, position: int, offset: int, path: Path) -> DataError:
@@ -235,18 +360,19 @@ def not_utf8(raw: bytes, position: int, offset: int, path: Path) -> DataError:
     """
     encoding = "UTF-16" if _is_utf16(raw) else "GBK" if _is_paired(raw[position : position + 4096]) else "CP1252"
     return DataError(
-        f"{path} is not UTF-8: byte 0x{raw[position]:02x} at offset {offset + position}; it may be {encoding}, so "
-        f"convert it first, for example: iconv -f {encoding} -t UTF-8 {path.name}"
+        f"{path} is not UTF-8: byte 0x{raw[position]:02x} at offset {offset + position}; it may be {encoding}: prepare "
+        f"it with --encoding {encoding.lower()}, or convert it, for example: iconv -f {encoding} -t UTF-8 "
+        f"{shlex.quote(path.name)}"
     )
 
 
 def _is_utf16(raw: bytes) -> bool:
-    """By its mark; without one, Latin letters have a zero in every second byte."""
+    """Whether every second byte is a zero, as Latin letters have it there."""
     start = raw[:64]
-    return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) / 4
+    return start.count(0) > len(start) / 4
 
 
 def _is_paired(raw: bytes) -> bool:
-    """Whether bytes above 127 mostly come in pairs, as in Chinese text and not in accented Latin."""
+    """Whether bytes above 127 mostly come in pairs of pairs, as in Chinese text and not in accented Latin."""
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", raw)]
-    return sum(length for length in runs if length % 2 == 0) > sum(runs) / 2
+    return sum(length for length in runs if length % 2 == 0 and length > 2) > sum(runs) / 2

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
+from lit_llama.text.read.columns import rows_of_table
+from lit_llama.text.read.files import Remark
 from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain, holds_messages
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # a byte order mark stands within where files were joined
+_PYTHON = re.compile(r"[{,]\s*'|:\s*(?:None|True|False)\b")
 _ENDLESS = "Unterminated string"
 _CUT = 16  # an error this near to the end of the window may come from the end: \\uD83D\\uDE00 and -Infinity are shorter
 
@@ -123,6 +126,8 @@ class _Window:
         hint = "; the file ends here: it is cut off, fetch it again" if cut else ""
         place = f"line {line}, column {column}, byte {byte}"
         problem = problem.removesuffix(" at")
+        if _PYTHON.search(near):
+            hint = "; this is how Python prints objects: write them with json.dumps"
         return DataError(f"{self.path}:{what} is not JSON: {problem} at {place}, near {near!r}{hint}")
 
     def too_long(self) -> DataError:
@@ -137,13 +142,16 @@ class RefusedError(ValueError):
     """A value that is JSON but not accepted; reading can go on behind it."""
 
 
-def read_json(blocks: Iterator[str], path: Path, by_lines: bool = False) -> Iterator[RawRow]:
-    """Rows of a JSON file, whichever of the three forms it has.
+def read_json(
+    blocks: Iterator[str], path: Path, by_lines: bool = False, remark: Remark = lambda _: None
+) -> Iterator[RawRow]:
+    """Rows of a JSON file, whichever of the three forms it has; one object that holds a table comes to its rows.
 
     Args:
         blocks: Its text.
         path: Its name.
         by_lines: One row a line is expected, so that an error in one line leaves the others readable.
+        remark: Takes what has to be said of it.
 
     Raises:
         DataError: From here on nothing can be read.
@@ -153,12 +161,33 @@ def read_json(blocks: Iterator[str], path: Path, by_lines: bool = False) -> Iter
     if not first:
         raise DataError(f"{path} holds no rows")
     end = window.text.find("\n", window.start)
-    line = window.text[window.start : end if end >= 0 else None].rstrip()
+    line = window.text[window.start : end if end >= 0 else None].rstrip().removesuffix(",")
     if first == "[":
-        return _lines(window) if _is_conversation(line) else _array(window)
+        return _lines(window, remark) if _is_conversation(line) else _array(window, remark)
     if _is_object(line) or (by_lines and line != "{"):
-        return _lines(window)
-    return _sequence(window)
+        return _rows(_lines(window, remark), path, remark)
+    return _rows(_sequence(window, remark), path, remark)
+
+
+def _rows(rows: Iterator[RawRow], path: Path, remark: Remark) -> Iterator[RawRow]:
+    """The rows, or those of the table that a lone object is."""
+    first = next(rows, None)
+    if first is None:
+        return
+    try:
+        second = next(rows, None)
+    except DataError:
+        yield first
+        raise
+    if second is None and first.value is not None and (found := rows_of_table(first.value)) is not None:
+        remark(f"{path}: its one object is a table, and read as {len(found)} rows")
+        for number, row in enumerate(found):
+            yield RawRow.of(f"{path}:row {number}", row)
+        return
+    yield first
+    if second is not None:
+        yield second
+        yield from rows
 
 
 def _is_object(line: str) -> bool:
@@ -186,7 +215,7 @@ def _row(window: _Window, number: int) -> RawRow:
         return RawRow.bad(where, str(error))
 
 
-def _array(window: _Window) -> Iterator[RawRow]:
+def _array(window: _Window, remark: Remark) -> Iterator[RawRow]:
     window.start += 1
     number = 0
     if window.peek() == "]":
@@ -200,34 +229,56 @@ def _array(window: _Window) -> Iterator[RawRow]:
         if mark != ",":
             what = f"row {number}" if mark else f"the end of row {number}"
             raise window.fault(what, "expected , or ] behind it", window.start - 1, cut=not mark)
-        window.peek()
+        if window.peek() == "]":
+            remark(f"{window.path}: a comma stands behind the last row")
+            window.start += 1
+            break
         number += 1
     if window.peek():
         raise window.fault("the end", "more text behind the array", window.start)
 
 
-def _sequence(window: _Window) -> Iterator[RawRow]:
+def _sequence(window: _Window, remark: Remark) -> Iterator[RawRow]:
     number = 0
     while window.peek():
         yield _row(window, number)
         number += 1
+        if window.peek() == ",":
+            remark(f"{window.path}: commas stand between its rows, which are no array")
+            window.start += 1
 
 
-def _lines(window: _Window) -> Iterator[RawRow]:
+def _lines(window: _Window, remark: Remark) -> Iterator[RawRow]:
     number = window.place(window.start)[0]
     while (line := window.line()) is not None:
-        if line.strip(" \t\r"):
-            yield _line(window, line, number)
+        if line.strip(" \t\r\ufeff"):
+            yield from _line(window, line, number, remark)
         number += 1
 
 
-def _line(window: _Window, line: str, number: int) -> RawRow:
-    where = f"{window.path}:line {number}"
+def _line(window: _Window, line: str, number: int, remark: Remark) -> Iterator[RawRow]:
+    """The row of a line, or several that follow each other there."""
+    where, at = f"{window.path}:line {number}", _behind_space(line, 0)
     try:
-        return RawRow.of(where, STRICT.decode(line))
+        while at < len(line):
+            value, end = STRICT.raw_decode(line, at)
+            end = _behind_space(line, end)
+            if line[end : end + 1] == ",":
+                remark(f"{window.path}: commas stand behind its rows, which are no array")
+                end = _behind_space(line, end + 1)
+            if end < len(line) and line[end] != "{":
+                raise json.JSONDecodeError("Extra data", line, end)
+            yield RawRow.of(where, value)
+            at = end
     except json.JSONDecodeError as error:
         position = window.start - 1 - len(line) + error.pos
         cut = window.start > len(window.text) and (error.msg.startswith(_ENDLESS) or error.pos >= len(line))
-        return RawRow(where, None, window.fault(f"line {number}", error.msg, position, cut), "not JSON")
+        yield RawRow(where, None, window.fault(f"line {number}", error.msg, position, cut), "not JSON")
     except (ValueError, RecursionError) as error:
-        return RawRow.bad(where, explain(error))
+        yield RawRow.bad(where, explain(error))
+
+
+def _behind_space(line: str, at: int) -> int:
+    match = _SPACE.match(line, at)
+    assert match
+    return match.end()

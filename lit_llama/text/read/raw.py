@@ -35,7 +35,8 @@ class RawRow:
             return cls(where, value)
         if holds_messages(value):
             return cls(where, {"messages": value})
-        return cls.bad(where, f"found {kind(value)}, expected an object")
+        hint = "; the values of a row need names: pandas writes them with orient='records'"
+        return cls.bad(where, f"found {kind(value)}, expected an object", hint if isinstance(value, list) else "")
 
     @classmethod
     def bad(cls, where: str, reason: str, hint: str = "") -> "RawRow":
@@ -93,7 +94,7 @@ class NotStrictError(ValueError):
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise NotStrictError(f"{constant} is not JSON")
+    raise NotStrictError(f"{constant} is not JSON; write null for it")
 
 
 def _missing(constant: str) -> None:

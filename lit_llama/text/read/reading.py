@@ -3,40 +3,24 @@
 import difflib
 import math
 import random
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.folder import sha256_file
 from lit_llama.text.conversation import Conversation, Dropped
-from lit_llama.text.read.documents import TEXT_ENDINGS, Documents, read_documents
+from lit_llama.text.read.documents import Documents
 from lit_llama.text.read.fields import FieldLog
-from lit_llama.text.read.files import ENDINGS, expand, is_saved, unchanged
+from lit_llama.text.read.files import UTF8, Dialect, plain_suffix
 from lit_llama.text.read.oasst import Tree, join_messages
 from lit_llama.text.read.raw import RawRow, RowError
-from lit_llama.text.read.rows import read_rows
 from lit_llama.text.read.schemas import FIELDS, complete, recognise
-from lit_llama.text.read.tables import hash_dataset, is_hub_id, open_hub, open_saved, read_dataset
+from lit_llama.text.read.sources import Division, Part, resolve
 
 OnError = Literal["stop", "skip"]
-_SPLIT = re.compile(r"(train|test|valid(?:ation)?|val|dev|eval)(?=[._-]|$)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One file, or one split of a data set."""
-
-    name: str
-    split: str | None
-    rows: Callable[[], Iterator[RawRow]]
-    sha256: Callable[[], str]
-    guard: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Reader:
@@ -47,12 +31,14 @@ class Reader:
         schemas: Rows of each schema.
         files: Path, sha256 and number of raw rows of each file that has been read to its end.
         cut_turns: Last turns without an answer that were left off.
+        remarks: What was read otherwise than it stands, and files that were left out; complete after a loop.
+        division: How the sources are divided into train and test by themselves.
         log: What became of fields that are not simply used.
     """
 
     def __init__(
         self,
-        sources: Sequence[Sequence[_Part]],
+        sources: Sequence[Sequence[Part]],
         fields: Mapping[str, str],
         on_error: OnError,
         tree: Tree,
@@ -60,10 +46,13 @@ class Reader:
         seed: int,
         as_text: bool,
         ignored: Sequence[str],
+        remarks: dict[str, None],
     ) -> None:
         self._sources, self._fields, self._on_error = sources, fields, on_error
         self._new_log = partial(FieldLog, tree=tree, as_text=as_text, ignored=ignored)
         self._weights, self._seed = weights, seed
+        self.remarks = remarks
+        self.division = Division.of(sources)
         self._expected: dict[str, str] = {}
         self._begin()
 
@@ -117,7 +106,7 @@ class Reader:
             else:
                 left.remove(source)
 
-    def _read(self, parts: Sequence[_Part]) -> Iterator[tuple[RawRow, str | None]]:
+    def _read(self, parts: Sequence[Part]) -> Iterator[tuple[RawRow, str | None]]:
         """Rows of one source, under our names, and its entries in `files`."""
         for part in parts:
             entry = {"path": part.name, "sha256": "", "rows": 0}
@@ -129,7 +118,7 @@ class Reader:
                     raise DataError(f"{part.name} changed while this ran: run the same command again")
             self.files.append(entry)
 
-    def _renamed(self, part: _Part, entry: dict[str, Any]) -> Iterator[RawRow]:
+    def _renamed(self, part: Part, entry: dict[str, Any]) -> Iterator[RawRow]:
         for raw in part.rows():
             entry["rows"] += 1
             if raw.value is not None:
@@ -177,6 +166,7 @@ def read_conversations(
     weights: Sequence[float] | None = None,
     seed: int = 42,
     documents: Documents | None = None,
+    dialect: Dialect = UTF8,
     as_text: bool = False,
     ignore_fields: Sequence[str] = (),
 ) -> Reader:
@@ -194,6 +184,7 @@ def read_conversations(
             what is not drawn is dropped with that reason. Without weights, the sources follow one another.
         seed: Of the drawing.
         documents: The sources are files of plain text, or folders of such; this says what a document is.
+        dialect: How the text of files is written.
         as_text: Numbers, lists and objects where a text belongs become JSON text, and are counted; else they
             are errors.
         ignore_fields: Fields of rows and of messages, by their names in the data, that are left out.
@@ -215,65 +206,12 @@ def read_conversations(
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"--weights: found {weight}, expected a number above 0; leave out unwanted sources")
-    return Reader(
-        _known_splits(_resolve(sources, documents)), fields, on_error, tree, weights, seed, as_text, ignore_fields
-    )
-
-
-def _resolve(sources: Sequence[str], documents: Documents | None) -> list[list[_Part]]:
-    """What each source comes to."""
-    seen: set[Path] = set()
-    resolved = []
-    for source in sources:
-        if documents is None and is_hub_id(source):
-            resolved.append(_splits(source.partition("#")[0], open_hub(source)))
-            continue
-        parts: list[_Part] = []
-        for path in expand([source], TEXT_ENDINGS if documents else ENDINGS):
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                parts += (
-                    _splits(str(path), open_saved(path))
-                    if is_saved(path)
-                    else [
-                        _Part(
-                            str(path),
-                            _split_of(path.name),
-                            partial(read_documents, path, documents) if documents else partial(read_rows, path),
-                            partial(sha256_file, path),
-                            partial(unchanged, path),
-                        )
-                    ]
-                )
-        resolved.append(parts)
-    return resolved
-
-
-def _splits(name: str, splits: Mapping[str | None, Any]) -> list[_Part]:
-    return [
-        _Part(
-            f"{name}/{split}" if split else name,
-            _split_of(split or ""),
-            partial(read_dataset, dataset, name, split),
-            partial(hash_dataset, dataset),
-        )
-        for split, dataset in splits.items()
-    ]
-
-
-def _split_of(name: str) -> str | None:
-    """train-00000-of-00001.parquet -> train; valid, val, dev and eval are called validation."""
-    match = _SPLIT.match(name)
-    found = match[1].lower() if match else None
-    return found if found in ("train", "test", None) else "validation"
-
-
-def _known_splits(sources: list[list[_Part]]) -> list[list[_Part]]:
-    """Splits count only where there is something to train and something to test on."""
-    names = {part.split for parts in sources for part in parts}
-    if "train" in names and names & {"test", "validation"}:
-        return sources
-    return [[replace(part, split=None) for part in parts] for parts in sources]
+    remarks: dict[str, None] = {}
+    parts = resolve(sources, documents, dialect, lambda remark: remarks.setdefault(remark))
+    names = [part.name for source in parts for part in source]
+    if dialect.is_of_csv and not any(plain_suffix(Path(name)) in (".csv", ".tsv") for name in names):
+        raise UserError("--quoting and --escape are about CSV, and no source is named .csv or .tsv: leave them out")
+    return Reader(parts, fields, on_error, tree, weights, seed, as_text, ignore_fields, remarks)
 
 
 def _rename(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _COUNTED = (
     "made_of",
     "too_long",
     "dropped_by_choice",
+    "remarks",
     "fields",
     "notes",
 )  # stand elsewhere in the report
@@ -86,6 +87,7 @@ def account(meta: Mapping[str, Any]) -> Json:
             for what, tally in meta.get("notes", {}).items()
         ],
         "too_long": meta["too_long"],
+        "remarks": list(meta.get("remarks", [])),
         "adds_up": rows == meta["kept"] + lost,
         "cut_rows": cut,
         "dropped_rows": dropped,
@@ -109,6 +111,8 @@ def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list
         warn(note["severity"], f"{_rows(note['rows'])} {what}.", why)
     _warn_of_leakage(findings, warn)
     _warn_of_contents(findings, warn)
+    for remark in accounting["remarks"]:
+        warn("note", f"{remark[0].upper()}{remark[1:]}.", "Said by prepare/ as well.")
     order = ("fix", "check", "note")
     return sorted(found, key=lambda warning: order.index(warning["severity"]))
 

@@ -2,16 +2,16 @@
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.text import Text
 
+from lit_llama.console import visible as visible
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, UserError
+from lit_llama.progress import stdout
 from lit_llama.text.dataset import Split, read_meta
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.streamer import Streamer
@@ -78,16 +78,6 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def visible(text: str) -> str:
-    """A text whose invisible and control characters are spelled, so that none acts on the terminal."""
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩"
-        if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        else c
-        for c in text
-    )
-
-
 def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None) -> None:
     """Print samples of a data folder; the parameters are those of prepare/show.py.
 
@@ -99,11 +89,13 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
     """
     ranges = parse_rows(rows)
     tokenizer = recorded_tokenizer(data_dir, tokenizer_path)
-    samples = Split(data_dir, split)
+    samples = Split(data_dir, split, empty=True)
+    if not len(samples):
+        raise UserError(f"{data_dir} has no {split} split: it was prepared with --test_split_size 0")
     last = max(part[-1] for part in ranges)
     if last >= len(samples):
         raise UserError(f"--rows names {last}, but {data_dir / split} has the rows 0 to {len(samples) - 1}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = stdout()
     plain = not console.is_terminal or console.no_color
     console.print(_legend(plain))
     for row in itertools.chain.from_iterable(ranges):

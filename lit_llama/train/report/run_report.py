@@ -73,7 +73,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         },
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
-        "commands": commands(folder, settings, door),
+        "commands": commands(folder, settings, door, _test_rows(meta) != 0),
     }
 
 
@@ -131,8 +131,8 @@ def _files(source: Json) -> str:
     return ", ".join(named + more)
 
 
-def commands(folder: Path, settings: Json, door: str) -> list[Json]:
-    """What to type next: {"what", "command"}."""
+def commands(folder: Path, settings: Json, door: str, tested: bool = True) -> list[Json]:
+    """What to type next, with a test split or without one: {"what", "command"}."""
     out, name = shlex.quote(str(folder)), folder.resolve().name
     again = shlex.quote(f"{folder}-again")
     merged = shlex.quote(f"checkpoints/{name}-merged")
@@ -142,10 +142,16 @@ def commands(folder: Path, settings: Json, door: str) -> list[Json]:
     }
     if door == _LORA:
         found["Merge it into its base"] = f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}"
-    if "data_dir" in settings:
+    if "data_dir" in settings and tested:
         data = shlex.quote(str(settings["data_dir"]))
         found["Answer the test split"] = f"python generate/instruct.py --checkpoint_dir {out} --data_dir {data}"
     return [{"what": what, "command": command} for what, command in found.items()]
+
+
+def _test_rows(meta: Json) -> int | None:
+    """Rows of the test split, None if that is not known."""
+    rows: int | None = meta.get("data", {}).get("splits", {}).get("test", {}).get("rows")
+    return rows
 
 
 def _read_samples(path: Path) -> list[Json]:

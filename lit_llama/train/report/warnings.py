@@ -26,6 +26,14 @@ def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings:
     if leaked := data.get("test_rows_also_in_train"):
         what = f"{leaked:,} test row{'' if leaked == 1 else 's'} also in train."
         found.append(("check", what, "The test loss looks better than it is; see the report of the data."))
+    rows = {name: counts.get("rows") for name, counts in data.get("splits", {}).items()}
+    if rows.get("test") == 0:
+        what = "The data has no test split: there was no evaluation."
+        found.append(("note", what, "Whether the model learned more than its rows by heart is not known."))
+    size = settings.get("train", {}).get("batch_size", 0)
+    if rows.get("train") and rows["train"] < size:
+        what = f"The data has {rows['train']:,} rows for training: a step takes all of them, not {size:,}."
+        found.append(("note", what, "So few rows are soon learned by heart."))
     order = ("fix", "check", "note")
     return sorted(
         ({"severity": severity, "what": what, "why": why} for severity, what, why in found),

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lit_llama.convert.pth.pickled import MAX_BYTES, STORAGES, Items, View, kind_of, read_pickle
 from lit_llama.errors import CheckpointError
+from lit_llama.model.pth.pickled import MAX_BYTES, STORAGES, Items, View, kind_of, read_pickle
 from lit_llama.model.weights import DTYPES, Spec, Stored, describe_wrong_file
 from lit_llama.progress import track
 

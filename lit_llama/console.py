@@ -1,0 +1,100 @@
+"""Text on its way to a terminal: nothing in it acts there, and no word is broken at the edge.
+
+Paths, rows and answers are words of others. On a terminal their control characters are spelled; into a pipe or a file
+every text goes as it is.
+"""
+
+import os
+import sys
+import unicodedata
+from typing import TextIO
+
+_ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # categories of Unicode: control, invisible, private, line ends
+_JOINERS = "\u200c\u200d"  # which Persian words and family emoji are spelled with
+
+
+def visible(text: str) -> str:
+    """A text whose invisible and control characters are spelled, so that none acts on the terminal."""
+    return "".join(_spelled(c) if _acts(c) else c for c in text)
+
+
+def harmless(text: str, before: str = "") -> str:
+    """The same for reading: joiners stay where they join.
+
+    Args:
+        text: What is to be shown.
+        before: What was shown before it on the line, where a text comes in pieces.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    parts = []
+    for c in text:
+        joins = c in _JOINERS and not before.isascii() and not before.isspace()
+        keeps = joins or not _acts(c)
+        parts.append(c if keeps else _spelled(c))
+        before = c if keeps else ""
+    return "".join(parts)
+
+
+def _acts(c: str) -> bool:
+    return c not in "\n\t" and unicodedata.category(c) in _ACTING
+
+
+def _spelled(c: str) -> str:
+    return f"⟨U+{ord(c):04X}⟩"
+
+
+def unbroken(text: str, width: int) -> str:
+    """Fill up with blanks every row of a terminal whose last word would not end in it.
+
+    The terminal then goes on with that word in the next row. No line end is put in, so that what is copied from there,
+    a command perhaps, still is one line.
+    """
+    rows = []
+    for line in text.split("\n"):
+        shown, column = [], 0
+        for index, word in enumerate(line.split(" ")):
+            size = _cells(word)
+            if index and column + 1 + size > width and size < width:
+                shown.append(" " * max(1, width - column))
+                column = 0 if column < width else 1
+            elif index:
+                shown.append(" ")
+                column = (column + 1) % width
+            shown.append(word)
+            column = column + size if column + size <= width else (column + size) % width
+        rows.append("".join(shown))
+    return "\n".join(rows)
+
+
+def _cells(word: str) -> int:
+    """Columns that a word takes."""
+    if word.isascii():
+        return len(word)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in word)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """A text as it is to be written to a stream."""
+    if not stream.isatty():
+        return text
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # no terminal of its own, or none that knows
+        width = 0
+    text = harmless(text)
+    return unbroken(text, width) if width else text
+
+
+class Results:
+    """Stdout for a text that comes in pieces, such as an answer."""
+
+    def __init__(self) -> None:
+        self._terminal, self._before = sys.stdout.isatty(), ""
+
+    def write(self, text: str) -> None:
+        """Show the next piece at once."""
+        if self._terminal and text:
+            last, text = text[-1], harmless(text, self._before)
+            self._before = last if text.endswith(last) else ""
+        print(text, end="", flush=True)

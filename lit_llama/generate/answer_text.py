@@ -1,0 +1,71 @@
+"""Ids of one answer -> its text, piece by piece, and how it ended."""
+
+from collections.abc import Collection
+
+from lit_llama.generate.engine.request import FinishReason, Sampling
+from lit_llama.text.places import Place
+from lit_llama.text.stops import StopFinder
+from lit_llama.text.streamer import Streamer
+from lit_llama.text.tokenizer import Tokenizer
+
+
+class AnswerText:
+    """The text of an answer as its tokens come.
+
+    Neither the stop id that ends it nor anything from a stop text on is part of it.
+
+    Args:
+        tokenizer: That of the model.
+        sampling: With the limit and the stop texts.
+        stop_ids: An answer ends with any of these.
+        opening: Text that answers begin with and that is not shown.
+        place: Where the answer stands: behind the text of a prompt, or behind a control token.
+
+    Attributes:
+        tokens: Ids so far, the stop id included.
+        finish_reason: None while it goes on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        opening: str = "",
+        place: Place = Place.MORE,
+    ) -> None:
+        self._streamer, self._finder = Streamer(tokenizer, place), StopFinder(sampling.stop)
+        self._limit, self._least = sampling.max_new_tokens, sampling.min_new_tokens
+        # A stop text that spells a control token is never seen as text.
+        self._stop_ids = {*stop_ids, *(tokenizer.control[text] for text in sampling.stop if text in tokenizer.control)}
+        self._opening = opening
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def stop_ids(self) -> Collection[int]:
+        """Those given, and the control tokens that stop texts spell."""
+        return self._stop_ids
+
+    def push(self, token: int) -> str:
+        """The text that became certain with a token; all that is left where it ends the answer."""
+        self.tokens += 1
+        stopped, last = token in self._stop_ids, self.tokens >= self._limit
+        text = "" if stopped else self._shown(self._streamer.push([token]))
+        if stopped or last:
+            text += self._shown(self._streamer.flush())
+        if stopped or self._finder.found:
+            self.finish_reason = "stop"
+        elif last:
+            self.finish_reason = "length"
+        return text if self.finish_reason is None else text + self._finder.flush()
+
+    def abort(self) -> str:
+        """Give up waiting for more: what was held back is text."""
+        self.finish_reason = "abort"
+        return self._shown(self._streamer.flush()) + self._finder.flush()
+
+    def _shown(self, text: str) -> str:
+        if text and self._opening:
+            text, self._opening = text.removeprefix(self._opening), ""
+        return self._finder.push(text) if self.tokens > self._least else text

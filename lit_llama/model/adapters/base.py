@@ -1,0 +1,148 @@
+"""The base model of an adapter: found where its folder says, beside it, or in the Hub's cache, and proven."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.model.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
+from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.places import of_sixteen_bits, repository
+from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE
+from lit_llama.progress import stderr
+
+META_FILE, _MODEL_FILE, _CHECKPOINTS = "meta.json", "config.json", "checkpoints"
+
+
+def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
+    """The base model of an adapter folder, proven to be the one it was trained on where the folder says which.
+
+    Args:
+        adapter_dir: The adapter.
+        base_dir: Where the base is; None looks for it: where the adapter names it, seen from the working folder or
+            from a folder above the adapter; where it was when the adapter was trained; under its name beside the
+            adapter or in checkpoints/; in the cache of the Hub.
+
+    Raises:
+        CheckpointError: The base is not there.
+        IntegrityError: It is another one.
+    """
+    settings = read_settings(adapter_dir)
+    expected, absolute = _recorded(adapter_dir)
+    if base_dir is not None:
+        if not (base_dir / _MODEL_FILE).is_file():
+            raise CheckpointError(f"--base_dir {base_dir} is no checkpoint folder: it has no {_MODEL_FILE}")
+        _check(base_dir, adapter_dir, expected)
+        return base_dir
+    named = Path(settings.base) if settings.base else None
+    refusal: UserError | None = None
+    for place in _places(adapter_dir, settings, absolute):
+        try:
+            _check(place, adapter_dir, expected)
+        except UserError as error:
+            refusal = refusal or error
+            continue
+        if place != named:
+            proof = "its weights have the recorded fingerprint" if expected else "no fingerprint proves it"
+            stderr().print(f"base model {settings.base!r} of {adapter_dir}: taken from {place}; {proof}", markup=False)
+        return place
+    raise refusal or _absent(adapter_dir, settings.base)
+
+
+def base_record(base: Path) -> dict[str, str]:
+    """What an adapter records of its base: the path as it was given, which moves along with both folders, the place on
+    this machine, and what proves it."""
+    return {"path": str(base), "absolute": str(base.resolve()), "fingerprint": fingerprint(base)}
+
+
+def _recorded(adapter_dir: Path) -> tuple[str | None, str | None]:
+    """The fingerprint of the base and its place while the adapter was trained, as far as meta.json says them."""
+    meta = adapter_dir / META_FILE
+    if not meta.is_file():
+        return None, None
+    try:
+        known = json.loads(meta.read_text("utf-8"))
+        if "source" in known and "base" not in known:  # downloaded: its author gave no fingerprint
+            return None, None
+        absolute = known["base"].get("absolute")
+        return str(known["base"]["fingerprint"]), absolute if isinstance(absolute, str) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
+
+
+def _check(base: Path, adapter_dir: Path, expected: str | None) -> None:
+    if expected is not None and fingerprint(base) != expected:
+        raise IntegrityError(
+            f"{base} is not the base that {adapter_dir} was trained on: its weights have another fingerprint; "
+            "bring back the original weights and name their folder with --base_dir, or train again"
+        )
+
+
+def _places(adapter_dir: Path, settings: AdapterSettings, absolute: str | None) -> Iterator[Path]:
+    """Folders of models that the name may mean, the most likely first, each once."""
+    seen = set()
+    for place in _candidates(adapter_dir, settings, absolute):
+        try:
+            there, real = (place / _MODEL_FILE).is_file(), place.resolve()
+        except (OSError, ValueError):  # a name that no file can have
+            continue
+        if there and real not in seen and _may_be(place, settings.base):
+            seen.add(real)
+            yield place
+
+
+def _candidates(adapter_dir: Path, settings: AdapterSettings, absolute: str | None) -> Iterator[Path]:
+    named = settings.base
+    if named:
+        yield Path(named)
+    if absolute:
+        yield Path(absolute)
+    if not named:
+        return
+    above = [adapter_dir.resolve(), *adapter_dir.resolve().parents]
+    yield from (folder / named for folder in above)
+    last = re.split(r"[\\/]", named.rstrip("\\/"))[-1]  # of another machine's path, too
+    if last in ("", ".", ".."):
+        return
+    yield Path(_CHECKPOINTS) / last
+    yield from (folder / last for folder in above[:2])
+    yield from (folder / _CHECKPOINTS / last for folder in above)
+    if (cached := _in_cache(named, settings.revision)) is not None:
+        yield cached
+
+
+def _may_be(place: Path, named: str) -> bool:
+    """Whether a folder that was downloaded came from the repository of this name, where both are known."""
+    try:
+        source = json.loads((place / META_FILE).read_text("utf-8"))["source"]["repo_id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return repository(named) is None or not isinstance(source, str) or source.lower() == named.lower()
+
+
+def _in_cache(named: str, revision: str | None) -> Path | None:
+    """The model in the cache that huggingface_hub and transformers share, if it is there with weights."""
+    if repository(named) is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for revisions in dict.fromkeys((revision, None)):
+        found = try_to_load_from_cache(named, _MODEL_FILE, revision=revisions)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+                return folder
+    return None
+
+
+def _absent(adapter_dir: Path, named: str) -> CheckpointError:
+    where = f"{adapter_dir / CONFIG_FILE} names the base model {named!r}"
+    looked = f"working folder: {Path.cwd()}; looked beside the adapter, in {_CHECKPOINTS}/ and in the Hub's cache, too"
+    way = "name its folder with --base_dir, or correct base_model_name_or_path"
+    plain = of_sixteen_bits(named)
+    if plain is not None:
+        way = f"it is a quantised copy: take the 16-bit model, probably {plain}, and {way}"
+    if (wanted := repository(plain or named)) is not None:
+        way = f"python prepare/download.py --repo_id {wanted} brings it; {way}"
+    return CheckpointError(f"{where}, which is no checkpoint folder here ({looked}): {way}")

@@ -1,0 +1,190 @@
+"""What a path that is no checkpoint folder is instead, and the way out. Imports no torch."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import CheckpointError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_QUANTISED = re.compile(
+    r"-(?:unsloth-)?bnb-[48]bit|-[48]bit|-(?:gptq|awq|hqq|aqlm|eetq|nf4|mlx)(?:[-.](?:int)?\d(?:bit)?)?"
+    r"|-(?:gptq-)?int[48]|-fp8(?:-dynamic|-kv)?|-quantized\.w\d+a\d+|-gguf",
+    re.IGNORECASE,
+)
+_TORCHTUNE = re.compile(r"(?:adapter|hf_model_\d+|meta_model)_\d+\.pt")
+_METHODS = {
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "compressed-tensors": "compressed-tensors",
+    "mxfp4": "MXFP4",
+}
+
+
+def repository(name: str) -> str | None:
+    """A name as it is if it can be one of a repository on the Hub, OWNER/NAME."""
+    return name if _REPOSITORY.fullmatch(name) and ".." not in name else None
+
+
+def of_sixteen_bits(name: str) -> str | None:
+    """The name of the model that a quantised copy of this name was made from, as far as names tell; None if they do
+    not."""
+    plain = _QUANTISED.sub("", name)
+    return plain if plain != name else None
+
+
+def describe_quantization(raw: Mapping[str, Any], name: str = "") -> str:
+    """What a quantization_config stands for, and the way out.
+
+    Args:
+        raw: Contents of config.json.
+        name: What the folder is called.
+    """
+    settings = raw.get("quantization_config") or raw.get("compression_config")
+    settings = settings if isinstance(settings, Mapping) else {}
+    unnamed = "bitsandbytes" if _bnb_bits(settings) else "a method that is not named"
+    kind = str(settings.get("quant_method") or unnamed)
+    bits = settings.get("bits", settings.get("w_bit")) or _bnb_bits(settings)
+    said = f"{_METHODS.get(kind, kind)}{f' in {bits} bits' if isinstance(bits, int) else ''}"
+    origin = raw.get("_name_or_path")
+    known = (of_sixteen_bits(text) for text in (origin, name) if isinstance(text, str))
+    plain = next((text for text in known if text), None)
+    which = f", probably {plain}" if plain else ""
+    command = f"python prepare/download.py --repo_id {repository(plain or '') or 'OWNER/NAME'}"
+    return (
+        f"the weights are quantised with {said}, which is not read here: take the 16-bit model that they were made from"
+        f"{which} ({command}), and hold that in few bits with --quantize"
+    )
+
+
+def _bnb_bits(settings: Mapping[str, Any]) -> int | None:
+    return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+
+
+def wrong_place(path: Path) -> CheckpointError:
+    """What to say of a path that was given for a checkpoint folder and has no config.json."""
+    quoted = shlex.quote(str(path))
+    made = shlex.quote(f"checkpoints/{path.stem if path.is_file() else path.name}")
+    if path.is_file():
+        return CheckpointError(f"{path} {_of_file(path, quoted, made)}")
+    if not path.exists() and (wanted := repository(str(path))) is not None:
+        return CheckpointError(
+            f"{path} does not exist here (working folder: {Path.cwd()}). If it is a model on the Hub: python "
+            f"prepare/download.py --repo_id {wanted}, then give {made}"
+        )
+    if not path.is_dir():
+        return CheckpointError(
+            f"{path / _MODEL_FILE} does not exist: there is no folder {path} (working folder: {Path.cwd()})"
+        )
+    if what := _of_folder(path, {entry.name for entry in path.iterdir()}, quoted, made):
+        return CheckpointError(f"{path} {what}")
+    return CheckpointError(
+        f"{path / _MODEL_FILE} does not exist; a checkpoint folder has {_MODEL_FILE}, *.safetensors and tokenizer "
+        "files. Make one with prepare/checkpoint.py"
+    )
+
+
+def no_adapter(path: Path) -> str | None:
+    """What to say of a path that was given for an adapter folder and has no settings; None if it tells nothing."""
+    quoted = shlex.quote(str(path))
+    if path.is_file():
+        return f"{path} is a file: give the folder of the adapter, {path.parent}"
+    if not path.exists() and (wanted := repository(str(path))) is not None:
+        return f"{path} does not exist here. If it is on the Hub: python prepare/download.py --repo_id {wanted}"
+    if not path.is_dir():
+        return None
+    if (path / _MODEL_FILE).is_file():
+        return f"{path} is a model and no adapter: there is nothing to merge"
+    what = _of_folder(path, {entry.name for entry in path.iterdir()}, quoted, quoted)
+    return f"{path} {what}" if what else None
+
+
+def _of_file(path: Path, quoted: str, made: str) -> str:
+    if path.suffix == ".gguf":
+        return (
+            f"is a GGUF file: convert it with python prepare/checkpoint.py --source {quoted} --destination_path {made}"
+        )
+    if (path.parent / _MODEL_FILE).is_file() or (path.parent / _ADAPTER_FILE).is_file():
+        return f"is a file of the folder {path.parent}: give the folder"
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        return (
+            f"is a torch file: bring it into a checkpoint folder with python prepare/checkpoint.py --source {quoted} "
+            f"--destination_path {made}"
+        )
+    return f"is a file: give a folder with {_MODEL_FILE}, weights and tokenizer"
+
+
+def _of_folder(path: Path, names: set[str], quoted: str, made: str) -> str | None:
+    convert = f"python prepare/checkpoint.py --source {quoted} --destination_path {made}"
+    if foreign := foreign_adapter(path, names):
+        return foreign
+    if _ADAPTER_FILE in names:
+        return (
+            f"is an adapter and no model: put it into its base first, with python finetune/merge.py --adapter_dir "
+            f"{quoted} --destination_path {quoted}-merged"
+        )
+    if weights := [name for name in _ADAPTER_WEIGHTS if name in names]:
+        copies = [state for state in _states(path) if (state / _ADAPTER_FILE).is_file()]
+        way = f"copy {copies[-1] / _ADAPTER_FILE}" if copies else "bring it back from where the adapter came from"
+        return (
+            f"holds {weights[0]} without {_ADAPTER_FILE}, which says rank, scale and base: {way} (each checkpoint of a "
+            "run has the same one)"
+        )
+    if "run.yaml" in names and "states" in names:
+        return _unfinished(path)
+    if "consolidated.safetensors" in names:
+        return (
+            "is in Mistral's own layout (consolidated.safetensors, params.json): take the files of Hugging Face's "
+            "layout (config.json, model-*.safetensors), which mostly lie in the same repository: python "
+            f"prepare/download.py --repo_id OWNER/{path.name}"
+        )
+    if any(re.fullmatch(r"consolidated\.\d\d\.pth|lit-llama\.pth|lit_model\.pth", name) for name in names):
+        return f"is no folder of Hugging Face's: convert it with {convert}"
+    if "dataset_dict.json" in names:
+        return "is a data folder: it goes behind --data_dir"
+    if ggufs := sorted(name for name in names if name.endswith(".gguf")):
+        return f"holds GGUF files: convert one with {convert.replace(quoted, shlex.quote(str(path / ggufs[0])), 1)}"
+    inner = [name for name in ("final", "merged") if (path / name / _MODEL_FILE).is_file()]
+    steps = sorted((name for name in names if re.fullmatch(r"checkpoint-\d+", name)), key=lambda name: int(name[11:]))
+    if found := inner + [name for name in reversed(steps) if _is_result(path / name)]:
+        return f"is the folder of a run, with {', '.join(found[:3])} in it: give {path / found[0]}"
+    return None
+
+
+def _is_result(folder: Path) -> bool:
+    return (folder / _MODEL_FILE).is_file() or (folder / _ADAPTER_FILE).is_file()
+
+
+def _unfinished(path: Path) -> str:
+    """A run of ours that has not ended: it goes on, or one of its states is used."""
+    states = [state for state in _states(path) if _is_result(state)]
+    script = "full" if states and (states[-1] / _MODEL_FILE).is_file() else "lora"
+    go_on = f"python finetune/{script}.py --config {shlex.quote(str(path / 'run.yaml'))} --resume auto"
+    now = f", or give its newest state {states[-1]}" if states else ""
+    return f"is a run that has not ended: go on with {go_on}{now}"
+
+
+def _states(path: Path) -> list[Path]:
+    return sorted((path / "states").glob("step-*"))
+
+
+def foreign_adapter(path: Path, names: set[str]) -> str | None:
+    """The adapter of another program in a folder, and what to do with it."""
+    if "adapters.safetensors" in names or "adapters.npz" in names:
+        return (
+            f"holds an adapter of mlx: turn it into PEFT's with python prepare/checkpoint.py --source "
+            f"{shlex.quote(str(path))} --base_dir BASE --destination_path out/lora/{shlex.quote(path.name)}"
+        )
+    if torchtune := sorted(name for name in names if _TORCHTUNE.fullmatch(name)):
+        return (
+            f"holds {torchtune[0]} of torchtune: let torchtune write Hugging Face's layout (FullModelHFCheckpointer, "
+            "which also writes adapter_model.safetensors with adapter_config.json), and give that folder"
+        )
+    return None

@@ -1,0 +1,118 @@
+"""Texts of others on their way to a terminal or a file, as a terminal of its own shows them."""
+
+import io
+import os
+import pty
+import sys
+import tty
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_llama import progress
+from lit_llama.console import Results, harmless, shown, unbroken
+
+HOSTILE = "a[/b] [red]x[/red] :smile: \x1b[31m \x9b2J \u202eevil\u200b\x07 {task}"
+SPELLED = "a[/b] [red]x[/red] :smile: ⟨U+001B⟩[31m ⟨U+009B⟩2J ⟨U+202E⟩evil⟨U+200B⟩⟨U+0007⟩ {task}"
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, stream: str, columns: int, work: Callable[[], object]) -> str:
+    """The bytes that arrive on a terminal."""
+    main, side = pty.openpty()
+    tty.setraw(side)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with os.fdopen(side, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, stream, terminal)
+        work()
+        terminal.flush()
+        found = os.read(main, 1 << 16).decode()
+    os.close(main)
+    return found
+
+
+def test_no_text_is_markup_or_acts_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback at [/b], paths with gaps, and escape sequences in a file name that are obeyed."""
+    assert on_terminal(monkeypatch, "stderr", 200, lambda: progress.stderr().print(HOSTILE)) == f"{SPELLED}\n"
+    assert shown(HOSTILE, io.StringIO()) == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: [*progress.track([1, 2], HOSTILE)],
+        lambda: [*progress.count([1, 2], HOSTILE)],
+        lambda: progress.reading(io.BytesIO(b"xy"), 2, HOSTILE).__enter__(),
+    ],
+)
+def test_no_description_of_a_bar_is_markup(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Catches the same in what is written beside a bar."""
+    found = on_terminal(monkeypatch, "stderr", 400, work)
+    assert SPELLED in found and "\x1b[31m \x9b" not in found
+
+
+def test_a_pipe_gets_every_byte(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a line that is wrapped or cleaned for a program that reads it."""
+    text = HOSTILE + " word" * 100
+    progress.stderr().print(text)
+    results = Results()
+    results.write(text)
+    found = capfd.readouterr()
+    assert found.err == f"{text}\n" and found.out == text
+
+
+def test_an_answer_does_not_act_on_the_terminal_but_keeps_its_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an answer that moves the cursor, and families and Persian words that are torn apart."""
+    family, persian, cut = "👩‍👧", "می‌خواهم", ["👩", "‍", "👧"]
+
+    def work() -> None:
+        results = Results()
+        for piece in [f"{family} {persian}\n", *cut, "a\u200d\u200cb", "\x1b]0;x\x07"]:
+            results.write(piece)
+
+    found = on_terminal(monkeypatch, "stdout", 80, work)
+    assert found == f"{family} {persian}\n{family}a⟨U+200D⟩⟨U+200C⟩b⟨U+001B⟩]0;x⟨U+0007⟩"
+    assert harmless("plain") == "plain"
+
+
+@pytest.mark.parametrize("width", [20, 33, 40, 80])
+def test_no_word_is_broken_at_the_edge(width: int) -> None:
+    """Catches "sto" and "ps" in two rows; the oracle cuts rows as a terminal does."""
+    text = "Ctrl-D leaves, Ctrl-C stops an answer and 北京 food is written to out/lora/x again and again"
+    words = text.split()
+    filled = unbroken(text, width)
+    assert "\n" not in filled and filled.split() == words, "what is copied is another command"
+    cells = [c for c in filled for _ in range(1 if c.isascii() else 2)]  # 北 takes two columns
+    rows = ["".join(cells[start : start + width]) for start in range(0, len(cells), width)]
+    whole = {word if word.isascii() else "北北京京" for word in words}
+    assert set(" ".join(rows).split()) == whole
+    assert unbroken("x" * 100, 30) == "x" * 100, "a word that fits into no row stays whole"
+
+
+def test_a_usage_error_keeps_blanks_and_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a path in an error that is not the one on the disk."""
+    from lit_llama.cli import CLI
+
+    def main() -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "two  blanks [/b]"))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["x"])
+        CLI(main)
+    assert ended.value.code == 5
+    assert capsys.readouterr().err == f"error: {tmp_path}/two  blanks [/b]: No such file or directory\n"
+
+
+def test_a_full_disk_names_the_places_it_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches "[Errno 28] No space left on device"."""
+    from lit_llama.cli import CLI
+
+    def main() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["x"])
+        CLI(main)
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: a disk is full: {Path.cwd()} has ") and "Errno" not in err

@@ -90,6 +90,17 @@ def test_what_is_typed_never_becomes_a_control_token(shape: str, zoo: dict[str, 
         assert found == wanted and found.count(ours.words["<SQL>"]) == 2
 
 
+def test_a_very_long_conversation_is_trained_as_a_short_one(zoo: dict[str, Path]) -> None:
+    """Catches answers in the middle, whose prompts are not rendered one by one, that carry no loss or a header's."""
+    ours, theirs = Tokenizer.from_path(zoo["byte level"]), in_transformers(zoo["byte level"])
+    chat = [QUESTION, ANSWER] * 90
+    encoded = encode(ours, JinjaStyle(TOOLS), chat)
+    [sample], whole = samples_of(encoded), theirs_of(theirs, TOOLS, chat, prompt=False)
+    assert sample.input_ids == whole[: len(sample.input_ids)] and not encoded.parts
+    [(_, trained)] = texts_of(ours, JinjaStyle(TOOLS), encoded)
+    assert trained == "Four.<|im_end|>" * 89 + "<think>\n\n</think>\n\nFour.<|im_end|>"
+
+
 def test_text_comes_back_behind_a_prompt(zoo: dict[str, Path]) -> None:
     """Catches an answer that is shown without the blank that it begins with, or with one of the tokenizer's own."""
     from lit_llama.text.places import Place

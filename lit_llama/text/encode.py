@@ -86,8 +86,13 @@ def rendered(
         bos = tokenizer.bos_token if begins(tokenizer, style) else ""
         return Told(style.render(messages, bos=bos, eos=eos, answer=answer, tools=tools))
     told = style.tell(messages, bos=tokenizer.bos_token, eos=eos, answer=answer, tools=tools, keep=keep)
-    usual = answer_end(style, tokenizer.bos_token, eos, tokenizer.control) if _calls(messages) else None
+    usual = _usual_end(style, tokenizer.bos_token, eos, tuple(tokenizer.control)) if _calls(messages) else None
     return replace(told, segments=trained_ends(told.segments, tokenizer.control, usual))
+
+
+@lru_cache(16)  # of the same style for every row
+def _usual_end(style: PromptStyle, bos: str, eos: str, control: tuple[str, ...]) -> str | None:
+    return answer_end(style, bos, eos, control)
 
 
 def _calls(messages: Sequence[Message]) -> bool:

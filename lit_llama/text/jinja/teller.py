@@ -1,9 +1,10 @@
 """Which of a rendered conversation is trained: what the template writes behind the prompt of each answer."""
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from lit_llama.text.conversation import Message
 from lit_llama.text.styles import Segment
@@ -56,7 +57,7 @@ class Teller:
         self,
         messages: Sequence[Message],
         rendered: Rendered,
-        prompts: Mapping[int, str],
+        prompts: dict[int, str],
         *,
         open: bool,
         asking: bool,
@@ -65,6 +66,8 @@ class Teller:
         self._messages, self._rendered, self._prompts = messages, rendered, prompts
         self._open, self._asking, self._thoughts = open, asking, thoughts
         self._spans = self._find_spans()
+        ends = (self._spans[index][1] if index in self._spans else 0 for index in range(len(messages)))
+        self._ends = [0, *accumulate(ends, max)]  # where the words of all messages before each have ended
 
     def _find_spans(self) -> dict[int, tuple[int, int]]:
         """Where the words of each message begin and end in the text."""
@@ -81,63 +84,65 @@ class Teller:
         """The conversation, in segments."""
         if any(isinstance(part, str) and BLOCK.search(part) for part in self._rendered.parts):
             return Told(self._blocks(), self._rendered.left_out)
-        text, spans = self._rendered.text, self._spans
-        borders, apart, opened = dict[int, tuple[int, int]](), False, ""
-        final = len(self._messages) - 1
+        text, left_out = self._rendered.text, self._rendered.left_out
+        borders, apart, final = dict[int, tuple[int, int]](), False, len(self._messages) - 1
         for index, message in enumerate(self._messages):
             if message["role"] != "assistant":
                 continue
-            before = max((spans[other][1] for other in range(index) if other in spans), default=0)
-            start, end = spans.get(index, (len(text), len(text)))
-            prompt = self._prompt(index, before, start)
-            if prompt is not None and text.startswith(prompt) and before <= len(prompt) <= max(end, before):
-                borders[index] = len(prompt), max(end, len(prompt)) if index in spans else len(prompt)
+            start, end = self._spans.get(index, (len(text), len(text)))
+            if (begin := self._begin(index, start, end)) is not None:
+                borders[index] = begin, max(end, begin) if index in self._spans else begin
                 continue
-            borders[index] = start, end
+            prompt = self._prompts.get(index)
+            if index in self._spans:
+                borders[index] = start, end
             if index < final or self._open:
                 apart = apart or (message.get("train", True) and prompt is not None)
             elif self._asking and prompt is not None:
                 shared = min(_common(text, prompt), start)
                 opened = prompt[shared:]
-                if index not in spans:  # nothing is said, and so it is not clear where
-                    if not opens(opened):
-                        continue
-                    borders[index] = shared, shared
-                return Told(self._asked(shared, opened, borders), self._rendered.left_out, apart, opened)
+                if index in self._spans or opens(opened):  # else nothing is said, and it is not clear where
+                    borders.setdefault(index, (shared, shared))
+                    return Told(self._asked(shared, opened, borders), left_out, apart, opened)
         if self._thoughts and final in borders:
-            begin = borders[final][0]
-            return Told(self._asked(begin, "", borders), self._rendered.left_out, apart)
-        return Told(self._segments(borders), self._rendered.left_out, apart)
+            return Told(self._asked(borders[final][0], "", borders), left_out, apart)
+        return Told(self._segments(borders), left_out, apart)
 
-    def _prompt(self, index: int, before: int, start: int) -> str | None:
-        """What generation is given for an answer. In the middle of a very long conversation, what the last answer to
-        such a message was given, if that stands there too."""
-        if index in self._prompts:
-            return self._prompts[index]
+    def _begin(self, index: int, start: int, end: int) -> int | None:
+        """Where the answer of a message begins: behind its prompt, if the text begins with that.
+
+        In the middle of a very long conversation, behind what the last answer to such a message was asked with.
+        """
+        before, prompt = self._ends[index], self._prompts.get(index)
+        if prompt is not None:
+            fits = self._rendered.text.startswith(prompt) and before <= len(prompt) <= max(end, before)
+            return len(prompt) if fits else None
         role = self._messages[index - 1]["role"] if index else ""
-        known = [other for other in self._prompts if other < index and self._messages[other - 1]["role"] == role]
-        for other in reversed(known):
-            ended = max((self._spans[each][1] for each in range(other) if each in self._spans), default=0)
-            header = self._prompts[other][ended:]
-            if self._rendered.text.startswith(header, before) and before + len(header) <= start:
-                return self._rendered.text[:before] + header
+        known = (other for other in reversed(self._prompts) if other < index)
+        for other in known:
+            if self._messages[other - 1]["role"] == role:
+                header = self._prompts[other][self._ends[other] :]
+                begin = before + len(header)
+                return begin if self._rendered.text.startswith(header, before) and begin <= start else None
         return None
 
     def _segments(self, borders: Mapping[int, tuple[int, int]]) -> list[Segment]:
         """The text, cut where answers begin and end."""
         cuts = sorted({place for border in borders.values() for place in border})
+        numbers, begins = list(borders), [begin for begin, _ in borders.values()]  # in the order of the text
         segments: list[Segment] = []
         position, empty = 0, {begin: index for index, (begin, end) in borders.items() if begin == end}
         for part in self._rendered.parts:
             words = part[1] if isinstance(part, tuple) else part
-            inside = [cut - position for cut in cuts if position < cut < position + len(words)]
+            first, last = bisect_right(cuts, position), bisect_left(cuts, position + len(words))
+            inside = [cut - position for cut in cuts[first:last]]
             for begin, end in pairwise([0, *inside, len(words)]):
                 if (index := empty.pop(position + begin, None)) is not None:
                     segments.append(self._segment("", index))  # nothing is said, and still it ends
-                within = [i for i, (left, right) in borders.items() if left <= position + begin < right]
-                own = isinstance(part, tuple) and (part[0] not in borders or bool(within))
-                piece = words[begin:end]
-                segments.append(self._segment(piece, within[0] if within else None, template=not own))
+                place = bisect_right(begins, position + begin) - 1
+                answer = numbers[place] if place >= 0 and position + begin < borders[numbers[place]][1] else None
+                own = isinstance(part, tuple) and (part[0] not in borders or answer is not None)
+                segments.append(self._segment(words[begin:end], answer, template=not own))
             position += len(words)
         if (index := empty.pop(position, None)) is not None:
             segments.append(self._segment("", index))

@@ -16,7 +16,7 @@ from lit_llama.text.thoughts import thoughts_of
 TEMPLATE_FILE = "chat_template.jinja"
 _SANDBOX = Sandbox(TEMPLATE_FILE)
 _THOUGHTS = ("thinking", "reasoning")  # other names that templates have for reasoning_content
-_ASKED = 64  # answers of a conversation whose prompts are rendered, one by one
+_ASKED = 64  # first answers of a conversation whose prompts are rendered, one by one, and that of the last
 
 
 class JinjaStyle(PromptStyle):
@@ -35,6 +35,7 @@ class JinjaStyle(PromptStyle):
 
     def __init__(self, template: str) -> None:
         self._source = template
+        self._marks: dict[tuple[frozenset[str], str, str], set[str]] = {}
 
     def render(
         self,
@@ -84,7 +85,7 @@ class JinjaStyle(PromptStyle):
         names["tools"] = [*tools] or None
         messages = [self._named(message) for message in messages]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        asked = [*answers[: _ASKED // 2], *answers[_ASKED // 2 :][-_ASKED // 2 :]]
+        asked = answers if len(answers) <= _ASKED else [*answers[:_ASKED], answers[-1]]
         prompts = [{"messages": messages[:index], "names": {"add_generation_prompt": True}} for index in asked]
         rendered, texts = self._rendered(messages, names, range(len(messages)), prompts)
         if rendered is None:
@@ -114,6 +115,12 @@ class JinjaStyle(PromptStyle):
 
         Words that come in pairs, such as <think> and </think>, are no such marks.
         """
+        key = frozenset(words), bos, eos
+        if key not in self._marks:
+            self._marks[key] = self._find_marks(words, bos, eos)
+        return self._marks[key]
+
+    def _find_marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
         if not any(word in self._source for word in words):
             return set()
         question, reply = ({"role": role, "content": "."} for role in ("user", "assistant"))

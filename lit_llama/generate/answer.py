@@ -22,7 +22,7 @@ from lit_llama.generate.metrics import notes
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
 from lit_llama.text.conversation import Message
-from lit_llama.text.encode import Cutter, prompt_ids
+from lit_llama.text.encode import Cutter, ids_of, place_behind, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.styles import Segment
 
@@ -45,8 +45,7 @@ def raw_ids(speaker: Speaker, text: str, control_tokens: bool) -> list[int]:
     if not control_tokens and (spelled := [token for token in tokenizer.control if token in text]):
         stderr().print(f"{', '.join(spelled)} in the prompt: words as any others, without --control_tokens")
     runs = Cutter(tokenizer).runs([Segment(text, template=control_tokens)])
-    encoded = iter(tokenizer.encode_batch([run.text for run in runs if run.control is None]))
-    ids = [i for run in runs for i in (next(encoded) if run.control is None else [run.control])]
+    ids = ids_of(tokenizer, runs)
     bos = [tokenizer.control[tokenizer.bos]] if tokenizer.bos else []
     return ids if bos == ids[:1] else bos + ids
 
@@ -134,7 +133,8 @@ def answer_batch(
     speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int] | None = None
 ) -> list[Answer]:
     """Answer prompts, given as ids, all at once; `numbers` as in `generate`."""
-    texts = [speaker.text(sampling, speaker.opening) for _ in prompts]
+    places = (place_behind(speaker.tokenizer, prompt) for prompt in prompts)
+    texts = [speaker.text(sampling, speaker.opening, place) for place in places]
     parts: list[list[str]] = [[] for _ in prompts]
     steps = generate(
         speaker.model,

@@ -22,7 +22,8 @@ from lit_llama.model.config import LLaMAConfig, Onto
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.encode import answer_opening, end_id, prompt_ids
+from lit_llama.text.encode import answer_opening, end_id, place_behind, prompt_ids
+from lit_llama.text.places import Place
 from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ class Speaker:
             number: Of the answer, for its draws.
             opening: Text that is left out at the beginning.
         """
-        text = self.text(sampling, opening)
+        text = self.text(sampling, opening, place_behind(self.tokenizer, [*cached[-1:], *prompt]))
         steps = generate(
             self.model,
             [prompt],
@@ -82,9 +83,9 @@ class Speaker:
         """As `stream`, for a prompt in the folder's style: the text is the answer without its opening."""
         return self.stream(prompt, sampling, opening=self.opening, **more)
 
-    def text(self, sampling: Sampling, opening: str = "") -> AnswerText:
+    def text(self, sampling: Sampling, opening: str = "", place: Place = Place.MORE) -> AnswerText:
         """What turns the ids of an answer into text."""
-        return AnswerText(self.tokenizer, sampling, self.stop_ids | frozenset(sampling.stop_ids), opening)
+        return AnswerText(self.tokenizer, sampling, self.stop_ids | frozenset(sampling.stop_ids), opening, place)
 
     def require_style(self) -> PromptStyle:
         """The prompt style of the folder.

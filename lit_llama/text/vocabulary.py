@@ -138,7 +138,7 @@ def _objection(key: str, value: Any, tokenizer: Tokenizer, rows: Any) -> str:
         return f"the unknown token {token}"
     if key == "bos_token_id":
         return ""
-    if value not in tokenizer.control.values():
+    if value not in tokenizer.added.values():
         return f"the word {token!r}"
     return f"the beginning {token}" if value == bos_id else ""
 

@@ -20,6 +20,8 @@ def main(
     mask_inputs: bool = False,
     data_file_name: str = "alpaca_data_cleaned_archive.json",
     prompt_style: StyleName = "alpaca",
+    thoughts: Literal["template", "keep", "drop"] = "template",
+    typed_ends: Literal["keep", "strip"] = "keep",
     overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
     near_duplicates: int = 200_000,
     encoding: str | None = None,
@@ -35,6 +37,8 @@ def main(
         mask_inputs: Train on the answer only, not on the prompt.
         data_file_name: Raw file in destination_path: a JSON array of {instruction, input, output}.
         prompt_style: How an instruction is put to the model.
+        thoughts: Thoughts before answers (<think>...</think>) stay where they are (template, keep), or are dropped.
+        typed_ends: An answer that ends in a spelled control token such as </s> keeps it as text, or loses it.
         overflow: What becomes of a longer row: dropped, losing the beginning of its question, losing the end of its
             answer (not the end-of-text token), cut into several samples between turns, or an error.
         near_duplicates: Rows up to which nearly equal rows are looked for, at 1.7 kB of memory a row; 0 for not at all.
@@ -49,6 +53,8 @@ def main(
         max_seq_length=max_seq_length,
         mask_inputs=mask_inputs,
         train_on="all",
+        thoughts=thoughts,
+        typed_ends=typed_ends,
         overflow=overflow,
         split="shuffle",
         test_split_size=test_split_size,

@@ -15,10 +15,13 @@ def main(
     source: str | list[str],
     destination_path: Path,
     tokenizer_path: Path,
-    prompt_style: StyleName | Literal["chat_template"] = "alpaca",
+    prompt_style: StyleName | Literal["chat_template"] | None = None,
     max_seq_length: int = 2048,
     mask_inputs: bool = True,
     train_on: Literal["all", "last"] = "all",
+    thoughts: Literal["template", "keep", "drop"] = "template",
+    typed_ends: Literal["keep", "strip"] = "keep",
+    rendered: bool = False,
     overflow: Literal["drop", "truncate_prompt", "truncate_response", "split", "error"] = "drop",
     split: Literal["auto", "hash", "shuffle", "given"] = "auto",
     test_split_size: float | None = None,
@@ -46,10 +49,15 @@ def main(
             OpenAI messages, ShareGPT, OASST trees, plain text; see docs/data.md.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
-        prompt_style: How a conversation is put to the model; chat_template is the model's own.
+        prompt_style: How a conversation is put to the model; chat_template is the model's own, which is taken where
+            none is named, or alpaca where the model folder has none; see docs/prompts.md.
         max_seq_length: Most tokens of a sample.
         mask_inputs: Train on answers only, not on prompts.
         train_on: Every answer of a conversation, or the last one.
+        thoughts: What becomes of thoughts before answers (<think>...</think>, reasoning_content): the chat template
+            decides, each answer is trained with its own, or none is.
+        typed_ends: An answer that ends in a spelled control token such as </s> keeps it as text, or loses it.
+        rendered: Rows of plain text hold control tokens, spelled: they were rendered for this model before.
         overflow: What becomes of a longer row: dropped, losing the oldest turns and the beginning of its question,
             losing the end of its answer, cut into several samples between turns, or an error.
         split: By a hash of the question (rows that ask the same stand on one side, and no row moves when others are
@@ -83,6 +91,9 @@ def main(
         max_seq_length=max_seq_length,
         mask_inputs=mask_inputs,
         train_on=train_on,
+        thoughts=thoughts,
+        typed_ends=typed_ends,
+        rendered=rendered,
         overflow=overflow,
         split=split,
         test_split_size=test_split_size,

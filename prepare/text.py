@@ -15,6 +15,7 @@ def main(
     destination_path: Path,
     tokenizer_path: Path,
     documents: Literal["file", "paragraph", "line"] = "file",
+    rendered: bool = False,
     max_seq_length: int = 2048,
     overflow: Literal["split", "drop", "truncate_response", "error"] = "split",
     split: Literal["auto", "hash", "shuffle", "given"] = "auto",
@@ -35,6 +36,7 @@ def main(
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         documents: What belongs together and ends in an end-of-text token: a file, a paragraph between blank lines, or a
             line (as lit-llama's prepare_any_text.py had it).
+        rendered: Documents hold control tokens, spelled, as <s>[INST] ... [/INST] ... </s>.
         max_seq_length: Most tokens of a sample.
         overflow: What becomes of a longer document: cut into windows that follow each other, dropped, losing its end,
             or an error.
@@ -60,6 +62,7 @@ def main(
         max_seq_length=max_seq_length,
         mask_inputs=False,
         train_on="all",
+        rendered=rendered,
         overflow=overflow,
         split=split,
         test_split_size=test_split_size,

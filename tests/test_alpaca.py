@@ -106,7 +106,7 @@ def test_meta_tells_how_the_folder_was_made(prepare: Prepare, alpaca_rows: Write
         "test_split_size": 8,
     }
     assert wanted.items() <= meta.items()
-    assert folder_style(folder) is named_style("chatml")
+    assert folder_style(folder) == named_style("chatml")
 
 
 def test_the_splits_hold_the_rows_that_were_drawn_in_that_order(prepare: Prepare, alpaca_rows: WriteRows) -> None:

@@ -13,6 +13,7 @@ from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.conversation import Dropped
 from lit_llama.text.encode import IGNORE_INDEX, answer_opening, end_id, prompt_ids
 from lit_llama.text.formats import Example
+from lit_llama.text.places import Place
 from lit_llama.text.prompts import JinjaStyle, named_style
 from lit_llama.text.samples import Encoded
 from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
@@ -80,14 +81,14 @@ def test_the_mask_ends_where_generation_begins(response: str, given: str, tokeni
     for style in styles(tokenizer):
         prompt = prompt_of(tokenizer, example, style)
         end = tokenizer.control["<|im_end|>"] if style.name == "chatml" else tokenizer.eos_id
-        opening = " " if style.name == "vicuna" and not tokenizer.spaced else ""
+        opening = " " if style.name == "vicuna" else ""
         assert answer_opening(tokenizer, style) == opening
-        answer = [*tokenizer.encode(opening + response), end]
+        answer = [*tokenizer.encode(opening + response, Place.MORE), end]
         [masked], _ = encode(tokenizer, example, style=style)
         [whole], _ = encode(tokenizer, example, style=style, mask_inputs=False)
         assert masked == Sample(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, 7)
         assert whole == Sample(prompt + answer, prompt + answer, 7)
-        assert tokenizer.decode(masked.input_ids[len(prompt) : -1]) == opening + response
+        assert tokenizer.decode(masked.input_ids[len(prompt) : -1], Place.MORE) == opening + response
 
 
 def test_one_beginning_and_one_end(tokenizer: Tokenizer) -> None:

@@ -13,12 +13,15 @@ from conftest import tiny_model
 from foreign_adapters import IDS, edit_config, edit_weights, peft_adapter, peft_logits, rename
 from safetensors.torch import load_file, save_file
 
+from lit_llama.convert.gguf.adapter import write_adapter
 from lit_llama.convert.merged import Merged
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter_config, save_adapter
 from lit_llama.model.adapters.place import Placed
 from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
+from lit_llama.train.warm_start import read_start
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +293,10 @@ def test_rows_of_new_tokens_below_an_adapted_embedding_are_the_adapters(base: Pa
     (tmp_path / "again").mkdir()
     with pytest.raises(UserError, match="merge that adapter first"):
         save_adapter(model, load_adapter(model, tmp_path).lora, tmp_path / "again", str(base))
+    with pytest.raises(CheckpointError, match="which no GGUF adapter can say"):
+        write_adapter(tmp_path, tmp_path / "a.gguf", base_dir=base)
+    with pytest.raises(CheckpointError, match=r"along that are not its base's: .*merge\.py"):
+        read_start(tmp_path, base, LoRAConfig())
     edit_weights(tmp_path, lambda t: t[name].add_(0.1))
     with pytest.raises(IntegrityError, match="was trained on another base"):
         load_adapter(load_model(base), tmp_path)

@@ -80,6 +80,15 @@ def test_each_wrong_place_has_its_own_way_out(tmp_path: Path, given: str, put: P
         load(tmp_path / given)
 
 
+@pytest.mark.parametrize("name", ["checkpoints/mine", "out/lora", "here/mine", "a/b/c", "mine"])
+def test_a_path_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Catches a mistyped folder taken for a repository that nobody has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(CheckpointError, match=f"there is no folder {name}"):
+        load(name)
+
+
 def test_a_name_on_the_hub_is_told_by_its_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches prepare/checkpoint.py, or "does not exist", for the name of a repository."""
     monkeypatch.chdir(tmp_path)

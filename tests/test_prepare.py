@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def prepare(tiny_folder: Path, tmp_path: Path) -> Prepare:
     """prepare_records with small defaults, into the folder `data`."""
 
     def run(*sources: Path | str, folder: Path = tmp_path / "data", **changes: Any) -> dict[str, Any]:
-        rules = RULES | {name: changes.pop(name) for name in list(changes) if name in RULES}
+        names = {field.name for field in fields(Rules)}
+        rules = RULES | {name: changes.pop(name) for name in list(changes) if name in names}
         options = {"tokenizer_path": tiny_folder, "prompt_style": "chatml", "rules": Rules(**rules)} | changes
         return prepare_records([*map(str, sources)], folder, **options)
 

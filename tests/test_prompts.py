@@ -215,7 +215,8 @@ def test_only_answers_and_their_ends_are_trained(style: str) -> None:
 def test_style_of_knows_both_twins(style: str) -> None:
     """Catches a folder of ours that is opened through the slower sandbox, which does not know what is trained."""
     known = named_style(style)
-    assert style_of(known.jinja(bos=True)) is style_of(known.jinja(bos=False)) is known
+    assert style_of(known.jinja(bos=True)) == style_of(known.jinja(bos=False)) == known
+    assert [style_of(known.jinja(bos=bos)).begins for bos in (True, False)] == [True, False] and known.begins is None
     assert isinstance(style_of(known.jinja(bos=True) + " "), JinjaStyle)
 
 
@@ -255,7 +256,7 @@ def test_what_a_folder_carries(tmp_path: Path) -> None:
     template, settings_file = tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"
     assert folder_style(tmp_path) is None
     settings_file.write_text(json.dumps({"chat_template": named_style("chatml").jinja(False)}))
-    assert folder_style(tmp_path) is named_style("chatml")
+    assert folder_style(tmp_path) == named_style("chatml")
     several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
     settings_file.write_text(json.dumps({"chat_template": several}))
     own = folder_style(tmp_path)
@@ -263,7 +264,7 @@ def test_what_a_folder_carries(tmp_path: Path) -> None:
     settings_file.write_text(json.dumps({"chat_template": several[:1]}))
     assert folder_style(tmp_path) is None
     template.write_text(named_style("alpaca").jinja(True))
-    assert folder_style(tmp_path) is named_style("alpaca")
+    assert folder_style(tmp_path) == named_style("alpaca")
     template.write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8"):
         folder_style(tmp_path)

@@ -13,13 +13,16 @@ from conftest import CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import mixed_texts
+from tokenizer_files import byte_level as write_byte_level
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import DataError
+from lit_llama.text.places import Place
 from lit_llama.text.quick import words
 from lit_llama.text.quick.byte_level import _CL100K, ByteLevel, byte_level, merges_by_id
 from lit_llama.text.quick.words import Words, splits_at_spaces
+from lit_llama.text.special import without_prefix
 from lit_llama.text.tokenizer import Tokenizer
 
 CUTS: dict[str, Callable[[], Any]] = {
@@ -163,11 +166,13 @@ def test_words_are_those_of_sentencepiece(name: str, request: pytest.FixtureRequ
     """Catches a space that is lost or doubled."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(request.getfixturevalue(name)))
     assert splits_at_spaces(model)
-    quick = Words(model)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(model.serialized_model_proto()))
+    quick = Words(model, plain)
 
     def compare(texts: list[str]) -> None:
-        ids, lengths = quick.encode(texts)
-        assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == model.encode(texts)
+        for blank, wanted in ((True, model.encode(texts)), (False, plain.encode(texts))):
+            ids, lengths = quick.encode(texts, blank=blank)
+            assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == wanted
 
     compare([*AWKWARD, *mixed_texts(2000), *CORPUS, "", " ", "▁", " ▁▁a▁ b", "a ", " a", "a  ", "", "\0"])
     any_text = st.lists(st.text(st.sampled_from("ab ▁\n1é北😀"), max_size=20), min_size=1, max_size=6)
@@ -178,7 +183,7 @@ def test_the_book_of_words_stays_small(llama_tokenizer: Path, monkeypatch: pytes
     """Catches memory that grows with the data, and ids of words that were forgotten."""
     monkeypatch.setattr(words, "_REMEMBERED", 500)
     model = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer))
-    quick = Words(model)
+    quick = Words(model, model)
     for start in range(0, 600, 20):
         texts = mixed_texts(20, seed=start)
         ids, _ = quick.encode(texts)
@@ -186,15 +191,24 @@ def test_the_book_of_words_stays_small(llama_tokenizer: Path, monkeypatch: pytes
     assert len(quick._number) < 600
 
 
-def test_flat_ids_are_the_same_before_and_after_the_quick_way_opens(tiny_folder: Path, trained_model: Path) -> None:
-    """Catches a data folder whose first rows are encoded otherwise than its last ones."""
-    for path in (tiny_folder, trained_model):
+def test_flat_ids_are_the_same_before_and_after_the_quick_way_opens(
+    tiny_folder: Path, trained_model: Path, beside: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Catches a data folder whose first rows are encoded otherwise than its last ones: an added word in letters, or a
+    blank in the middle of a text."""
+    size = sentencepiece.SentencePieceProcessor(model_file=str(trained_model)).vocab_size()
+    with_words = beside(tokenizer_config={"added_tokens_decoder": {str(size): {"content": "<SQL>", "special": False}}})
+    write_byte_level(tmp_path, ["<s>", "</s>"], "<s>", "</s>", ["<SQL>"])
+    for path in (tiny_folder, with_words, tmp_path):
         tokenizer = Tokenizer.from_path(path)
-        texts = mixed_texts(2500)
-        wanted = [i for ids in tokenizer.encode_batch(texts) for i in ids]
+        texts = [text + "<SQL> 1" * (number % 9 == 0) for number, text in enumerate(mixed_texts(2500))]
+        places = [Place(number % 3) for number in range(len(texts))]
+        by_place = {place: iter(tokenizer.encode_batch(texts[place::3], place)) for place in Place}
+        wanted = [i for place in places for i in next(by_place[place])]
         for _ in range(5):
-            ids, lengths = tokenizer.encode_flat(texts)
+            ids, lengths = tokenizer.encode_flat(texts, places)
             assert ids.tolist() == wanted and lengths.sum() == len(wanted) and len(lengths) == len(texts)
+        assert tokenizer._quick is not None
         with pytest.raises(DataError, match="lone surrogate"):
             tokenizer.encode_flat(["fine", "\ud800"])
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from lit_llama.convert.tokens.ranks import from_ranks
 from lit_llama.errors import CheckpointError
 from lit_llama.text.pieces import SentencePieces
-from lit_llama.text.tokenizer import SentencePieceTokenizer
+from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from test_prepare import rows as rows  # a fixture
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text import records
 from lit_llama.text.dataset import read_meta
+from lit_llama.text.prompts import named_style
 from lit_llama.text.report.duplicates import NEAR_DUPLICATES
 
 
@@ -183,6 +184,55 @@ def test_the_models_own_template_is_taken_or_asked_for(
     (tokenizer_folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"--prompt_style chat_template: .* has no chat_template\.jinja; name"):
         prepare(rows, **options)
+
+
+def test_without_a_style_the_models_own_is_taken_and_said(
+    prepare: Prepare, rows: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches Alpaca's prompt for a model that has a chat template, which then refuses a system message."""
+    options: dict[str, Any] = {"tokenizer_path": tokenizer_folder, "prompt_style": None}
+    assert prepare(rows, **options)["prompt_style"] == "chat_template"
+    assert f"prompt style: the chat template of {tokenizer_folder}; --prompt_style" in as_one(capsys)
+    (tokenizer_folder / "chat_template.jinja").write_text(named_style("chatml").jinja(bos=False))
+    assert prepare(rows, **options)["prompt_style"] == "chatml"
+    assert ", which is chatml; --prompt_style" in as_one(capsys)
+    (tokenizer_folder / "chat_template.jinja").unlink()
+    assert prepare(rows, **options)["prompt_style"] == "alpaca"
+    assert f"prompt style alpaca, as {tokenizer_folder} has no chat template" in as_one(capsys)
+
+
+def as_one(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said, without the ends of lines."""
+    return capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_becomes_of_thoughts_and_typed_ends_is_said(
+    prepare: Prepare, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches thoughts that go in silence, rules that do not reach the rows, and a report that does not tell."""
+    (tokenizer_folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    source = tmp_path / "thoughts.jsonl"
+    asked = [
+        {"instruction": f"Question {n}?", "output": f"<think>Hm {n}.</think>It is {n}.<|im_end|>"} for n in range(9)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    options: dict[str, Any] = {"tokenizer_path": tokenizer_folder, "prompt_style": None, "split": "shuffle"}
+    tokens = {}
+    for rule, how in (("template", "--thoughts keep trains them"), ("keep", ""), ("drop", "thoughts, as asked")):
+        meta = prepare(source, test_split_size=2, thoughts=rule, typed_ends="strip", **options)
+        tokens[rule], said = meta["splits"]["train"]["trained_tokens"], as_one(capsys)
+        assert meta["thoughts"] == rule and how in said and "which was taken away, as asked (line 1, line 2" in said
+        assert meta["notes"].get("thoughts_left_out", {"rows": 0})["rows"] == (9 if how else 0)
+        assert meta["notes"]["typed_ends"]["rows"] == 9
+    assert tokens["template"] == tokens["drop"] < tokens["keep"]
+    meta = prepare(source, test_split_size=2, **options)
+    report = json.loads((tmp_path / "data" / "report.json").read_text())
+    told = {warning["what"]: warning["severity"] for warning in report["warnings"]}
+    assert told["9 rows are trained without their thoughts, which the chat template leaves out."] == "check"
+    assert any(what.startswith("9 rows have an answer that ends in a spelled control token") for what in told)
 
 
 def test_what_is_refused_is_refused_before_any_work(prepare: Prepare, rows: Path, tmp_path: Path) -> None:

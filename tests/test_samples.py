@@ -13,6 +13,7 @@ from conftest import CORPUS, Sample, samples_of
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
+from lit_llama.text.places import Place
 from lit_llama.text.prompts import JinjaStyle, named_style
 from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
@@ -64,9 +65,9 @@ def encode(
 
 def answer_ids(tokenizer: Tokenizer, style: PromptStyle, answer: str) -> list[int]:
     """What a model has to say, up to its end."""
-    opening = " " if style.name == "vicuna" and not tokenizer.spaced else ""
+    opening = " " if style.name == "vicuna" else ""
     end = tokenizer.control["<|im_end|>"] if style.name in ("chatml", "chat_template") else tokenizer.eos_id
-    return [*tokenizer.encode(opening + answer), end]
+    return [*tokenizer.encode(opening + answer, Place.MORE), end]
 
 
 def built(tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], last_only: bool) -> Sample:
@@ -128,8 +129,8 @@ def test_a_tokenizer_that_makes_controls_of_words_is_found_out(tiny_folder: Path
     tokenizer = Tokenizer.from_path(tiny_folder)
     encode_batch = tokenizer.encode_batch
 
-    def parsing(texts: Sequence[str]) -> list[list[int]]:
-        return [ids + [2] * ("<|im_end|>" in text) for ids, text in zip(encode_batch(texts), texts, strict=True)]
+    def parsing(texts: Sequence[str], place: Place = Place.START) -> list[list[int]]:
+        return [ids + [2] * ("<|im_end|>" in text) for ids, text in zip(encode_batch(texts, place), texts, strict=True)]
 
     tokenizer.encode_batch = parsing  # type: ignore[method-assign]
     good, evil = chat(1, 2), [*chat(1)[:1], {"role": "assistant", "content": "<|im_end|>"}]

@@ -149,7 +149,10 @@ def test_what_stopped_a_template_is_said() -> None:
     """Catches a message that leaves one guessing, and a bound that a long conversation reaches by itself."""
     for source, reason in (
         ("{{ 10**(10**10) }}", "it cannot be rendered: it takes longer than 2 s"),
-        ("{% for i in range(9999) %}0123456789{% endfor %}", "it cannot be rendered: it writes more than 65,5.. char"),
+        (
+            "{% for i in range(9999) %}0123456789{% endfor %}",
+            "it cannot be rendered: it writes more than 65,[56].. char",
+        ),
         ("x" * 70_000, "it has 70,000 characters, more than 65,536"),
         ("{{ 'a' * 10**10 }}", "it cannot be rendered: MemoryError"),
     ):

@@ -49,9 +49,10 @@ def test_ziya_as_published() -> None:
     style = named_style("ziya")
     assert text_of(style, chat(" 你好 \n"), answer=True) == "<human>:你好\n<bot>:"
     assert text_of(style, chat("a", " b ", "c"), bos="<s>", eos="</s>", answer=True) == (
-        "<s><human>:a\n<bot>: b </s><human>:c\n<bot>:"
+        "<s><human>:a\n<bot>:  b </s><human>:c\n<bot>:"
     )
     assert [segment for segment in style.render(chat("a", "b"), eos="</s>") if segment.trained] == [
+        Segment(" ", trained=True, template=True),
         Segment("b", trained=True),
         Segment("</s>", trained=True, template=True),
     ]
@@ -198,7 +199,7 @@ def test_a_byte_level_model_answers_without_the_blank_of_the_style(
 ) -> None:
     """Catches answers that begin with a blank, which the next turn would double."""
     adapter = write_adapter(tmp_path / "adapter", tiny_folder, style="vicuna")
-    assert folder_style(adapter) is named_style("vicuna")
+    assert folder_style(adapter) == named_style("vicuna")
     speaker = load(adapter, precision="32-true")
     assert speaker.opening == " "
     prompt = prompt_ids(speaker.tokenizer, named_style("vicuna"), chat("hi"))

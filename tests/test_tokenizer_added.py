@@ -9,7 +9,11 @@ import pytest
 import sentencepiece
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer import HubTokenizer, SentencePieceTokenizer, Streamer, Tokenizer
+from lit_llama.text.hub_tokenizer import HubTokenizer
+from lit_llama.text.places import Place
+from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from lit_llama.text.streamer import Streamer
+from lit_llama.text.tokenizer import Tokenizer
 
 Beside = Callable[..., Path]
 TEXTS = ["Hello.", "the order as JSON", " two  blanks", "naïve café, 北京 😀", "", "### Response:"]
@@ -58,7 +62,7 @@ def test_added_tokens_equal_those_of_transformers(name: str, beside: Beside, tra
     assert (ours.bos, ours.eos) == ("<s>", "</s>")
     for token, token_id in theirs.added_tokens_encoder.items():
         if token != "<unk>" or name in ("llama 2", "later transformers"):
-            assert ours.control[token] == token_id
+            assert ours.added[token] == token_id
         for text in TEXTS:  # theirs parses the token and encodes what stands beside it apart
             wanted = theirs(f"{text}{token}{text}", add_special_tokens=False)["input_ids"]
             assert [*ours.encode(text), token_id, *ours.encode(text)] == wanted
@@ -206,3 +210,25 @@ def test_both_containers_of_one_vocabulary_have_one_fingerprint(
 def test_which_tokenizers_put_a_space_in_front(tiny_folder: Path, trained_model: Path) -> None:
     """Catches a byte-level tokenizer whose answers would lose the space that a template puts before them."""
     assert Tokenizer.from_path(trained_model).spaced and not Tokenizer.from_path(tiny_folder).spaced
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_words_and_blanks_equal_those_of_transformers(legacy: bool, beside: Beside, trained_model: Path) -> None:
+    """Catches an added word in letters, and a blank behind one, or behind a control token, that is not to be there."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    size = pieces(trained_model)
+    words = {str(size): added("<SQL>", special=False), str(size + 1): added("<sep>")}
+    words[str(size + 2)] = {**added("<trim>", special=False), "lstrip": True, "rstrip": True}
+    folder = beside(tokenizer_config={"added_tokens_decoder": words, "unk_token": "<unk>", "legacy": legacy})
+    theirs, ours = SentencePieceBackend.from_pretrained(folder), Tokenizer.from_path(folder)
+    texts = ["a<SQL>b", "<SQL>", "a <SQL> b<SQL>", "a <trim>  b", "<SQL><SQL> 1"]
+    if legacy:
+        assert ours.encode_batch(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
+    else:  # which their plain class cannot say: no blank but before the first word
+        a, b = (ours.encode(text, Place.MORE) for text in ("a", "b"))
+        assert ours.encode("a<SQL>b") == [*ours.encode("a"), size, *b]
+        assert ours.encode(" a") == ours.encode("a") and ours.encode("a", Place.AFTER) == a != ours.encode("a")
+    joint = sentencepiece.SentencePieceProcessor(model_file=str(trained_model)).encode("# Response: Hello. 1 2")
+    assert ours.encode("# Response:") + ours.encode(" Hello. 1 2", Place.MORE) == joint
+    assert size + 1 not in ours.encode("<sep>")

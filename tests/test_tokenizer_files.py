@@ -10,8 +10,9 @@ from conftest import write_tokenizer
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import CheckpointError, DataError
-from lit_llama.text import tokenizer as module
-from lit_llama.text.tokenizer import HubTokenizer, Tokenizer
+from lit_llama.text import hub_tokenizer as module
+from lit_llama.text.hub_tokenizer import HubTokenizer
+from lit_llama.text.tokenizer import Tokenizer
 
 Change = Callable[[dict[str, Any]], object]
 END = {"eos_token": "<|im_end|>"}

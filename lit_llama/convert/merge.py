@@ -17,6 +17,7 @@ from lit_llama.convert.gguf.types import check_type
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
+from lit_llama.convert.tokens.fast import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
 from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
@@ -124,6 +125,7 @@ def _write(
         own = template.read_bytes() if template.is_file() else None
         style = folder_style(adapter_dir)
         write_companions(folder, companions_of_adapter(adapter_dir, base), own, style, tokenizer)
+        complete(folder)
         proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
         meta = {
             "format": 1,

@@ -18,6 +18,7 @@ from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, Stored, byte_size, check_names, write_weights
 from lit_llama.progress import stderr
+from lit_llama.text.merges import MERGES_FILES
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import identity
 
@@ -172,11 +173,14 @@ def write_folder(source: Source, destination: Path, *, max_shard_size: int = MAX
         CheckpointError: Tensors and configuration do not fit each other.
         ResourceError: The disk has no room for it.
     """
+    from lit_llama.convert.tokens.fast import complete
+
     check_shapes(source)
     with publish(destination, SETTINGS_FILE) as folder:
         check_space(folder, sum(map(byte_size, source.specs.values())))
         write_weights(folder, source.specs, source.read, max_shard_size)
         write_files(source, folder)
+        complete(folder)
         origin = {"path": str(source.path), "kind": source.kind, **source.notes}
         tokenizer = read_tokenizer(folder)
         write_json(
@@ -194,7 +198,7 @@ def write_files(source: Source, folder: Path) -> None:
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer in a folder; None, and aloud, if it has one that cannot be read."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in (*TOKENIZER_FILES, MERGES_FILES[0])):
         return None
     try:
         return Tokenizer.from_path(folder)

@@ -21,7 +21,7 @@ from lit_llama.generate.metrics import notes
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
 from lit_llama.text.conversation import Message
-from lit_llama.text.encode import Cutter, prompt_ids
+from lit_llama.text.encode import Cutter, ids_of, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.styles import Segment
 
@@ -44,8 +44,7 @@ def raw_ids(speaker: Speaker, text: str, control_tokens: bool) -> list[int]:
     if not control_tokens and (spelled := [token for token in tokenizer.control if token in text]):
         stderr().print(f"{', '.join(spelled)} in the prompt: words as any others, without --control_tokens")
     runs = Cutter(tokenizer).runs([Segment(text, template=control_tokens)])
-    encoded = iter(tokenizer.encode_batch([run.text for run in runs if run.control is None]))
-    ids = [i for run in runs for i in (next(encoded) if run.control is None else [run.control])]
+    ids = ids_of(tokenizer, runs)
     bos = [tokenizer.control[tokenizer.bos]] if tokenizer.bos else []
     return ids if bos == ids[:1] else bos + ids
 
@@ -66,7 +65,7 @@ def _print_answers(speaker: Speaker, prompt: Sequence[int], sampling: Sampling, 
     """
     engine, start = speaker.engine, time.perf_counter()
     ticket = engine.add(speaker.request(prompt, sampling))
-    texts = [speaker.text(sampling, opening) for _ in range(sampling.n)]
+    texts = [speaker.text_behind(prompt, sampling, opening) for _ in range(sampling.n)]
     unshown = [""] * sampling.n
     try:
         for number, text in enumerate(texts):
@@ -151,7 +150,7 @@ def answer_requests(
     """
     engine = speaker.engine
     tickets = [engine.add(request) for request in requests]
-    texts = [[speaker.text(r.sampling, speaker.opening) for _ in range(r.sampling.n)] for r in requests]
+    texts = [[speaker.text_behind(r.ids, r.sampling, speaker.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
     going = set(range(len(tickets)))
     try:

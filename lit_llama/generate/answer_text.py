@@ -3,8 +3,10 @@
 from collections.abc import Collection
 
 from lit_llama.generate.engine.request import FinishReason, Sampling, Step
+from lit_llama.text.places import Place
 from lit_llama.text.stops import StopFinder
-from lit_llama.text.tokenizer import Streamer, Tokenizer
+from lit_llama.text.streamer import Streamer
+from lit_llama.text.tokenizer import Tokenizer
 
 
 class AnswerText:
@@ -17,14 +19,22 @@ class AnswerText:
         sampling: With the limit and the stop texts.
         stop_ids: An answer ends with any of these.
         opening: Text that answers begin with and that is not shown.
+        place: Where the answer stands: behind the text of a prompt, or behind a control token.
 
     Attributes:
         tokens: Ids so far, the stop id included.
         finish_reason: None while it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, stop_ids: Collection[int], opening: str = "") -> None:
-        self._streamer, self._finder = Streamer(tokenizer), StopFinder(sampling.stop)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        opening: str = "",
+        place: Place = Place.MORE,
+    ) -> None:
+        self._streamer, self._finder = Streamer(tokenizer, place), StopFinder(sampling.stop)
         self._limit, self._least = sampling.max_new_tokens, sampling.min_new_tokens
         # A stop text that spells a control token is never seen as text.
         self._stop_ids = {*stop_ids, *(tokenizer.control[text] for text in sampling.stop if text in tokenizer.control)}

@@ -32,7 +32,8 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.encode import answer_opening, end_id, prompt_ids
+from lit_llama.text.encode import answer_opening, end_id, place_behind, prompt_ids
+from lit_llama.text.places import Place
 from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Tokenizer
@@ -75,15 +76,19 @@ class Speaker:
             opening: Text that is left out at the beginning.
         """
         request = self.request(prompt, replace(sampling, n=1), number=number)
-        return Stream(self.engine.stream(request), self.text(sampling, opening))
+        return Stream(self.engine.stream(request), self.text_behind(prompt, sampling, opening))
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> "Stream":
         """As `stream`, for a prompt in the folder's style: the text is the answer without its opening."""
         return self.stream(prompt, sampling, opening=self.opening, **more)
 
-    def text(self, sampling: Sampling, opening: str = "") -> AnswerText:
+    def text(self, sampling: Sampling, opening: str = "", place: Place = Place.MORE) -> AnswerText:
         """What turns the ids of an answer into text."""
-        return AnswerText(self.tokenizer, sampling, self.stop_ids | frozenset(sampling.stop_ids), opening)
+        return AnswerText(self.tokenizer, sampling, self.stop_ids | frozenset(sampling.stop_ids), opening, place)
+
+    def text_behind(self, prompt: Sequence[int], sampling: Sampling, opening: str = "") -> AnswerText:
+        """As `text`, of an answer that stands behind a prompt."""
+        return self.text(sampling, opening, place_behind(self.tokenizer, prompt))
 
     def require_style(self) -> PromptStyle:
         """The prompt style of the folder.

@@ -9,6 +9,8 @@ from typing import Any
 from lit_llama.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_LOCAL = ("checkpoints", "data", "model", "models", "out", "output", "outputs")
+"""First parts of paths, which owners on the Hub are not called."""
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _QUANTISED = re.compile(
@@ -29,8 +31,10 @@ _METHODS = {
 
 
 def repository(name: str) -> str | None:
-    """A name as it is if it can be one of a repository on the Hub, OWNER/NAME."""
-    return name if _REPOSITORY.fullmatch(name) and ".." not in name else None
+    """A name as it is if it can be one of a repository on the Hub, OWNER/NAME, and is no path of a folder here."""
+    owner = name.partition("/")[0]
+    local = owner in _LOCAL or ".." in name or Path(owner).is_dir()
+    return name if _REPOSITORY.fullmatch(name) and not local else None
 
 
 def of_sixteen_bits(name: str) -> str | None:
@@ -97,7 +101,8 @@ def wrong_place(path: Path) -> CheckpointError:
         )
     if not path.is_dir():
         return CheckpointError(
-            f"{path / _MODEL_FILE} does not exist: there is no folder {path} (working folder: {Path.cwd()})"
+            f"{path / _MODEL_FILE} does not exist: there is no folder {path} (working folder: {Path.cwd()}); make one "
+            "with prepare/download.py or prepare/checkpoint.py"
         )
     if what := _of_folder(path, {entry.name for entry in path.iterdir()}, quoted, made):
         return CheckpointError(f"{path} {what}")

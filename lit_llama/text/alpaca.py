@@ -14,6 +14,7 @@ from lit_llama.place import aside
 from lit_llama.progress import reading, stderr
 from lit_llama.text.dataset import raw_files
 from lit_llama.text.prepare import Rules
+from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.raw import listed
 from lit_llama.text.read.rows import read_rows
@@ -61,6 +62,13 @@ def prepare_alpaca(
     if not (destination / data_file_name).is_file():
         Tokenizer.from_path(tokenizer_path)  # better known to be missing before anything is fetched
     source = find_or_download(destination, data_file_name)
+    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    if prompt_style == "alpaca" and (own := folder_style(folder)) not in (None, named_style("alpaca")):
+        assert own
+        stderr().print(
+            f"prompt style alpaca, although {folder} has a chat template of its own ({own.name}): prepare/records.py "
+            "takes that, or name another with --prompt_style",
+        )
     try:
         meta = prepare_records(
             [str(source)],

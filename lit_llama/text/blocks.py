@@ -11,7 +11,8 @@ from typing import TypeVar
 from lit_llama import progress
 from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.read.reading import Reader
-from lit_llama.text.samples import Encoded, Encoder, Rendered
+from lit_llama.text.render import Rendered
+from lit_llama.text.samples import Encoded, Encoder
 
 T = TypeVar("T")
 _YOUNG = 100_000  # objects after which Python looks for circles among them

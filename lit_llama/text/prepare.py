@@ -15,20 +15,23 @@ from lit_llama.folder import publish, write_json
 from lit_llama.text.blocks import Block, encode_blocks, rare_collections, read_blocks
 from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
-from lit_llama.text.losses import Losses, keep_long_rows
+from lit_llama.text.encode import begins
+from lit_llama.text.losses import Losses, Tally, keep_long_rows
 from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
+from lit_llama.text.render import OnError, TrainOn, TypedEnds
 from lit_llama.text.report.findings import NEAR_DUPLICATES, Findings
 from lit_llama.text.report.report import write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
-from lit_llama.text.samples import Encoded, Encoder, OnError, Overflow, TrainOn
+from lit_llama.text.samples import Encoded, Encoder, Overflow
 from lit_llama.text.shards import Shards
 from lit_llama.text.sides import Sides, SplitRule, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
 from lit_llama.text.splits import SHARE, far_from, held_rows, side_few, usable
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
+from lit_llama.text.thoughts import ThoughtsRule
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
 
@@ -50,6 +53,9 @@ class Rules:
             usual share.
         seed: Of the split.
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
+        thoughts: What becomes of the thoughts of answers.
+        typed_ends: Whether an answer keeps a spelled control token that it ends in, as text.
+        rendered: Texts hold control tokens, spelled.
         test_limit: Largest share of the rows that a number of rows for testing may come to.
     """
 
@@ -61,6 +67,9 @@ class Rules:
     test_split_size: float | None
     seed: int
     near_duplicates: int = NEAR_DUPLICATES
+    thoughts: ThoughtsRule = "template"
+    typed_ends: TypedEnds = "keep"
+    rendered: bool = False
     test_limit: float = 1.0
 
     @property
@@ -137,6 +146,7 @@ def prepare(
             "kept": reader.rows - work.losses.dropped_rows,
             **work.losses.meta(),
             "in_parts": work.parts,
+            "notes": {what: asdict(tally) for what, tally in work.notes.items()},
             "remarks": [*reader.remarks, *remarks, *work.remarks],
             "turns_cut": reader.cut_turns,
             "splits": {name: dict(counts) for name, counts in work.sides.counts.items()},
@@ -145,7 +155,7 @@ def prepare(
         }
         if members:
             meta["split_from"] = members.meta()
-        (folder / TEMPLATE_FILE).write_text(style.jinja(bos=bool(tokenizer.bos)), "utf-8")
+        (folder / TEMPLATE_FILE).write_text(style.jinja(bos=begins(tokenizer, style)), "utf-8")
         lengths = work.findings.lengths_of("train")
         plan = dict(plan or {}) | ({"batch_size": min(plan["batch_size"], len(lengths))} if plan else {})
         steps = step_plan(lengths, seed=rules.seed, **plan) if plan else None
@@ -168,6 +178,9 @@ def new_encoder(tokenizer: Tokenizer, style: PromptStyle, rules: Rules, on_error
         train_on=rules.train_on,
         overflow=rules.overflow,
         on_error=on_error,
+        thoughts=rules.thoughts,
+        spelled=rules.rendered,
+        typed_ends=rules.typed_ends,
     )
 
 
@@ -181,6 +194,7 @@ class _Work:
         self.findings = Findings(near_duplicates=rules.near_duplicates)
         self.losses = Losses(folder)
         self.parts = 0
+        self.notes: dict[str, Tally] = {}
         self.remarks: list[str] = []
         self._rows = array("q")  # of each sample, by its number of arrival
         self._texts = Texts(folder)  # of each sample, by its number of arrival
@@ -202,6 +216,9 @@ class _Work:
         whole = {conversation.row: conversation for conversation in block.conversations}
         self.losses.add([*block.dropped, *encoded.dropped], [whole[row] for row in encoded.cut])
         self.parts += len(encoded.parts)
+        for what, rows_of_it in encoded.notes.items():
+            for number in rows_of_it:
+                self.notes.setdefault(what, Tally()).add(whole[number].where)
         side_of = {row: self._side(conversation) for row, conversation in whole.items()}  # all parts on one
         if self._members:
             self._members.lost += sum(side_of[row.row] == "test" for row in encoded.dropped)

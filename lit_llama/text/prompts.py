@@ -4,14 +4,15 @@ A folder carries its style as `chat_template.jinja`, which transformers, vLLM an
 equal to one of the built-in styles is rendered by it, any other by sandboxed Jinja.
 """
 
-import re
 from collections.abc import Collection, Iterable
+from copy import copy
 from pathlib import Path
 from typing import Literal, get_args
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.jinja.template import TEMPLATE_FILE as TEMPLATE_FILE
 from lit_llama.text.jinja.template import JinjaStyle as JinjaStyle
+from lit_llama.text.places import any_of
 from lit_llama.text.special import SETTINGS_FILE, read_object
 from lit_llama.text.styles import Alpaca, ChatML, Llama2, Llama3, Mistral, Plain, PromptStyle, Segment, Vicuna, Ziya
 
@@ -31,12 +32,15 @@ def named_style(name: str) -> PromptStyle:
 def style_of(template: str) -> PromptStyle:
     """The style that a chat template stands for."""
     for style in _STYLES.values():
-        if template in (style.jinja(bos=True), style.jinja(bos=False)):
-            return style
+        for begins in (True, False):
+            if template == style.jinja(bos=begins):
+                found = copy(style)
+                found.begins = begins
+                return found
     return JinjaStyle(template)
 
 
-def trained_ends(segments: Iterable[Segment], control: Collection[str]) -> list[Segment]:
+def trained_ends(segments: Iterable[Segment], control: Collection[str], usual: str | None = None) -> list[Segment]:
     """Segments in which the end of every answer is trained: the template's text up to its first control token.
 
     What ends an answer already, or is followed by somebody's words before a control token, stays as it is.
@@ -44,23 +48,27 @@ def trained_ends(segments: Iterable[Segment], control: Collection[str]) -> list[
     Args:
         segments: As a style rendered them.
         control: Spellings of the tokenizer's control tokens.
+        usual: The control token that ends most answers, which counts before others that stand in front of it.
     """
-    pattern = _any_of(control)
+    pattern = any_of(control)
     result: list[Segment] = []
     end: int | None = None  # where the text behind an open answer begins
+    muted = False
     for segment in segments:
         if not segment.template:
-            end = len(result) + 1 if segment.trained else None
+            end, muted = len(result) + 1 if segment.trained else None, segment.muted
             result.append(segment)
             continue
-        match = pattern.search(segment.text) if end is not None else None
-        if end is None or match is None:
+        found = pattern.search(segment.text) if end is not None else None
+        if end is None or found is None:
             result.append(segment)
             continue
-        result[end:] = [Segment(held.text, trained=True, template=True) for held in result[end:]]
-        cut = len(segment.text) if segment.trained else match.end()
+        stop = segment.text.find(usual) + len(usual) if usual and usual in segment.text else found.end()
+        result[end:] = [Segment(held.text, trained=True, template=True, muted=muted) for held in result[end:]]
+        cut = len(segment.text) if segment.trained else stop
         rest = Segment(segment.text[cut:], template=True)
-        result += [Segment(segment.text[:cut], trained=True, template=True), *([rest] if rest.text else [])]
+        own = Segment(segment.text[:cut], trained=True, template=True, muted=muted)
+        result += [own, *([rest] if rest.text else [])]
         end = None
     return result
 
@@ -78,13 +86,8 @@ def answer_end(style: PromptStyle, bos: str, eos: str, control: Collection[str])
     answers = [index for index, segment in enumerate(segments) if segment.trained and not segment.template]
     if not answers:
         return None
-    ends = (_any_of(control).search(segment.text) for segment in segments[answers[-1] :] if segment.trained)
+    ends = (any_of(control).search(segment.text) for segment in segments[answers[-1] :] if segment.trained)
     return next((match.group() for match in ends if match), None)
-
-
-def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
-    """Finds the longest token at the first place where there is one."""
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
 
 def folder_style(folder: Path) -> PromptStyle | None:

@@ -17,6 +17,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.losses import LOST_FILE, keep_long_rows
 from lit_llama.text.members import read_members
+from lit_llama.text.merges import MERGES_FILES
 from lit_llama.text.prepare import Rules, new_encoder, prepare
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.read.documents import Documents
@@ -24,6 +25,7 @@ from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.reading import OnError, read_conversations
 from lit_llama.text.report.findings import unchecked
 from lit_llama.text.report.look import look_at
+from lit_llama.text.report.notes import noted
 from lit_llama.text.report.report import REPORT_HTML, REPORT_JSON
 from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
@@ -46,7 +48,7 @@ def prepare_records(
     destination: Path,
     *,
     tokenizer_path: Path,
-    prompt_style: StyleChoice,
+    prompt_style: StyleChoice | None,
     rules: Rules,
     fields: Mapping[str, str] = {},
     on_error: OnError = "stop",
@@ -131,6 +133,8 @@ def prepare_records(
     together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
     tokenizer = _read_tokenizer(tokenizer_path)
     style = _style(prompt_style, tokenizer_path)
+    if prompt_style is None:
+        stderr().print(_chosen(style, _folder_of(tokenizer_path)), markup=False)
     if part:
         encoder = new_encoder(tokenizer, style, rules, on_error)
         made = write_shard(reader, encoder, destination, part, key=key, made_of=made_of)
@@ -189,14 +193,27 @@ def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
     return [show, f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}"]
 
 
-def _style(name: StyleChoice, tokenizer_path: Path) -> PromptStyle:
-    if name != "chat_template":
+def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
+    """The style of a name; without one that of the model folder, or Alpaca's where the folder has none."""
+    if name not in (None, "chat_template"):
         return named_style(name)
-    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    folder = _folder_of(tokenizer_path)
     style = folder_style(folder)
-    if style is None:
+    if style is None and name is not None:
         raise UserError(f"--prompt_style chat_template: {folder} has no {TEMPLATE_FILE}; name a built-in style")
-    return style
+    return style or named_style("alpaca")
+
+
+def _folder_of(tokenizer_path: Path) -> Path:
+    return tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+
+
+def _chosen(style: PromptStyle, folder: Path) -> str:
+    """Which style is taken where none is named."""
+    if folder_style(folder) is None:
+        return f"prompt style alpaca, as {folder} has no chat template; --prompt_style names another"
+    which = "" if style.name == "chat_template" else f", which is {style.name}"
+    return f"prompt style: the chat template of {folder}{which}; --prompt_style names another"
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -215,7 +232,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 def _tokenizer_files(path: Path) -> dict[str, str]:
     """Sha256 of all that says how texts are encoded and rendered."""
     folder = path if path.is_dir() else path.parent
-    beside = (*TOKENIZER_FILES, "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", TEMPLATE_FILE)
+    beside = (
+        *(*TOKENIZER_FILES, *MERGES_FILES, TEMPLATE_FILE),
+        *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    )
     files = {name: sha256_file(folder / name) for name in beside if (folder / name).is_file()}
     return files | {"tokenizer": sha256_file(path) if path.is_file() else ""}
 
@@ -262,6 +282,10 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
         say(f"  {meta['in_parts']} rows became several samples")
+    for what, tally in meta["notes"].items():
+        shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
+        shown += ", ..." if tally["rows"] > _SHOWN else ""
+        say(f"  {tally['rows']} rows {noted(what, meta)} ({shown})", markup=False)
     if given := meta.get("split_from"):
         also = f", {given['dropped']} of them dropped" if given["dropped"] else ""
         say(f"  split as in {given['path']}: {given['rows']} rows ask its {given['questions']} test questions{also}")

@@ -7,8 +7,8 @@ Shapes: N tokens of all samples.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -18,31 +18,15 @@ import numpy.typing as npt
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.arrow import Samples
 from lit_llama.text.conversation import Conversation, Dropped, Message
-from lit_llama.text.encode import IGNORE_INDEX, Cutter, Run, check_style
-from lit_llama.text.formats import Example
-from lit_llama.text.prompts import JinjaStyle, trained_ends
-from lit_llama.text.styles import PromptStyle, Segment
+from lit_llama.text.encode import IGNORE_INDEX, Run, begins, for_style
+from lit_llama.text.prompts import JinjaStyle
+from lit_llama.text.render import Note, OnError, Rendered, Renderer, TrainOn, TypedEnds
+from lit_llama.text.styles import PromptStyle
+from lit_llama.text.thoughts import ThoughtsRule
 from lit_llama.text.tokenizer import Tokenizer
 
 Overflow = Literal["drop", "truncate_prompt", "truncate_response", "split", "error"]
-OnError = Literal["stop", "skip"]
-TrainOn = Literal["all", "last"]
 Pieces = list[tuple[Conversation, Samples]]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Conversations on their way into samples.
-
-    Args:
-        conversations: Those that can be rendered.
-        runs: Of each of them.
-        dropped: The others.
-    """
-
-    conversations: list[Conversation]
-    runs: list[list[Run]]
-    dropped: list[Dropped]
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,7 @@ class Encoded:
         cut: Rows that lost a part of their prompt or answer.
         parts: Rows that became several samples.
         dropped: Rows that are left out.
+        notes: What there is to say of some rows, and which.
     """
 
     batch: Samples
@@ -62,6 +47,7 @@ class Encoded:
     cut: list[int]
     parts: list[int]
     dropped: list[Dropped]
+    notes: dict[Note, list[int]] = field(default_factory=dict)
 
 
 class Encoder:
@@ -77,6 +63,9 @@ class Encoder:
             question; lose the end of the last answer, but not its end-of-text token; are cut into several samples
             between turns; or are an error.
         on_error: A row that the style cannot render stops the encoding, or is dropped with its reason.
+        thoughts: What becomes of the thoughts of answers.
+        spelled: Texts hold control tokens, spelled: they were rendered before.
+        typed_ends: Whether an answer keeps a spelled control token that it ends in, as text.
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
@@ -93,16 +82,28 @@ class Encoder:
         train_on: TrainOn = "all",
         overflow: Overflow = "drop",
         on_error: OnError = "stop",
+        thoughts: ThoughtsRule = "template",
+        spelled: bool = False,
+        typed_ends: TypedEnds = "keep",
     ) -> None:
-        check_style(tokenizer, style)
+        tokenizer = for_style(tokenizer, style)
         if overflow == "split" and train_on == "last":
             raise UserError(
                 "--overflow split with --train_on last: parts without the last answer would teach nothing; use "
                 "--overflow truncate_prompt, which keeps as many turns before it as fit"
             )
-        self._tokenizer, self._style, self._cutter = tokenizer, style, Cutter(tokenizer)
-        self._on_error = on_error
-        self._limit, self._mask_inputs, self._train_on, self._overflow = max_seq_length, mask_inputs, train_on, overflow
+        self._tokenizer, self._style = tokenizer, style
+        self._renderer = Renderer(
+            tokenizer,
+            style,
+            train_on=train_on,
+            on_error=on_error,
+            thoughts=thoughts,
+            mask_inputs=mask_inputs,
+            spelled=spelled,
+            typed_ends=typed_ends,
+        )
+        self._limit, self._mask_inputs, self._overflow = max_seq_length, mask_inputs, overflow
         self._is_control = np.zeros(tokenizer.size, dtype=bool)
         self._is_control[list(tokenizer.control.values())] = True
         if tokenizer.unknown is not None:
@@ -115,16 +116,7 @@ class Encoder:
             UserError: The style cannot render a row, or does not say where an answer is.
             CheckpointError: The style ends answers in no control token of this tokenizer.
         """
-        rendered = Rendered([], [], [])
-        for conversation in conversations:
-            try:
-                rendered.runs.append(self._runs(conversation))
-                rendered.conversations.append(conversation)
-            except UserError as error:
-                if self._on_error == "stop":
-                    raise type(error)(f"{conversation.where}: {error}") from error
-                rendered.dropped.append(Dropped(conversation.row, conversation.where, str(error)))
-        return rendered
+        return self._renderer.render(conversations)
 
     def encode(self, rendered: Rendered) -> Encoded:
         """Make samples of what was rendered.
@@ -137,11 +129,11 @@ class Encoder:
         conversations, dropped = rendered.conversations, list(rendered.dropped)
         batch, trained = self._encode(conversations, rendered.runs)
         if (batch.lengths <= self._limit).all():
-            return Encoded(batch, conversations, [], [], dropped)
+            return Encoded(batch, conversations, [], rendered.apart, dropped, rendered.notes)
         fits = np.flatnonzero(batch.lengths <= self._limit).tolist()
         pieces, kept = [batch.take(fits)], [conversations[i] for i in fits]
         cut: list[int] = []
-        parts: list[int] = []
+        parts = list(rendered.apart)
         ends = np.cumsum(batch.lengths)
         for index in np.flatnonzero(batch.lengths > self._limit).tolist():
             long = conversations[index]
@@ -154,10 +146,11 @@ class Encoder:
             kept += [conversation for conversation, _ in made]
             (cut if self._overflow != "split" else parts).append(long.row)
         order = sorted(range(len(kept)), key=lambda i: kept[i].row)  # stable: the parts of a row stay in order
-        return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped)
+        parts = list(dict.fromkeys(parts))
+        return Encoded(_join(pieces).take(order), [kept[i] for i in order], cut, parts, dropped, rendered.notes)
 
     def _one(self, conversation: Conversation) -> tuple[Samples, npt.NDArray[np.bool_]]:
-        return self._encode([conversation], [self._runs(conversation)])
+        return self._encode([conversation], [self._renderer.runs(conversation)])
 
     def _encode(
         self, conversations: Sequence[Conversation], rows: Sequence[Sequence[Run]]
@@ -165,12 +158,13 @@ class Encoder:
         """Ids and labels, however long, and which of the tokens are of answers: (N,)."""
         runs = list(chain.from_iterable(rows))
         ours = np.fromiter((run.control is not None for run in runs), bool, len(runs))
-        ids, lengths_of_texts = self._tokenizer.encode_flat([run.text for run in runs if run.control is None])
+        texts = [run for run in runs if run.control is None]
+        ids, lengths_of_texts = self._tokenizer.encode_flat([run.text for run in texts], [run.place for run in texts])
         sizes = np.ones(len(runs), np.int64)
         sizes[~ours] = lengths_of_texts
         controls = np.fromiter((run.control for run in runs if run.control is not None), np.int32)
         ids = _interleaved(ids, controls, np.repeat(ours, sizes))
-        trained = np.repeat(np.fromiter((run.trained for run in runs), bool, len(runs)), sizes)
+        trained = np.repeat(np.fromiter((run.trained and not run.muted for run in runs), bool, len(runs)), sizes)
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX)) if self._mask_inputs else ids
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         lengths = np.add.reduceat(sizes, np.cumsum(counts) - counts) if len(rows) else np.zeros(0, np.int64)
@@ -184,65 +178,23 @@ class Encoder:
         self._check_beginnings(ids, lengths, conversations)
         return Samples(ids, labels, lengths), trained
 
-    def _runs(self, conversation: Conversation) -> list[Run]:
-        """Runs up to the end of the last answer: what a template puts after it is never generated."""
-        runs = self._cutter.runs(self._segments(conversation))
-        while runs and not runs[-1].trained:
-            runs.pop()
-        if not runs:
-            raise UserError(
-                f"the prompt style {self._style.name} does not say where an answer is, so it cannot be trained"
-            )
-        last = follows = True  # whether it is of the last answer, and whether what follows is trained
-        for index in range(len(runs) - 1, -1, -1):
-            run = runs[index]
-            if run.trained and run.control is None and (index + 1 == len(runs) or not follows):
-                raise CheckpointError(
-                    f"the prompt style {self._style.name} ends an answer in {run.text[-20:]!r}, which is no control "
-                    "token of this tokenizer"
-                )
-            if self._train_on == "last" and run.trained and not last:
-                runs[index] = replace(run, trained=False)
-            last, follows = last and run.trained, run.trained
-        return runs
-
-    def _segments(self, conversation: Conversation) -> Iterable[Segment]:
-        bos, eos = self._tokenizer.bos, self._tokenizer.eos
-        if conversation.text:
-            text = conversation.messages[-1]["content"]
-            end = Segment(eos, trained=True, template=True)
-            return (
-                (Segment(bos, template=True), Segment(text, trained=True), end) if bos else (Segment(text, True), end)
-            )
-        messages = [self._joined(message) for message in conversation.messages]
-        if not self._mask_inputs and any("train" in message for message in messages):
-            raise UserError(
-                "an answer is marked not to be trained on, while --mask_inputs false trains on every token: use "
-                "--mask_inputs true"
-            )
-        segments = self._style.render(messages, bos=bos, eos=eos, tools=conversation.tools)
-        return trained_ends(segments, self._tokenizer.control) if isinstance(self._style, JinjaStyle) else segments
-
-    def _joined(self, message: Message) -> Message:
-        """An instruction and its input are one content, put together as the style has it."""
-        if "input" not in message:
-            return message
-        example = Example(message["content"], message["input"])
-        joined = {key: value for key, value in message.items() if key != "input"}
-        return joined | {"content": self._style.user(example)}
-
     def _check_beginnings(
         self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], conversations: Sequence[Conversation]
     ) -> None:
-        bos = self._tokenizer.control.get(self._tokenizer.bos)
+        style, tokenizer = self._style, self._tokenizer
+        texts = np.fromiter((conversation.text for conversation in conversations), bool, len(conversations))
+        bos = tokenizer.control.get(tokenizer.bos_token)
         if bos is None or not len(lengths):
-            return
+            return  # no token begins a text
+        begun = texts & bool(tokenizer.bos)
+        if not isinstance(style, JinjaStyle):  # which may have none, as other programs render it
+            begun |= ~texts & begins(tokenizer, style)
         starts = np.cumsum(lengths) - lengths
         second = ids[np.minimum(starts + 1, len(ids) - 1)]
-        wrong = np.flatnonzero((ids[starts] != bos) | ((second == bos) & (lengths > 1)))
+        wrong = np.flatnonzero(begun & ((ids[starts] != bos) | ((second == bos) & (lengths > 1))))
         if len(wrong):
             raise CheckpointError(
-                f"{conversations[wrong[0]].where}: expected one {self._tokenizer.bos} at the beginning, found none or "
+                f"{conversations[wrong[0]].where}: expected one {tokenizer.bos_token} at the beginning, found none or "
                 "two"
             )
 

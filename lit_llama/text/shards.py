@@ -120,6 +120,7 @@ class _Writer:
             "dropped": [(row.row, row.reason, row.tokens) for row in encoded.dropped],
             "cut": encoded.cut,
             "parts": encoded.parts,
+            "notes": encoded.notes,
             "messages": {  # of the samples that are not what the row is
                 number: conversation.messages
                 for number, conversation in enumerate(encoded.conversations)
@@ -231,4 +232,4 @@ def _decoded(block: Block, batch: Any, entry: Mapping[str, Any]) -> Encoded:
     for number, messages in entry["messages"].items():
         conversations[int(number)] = replace(conversations[int(number)], messages=tuple(messages))
     dropped = [Dropped(row, whole[row].where, reason, tokens) for row, reason, tokens in entry["dropped"]]
-    return Encoded(samples, conversations, entry["cut"], entry["parts"], dropped)
+    return Encoded(samples, conversations, entry["cut"], entry["parts"], dropped, entry["notes"])

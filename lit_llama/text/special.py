@@ -1,6 +1,7 @@
 """What the files beside a tokenizer say of its tokens: which were added, and which begin, end or fill a text."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,24 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that stands beside a tokenizer's own; a special one is no text."""
+    """A token that stands beside a tokenizer's own; a special one is no text.
+
+    Attributes:
+        lstrip: It takes away the blanks before it.
+        rstrip: It takes away the blanks behind it.
+    """
 
     spelling: str
     id: int
     special: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], *, special: bool = False) -> "AddedToken":
+        """Read an entry of tokenizer.json's added_tokens; `special` whatever the entry says of that."""
+        flags = {name: entry.get(name) is True for name in ("lstrip", "rstrip")}
+        return cls(entry["content"], entry["id"], special or entry.get("special") is True, **flags)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -54,9 +68,9 @@ def added_tokens(folder: Path) -> list[AddedToken]:
     Raises:
         CheckpointError: An entry is of another form, or two of them claim one id or one spelling.
     """
-    settings, special = read_object(folder / SETTINGS_FILE), _special_spellings(folder)
-    entries = [
-        (ADDED_FILE, spelling, index, spelling in special)
+    settings, special = read_object(folder / SETTINGS_FILE), special_spellings(folder)
+    entries: list[tuple[str, str, Any, bool, Any]] = [
+        (ADDED_FILE, spelling, index, spelling in special, None)
         for spelling, index in read_object(folder / ADDED_FILE).items()
     ]
     decoder = settings.get("added_tokens_decoder") or {}
@@ -65,10 +79,10 @@ def added_tokens(folder: Path) -> list[AddedToken]:
     for index, token in decoder.items():
         marked = isinstance(token, dict) and token.get("special") is True
         number = int(index) if index.isdecimal() else index
-        entries.append((SETTINGS_FILE, spelling_of(token), number, marked or spelling_of(token) in special))
+        entries.append((SETTINGS_FILE, spelling_of(token), number, marked or spelling_of(token) in special, token))
     by_id: dict[int, AddedToken] = {}
     by_spelling: dict[str, AddedToken] = {}
-    for file, spelling, index, marked in entries:
+    for file, spelling, index, marked, token in entries:
         where = f"{folder / file}: the added token {spelling!r}"
         if not spelling or type(index) is not int or not 0 <= index < MAX_ID:
             raise CheckpointError(f"{where} has the id {index!r}, expected a spelling and a number from 0 to {MAX_ID}")
@@ -76,11 +90,12 @@ def added_tokens(folder: Path) -> list[AddedToken]:
             if other and (other.id, other.spelling) != (index, spelling):
                 raise CheckpointError(f"{where} has the id {index}, but {other.spelling!r} has the id {other.id}")
             marked = marked or bool(other and other.special)
-        by_id[index] = by_spelling[spelling] = AddedToken(spelling, index, marked)
+        flags = {name: isinstance(token, dict) and token.get(name) is True for name in ("lstrip", "rstrip")}
+        by_id[index] = by_spelling[spelling] = AddedToken(spelling, index, marked, **flags)
     return [by_id[index] for index in sorted(by_id)]
 
 
-def _special_spellings(folder: Path) -> set[str]:
+def special_spellings(folder: Path) -> set[str]:
     """Every token that the files give a role to."""
     found: set[str] = set()
     for file in (SETTINGS_FILE, NAMES_FILE):
@@ -108,6 +123,14 @@ def as_controls(model: bytes, ids: set[int]) -> bytes:
         output += model[position:after] + encode_varint(len(body)) + body
         position = start + size
     return bytes(output)
+
+
+def without_prefix(model: bytes) -> bytes:
+    """A serialized sentencepiece model that puts no blank before a text.
+
+    NormalizerSpec is field 3 of ModelProto and add_dummy_prefix its field 3; of two messages the last one counts.
+    """
+    return model + b"\x1a\x02\x18\x00"
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Prompt styles: messages -> segments of text, each trained or not, and the equal Jinja chat template."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,17 +16,19 @@ class Segment:
     """A piece of a prompt or an answer.
 
     `template` text was written by us or by the model's publisher and may spell control tokens; everything else is
-    somebody's words, which never become one.
+    somebody's words, which never become one. `trained` text is of an answer; a `muted` answer carries no loss, but is
+    encoded as any other, so that a prompt has the same ids whether its former answers were trained or not.
     """
 
     text: str
     trained: bool = False
     template: bool = False
+    muted: bool = False
 
 
 UNSAID = {
     "tool_calls": "",
-    "reasoning_content": ", or the thoughts with --ignore_fields and the name of their field",
+    "reasoning_content": "; --thoughts keep writes them into the answer as <think>...</think>, drop leaves them out",
     "tools": ", or their tools with --ignore_fields tools",
 }
 """Keys of a message or a conversation that the model would have to read or write, and that only a chat template may
@@ -51,10 +53,17 @@ class PromptStyle:
     Attributes:
         name: As in --prompt_style.
         tokens: Spellings in the templates that have to be control tokens.
+        begins: Whether the template that it was read from writes the token that begins a text; None where it was named,
+            and the tokenizer decides.
     """
 
     name: str
     tokens: tuple[str, ...] = ()
+    begins: bool | None = None
+
+    def marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
+        """Those of a tokenizer's added words that open turns, so that nobody else may spell them."""
+        return {*self.tokens} & {*words}
 
     def user(self, example: Example) -> str:
         """Content of the user message for an instruction and its input, which stands below it."""
@@ -135,6 +144,12 @@ class TurnStyle(PromptStyle):
     preface: str = ""
     again: str = ""
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)  # whether or not one was read from a template that begins texts
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def render(
         self,
         messages: Sequence[Message],
@@ -152,7 +167,10 @@ class TurnStyle(PromptStyle):
         def around(turn: Turn, message: Message, trained: bool = False) -> list[Segment]:
             content = message["content"].strip() if turn.strip else message["content"]
             ahead, behind = _around(turn, bos, eos, message["role"], trained)
-            return [*ahead, *self._words(content, trained), *behind]
+            turned = [*ahead, Segment(content, trained), *behind]
+            if trained and not message.get("train", True):
+                return [replace(segment, muted=segment.trained) for segment in turned]
+            return turned
 
         refuse_unsaid(self.name, messages, tools)
         segments = [] if self._places_bos else [own("{bos}")]
@@ -168,7 +186,7 @@ class TurnStyle(PromptStyle):
                 raise UserError(f"the prompt style {self.name} has no {role} message{self._where}")
             if role == "user":
                 segments.append(own(self._opening(index == 0, message["content"])))
-            segments += around(turn, message, role == "assistant" and message.get("train", True))
+            segments += around(turn, message, role == "assistant")
         if answer:
             segments.append(own((self.every or self.assistant_turn).before, "assistant"))
         return [segment for segment in segments if segment.text]
@@ -211,9 +229,6 @@ class TurnStyle(PromptStyle):
     @property
     def _where(self) -> str:
         return " but at the beginning" if self.system_turn else ""
-
-    def _words(self, content: str, trained: bool) -> list[Segment]:
-        return [Segment(content, trained)]
 
     def _opening(self, first: bool, content: str) -> str:
         """Template text before a user's turn."""
@@ -304,12 +319,15 @@ class ChatML(TurnStyle):
 
 
 class Ziya(TurnStyle):
-    """Ziya-LLaMA-13B-v1: `<human>:` and the stripped question, `<bot>:` in the next line, answer and end of text."""
+    """Ziya-LLaMA-13B-v1: `<human>:` and the stripped question, `<bot>:` in the next line, answer and end of text.
+
+    It was trained on answers encoded apart, which sentencepiece begins with a blank.
+    """
 
     name = "ziya"
     tokens = ("<human>", "<bot>")
     user_turn = Turn("<human>:", after="\n", strip=True)
-    assistant_turn = Turn("<bot>:", end="{eos}")
+    assistant_turn = Turn("<bot>:", lead=" ", end="{eos}")
 
 
 class Vicuna(TurnStyle):
@@ -363,8 +381,3 @@ class Plain(TurnStyle):
     """No prompt at all: a text, and the answer goes on with it."""
 
     name = "plain"
-
-    def _words(self, content: str, trained: bool) -> list[Segment]:
-        """The blank before an answer is marked as a style's, as sentencepiece would double a text's own."""
-        lead = " " if trained and content.startswith(" ") else ""
-        return [Segment(lead, trained, template=True), Segment(content.removeprefix(lead), trained)]

@@ -3,32 +3,30 @@
 Text never becomes a control token, and no beginning or end is added on its own: that is the business of encode.py.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError
-from lit_llama.text.bounds import check_model, check_tokenizer, read_bounded
-from lit_llama.text.quick.byte_level import ByteLevel, byte_level
-from lit_llama.text.quick.words import Flat, Words, splits_at_spaces
+from lit_llama.text.merges import MERGES_FILES, from_merges
+from lit_llama.text.places import Place
+from lit_llama.text.quick.byte_level import ByteLevel
+from lit_llama.text.quick.words import Flat, Words
 from lit_llama.text.special import (
-    SETTINGS_FILE,
-    AddedToken,
-    added_tokens,
-    as_controls,
     named_tokens,
-    read_object,
-    spelling_of,
 )
 
-_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 _MANY = 8_000  # texts, from which on looking for a quicker way pays
+_FEW = 200  # added words, up to which it pays to look for them before taking a quicker way
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -37,8 +35,11 @@ class Tokenizer:
 
     Attributes:
         size: Largest id + 1 (T).
-        control: Ids of the tokens that are spelled in templates, by spelling.
-        bos: Spelling of the token that begins a text, "" if the model wants none.
+        control: Ids of the special tokens, which are spelled in templates and which no text becomes, by spelling.
+        words: Ids of the other added tokens: a text that spells one is encoded as it.
+        strips: Added tokens that take away the blanks before or behind them, and whether they do so on either side.
+        bos: Spelling of the token that encoding puts before a text, "" if it puts none.
+        bos_token: What templates call the beginning of a text, also where encoding puts none; "" if there is none.
         eos: Spelling of the token that ends a text.
         pad: Spelling of the token that other programs fill batches with, "" if there is none.
         unknown: Id that stands for what cannot be spelled, None if everything can.
@@ -47,7 +48,10 @@ class Tokenizer:
 
     size: int
     control: dict[str, int]
+    words: dict[str, int]
+    strips: dict[str, tuple[bool, bool]]
     bos: str
+    bos_token: str
     eos: str
     pad: str
     unknown: int | None
@@ -59,38 +63,71 @@ class Tokenizer:
         """Id of the token that ends a text."""
         return self.control[self.eos]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, place: Place = Place.START) -> list[int]:
         """Ids of a text, without beginning and end."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text], place)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores.
+    def encode_batch(self, texts: Sequence[str], place: Place = Place.START) -> list[list[int]]:
+        """Ids of many texts that all stand at a place, on all cores.
 
         Raises:
             DataError: A text holds a lone surrogate.
         """
         try:
-            return self._encode_batch(list(texts))
+            return self._encode_batch(list(texts), place)
         except (TypeError, RuntimeError, UnicodeEncodeError) as error:
             raise DataError(f"text cannot be encoded, it may hold a lone surrogate: {error}") from error
 
-    def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """The same, laid end to end: (N,) ids, and (texts,) how many are of each. Many texts take a quicker way.
+    def encode_flat(self, texts: Sequence[str], places: Sequence[Place] | None = None) -> Flat:
+        """Ids of texts laid end to end: (N,) ids, and (texts,) how many are of each. Many texts take a quicker way.
 
         Raises:
             DataError: A text holds a lone surrogate.
         """
         self._flat += len(texts)
-        if self._flat > _MANY and (quick := self._quick) is not None:
-            try:
-                if (found := quick.encode(texts)) is not None:
-                    return found
-            except (TypeError, RuntimeError, UnicodeEncodeError):
-                pass  # the plain way says what is wrong
-        return _laid_out(self.encode_batch(texts))
+        if places is None or not self._placed:
+            return self._flat_at(texts, Place.START)
+        at = np.fromiter(places, np.int8, len(texts))
+        groups = [(place, np.flatnonzero(at == place)) for place in Place]
+        return _spread([(rows, self._flat_at([texts[row] for row in rows.tolist()], place)) for place, rows in groups])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _flat_at(self, texts: Sequence[str], place: Place) -> Flat:
+        quick = self._quick if self._flat > _MANY else None
+        if quick is None:
+            return _laid_out(self.encode_batch(texts, place))
+        odd = self._spelling_words(texts)
+        if not len(odd):
+            return self._quickly(quick, texts, place)
+        even = np.setdiff1d(np.arange(len(texts)), odd)
+        slow = _laid_out(self.encode_batch([texts[row] for row in odd.tolist()], place))
+        return _spread([(odd, slow), (even, self._quickly(quick, [texts[row] for row in even.tolist()], place))])
+
+    def _quickly(self, quick: Words | ByteLevel, texts: Sequence[str], place: Place) -> Flat:
+        """Ids of texts that spell no added word."""
+        try:
+            if (found := quick.encode(texts, blank=self._blanks[place])) is not None:
+                return found
+        except (TypeError, RuntimeError, UnicodeEncodeError):
+            pass  # the plain way says what is wrong
+        return _laid_out(self.encode_batch(texts, place))
+
+    def _spelling_words(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """The texts in which an added word may stand."""
+        if not self.words:
+            return np.zeros(0, np.int64)
+        if len(self.words) > _FEW:
+            return np.arange(len(texts))
+        whole = "\n".join(texts)
+        spellings = {form for word in self.words for form in (word, unicodedata.normalize("NFC", word))}
+        found = [spelling for spelling in spellings if spelling in whole]
+        return np.flatnonzero([any(spelling in text for spelling in found) for text in texts])
+
+    def decode(self, ids: Sequence[int], place: Place = Place.START) -> str:
         """Text of ids, without control tokens.
+
+        Args:
+            ids: What to decode.
+            place: Where its text stands: only where encoding puts a blank in front is one taken away.
 
         Raises:
             DataError: An id is outside the vocabulary.
@@ -98,7 +135,47 @@ class Tokenizer:
         for token_id in ids:
             if not 0 <= token_id < self.size:
                 raise DataError(f"id {token_id} is outside the tokenizer's vocabulary of {self.size}")
-        return self._decode(list(ids))
+        lead = self.lead_in(place)
+        return self._decode([*lead, *ids])[len(self._decode(lead)) :] if lead else self._decode(list(ids))
+
+    def lead_in(self, place: Place) -> list[int]:
+        """Ids to decode before those of a text at a place, so that it keeps the blank that it begins with."""
+        return [] if self._blanks[place] else self._lead
+
+    def guarded(self, marks: Collection[str]) -> Self:
+        """This tokenizer, in which some of the added words are control tokens, which no text becomes."""
+        found = frozenset(word for word in marks if word in self.words)
+        if not found:
+            return self
+        if found not in self._guarded:
+            twin = copy.copy(self)
+            for name in ("_guarded", "_quick", "_cut"):
+                twin.__dict__.pop(name, None)
+            twin.control = self.control | {word: self.words[word] for word in found}
+            twin.words = {word: index for word, index in self.words.items() if word not in found}
+            twin._guard(found)
+            self._guarded[found] = twin
+        return self._guarded[found]
+
+    @cached_property
+    def _guarded(self) -> dict[frozenset[str], Self]:
+        return {}
+
+    @cached_property
+    def _blanks(self) -> tuple[bool, ...]:
+        """Whether a text at each place is encoded as if a space stood before it."""
+        return tuple(self.encode("a", place) != self.encode("a", Place.MORE) for place in Place)
+
+    @cached_property
+    def _lead(self) -> list[int]:
+        """Something to decode before a text whose first blank would be lost otherwise; nothing where it would not."""
+        ids = self.encode("a", Place.MORE)
+        return ids if self._decode(self.encode(" a", Place.MORE)) != " a" else []
+
+    @cached_property
+    def _placed(self) -> bool:
+        """Whether it makes a difference where a text stands."""
+        return any(self._blanks)
 
     @cached_property
     def vocabulary(self) -> list[str | None]:
@@ -109,6 +186,11 @@ class Tokenizer:
     def spaced(self) -> bool:
         """Whether a text is encoded as if a space stood before it, as sentencepiece does."""
         return self.encode("a a") == 2 * self.encode("a")
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Ids of all tokens that stand beside the pieces of words, by spelling."""
+        return self.control | self.words
 
     def fingerprint(self) -> str:
         """Hash of which id stands for which token, the same for a tokenizer.model and its tokenizer.json."""
@@ -134,7 +216,11 @@ class Tokenizer:
     def _find_quick(self) -> Words | ByteLevel | None:
         raise NotImplementedError
 
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: list[str], place: Place) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _guard(self, marks: Collection[str]) -> None:
+        """Make control tokens of some added words, in what encodes and decodes."""
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
@@ -145,16 +231,23 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: Path) -> "Tokenizer":
-        """Read a tokenizer.model, a tokenizer.json, or a model folder that holds one.
+        """Read a tokenizer.model, a tokenizer.json, or a model folder that holds one, or vocab.json and merges.txt.
 
         Raises:
             CheckpointError: There is none, or it cannot be used.
         """
+        from lit_llama.text.hub_tokenizer import HubTokenizer
+        from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
+
         if path.is_dir():
             found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-            if not found:
-                raise CheckpointError(f"{path} holds no {TOKENIZER_FILES[0]} and no {TOKENIZER_FILES[1]}")
-            return cls.from_path(found[0])
+            if found:
+                return cls.from_path(found[0])
+            if all((path / name).is_file() for name in MERGES_FILES):
+                return HubTokenizer(path / MERGES_FILES[0], from_merges(path))
+            raise CheckpointError(
+                f"{path} holds no {TOKENIZER_FILES[0]} and no {TOKENIZER_FILES[1]}, nor {' and '.join(MERGES_FILES)}"
+            )
         if not path.is_file():
             raise CheckpointError(
                 f"tokenizer {path} does not exist; expected a tokenizer.model, a tokenizer.json or a model folder"
@@ -167,219 +260,14 @@ def _laid_out(ids: Sequence[Sequence[int]]) -> Flat:
     return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer.model (LLaMA 1 and 2), with the tokens added to it in the JSON files beside it."""
-
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        self._model = sentencepiece.SentencePieceProcessor()
-        model = read_bounded(path)
-        try:
-            self._model.load_from_serialized_proto(model)
-            self._model.id_to_piece(list(range(self._model.vocab_size())))  # all of them are text
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
-        check_model(path, model)
-        self.remarks = []
-        self._pieces = self._model.vocab_size()
-        self.unknown = self._model.unk_id()
-        if self.unknown < 0:
-            raise CheckpointError(f"{path} is damaged: it has no token for what is unknown; download it again")
-        added = self._added(path)
-        ids = [i for i in range(self._pieces) if self._model.is_control(i)]
-        self.control = {self._model.id_to_piece(i): i for i in ids} | {token.spelling: token.id for token in added}
-        self.size = max(self._pieces, *(token.id + 1 for token in added), 0)
-        self._shown = {token.id: token.spelling for token in added if not token.special}
-        self._hidden = {token.id for token in added if token.special}
-        gaps = sorted(set(range(self._pieces, self.size)) - self._shown.keys() - self._hidden)
-        self._shown |= {i: f"<unused {i}>" for i in gaps}
-        if gaps:
-            self.remarks.append(
-                f"{path}: it has {self._pieces} pieces, and {len(gaps)} ids between {gaps[0]} and {gaps[-1]} stand for "
-                f"no token; the files beside it may belong to another tokenizer.model"
-            )
-        bos, eos, pad = (
-            self._model.id_to_piece(i) if i >= 0 else ""
-            for i in (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
-        )
-        adds_bos = read_object(path.parent / SETTINGS_FILE).get("add_bos_token") is not False
-        self.bos = self._named(path.parent, "bos_token", bos) if adds_bos else ""
-        self.eos = self._named(path.parent, "eos_token", eos)
-        self.pad = self._pad(path.parent, pad)
-        if not self.eos:
-            raise CheckpointError(f"{path} has no end-of-text token")
-
-    def _added(self, path: Path) -> list[AddedToken]:
-        """The added tokens that are neither words nor controls already; no text becomes one of them.
-
-        Raises:
-            CheckpointError: An added token and a piece of another spelling or id are in each other's way.
-        """
-        added, pieces = [], set()
-        for token in added_tokens(path.parent):
-            found = self._model.piece_to_id(token.spelling)
-            is_piece = self._model.id_to_piece(found) == token.spelling  # other spellings give <unk>
-            if (is_piece or token.id < self._pieces) and found != token.id:
-                other = f"with id {found}" if is_piece else repr(self._model.id_to_piece(token.id))
-                raise CheckpointError(
-                    f"{path}: the added token {token.spelling!r} with id {token.id} clashes with the piece {other}"
-                )
-            if not is_piece:
-                added.append(token)
-            elif token.special and not self._model.is_control(found):
-                added.append(token)
-                pieces.add(found)
-        if pieces := pieces - {self.unknown}:
-            self._model.load_from_serialized_proto(as_controls(self._model.serialized_model_proto(), pieces))
-        return added
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._model.encode(texts, num_threads=-1)
-        return ids
-
-    def _find_quick(self) -> Words | None:
-        return Words(self._model) if splits_at_spaces(self._model) else None
-
-    def _decode(self, ids: list[int]) -> str:
-        """Shown tokens stand between texts that were encoded one by one."""
-        if not self._shown and not self._hidden:
-            text: str = self._model.decode(ids)
-            return text
-        parts: list[str] = []
-        run: list[int] = []
-        for token_id in ids:
-            if token_id in self._shown:
-                parts += [self._model.decode(run), self._shown[token_id]]
-                run = []
-            elif token_id not in self._hidden:
-                run.append(token_id)
-        return "".join([*parts, self._model.decode(run)])
-
-    def _vocabulary(self) -> list[str | None]:
-        tokens = {token_id: spelling for spelling, token_id in self.control.items()}
-        return [self._model.id_to_piece(i) if i < self._pieces else tokens.get(i) for i in range(self.size)]
-
-
-class HubTokenizer(Tokenizer):
-    """A tokenizer.json, with tokenizer_config.json and config.json beside it where they are there."""
-
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            raw = json.loads(read_bounded(path))
-            check_tokenizer(raw)
-            raw["truncation"] = raw["padding"] = None  # would cut or fill in silence
-            self._decoder = Backend.from_str(json.dumps(raw))
-            added = raw.pop("added_tokens", None) or []
-            self._raw = raw
-            # A copy that knows no added tokens: what somebody typed is never parsed as one.
-            self._encoder = Backend.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
-        except BaseException as error:  # the package raises plain Exception, and panics
-            if not isinstance(error, Exception) and not _panics(error):
-                raise
-            raise CheckpointError(f"{path} is not a usable tokenizer.json: {error}") from error
-        if raw.get("model", {}).get("dropout"):
-            raise CheckpointError(f"{path}: model.dropout makes encoding random; remove it")
-        for token in added:
-            if self._decoder.token_to_id(token["content"]) != token["id"]:
-                raise CheckpointError(f"{path}: added token {token['content']!r} does not keep its id {token['id']}")
-        self.control = {token["content"]: token["id"] for token in added}
-        self.unknown = self._decoder.token_to_id(raw["model"].get("unk_token") or "")
-        self.remarks = []
-        ids = self._decoder.get_vocab(with_added_tokens=True).values()
-        if not ids or len(set(ids)) < len(ids):
-            raise CheckpointError(f"{path}: expected a vocabulary without duplicate ids; found {len(ids)} tokens")
-        self.size = max(ids) + 1
-        settings = read_object(path.parent / SETTINGS_FILE)
-        self.eos = self._find_eos(path, settings)
-        self.bos = self._find_bos(settings)
-        self.pad = self._pad(path.parent)
-        if self.bos and self.bos not in self.control:
-            raise CheckpointError(f"{path} has no token {self.bos!r}, which tokenizer_config.json names as bos_token")
-
-    def _find_eos(self, path: Path, settings: dict[str, Any]) -> str:
-        by_id = {index: token for token, index in self.control.items()}
-        named = spelling_of(settings.get("eos_token"))
-        eos_id = read_object(path.parent / "config.json").get("eos_token_id")
-        first = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-        for candidate in (named, by_id.get(first) if isinstance(first, int) else None):
-            if candidate in self.control:
-                if settings.get("eos_token") is not None and candidate != named:
-                    self.remarks.append(
-                        f"{path.parent / SETTINGS_FILE}: eos_token is {named!r}, which is no control token; "
-                        f"taking {candidate!r} of config.json"
-                    )
-                return candidate
-        known = [token for token in _ENDS if token in self.control]
-        if len(known) != 1:
-            raise CheckpointError(f"{path} does not say which token ends a text; pass the model folder it belongs to")
-        return known[0]
-
-    def _find_bos(self, settings: dict[str, Any]) -> str:
-        """The model wants a beginning where its settings say so, else where its tokenizer puts one on its own."""
-        by_id = {index: token for token, index in self.control.items()}
-        first = self._decoder.encode("a", add_special_tokens=True).ids[:1]  # "" would show an end, too
-        own = by_id.get(first[0], "") if first else ""
-        wanted = settings.get("add_bos_token")
-        if wanted is None:
-            return own
-        return (spelling_of(settings.get("bos_token")) or own) if wanted else ""
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        try:
-            return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:
-            if not _panics(error):  # a regex that runs away
-                raise
-            raise DataError(f"text cannot be encoded: {error}") from error
-
-    def _find_quick(self) -> ByteLevel | None:
-        return byte_level(self._raw, self._encoder)
-
-    def _decode(self, ids: list[int]) -> str:
-        try:
-            return self._decoder.decode(ids, skip_special_tokens=True)
-        except BaseException as error:
-            if not _panics(error):
-                raise
-            raise CheckpointError(f"tokenizer.json cannot decode: its decoder fails ({error})") from error
-
-    def _vocabulary(self) -> list[str | None]:
-        return [self._decoder.id_to_token(i) for i in range(self.size)]
-
-
-def _panics(error: BaseException) -> bool:
-    """Whether this is how `tokenizers` fails within, which is no Exception."""
-    return type(error).__name__ == "PanicException"
-
-
-class Streamer:
-    """Turns ids into text as they come, holding back what later ids may still change.
-
-    A character of several bytes may be spread over several ids, and a tokenizer may drop a leading space: a piece is
-    given out only once it is valid and its text no longer depends on what follows.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = self._given = 0
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain."""
-        self._ids.extend(ids)
-        before = self._tokenizer.decode(self._ids[self._context : self._given])
-        text = self._tokenizer.decode(self._ids[self._context :])
-        if len(text) <= len(before) or text.endswith("\ufffd"):
-            return ""
-        self._context, self._given = self._given, len(self._ids)
-        return text[len(before) :]
-
-    def flush(self) -> str:
-        """What is left, valid or not."""
-        before = self._tokenizer.decode(self._ids[self._context : self._given])
-        text = self._tokenizer.decode(self._ids[self._context :])
-        self._context = self._given = len(self._ids)
-        return text[len(before) :]
+def _spread(parts: Sequence[tuple[npt.NDArray[np.int64], Flat]]) -> Flat:
+    """Ids of texts laid end to end, out of parts of them, each with the numbers of its texts."""
+    lengths = np.zeros(sum(len(rows) for rows, _ in parts), np.int64)
+    for rows, (_, sizes) in parts:
+        lengths[rows] = sizes
+    starts = np.cumsum(lengths) - lengths
+    ids = np.empty(int(lengths.sum()), np.int32)
+    for rows, (found, sizes) in parts:
+        own = np.cumsum(sizes) - sizes
+        ids[np.repeat(starts[rows] - own, sizes) + np.arange(len(found))] = found
+    return ids, lengths

@@ -75,6 +75,11 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
             "make it part of its base with finetune/merge.py, and begin a new adapter on that, with "
             "--lora.modules_to_save where the rows are to train"
         )
+    if placed.base:
+        raise CheckpointError(
+            f"{adapter_dir} brings rows of {next(iter(placed.base))} along that are not its base's: make it part of "
+            "its base with finetune/merge.py, and begin a new adapter on that"
+        )
     config = _trainable(placed.lora, adapter_dir, asked)
     with suppress(UserError):  # of names that mean nothing here, where the tensors say what is meant
         apply_lora(twin, config)

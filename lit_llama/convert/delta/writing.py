@@ -21,6 +21,7 @@ from lit_llama.folder import Staging, check_space, resume, write_json, write_man
 from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import DTYPES, Spec, byte_size, plan_shards, write_index, write_shard
 from lit_llama.progress import stderr, track
+from lit_llama.text.encode import begins
 from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
@@ -144,10 +145,10 @@ def _write_settings(work: Work, folder: Path, style: StyleName | None) -> None:
         complete(folder)
     tokenizer = Tokenizer.from_path(folder)
     named = named_style(style) if style else folder_style(folder)
-    if named is None and {"<human>", "<bot>"} <= tokenizer.control.keys():
+    if named is None and {"<human>", "<bot>"} <= tokenizer.added.keys():
         named = named_style("ziya")  # its folders name none, and asked otherwise it does not answer
     if named:
-        (folder / TEMPLATE_FILE).write_text(named.jinja(bool(tokenizer.bos)), "utf-8")
+        (folder / TEMPLATE_FILE).write_text(named.jinja(begins(tokenizer, named)), "utf-8")
         stderr().print(f"its {TEMPLATE_FILE} says how it is asked: prompt style {named.name}")
     elif work.sign > 0:
         stderr().print("it has no chat template: name the style it was trained in with --prompt_style")

@@ -61,7 +61,12 @@ def write_adapter(adapter_dir: Path, destination: Path, dtype: str | None = None
     config = LLaMAConfig.from_folder(base)
     with torch.device("meta"):
         model = LLaMA(config)
-    remarks = load_adapter(model, adapter_dir, Weights(base)).remarks
+    placed = load_adapter(model, adapter_dir, Weights(base))
+    remarks = placed.remarks
+    if placed.base:
+        raise CheckpointError(
+            f"{adapter_dir} brings rows of {next(iter(placed.base))} along, which no GGUF adapter can say; {_MERGE}"
+        )
     tensors, alpha = _tensors(model, config, adapter_dir, getattr(torch, dtype or "float32"))
     keys: dict[str, Any] = {"general.type": "adapter", "general.name": model_name(destination.name)}
     keys |= {"general.file_type": file_type, _TYPE: "lora", _ALPHA: alpha}

@@ -101,7 +101,8 @@ class Choice:
     @property
     def has_tokenizer(self) -> bool:
         """One that this project reads."""
-        return any(file.name in _TOKENIZERS for file in self.files)
+        names = {file.name for file in self.files}
+        return bool(names & set(_TOKENIZERS)) or set(_OLD_TOKENIZER) <= names
 
 
 def read_repo(repo_id: str, revision: str | None, endpoint: str | None) -> Repo:

@@ -101,9 +101,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         template, tags, block = _compile(request["source"])
         texts = []
         for chat in request["chats"]:
-            block.around = chat["around"]
+            block.around = chat.get("around", ("", ""))
             parts, room = [], request["room"]
-            for part in template.generate(**request["names"], messages=chat["messages"]):
+            for part in template.generate(**request["names"] | chat.get("names", {}), messages=chat["messages"]):
                 room -= len(part)
                 if room < 0:
                     raise TemplateError(f"it writes more than {request['room']:,} characters")

@@ -34,7 +34,8 @@ class Sandbox:
         Args:
             source: The template.
             names: What it finds beside the messages.
-            chats: Each with its "messages", and what to write "around" the {% generation %} blocks.
+            chats: Each with its "messages"; what to write "around" the {% generation %} blocks, if anything; and
+                "names" in place of the common ones.
 
         Returns:
             The text of every chat, and the tags that the template looks for in contents.
@@ -44,7 +45,7 @@ class Sandbox:
         """
         if len(source) > _LONGEST:
             raise CheckpointError(f"{self._name} has {len(source):,} characters, more than {_LONGEST:,}")
-        words = sum(len(message["content"]) for chat in chats for message in chat["messages"])
+        words = sum(_letters(chat["messages"]) for chat in chats) + _letters([*names.values()])
         request = {"source": source, "names": names, "chats": chats, "room": _ROOM + 4 * words, "seconds": SECONDS}
         with self._lock:
             reply = self._ask(json.dumps(request))
@@ -86,3 +87,12 @@ class Sandbox:
             )
             self._owner = os.getpid()
         return self._process
+
+
+def _letters(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, dict):
+        return sum(_letters(key) + _letters(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_letters, value))
+    return len(value) if isinstance(value, str) else 0

@@ -2,31 +2,21 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.conversation import Message
+from lit_llama.text.jinja.masks import MARK, Piece, align, mask
 from lit_llama.text.jinja.sandbox import Sandbox
-from lit_llama.text.styles import PromptStyle, Segment, refuse_unsaid
+from lit_llama.text.jinja.teller import AROUND, BLOCK, Rendered, Teller, Told
+from lit_llama.text.styles import PromptStyle, Segment
+from lit_llama.text.thoughts import thoughts_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 _SANDBOX = Sandbox(TEMPLATE_FILE)
-_MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters, which no template spells
-_AROUND = "\ue002", "\ue003"
-_BLOCK = re.compile(f"({'|'.join(_AROUND)})")
-_BLANKS = re.compile(r"\s*")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Words of a message up to the next tag, and the blanks around them, which a template may trim."""
-
-    message: int
-    before: str
-    words: str
-    after: str
+_THOUGHTS = ("thinking", "reasoning")  # other names that templates have for reasoning_content
+_ASKED = 64  # first answers of a conversation whose prompts are rendered, one by one, and that of the last
 
 
 class JinjaStyle(PromptStyle):
@@ -36,16 +26,16 @@ class JinjaStyle(PromptStyle):
     part of the template. Only the tags that a template looks for in answers, such as </think>, it may see and move. A
     second rendering, of the messages as they are, has to give the same text: it is what other programs render.
 
-    Trained are the contents of assistant messages, and what the template writes between a prompt and its answer; where
-    the template has {% generation %} blocks, their contents instead. Where an answer ends, only the tokenizer knows:
-    see `trained_ends` in prompts.py.
+    Trained are the contents of assistant messages, and what the template writes between the prompt that generation is
+    given and the answer; where the template has {% generation %} blocks, their contents instead. Where an answer ends,
+    only the tokenizer knows: see `trained_ends` in prompts.py.
     """
 
     name = "chat_template"
 
     def __init__(self, template: str) -> None:
         self._source = template
-        self._headers: dict[tuple[str, str], str | None] = {}
+        self._marks: dict[tuple[frozenset[str], str, str], set[str]] = {}
 
     def render(
         self,
@@ -62,65 +52,140 @@ class JinjaStyle(PromptStyle):
             CheckpointError: The template refuses the messages, leaves one out or changes its words, fails, takes longer
                 than two seconds, or writes far more than it is given.
         """
-        refuse_unsaid(self.name, messages, tools)
-        names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": answer, "tools": None, "documents": None}
-        rendered = self._rendered(messages, names, range(len(messages)))
+        told = self.tell(messages, bos=bos, eos=eos, answer=answer, tools=tools, asking=False)
+        return [segment for segment in told.segments if segment.text]
+
+    def tell(
+        self,
+        messages: Sequence[Message],
+        *,
+        bos: str = "",
+        eos: str = "",
+        answer: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        asking: bool = True,
+        keep: bool = False,
+    ) -> Told:
+        """A conversation, and how it differs from what generation is asked.
+
+        Args:
+            messages: As for `render`.
+            bos: As for `render`.
+            eos: As for `render`.
+            answer: As for `render`.
+            tools: As for `render`.
+            asking: The last answer is told as it is asked for, whatever the template writes before it.
+            keep: The last answer has its thoughts, also where the template leaves them out.
+
+        Raises:
+            UserError: The template does not write the tools or the calls of them.
+            CheckpointError: As for `render`.
+        """
+        names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": answer, "documents": None}
+        names["tools"] = [*tools] or None
+        messages = [self._named(message) for message in messages]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = answers if len(answers) <= _ASKED else [*answers[:_ASKED], answers[-1]]
+        prompts = [{"messages": messages[:index], "names": {"add_generation_prompt": True}} for index in asked]
+        rendered, texts = self._rendered(messages, names, range(len(messages)), prompts)
         if rendered is None:
-            changed = (index for index in range(len(messages)) if self._rendered(messages, names, [index]) is None)
-            roles = [messages[index]["role"] for index in changed] or ["first"]
-            raise CheckpointError(
-                f"{TEMPLATE_FILE} changes the words of the {roles[0]} message, or renders another text because of "
-                "them; name a style that does not with --prompt_style"
+            raise self._changed(messages, names)
+        last = messages[-1] if messages else None
+        told = Teller(messages, rendered, dict(zip(asked, texts, strict=True)), open=answer, asking=asking)
+        if keep and not answer and last and len(messages) - 1 in rendered.left_out:
+            thoughts = thoughts_of(last)
+            assert thoughts
+            bare = {key: value for key, value in last.items() if key not in ("reasoning_content", *_THOUGHTS)}
+            shorter = [*messages[:-1], bare | {"content": thoughts.rest}]
+            again, texts = self._rendered(shorter, names, range(len(messages)), prompts)
+            if again is None:
+                raise self._changed(shorter, names)
+            again = Rendered(again.parts, again.text, [i for i in rendered.left_out if i < len(messages) - 1])
+            told = Teller(
+                shorter, again, dict(zip(asked, texts, strict=True)), open=answer, asking=asking, thoughts=thoughts
             )
-        answered = any(message["role"] == "assistant" for message in messages)
-        header = self._header(bos, eos) if answered else None
-        return _segments(rendered, messages, header)
+        return told.told()
 
     def jinja(self, bos: bool) -> str:
         """See PromptStyle."""
         return self._source
 
+    def marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
+        """Those of a tokenizer's added words with which the template opens turns: nobody else may spell them.
+
+        Words that come in pairs, such as <think> and </think>, are no such marks.
+        """
+        key = frozenset(words), bos, eos
+        if key not in self._marks:
+            self._marks[key] = self._find_marks(words, bos, eos)
+        return self._marks[key]
+
+    def _find_marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
+        if not any(word in self._source for word in words):
+            return set()
+        question, reply = ({"role": role, "content": "."} for role in ("user", "assistant"))
+        try:
+            segments = self.render([question, reply, question], bos=bos, eos=eos)
+        except UserError:
+            return set()
+        text = "".join(segment.text for segment in segments if segment.template)
+        paired = {word for word in words if f"{word[:1]}/{word[1:]}" in words}
+        return {word for word in words if word in text} - paired - {f"{word[:1]}/{word[1:]}" for word in paired}
+
+    def _named(self, message: Message) -> Message:
+        """A message that has its thoughts also under the name that the template knows."""
+        if not (thoughts := message.get("reasoning_content")):
+            return message
+        return {**message, **{name: thoughts for name in _THOUGHTS if re.search(rf"\b{name}\b", self._source)}}
+
     def _rendered(
-        self, messages: Sequence[Message], names: dict[str, Any], masked: Collection[int]
-    ) -> list[str | tuple[int, str]] | None:
-        """Template texts and, in turn with them, whose words follow and which; None if marks and words differ."""
-        pieces: list[_Piece] = []
-        contents = [
-            _mask(index, message, self._source, pieces) if index in masked else message["content"]
+        self,
+        messages: Sequence[Message],
+        names: dict[str, Any],
+        masked: Collection[int],
+        others: Sequence[dict[str, Any]] = (),
+    ) -> tuple[Rendered | None, list[str]]:
+        """The messages, None if marks and words differ, and the texts of other chats.
+
+        Raises:
+            UserError: The template does not write the tools or the calls of them.
+            CheckpointError: It leaves a message out, or cannot be rendered.
+        """
+        pieces: list[Piece] = []
+        tags = _tags(self._source)
+        chat = [
+            self._named(mask(index, message, tags, pieces)) if index in masked else message
             for index, message in enumerate(messages)
         ]
-        plain = [{**message} for message in messages]
-        chat = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        (text, marked), _ = _SANDBOX.render(
-            self._source,
-            names,
-            [{"messages": plain, "around": ("", "")}, {"messages": chat, "around": _AROUND}],
+        without = [{"messages": messages, "names": {"tools": None}}] if names["tools"] else []
+        [text, marked, *rest], _ = _SANDBOX.render(
+            self._source, names, [{"messages": messages}, {"messages": chat, "around": AROUND}, *without, *others]
         )
-        parts = _MARK.split(marked)
+        if without and rest.pop(0) == text:
+            raise UserError(
+                f"{TEMPLATE_FILE} does not write tools, so the model would not know of them; use a model whose "
+                "template does, or leave such rows out with --on_error skip, or their tools with --ignore_fields tools"
+            )
+        parts = MARK.split(marked)
         numbers = [int(number) for number in parts[1::2]]
         if any(number >= len(pieces) for number in numbers):
-            return None
-        for number, piece in enumerate(pieces):
-            role, content = messages[piece.message]["role"], messages[piece.message]["content"]
-            if number not in numbers and piece.words == content.strip():  # thoughts before a tag may go
-                raise CheckpointError(
-                    f"{TEMPLATE_FILE} leaves out the {role} message; do without, or name a style with --prompt_style"
-                )
-        words = _align(text, [_BLOCK.sub("", part) for part in parts[::2]], [pieces[number] for number in numbers])
+            return None, rest
+        left_out = _left_out(messages, pieces, set(numbers))
+        words = align(text, [BLOCK.sub("", part) for part in parts[::2]], [pieces[number] for number in numbers])
         if words is None:
-            return None
+            return None, rest
         found = [*zip((pieces[number].message for number in numbers), words, strict=True)]
-        return [item for pair in zip(parts[::2], [*found, (0, "")], strict=True) for item in pair][:-1]
+        turns = [item for pair in zip(parts[::2], [*found, (0, "")], strict=True) for item in pair][:-1]
+        return Rendered(turns, text, left_out), rest
 
-    def _header(self, bos: str, eos: str) -> str | None:
-        """What stands between a question and the place where its answer begins; None if the template has no such."""
-        if (bos, eos) not in self._headers:
-            try:
-                last = self.render([{"role": "user", "content": "."}], bos=bos, eos=eos, answer=True)[-1]
-                self._headers[bos, eos] = last.text if last.template else ""
-            except CheckpointError:  # it may want a system message first
-                self._headers[bos, eos] = None
-        return self._headers[bos, eos]
+    def _changed(self, messages: Sequence[Message], names: dict[str, Any]) -> CheckpointError:
+        """What to say of a template that does more with words than to write them."""
+        changed = (index for index in range(len(messages)) if self._rendered(messages, names, [index])[0] is None)
+        roles = [messages[index]["role"] for index in changed] or ["first"]
+        return CheckpointError(
+            f"{TEMPLATE_FILE} changes the words of the {roles[0]} message, or renders another text because of "
+            "them; name a style that does not with --prompt_style"
+        )
 
 
 @cache
@@ -130,78 +195,30 @@ def _tags(source: str) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, sorted(tags, key=len, reverse=True))) or '(?!)'})")
 
 
-def _mask(index: int, message: Message, source: str, pieces: list[_Piece]) -> str:
-    """The content with marks in place of its words, which are added to `pieces`.
+def _left_out(messages: Sequence[Message], pieces: Sequence[Piece], written: Collection[int]) -> list[int]:
+    """The messages whose thoughts a template does not write.
 
-    A content of blanks stays: a template may ask whether there is one.
+    Raises:
+        UserError: It does not write a call.
+        CheckpointError: It does not write a message.
     """
-    parts = _tags(source).split(message["content"]) if message["role"] == "assistant" else [message["content"]]
-    for position, part in enumerate(parts):
-        if position % 2 == 0 and part.strip():
-            before, after = part[: -len(part.lstrip())], part[len(part.rstrip()) :]
-            parts[position] = f"\ue000{len(pieces)}\ue001"
-            pieces.append(_Piece(index, before, part.strip(), after))
-    return "".join(parts)
-
-
-def _align(text: str, between: list[str], pieces: list[_Piece]) -> list[str] | None:
-    """The words that stand for the pieces in a text, with those of their blanks that the template kept.
-
-    None if the text is not `between` and `pieces` in turn.
-    """
-    found: list[str] = []
-    position = len(between[0])
-    if not text.startswith(between[0]):
-        return None
-    for index, (piece, follow) in enumerate(zip(pieces, between[1:], strict=True), 1):
-        start = _end_of_blanks(text, position)
-        end = start + len(piece.words)
-        if not piece.before.endswith(text[position:start]) or not text.startswith(piece.words, start):
-            return None
-        # Blanks of the piece, of the template, and of the next piece may stand side by side.
-        kept = _end_of_blanks(text, end) - end - _end_of_blanks(follow, 0)
-        if not follow.strip() and index < len(pieces):
-            kept = min(kept, len(piece.after))
-        if kept < 0 or not piece.after.startswith(text[end : end + kept]) or not text.startswith(follow, end + kept):
-            return None
-        found.append(text[position : end + kept])
-        position = end + kept + len(follow)
-    return found if position == len(text) else None
-
-
-def _end_of_blanks(text: str, position: int) -> int:
-    match = _BLANKS.match(text, position)
-    assert match
-    return match.end()
-
-
-def _segments(rendered: list[str | tuple[int, str]], messages: Sequence[Message], header: str | None) -> list[Segment]:
-    """Which of the texts are trained."""
-    roles = [message["role"] for message in messages]
-    trained = [message["role"] == "assistant" and message.get("train", True) for message in messages]
-    blocks = any(isinstance(part, str) and _BLOCK.search(part) for part in rendered)
-    segments: list[Segment] = []
-    inside, last = False, -1
-    for index, part in enumerate(rendered):
-        if isinstance(part, tuple):
-            last, words = part
-            segments.append(Segment(words, inside if blocks else trained[last]))
+    found: list[int] = []
+    for number, piece in enumerate(pieces):
+        if number in written:
             continue
-        follower = rendered[index + 1] if index + 1 < len(rendered) else None
-        if blocks:
-            for piece in _BLOCK.split(part):
-                if piece in _AROUND:  # a block belongs to the message whose words come next
-                    wanted = not isinstance(follower, tuple) or messages[follower[0]].get("train", True)
-                    inside = piece == _AROUND[0] and wanted
-                else:
-                    segments.append(Segment(piece, inside, template=True))
+        message = messages[piece.message]
+        thoughts = thoughts_of(message) if message["role"] == "assistant" else None
+        inside = thoughts is not None and piece.words in thoughts.opening + thoughts.inner
+        if piece.kind == "thoughts" or (piece.words != message["content"].strip() and inside):
+            found.append(piece.message)
+        elif piece.kind == "call":
+            raise UserError(
+                f"{TEMPLATE_FILE} leaves out tool_calls of the assistant; use a model whose template writes them, or "
+                "leave such rows out with --on_error skip"
+            )
         else:
-            prompt = len(part)  # as much of it as generation gives to the model
-            if isinstance(follower, tuple) and trained[follower[0]]:
-                if follower[0] == last:
-                    prompt = 0
-                elif header is not None and last >= 0 and roles[last] == "user" and part.startswith(header):
-                    prompt = len(header)
-            segments.append(Segment(part[:prompt], template=True))
-            segments.append(Segment(part[prompt:], trained=True, template=True))
-    return [segment for segment in segments if segment.text]
+            raise CheckpointError(
+                f"{TEMPLATE_FILE} leaves out the {message['role']} message; do without, or name a style with "
+                "--prompt_style"
+            )
+    return sorted(set(found))

@@ -53,14 +53,18 @@ class ByteLevel:
         self._state = np.zeros(0x110000, np.uint8)  # of every character
         self._state[0xFDD0] = _REFUSED
 
-    def encode(self, texts: Sequence[str]) -> Flat | None:
+    def encode(self, texts: Sequence[str], *, blank: bool = False) -> Flat | None:
         """Ids of texts, or None if they hold something that is not proven to come out the same.
+
+        Args:
+            texts: What to encode.
+            blank: Each is to be encoded as if a space stood before it, which is not what this does.
 
         Raises:
             UnicodeEncodeError: A lone surrogate.
         """
         whole = "".join(texts)
-        if not self._trusted(np.frombuffer(whole.encode("utf-32-le"), np.uint32)):
+        if blank or not self._trusted(np.frombuffer(whole.encode("utf-32-le"), np.uint32)):
             return None
         if self._composed and not unicodedata.is_normalized("NFC", whole):
             return None

@@ -22,6 +22,7 @@ Flat = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
 _REMEMBERED = 4_000_000  # characters of words, after which a new book is begun
 _WORD = re.compile(" ( *[^ ]+| *)")  # without its first space
+_BARE = "x "  # ends a word without a space before it; no other word ends in a space after something else
 
 
 class Words:
@@ -29,10 +30,11 @@ class Words:
 
     Args:
         model: A sentencepiece processor for which `splits_at_spaces` holds.
+        plain: The same, but it puts no space before a text.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, plain: Any) -> None:
+        self._model, self._plain = model, plain
         self._space = model.piece_to_id(SPACE)
         self._forget()
 
@@ -43,9 +45,9 @@ class Words:
         self._starts = np.zeros(1, np.int64)
         self._characters = 0
 
-    def encode(self, texts: Sequence[str]) -> Flat:
-        """Ids of texts."""
-        cut = [_words(text) for text in texts]
+    def encode(self, texts: Sequence[str], *, blank: bool = True) -> Flat:
+        """Ids of texts, each as if a space stood before it, or (`blank` is False) as it is."""
+        cut = [_words(text) if blank else _words_as_they_are(text) for text in texts]
         words = list(chain.from_iterable(cut))
         try:
             numbers = np.fromiter(map(self._number.get, words), np.int64, len(words))
@@ -63,7 +65,10 @@ class Words:
         if self._characters > _REMEMBERED:
             self._forget()
         new = [word for word in dict.fromkeys(words) if word not in self._number]
-        found = self._model.encode(new, num_threads=-1)  # puts the first space back
+        bare = [word.endswith(_BARE) for word in new]
+        spaced = iter(self._model.encode([word for word in new if not word.endswith(_BARE)], num_threads=-1))
+        others = iter(self._plain.encode([word[: -len(_BARE)] for word in new if word.endswith(_BARE)], num_threads=-1))
+        found = [next(others if each else spaced) for each in bare]  # the model puts the first space back
         sizes = np.fromiter(map(len, found), np.int64, len(found))
         self._number.update(zip(new, range(len(self._sizes), len(self._sizes) + len(new)), strict=True))
         self._ids = np.append(self._ids, np.fromiter(chain.from_iterable(found), np.int32, int(sizes.sum())))
@@ -79,6 +84,13 @@ def _words(text: str) -> list[str]:
     if "  " in text or text.startswith(" "):
         return _WORD.findall(" " + text)
     return text.split(" ") if text else []
+
+
+def _words_as_they_are(text: str) -> list[str]:
+    """The words of a text before which no space is put: the first one is bare, if there is none of its own."""
+    text = text.replace(SPACE, " ")
+    end = text.find(" ") if " " in text else len(text)
+    return [*([text[:end] + _BARE] if end else []), *_WORD.findall(text[end:])]
 
 
 def splits_at_spaces(model: Any) -> bool:

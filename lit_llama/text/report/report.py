@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_llama.folder import write_json
 from lit_llama.text.report.findings import unchecked
+from lit_llama.text.report.notes import grade, noted
 from lit_llama.text.report.page import render_page
 from lit_llama.text.report.render import percent
 from lit_llama.text.report.show import ShownSample
@@ -24,6 +25,7 @@ _COUNTED = (
     "dropped_by_choice",
     "remarks",
     "fields",
+    "notes",
 )  # stand elsewhere in the report
 _MANY_DROPPED, _MANY_REPEATED, _MANY_LEAKED = 0.1, 0.01, 0.01
 
@@ -80,6 +82,10 @@ def account(meta: Mapping[str, Any]) -> Json:
         "dropped_share": lost / rows if rows else 0.0,
         "dropped_by_choice": meta["dropped_by_choice"],
         "fields": meta.get("fields", {}),
+        "notes": [
+            {"what": noted(what, meta), "severity": grade(what, meta), **tally}
+            for what, tally in meta.get("notes", {}).items()
+        ],
         "too_long": meta["too_long"],
         "remarks": list(meta.get("remarks", [])),
         "adds_up": rows == meta["kept"] + lost,
@@ -99,6 +105,10 @@ def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list
         warn("fix", "The rows do not add up.", "Rows were lost or counted twice: a defect, please report it.")
     _warn_of_losses(accounting, warn)
     _warn_of_fields(accounting, warn)
+    for note in accounting["notes"]:
+        what, _, more = note["what"].partition("; ")
+        why = f"{more[0].upper()}{more[1:]}." if more else "As asked."
+        warn(note["severity"], f"{_rows(note['rows'])} {what}.", why)
     _warn_of_leakage(findings, warn)
     _warn_of_contents(findings, warn)
     for remark in accounting["remarks"]:

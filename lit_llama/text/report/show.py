@@ -14,7 +14,8 @@ from lit_llama.errors import CheckpointError, DataError, IntegrityError, UserErr
 from lit_llama.progress import stdout
 from lit_llama.text.dataset import Split, read_meta
 from lit_llama.text.encode import IGNORE_INDEX
-from lit_llama.text.tokenizer import Streamer, Tokenizer
+from lit_llama.text.streamer import Streamer
+from lit_llama.text.tokenizer import Tokenizer
 
 _STYLES = {"trained": "bold green", "masked": "bright_black", "control": "bold reverse magenta"}
 _LEGEND = "trained: in the loss", "masked: read only", "control token"

@@ -127,9 +127,9 @@ def test_raw_text_begins_with_the_token_the_model_wants(tiny_folder: Path, speak
     seen: list[list[int]] = []
 
     class Spy(Speaker):
-        def stream(self, prompt: Any, *rest: Any, **more: Any) -> Any:
+        def request(self, prompt: Any, *rest: Any, **more: Any) -> Any:
             seen.append(list(prompt))
-            return super().stream(prompt, *rest, **more)
+            return super().request(prompt, *rest, **more)
 
     given: dict[str, Any] = vars(speaker) | {"tokenizer": load(tiny_folder).tokenizer, "style": None}
     spy = Spy(**given)

@@ -107,7 +107,7 @@ CONVERT: list[tuple[str, str, Change, int, tuple[str, ...]]] = [
         "torch",
         put("torch", quantization_config={"bits": 4}),
         4,
-        ("quantization_config is {{'bits': 4}}",),
+        ("quantised", "in 4 bits", "--quantize"),
     ),
     (
         "10 no tokenizer",

@@ -122,7 +122,7 @@ def test_losses_on_a_base_are_those_of_the_model_before_and_after(tiny_folder: P
     """Catches a loss of untrained tokens, labels that are not shifted, and an adapter that is left out."""
     rows, adapter = rows_of(5, steps=[[0]]), write_adapter(tmp_path / "adapter", tiny_folder)
     before, after = bases._held_out(tiny_folder, adapter, "", rows)
-    models = load_model(tiny_folder, dtype=torch.float32), load(adapter, precision="32-true").model
+    models = load_model(tiny_folder, dtype=torch.float32), load(adapter, precision="32-true", packed=False).model
     for found, model in zip((before, after), models, strict=True):
         total, count = 0.0, 0
         for ids, labels in rows.held_out:

@@ -49,7 +49,7 @@ def test_exactly_the_needed_files_make_a_folder_that_loads(
     assert source == {"repo_id": REPO, "commit": hub.commit(REPO), "files": hashes}
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1].endswith(f"next: python generate/chat.py --checkpoint_dir {made}")
-    assert lit_llama.load(made).model.config == lit_llama.load_model(made).config
+    assert lit_llama.load(made).config == lit_llama.load_model(made).config
 
 
 def test_old_weights_and_an_old_tokenizer_are_taken_where_there_is_nothing_else(

@@ -84,7 +84,6 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
         load(out, precision="32-true"),
         [Example(row["instruction"], row["input"], row["output"]) for row in rows],
         Sampling(max_new_tokens=60),
-        8,
     )
     assert [answer.text for answer in answers] == [row["output"] for row in rows]
     assert all(answer.stopped for answer in answers)

@@ -50,7 +50,7 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
     speaker = load(out, precision="32-true")
     trained = [row for row in ROWS if row not in held_out(data)]
     examples = [Example(row["instruction"], row["input"], row["output"]) for row in trained]
-    answers = answer_all(speaker, examples, Sampling(max_new_tokens=60), 8)
+    answers = answer_all(speaker, examples, Sampling(max_new_tokens=60))
     assert [answer.text for answer in answers] == [row["output"] for row in trained]
     assert all(answer.stopped for answer in answers)
 

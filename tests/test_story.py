@@ -125,7 +125,7 @@ def test_base_and_delta_become_the_sum_that_was_published(story: Story) -> None:
     assert_bits(found, story.ziya)
     tokenizer = Tokenizer.from_path(story.home / ZIYA)
     assert (tokenizer.size, found[EMBEDDING].shape[0]) == (PIECES + 2, ROWS)
-    assert (tokenizer.control["<human>"], tokenizer.control["<bot>"]) == (HUMAN, BOT)
+    assert (tokenizer.words["<human>"], tokenizer.words["<bot>"]) == (HUMAN, BOT)
     assert folder_style(story.home / ZIYA) == named_style("ziya")
 
 

@@ -14,7 +14,8 @@ from test_prompts import tiny as tiny  # a fixture
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.chat import Conversation
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.engine import Engine
+from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.load import load
 from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.formats import Example
@@ -205,7 +206,7 @@ def test_a_byte_level_model_answers_without_the_blank_of_the_style(
     prompt = prompt_ids(speaker.tokenizer, named_style("vicuna"), chat("hi"))
     said = speaker.tokenizer.encode(" ab")
 
-    monkeypatch.setattr("lit_llama.generate.load.generate", lambda *_, **__: iter([[(0, i)] for i in said]))
+    monkeypatch.setattr(Engine, "stream", lambda *_: iter([Step((i,)) for i in said]))
     assert "".join(text for _, text in speaker.answer(prompt, Sampling())) == "ab"
     conversation = Conversation(speaker, Sampling(max_new_tokens=9))
     assert "".join(conversation.ask("hi")) == "ab"

@@ -159,7 +159,14 @@ class Opened:
         turns = [{"role": "system", "content": system}] if system else []
         prompt_ids(self.tokenizer, _required(self.style), [*turns, {"role": "user", "content": "."}])
 
-    def load(self, *, precision: Precision = "auto", quantize: Onto | None = None, max_sequences: int = 32) -> Speaker:
+    def load(
+        self,
+        *,
+        precision: Precision = "auto",
+        quantize: Onto | None = None,
+        max_sequences: int = 32,
+        packed: bool = True,
+    ) -> Speaker:
         """Load the weights; other arguments and errors as for `load`.
 
         Args:
@@ -183,7 +190,7 @@ class Opened:
         for remark in (*remarks, *self.remarks):
             stderr().print(remark)
         speaker = make_speaker(model, self.tokenizer, self.style, self.ends, max_sequences)
-        if device.type == "cpu" and held is None and packs(model.config, dtype):
+        if packed and device.type == "cpu" and held is None and packs(model.config, dtype):
             return _packed(speaker, model, dtype, max_sequences)
         return speaker
 
@@ -195,6 +202,7 @@ def load(
     prompt_style: str | None = None,
     quantize: Onto | None = None,
     base_dir: Path | str | None = None,
+    packed: bool = True,
 ) -> Speaker:
     """Load a checkpoint folder, or an adapter folder with its base.
 
@@ -205,6 +213,8 @@ def load(
         quantize: How to hold the linear layers; None as they were held when the adapter was trained, or as they are
             stored.
         base_dir: Where the base of an adapter is; None looks for it, see `base_of`.
+        packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
+            `Speaker.model`, as for a look into it.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -212,7 +222,7 @@ def load(
         IntegrityError: The base or its tokenizer is not the one the adapter was trained on.
     """
     opened = open_folder(folder, prompt_style=prompt_style, base_dir=base_dir)
-    return opened.load(precision=precision, quantize=quantize)
+    return opened.load(precision=precision, quantize=quantize, packed=packed)
 
 
 def open_folder(folder: Path | str, *, prompt_style: str | None = None, base_dir: Path | str | None = None) -> Opened:
@@ -292,7 +302,7 @@ def _limits(max_sequences: int) -> EngineConfig:
     return EngineConfig(max_sequences=max_sequences, max_batch_tokens=max(512, 2 * max_sequences))
 
 
-CACHE_TOKENS = 1024
+CACHE_TOKENS = 256
 """Tokens for each of the answers that are made together, where there is memory; any of them may take more."""
 
 

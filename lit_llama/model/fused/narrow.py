@@ -18,14 +18,14 @@ def project(out: Tensor, x: Tensor, a: Tensor) -> None:
     """out (T, R) = x a', for x (T, n) and a (R, n)."""
     if _is_narrow(x, a, len(a)):
         return call("project", x.dtype, *_rows(out, x, a), *x.shape, len(a))
-    torch.mm(x, a.t(), out=out)
+    torch.mm(_apart(x), _apart(a).t(), out=out)
 
 
 def project_back(out: Tensor, x: Tensor, b: Tensor) -> None:
     """out (T, R) = x b, for x (T, n) and b (n, R)."""
     if _is_narrow(x, b, b.shape[1]):
         return call("project_back", x.dtype, *_rows(out, x, b), *x.shape, b.shape[1])
-    torch.mm(x, b, out=out)
+    torch.mm(_apart(x), _apart(b), out=out)
 
 
 def outer(u: Tensor, x: Tensor) -> Tensor:
@@ -34,7 +34,13 @@ def outer(u: Tensor, x: Tensor) -> Tensor:
         out = x.new_empty(u.shape[1], x.shape[1], dtype=torch.float32)
         call("outer", x.dtype, *_rows(out, u, x), *x.shape, u.shape[1])
         return out
-    return torch.mm(u.t(), x).float()
+    return torch.mm(_apart(u).t(), _apart(x)).float()
+
+
+def _apart(x: Tensor) -> Tensor:
+    """Rows in one piece: processors with AMX have the library multiply what lies behind a row by zero, and what is no
+    number there stays none."""
+    return x.contiguous() if x.device.type == "cpu" else x
 
 
 def _is_narrow(x: Tensor, other: Tensor, columns: int) -> bool:

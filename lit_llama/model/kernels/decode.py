@@ -10,7 +10,7 @@ Shapes: T tokens of all sequences, S sequences, N tokens whose logits are wanted
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +130,10 @@ class PackedLLaMA:
         layers = (_Layer * config.num_hidden_layers)(
             *map(self._layer, model.model.layers, range(len(model.model.layers)))
         )
-        rows = _weight_of(model.model.embed_tokens)
-        tied = _weight_of(model.lm_head).data_ptr() == rows.data_ptr() and weights == "stored"
+        rows = _weight_of(model.model.embed_tokens, whole=True)
+        tied = _weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
         embedding = None if tied else self._keep(rows.to(dtype).contiguous())
-        head = self._matrix([model.lm_head], bits=None if weights == "stored" else 8)
+        head = self._pack(_weight_of(model.lm_head, whole=True), None, None if weights == "stored" else 8)
         self._model = _Model(
             config.num_hidden_layers,
             config.hidden_size,
@@ -364,12 +364,12 @@ class PackedCache:
 
 
 def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """The updates of low rank on the layers of a model, by their full names; what else was trained is in its packed
-    weights."""
+    """The updates of low rank on the decoder's layers of a model, by their full names; what else was trained is in its
+    packed weights."""
     return {
         name: Factors(module.lora_A, module.lora_B, module.scale)
         for name, module in model.named_modules()
-        if isinstance(module, LowRank) and _is_plain(module)
+        if isinstance(module, LowRank) and _is_plain(module) and name.startswith("model.layers.")
     }
 
 
@@ -381,16 +381,16 @@ def _sums(counts: Iterable[int]) -> list[int]:
     return sums
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[LowRank]:
     """Whether what was trained of a module is an update B A and no more."""
     return isinstance(module, LowRank) and module.PARTS == LowRank.PARTS
 
 
-def _weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer without its update of low rank; merged with what else was trained of it."""
+def _weight_of(module: nn.Module, *, whole: bool = False) -> Tensor:
+    """The weight of a layer without its update of low rank, or with it; merged with what else was trained of it."""
     base = getattr(module, "base_layer", module)
     weight = base.dense(torch.float32) if isinstance(base, QuantizedLinear) else base.get_parameter("weight")
-    if isinstance(module, Adapter) and not _is_plain(module):
+    if isinstance(module, Adapter) and (whole or not _is_plain(module)):
         weight = module.merged(weight)
     return weight.detach()
 

@@ -26,6 +26,7 @@ def main(
     num_nodes: int = 1,
     plan: bool = False,
     plan_memory: str | None = None,
+    plan_device: str | None = None,
 ) -> None:
     """Train every weight; the result is a model of its own, which needs its base no more.
 
@@ -42,12 +43,15 @@ def main(
         dtype: Store the model in this dtype; left out, in that of the base. States are always stored as they train.
         seed: Of the order of the samples.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
-            OUT/states/step-000100. The result is that of a run that was never stopped.
+            OUT/states/step-000100. The result is that of a run that was never stopped. With more train.epochs or
+            train.max_steps than before a run is lengthened, a finished one as well.
         loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
         devices: How many devices share the samples of a step, or all there are; each holds the whole model.
         num_nodes: How many machines do; start the command on each with torchrun or srun.
         plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
         plan_memory: The same for a GPU with this much memory, such as 80GB, that is not here.
+        plan_device: The same for a kind of GPU, such as v100, t4, a100 or rtx4090, which decides the precision of auto,
+            too. Of several sizes of its memory the smallest counts, unless plan_memory is given.
     """
     from lit_llama.train.method import Full
     from lit_llama.train.start import start
@@ -67,6 +71,7 @@ def main(
         strategy="ddp",
         plan=plan,
         plan_memory=plan_memory,
+        plan_device=plan_device,
         own={"dtype": dtype},
     )
 

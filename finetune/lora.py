@@ -15,7 +15,8 @@ from lit_llama.train.config import LoggerName, TrainConfig
 
 def main(
     *,
-    checkpoint_dir: Path,
+    checkpoint_dir: Path | None = None,
+    adapter_dir: Path | None = None,
     data_dir: Path = Path("data/alpaca"),
     out_dir: Path = Path("out/lora/alpaca"),
     lora: LoRAConfig = LoRAConfig(),
@@ -27,6 +28,7 @@ def main(
     loggers: LoggerName | list[LoggerName] | None = None,
     plan: bool = False,
     plan_memory: str | None = None,
+    plan_device: str | None = None,
     devices: int | Literal["auto"] = 1,
     num_nodes: int = 1,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
@@ -34,7 +36,9 @@ def main(
     """Train low-rank adapters; the base stays as it is.
 
     Args:
-        checkpoint_dir: Base model, a folder in Hugging Face layout.
+        checkpoint_dir: Base model, a folder in Hugging Face layout; needed unless adapter_dir names it.
+        adapter_dir: Adapter to go on with, from here or from PEFT: its values, r, alpha and targets, on its base. The
+            result is an adapter of its own in out_dir.
         data_dir: Data folder made by prepare/.
         out_dir: Folder to make for the adapter, report.html, metrics.csv, run.yaml and states/.
         lora: Shape of the adapter.
@@ -47,10 +51,13 @@ def main(
             GPUs that have them and less exact. Merging and generating hold it the same way by themselves.
         seed: Of the adapter's start, the order of the samples and dropout.
         resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
-            OUT/states/step-000100. The result is that of a run that was never stopped.
+            OUT/states/step-000100. The result is that of a run that was never stopped. With more train.epochs or
+            train.max_steps than before a run is lengthened, a finished one as well.
         loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
         plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
         plan_memory: The same for a GPU with this much memory, such as 16GB, that is not here.
+        plan_device: The same for a kind of GPU, such as v100, t4, a100 or rtx4090, which decides the precision of auto,
+            too. Of several sizes of its memory the smallest counts, unless plan_memory is given.
         devices: GPUs of this machine that share the samples of each step, or auto for all of them; without GPUs, as
             many processes on the CPU. The steps are those of one process, and any number of them can continue a run.
             Under torchrun or srun, which start the processes themselves, leave this and num_nodes out.
@@ -65,6 +72,7 @@ def main(
         checkpoint_dir,
         data_dir,
         out_dir,
+        adapter_dir=adapter_dir,
         train=train,
         precision=precision,
         quantize=quantize,
@@ -76,7 +84,8 @@ def main(
         strategy=strategy,
         plan=plan,
         plan_memory=plan_memory,
-        own={"lora": asdict(lora), "quantize": quantize, "strategy": strategy},
+        plan_device=plan_device,
+        own={"adapter_dir": None, "lora": asdict(lora), "quantize": quantize, "strategy": strategy},
     )
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.errors import UserError
+from lit_llama.model.config import GGUFType
 
 
 def main(
@@ -17,9 +19,10 @@ def main(
     base_dir: Path | None = None,
     destination_path: Path,
     format: Literal["hf", "gguf"] = "hf",
-    dtype: Literal["bfloat16", "float16", "float32", "q8_0"] | None = None,
+    dtype: GGUFType | None = None,
     precision: Precision = "auto",
     onto: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    modelfile: bool = False,
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 
@@ -28,15 +31,29 @@ def main(
         base_dir: Its base model, where it is not found where the adapter says.
         destination_path: Folder to make, or with --format gguf the file.
         format: hf for a Hugging Face folder, gguf for one file that llama.cpp and Ollama read.
-        dtype: Store the weights in this dtype; left out, in that of the base. q8_0 (8 bits) is for GGUF files.
+        dtype: Store the weights in this dtype; left out, in that of the base. With --format gguf also q8_0, q6_k,
+            q5_k_m, q4_k_m and q4_0: as many bits a value, vectors excepted; those with k need the extra `kquants`.
         precision: In which the logits are compared; auto is bfloat16 where the hardware is fast at it.
         onto: Add the update to the base as it is stored, or to what quantisation leaves of it. Left out, it is what the
             adapter has seen in its training, as its folder records; anything else gives another model than that.
+        modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
     """
     from lit_llama.convert.merge import merge, merge_into_gguf
 
-    write = merge_into_gguf if format == "gguf" else merge
-    write(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto, base_dir=base_dir)
+    if format == "gguf":
+        merge_into_gguf(
+            adapter_dir,
+            destination_path,
+            dtype=dtype,
+            precision=precision,
+            onto=onto,
+            base_dir=base_dir,
+            modelfile=modelfile,
+        )
+        return
+    if modelfile:
+        raise UserError("--modelfile is for a model with --format gguf")
+    merge(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto, base_dir=base_dir)
 
 
 if __name__ == "__main__":

@@ -49,3 +49,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"lit_llama.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lit_llama' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What can be named, imported or not, so that a notebook completes it."""
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """Turns typed functions into a command: every parameter a flag, and what a user caused is one line on stderr."""
 
+import contextlib
 import dataclasses
-import difflib
 import errno
 import inspect
 import json
@@ -11,12 +11,14 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from lit_llama.console import shown
-from lit_llama.errors import ResourceError, UserError
+from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.habits import answer, explain
 
 
 def CLI(*mains: Callable[..., Any]) -> None:
@@ -32,6 +34,8 @@ def CLI(*mains: Callable[..., Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _run(mains)
+    except Interrupted as error:  # which the user wanted
+        _say(error, error.exit_status)
     except UserError as error:
         _fail(error, error.exit_status)
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
@@ -40,12 +44,14 @@ def CLI(*mains: Callable[..., Any]) -> None:
     except OSError as error:
         _fail(_system(error), ResourceError.exit_status)
     except KeyboardInterrupt:
-        _fail("interrupted", 128 + signal.SIGINT)
+        _say("Interrupted", 128 + signal.SIGINT)
 
 
 def _run(mains: Sequence[Callable[..., Any]]) -> None:
     import jsonargparse
 
+    words = sys.argv[1:]
+    _check_groups(mains, words)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
         jsonargparse.auto_cli(
@@ -56,7 +62,7 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
             parser_class=_lenient(jsonargparse.ArgumentParser),
         )
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{_plain(str(error))}{_nearest(str(error), mains)}") from error
+        raise UserError(_about(str(error), mains, words)) from error
     finally:
         sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
 
@@ -153,19 +159,66 @@ def _plain(message: str) -> str:
 
 
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}
-_UNKNOWN = re.compile(
-    r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option|unrecognized arguments:) '?(?P<key>[-\w.]+)"
-)
+_UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '?(?P<key>[-\w.]+)")
 
 
-def _nearest(message: str, mains: Sequence[Callable[..., Any]]) -> str:
-    """The parameter that was probably meant by an unknown key or flag, as an end of the message."""
-    if not (found := _UNKNOWN.search(message)):
-        return ""
-    key = ".".join(part.lstrip("-") for part in found.group("group", "key") if part)
-    names = [name for main in mains for name in _names(main)]
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _about(message: str, mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> str:
+    """What is wrong with a command line, in one line: flags and keys that are not known are explained."""
+    door, known = _door(mains[0]), [name for main in mains for name in _names(main)]
+    if message.startswith("unrecognized arguments: "):
+        flags = re.findall(r"(?<!\S)--?[A-Za-z][\w.-]*", message.partition(": ")[2])
+        return explain(door, flags, known) if flags else f"{message}; every value follows its flag"
+    if found := _UNKNOWN.search(message):
+        key = ".".join(part for part in found.group("group", "key") if part)
+        for path, settings in _files(words):
+            keys = list(_strangers(settings, known, door))
+            if key in keys:
+                return explain(door, keys, known, path)
+        return explain(door, [key], known, "a --config")
+    return _plain(message)
+
+
+def _door(main: Callable[..., Any]) -> str:
+    """The script of a function, such as finetune/lora.py."""
+    path = Path(inspect.getsourcefile(inspect.unwrap(main)) or main.__name__)
+    return f"{path.parent.name}/{path.name}"
+
+
+def _files(words: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The configuration files of a command line that can be read, with what they hold."""
+    import yaml
+
+    for number, word in enumerate(words):
+        option, equals, path = word.partition("=")
+        if option == "--config" and (path := path if equals else "".join(words[number + 1 : number + 2])):
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+                settings = yaml.safe_load(Path(path).read_text("utf-8"))
+                if isinstance(settings, dict):
+                    yield path, settings
+
+
+def _strangers(settings: Mapping[str, Any], known: Collection[str], door: str, prefix: str = "") -> Iterator[str]:
+    """Keys of a configuration file that are no parameter; those of other programs lie in groups, too."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        ours = any(other.startswith(f"{name}.") for other in known)
+        theirs = name not in known and answer(door, name) is None
+        if isinstance(value, Mapping) and value and (ours or theirs):
+            yield from _strangers(value, known, door, f"{name}.")
+        elif name not in known:
+            yield name
+
+
+def _check_groups(mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> None:
+    """Refuse a value in place of a group of settings, over which the parser stumbles."""
+    known = [name for main in mains for name in _names(main)]
+    for path, settings in _files(words):
+        for key, value in settings.items():
+            inside = [name for name in known if name.startswith(f"{key}.")]
+            if inside and not isinstance(value, Mapping | str):
+                raise UserError(
+                    f"{key} in {path} is {value!r}, expected settings of its own, such as {inside[0].split('.')[1]}"
+                )
 
 
 def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
@@ -188,6 +241,10 @@ def _system(error: OSError) -> str:
 
 
 def _fail(error: object, status: int) -> None:
-    text = re.sub(r"\s*\n\s*", " ", str(error).strip())  # of other programs; blanks may be part of a path
-    print(shown(f"error: {text}", sys.stderr), file=sys.stderr)
+    _say(f"error: {error}", status)
+
+
+def _say(text: object, status: int) -> None:
+    line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
+    print(shown(line, sys.stderr), file=sys.stderr)
     sys.exit(status)

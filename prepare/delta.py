@@ -28,7 +28,8 @@ def apply(
 
     Args:
         base_dir: The original model, a Hugging Face folder.
-        delta_dir: What its publisher adds, with the tokenizer of the sum.
+        delta_dir: What its publisher adds, with the tokenizer of the sum; with equal shapes it may have none, and that
+            of the base is taken.
         destination_path: Folder to make; it must not exist.
         policy: How a base grows to the vocabulary of the delta: ziya takes embedding and head from the delta, vicuna
             puts rows of zeros to the base, alpaca rows that are the mean of the others, add needs equal shapes. auto

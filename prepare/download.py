@@ -21,7 +21,7 @@ def main(
         repo_id: OWNER/NAME, as in the address of the model's page.
         revision: A branch, tag or commit; left out, the main branch.
         destination_path: Folder to make; left out, checkpoints/NAME.
-        file: A single GGUF file of the repository, instead of the model folder.
+        file: A GGUF file of the repository, instead of the model folder; of a model in parts name the first, all come.
     """
     from lit_llama.convert.hub.download import download
 

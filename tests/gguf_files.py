@@ -92,8 +92,12 @@ def write_gguf(
     change_keys: Callable[[dict[str, Any]], Any] = lambda keys: None,
     change_tensors: Callable[[dict[str, Array | Packed]], Any] = lambda tensors: None,
     architecture: str = "llama",
+    split: int = 0,
 ) -> Path:
-    """Write `model` as llama.cpp does; with F16, BF16 and Q8_0 its matrices are stored so, and vectors in F32."""
+    """Write `model` as llama.cpp does; with F16, BF16 and Q8_0 its matrices are stored so, and vectors in F32.
+
+    With `split` tensors in a file at most, the parts get names with numbers.
+    """
     config = model.config
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
@@ -131,7 +135,7 @@ def write_gguf(
             continue
         tensors[gguf_name(name)] = array
     change_tensors(tensors)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     write_keys(writer, keys)
     for name, tensor in tensors.items():
         if isinstance(tensor, tuple):

@@ -62,7 +62,8 @@ def check_alone(text: str) -> Page:
 def in_chromium(path: Path, folder: Path, width: int, scheme: int) -> str:
     """Show a page in Chromium, in the dark (0) or in the light (1).
 
-    It must not be blank on any of its first screens, nor wider than the window, nor ask the network for anything.
+    It must not be blank on any of its first screens, nor wider than the window (nor a table than its place), nor ask
+    the network for anything.
 
     Returns:
         The document as the browser understood it.
@@ -101,9 +102,11 @@ def in_chromium(path: Path, folder: Path, width: int, scheme: int) -> str:
     frame = folder / "frame.html"
     frame.write_text(
         f"<iframe src='{path.as_uri()}' style='border:0;width:{width}px;height:900px' "
-        'onload="document.title = this.contentDocument.documentElement.scrollWidth"></iframe>'
+        'onload="let d = this.contentDocument; document.title = d.documentElement.scrollWidth + `/` + '
+        '[...d.querySelectorAll(`.wide`)].filter(box => box.scrollWidth > box.clientWidth + 1).length"></iframe>'
     )
     measured = run("--dump-dom", "--allow-file-access-from-files", page=frame.as_uri())
-    found = re.search(r"<title>(\d+)</title>", measured)
+    found = re.search(r"<title>(\d+)/(\d+)</title>", measured)
     assert found and int(found[1]) <= width, "the page has to be scrolled sideways"
+    assert not int(found[2]), "a table has to be scrolled sideways"
     return dom

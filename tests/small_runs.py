@@ -77,7 +77,7 @@ def run(
     """finetune as the door of LoRA calls it."""
     paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
     settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "quantize": None, "seed": seed}
-    settings |= {"loggers": None, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    settings |= {"adapter_dir": None, "loggers": None, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     finetune(
         LoRA(lora),
         checkpoint,

@@ -60,7 +60,9 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["model.layers.1.mlp.up_proj"]])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], ["model.layers.1.mlp.up_proj"], r".*\.[qk]_proj"]
+)
 def test_peft_loads_our_adapter_with_the_same_logits(tiny_folder: Path, tmp_path: Path, targets: Any) -> None:
     """Catches names, scale or settings that PEFT understands otherwise."""
     from peft import PeftModel

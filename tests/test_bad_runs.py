@@ -95,7 +95,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[object], int, str]] = {
         "paged_adamw_8bit moves memory between GPU and CPU",
     ),
     "spread over one": (as_it_is, ["--strategy", "fsdp"], 2, "there is one: raise --devices"),
-    "a key of no group": (as_it_is, ["--train.learning_rte", 1], 2, "did you mean train.learning_rate?"),
+    "a key of no group": (as_it_is, ["--train.learning_rte", 1], 2, "did you mean --train.learning_rate?"),
 }
 
 

@@ -32,6 +32,15 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+PRE, TOKENS = "tokenizer.ggml.pre", "tokenizer.ggml.tokens"
+# Of the published vocabularies: Llama 3, Qwen 2, GPT-2 and SmolLM 2.
+KNOWN: dict[str, dict[str, int]] = {
+    "llama-bpe": {"!": 0, "Ġthe": 279, "<|begin_of_text|>": 128000, "<|end_of_text|>": 128001},
+    "qwen2": {"!": 0, "Ġthe": 279, "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645},
+    "gpt-2": {"!": 0, "Ġthe": 262, "<|endoftext|>": 50256},
+    "smollm": {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<repo_name>": 3, "!": 17, "Ġthe": 260},
+}
+
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -135,17 +144,45 @@ def test_a_beginning_of_text_is_put_first_where_the_model_wants_one(
     assert adds_bos(metadata) is adds
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("tokenizer.ggml.pre", "default", "tokenizer.ggml.pre is 'default', implemented are gpt-2, smollm, llama-bpe"),
-        ("tokenizer.ggml.tokens", ["a", "b", "a"], "the same token twice"),
-    ],
-)
-def test_what_is_not_implemented_is_named(metadata: dict[str, Any], key: str, value: Any, message: str) -> None:
-    """Catches a tokenizer that cuts text in another way than the model was trained with."""
+MERGES, TYPES = "tokenizer.ggml.merges", "tokenizer.ggml.token_type"
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a way that is not implemented": ({PRE: "viking"}, "pre is 'viking', implemented are gpt-2, smollm, llama-bpe"),
+    "a way that nobody knows": ({PRE: "default"}, "pre is 'default', and the vocabulary is none of llama-bpe"),
+    "no way": ({PRE: None}, r"the metadata has no tokenizer\.ggml\.pre, .* gguf-new-metadata --pre-tokenizer"),
+    "twice": ({TOKENS: ["a", "b", "a"]}, "the same token twice: 0 and 2 are 'a'"),
+    "no types": ({TYPES: None}, r"the metadata has no tokenizer\.ggml\.token_type"),
+    "too few types": ({TYPES: [1]}, r"token_type has 1 entries, but tokenizer\.ggml\.tokens has 384"),
+    "no merges": ({MERGES: None}, r"the metadata has no tokenizer\.ggml\.merges"),
+    "a merge of three": ({MERGES: ["a b c"]}, r"merges: entry 0 is 'a b c', expected two tokens"),
+    "a merge into nothing": ({MERGES: ["Q Z"]}, r"merges: entry 0 is 'Q Z', but 'QZ' is not in"),
+    "no beginning": (
+        {PRE: "llama-bpe", "tokenizer.ggml.bos_token_id": None},
+        r"the metadata has no tokenizer\.ggml\.bos_token_id",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_rebuilt_is_named(metadata: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    """Catches a tokenizer that cuts text in another way than the model was trained with, and a bare KeyError."""
     with pytest.raises(CheckpointError, match=message):
-        tokenizer_json(metadata | {key: value})
+        tokenizer_json(metadata | changes)
+
+
+@pytest.mark.parametrize(("known", "marks"), KNOWN.items(), ids=KNOWN)
+def test_a_file_without_a_way_is_known_by_its_vocabulary(
+    metadata: dict[str, Any], known: str, marks: dict[str, int]
+) -> None:
+    """Catches a Llama 3 of early files that is cut as GPT-2 is; one token at another place, and it is not known."""
+    tokens = [f"[{index}]" for index in range(max(marks.values()) + 1)]
+    for token, index in marks.items():
+        tokens[index] = token
+    early = {**metadata, PRE: None, TOKENS: tokens, TYPES: [1] * len(tokens), MERGES: []}
+    found, wanted = tokenizer_json(early), tokenizer_json({**early, PRE: known})
+    assert found == wanted and found["pre_tokenizer"] != tokenizer_json({**early, PRE: "tekken"})["pre_tokenizer"]
+    tokens[0], tokens[marks["Ġthe"]] = tokens[marks["Ġthe"]], tokens[0]
+    with pytest.raises(CheckpointError, match="the vocabulary is none of"):
+        tokenizer_json(early)
 
 
 @pytest.mark.real

@@ -323,3 +323,49 @@ def test_reading_does_not_copy_the_file_into_memory(tmp_path: Path) -> None:
     assert weights.spec("a") == ("F32", (rows,)) and list(weights) == ["a"]
     assert fingerprint(tmp_path)
     assert (int(pages.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 50_000_000
+
+
+def test_a_single_file_counts_before_an_index_and_that_is_said(tmp_path: Path) -> None:
+    """Catches the shards of an earlier save, taken in silence where transformers takes the file."""
+    from transformers import AutoModelForCausalLM
+
+    old = {name: value + 0.1 for name, value in tiny_state().items()}
+    folder = write_folder(tmp_path / "a", tiny_state())
+    write_weights(folder, {name: ("F32", tuple(value.shape)) for name, value in old.items()}, old.__getitem__, 60_000)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    found = load_model(folder).state_dict()
+    assert all(
+        torch.equal(found[name], theirs[name]) and torch.equal(found[name], tiny_state()[name]) for name in found
+    )
+    assert (
+        "is used, as transformers does" in Weights(folder).remarks[0] and "there as well" in Weights(folder).remarks[0]
+    )
+    assert fingerprint(folder) == fingerprint(write_folder(tmp_path / "b", tiny_state()))
+    next(folder.glob("model-*")).unlink()
+    assert "names files that are not all there" in Weights(folder).remarks[0]
+    assert len(load_model(folder).state_dict()) == len(found)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "base_model.model.base_model.model."])
+def test_names_of_wrappers_are_those_of_the_model(tmp_path: Path, prefix: str) -> None:
+    """Catches a state that was saved under torch.compile or DDP, refused as "missing" and "unknown"."""
+    wrapped = {prefix + name: value for name, value in tiny_state().items()}
+    folder = write_folder(tmp_path / "a", wrapped)
+    found = load_model(folder).state_dict()
+    assert all(torch.equal(value, tiny_state()[name]) for name, value in found.items())
+    assert "named as by a wrapper" in Weights(folder).remarks[0]
+    twice = write_folder(tmp_path / "b", wrapped | tiny_state())
+    with pytest.raises(CheckpointError, match="twice"):
+        load_model(twice)
+
+
+def test_a_decoder_without_head_and_heads_of_reward_models(tmp_path: Path) -> None:
+    """Catches AutoModel's names refused for a tied model, and a value head that stops a whole language model."""
+    tied = {n: v for n, v in tiny_state(tie_word_embeddings=True).items() if n != "lm_head.weight"}
+    bare = {name.removeprefix("model."): value for name, value in tied.items()}
+    found = load_model(write_folder(tmp_path / "a", bare, tie_word_embeddings=True)).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in tied.items())
+    heads = {"v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.ones(1)}
+    folder = write_folder(tmp_path / "b", tiny_state() | heads | {"score.weight": torch.ones(1, 64)})
+    assert load_model(folder).state_dict().keys() == tiny_state().keys()
+    assert "3 tensors of a reward or value head" in Weights(folder).remarks[0]

@@ -220,7 +220,7 @@ def test_a_wrong_configuration_file_is_refused(run: Run, tmp_path: Path, text: s
     """A misspelled key that changes nothing."""
     (tmp_path / "c.yaml").write_text(text)
     message = one_line(run("--config", "c.yaml"), 2)
-    assert "colour" not in text or "'colour' is not accepted" in message
+    assert "colour" not in text or "colour in c.yaml is nothing that" in message
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(
     """A page of help to search through for one letter, or a guess where nothing is near."""
     (tmp_path / "c.yaml").write_text("path: x\nnumbr: 4\n")
     message = one_line(run(*arguments), 2)
-    assert message.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in message
+    assert message.endswith(f"; did you mean --{meant}?") if meant else "did you mean" not in message
 
 
 def test_the_printed_configuration_can_be_used_again(run: Run, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_ctrl_c_is_one_line_and_status_130(door: Path) -> None:
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (130, "error: interrupted\n")
+    assert (process.returncode, said) == (130, "Interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_what_is_written_reads_back_equal_here_and_in_transformers(tmp_path: Pat
         {"target_modules": []},
         {"target_modules": ""},
         {"target_modules": "q_proj,,v_proj"},
+        {"target_modules": ".*(q_proj"},
         {"r": 1.5},
         {"rank_pattern": {"q_proj": 0}},
         {"rank_pattern": {"q_proj": "8"}},
@@ -207,6 +208,8 @@ def test_lora_scale_and_targets() -> None:
     assert LoRAConfig(target_modules=["q_proj", "lm_head"]).targets == ["q_proj", "lm_head"]
     assert LoRAConfig(target_modules="q_proj").targets == ["q_proj"]
     assert LoRAConfig(target_modules="q_proj, v_proj").targets == ["q_proj", "v_proj"]
+    assert LoRAConfig(target_modules="all").targets == LoRAConfig(target_modules=["all"]).targets == list(LINEARS)
+    assert LoRAConfig(target_modules=[".*_proj"]).pattern == ".*_proj"
 
 
 def test_patterns_choose_rank_and_scale() -> None:
@@ -232,6 +235,9 @@ def test_patterns_choose_rank_and_scale() -> None:
     "wrong",
     [
         {"epochs": 0},
+        {"epochs": -0.5},
+        {"epochs": float("inf")},
+        {"epochs": float("nan")},
         {"max_steps": 0},
         {"batch_size": 0},
         {"micro_batch_tokens": 0},
@@ -285,6 +291,10 @@ def test_settings_that_do_not_go_together_are_refused(wrong: dict[str, Any]) -> 
         (3, {"epochs": 1, "batch_size": 16}, 1),
         (64, {"epochs": 2, "batch_size": 16, "max_steps": 5}, 5),
         (64, {"epochs": 2, "batch_size": 16, "max_steps": 50}, 8),
+        (64, {"epochs": 0.5, "batch_size": 16}, 2),
+        (64, {"epochs": 3.0, "batch_size": 16}, 12),
+        (64, {"epochs": 0.01, "batch_size": 16}, 1),
+        (30, {"epochs": 0.1, "batch_size": 1}, 3),  # the product of the floats is a little more than 3
     ],
 )
 def test_number_of_steps(rows: int, settings: dict[str, int], steps: int) -> None:

@@ -176,3 +176,14 @@ def test_the_door_adds_makes_and_verifies(base: Path, tmp_path: Path) -> None:
         "prepare/delta.py", "apply", *sides, "--destination_path", tmp_path / "x", "--max_shard_size", "many"
     )
     assert size.returncode == 2 and "--max_shard_size is 'many'" in size.stderr
+
+
+def test_a_delta_of_equal_shapes_needs_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a delta as many are published, weights and config alone, that is refused though the base has all."""
+    base = folder_of(tmp_path / "base", state_of(0, ROWS))
+    delta = folder_of(tmp_path / "delta", delta_of("add"), tokenizer=False)
+    apply(base, delta, tmp_path / "sum")
+    assert f"{delta} has no tokenizer: that of {base} is taken" in " ".join(capsys.readouterr().err.split())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "sum" / name).read_bytes() == (base / name).read_bytes()
+    assert_same(read(tmp_path / "sum"), plain_sum(read(base), read(delta), "add"))

@@ -235,21 +235,34 @@ def test_an_adapter_comes_as_it_is_and_names_its_base(
     settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": REPO}
     hub.repos["owner/lora"]["adapter_config.json"] = json.dumps(settings).encode()
     download("owner/lora", tmp_path / "other", endpoint=hub.endpoint)
-    assert f"download.py --repo_id {REPO} --destination_path {REPO} (its base)" in capsys.readouterr().err
+    assert f"download.py --repo_id {REPO} --destination_path {tmp_path}/tiny (its base)" in capsys.readouterr().err
 
 
 def test_one_gguf_file_comes_alone(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All quantisations of a model fetched for one, or one part of a split file that nothing can read."""
     hub.repos[REPO] |= {"q/tiny-Q4_0.gguf": b"GGUF", "tiny-00001-of-00002.gguf": b"x"}
-    with pytest.raises(UserError, match=r"no tiny\.gguf; it has q/tiny-Q4_0\.gguf"):
+    with pytest.raises(UserError, match=r"no tiny\.gguf; it has q/tiny-Q4_0\.gguf \(0\.00 MB\), tiny-00001-of-00002"):
         download(REPO, tmp_path / "tiny", file="tiny.gguf", endpoint=hub.endpoint)
-    with pytest.raises(CheckpointError, match="part of a split model"):
+    with pytest.raises(CheckpointError, match=r"is one of 2 parts, but owner/tiny has no tiny-00002-of-00002\.gguf"):
         download(REPO, tmp_path / "tiny", file="tiny-00001-of-00002.gguf", endpoint=hub.endpoint)
     made = download(REPO, tmp_path / "tiny", file="q/tiny-Q4_0.gguf", endpoint=hub.endpoint)
     assert hub.fetched() == ["q/tiny-Q4_0.gguf"] and listing(made) == ["meta.json", "tiny-Q4_0.gguf"]
     assert f"checkpoint.py --source {made}/tiny-Q4_0.gguf --destination_path {tmp_path}/tiny-Q4_0" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("named", [1, 3])
+def test_a_gguf_model_in_parts_comes_whole(
+    hub: FakeHub, tmp_path: Path, named: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One part of a model, or those of another; the folder it lands in would be the converted model's, too."""
+    parts = [f"q8/tiny-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    hub.repos[REPO] |= {part: b"GGUF" + part.encode() for part in [*parts, "q4/tiny-00001-of-00003.gguf"]}
+    made = download(REPO, tmp_path / "tiny", file=parts[named - 1], endpoint=hub.endpoint)
+    assert hub.fetched() == parts
+    assert listing(made) == ["meta.json", *(part.removeprefix("q8/") for part in parts)]
+    assert f"--source {made}/tiny-00001-of-00003.gguf --destination_path {made}-hf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [tiny_config().to_dict("float32") | {"model_type": "mamba"}, [1], "{"])

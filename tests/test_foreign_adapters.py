@@ -13,12 +13,15 @@ from conftest import tiny_model
 from foreign_adapters import IDS, edit_config, edit_weights, peft_adapter, peft_logits, rename
 from safetensors.torch import load_file, save_file
 
+from lit_llama.convert.gguf.adapter import write_adapter
 from lit_llama.convert.merged import Merged
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter_config, save_adapter
 from lit_llama.model.adapters.place import Placed
 from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
+from lit_llama.train.warm_start import read_start
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +277,26 @@ def test_a_lost_configuration_is_named(tmp_path: Path) -> None:
     (state / CONFIG_FILE).write_text("{}")
     with pytest.raises(CheckpointError, match=r"copy .*step-000010/adapter_config\.json"):
         read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["tied", "untied"], indirect=True)
+def test_rows_of_new_tokens_below_an_adapted_embedding_are_the_adapters(base: Path, tmp_path: Path) -> None:
+    """Catches "another base" for a base that was given rows as we advise, whose values are not those of the training,
+    and such rows left as they are. Another base is still told."""
+    peft_adapter(base, tmp_path, target_modules=["embed_tokens", "q_proj"])
+    name = f"{PEFT}model.embed_tokens.base_layer.weight"
+    edit_weights(tmp_path, lambda t: t[name].index_fill_(0, torch.tensor([5, 200]), 0.3))
+    found, placed = loaded(base, tmp_path)
+    assert close(found, peft_logits(base, tmp_path))
+    assert "2 rows of model.embed_tokens.weight are taken from the adapter" in placed.remarks[0]
+    model = load_model(base)
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UserError, match="merge that adapter first"):
+        save_adapter(model, load_adapter(model, tmp_path).lora, tmp_path / "again", str(base))
+    with pytest.raises(CheckpointError, match="which no GGUF adapter can say"):
+        write_adapter(tmp_path, tmp_path / "a.gguf", base_dir=base)
+    with pytest.raises(CheckpointError, match=r"along that are not its base's: .*merge\.py"):
+        read_start(tmp_path, base, LoRAConfig())
+    edit_weights(tmp_path, lambda t: t[name].add_(0.1))
+    with pytest.raises(IntegrityError, match="was trained on another base"):
+        load_adapter(load_model(base), tmp_path)

@@ -179,14 +179,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokenizer kind": (wrong_key("tokenizer.ggml.model", "bert"), "tokenizer.ggml.model is 'bert'"),
     "scores that are not there": (wrong_key("tokenizer.ggml.model", "llama"), "tokenizer.ggml.scores"),
-    "pre-tokenizer": (wrong_key("tokenizer.ggml.pre", "default"), "tokenizer.ggml.pre is 'default'"),
+    "pre-tokenizer": (wrong_key("tokenizer.ggml.pre", "viking"), "tokenizer.ggml.pre is 'viking'"),
     "rope scaling": (wrong_key("llama.rope.scaling.type", "longrope"), "llama.rope.scaling.type is 'longrope'"),
     "rope scaling without factor": (wrong_key("llama.rope.scaling.type", "linear"), "no llama.rope.scaling.factor"),
     "unknown setting": (wrong_key("llama.attention.scale", 0.5), "llama.attention.scale is 0.5"),
     "sliding window": (wrong_key("llama.attention.sliding_window", 64), "llama.attention.sliding_window is 64"),
     "packing": (
-        wrong_tensor("blk.0.ffn_up.weight", (np.zeros((96, 36), np.uint8), gguf.GGMLQuantizationType.IQ4_NL)),
-        "blk.0.ffn_up.weight is of type IQ4_NL",
+        wrong_tensor("blk.0.ffn_up.weight", (np.zeros((96, 80), np.uint8), gguf.GGMLQuantizationType.Q8_1)),
+        "blk.0.ffn_up.weight is of type Q8_1",
     ),
     "partial rotary": (wrong_key("llama.rope.dimension_count", 8), "llama.rope.dimension_count is 8"),
     "no head count": (lost_key("llama.attention.head_count"), "no llama.attention.head_count"),
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few layers": (wrong_key("llama.block_count", 1), "model.layers.1"),
     "other width": (wrong_key("llama.feed_forward_length", 64), "mlp.down_proj.weight is (64, 96)"),
     "no end of text": (lost_key("tokenizer.ggml.eos_token_id"), "tokenizer.ggml.eos_token_id"),
-    "a part": (wrong_key("split.count", 3), "is one of 3 parts"),
+    "a part": (wrong_key("split.count", 3), "is one of 3 parts, so its name should end in -NNNNN-of-00003.gguf"),
     "seen from both sides": (wrong_key("llama.attention.causal", False), "llama.attention.causal is false"),
     "end of turn outside": (wrong_key("tokenizer.ggml.eot_token_id", 384), "eot_token_id is 384, but there are 384"),
     "end of text outside": (wrong_key("tokenizer.ggml.eos_token_id", 384), "tokenizer"),
@@ -205,7 +205,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no merges": (lost_key("tokenizer.ggml.merges"), "tokenizer"),
     "no tokenizer": (lost_key("tokenizer.ggml.model"), "tokenizer"),
     "too many tokens": (
-        {"change_keys": lambda keys: keys["tokenizer.ggml.tokens"].append("x")},
+        {
+            "change_keys": lambda keys: (
+                keys["tokenizer.ggml.tokens"].append("<x>"),
+                keys["tokenizer.ggml.token_type"].append(1),
+            )
+        },
         "385 tokens, but only 384 rows",
     ),
     "same token twice": (
@@ -214,7 +219,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no embedding": (lost_tensor("token_embd.weight"), "token_embd.weight"),
     "no norm": (lost_tensor("blk.1.ffn_norm.weight"), "model.layers.1.post_attention_layernorm.weight is None"),
-    "bias": (wrong_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "k_proj.bias is None"),
+    "bias": (
+        wrong_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
+        "model.layers.1.self_attn.q_proj.bias is None",
+    ),
     "factors of llama 3": (wrong_tensor("rope_freqs.weight", np.full(8, 3, np.float32)), "rope_freqs.weight"),
     "mixture of experts": (
         wrong_tensor("blk.0.ffn_gate_inp.weight", np.ones((64, 4), np.float32)),

@@ -1,6 +1,7 @@
 """Rotary scaling in a GGUF file against transformers, Meta's formula, and files written here."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def opened(tmp_path: Path, keys: dict[str, Any], freqs: Array | None = None) -> 
         change_tensors=lambda all_tensors: all_tensors.update(tensors),
     )
     source = open_gguf(path)
+    shutil.rmtree(tmp_path / "folder", ignore_errors=True)
     write_folder(source, tmp_path / "folder")
     return model, source.shape
 
@@ -105,6 +107,16 @@ REFUSED: dict[str, tuple[dict[str, Any], Array | None, str]] = {
     "both": (LINEAR, divisors(5e5, 16, 8), "exclude each other"),
     "no factor": ({"rope.scaling.type": "yarn"}, None, "no llama.rope.scaling.factor"),
     "yarn of its own": (YARN | {"rope.scaling.yarn_log_multiplier": 0.1}, None, "yarn_log_multiplier is 0.1"),
+    "half a yarn": (YARN | {"rope.scaling.yarn_ext_factor": 0.5}, None, "yarn_ext_factor is 0.5, for type 'yarn'"),
+    "no yarn": (YARN | {"rope.scaling.yarn_ext_factor": 0.0}, None, "yarn_ext_factor is 0.0, for type 'yarn'"),
+    "linear and yarn": (LINEAR | {"rope.scaling.yarn_ext_factor": 1.0}, None, "yarn_ext_factor is 1.0"),
+    "no rotation": ({"rope.scaling.attn_factor": 0.0}, None, "attn_factor is 0.0, only 1.0 is implemented"),
+    "half a residual": ({"residual_scale": 0.5}, None, "residual_scale is 0.5, only 1.0 is implemented"),
+    "logits": ({"logit_scale": 0.25}, None, "logit_scale is 0.25, only 1.0 is implemented"),
+    "another scale": ({"attention.scale": 0.5}, None, "attention.scale is 0.5, which is not implemented"),
+    "a window": ({"attention.sliding_window": 255}, None, "sliding_window is 255"),
+    "a new key": ({"attention.new_thing": 1.0}, None, "attention.new_thing is 1.0, which is not implemented"),
+    "layers that differ": ({"attention.new_thing": [0.0, 1.0]}, None, r"attention.new_thing is \[0.0, 1.0\]"),
 }
 
 
@@ -117,6 +129,35 @@ def test_scaling_that_is_not_understood_is_refused(
         opened(tmp_path, keys, freqs)
 
 
+NEUTRAL: dict[str, Any] = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scale_linear": 0.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+    "logit_scale": 1.0,
+    "attention.scale": 0.25,  # one over the root of the head size
+    "attention.sliding_window": 256,
+    "attention.max_alibi_bias": 0.0,
+    "attention.head_count_kv": [2, 2],
+    "expert_count": 0,
+    "expert_used_count": 2,
+    "rope.dimension_sections": [0, 0, 0, 0],
+    "use_parallel_residual": False,
+}
+
+
+def test_keys_that_change_nothing_pass(tmp_path: Path) -> None:
+    """Catches files of other converters that are refused though llama.cpp computes the plain model; see REFUSED."""
+    model, config = opened(tmp_path, NEUTRAL)
+    assert config.rope_scaling is None and config.num_key_value_heads == 2
+    assert torch.equal(load_model(tmp_path / "folder")(IDS), model(IDS))
+    _, config = opened(tmp_path, YARN | {"rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.attn_factor": 1.0})
+    assert config.rope_scaling == SCALED["yarn"][2]
+
+
 @pytest.mark.parametrize(("factor", "original"), [(8, 8192), (32, 8192), (8, 64)])
 def test_divisors_are_those_of_llama_cpp(factor: float, original: int) -> None:
     """Catches the bounds of short and long waves exchanged; 64 is so short that all three kinds of waves occur."""
@@ -127,7 +168,7 @@ def test_divisors_are_those_of_llama_cpp(factor: float, original: int) -> None:
 
 def test_names_go_both_ways() -> None:
     """Catches a tensor that is called one thing when read and another when written."""
-    for options in ({}, {"attention_bias": True}, {"use_qk_norm": True}):
+    for options in ({}, {"attention_bias": True}, {"mlp_bias": True}, {"use_qk_norm": True}):
         for name in tiny_model(**options).state_dict():
             assert native_name(GGUF_NAMES(name) or "") == name
     assert native_name("blk.0.ffn_gate_inp.weight") is None and native_name("") is None

@@ -26,6 +26,18 @@ BLOCKS = {
     "Q4_K": (144, [0, 2]),
     "Q5_K": (176, [0, 2]),
     "Q6_K": (210, [208]),
+    "IQ1_S": (50, [0]),
+    "IQ1_M": (56, []),
+    "IQ2_XXS": (66, [0]),
+    "IQ2_XS": (74, [0]),
+    "IQ2_S": (82, [0]),
+    "IQ3_XXS": (98, [0]),
+    "IQ3_S": (110, [0]),
+    "IQ4_NL": (18, [0]),
+    "IQ4_XS": (136, [0]),
+    "TQ1_0": (54, [52]),
+    "TQ2_0": (66, [64]),
+    "MXFP4": (17, []),
 }
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -39,6 +51,10 @@ def random_blocks(kind: str, rows: int) -> Array:
     for at in scales:
         scale = random.uniform(0.01, 0.02, (rows, blocks, 1)).astype(np.float16)
         packed[..., at : at + 2] = scale.view(np.uint8)
+    if kind == "IQ1_M":  # whose scale is in the upper halves of every other of the last 8 bytes
+        packed[..., 49::2] = packed[..., 49::2] & 15 | np.array([0x50, 0x40, 0x30, 0x20], np.uint8)
+    if kind == "MXFP4":  # a power of two
+        packed[..., 0] = random.integers(118, 123, packed.shape[:2])
     return packed.reshape(rows, -1)
 
 
@@ -56,7 +72,7 @@ def opened(tmp_path: Path) -> Callable[..., Source]:
     return make
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if not kind.startswith("Q5_") or kind == "Q5_K"])
+@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind not in ("Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4")])
 def test_packed_values_are_those_of_transformers(
     opened: Callable[..., Source], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -104,6 +120,25 @@ def q6_k(block: Array, i: int) -> float:
     return half(block, 208) * int(block[192 + i // 16].view(np.int8)) * ((high << 4 | low) - 32)
 
 
+def tq1_0(block: Array, i: int) -> float:
+    """Five digits to the base of three in a byte: of 32 bytes, of 16, and four in each of 4 more."""
+    start, width, at = (0, 32, i) if i < 160 else (32, 16, i - 160) if i < 240 else (48, 4, i - 240)
+    digit = (int(block[start + at % width]) * 3 ** (at // width) & 255) * 3 >> 8
+    return half(block, 52) * (digit - 1)
+
+
+def tq2_0(block: Array, i: int) -> float:
+    """Two halves of 128 values: 32 bytes of four digits."""
+    part, rest = divmod(i, 128)
+    return half(block, 64) * ((int(block[part * 32 + rest % 32]) >> (2 * (rest // 32)) & 3) - 1)
+
+
+def mxfp4(block: Array, i: int) -> float:
+    """A sign, two bits of exponent and one of mantissa, times a power of two (OCP Microscaling)."""
+    nibble = int(block[1 + i % 16]) >> (4 * (i // 16)) & 15
+    return (-1.0) ** (nibble >> 3) * [0, 0.5, 1, 1.5, 2, 3, 4, 6][nibble & 7] * 2.0 ** (int(block[0]) - 127)
+
+
 FORMULAS: dict[str, Callable[[Array, int], float]] = {
     "Q8_0": lambda block, i: half(block, 0) * int(block[2 + i].view(np.int8)),
     "Q4_0": lambda block, i: half(block, 0) * ((int(block[2 + i % 16]) >> (4 * (i // 16)) & 15) - 8),
@@ -112,6 +147,9 @@ FORMULAS: dict[str, Callable[[Array, int], float]] = {
     "Q5_1": lambda block, i: half(block, 0) * q5(block, i, 4) + half(block, 2),
     "Q4_K": q4_k,
     "Q6_K": q6_k,
+    "TQ1_0": tq1_0,
+    "TQ2_0": tq2_0,
+    "MXFP4": mxfp4,
 }
 
 

@@ -28,6 +28,7 @@ from lit_llama.text.tokenizer import Tokenizer
 IDS = torch.arange(2, 50)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 24},
+    "biases": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2", "attention_bias": True, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "use_qk_norm": True, "head_dim": 128},  # what transformers takes for granted
@@ -172,14 +173,20 @@ def test_q8_0_is_packed_as_the_format_says(
     assert "2 matrices, model.layers.0.mlp.down_proj.weight first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "float32", "float16", "bfloat16"])
 def test_matrices_are_rounded_and_vectors_are_not(tmp_path: Path, made: Any, dtype: str) -> None:
     """Catches norms that lose precision, and rounding in another dtype than the one asked for."""
-    source, model = made()
+    source, model = made("bfloat16" if "32" in dtype else "float32")
     write_gguf(source, tmp_path / "model.gguf", dtype)
-    back, target = open_gguf(tmp_path / "model.gguf"), torch.float16 if "b" not in dtype else torch.bfloat16
-    for name, value in model.state_dict().items():
-        assert torch.equal(back.read(name), value.to(target) if value.ndim > 1 else value), name
+    bits, code = {"f32": ("float32", 0), "f16": ("float16", 1), "bf16": ("bfloat16", 32)}.get(dtype, (dtype, None))
+    metadata, tensors = read(tmp_path / "model.gguf")
+    assert code in (None, metadata["general.file_type"])
+    for name in model.state_dict():
+        value, kind = source.read(name), {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[bits]
+        assert tensors[gguf_name(name)].tensor_type.name == (kind if value.ndim > 1 else "F32"), name
+        target = getattr(torch, bits)
+        back = open_gguf(tmp_path / "model.gguf", "float32").read(name)
+        assert torch.equal(back, value.to(target).float() if value.ndim > 1 else value.float()), name
 
 
 def test_the_scaling_of_llama_3_is_a_tensor(tmp_path: Path, made: Any) -> None:
@@ -220,8 +227,8 @@ def test_nothing_is_overwritten_and_no_other_type_accepted(tmp_path: Path, made:
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(UserError, match="already exists"):
         write_gguf(source, tmp_path / "model.gguf")
-    with pytest.raises(UserError, match="--dtype is 'q4_0', expected one of f32, f16, bf16, q8_0"):
-        write_gguf(source, tmp_path / "other.gguf", "q4_0")
+    with pytest.raises(UserError, match="--dtype is 'q4_1', expected one of f32, f16, bf16, q8_0, q6_k, q5_k_m"):
+        write_gguf(source, tmp_path / "other.gguf", "q4_1")
     assert (tmp_path / "model.gguf").read_text() == "mine" and not (tmp_path / "other.gguf").exists()
 
 
@@ -245,7 +252,7 @@ gguf_writer.write_gguf(open_folder(Path({str(source.path)!r})), Path({str(tmp_pa
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert [path.suffix for path in (tmp_path / "out").iterdir()] != [".gguf"]
+    assert not (tmp_path / "out" / "model.gguf").exists()
     write_gguf(source, tmp_path / "out" / "model.gguf")
     assert open_gguf(tmp_path / "out" / "model.gguf").parameters == source.parameters
 

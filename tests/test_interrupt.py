@@ -43,11 +43,12 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(
     signal.signal(signal.SIGINT, ignored)
     assert result.returncode == 128 + number, result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {number.name} after step 7 of 12; its state is saved. Continue: python finetune/")
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    assert last.startswith(f"Stopped{by} after step 7 of 12; saved. Continue with: python finetune/")
     assert [state.name for state in find_states(out / STATES_DIR)] == ["step-000000", "step-000007"]
     assert [step for step, _ in read_metrics(out)["loss"]] == list(range(1, 8))
     monkeypatch.setattr(Trainer, "step", step)
-    python, *words = shlex.split(last.partition("Continue: ")[2])
+    python, *words = shlex.split(last.partition("Continue with: ")[2])
     assert python == "python"
     again = run_here(*words)
     assert again.returncode == 0, again.stderr
@@ -66,7 +67,8 @@ def test_a_second_interrupt_stops_at_once(
     out = tmp_path / "out"
     result = run_here("finetune/lora.py", *flags_of(tiny_folder, data, out), "--train.save_interval", 3)
     signal.signal(signal.SIGINT, ignored)
-    assert result.returncode == 130 and result.stderr.endswith("error: interrupted\n"), result.stderr
+    last = f"Stopped at once; nothing is saved yet. Continue with: python finetune/lora.py --config {out}/run.yaml"
+    assert result.returncode == 130 and result.stderr.endswith(f"{last} --resume auto\n"), result.stderr
     assert list((out / STATES_DIR).iterdir()) == [] and not (out / ".lock").exists()
 
 

@@ -126,7 +126,7 @@ def test_an_epsilon_is_taken_only_where_the_file_has_none(tmp_path: Path, base: 
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("transformer.h.1.rms_2.scale"), "1 missing (transformer.h.1.rms_2.scale"),
-        (lambda tensors: tensors.update({"transformer.h.0.attn.adapter_wte.weight": torch.ones(1)}), "1 unknown"),
+        (lambda tensors: tensors.update({"transformer.h.0.attn.adapter_wte.weight": torch.ones(1)}), "no LoRA"),
         (lambda tensors: tensors.pop("lm_head.weight"), "holds no weights of lit-llama or litgpt (found: "),
         (
             lambda tensors: tensors.update({"transformer.h.0.attn.c_attn.weight": torch.ones(767, 256)}),

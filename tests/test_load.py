@@ -200,3 +200,11 @@ def test_a_folder_without_tokenizer_or_weights_is_refused(base: Path) -> None:
         load(base)
     with pytest.raises(CheckpointError, match="does not exist"):
         load(base / "nowhere")
+
+
+def test_a_notebook_completes_what_there_is() -> None:
+    """Catches names that nobody finds, because they are imported only when they are named."""
+    import lit_llama
+
+    assert set(lit_llama.__all__) <= set(dir(lit_llama))
+    assert all(getattr(lit_llama, name) is not None for name in lit_llama.__all__)

@@ -225,3 +225,29 @@ def test_the_report_can_be_looked_at_during_the_run(tmp_path: Path) -> None:
         assert json.loads((tmp_path / REPORT_JSON).read_text())["verdict"]["after"]["step"] == 4
         assert "0.6250" in (tmp_path / REPORT_HTML).read_text("utf-8")
     assert not list(tmp_path.glob(".*")), "no partial file is left"
+
+
+def test_the_report_is_written_every_minute_and_when_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a page of step 0 beside eighteen rows of metrics.csv, and one that is written at every step."""
+    now = 0.0
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: now)
+
+    def told() -> int:
+        return int(json.loads((tmp_path / REPORT_JSON).read_text())["verdict"]["steps"])
+
+    with pytest.raises(KeyboardInterrupt), Log(tmp_path, 1089) as log:
+        log.step({"step": 0, "test_loss": 3.0})
+        for step in range(1, 19):
+            now += 10
+            log.step(metrics(step))
+            assert told() == step // 6 * 6
+        now += 0.5
+        log.report(older=log_module.SAVE_SECONDS)  # as after a save
+        assert told() == 18
+        log.step(metrics(19))
+        log.report(older=log_module.SAVE_SECONDS)
+        assert told() == 18
+        raise KeyboardInterrupt
+    assert told() == 19

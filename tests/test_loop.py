@@ -76,7 +76,8 @@ def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Pa
         "chat_template.jinja",
     }
     meta = json.loads((short_run / META_FILE).read_text())
-    assert meta["base"] == {"path": str(tiny_folder), "fingerprint": fingerprint(tiny_folder)}
+    where = {"path": str(tiny_folder), "absolute": str(tiny_folder.resolve())}
+    assert meta["base"] == where | {"fingerprint": fingerprint(tiny_folder)}
     assert meta["data"] == json.loads((data / META_FILE).read_text()) and meta["steps"] == 5
     assert base_of(short_run) == tiny_folder
     assert (short_run / "chat_template.jinja").read_text() == (data / "chat_template.jinja").read_text()

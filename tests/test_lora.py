@@ -173,6 +173,8 @@ def test_adapters_are_float32_on_a_bfloat16_base() -> None:
         ("q_porj", "did you mean q_proj"),
         ("gate", "gate_proj"),
         ("embed_token", "did you mean embed_tokens"),
+        ("Q_proj", "did you mean q_proj"),
+        ("q", "there are"),
         ("norm", "there are"),
         ("roj", "roj"),
     ],
@@ -184,6 +186,28 @@ def test_a_target_that_matches_nothing_is_an_error(target: str, hint: str) -> No
         apply_lora(model, LoRAConfig(target_modules=["v_proj", target]))
     assert hint in str(caught.value)
     assert not list(adapters(model)), "the model must be left as it was"
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q|v)_proj", r"model\.layers\.1\..*(up|k)_proj", r".*[13]\.mlp\.(up|down)_proj"]
+)
+def test_a_regular_expression_means_the_modules_that_it_means_to_peft(pattern: str) -> None:
+    """Catches one that is matched at the beginning or the end alone, or against other names than PEFT's."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    adapted = apply_lora(model, LoRAConfig(r=2, target_modules=pattern))
+    twin = get_peft_model(as_transformers(tiny_model()), LoraConfig(r=2, target_modules=pattern))
+    theirs = [name for name, module in twin.base_model.model.named_modules() if hasattr(module, "lora_A")]
+    assert adapted == theirs
+
+
+def test_a_regular_expression_that_matches_nothing_is_an_error() -> None:
+    """Catches a run of nothing, where only the beginning of the names was forgotten."""
+    with pytest.raises(
+        UserError, match=r"'\(q\|v\)_proj' matches no linear layer .* such as model\.layers\.0\..*_proj"
+    ):
+        apply_lora(tiny_model(), LoRAConfig(target_modules="(q|v)_proj"))
 
 
 def test_patterns_that_match_nothing_are_errors() -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from conftest import CHATML, run_here, write_adapter
@@ -14,7 +15,9 @@ from merged_folders import base16 as base16  # a fixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_llama.convert.merge import merge
+from lit_llama.convert.gguf.reader import open_gguf
+from lit_llama.convert.merge import merge, merge_into_gguf
+from lit_llama.errors import UserError
 from lit_llama.generate.load import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
@@ -226,12 +229,14 @@ def test_merging_onto_nf4_adds_to_what_four_bits_leave(
 
 
 def test_a_merge_becomes_one_gguf_file(base: Path, tmp_path: Path) -> None:
-    """Catches an export that lacks the adapter, the prompt style or the way back."""
+    """Catches an export that lacks the adapter, the prompt style or the way back, or tells of a folder that is gone."""
     adapter = write_adapter(tmp_path / "adapter", base)
     run(adapter, tmp_path / "merged")
     flags = ["--adapter_dir", adapter, "--destination_path", tmp_path / "model.gguf", "--format", "gguf"]
     made = run_here("finetune/merge.py", *flags, "--precision", "32-true")
     assert made.returncode == 0 and made.stdout == "", made
+    assert made.stderr.count("ready for") == 1 and f"{tmp_path}/.model.gguf" not in made.stderr
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.name"].contents() == "model"
     back = ["--source", tmp_path / "model.gguf", "--destination_path", tmp_path / "back"]
     assert run_here("prepare/checkpoint.py", *back).returncode == 0
     wanted, found = read(tmp_path / "merged"), read(tmp_path / "back")
@@ -239,6 +244,38 @@ def test_a_merge_becomes_one_gguf_file(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == named_style("alpaca").jinja(bos=False)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged", "model.gguf", "back"}
     assert run_here("finetune/merge.py", *flags).returncode == 2  # it is there already
-    small = [*flags[:3], tmp_path / "small.gguf", *flags[4:], "--dtype", "q8_0", "--precision", "32-true"]
-    assert run_here("finetune/merge.py", *small).returncode == 0
-    assert (tmp_path / "small.gguf").stat().st_size < 0.5 * (tmp_path / "model.gguf").stat().st_size
+    with pytest.raises(UserError, match="--dtype q8_0 is a type of GGUF files"):
+        merge(adapter, tmp_path / "folder", dtype="q8_0", precision="32-true")
+
+
+def test_a_packed_file_is_rounded_once(base16: Path, tmp_path: Path) -> None:
+    """Catches sums that were bfloat16 before they became eight bits with a scale."""
+    adapter = write_adapter(tmp_path / "adapter", base16)
+    merge_into_gguf(adapter, tmp_path / "model.gguf", dtype="q8_0", precision="32-true")
+    found = open_gguf(tmp_path / "model.gguf", "float32")
+    for name, wanted in exact_sums(read(base16), adapter).items():
+        assert (found.read(name) - wanted).abs().max() <= 0.005 * wanted.abs().max(), name
+
+
+def test_buffers_of_old_files_do_not_travel(base: Path, tmp_path: Path) -> None:
+    """Catches rotary frequencies that are kept, and rounded to bfloat16, which other programs then compute with."""
+    state = load_file(base / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    run(write_adapter(tmp_path / "adapter", base), tmp_path / "merged", "bfloat16")
+    assert not [name for name in read(tmp_path / "merged") if "inv_freq" in name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gguf_file_is_rounded_once_to_the_dtype_asked_for(base16: Path, tmp_path: Path, dtype: str) -> None:
+    """Catches bfloat16 under the name of float32 (F32 is 0 in GGUF, which counts as false), and sums that were rounded
+    to the dtype of the base before they were written."""
+    adapter = write_adapter(tmp_path / "adapter", base16, targets=["o_proj"])
+    merge_into_gguf(adapter, tmp_path / "m.gguf", dtype=dtype, precision="32-true")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    kind = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16}[dtype]
+    assert {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1} == {kind}
+    exact = exact_sums(read(base16), adapter)["model.layers.0.self_attn.o_proj.weight"]
+    found = torch.from_numpy(tensors["blk.0.attn_output.weight"].data.copy())
+    half = {"float32": 2e-6, "float16": 2**-11}[dtype]  # of the last place, where bfloat16 has 2**-9
+    assert ((found.double() - exact).abs() <= half * exact.abs() + 1e-6).all()

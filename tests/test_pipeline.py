@@ -131,5 +131,5 @@ def test_ctrl_c_in_a_run_leaves_no_adapter(home: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in said
-    assert "error: SIGINT after step" in said and said.rstrip().endswith("--resume auto")
+    assert "Stopped after step" in said and said.rstrip().endswith("--resume auto")
     assert not list((home / "out").glob("*stopped*/adapter_*")) and not list((home / "out").glob(".*"))

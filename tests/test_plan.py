@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lit_llama.folder import write_json
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset import Split
+from lit_llama.train.cards import CARDS
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
@@ -246,6 +248,55 @@ def test_quantised_and_best_adapters_are_counted(data: Path) -> None:
 def test_amounts_of_memory(text: str, size: float) -> None:
     """Catches thousands taken for 1024."""
     assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "numbers"),
+    [
+        (
+            ["--plan_device", "v100"],
+            "planned for 16GB on a v100, without bfloat16; --plan_memory for those with 32 GB",
+            "float16",
+        ),
+        (["--plan_device", "Tesla V100", "--plan_memory", "32GB"], "planned for 32GB on a v100", "float16"),
+        (["--plan_device", "sm_75", "--plan_memory", "8GB"], "planned for 8GB on a sm_75, without", "float16"),
+        (["--plan_device", "RTX 4090"], "planned for 24GB on a rtx4090, with bfloat16", "bfloat16"),
+        (["--plan_memory", "16GB"], "planned for a GPU with bfloat16; --plan_device names another", "bfloat16"),
+        (["--plan_device", "t4", "--precision", "32-true"], "planned for 16GB on a t4", "float32"),
+    ],
+)
+def test_a_plan_for_another_gpu_computes_as_that_one_does(
+    flags: list[object], said: str, numbers: str, data: Path, tmp_path: Path
+) -> None:
+    """Catches a plan in bfloat16 for a GPU that has none, which takes less memory than the run will."""
+    write_json(tmp_path / "config.json", tiny_config(vocab_size=700, max_position_embeddings=1024).to_dict("float32"))
+    planned = run_here("finetune/lora.py", "--checkpoint_dir", tmp_path, "--data_dir", data, *flags)
+    assert planned.returncode == 0, planned.stderr
+    assert said in planned.stderr and f"layers in {numbers}" in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--plan_device", "v100", "--precision", "bf16-true"], 5, "v100 has no bfloat16; use --precision 16-mixed or"),
+        (["--plan_device", "a100", "--quantize", "fp8"], 5, "a100 does not multiply 8-bit floats; use int8 or nf4"),
+        (["--plan_device", "sm_75"], 2, "says nothing of its memory: add --plan_memory"),
+        (["--plan_device", "v10"], 2, "which is no GPU that is known here; did you mean v100? Any other is named by"),
+        (["--plan_device", "toaster"], 2, "known are p100, v100"),
+    ],
+)
+def test_a_gpu_that_cannot_be_planned_for(
+    flags: list[object], status: int, message: str, data: Path, tmp_path: Path
+) -> None:
+    """Catches a plan of what its GPU would refuse."""
+    planned = run_here("finetune/lora.py", "--checkpoint_dir", tmp_path, "--data_dir", data, *flags)
+    assert planned.returncode == status and message in planned.stderr and planned.stdout == "", planned.stderr
+
+
+def test_the_page_names_every_gpu() -> None:
+    """Catches a list that was true once."""
+    said = (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert [name for name in CARDS if not re.search(rf"\b{name}\b", said)] == []
 
 
 @pytest.mark.parametrize("text", ["", "lots", "16TB", "-1GB", "0GB"])

@@ -94,7 +94,7 @@ def test_two_processes_stop_together_and_one_continues(
     out = tmp_path / "out"
     status, said = start(tiny_folder, data, out, struck(1, 7, "SIGTERM", "launcher"), "--devices", 2)
     assert status == 143, said
-    assert said.splitlines()[-1].startswith("error: SIGTERM after step "), said
+    assert said.splitlines()[-1].startswith("Stopped by SIGTERM after step "), said
     assert said.count("error: ") == said.count("finishing the step") == 1 and "Traceback" not in said
     first, last = find_states(out / STATES_DIR)
     assert first.name == "step-000000" and 8 <= int(last.name[-2:]) <= 11

@@ -279,6 +279,20 @@ def test_near_duplicates_that_are_not_looked_for_are_said(
     assert "--near_duplicates 96 would" in note["why"]
 
 
+def test_the_grave_warnings_of_the_report_are_said(
+    prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches test rows that stand in train nearly as they are, and a terminal that sounds as if all were well."""
+    text = "Tell the baker in the old street beside the river to bring {} fresh loaves of rye bread to number {} today"
+    rows = [{"instruction": text.format(i % 7 + 2, i), "output": f"The baker brings them to {i}."} for i in range(60)]
+    (tmp_path / "alike.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path / "alike.jsonl")
+    said = capsys.readouterr().err.splitlines()
+    warnings = json.loads((tmp_path / "data" / "report.json").read_text("utf-8"))["warnings"]
+    grave = [f"  {w['severity'].upper()} {w['what']} {w['why']}" for w in warnings if w["severity"] != "note"]
+    assert any("nearly the same" in line for line in grave) and set(grave) <= set(said)
+
+
 def test_the_doors_have_the_default_of_the_library(tmp_path: Path, rows: Path, tiny_folder: Path) -> None:
     """Catches three defaults in place of one, and a negative number taken for something."""
     flags = ["--source", rows, "--destination_path", tmp_path / "data", "--tokenizer_path", tiny_folder]

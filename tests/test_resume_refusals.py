@@ -36,8 +36,8 @@ def test_a_finished_run_is_left_as_it_is(
     for resume in ("auto", straight / STATES_DIR / "step-000011"):
         run(tiny_folder, data, straight, DROPOUT, TWELVE, resume=resume)
         assert "the run is finished, there is nothing to do" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--train\.epochs was 2, is 3"):
-        run(tiny_folder, data, straight, DROPOUT, replace(TWELVE, epochs=3), resume="auto")
+    with pytest.raises(UserError, match=r"--train\.batch_size was 4, is 3"):
+        run(tiny_folder, data, straight, DROPOUT, replace(TWELVE, batch_size=3), resume="auto")
     assert contents(straight) == before
 
 

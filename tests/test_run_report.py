@@ -3,12 +3,15 @@
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pages import Page, check_alone, in_chromium
+from small_runs import LORA, SHORT, run
+from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.folder import write_json, write_json_lines
 from lit_llama.train.metrics import METRICS, METRICS_FILE, TIMING, TIMING_FILE, Lines, csv_line
@@ -21,7 +24,15 @@ PARTS = ("look", "curves", "evaluations", "samples", "settings", "identity", "co
 
 
 def write_files(
-    folder: Path, steps: int = 60, *, every: int = 5, done: bool = True, text: str = HOSTILE, **changes: Any
+    folder: Path,
+    steps: int = 60,
+    *,
+    every: int = 5,
+    done: bool = True,
+    text: str = HOSTILE,
+    vocabulary: int = 32000,
+    rate: float = 0.01,
+    **changes: Any,
 ) -> None:
     """The files of a run that went well; `changes` are functions of the step by column."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,13 +75,13 @@ def write_files(
         "checkpoint_dir": f"checkpoints/{text}",
         "data_dir": "data/x y",
         "lora": {"r": 16, "alpha": 16, "target_modules": "all-linear"},
-        "train": {"epochs": 3, "max_grad_norm": 1.0, "learning_rate": 0.01},
+        "train": {"epochs": 3, "max_grad_norm": 1.0, "learning_rate": rate},
         "seed": 1337,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     splits = {"train": {"rows": 1200, "tokens": 9000, "trained_tokens": 4000}}
     data = {"source": {"file": text, "files": [{"path": text, "sha256": "5" * 64}]}, "splits": splits, "key": "7" * 64}
-    run = {"trainable": 12345, "dtype": "bfloat16", "device": "a GPU", "torch": "2"}
+    run = {"trainable": 12345, "dtype": "bfloat16", "vocab_size": vocabulary, "device": "a GPU", "torch": "2"}
     write_json(folder / "meta.json", {"base": {"fingerprint": "9" * 64}, "data": data, "steps": steps, "run": run})
     if done:
         (folder / "adapter_config.json").write_text("{}")
@@ -197,6 +208,11 @@ def test_commands_can_be_typed(made: tuple[Path, Any]) -> None:
         ({"loss": lambda s: 0.01}, "check", "times the training loss"),
         ({"grad_norm": lambda s: 5.0}, "note", "scaled down in 60 of 60 steps"),
         ({"done": False}, "note", "there is no result yet"),
+        ({"perplexity": lambda s: 20000.0}, "fix", "The perplexity is 20,000, of a vocabulary of 32,000"),
+        ({"perplexity": lambda s: 500.0}, "check", "The perplexity is 500, of"),
+        ({"perplexity": lambda s: 110.0, "vocabulary": 256}, "fix", "The perplexity is 110, of"),
+        ({"rate": 1.0}, "check", "The learning rate of 1 is far above"),
+        ({"loss": lambda s: 1 + s / 10}, "fix", "The training loss rose from 1.55"),
     ],
 )
 def test_what_went_wrong_is_said(tmp_path: Path, changes: dict[str, Any], severity: str, said: str) -> None:
@@ -205,6 +221,30 @@ def test_what_went_wrong_is_said(tmp_path: Path, changes: dict[str, Any], severi
     assert any(w["severity"] == severity and said in w["what"] for w in report["warnings"]), report["warnings"]
     Page(page_of(tmp_path / "run"))
     json.loads((tmp_path / "run" / REPORT_JSON).read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_the_grave_warnings_are_said_in_the_terminal(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report that nobody opens, and a run that sounds as if it had gone well."""
+    train = replace(SHORT, max_steps=1, learning_rate=1.0, max_grad_norm=1e-9)
+    out = run(tiny_folder, data, tmp_path / "out", LORA, train)
+    lines = capsys.readouterr().err.splitlines()
+    wanted = [w for w in json.loads((out / REPORT_JSON).read_text())["warnings"] if w["severity"] != "note"]
+    assert any("learning rate of 1" in warning["what"] for warning in wanted)
+    for warning in wanted:
+        assert f"{warning['severity'].upper()} {warning['what']} {warning['why']}" in lines
+    assert not any("scaled down" in line for line in lines), "notes stay in the report"
+
+
+def test_a_run_that_was_stopped_has_its_curves_and_the_way_on(tmp_path: Path) -> None:
+    """A page of step 0 while metrics.csv has eighteen, and no word on how to go on."""
+    write_files(tmp_path, 18, every=100, text="x", done=False)
+    write_json(tmp_path / "meta.json", json.loads((tmp_path / "meta.json").read_text()) | {"steps": 1089})
+    write_run_report(tmp_path)
+    report = json.loads((tmp_path / REPORT_JSON).read_text())
+    assert (report["verdict"]["steps"], report["verdict"]["of_steps"]) == (18, 1089)
+    assert report["commands"][0]["command"].endswith("run.yaml --resume auto")
 
 
 def test_a_run_that_went_well_raises_no_warning(tmp_path: Path) -> None:
@@ -250,7 +290,8 @@ def test_a_browser_shows_the_page(made: tuple[Path, Any], tmp_path: Path, width:
     ("body", "wrong"),
     [
         ("<img src='http://127.0.0.1:9/x.png'>", "asks the network"),
-        ("<div style='width:800px'>wide</div>", "scrolled sideways"),
+        ("<div style='width:800px'>wide</div>", "page has to be scrolled sideways"),
+        ("<div class='wide' style='overflow:auto'><p style='width:800px'>wide</p></div>", "table has to be scrolled"),
     ],
 )
 def test_the_browser_would_see_what_is_wrong(tmp_path: Path, body: str, wrong: str) -> None:

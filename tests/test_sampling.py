@@ -142,6 +142,7 @@ def test_a_row_is_the_same_alone_and_in_any_company(dtype: torch.dtype) -> None:
     the batch, with which an answer would change when another ends."""
     logits = random_logits(batch=8, vocabulary=5000).to(dtype)
     together, slots = sampler_of(MIXED, 5000), range(8)
+    torch.set_num_threads(2)  # which would share a row between them, if a sum let them
     for position in range(5, 12):
         choice = together.sample(logits, slots, [position] * 8)
         wanted = list(zip(choice.ids.tolist(), choice.details(), strict=True))
@@ -162,6 +163,10 @@ def test_the_nucleus_is_found_without_sorting_where_it_is_small(monkeypatch: pyt
     found, wanted = chances(logits, sampling), theirs(logits, sampling)
     assert torch.equal(found > 0, wanted > 0)
     assert (found[:4] > 0).sum() > 4 * 1000 and (found[4:] > 0).sum() < 4 * 100
+    ties = torch.cat([torch.full((1, 400), 5.0), torch.zeros(1, 2600)], dim=1)
+    for changes, kept in (({"top_k": 300, "top_p": 0.5}, 400), ({"min_p": 0.9}, 400), ({"min_p": 1e-3}, 3000)):
+        found = chances(ties, Sampling(temperature=1, **changes))  # type: ignore[arg-type]
+        assert int((found > 0).sum()) == kept
 
 
 def test_ties_are_kept_together() -> None:
@@ -266,8 +271,23 @@ def test_the_last_random_number_stays_inside() -> None:
     """A number next to 1 that is rounded to the sum of all probabilities and finds the end of the vocabulary."""
     from lit_llama.generate.engine.sampling import draw as drawn
 
-    chances = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.0, 0.3, 0.0, 0.7]])
-    assert drawn(chances, torch.tensor([1 - 2**-53, 0.0], dtype=torch.float64)).tolist() == [2, 1]
+    few = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.0, 0.3, 0.0, 0.7]])
+    numbers = torch.tensor([1 - 2**-53, 0.0], dtype=torch.float64)
+    assert drawn(few, numbers).tolist() == [2, 1]
+    many = torch.zeros(2, 3000)
+    many[0, 100:2900], many[1, 700:710] = torch.rand(2800).clamp(min=0.1), 0.1
+    assert drawn(many, numbers).tolist() == [2899, 700]
+
+
+def test_draws_from_many_tokens_are_those_of_the_formula() -> None:
+    """A block too early or too late, or the wrong place in it: numpy finds the places of evenly spread numbers."""
+    from lit_llama.generate.engine.sampling import draw as drawn
+
+    chances = random_logits(3, 1, 5000).softmax(-1)
+    numbers = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    cumulated = np.cumsum(chances[0].double().numpy())
+    wanted = np.searchsorted(cumulated, numbers.numpy() * cumulated[-1], side="right")
+    assert drawn(chances.expand(2000, -1), numbers).tolist() == wanted.tolist()
 
 
 def test_log_probabilities_are_of_the_unmodified_distribution() -> None:

@@ -153,14 +153,18 @@ def test_control_tokens_are_known_whatever_their_type(metadata: dict[str, Any], 
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "scores": ({"tokenizer.ggml.scores": [0.0]}, "32000 tokens have 1 scores"),
-    "types": ({"tokenizer.ggml.token_type": [1]}, "1 types"),
-    "end": ({"tokenizer.ggml.eos_token_id": 32000}, "special ids"),
-    "padding": ({"tokenizer.ggml.padding_token_id": 32000}, "special ids"),
-    "twice": ({"tokenizer.ggml.tokens": ["a"] * 32000}, "the same token twice"),
-    "empty": ({"tokenizer.ggml.tokens": [""] * 32000}, "token 0 is ''"),
-    "score": ({"tokenizer.ggml.scores": [float("nan")] * 32000}, "of score nan"),
-    "type": ({"tokenizer.ggml.token_type": [9] * 32000}, "and type 9"),
+    "scores": ({"tokenizer.ggml.scores": [0.0]}, r"tokenizer\.ggml\.scores has 1 entries"),
+    "no scores": ({"tokenizer.ggml.scores": None}, r"the metadata has no tokenizer\.ggml\.scores"),
+    "types": ({"tokenizer.ggml.token_type": [1]}, r"tokenizer\.ggml\.token_type has 1 entries"),
+    "no types": ({"tokenizer.ggml.token_type": None}, r"the metadata has no tokenizer\.ggml\.token_type"),
+    "end": ({"tokenizer.ggml.eos_token_id": 32000}, r"eos_token_id is 32000, but there are 32000 tokens"),
+    "padding": ({"tokenizer.ggml.padding_token_id": 32000}, r"padding_token_id is 32000"),
+    "twice": ({"tokenizer.ggml.tokens": ["a"] * 32000}, "the same token twice: 0 and 1 are 'a'"),
+    "empty": ({"tokenizer.ggml.tokens": [""] * 32000}, r"tokenizer\.ggml\.tokens: token 0 is empty"),
+    "no tokens": ({"tokenizer.ggml.tokens": []}, r"tokenizer\.ggml\.tokens is empty"),
+    "numbers": ({"tokenizer.ggml.tokens": [1] * 32000}, r"tokenizer\.ggml\.tokens is no list of texts"),
+    "score": ({"tokenizer.ggml.scores": [float("nan")] * 32000}, r"scores: token 0 has the score nan"),
+    "type": ({"tokenizer.ggml.token_type": [9] * 32000}, r"token_type: token 0 is of type 9"),
     "unknown": ({"tokenizer.ggml.token_type": [2] * 32000}, "more than one unknown token"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, write_adapter
 from delta_files import delta_of, folder_of, state_of
 from gguf_files import write_gguf
 from meta_files import write
@@ -18,6 +18,7 @@ from tokenizer_files import in_transformers
 
 from lit_llama.convert import convert
 from lit_llama.convert.delta.folders import apply
+from lit_llama.convert.merge import merge
 from lit_llama.convert.tokens.files import FILE
 from lit_llama.text.pieces import SentencePieces
 from lit_llama.text.tokenizer import Tokenizer
@@ -74,7 +75,23 @@ def from_delta(home: Path) -> None:
     apply(base, delta, home / "made", policy="add")
 
 
-SOURCES = [from_meta, from_lit, from_gguf, from_gguf_without_prefix, from_delta]
+def from_bin(home: Path) -> None:
+    """An old folder of Hugging Face's, whose only vocabulary is the tokenizer.model."""
+    folder = folder_of(home / "hf", state_of(0, 384), tokenizer=False)
+    torch.save(state_of(0, 384), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    write_sentencepiece(folder)
+    convert(folder, home / "made")
+
+
+def from_merge(home: Path) -> None:
+    from_bin(home)
+    (home / "made" / "tokenizer.json").unlink()
+    (home / "made").rename(home / "old")
+    merge(write_adapter(home / "adapter", home / "old"), home / "made", dtype=None, precision="32-true")
+
+
+SOURCES = [from_bin, from_merge, from_meta, from_lit, from_gguf, from_gguf_without_prefix, from_delta]
 
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
@@ -91,6 +108,17 @@ def test_a_sentencepiece_folder_has_its_ids_in_transformers(tmp_path: Path, make
         assert ours.encode(text) == original.encode(text), text
         assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
     assert (theirs.bos_token, theirs.eos_token) == (ours.bos, ours.eos) == ("<s>", "</s>")
+
+
+def test_a_folder_that_begins_no_text_begins_none_in_transformers(tmp_path: Path) -> None:
+    """Catches a beginning that a completed tokenizer.json adds though the settings say that there is none."""
+    folder = folder_of(tmp_path / "hf", state_of(0, 384), tokenizer=False)
+    write_sentencepiece(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
+    convert(folder, tmp_path / "made", resize_vocab=400)
+    theirs, ours = in_transformers(tmp_path / "made"), Tokenizer.from_path(tmp_path / "made")
+    assert all(theirs(text)["input_ids"] == ours.encode(text) for text in TEXTS) and ours.bos == ""
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
 
 
 def test_a_folder_of_ours_is_saved_again_by_transformers_without_a_change(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_destination
+from lit_llama.model.config import PlainType
+from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
 from lit_llama.progress import stderr
 
@@ -14,6 +16,7 @@ Layout = Literal["hf", "meta", "lit", "gguf"]
 _MARKERS = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
 """The file that tells a whole folder, so that one is refused before anything is read."""
 
+_ADAPTER = "adapter_config.json"
 _EXPECTED = (
     "a GGUF file, a .pth of lit-llama, a folder of Meta's (consolidated.NN.pth), of litgpt (lit_model.pth) or of "
     "Hugging Face (config.json with weights)"
@@ -30,6 +33,8 @@ def convert(
     num_shards: int = 1,
     rms_norm_eps: float | None = None,
     resize_vocab: int | None = None,
+    base_dir: Path | None = None,
+    modelfile: bool = False,
 ) -> None:
     """Find out what `source` is, write it as `layout` into the folder `destination`, and say so on stderr.
 
@@ -37,11 +42,14 @@ def convert(
         source: File or folder with weights.
         destination: Folder to make, or for gguf the file.
         layout: What to write: hf, meta, lit or gguf.
-        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16. gguf has q8_0, too.
+        dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16. For gguf see
+            `GGUFType`.
         max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
         resize_vocab: Rows that embedding and head are to grow to.
+        base_dir: The base model of an adapter folder that becomes a GGUF adapter; None looks for it.
+        modelfile: Write a Modelfile for Ollama beside the GGUF file.
 
     Raises:
         CheckpointError: `source` is missing, or nothing that can be converted.
@@ -49,19 +57,36 @@ def convert(
         ResourceError: The disk has no room.
     """
     start = time.perf_counter()
+    adapter = layout == "gguf" and _is_adapter(source)
+    if modelfile and (adapter or layout != "gguf"):
+        raise UserError("--modelfile is for a model with --format gguf")
+    if adapter:
+        from lit_llama.convert.gguf.adapter import write_adapter
+
+        write_adapter(source, destination, dtype, base_dir)
+        return
+    if base_dir is not None:
+        raise UserError(f"--base_dir is for adapters; {source}, which is to be a file of --format {layout}, is none")
     if num_shards != 1 and layout != "meta":
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
+        from lit_llama.convert.gguf.modelfile import check_modelfile
+        from lit_llama.convert.gguf.types import check_type
         from lit_llama.convert.gguf.writer import check_file
 
         check_file(destination)
+        check_type(dtype)
+        if modelfile:
+            check_modelfile(destination)
     else:
         check_destination(destination, _MARKERS[layout])
-    if dtype == "q8_0" and layout != "gguf":
-        raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
+    if dtype not in (None, *get_args(PlainType)) and layout != "gguf":
+        raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
     if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
         _check_foreign(source)
-    opened = open_source(source, None if layout == "gguf" else dtype, rms_norm_eps)
+    # A GGUF file is written from all that a value has, and rounded there, once.
+    exact = None if dtype is None else "float32"
+    opened = open_source(source, exact if layout == "gguf" else dtype, rms_norm_eps)
     if resize_vocab is not None:
         from lit_llama.convert.resize import resize
 
@@ -82,18 +107,34 @@ def convert(
         write_gguf(opened, destination, dtype)
     say = stderr().print
     for remark in opened.notes.get("remarks", ()):
-        say(remark, markup=False)
+        say(remark)
     for name, note in opened.notes.items():
         if isinstance(note, str):
             say(f"{name}: {note}")
+    if modelfile:
+        from lit_llama.convert.gguf.modelfile import write_modelfile
+
+        write_modelfile(destination)
     made = f"{opened.parameters:,} parameters in {dtype or opened.dtype}"
     say(f"{destination}: {made} from {opened.kind}, {time.perf_counter() - start:.1f} s")
 
 
+def _is_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER).is_file() and not (folder / SETTINGS_FILE).is_file()
+
+
+def _merge_hint(folder: Path) -> str:
+    return (
+        f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py, or name --format gguf for "
+        "an adapter of llama.cpp"
+    )
+
+
 def _check_foreign(source: Path) -> None:
+    from lit_llama.convert.fp8 import is_fp8
     from lit_llama.convert.native import has_safetensors
 
-    if source.is_dir() and has_safetensors(source):
+    if source.is_dir() and has_safetensors(source) and not is_fp8(source):
         raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
 
 
@@ -104,14 +145,62 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
         CheckpointError: It is missing, or nothing that can be read.
     """
     if source.is_dir():
-        opened = _open_folder(source, rms_norm_eps).cast(dtype)
+        opened = _open_folder(source, dtype, rms_norm_eps)
     elif source.is_file():
         opened = _open_file(source, dtype, rms_norm_eps)
     else:
-        raise CheckpointError(f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}")
+        raise _absent(source)
     if rms_norm_eps is not None and opened.kind != "lit-llama":
         raise UserError(f"--rms_norm_eps: {source} ({opened.kind}) says its epsilon itself, leave the flag out")
     return opened
+
+
+def _absent(source: Path) -> CheckpointError:
+    if repository(str(source)) is None:
+        return CheckpointError(
+            f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}"
+        )
+    return CheckpointError(
+        f"--source: {source} does not exist (working folder: {Path.cwd()}). If it is a model on the Hub: python "
+        f"prepare/download.py --repo_id {source}"
+    )
+
+
+def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha: float) -> None:
+    """Make a PEFT adapter folder of another program's: lit-llama's LoRA .pth, a GGUF adapter, a folder of mlx-lm.
+
+    Args:
+        source: The file or folder.
+        base_dir: The converted base model that it was trained on.
+        destination: Folder to make.
+        lora_alpha: Alpha of a LoRA of lit-llama, whose file does not hold it.
+
+    Raises:
+        CheckpointError: It is none of these, or does not fit the base.
+    """
+    from lit_llama.convert import mlx
+    from lit_llama.convert.gguf.adapter import read_adapter
+    from lit_llama.convert.lit.lora import convert_lit_lora
+
+    if not source.exists():
+        raise _absent(source)
+    if (source / mlx.WEIGHTS_FILE).is_file():
+        mlx.convert_mlx(source, base_dir, destination)
+    elif source.is_dir():
+        raise CheckpointError(
+            f"--source: {source} holds no adapter of another program; with --base_dir expected a LoRA .pth of "
+            f"lit-llama, a GGUF adapter or a folder of mlx-lm ({mlx.WEIGHTS_FILE}). PEFT's own folders need no "
+            "conversion"
+        )
+    elif _is_gguf(source):
+        read_adapter(source, base_dir, destination)
+    else:
+        convert_lit_lora(source, base_dir, destination, lora_alpha)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
@@ -127,6 +216,8 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
         from lit_llama.convert.gguf.reader import open_gguf
 
         return open_gguf(path, dtype)
+    if (path.parent / SETTINGS_FILE).is_file() and path.suffix in (".safetensors", ".bin"):
+        raise CheckpointError(f"--source: {path} is a file of the folder {path.parent}: name the folder")
     if start.startswith(b"PK") or path.suffix == ".pth":
         from lit_llama.convert.lit.lit_llama import open_lit
 
@@ -135,7 +226,26 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
     raise CheckpointError(f"--source: {path} is {what}; expected {_EXPECTED}")
 
 
-def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
+def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
+    from lit_llama.convert.gguf.parts import only_model
+
+    if (opened := _open_layout(folder, rms_norm_eps)) is not None:
+        return opened.cast(dtype)
+    if (path := only_model(folder)) is not None:  # as prepare/download.py makes it
+        return _open_file(path, dtype, rms_norm_eps)
+    if foreign := foreign_adapter(folder, {path.name for path in folder.iterdir()}):
+        raise CheckpointError(f"--source: {folder} {foreign}")
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(_merge_hint(folder))
+    if (folder / "consolidated.safetensors").is_file():
+        raise CheckpointError(f"--source: {wrong_place(folder)}")
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
+    )
+
+
+def _open_layout(folder: Path, rms_norm_eps: float | None) -> Source | None:
     """The layouts that a folder may be in, those first whose files leave no doubt."""
     from lit_llama.convert import native
     from lit_llama.convert.lit import lit_llama as lit
@@ -152,9 +262,4 @@ def _open_folder(folder: Path, rms_norm_eps: float | None) -> Source:
         return native.open_folder(folder)
     if meta.has_shards(folder / "original"):
         return meta.open_meta(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
-    )
+    return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_llama.convert.native import companions
 from lit_llama.convert.source import NAMES
 from lit_llama.convert.source import SETTINGS_FILE as CONFIG_FILE
+from lit_llama.convert.tokens.fast import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, write_json
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights
@@ -75,6 +76,7 @@ class Frame:
         check_space(folder, sum(map(byte_size, specs.values())))
         write_weights(folder, specs, lambda name: _cast(name, tensors[name], specs[name]))
         write_companions(folder, self.files, template.encode(), style_of(template), self.tokenizer)
+        complete(folder)
         write_json(folder / CONFIG_FILE, with_dtype(self.config, dtype))
 
 

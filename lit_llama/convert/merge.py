@@ -3,16 +3,21 @@
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
+from lit_llama.convert.gguf.modelfile import check_modelfile, write_modelfile
+from lit_llama.convert.gguf.parts import model_name
+from lit_llama.convert.gguf.types import check_type
 from lit_llama.convert.gguf.writer import check_file, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
+from lit_llama.convert.tokens.fast import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
 from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
@@ -24,7 +29,7 @@ from lit_llama.model.adapter import (
 )
 from lit_llama.model.adapters.tensors import find_file
 from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.config import LLaMAConfig, Onto
+from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
 from lit_llama.progress import stderr
@@ -84,17 +89,30 @@ def merge(
             not carry it.
         ResourceError: Disk or memory is too small, said before anything is written.
     """
+    proof = _write(adapter_dir, destination, dtype, precision, onto, base_dir)
+    stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
+    return proof
+
+
+def _write(
+    adapter_dir: Path,
+    destination: Path,
+    dtype: str | None,
+    precision: Precision,
+    onto: Onto | None,
+    base_dir: Path | None,
+) -> Proof:
     check_destination(destination, "config.json")
     if destination.resolve() == adapter_dir.resolve():
         raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
-    if dtype == "q8_0":
-        raise UserError("--dtype q8_0 is a type of GGUF files: it needs --format gguf")
+    if dtype not in (None, *get_args(PlainType)):
+        raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
     base = base_of(adapter_dir, base_dir)
     onto = _choose(adapter_dir, onto)
     tokenizer = adapter_tokenizer(adapter_dir, base, LLaMAConfig.from_folder(base).vocab_size)
     merged = Merged(base, adapter_dir, onto, dtype)
     for remark in merged.remarks:
-        stderr().print(remark, markup=False)
+        stderr().print(remark)
     raw = json.loads((base / "config.json").read_text("utf-8"))
     if merged.unties:
         raw["tie_word_embeddings"] = False
@@ -107,6 +125,7 @@ def merge(
         own = template.read_bytes() if template.is_file() else None
         style = folder_style(adapter_dir)
         write_companions(folder, companions_of_adapter(adapter_dir, base), own, style, tokenizer)
+        complete(folder)
         proof = _prove(base, adapter_dir, folder, tokenizer, precision, onto)
         meta = {
             "format": 1,
@@ -117,7 +136,6 @@ def merge(
             "proof": proof.__dict__,
         }
         write_json(folder / META_FILE, meta)
-    stderr().print(f"{destination}: ready for generate/ and for any program that reads Hugging Face folders")
     return proof
 
 
@@ -144,26 +162,35 @@ def merge_into_gguf(
     precision: Precision,
     onto: Onto | None = None,
     base_dir: Path | None = None,
+    modelfile: bool = False,
 ) -> Proof:
     """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
 
     Args:
         adapter_dir: What finetune/lora.py wrote.
         destination: File to make.
-        dtype: bfloat16, float16, float32 or q8_0; None keeps that of the base.
+        dtype: As in `GGUFType`; None keeps that of the base.
         precision: In which the logits are compared.
         onto: As for `merge`.
         base_dir: As for `merge`.
+        modelfile: Write a Modelfile for Ollama beside the file.
     """
     check_file(destination)
+    check_type(dtype)
+    if modelfile:
+        check_modelfile(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as held:
         folder = Path(held) / "merged"
-        # Rounded once: what is float32 in the file was never bfloat16 in between.
-        kept = None if dtype == "q8_0" else dtype
-        proof = merge(adapter_dir, folder, dtype=kept, precision=precision, onto=onto, base_dir=base_dir)
-        write_gguf(open_folder(folder), destination, dtype)
-    stderr().print(f"{destination}: {destination.stat().st_size / 1e9:.2f} GB, ready for llama.cpp and Ollama")
+        # Rounded once: what is float32 in the file, or packed from it, was never bfloat16 in between.
+        kept = dtype if dtype in (None, *get_args(PlainType)) else "float32"
+        proof = _write(adapter_dir, folder, kept, precision, onto, base_dir)
+        source = replace(open_folder(folder), path=adapter_dir)  # for messages: the folder goes again
+        write_gguf(source, destination, dtype, name=model_name(destination.name))
+    if modelfile:
+        write_modelfile(destination)
+    size = f"{destination.stat().st_size / 1e9:.2f} GB"
+    stderr().print(f"{destination}: {size}, ready for llama.cpp and Ollama")
     return proof
 
 

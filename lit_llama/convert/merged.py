@@ -41,11 +41,12 @@ class Merged:
         self._weights, self._onto = Weights(base), onto
         with torch.device("meta"):
             frame = LLaMA(shape)
-        # Names and shapes fit; the adapter alone takes memory.
-        self.remarks = (*self._weights.remarks, *load_adapter(frame, adapter_dir, self._weights).remarks)
+        placed = load_adapter(frame, adapter_dir, self._weights)  # names and shapes fit; it alone takes memory
+        self.remarks, self._brought = (*self._weights.remarks, *placed.remarks), placed.base
         self._adapters = {f"{name}.weight": module for name, module in adapters(frame)}
         trained = [part for _, module in adapters(frame) for part in module.parts().values()]
         self.added_bytes = sum(part.numel() * part.element_size() for part in trained)
+        self._tied = shape.tie_word_embeddings
         self.specs = {name: self._spec(name, dtype) for name in self._weights}
         if foreign := [f"{name} ({kind})" for name, (kind, _) in self.specs.items() if kind not in DTYPES]:
             raise CheckpointError(f"{base}: {foreign[0]} is stored in another dtype than {', '.join(DTYPES)}")
@@ -59,7 +60,10 @@ class Merged:
 
     @torch.no_grad()
     def _make(self, name: str) -> Tensor:
-        weight = self._weights[name if name in self._weights else _EMBEDDING]  # a tied head may be stored or not
+        stored = name if name in self._weights else _EMBEDDING  # a tied head may be stored or not
+        tied = self._tied and name in (_EMBEDDING, _HEAD)
+        brought = next(iter(self._brought.values()), None) if tied else self._brought.get(name)
+        weight = self._weights[stored] if brought is None else brought
         if self._onto != "stored" and is_quantized(name):
             weight = through(weight, self._onto)
         module = self._adapters.get(name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_llama.convert.fp8 import is_fp8, open_fp8
 from lit_llama.convert.meta.join import same
 from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
 from lit_llama.errors import CheckpointError
@@ -44,6 +45,8 @@ def open_folder(folder: Path) -> Source:
     Raises:
         CheckpointError: Files are missing or unreadable, or the model is not implemented.
     """
+    if is_fp8(folder) and has_safetensors(folder):
+        return open_fp8(folder, companions(folder))
     config = LLaMAConfig.from_folder(folder)
     raw = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
     safe = has_safetensors(folder)

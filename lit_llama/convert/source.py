@@ -173,11 +173,14 @@ def write_folder(source: Source, destination: Path, *, max_shard_size: int = MAX
         CheckpointError: Tensors and configuration do not fit each other.
         ResourceError: The disk has no room for it.
     """
+    from lit_llama.convert.tokens.fast import complete
+
     check_shapes(source)
     with publish(destination, SETTINGS_FILE) as folder:
         check_space(folder, sum(map(byte_size, source.specs.values())))
         write_weights(folder, source.specs, source.read, max_shard_size)
         write_files(source, folder)
+        complete(folder)
         origin = {"path": str(source.path), "kind": source.kind, **source.notes}
         tokenizer = read_tokenizer(folder)
         write_json(

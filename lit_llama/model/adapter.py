@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.adapters.base import META_FILE as META_FILE
 from lit_llama.model.adapters.base import base_of as base_of
-from lit_llama.model.adapters.place import Placed, adapted_module, copied_module, place
+from lit_llama.model.adapters.place import OTHER_BASE, Placed, adapted_module, copied_module, place
 from lit_llama.model.adapters.rows import TrainedRows
 from lit_llama.model.adapters.settings import CONFIG_FILE as CONFIG_FILE
 from lit_llama.model.adapters.settings import read_settings
@@ -29,8 +29,13 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
     Of an adapted embedding or head PEFT writes the base's matrix, too; it is left out here and not missed there.
 
     Raises:
-        UserError: A value is not finite; nothing is written.
+        UserError: A value is not finite, or the adapter has brought rows of its base along; nothing is written.
     """
+    if (brought := getattr(model, OTHER_BASE, None)) is not None:
+        raise UserError(
+            f"{brought} has rows that came with an adapter and not with its base; merge that adapter first, and train "
+            "on the merged model"
+        )
     tensors = {name: value.detach().cpu().contiguous() for name, value in _parameters(model).items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
@@ -43,7 +48,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": config.targets,
+        "target_modules": config.pattern or config.targets,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": config.rank_pattern,

@@ -25,7 +25,7 @@ _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that
 
 
 def load_model(
-    folder: Path,
+    folder: Path | str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantize: Quantization | None = None,
@@ -46,6 +46,7 @@ def load_model(
         CheckpointError: Tensors are missing, unknown, or of another shape than config.json says, or the folder holds a
             delta, or a value does not fit float16.
     """
+    folder = Path(folder)
     config = LLaMAConfig.from_folder(folder)
     weights = Weights(folder)
     with torch.device("meta"):

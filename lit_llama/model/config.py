@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
@@ -161,7 +162,7 @@ class LLaMAConfig:
         try:
             raw = json.loads(path.read_text("utf-8"))
             if raw.get("quantization_config") or raw.get("compression_config"):
-                raise CheckpointError(describe_quantization(raw, folder.name))
+                raise CheckpointError(describe_quantization(raw, folder))
             return cls.from_dict(raw)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
@@ -178,8 +179,17 @@ class LLaMAConfig:
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of one decoder layer, which `all-linear` stands for."""
 
+ALL_LINEAR = ("all-linear", "all")
+"""What target_modules may say for them: PEFT's word, and the one that others have made common."""
+
 Quantization = Literal["nf4", "nf4-dq", "int8", "fp8"]
 """How the linear layers of a base are held: see quantize.py."""
+
+PlainType = Literal["bfloat16", "float16", "float32"]
+"""In what weights are stored in folders and adapters."""
+
+GGUFType = Literal["bfloat16", "float16", "float32", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+"""In what they are stored in GGUF files: the numbers are bits, `k` and `m` llama.cpp's mixtures."""
 
 Onto = Literal["stored", "nf4", "nf4-dq", "int8", "fp8"]
 """What an adapter is put on: the base as it is stored, or with quantised linear layers."""
@@ -193,7 +203,8 @@ class LoRAConfig:
         r: Rank of A (r, in) and B (out, r).
         alpha: The update is scaled by alpha / r.
         dropout: Probability of dropping an element of the input of A while training.
-        target_modules: all-linear, or names such as q_proj,v_proj; lm_head and embed_tokens can be named, too.
+        target_modules: all-linear (or all), or names such as q_proj,v_proj; lm_head and embed_tokens can be named, too.
+            Also a regular expression for whole names, such as '.*layers\\.[01]\\..*(q|v)_proj', as PEFT takes it.
         use_rslora: Scale by alpha / sqrt(r) instead, which keeps the size of the update when r grows (Kalajdzievski
             2023, arXiv:2312.03732).
         use_dora: Train the length of each row of W + (alpha / r) B A apart from its direction (Liu et al. 2024,
@@ -226,6 +237,12 @@ class LoRAConfig:
         self._check_alpha("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
+        if isinstance(self.target_modules, list) and len(self.target_modules) == 1:  # as a file may hold a word
+            alone = self.target_modules[0]
+            if alone in ALL_LINEAR or is_pattern(alone):
+                object.__setattr__(self, "target_modules", alone)
+        if self.pattern is not None:
+            _check_expression("target_modules", self.pattern)
         if not all(self.targets):
             raise UserError("--lora.target_modules is empty, expected all-linear or names such as q_proj,v_proj")
         if not all(self.saved):
@@ -238,10 +255,7 @@ class LoRAConfig:
             self._check_alpha(f"alpha_pattern[{key!r}]", alpha)
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
-                try:
-                    check_pattern(key)
-                except ValueError as error:
-                    raise UserError(f"--lora.{name}: {error}") from error
+                _check_expression(name, key)
 
     def _check_alpha(self, name: str, value: float) -> None:
         if not 0 < value < math.inf:
@@ -249,10 +263,17 @@ class LoRAConfig:
 
     @property
     def targets(self) -> list[str]:
-        """Names of the modules to adapt."""
-        if self.target_modules == "all-linear":
+        """Names of the modules to adapt, or one regular expression."""
+        if self.target_modules in ALL_LINEAR:
             return list(LINEARS)
+        if self.pattern is not None:
+            return [self.pattern]
         return _names(self.target_modules) or [""]
+
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression for full names that target_modules is, if it is none of names."""
+        return self.target_modules if is_pattern(self.target_modules) else None
 
     @property
     def saved(self) -> list[str]:
@@ -266,6 +287,11 @@ class LoRAConfig:
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def is_pattern(target_modules: object) -> TypeGuard[str]:
+    """Whether target_modules is a regular expression: text with a character that no name or list of names has."""
+    return isinstance(target_modules, str) and re.search(r"[^\w.,\s-]", target_modules) is not None
+
+
 def matches_pattern(name: str, key: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means the module of this full name, as PEFT decides it."""
     return matches_whole(rf"(?:.*\.)?(?:{key})", name)
@@ -273,6 +299,13 @@ def matches_pattern(name: str, key: str) -> bool:
 
 def _names(names: str | list[str]) -> list[str]:
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+
+def _check_expression(name: str, text: str) -> None:
+    try:
+        check_pattern(text)
+    except ValueError as error:
+        raise UserError(f"--lora.{name}: {error}") from error
 
 
 def _check_rank(name: str, value: int) -> None:

@@ -1,7 +1,7 @@
 """Adapters on a built model: which modules they take the place of, and what an optimizer is given."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from lit_llama.errors import UserError
 from lit_llama.model.config import LoRAConfig, matches_pattern
 from lit_llama.model.dora import DoRALinear
 from lit_llama.model.low_rank import Adapter, LoRAEmbedding, LoRALinear, LoRAOnQuantized
+from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
 from lit_llama.model.whole import whole
 
@@ -24,14 +25,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         UserError: A name or pattern means no module that can be adapted, or two things are asked of one module.
     """
     model.requires_grad_(False)
-    able = adaptable(model)
-    for target in config.targets:
-        if not any(_matches(name, target) for name in able):
-            near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
-            raise UserError(
-                f"--lora.target_modules: {target!r} matches no linear layer or embedding of the model{near}"
-            )
-    adapted = [name for name in able if any(_matches(name, target) for target in config.targets)]
+    adapted = _adapted(adaptable(model), config)
     copied = _copied(model, config)
     if both := [name for name in copied if name in adapted]:
         raise UserError(
@@ -91,6 +85,26 @@ def _update(base: nn.Module, name: str, config: LoRAConfig) -> Adapter:
     return LoRALinear(base, rank, scale, config.dropout)
 
 
+def _adapted(able: Iterable[str], config: LoRAConfig) -> list[str]:
+    """Those of the modules that `target_modules` names, each of whose names or its pattern has to mean one."""
+    able = list(able)
+    if config.pattern is not None:
+        if found := [name for name in able if matches_whole(config.pattern, name)]:
+            return found
+        raise UserError(
+            f"--lora.target_modules: the regular expression {config.pattern!r} matches no linear layer or embedding of "
+            f"the model; it is for whole names such as {next(name for name in able if 'layers' in name)}, so begin it "
+            "with .* where any beginning will do"
+        )
+    for target in config.targets:
+        if not any(_matches(name, target) for name in able):
+            near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
+            raise UserError(
+                f"--lora.target_modules: {target!r} matches no linear layer or embedding of the model{near}"
+            )
+    return [name for name in able if any(_matches(name, target) for target in config.targets)]
+
+
 def _copied(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Modules whose names end in one of `modules_to_save`, as PEFT decides it: `norm` is every norm."""
     names = [name for name, module in model.named_modules() if name and type(module) is not nn.Identity]
@@ -111,7 +125,10 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    """What was probably meant: the letters, not their case, decide, and the first of them most."""
+    word = name.rpartition(".")[2].lower()
+    alike = [other for other in known if other.lower()[:1] == word[:1]]
+    close = difflib.get_close_matches(word, alike, n=1) or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
 
 

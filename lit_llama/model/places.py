@@ -9,6 +9,8 @@ from typing import Any
 from lit_llama.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_LOCAL = ("checkpoints", "data", "model", "models", "out", "output", "outputs")
+"""First parts of paths, which owners on the Hub are not called."""
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _QUANTISED = re.compile(
@@ -29,8 +31,10 @@ _METHODS = {
 
 
 def repository(name: str) -> str | None:
-    """A name as it is if it can be one of a repository on the Hub, OWNER/NAME."""
-    return name if _REPOSITORY.fullmatch(name) and ".." not in name else None
+    """A name as it is if it can be one of a repository on the Hub, OWNER/NAME, and is no path of a folder here."""
+    owner = name.partition("/")[0]
+    local = owner in _LOCAL or ".." in name or Path(owner).is_dir()
+    return name if _REPOSITORY.fullmatch(name) and not local else None
 
 
 def of_sixteen_bits(name: str) -> str | None:
@@ -40,13 +44,19 @@ def of_sixteen_bits(name: str) -> str | None:
     return plain if plain != name else None
 
 
-def describe_quantization(raw: Mapping[str, Any], name: str = "") -> str:
+def describe_quantization(raw: Mapping[str, Any], folder: Path) -> str:
     """What a quantization_config stands for, and the way out.
 
     Args:
         raw: Contents of config.json.
-        name: What the folder is called.
+        folder: The folder that it stands in.
     """
+    if holds_fp8(raw):
+        quoted = shlex.quote(str(folder))
+        return (
+            "the weights are 8-bit floats (FP8) with scales: turn them into bfloat16 once, with python "
+            f"prepare/checkpoint.py --source {quoted} --destination_path {quoted}-bf16"
+        )
     settings = raw.get("quantization_config") or raw.get("compression_config")
     settings = settings if isinstance(settings, Mapping) else {}
     unnamed = "bitsandbytes" if _bnb_bits(settings) else "a method that is not named"
@@ -54,13 +64,23 @@ def describe_quantization(raw: Mapping[str, Any], name: str = "") -> str:
     bits = settings.get("bits", settings.get("w_bit")) or _bnb_bits(settings)
     said = f"{_METHODS.get(kind, kind)}{f' in {bits} bits' if isinstance(bits, int) else ''}"
     origin = raw.get("_name_or_path")
-    known = (of_sixteen_bits(text) for text in (origin, name) if isinstance(text, str))
+    known = (of_sixteen_bits(text) for text in (origin, folder.name) if isinstance(text, str))
     plain = next((text for text in known if text), None)
     which = f", probably {plain}" if plain else ""
     command = f"python prepare/download.py --repo_id {repository(plain or '') or 'OWNER/NAME'}"
     return (
         f"the weights are quantised with {said}, which is not read here: take the 16-bit model that they were made from"
         f"{which} ({command}), and hold that in few bits with --quantize"
+    )
+
+
+def holds_fp8(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are 8-bit floats with scales, which can be turned into bfloat16."""
+    settings = raw.get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return False
+    return settings.get("quant_method") in ("fp8", "fbgemm_fp8") or (
+        settings.get("quant_method") == "compressed-tensors" and settings.get("format") == "float-quantized"
     )
 
 
@@ -81,7 +101,8 @@ def wrong_place(path: Path) -> CheckpointError:
         )
     if not path.is_dir():
         return CheckpointError(
-            f"{path / _MODEL_FILE} does not exist: there is no folder {path} (working folder: {Path.cwd()})"
+            f"{path / _MODEL_FILE} does not exist: there is no folder {path} (working folder: {Path.cwd()}); make one "
+            "with prepare/download.py or prepare/checkpoint.py"
         )
     if what := _of_folder(path, {entry.name for entry in path.iterdir()}, quoted, made):
         return CheckpointError(f"{path} {what}")

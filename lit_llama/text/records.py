@@ -24,8 +24,9 @@ from lit_llama.text.read.documents import Documents
 from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.reading import OnError, read_conversations
 from lit_llama.text.report.findings import unchecked
+from lit_llama.text.report.look import look_at
 from lit_llama.text.report.notes import noted
-from lit_llama.text.report.report import REPORT_HTML
+from lit_llama.text.report.report import REPORT_HTML, REPORT_JSON
 from lit_llama.text.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.special import read_object
 from lit_llama.text.splits import choose
@@ -291,8 +292,6 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     if not meta["near_duplicates_checked"]:
         samples = sum(counts["rows"] for counts in meta["splits"].values())
         say(f"  near-duplicates were not looked for: {unchecked(samples, meta['near_duplicates'])}")
-    if meta["test_rows_also_in_train"]:
-        say(f"  {meta['test_rows_also_in_train']} test rows stand in train too: the test loss will flatter")
     for name, counts in meta["splits"].items():
         if not counts["rows"]:
             say(f"  {name}: no rows, as --test_split_size is 0: finetune trains without evaluation")
@@ -305,6 +304,8 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     what = "answers only" if meta["mask_inputs"] else "prompts and answers (--mask_inputs true for answers only)"
     schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
+    for line in look_at(destination / REPORT_JSON):
+        say(f"  {line}")
     say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {shlex.quote(str(destination))}")
 
 

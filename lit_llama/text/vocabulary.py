@@ -45,10 +45,11 @@ def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
     home = tokenizer_home(adapter_dir, base)
     tokenizer = Tokenizer.from_path(home)
     if home != base and tokenizer.size > rows:
+        source, made = shlex.quote(str(base)), shlex.quote(f"{base}-resized")
         raise CheckpointError(
             f"{home}: the adapter's own tokenizer has {tokenizer.size} tokens, the base {base} only {rows} rows. Give "
-            f"it more: python prepare/checkpoint.py --source {base} --destination_path {base}-resized --resize_vocab "
-            f"{tokenizer.size}, then name it with --base_dir {base}-resized"
+            f"it more: python prepare/checkpoint.py --source {source} --destination_path {made} --resize_vocab "
+            f"{tokenizer.size}, then name it with --base_dir {made}"
         )
     check_vocabulary(base, rows, tokenizer)
     for record in dict.fromkeys((adapter_dir, home)):

@@ -1,27 +1,35 @@
 """What is asked of a run: its settings, the state that it goes on from, and what must not change meanwhile."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lit_llama.device import Numerics
-from lit_llama.errors import UserError
+from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import check_destination
 from lit_llama.model.config import Quantization
+from lit_llama.progress import stderr
+from lit_llama.text.dataset import META_FILE
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.inputs import Inputs
 from lit_llama.train.method import Method
 from lit_llama.train.processes import Processes
-from lit_llama.train.state import STATES_DIR, choose_state, find_states, is_whole
+from lit_llama.train.schedule import learning_rate
+from lit_llama.train.state import STATES_DIR, check_same, choose_state, find_states, is_whole, read_state, step_of
+from lit_llama.train.stopping import Best
 
 FREE = (
-    *("checkpoint_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
+    *("checkpoint_dir", "adapter_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
     *("train.micro_batch_tokens", "train.save_interval", "train.eval_interval", "train.sample_prompts"),
 )
 """Settings that a run may go on without: they change no weight, or what rounding does to it (what the paths lead to is
 compared by fingerprints)."""
+LENGTH = ("epochs", "max_steps", "patience")
+"""Of train: how long a run is. It may be made longer, and its learning rate then follows the longer schedule."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Run:
                 raise UserError(f"--out_dir {self.out_dir} is {flag}; name another, nothing is written over")
 
     def find_state(self, resume: str | Path) -> Path | None:
-        """The state to go on from, or the last one of a run that is finished; None to begin.
+        """The state to go on from; None to begin, and for a run that is finished and has no state any more.
 
         Raises:
             UserError: The folder holds a run that is not to be continued, or no such state.
@@ -74,12 +82,13 @@ class Run:
         """
         states = find_states(self.states)
         if resume != "never":
-            if self.is_finished:
-                return states[-1] if states and is_whole(states[-1]) else None
+            if self.is_finished and resume == "auto" and not (states and is_whole(states[-1])):
+                return None
             return choose_state(states, resume, self.out_dir, self.command)
         if self.is_finished:
             raise UserError(
-                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another --out_dir"
+                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another --out_dir, or "
+                f"lengthen it: {self.command} --train.epochs MORE"
             )
         if states or (self.out_dir / RUN_FILE).exists():
             raise UserError(
@@ -88,11 +97,73 @@ class Run:
             )
         return None
 
+    def has_ended(self, state: Path | None, identity: Mapping[str, Any], rows: int) -> bool:
+        """Whether nothing is left to do; says how a run that is made longer goes on.
+
+        Args:
+            state: Where the run goes on from.
+            identity: What must not have changed since.
+            rows: Samples of the training split.
+
+        Raises:
+            UserError: The state belongs to another run or lies behind the end that is asked for, or a finished run is
+                to be lengthened and its states are gone.
+        """
+        steps = self.train.steps(rows)
+        if state is None:
+            if self.is_finished and steps > (done := self._recorded_steps(steps)):
+                raise UserError(
+                    f"{self.out_dir} is finished after {done} steps, and there is no state in {self.states} to go on "
+                    f"from. Begin a run of its own from the result: python {self.method.door} "
+                    f"{self.method.start_flag} {shlex.quote(str(self.out_dir))} --out_dir ANOTHER"
+                )
+            return self.is_finished and self._say_ended(None)
+        record = read_state(state)
+        check_same(state, record["identity"], identity, [f"--train.{name}" for name in LENGTH])
+        before = {name: record["identity"].get(f"--train.{name}", getattr(self.train, name)) for name in LENGTH}
+        was = replace(self.train, **before)
+        if self.is_finished:  # whether that was the end, its last state says, also where an earlier one is named
+            newest = find_states(self.states)[-1]
+            with suppress(IntegrityError):
+                record = record if newest == state else read_state(newest)
+            if record["progress"]["step"] == steps or Best.from_state(record["best"]).exhausted(self.train):
+                return self._say_ended(record)
+        done = record["progress"]["step"]
+        if steps < done:
+            raise UserError(
+                f"{state} has {done} steps behind it, but --train.epochs {self.train.epochs:g} and --train.max_steps "
+                f"{self.train.max_steps} end after {steps}; go on with more"
+            )
+        if steps != was.steps(rows):
+            stderr().print(_new_schedule(self.train, step_of(state), was.steps(rows), steps))
+        return False
+
+    def _recorded_steps(self, unknown: int) -> int:
+        """Steps of the result, as its meta.json has them."""
+        meta = self.out_dir / META_FILE
+        return int(json.loads(meta.read_text("utf-8")).get("steps", unknown)) if meta.is_file() else unknown
+
+    def _say_ended(self, record: Mapping[str, Any] | None) -> bool:
+        waited = record is not None and Best.from_state(record["best"]).exhausted(self.train)
+        more = "a higher --train.patience goes" if waited else "more --train.epochs or --train.max_steps go"
+        stderr().print(f"{self.out_dir}: the run is finished, there is nothing to do; {more} on from here")
+        return True
+
     def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
         """By name, what must not change when the run goes on."""
         read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
         settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
-        return read | settings | {"--precision": str(numerics)}
+        return read | dict(self.method.origin) | settings | {"--precision": str(numerics)}
+
+
+def _new_schedule(train: TrainConfig, done: int, before: int, steps: int) -> str:
+    """What becomes of a run of `before` steps that is to have `steps`."""
+    rate = learning_rate(done, steps, train) if done < steps else 0.0
+    last = f" after {learning_rate(done - 1, before, train):.2e}" if done else ""
+    return (
+        f"the run of {before} steps goes on to {steps}: --train.schedule {train.schedule} is that of {steps} steps "
+        f"from here on, with a learning rate of {rate:.2e} in step {done + 1}{last}"
+    )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

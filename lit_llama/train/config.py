@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from lit_llama.errors import UserError
@@ -20,7 +21,7 @@ class TrainConfig:
     """How long, how large, how fast.
 
     Args:
-        epochs: Passes over the training split.
+        epochs: Passes over the training split; 0.5 is half of one.
         max_steps: Stop after this many optimizer steps, if that comes first.
         batch_size: Samples per optimizer step.
         micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients. auto is
@@ -50,7 +51,7 @@ class TrainConfig:
         keep: Which weights the run leaves: those with the lowest test loss, or the last.
     """
 
-    epochs: int = 3
+    epochs: float = 3
     max_steps: int | None = None
     batch_size: int = 16
     micro_batch_tokens: int | Literal["auto"] = "auto"
@@ -76,7 +77,8 @@ class TrainConfig:
     keep: Literal["best", "last"] = "last"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_interval", "save_interval"):
+        _expect(0 < self.epochs < math.inf, "epochs", self.epochs, "more than 0")
+        for name in ("batch_size", "eval_interval", "save_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         tokens = self.micro_batch_tokens
         _expect(tokens == "auto" or tokens >= 1, "micro_batch_tokens", tokens, "1 or more, or auto")
@@ -128,8 +130,12 @@ class TrainConfig:
         return (CPU_TOKENS if device == "cpu" else GPU_TOKENS) if tokens == "auto" else tokens
 
     def steps(self, rows: int) -> int:
-        """Optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left."""
-        steps = self.epochs * -(-rows // self.batch_size)
+        """Optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left.
+
+        A part of an epoch is rounded up to whole steps.
+        """
+        # As it is written: 0.1 of 30 steps are 3, while the product of the floats is a little more.
+        steps = math.ceil(Fraction(str(self.epochs)) * -(-rows // self.batch_size))
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 

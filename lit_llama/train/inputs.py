@@ -10,6 +10,7 @@ from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import SPLITS, Split, data_fingerprint, read_meta
 from lit_llama.text.formats import read_text
@@ -126,7 +127,11 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
     tokenizer = Tokenizer.from_path(checkpoint_dir)
     check_vocabulary(checkpoint_dir, config.vocab_size, tokenizer)
     check_recorded(checkpoint_dir, tokenizer, checkpoint_dir)
-    for remark in (*tokenizer.remarks, *special_ids(checkpoint_dir, tokenizer).remarks):
+    for remark in (
+        *Weights(checkpoint_dir).remarks,
+        *tokenizer.remarks,
+        *special_ids(checkpoint_dir, tokenizer).remarks,
+    ):
         stderr().print(remark)
     recorded = meta.get("tokenizer", {})
     if tokenizer.fingerprint() != recorded.get("fingerprint"):

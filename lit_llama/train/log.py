@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +22,14 @@ from lit_llama.train.sampler import SAMPLES_FILE, Sampler
 
 MEASURED = 5
 """Steps after which the time that the others will take is said."""
+REPORT_SECONDS, SAVE_SECONDS = 60, 1
+"""Between two reports when nothing else asks for one; and before one is written anew for a save alone."""
 
 
 class Log:
     """Rows of metrics.csv, timing.csv and samples.jsonl as they come, the report, and progress on stderr.
+
+    The report is written anew at evaluations and saves, every minute, and when the run ends, however it does.
 
     Nothing is written before the first `step`, which begins the files anew unless `resume` came first.
 
@@ -43,6 +48,8 @@ class Log:
         self._files = {name: Lines(folder / name, csv_line(columns)) for name, columns in COLUMNS.items()}
         self._files[SAMPLES_FILE] = Lines(folder / SAMPLES_FILE)
         self._begun = False
+        self._untold = False  # there are rows that the report has not
+        self._reported = time.monotonic()
         self._seconds: list[float] = []  # of the steps done here
         self._progress = bar(self._console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=False)
         self._task = self._progress.add_task("training", total=steps)
@@ -56,6 +63,7 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        self.report()
         for file in self._files.values():
             file.close()
         for logger in self._loggers:
@@ -67,7 +75,7 @@ class Log:
         Raises:
             IntegrityError: metrics.csv does not go as far.
         """
-        self._begun = True
+        self._begun = self._untold = True
         kept = {name: file.resume(step) for name, file in self._files.items()}
         if kept[METRICS_FILE] < step:
             raise IntegrityError(
@@ -102,21 +110,28 @@ class Log:
         return metrics | {"stopped": sum(answer.stopped for answer in answers) / len(answers)}
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """One optimizer step, or an evaluation, is over; after an evaluation the report is written anew."""
+        """One optimizer step, or an evaluation, is over."""
         self._begin()
         for name, row in rows_of(metrics):
             self._files[name].append(row)
         for logger in self._loggers:
             logger.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"])
         self._show(metrics)
-        if "test_loss" in metrics:
-            try:
-                write_run_report(self._folder)
-            except (
-                OSError,
-                ResourceError,
-            ) as error:  # a full disk: training is worth more, and its states say so themselves
-                self.say(f"no report this time: {error}")
+        self._untold = True
+        self.report(older=0 if "test_loss" in metrics else REPORT_SECONDS)
+
+    def report(self, *, older: float = 0) -> None:
+        """Write the report anew where there is something new, and the last one is `older` than so many seconds."""
+        if not self._untold or time.monotonic() - self._reported < older:
+            return
+        try:
+            write_run_report(self._folder)
+        except (
+            OSError,
+            ResourceError,
+        ) as error:  # a full disk: training is worth more, and its states say so themselves
+            self.say(f"no report this time: {error}")
+        self._untold, self._reported = False, time.monotonic()
 
     def sync(self) -> None:
         """Have what was written on the disk before anything that relies on it."""
@@ -178,6 +193,9 @@ class Silence(Log):
         return {"test_loss": test_loss}
 
     def step(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def report(self, *, older: float = 0) -> None:
         pass
 
     def sync(self) -> None:

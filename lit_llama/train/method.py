@@ -1,6 +1,7 @@
 """The ways of fine-tuning: which weights train, and how they are written and read back."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from lit_llama.model.lora import apply_lora, parameter_groups
 from lit_llama.model.weights import Weights
 from lit_llama.train.inputs import Inputs
 from lit_llama.train.optim import decay_groups
+from lit_llama.train.warm_start import Start
 
 
 class Method(Protocol):
@@ -47,6 +49,17 @@ class Method(Protocol):
             UserError: Settings that do not fit the model.
         """
 
+    def begin(self, model: LLaMA) -> None:
+        """Give what trains the values that it begins with, after `apply` on a model with weights."""
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Fingerprints of what it begins with beside the base, by name; they must not change when a run goes on."""
+
+    @property
+    def start_flag(self) -> str:
+        """The flag by which another run begins with a result."""
+
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         """What trains, in groups for an optimizer: `params`, `weight_decay`, and `lr_ratio` to the learning rate."""
 
@@ -69,10 +82,17 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters; the result is an adapter folder in PEFT's layout."""
+    """Low-rank adapters; the result is an adapter folder in PEFT's layout.
+
+    Args:
+        config: Their shape.
+        start: An adapter whose values they begin with; None for a random A, and a B of zeros.
+    """
 
     config: LoRAConfig
+    start: Start | None = None
     door: str = "finetune/lora.py"
+    start_flag: str = "--adapter_dir"
     result: str = "adapter"
     marker: str = CONFIG_FILE
 
@@ -81,11 +101,21 @@ class LoRA:
     @property
     def uniform(self) -> bool:
         config = self.config
-        return not any("." in name for name in (*config.targets, *config.rank_pattern, *config.alpha_pattern))
+        return config.pattern is None and not any(
+            "." in name for name in (*config.targets, *config.rank_pattern, *config.alpha_pattern)
+        )
 
     def apply(self, model: LLaMA) -> str:
         adapted = apply_lora(model, self.config)
-        return f"in {len(adapted)} layers"
+        return f"in {len(adapted)} layers" + (f" as {self.start.folder} left them" if self.start else "")
+
+    def begin(self, model: LLaMA) -> None:
+        if self.start:
+            self.start.put_on(model)
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        return {"the adapter (fingerprint)": self.start.fingerprint} if self.start else {}
 
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return parameter_groups(model, self.config.loraplus_lr_ratio, weight_decay)
@@ -111,6 +141,7 @@ class Full:
 
     dtype: str | None = None
     door: str = "finetune/full.py"
+    start_flag: str = "--checkpoint_dir"
     result: str = "model"
     marker: str = SETTINGS_FILE
     uniform: bool = True
@@ -119,6 +150,13 @@ class Full:
     def apply(self, model: LLaMA) -> str:
         model.requires_grad_(True)
         return "(all of them)"
+
+    def begin(self, model: LLaMA) -> None:
+        pass
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        return {}
 
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model.named_parameters(), weight_decay)

@@ -16,6 +16,7 @@ from lit_llama.errors import ResourceError, check_seed
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
+from lit_llama.train.cards import find_card
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.inputs import fitting, read_splits
 from lit_llama.train.launch import layout
@@ -38,17 +39,30 @@ def print_plan(
     quantize: Quantization | None,
     seed: int,
     memory: str | None,
+    card: str | None = None,
     devices: int | Literal["auto"] = 1,
     num_nodes: int = 1,
     strategy: Strategy = "auto",
 ) -> None:
     """Print the plan of a run on stdout; of the checkpoint only config.json is read. See `make_plan`.
 
+    Args:
+        memory: Of the GPU to plan for; None for that of this machine, or of `card`.
+        card: Its kind, such as v100, where it is not here.
+
     Raises:
         ResourceError: It does not fit.
         UserError: Devices or a strategy that cannot be.
     """
     here, machines = layout(devices, num_nodes)
+    kind = find_card(card) if card is not None else None
+    if kind:
+        kind.check(precision, quantize)
+        stderr().print(f"planned for {kind.describe(memory)}")
+        memory = kind.memory(memory)
+        precision = "16-mixed" if precision == "auto" and not kind.bfloat16 else precision
+    elif memory is not None and precision == "auto":
+        stderr().print("planned for a GPU with bfloat16; --plan_device names another, such as v100 or t4")
     config = LLaMAConfig.from_folder(checkpoint_dir)
     check_seed(seed)
     splits = read_splits(checkpoint_dir, config, data_dir, read_meta(data_dir))

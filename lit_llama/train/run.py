@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -35,12 +36,13 @@ from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.text.report.look import look_at
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
 from lit_llama.train.curve import draw_curve
 from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
-from lit_llama.train.log import Log, Silence
+from lit_llama.train.log import SAVE_SECONDS, Log, Silence
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
@@ -50,11 +52,10 @@ from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
 from lit_llama.train.processes import Strategy, join
 from lit_llama.train.recompute import recompute_activations
-from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
 from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
-    check_same,
     find_states,
     read_state,
     save_state,
@@ -114,7 +115,7 @@ def finetune(
 
 def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
     """Read and check everything, then train."""
-    state, finished = run.processes.first(lambda: (run.find_state(resume), run.is_finished))
+    state = run.processes.first(lambda: run.find_state(resume))
     inputs = read_inputs(run.checkpoint_dir, run.data_dir)
     fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
     run = replace(run, train=fitted)
@@ -136,10 +137,7 @@ def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str
     identity = run.identity(inputs, plan.numerics)
     run = replace(run, train=plan.train)  # with what the plan has made of auto
     run.processes.check_same("checkpoint, data or setting", identity)
-    if state and run.processes.is_first:
-        check_same(state, read_state(state)["identity"], identity)
-    if finished:
-        stderr().print(f"{run.out_dir}: the run is finished, there is nothing to do")
+    if run.processes.first(lambda: run.has_ended(state, identity, len(inputs.train))):
         return
     with explained(plan):
         _execute(run, inputs, identity, plan, state, start)
@@ -162,6 +160,7 @@ def _execute(
     loaded = "cpu" if processes.sharded else device
     model = load_model(run.checkpoint_dir, loaded, numerics.rest, run.quantize, numerics.linear)
     where = run.method.apply(model)
+    run.method.begin(model)
     add_noise(model, run.train.neftune_noise_alpha)
     if plan.build.fused:
         fuse(model, run.train.activation_checkpointing)
@@ -193,10 +192,12 @@ def _execute(
 def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
     """Make the folder of the run a result."""
     draw_curve(run.out_dir)
-    # Nothing is replaced, as the run is not finished; but what a killed process left on the way is cleared away.
+    # Replaced is the result of a run that was made longer; and what a killed process left on the way is cleared away.
     with publish(run.out_dir, run.method.marker, replace=True) as folder:
         training.write_result(folder, exact=False)
     write_run_report(run.out_dir)
+    for line in look_at(run.out_dir / REPORT_JSON):
+        log.say(line)
     log.say(
         f"{run.out_dir}: {run.method.result}, report.html, metrics.csv, loss.png, run.yaml; "
         f"{time.perf_counter() - start:.1f} s, peak memory {training.trainer.memory() / 1e9:.2f} GB"
@@ -228,6 +229,7 @@ class _Training:
             "door": self.run.method.door,
             "trainable": self.trainable,
             "dtype": str(self.numerics),
+            "vocab_size": self.inputs.config.vocab_size,
             "device": describe(pick_device()),
         }
         made["torch"] = torch.__version__
@@ -239,14 +241,19 @@ class _Training:
         Raises:
             Interrupted: A signal came first.
         """
-        with Interrupt(quiet=not self.run.processes.is_first) as interrupt:
-            fit(self.trainer, self.log, self.save, interrupt)
+        try:
+            with Interrupt(quiet=not self.run.processes.is_first) as interrupt:
+                fit(self.trainer, self.log, self.save, interrupt)
+        except KeyboardInterrupt:
+            states = find_states(self.run.states)
+            saved = f"the newest state is that of step {step_of(states[-1])}" if states else "nothing is saved yet"
+            raise Interrupted(signal.SIGINT, f"Stopped at once; {saved}. Continue with: {self.run.command}") from None
         step, steps = self.trainer.progress.step, self.trainer.steps
         if interrupt.received and not self.trainer.ended:
+            by = "" if interrupt.received == signal.SIGINT else f" by {interrupt.received.name}"
             raise Interrupted(
                 interrupt.received,
-                f"{interrupt.received.name} after step {step} of {steps}; its state is saved. Continue: "
-                f"{self.run.command}",
+                f"Stopped{by} after step {step} of {steps}; saved. Continue with: {self.run.command}",
             )
         self.trainer.take_best()
 
@@ -291,6 +298,7 @@ class _Training:
 
         if self.run.processes.is_first:
             save_state(self.run.states, step, write, self.trainer.bytes())
+            self.log.report(older=SAVE_SECONDS)
         self.run.processes.wait()
 
     def restore(self, state: Path, record: Mapping[str, Any]) -> None:

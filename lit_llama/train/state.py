@@ -7,7 +7,7 @@ SHA256SUMS over them. It is written aside, synced to the disk and renamed, so th
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,14 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def check_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> None:
     """Refuse to go on with other data, base, tokenizer or settings than those of the state.
 
     Args:
         folder: The state.
         was: What its state.json records, by name.
         now: The same of the run that is to go on.
+        free: Names that may differ.
 
     Raises:
         UserError: They differ; the message lists every difference.
@@ -170,7 +171,7 @@ def check_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     differences = [
         f"{name} was {_show(was.get(name, absent), absent)}, is {_show(now.get(name, absent), absent)}"
         for name in dict.fromkeys([*was, *now])
-        if was.get(name, absent) != now.get(name, absent)
+        if name not in free and was.get(name, absent) != now.get(name, absent)
     ]
     if differences:
         raise UserError(

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import torch
 from lit_llama.convert.delta.evidence import check_pair, find_policy, holds_values, rounded_through_bfloat16
 from lit_llama.convert.delta.policy import Policy, Side, blocks, check_shapes, check_size, combine
 from lit_llama.convert.delta.writing import Work, write
+from lit_llama.convert.frame import TOKENIZER_PARTS
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, Source
 from lit_llama.convert.source import check_shapes as check_model
@@ -21,7 +23,7 @@ from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
 from lit_llama.text.prompts import StyleName
 from lit_llama.text.special import read_object
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.vocabulary import check_vocabulary
 
 ROWS = 32
@@ -56,7 +58,7 @@ def apply(
     check_pair(base, delta)
     chosen = find_policy(base, delta) if policy == "auto" else policy
     check_shapes(base, delta, chosen)
-    _check_tokenizer(base_dir, delta_dir, base, delta)
+    work_delta = _with_tokenizer(work_base, work_delta, chosen)
     if rounded_through_bfloat16(base):
         _doubt_base(base_dir, accept_rounded_base)
     if holds_values(base, delta) != (chosen == "ziya"):
@@ -88,7 +90,7 @@ def make(
     chosen: Policy = policy if policy != "auto" else "add" if base.rows() == target.rows() else "ziya"
     check_size(base, target)
     check_shapes(base, target, chosen)
-    _check_tokenizer(base_dir, target_dir, base, target)
+    work_target = _with_tokenizer(work_base, work_target, chosen)
     write(Work(work_base, work_target, chosen, -1, dtype), destination, max_shard_size, None)
 
 
@@ -121,6 +123,8 @@ def verify(merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | Non
 
 
 def _side(source: Source) -> Side:
+    if not source.stored:  # made while it is read
+        raise CheckpointError(f"{source.path} ({source.kind}): bring it into 16 bits first, with prepare/checkpoint.py")
     return Side(source.path, source.stored)
 
 
@@ -140,14 +144,24 @@ def _check_origin(base: Side, delta: Side) -> None:
         )
 
 
-def _check_tokenizer(base_dir: Path, other_dir: Path, base: Side, other: Side) -> None:
-    """The tokenizer of the merged model comes with the delta; that of a base knows nothing of new rows."""
-    tokens = _count_tokens(other_dir, other)
+def _with_tokenizer(base_source: Source, other_source: Source, policy: Policy) -> Source:
+    """The other side with the tokenizer of the merged model, which comes with it; that of a base knows nothing of new
+    rows, and is taken only where there are none."""
+    base, other = _side(base_source), _side(other_source)
+    missing = not any(name in other_source.files for name in TOKENIZER_FILES)
+    if missing and policy == "add" and base.rows() == other.rows():
+        own = {name: path for name, path in base_source.files.items() if name in TOKENIZER_PARTS}
+        if any(name in own for name in TOKENIZER_FILES):
+            _count_tokens(base.folder, base)
+            stderr().print(f"{other.folder} has no tokenizer: that of {base.folder} is taken", markup=False)
+            return replace(other_source, files=own | dict(other_source.files))
+    tokens = _count_tokens(other.folder, other)
     if other.rows() > base.rows() >= tokens:
         raise CheckpointError(
-            f"the tokenizer in {other_dir} has {tokens} tokens, like one of {base_dir} with its {base.rows()} rows; "
-            f"but the rows go up to {other.rows()}: put the tokenizer there that was published with these weights"
+            f"the tokenizer in {other.folder} has {tokens} tokens, like one of {base.folder} with its {base.rows()} "
+            f"rows; but the rows go up to {other.rows()}: put the tokenizer there that was published with these weights"
         )
+    return other_source
 
 
 def _count_tokens(folder: Path, side: Side) -> int:

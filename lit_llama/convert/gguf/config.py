@@ -3,7 +3,8 @@
 Keys: the GGUF specification of ggml; rope_freqs: llama.cpp's conversion of Llama 3.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.convert.source import Names
+from lit_llama.convert.source import Names, expected_shapes
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.rope import attention_factor, frequencies
@@ -35,6 +36,7 @@ _INNER = {
     "ffn_down": "mlp.down_proj",
 }
 _KINDS = ("weight", "bias")
+_ATTENTION, _OUT, _MLP = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "down_proj")
 GGUF_NAMES = Names(
     outer={f"{ours}.weight": f"{theirs}.weight" for theirs, ours in _OUTER.items()},
     layer="blk.{}.",
@@ -64,8 +66,18 @@ _READ = {
     "rope.scaling.original_context_length",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_ext_factor",
 }
-_IGNORED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal"}
+_IGNORED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal", "expert_used_count"}
+# Keys of neighbouring models, with the values other than 0 and false that leave the mathematics as it is.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "residual_scale": (1.0,),
+    "embedding_scale": (1.0,),
+    "logit_scale": (1.0,),
+    "expert_weights_scale": (1.0,),
+}
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, by default
 _MAX_SIZE = 2**20  # of whatever a model has: heads, components of a vector
 _CONTEXT = 8192  # that Llama 3 was first trained on
@@ -110,7 +122,7 @@ class Reading:
     def get(self, key: str, kind: type = object, default: Any = None) -> Any:
         """A value of `<architecture>.*`, or of `tokenizer.*` if the key says so."""
         name = key if key.startswith("tokenizer.") else f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
+        value = _uniform(self.metadata.get(name, default))
         if value is None:
             raise CheckpointError(f"the metadata has no {name}")
         if kind is not object and (isinstance(value, bool) or not isinstance(value, kind)):
@@ -141,7 +153,7 @@ class Reading:
                 raise CheckpointError(f"{self.architecture}.{key} is {values[name]}, which cannot be")
         if "model.embed_tokens.weight" not in shapes:
             raise CheckpointError("tensor token_embd.weight is missing")
-        biased = self.architecture == "qwen2" or "model.layers.0.self_attn.q_proj.bias" in shapes
+        biased = self.architecture == "qwen2" or _has_bias(shapes, _ATTENTION + _OUT)
         head_dim = self.get("attention.key_length", int, values["hidden_size"] // heads)
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             if self.get(key, int, head_dim) != head_dim or head_dim > _MAX_SIZE:
@@ -157,6 +169,7 @@ class Reading:
             "rope_theta": shortest(self.get("rope.freq_base", float, 10000.0)),
             "attention_bias": biased,
             "attention_out_bias": biased and self.architecture != "qwen2",
+            "mlp_bias": self.architecture == "llama" and _has_bias(shapes, _MLP),
             "use_qk_norm": self.architecture == "qwen3",
             "tie_word_embeddings": "lm_head.weight" not in shapes,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
@@ -170,16 +183,38 @@ class Reading:
         prefix = f"{self.architecture}."
         for name, value in self.metadata.items():
             key = name.removeprefix(prefix)
-            if name.startswith(prefix) and value and key not in _READ | _IGNORED:
-                raise CheckpointError(f"{name} is {_brief(value)}, which is not implemented")
+            if not name.startswith(prefix) or key in _READ | _IGNORED or self._is_neutral(key, _uniform(value)):
+                continue
+            only = f", only {_NEUTRAL[key][0]!r} is" if key in _NEUTRAL else ", which is not"
+            raise CheckpointError(f"{name} is {_brief(value)}{only} implemented")
+
+    def _is_neutral(self, key: str, value: Any) -> bool:
+        """Whether a key that is not read leaves the mathematics as it is."""
+        if key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+            return value in _NEUTRAL[key]  # here 0 is a factor, too
+        if key == "attention.sliding_window":
+            return not value or value >= self.get("context_length", int)
+        if key == "attention.scale" and value:
+            head_dim = self.get("attention.key_length", int, self._head_dim())
+            return isinstance(value, float) and math.isclose(value, head_dim**-0.5, rel_tol=1e-6)
+        return not value or value in _NEUTRAL.get(key, ())
+
+    def _head_dim(self) -> int:
+        width, heads = self.get("embedding_length", int), self.get("attention.head_count", int)
+        return int(width) // max(int(heads), 1)
 
     def _scaling(self, context: int) -> RopeScaling | None:
-        linear = shortest(self.get("rope.scale_linear", float, 1.0))  # how old files say it
+        linear = shortest(self.get("rope.scale_linear", float, 1.0)) or 1.0  # how old files say it; 0 is unset
         kind = self.get("rope.scaling.type", str, "none" if linear == 1 else "linear")
         if kind not in ("none", "linear", "yarn"):
             raise CheckpointError(f"{self.architecture}.rope.scaling.type is {kind!r}, not none, linear or yarn")
         if kind == "none":
             return None
+        # The share of the frequencies that yarn leaves alone; llama.cpp takes a negative one for the usual.
+        extra = self.get("rope.scaling.yarn_ext_factor", float, -1.0)
+        if extra >= 0 and extra != (usual := 1.0 if kind == "yarn" else 0.0):
+            name = f"{self.architecture}.rope.scaling.yarn_ext_factor"
+            raise CheckpointError(f"{name} is {extra!r}, for type {kind!r} only {usual!r} is implemented")
         factor = shortest(self.get("rope.scaling.factor", float, None if linear == 1 else linear))
         if kind == "linear":
             return RopeScaling(rope_type=kind, factor=factor, original_max_position_embeddings=context)
@@ -255,6 +290,27 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
 def shortest(value: float) -> float:
     """GGUF holds float32; 9.99999974e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
+
+
+def _uniform(value: Any) -> Any:
+    """A value that is told for each layer, once if it is the same in all of them."""
+    alike = isinstance(value, list) and value and all(item == value[0] for item in value)
+    return value[0] if alike else value
+
+
+def _has_bias(shapes: Iterable[str], projections: Iterable[str]) -> bool:
+    return any(name.endswith(tuple(f".{projection}.bias" for projection in projections)) for name in shapes)
+
+
+def absent_biases(config: LLaMAConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the biases that the configuration asks for where no layer of the file has one: they are zero.
+
+    Hugging Face's LLaMA has either all biases of the attention, or of the MLP, or none; GGUF has each by itself.
+    """
+    if architecture(config) == "qwen2" or not (config.attention_bias or config.mlp_bias):
+        return {}  # Qwen2 has them always
+    lost = tuple(f".{name}.bias" for name in (*_ATTENTION, *_OUT, *_MLP) if not _has_bias(shapes, [name]))
+    return {name: shape for name, shape in expected_shapes(config).items() if name.endswith(lost)}
 
 
 def _brief(value: Any) -> str:

@@ -17,10 +17,12 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from torch import Tensor
 
-from lit_llama.convert.gguf.config import ROPE_FREQS, Reading, in_rotary_pairs, native_name
-from lit_llama.convert.gguf.scan import Extent, scan
+from lit_llama.convert.gguf.config import ROPE_FREQS, Reading, absent_biases, in_rotary_pairs, native_name
+from lit_llama.convert.gguf.parts import read_parts
+from lit_llama.convert.gguf.scan import Extent
 from lit_llama.convert.rotary import in_halves
 from lit_llama.convert.source import NAMES, Source, settings
+from lit_llama.convert.tokens import listed
 from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
 from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_tokenizer
 from lit_llama.convert.tokens.spm import from_metadata
@@ -32,12 +34,16 @@ BLOCK = 2**24
 """Values that are dequantised, or quantised, at once: 64 MiB in float32."""
 
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-_PACKED = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
+_PACKED = (
+    *(Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
+    *(Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL),
+    *(Kind.IQ4_XS, Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4),
+)
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> theirs
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class GGUFTensor:
     """A tensor of the file.
 
     Args:
@@ -51,7 +57,7 @@ class _Tensor:
     rows: Stored
 
     @classmethod
-    def at(cls, path: Path, name: str, extent: Extent) -> "_Tensor":
+    def at(cls, path: Path, name: str, extent: Extent) -> "GGUFTensor":
         """Raises CheckpointError if its values are packed in a way that is not implemented."""
         if extent.kind not in (*_PLAIN, *_PACKED):
             known = ", ".join(kind.name for kind in (*_PLAIN, *_PACKED))
@@ -96,19 +102,15 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = scan(path)
-        self.metadata = header.metadata
-        self.tensors: dict[str, _Tensor] = {}  # by Hugging Face's names
+        files = read_parts(path)
+        self.metadata = files.metadata
+        self.tensors: dict[str, GGUFTensor] = {}  # by Hugging Face's names
         divisors = None
-        if header.metadata.get("split.count", 1) != 1:
-            raise CheckpointError(
-                f"{path} is one of {header.metadata['split.count']} parts: join them first, with "
-                "llama-gguf-split --merge"
-            )
         with self.explained("cannot be used"):
-            reading = Reading(header.metadata)
-            for name, extent in header.tensors.items():
-                tensor = _Tensor.at(path, name, extent)
+            check_model(files.metadata)
+            reading = Reading(files.metadata)
+            for name, (part, extent) in files.tensors.items():
+                tensor = GGUFTensor.at(part, name, extent)
                 if name == ROPE_FREQS and extent.size <= 2**16:
                     divisors = tensor.read(torch.float32)
                 elif native := native_name(name):
@@ -117,6 +119,7 @@ class GGUFFile:
                     raise CheckpointError(f"tensor {name} has no place in a LLaMA model")
             shapes = {name: tensor.extent.shape for name, tensor in self.tensors.items()}
             self.config = reading.config(shapes, divisors)
+            self.zeros = absent_biases(self.config, shapes)
 
     @contextlib.contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -142,26 +145,37 @@ class GGUFFile:
                 values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
         main = max(values, key=lambda dtype: values[dtype])
 
-        def kept(tensor: _Tensor) -> torch.dtype:
+        def kept(tensor: GGUFTensor) -> torch.dtype:
             if len(tensor.extent.shape) > 1 or tensor.dtype != torch.float32:
                 return tensor.dtype
             value = tensor.rows.read()
             return main if torch.equal(value.to(main).float(), value) else torch.float32
 
-        return {name: kept(tensor) for name, tensor in self.tensors.items()}
+        return {name: kept(tensor) for name, tensor in self.tensors.items()} | dict.fromkeys(self.zeros, main)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor, its rotary rows in Hugging Face's order."""
+        if name in self.zeros:
+            return torch.zeros(self.zeros[name], dtype=dtype)
         with self.explained("cannot be dequantised"):
             value = self.tensors[name].read(dtype)
         return in_halves(name, value, self.config) if in_rotary_pairs(self.config) else value
+
+
+def check_model(metadata: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a file holds something else than a model, such as an adapter."""
+    kind = metadata.get("general.type", "model")
+    if kind == "adapter":
+        raise CheckpointError("it is an adapter: name the folder of its base with --base_dir")
+    if kind != "model":
+        raise CheckpointError(f"general.type is {kind!r}, expected 'model'")
 
 
 def open_gguf(path: Path, dtype: str | None = None) -> Source:
     """The model in a GGUF file.
 
     Args:
-        path: The .gguf file.
+        path: The .gguf file, or one of its parts.
         dtype: bfloat16, float16 or float32, to which every value is rounded once. None keeps what is stored, and makes
             bfloat16 of what is quantised.
 
@@ -170,7 +184,8 @@ def open_gguf(path: Path, dtype: str | None = None) -> Source:
     """
     file = GGUFFile(path)
     with file.explained("has metadata that cannot be used"):
-        kept = dict.fromkeys(file.tensors, getattr(torch, dtype)) if dtype else file.dtypes()
+        shapes = {name: tensor.extent.shape for name, tensor in file.tensors.items()} | file.zeros
+        kept = dict.fromkeys(shapes, getattr(torch, dtype)) if dtype else file.dtypes()
         raw = settings(file.config)
     with file.explained("has a tokenizer that cannot be rebuilt"):
         files = _folder_files(file)
@@ -178,9 +193,10 @@ def open_gguf(path: Path, dtype: str | None = None) -> Source:
         path=path,
         kind="GGUF",
         config=raw,
-        specs={name: (NAMES[kept[name]], tensor.extent.shape) for name, tensor in file.tensors.items()},
+        specs={name: (NAMES[kept[name]], shape) for name, shape in shapes.items()},
         read=lambda name: file.tensor(name, kept[name]),
         files=files,
+        notes={"biases": f"{len(file.zeros)} that the file has not are zero"} if file.zeros else {},
     )
 
 
@@ -188,13 +204,11 @@ def _folder_files(file: GGUFFile) -> dict[str, bytes]:
     """Tokenizer, template and settings, as a Hugging Face folder holds them."""
     metadata, config = file.metadata, file.config
     kind = metadata.get("tokenizer.ggml.model")
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    tokens = listed.tokens(metadata)
     if len(tokens) > config.vocab_size:
         raise CheckpointError(f"{len(tokens)} tokens, but only {config.vocab_size} rows in the embedding")
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        if not 0 <= metadata.get(key, 0) < len(tokens):
-            raise CheckpointError(f"{key} is {metadata[key]}, but there are {len(tokens)} tokens")
+        listed.token_id(metadata, name, len(tokens), 0)
     files: dict[str, bytes] = {}
     values: dict[str, Any] = {}
     if kind == "llama":

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.convert.tokens import bpe
+from lit_llama.convert.tokens.listed import padding
 from lit_llama.convert.tokens.ranks import from_ranks
-from lit_llama.convert.tokens.spm import padding
 from lit_llama.errors import CheckpointError
 from lit_llama.progress import stderr
 from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
 
+from lit_llama.convert.gguf.parts import model_name
 from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
@@ -22,6 +22,7 @@ from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.places import describe_quantization, holds_fp8, of_sixteen_bits, repository
 from lit_llama.place import remove_own
 from lit_llama.progress import reading, stderr
 from lit_llama.text.prompts import folder_style
@@ -42,7 +43,7 @@ def download(
         repo_id: OWNER/NAME.
         destination: Folder to make; None for checkpoints/NAME.
         revision: Branch, tag or commit; None for the main branch.
-        file: A single GGUF file of the repository.
+        file: A GGUF file of the repository, or a part of a GGUF model, of which all parts come.
         endpoint: Address of the Hub; None for HF_ENDPOINT or the public one.
 
     Returns:
@@ -121,7 +122,8 @@ def _fetch_all(repo: Repo, files: Sequence[File], folder: Path) -> dict[str, str
     hashes = {}
     for file in files:
         hashes[file.name] = _fetch(repo, file, folder)
-        if file.name == SETTINGS_FILE and (obstacle := _obstacle(_part(folder, file))):  # before the weights come
+        obstacle = _obstacle(_part(folder, file), Path(repo.repo_id)) if file.name == SETTINGS_FILE else None
+        if obstacle and "(FP8)" not in obstacle:  # before the weights come
             _say(f"note: this project cannot use the model ({obstacle}); it is downloaded for other programs")
     return hashes
 
@@ -205,10 +207,18 @@ def _tidy(repo: Repo, files: Sequence[File], folder: Path, hashes: Mapping[str, 
         _part(folder, file).replace(folder / file.name)
 
 
-def _obstacle(path: Path) -> str | None:
-    """Why this project cannot use a config.json."""
+def _obstacle(path: Path, folder: Path) -> str | None:
+    """Why this project cannot use a config.json as it is.
+
+    Args:
+        path: The file.
+        folder: The folder or repository that it belongs to.
+    """
     try:
-        LLaMAConfig.from_dict(json.loads(path.read_text("utf-8")))
+        raw = json.loads(path.read_text("utf-8"))
+        if raw.get("quantization_config"):
+            return describe_quantization(raw, folder)
+        LLaMAConfig.from_dict(raw)
     except CheckpointError as error:
         return str(error)
     except (ValueError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
@@ -228,11 +238,15 @@ def _what_next(folder: Path, choice: Choice) -> str:
     place = shlex.quote(str(folder))
     name = choice.files[0].name
     if name.endswith(".gguf"):
-        source, made = (shlex.quote(str(path)) for path in (folder / name, folder.parent / Path(name).stem))
+        target = folder.parent / model_name(name)
+        target = target.with_name(f"{target.name}-hf") if target == folder else target
+        source, made = shlex.quote(str(folder / name)), shlex.quote(str(target))
         return f"next: python prepare/checkpoint.py --source {source} --destination_path {made}"
     if choice.marker == ADAPTER_FILE:
         return _next_of_adapter(folder, choice)
-    if obstacle := _obstacle(folder / SETTINGS_FILE):
+    if obstacle := _obstacle(folder / SETTINGS_FILE, folder):
+        if holds_fp8(read_object(folder / SETTINGS_FILE)):
+            return f"next: {obstacle}"
         return f"for other programs, this project cannot use it: {obstacle}"
     if delta := _delta(folder):
         return delta
@@ -261,11 +275,13 @@ def _delta(folder: Path) -> str | None:
 
 def _next_of_adapter(folder: Path, choice: Choice) -> str:
     base = read_object(folder / ADAPTER_FILE).get("base_model_name_or_path")
-    if choice.weights.endswith(".bin"):
-        return f"{choice.weights} is not read here: load and save the adapter with PEFT, which writes safetensors"
     chat = f"python generate/chat.py --checkpoint_dir {shlex.quote(str(folder))}"
     if isinstance(base, str) and base and Path(base, SETTINGS_FILE).is_file():
         return f"next: {chat}"
-    if isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII):
-        return f"next: python prepare/download.py --repo_id {base} --destination_path {base} (its base), then {chat}"
-    return f"its base is {base!r}, which is not here: write the base's folder into {ADAPTER_FILE}, then {chat}"
+    if isinstance(base, str) and (wanted := repository(of_sixteen_bits(base) or base)) is not None:
+        said = "its base" if wanted == base else f"its base in 16 bits, as {base} is a quantised copy"
+        there = shlex.quote(str(folder.parent / wanted.rpartition("/")[2]))
+        found = "" if wanted == base else f" --base_dir {there}"
+        download = f"python prepare/download.py --repo_id {wanted} --destination_path {there}"
+        return f"next: {download} ({said}), then {chat}{found}"
+    return f"its base is {base!r}, which is not here: next: {chat} --base_dir FOLDER_OF_THE_BASE"

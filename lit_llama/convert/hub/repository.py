@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
+from lit_llama.convert.gguf.parts import first_parts, part_names
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
@@ -159,19 +160,17 @@ def _is_plain(path: str) -> bool:
 
 
 def choose(repo: Repo, file: str | None = None) -> Choice:
-    """Which files make a folder: a model's, an adapter's, or one GGUF file.
+    """Which files make a folder: a model's, an adapter's, or a GGUF model in one file or in parts.
 
     Raises:
         UserError: The repository does not hold `file`.
-        CheckpointError: It holds no weights of a kind that can be used, or `file` is only a part.
+        CheckpointError: It holds no weights of a kind that can be used, or not all parts of `file`.
     """
     files = repo.files
     if file:
         if file not in files:
             raise UserError(f"--file: {repo.repo_id} has no {file}; it has {_listed(repo, '.gguf') or 'no GGUF file'}")
-        if re.search(r"-\d+-of-\d+\.gguf$", file):
-            raise CheckpointError(f"--file: {file} is a part of a split model, which cannot be converted; name another")
-        return Choice((files[file],), META_FILE, file)
+        return Choice(_gguf_parts(repo, file), META_FILE, file)
     weights = next((name for name in _WEIGHTS if name in files), "")
     tokenizer = [name for name in _TOKENIZER if name in files]
     if not set(tokenizer) & set(_TOKENIZERS):
@@ -183,6 +182,17 @@ def choose(repo: Repo, file: str | None = None) -> Choice:
     if adapter and ADAPTER_FILE in files:
         return Choice(tuple(files[name] for name in [ADAPTER_FILE, *tokenizer, adapter]), ADAPTER_FILE, adapter)
     raise CheckpointError(_nothing_usable(repo, weights or adapter))
+
+
+def _gguf_parts(repo: Repo, file: str) -> tuple[File, ...]:
+    """A GGUF file, or all parts of the model that it is a part of."""
+    place = PurePosixPath(file)
+    names = [str(place.with_name(name)) for name in part_names(place.name)]
+    if lost := [name for name in names if name not in repo.files]:
+        raise CheckpointError(
+            f"--file: {file} is one of {len(names)} parts, but {repo.repo_id} has no {lost[0]}: name another"
+        )
+    return tuple(repo.files[name] for name in names) or (repo.files[file],)
 
 
 def _nothing_usable(repo: Repo, weights: str) -> str:
@@ -203,9 +213,25 @@ def _nothing_usable(repo: Repo, weights: str) -> str:
 
 
 def _listed(repo: Repo, ending: str) -> str:
-    names = sorted(path for path in repo.files if path.endswith(ending))
-    shown = [f"{name} ({amount(repo.files[name].size)})" if ending else name for name in names[:_LISTED]]
-    return ", ".join(shown) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    parts = {
+        path: _gguf_parts_listed(repo, path)
+        for path in sorted(repo.files)
+        if path.endswith(ending) and (ending != ".gguf" or first_parts([PurePosixPath(path).name]))
+    }
+    shown = [_described(path, files) if ending else path for path, files in list(parts.items())[:_LISTED]]
+    return ", ".join(shown) + (f" and {len(parts) - _LISTED} more" if len(parts) > _LISTED else "")
+
+
+def _gguf_parts_listed(repo: Repo, path: str) -> list[File]:
+    place = PurePosixPath(path)
+    names = (str(place.with_name(name)) for name in part_names(place.name) or [place.name])
+    return [repo.files[name] for name in names if name in repo.files]
+
+
+def _described(path: str, files: Sequence[File]) -> str:
+    """Name and size of a file, or of a model in parts by its first."""
+    parts = f"{len(files)} parts, " if len(files) > 1 else ""
+    return f"{path} ({parts}{amount(sum(file.size for file in files))})"
 
 
 def amount(size: int) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.convert.kinds import foreign_kind
 from lit_llama.convert.lit.litgpt import FILE as LITGPT_FILE
 from lit_llama.convert.lit.litgpt import PARTS, open_litgpt
 from lit_llama.convert.meta.join import same
@@ -72,6 +73,8 @@ def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
     if path.is_dir():
         path = path / (LITGPT_FILE if (path / LITGPT_FILE).is_file() else FILE)
     tensors = read_pth(path)
+    if (foreign := foreign_kind(path, tensors)) is not None:
+        raise CheckpointError(foreign)
     if any(".norm_1." in name for name in tensors):
         return open_litgpt(path, tensors)
     if any(name.endswith(".lora_A") for name in tensors):

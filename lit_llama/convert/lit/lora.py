@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_llama.convert.kinds import foreign_kind
 from lit_llama.convert.rotary import halves_from_pairs
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import publish, write_json
@@ -38,6 +39,8 @@ def convert_lit_lora(path: Path, base_dir: Path, destination: Path, alpha: float
         CheckpointError: It is no such file, or does not fit the base.
     """
     tensors = read_pth(path)
+    if (foreign := foreign_kind(path, tensors)) is not None:
+        raise CheckpointError(foreign)
     config = LLaMAConfig.from_folder(base_dir)
     if config.num_key_value_heads != config.num_attention_heads:
         raise CheckpointError(f"{base_dir} has fewer key/value heads than heads, which lit-llama cannot adapt")

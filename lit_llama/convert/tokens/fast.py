@@ -112,16 +112,23 @@ def _unspaced() -> dict[str, Any]:
 def complete(folder: Path) -> None:
     """Put a tokenizer.json beside a tokenizer.model that has none, with the tokens added to it, if it says the same.
 
-    Most programs read nothing else. The settings name the class of transformers that takes it as it is, which encodes
+    Most programs read nothing else. A folder whose settings say `legacy: false` has rules for spaces that this does not
+    follow, and stays as it is. The settings name the class of transformers that takes it as it is, which encodes
     what stands after a control token as if a space stood before it, as sentencepiece does, and as these models were
     trained.
     """
     path, settings = folder / "tokenizer.json", folder / SETTINGS_FILE
-    if path.is_file() or not (folder / "tokenizer.model").is_file():
+    if path.is_file() or not (folder / "tokenizer.model").is_file() or read_object(settings).get("legacy") is False:
         return
-    own, raw = Tokenizer.from_path(folder), fast_tokenizer(folder / "tokenizer.model")
+    try:
+        own, raw = Tokenizer.from_path(folder), fast_tokenizer(folder / "tokenizer.model")
+    except CheckpointError:  # it stays as it is, and whoever reads it says so
+        return
     if raw is None:
         return
+    begin = raw["post_processor"]["special_tokens"]
+    if read_object(settings).get("add_bos_token") is False:
+        raw["post_processor"] = None
     known = {token["content"] for token in raw["added_tokens"]}
     raw["added_tokens"] += [
         {"id": token.id, "content": token.spelling, **_ADDED, "special": token.special}
@@ -136,7 +143,9 @@ def complete(folder: Path) -> None:
     if same is None or (same.fingerprint(), same.bos, same.eos) != (own.fingerprint(), own.bos, own.eos):
         path.unlink()
         return
-    write_json(settings, read_object(settings) | {"tokenizer_class": PLAIN_CLASS})
+    # The class for LLaMA knew them without being told.
+    roles = {"bos_token": next(iter(begin)), "eos_token": own.eos, "unk_token": raw["model"]["unk_token"]}
+    write_json(settings, roles | read_object(settings) | {"tokenizer_class": PLAIN_CLASS})
 
 
 def class_settings(fast: bool) -> dict[str, Any]:

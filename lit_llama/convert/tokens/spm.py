@@ -1,16 +1,12 @@
 """The tokenizer that GGUF calls "llama": the pieces and scores of a sentencepiece model."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from lit_llama.convert.tokens import listed
+from lit_llama.convert.tokens.listed import padding
 from lit_llama.errors import CheckpointError
 from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
-
-
-def padding(index: int) -> str:
-    """How llama.cpp names an id that has a row in the embedding, but no token."""
-    return f"[PAD{index}]"
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> SentencePieces:
@@ -19,31 +15,26 @@ def from_metadata(metadata: Mapping[str, Any]) -> SentencePieces:
     Raises:
         CheckpointError: Its vocabulary contradicts itself.
     """
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
-    kinds = list(metadata["tokenizer.ggml.token_type"])
-    if not len(tokens) == len(scores) == len(kinds):
-        raise CheckpointError(f"{len(tokens)} tokens have {len(scores)} scores and {len(kinds)} types")
+    tokens = listed.tokens(metadata)
+    kinds = list(listed.kinds(metadata, len(tokens)))
+    scores = listed.scores(metadata, len(tokens))
     while tokens and kinds[-1] == Kind.UNUSED and tokens[-1] == padding(len(kinds) - 1):
         kinds.pop()
         tokens = tokens[: len(kinds)]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    special = {"unk": unknown, "bos": metadata.get("tokenizer.ggml.bos_token_id", 1)}
-    special["eos"] = metadata["tokenizer.ggml.eos_token_id"]
+    defaults = {"unknown": 0, "bos": 1, "eos": None}  # as in llama.cpp, but for the end
+    unknown, bos, eos = (listed.token_id(metadata, name, len(kinds), default) for name, default in defaults.items())
+    special = {"unk": unknown, "bos": bos, "eos": eos}
     pad = metadata.get("tokenizer.ggml.padding_token_id", -1)
-    if not all(0 <= index < len(kinds) for index in special.values()) or not -1 <= pad < len(kinds):
-        raise CheckpointError(f"the special ids {special} are not all among {len(kinds)} tokens")
     for index in special.values():  # llama.cpp takes them for control tokens whatever the file says
         kinds[index] = Kind.UNKNOWN if index == unknown else Kind.CONTROL
-    if pad >= 0 and kinds[pad] == Kind.CONTROL:
+    if pad != -1 and kinds[listed.token_id(metadata, "padding", len(kinds))] == Kind.CONTROL:
         special["pad"] = pad
     if kinds.count(Kind.UNKNOWN) != 1:
         raise CheckpointError("tokenizer.ggml.token_type has more than one unknown token")
-    pieces: list[Piece] = []
-    for text, score, kind in zip(tokens, scores, kinds, strict=False):
-        if not text or not math.isfinite(score) or kind not in set(Kind):
-            raise CheckpointError(f"token {len(pieces)} is {text!r} of score {score} and type {kind}")
-        # llama.cpp looks for these in the text as it is, sentencepiece once spaces are replaced.
-        pieces.append(Piece(text.replace(" ", SPACE) if kind == Kind.USER_DEFINED else text, score, int(kind)))
-    if len({piece.text for piece in pieces}) != len(pieces):
-        raise CheckpointError("tokenizer.ggml.tokens holds the same token twice")
+    # llama.cpp looks for these in the text as it is, sentencepiece once spaces are replaced.
+    pieces = [
+        Piece(text.replace(" ", SPACE) if kind == Kind.USER_DEFINED else text, score, int(kind))
+        for text, score, kind in zip(tokens, scores, kinds, strict=False)
+    ]
+    listed.check_distinct([piece.text for piece in pieces])
     return SentencePieces(pieces, special, bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))

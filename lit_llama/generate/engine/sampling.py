@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.generate.engine.request import Sampling, TokenLogprobs
 
 _BLOCK = 64  # random numbers made at a time
-_LIKELIEST = 256  # tokens among which a nucleus is looked for before the whole vocabulary is sorted
+_LIKELIEST = 256  # tokens among which those that are kept are looked for first
+_WIDTH = 256  # tokens of a block whose probabilities are added up first
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,11 @@ class Sampler:
         raw = logits[:, : self._width]
         scores = self._scores(raw, plan, positions, allowed)
         best, ids = scores.max(-1)
-        if plan.drawn:
-            chances = probabilities(scores.index_select(0, plan.drawn_index), plan.filters)
-            ids = ids.index_copy(0, plan.drawn_index, draw(chances, self._numbers(plan, positions)))
+        for rows in plan.drawing:
+            chances, among = candidates(scores.index_select(0, rows.index), rows)
+            chosen = draw(chances, self._numbers(plan.slots, rows.rows, positions))
+            chosen = chosen if among is None else among.gather(1, chosen[:, None])[:, 0]
+            ids = ids.index_copy(0, rows.index, chosen)
         # A maximum is NaN if there is one, and -inf if nothing is left.
         ids = torch.where(best.isfinite(), ids, -1)
         if not plan.asked:
@@ -150,9 +154,11 @@ class Sampler:
         scores = self._scores(logits[:, : self._width], plan, positions, allowed)
         chances = torch.zeros_like(logits, dtype=torch.float32)
         chances.scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
-        if plan.drawn:
-            drawn = probabilities(scores.index_select(0, plan.drawn_index), plan.filters)
-            chances[plan.drawn_index, : self._width] = drawn / drawn.sum(-1, keepdim=True)
+        for rows in plan.drawing:
+            part, among = candidates(scores.index_select(0, rows.index), rows)
+            if among is not None:
+                part = torch.zeros_like(scores[: len(part)]).scatter_add_(1, among.clamp(max=self._width - 1), part)
+            chances[rows.index, : self._width] = part / part.sum(-1, keepdim=True)
         return chances
 
     def _scores(self, raw: Tensor, plan: "_Plan", positions: Sequence[int], allowed: Tensor | None) -> Tensor:
@@ -161,7 +167,7 @@ class Sampler:
         Greedy rows with nothing to change stay in the type that they have, which saves reading them twice.
         """
         starting = [(row, token) for row, least, ids in plan.least if positions[row] < least for token in ids]
-        if not (plan.biased or plan.penalised or plan.banned or starting or plan.drawn or allowed is not None):
+        if not (plan.biased or plan.penalised or plan.banned or starting or plan.drawing or allowed is not None):
             return raw
         scores = raw.to(torch.float32, copy=True)
         if plan.biased:
@@ -195,9 +201,9 @@ class Sampler:
             ids, plan.logprobs, spread(logprobs, torch.nan), spread(top_ids, 0), spread(top_logprobs, torch.nan)
         )
 
-    def _numbers(self, plan: "_Plan", positions: Sequence[int]) -> Tensor:
-        """Random numbers of the rows that draw: (D,) in float64."""
-        keys = ((*self._slots[plan.slots[row]], positions[row]) for row in plan.drawn)
+    def _numbers(self, slots: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Random numbers of rows that draw: (D,) in float64."""
+        keys = ((*self._slots[slots[row]], positions[row]) for row in rows)
         numbers = [uniform(sampling.seed, number, position) for sampling, number, position in keys]
         return _on(numbers, self._device, torch.float64)
 
@@ -226,15 +232,24 @@ class Sampler:
         self._seen[places, ids] = True
 
 
-@dataclass(frozen=True)
-class Filters:
-    """How each of D rows narrows what it draws among; None where no row does."""
+class _Drawing:
+    """D rows that draw, all of them among everything or all among the likeliest, and how each narrows it."""
 
-    temperature: Tensor  # (D, 1)
-    top_k: Tensor | None  # (D, 1), V where a row keeps all
-    top_p: Tensor | None  # (D, 1)
-    min_p: Tensor | None  # (D, 1)
-    most: int  # the largest top_k
+    def __init__(self, rows: Sequence[int], own: Sequence[Sampling], width: int, device: torch.device) -> None:
+        self.rows, self.index = rows, _on(rows, device)
+        self.temperature = _on([one.temperature for one in own], device, torch.float32)[:, None]  # (D, 1)
+        ks = [one.top_k if 0 < one.top_k < width else width for one in own]
+        self.top_k = _on(ks, device)[:, None]  # V where a row keeps all
+        self.top_p = _on([one.top_p for one in own], device, torch.float64)[:, None]
+        self.min_p = _on([one.min_p for one in own], device, torch.float32)[:, None]
+        self.limited = self.top_k < width  # (D, 1)
+        self.narrowed = any(map(_narrowed, own))
+        most = max([_LIKELIEST, *(k + 1 for k in ks if k < width)])
+        self.first = width if device.type == "cuda" else min(most, width)  # likeliest tokens looked at first
+
+
+def _narrowed(own: Sampling) -> bool:
+    return own.top_k > 0 or own.top_p < 1 or own.min_p > 0
 
 
 class _Plan:
@@ -255,18 +270,9 @@ class _Plan:
             return [(row, token) for row, own in enumerate(rows) for token in getattr(own, field) if token < width]
 
         self.slots = slots
-        self.drawn = [row for row, own in enumerate(rows) if not own.greedy]
-        self.drawn_index = _on(self.drawn, device)
-        drawn = [rows[row] for row in self.drawn]
-        if drawn:
-            ks = [own.top_k if 0 < own.top_k < width else width for own in drawn]
-            self.filters = Filters(
-                column([own.temperature for own in drawn]),
-                _on(ks, device)[:, None] if min(ks) < width else None,
-                column([own.top_p for own in drawn]) if min(own.top_p for own in drawn) < 1 else None,
-                column([own.min_p for own in drawn]) if max(own.min_p for own in drawn) > 0 else None,
-                max((k for k in ks if k < width), default=0),
-            )
+        drawn = [row for row, own in enumerate(rows) if not own.greedy]
+        kinds = ([row for row in drawn if _narrowed(rows[row]) == narrowed] for narrowed in (True, False))
+        self.drawing = [_Drawing(kind, [rows[row] for row in kind], width, device) for kind in kinds if kind]
         self.penalised = [row for row, own in enumerate(rows) if own.penalised]
         self.penalised_index, self.places = _on(self.penalised, device), _on(places, device)
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -301,60 +307,68 @@ def _pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tens
     return _on(rows, device), _on(tokens, device)
 
 
-def probabilities(scores: Tensor, filters: Filters) -> Tensor:
-    """What is drawn among: (D, V) in float32 -> (D, V), whose rows need not sum to 1.
+def candidates(scores: Tensor, rows: _Drawing) -> tuple[Tensor, Tensor | None]:
+    """What is drawn among: (D, V) in float32 -> probabilities (D, K), whose rows need not sum to 1, and ids (D, K).
 
-    The temperature first, then top_k, top_p and min_p, each of what the one before it left, as in transformers.
+    The temperature first, then top_k, top_p and min_p, each of what the one before it left, as in transformers. Ids are
+    None where K is V, in order otherwise; behind the last one kept, probabilities are 0.
+
+    Most often few tokens are kept: they are looked for among the likeliest, and among more only where they may go on
+    beyond them. On a GPU all are sorted at once, as asking would make it wait.
     """
-    scores = scores / filters.temperature
-    if filters.top_k is not None:
-        likeliest = scores.topk(filters.most).values  # (D, K)
-        floor = likeliest.gather(1, filters.top_k.clamp(max=filters.most) - 1)
-        floor = floor.masked_fill(filters.top_k == scores.shape[-1], -torch.inf)
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    chances = scores.softmax(-1)
-    if filters.top_p is not None:
-        chances = chances.masked_fill(chances < _nucleus(chances, filters.top_p), 0)
-    if filters.min_p is not None:
-        chances = chances.masked_fill(chances < filters.min_p * chances.amax(-1, keepdim=True), 0)
-    return chances
-
-
-def _nucleus(chances: Tensor, top_p: Tensor) -> Tensor:
-    """Probability of the least likely token of the nucleus: (D, V) and (D, 1) -> (D, 1).
-
-    A nucleus is most often small: it is looked for among the likeliest tokens, and all are sorted only if it goes on
-    beyond them. On a GPU they are sorted at once, as asking would make it wait.
-    """
-    width = chances.shape[-1]
-    floor = chances.new_zeros(len(chances), 1)
-    if chances.is_cuda:
-        size, rows = width, torch.arange(len(chances), device=chances.device)
-    else:
-        size, rows = min(_LIKELIEST, width), (top_p[:, 0] < 1).nonzero()[:, 0]
-    while len(rows):
-        likeliest = chances[rows].topk(size).values  # (R, K), sorted
-        before = likeliest.cumsum(-1, dtype=torch.float64) - likeliest  # probability of the more likely ones
-        last = (before < top_p[rows]).sum(-1, keepdim=True).clamp(min=1) - 1
-        floor[rows] = likeliest.gather(1, last)
-        if size == width:
+    chances = (scores / rows.temperature).softmax(-1)
+    if not rows.narrowed:
+        return chances, None
+    size, width = rows.first, chances.shape[-1]
+    while True:
+        likeliest, ids = chances.topk(size)  # (D, K), sorted
+        kept, complete = _kept(likeliest, rows)
+        if size == width or bool(complete.all()):
             break
-        rows = rows[last[:, 0] == size - 1]  # theirs may go on beyond
         size = min(8 * size, width)
-    return floor.masked_fill(top_p >= 1, 0)
+    ids, order = ids.masked_fill(~kept, width).sort()
+    return likeliest.masked_fill(~kept, 0).gather(1, order), ids
+
+
+def _kept(likeliest: Tensor, rows: _Drawing) -> tuple[Tensor, Tensor]:
+    """Which of the likeliest tokens (D, K) pass top_k, top_p and min_p, and for which rows no others do (D,)."""
+    floor = likeliest.gather(1, rows.top_k.clamp(max=likeliest.shape[1]) - 1)
+    first = ~rows.limited | (likeliest >= floor)
+    among = likeliest.masked_fill(~first, 0)
+    cumulated = among.cumsum(-1, dtype=torch.float64)
+    total = torch.where(rows.limited, cumulated[:, -1:], 1.0)
+    inside = (cumulated - among < rows.top_p * total).sum(-1, keepdim=True).clamp(min=1)  # as the likelier are not all
+    least = torch.maximum(likeliest.gather(1, inside - 1), rows.min_p * likeliest[:, :1])
+    least = torch.where(rows.top_p < 1, least, rows.min_p * likeliest[:, :1])
+    kept = first & (likeliest >= least)
+    return kept, ~kept[:, -1] & ~(first & rows.limited)[:, -1]
 
 
 def draw(chances: Tensor, numbers: Tensor) -> Tensor:
-    """The token at which each row's cumulated probability exceeds its random number: (D, V) and (D,) -> (D,).
+    """Places at which the cumulated probabilities of rows exceed their random numbers: (D, K) and (D,) -> (D,).
 
-    Ids are cumulated in their order, in float64 and row by row, so that a draw does not depend on other rows.
+    Probabilities are cumulated in their order, in float64 and row by row, so that a draw does not depend on other rows;
+    of many, whole blocks first, and then those of the block that is hit.
     """
-    cumulated = chances.cumsum(-1, dtype=torch.float64)
+    if chances.shape[1] <= 4 * _WIDTH:
+        cumulated = chances.cumsum(-1, dtype=torch.float64)
+        return _hit(cumulated, numbers * cumulated[:, -1])
+    blocks = F.pad(chances, (0, -chances.shape[1] % _WIDTH)).unflatten(1, (-1, _WIDTH))  # (D, V / 256, 256)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    cumulated = sums.cumsum(-1)
+    target = numbers * cumulated[:, -1]
+    block = _hit(cumulated, target)[:, None]
+    before = (cumulated.gather(1, block) - sums.gather(1, block))[:, 0]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _WIDTH))[:, 0].cumsum(-1, dtype=torch.float64)
+    return block[:, 0] * _WIDTH + _hit(inside, target - before)
+
+
+def _hit(cumulated: Tensor, target: Tensor) -> Tensor:
+    """The first place that exceeds a target, one with a probability; rounding does not reach beyond either end."""
     total = cumulated[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not reach beyond the last token
-    target = torch.minimum(numbers * total, below)
-    found = torch.searchsorted(cumulated, target[:, None].contiguous(), right=True)[:, 0]
-    return found.clamp(max=chances.shape[-1] - 1)
+    below = torch.nextafter(total, torch.zeros_like(total))
+    place = torch.searchsorted(cumulated, target.clamp(min=0).minimum(below)[:, None], right=True)
+    return place[:, 0].clamp(max=cumulated.shape[1] - 1)
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,10 @@ from lit_llama.model.weights import check_names
 _PARTS = (*LowRank.PARTS, *LoRAEmbedding.PARTS, "lora_magnitude_vector")
 _BASE = ".base_layer.weight"
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+OTHER_BASE = "other_base"
+"""Attribute of a model that names a matrix which is an adapter's and not its base's."""
+_FEW = 1 / 8
+"""Most of the rows of a matrix that new tokens may have; of another base's, nearly all differ."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class Placed:
     Attributes:
         lora: Settings that say the same of this model, module by module where no list of names can.
         remarks: What was left out or decided, for people.
+        base: Matrices that take the place of the base's, by name: its rows of new tokens are the adapter's.
     """
 
     lora: LoRAConfig
     remarks: tuple[str, ...]
+    base: Mapping[str, Tensor]
 
 
 def adapted_module(name: str) -> str | None:
@@ -63,7 +69,8 @@ def place(
     weights, remarks = dict(file.tensors), list(file.remarks)
     ground = _Ground(model, base or {})
     _check_parts(model, file, weights)
-    _check_base(ground, file, {name: weights.pop(name) for name in list(weights) if name.endswith(_BASE)})
+    below = {name: weights.pop(name) for name in list(weights) if name.endswith(_BASE)}
+    brought = _check_base(ground, file, below, remarks)
     saved = _settle_copies(ground, settings, file, weights, remarks)
     adapted = sorted({module for name in weights if (module := adapted_module(name))})
     copied = sorted({module for name in weights if (module := copied_module(name))})
@@ -83,7 +90,7 @@ def place(
     if settings.lora.alpha == 0 and adapted:
         remarks.append(f"{settings.path}: lora_alpha is 0: the updates of low rank change nothing")
     targets = settings.lora.target_modules if settings.plain else adapted or settings.lora.target_modules
-    return Placed(replace(settings.lora, target_modules=targets, modules_to_save=saved), tuple(remarks))
+    return Placed(replace(settings.lora, target_modules=targets, modules_to_save=saved), tuple(remarks), brought)
 
 
 class _Ground:
@@ -103,6 +110,16 @@ class _Ground:
             return found
         tied = f"{_EMBEDDING}.weight" if name == f"{_HEAD}.weight" and self.ties else name
         return self._stored.get(name, self._stored.get(tied))
+
+    def bring(self, name: str, value: Tensor) -> None:
+        """Put another matrix on the model; a tied head follows its embedding."""
+        old, tied = self._parameters[name], self.ties
+        new = nn.Parameter(value.to(old) if not old.is_meta else old, requires_grad=False)
+        for end in (_EMBEDDING, _HEAD):
+            if f"{end}.weight" == name or tied:
+                self.model.get_submodule(end).weight = new
+                self._parameters[f"{end}.weight"] = new
+        setattr(self.model, OTHER_BASE, name)
 
     @property
     def ties(self) -> bool:
@@ -137,19 +154,37 @@ def _check_parts(model: nn.Module, file: AdapterFile, weights: Mapping[str, Tens
             )
 
 
-def _check_base(ground: _Ground, file: AdapterFile, stored: Mapping[str, Tensor]) -> None:
-    """Raise unless these are the base's own: PEFT writes the matrix below an adapted embedding or head, too."""
+def _check_base(
+    ground: _Ground, file: AdapterFile, stored: Mapping[str, Tensor], remarks: list[str]
+) -> dict[str, Tensor]:
+    """Raise unless these are the base's own: PEFT writes the matrix below an adapted embedding or head, too.
+
+    Rows of a few tokens may differ: those that were added before the training began with other values than rows that
+    are given to the base now. PEFT loads the whole matrix into the base.
+
+    Returns:
+        The matrices with such rows, which are on the model now.
+    """
+    brought = {}
     for name, value in stored.items():
         plain = name.removesuffix(_BASE) + ".weight"
         shape = ground.shape(plain)
         if shape != tuple(value.shape):
             found = "no such matrix" if shape is None else f"one of {shape}"
             raise CheckpointError(f"{file.path} holds {name} of {tuple(value.shape)}, the base model has {found}")
-        if ground.value(plain) is not None and not ground.same(plain, value):
+        known = ground.value(plain)
+        if known is None or ground.same(plain, value):
+            continue
+        others = int((known != value.to(known)).any(dim=1).sum())
+        if plain.removesuffix(".weight") not in (_EMBEDDING, _HEAD) or others > _FEW * len(value):
             raise IntegrityError(
                 f"{file.path} holds {name} with other values than the base model: it was trained on another base; "
                 "name that one with --base_dir"
             )
+        remarks.append(f"{file.path}: {others} rows of {plain} are taken from the adapter, with which it was trained")
+        brought[plain] = value
+        ground.bring(plain, value)
+    return brought
 
 
 def _settle_copies(

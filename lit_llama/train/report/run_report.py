@@ -47,10 +47,13 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
     evaluations = _evaluations(series)
     door = meta.get("run", {}).get("door", _LORA)
     steps = max((step for step, _ in series["step"]), default=0)
+    of_steps = meta.get("steps", steps)
+    result = (folder / (CONFIG_FILE if door == _LORA else SETTINGS_FILE)).exists()
     verdict = {
         "steps": steps,
-        "of_steps": meta.get("steps", steps),
-        "finished": (folder / (CONFIG_FILE if door == _LORA else SETTINGS_FILE)).exists(),
+        "of_steps": of_steps,
+        "vocabulary": meta.get("run", {}).get("vocab_size"),
+        "finished": result and steps >= of_steps,  # a result stays while its run is made longer
         "before": evaluations[0] if evaluations else None,
         "after": evaluations[-1] if evaluations else None,
         "best": min(evaluations, key=lambda row: row["test_loss"]) if evaluations else None,
@@ -73,7 +76,10 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         },
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
-        "commands": commands(folder, settings, door, _test_rows(meta) != 0),
+        "commands": [
+            *_way_on(folder, door, verdict["finished"]),
+            *commands(folder, settings, door, _test_rows(meta) != 0),
+        ],
     }
 
 
@@ -129,6 +135,12 @@ def _files(source: Json) -> str:
     named = [f"{file.get('path') or file['file']} (sha256 {file.get('sha256')})" for file in files[:_LISTED]]
     more = [f"and {len(files) - _LISTED:,} more"] if len(files) > _LISTED else []
     return ", ".join(named + more)
+
+
+def _way_on(folder: Path, door: str, finished: bool) -> list[Json]:
+    """The command that continues a run which has not ended."""
+    command = f"python {door} --config {shlex.quote(str(folder / RUN_FILE))} --resume auto"
+    return [] if finished else [{"what": "Go on with it", "command": command}]
 
 
 def commands(folder: Path, settings: Json, door: str, tested: bool = True) -> list[Json]:

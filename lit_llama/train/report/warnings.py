@@ -11,6 +11,10 @@ _ROSE = 1.02  # last test loss / best, from which on the run went on too long
 _STOP = 0.5  # share of answers that have to stop by themselves
 _CLIPPED = 0.5  # share of steps whose gradients were scaled down
 _APART = 2.0  # test loss / training loss at the end
+_CHANCE = 0.1  # perplexity / vocabulary, from which on the model is not much better than chance
+_UNSURE = 100  # perplexity above this and the square root of the vocabulary is that of no model of a language
+_USUAL = {"lora": 1e-2, "full": 1e-3}  # highest learning rates of Adam that are met in practice
+_ENDS, _UP = 10, 1.1  # steps at both ends, and how much higher the training loss may be at the last
 
 
 def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json, data: Json) -> list[Json]:
@@ -22,7 +26,7 @@ def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings:
         settings: What stands in run.yaml.
         data: meta.json of the data.
     """
-    found = [*_of_steps(verdict, series, settings), *_of_evaluations(verdict)]
+    found = [*_of_steps(verdict, series, settings), *_of_evaluations(verdict), *_of_sense(verdict, series, settings)]
     if leaked := data.get("test_rows_also_in_train"):
         what = f"{leaked:,} test row{'' if leaked == 1 else 's'} also in train."
         found.append(("check", what, "The test loss looks better than it is; see the report of the data."))
@@ -61,7 +65,29 @@ def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
         )
     if not verdict["finished"]:
         what = f"The run is at step {verdict['steps']:,} of {verdict['of_steps']:,}: there is no result yet."
-        found.append(("note", what, "This page is written anew at every evaluation."))
+        found.append(("note", what, "This page is written anew at evaluations and saves, and every minute."))
+    return found
+
+
+def _of_sense(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json) -> list[tuple[str, str, str]]:
+    """Numbers that say that the model knows nothing, also where they have fallen."""
+    found = []
+    rate, kind = settings.get("train", {}).get("learning_rate", 0.0), "lora" if "lora" in settings else "full"
+    losses = [value for _, value in series["loss"] if math.isfinite(value)]
+    lower = f"Lower --train.learning_rate, which is {rate:g}."
+    first, last = (sum(part) / _ENDS for part in (losses[:_ENDS], losses[-_ENDS:]))
+    if len(losses) >= 2 * _ENDS and last > _UP * first:
+        found.append(("fix", f"The training loss rose from {first:.4f} to {last:.4f}.", lower))
+    perplexity, vocabulary = (verdict["after"] or {}).get("perplexity"), verdict["vocabulary"]
+    if verdict["steps"] and perplexity and vocabulary and perplexity > max(_UNSURE, vocabulary**0.5):
+        chance = perplexity > _CHANCE * vocabulary
+        why = "That is not much better than chance." if chance else "That is far above any language."
+        what = f"The perplexity is {perplexity:,.0f}, of a vocabulary of {vocabulary:,} tokens."
+        found.append(("fix" if chance else "check", what, f"{why} {lower}"))
+    adam = "adam" in settings.get("train", {}).get("optimizer", "adamw")
+    if adam and rate > _USUAL[kind]:
+        what = f"The learning rate of {rate:g} is far above the usual ones, which are below {_USUAL[kind]:g} here."
+        found.append(("check", what, "The steps may be too large to learn by; compare with a tenth of it."))
     return found
 
 

@@ -183,6 +183,34 @@ def test_each_answer_is_a_sample_where_the_template_tells_former_ones_otherwise(
     assert last[1] == "\n</think>\n\nSix.</s>"
 
 
+@pytest.mark.parametrize("rule", ["template", "keep", "drop"])
+def test_every_answer_is_trained_behind_the_prompt_that_generation_has(rule: Any, thinking: Tokenizer) -> None:
+    """Catches any turn after which training and generation differ, with thoughts here and there."""
+    answers = st.sampled_from(["Four.", THOUGHT, "<think></think>No.", "<tool_call>\n{}\n</tool_call>"])
+    turn = st.tuples(TEXTS, answers, st.lists(st.tuples(TEXTS, answers), max_size=2))
+
+    @FUZZ
+    @given(st.lists(turn, min_size=1, max_size=3), st.sampled_from([TOOLS, THINKING]))
+    def check(turns: list[Any], template: str) -> None:
+        chat: list[Message] = []
+        for question, reply, more in turns:
+            chat += [{"role": "user", "content": f"A{question}"}, {"role": "assistant", "content": reply}]
+            for result, then in more if template == TOOLS else ():
+                chat += [{"role": "tool", "content": f"A{result}"}, {"role": "assistant", "content": then}]
+        style = JinjaStyle(template)
+        encoded = encode(thinking, style, chat, thoughts=rule)
+        asked = 0
+        for sample, row in zip(samples_of(encoded), encoded.conversations, strict=True):
+            for index, message in enumerate(row.messages):
+                if message["role"] == "assistant" and message.get("train", True):
+                    prompt = prompt_ids(thinking, style, row.messages[:index])
+                    assert sample.input_ids[: len(prompt)] == prompt and sample.labels[len(prompt)] >= 0
+                    asked += 1
+        assert asked == sum(message["role"] == "assistant" for message in chat)
+
+    check()
+
+
 def test_who_opens_turns_cannot_be_typed(thinking: Tokenizer) -> None:
     """Catches a user who speaks as the assistant where its mark is an added word, and <think> that is one no more."""
     style = JinjaStyle(THINKING)

@@ -120,7 +120,7 @@ def test_a_tokenizer_larger_than_the_embedding_gets_its_rows(tmp_path: Path) -> 
     write_folder(resize(source, 384), tmp_path / "out")
     from lit_llama.generate.load import load
 
-    assert load(tmp_path / "out").model.config.vocab_size == 384
+    assert load(tmp_path / "out").config.vocab_size == 384
 
 
 @pytest.mark.parametrize(

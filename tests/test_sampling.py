@@ -348,7 +348,7 @@ def test_a_constraint_lets_its_tokens_through_alone() -> None:
         ("frequency_penalty", math.nan),
         ("min_new_tokens", -1),
         ("min_new_tokens", 257),
-        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
         ("seed", -1),
         ("seed", 1 << 63),
         ("n", 0),

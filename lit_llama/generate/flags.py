@@ -102,6 +102,8 @@ def sampling_flags(*, samples: bool = True, **defaults: Any) -> Callable[[Callab
         def run(**arguments: Any) -> None:
             values = {name: arguments.pop(name) for name in flags}
             given = {_FIELDS.get(name, name): value for name, value in values.items() if value is not None}
+            if values["max_new_tokens"] < 1:
+                raise UserError(f"--max_new_tokens is {values['max_new_tokens']}, expected 1 or more")
             if values.get(_SAMPLES, 1) < 1:
                 raise UserError(f"--{_SAMPLES} is {values[_SAMPLES]}, expected 1 or more")
             function(**arguments, sampling=Asked(given, default))

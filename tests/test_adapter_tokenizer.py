@@ -84,6 +84,18 @@ def test_more_tokens_than_rows_name_the_way_out(tiny_folder: Path, adapter: Path
         merge(adapter, adapter / "merged", dtype=None, precision="32-true", base_dir=tiny_folder)
 
 
+def test_vocabulary_and_merges_are_a_tokenizer_of_its_own(adapter: Path) -> None:
+    """Catches the older pair of files, passed over for the tokenizer of the base."""
+    model = json.loads((adapter / "tokenizer.json").read_text())["model"]
+    (adapter / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (adapter / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+    (adapter / "added_tokens.json").write_text(json.dumps({END: 384}))
+    settings = json.loads((adapter / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    (adapter / "tokenizer.json").unlink()
+    assert load(adapter).tokenizer.size == 385
+
+
 def test_an_adapter_that_has_none_takes_that_of_its_base(base: Path, adapter: Path) -> None:
     """Catches settings without a vocabulary, as some programs leave them, taken for a tokenizer."""
     (adapter / "tokenizer.json").unlink()

@@ -1,11 +1,13 @@
 """Whether a tokenizer, the rows of an embedding and what the folders record belong together."""
 
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError, IntegrityError
+from lit_llama.text.merges import MERGES_FILES
 from lit_llama.text.special import read_object
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -25,9 +27,15 @@ def check_vocabulary(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
     )
 
 
+def holds_tokenizer(names: Collection[str]) -> bool:
+    """Whether files of these names are a tokenizer that is read here."""
+    return any(name in names for name in TOKENIZER_FILES) or all(name in names for name in MERGES_FILES)
+
+
 def tokenizer_home(adapter_dir: Path, base: Path) -> Path:
     """The folder whose tokenizer an adapter was trained with: its own where it has one, as in transformers."""
-    return adapter_dir if any((adapter_dir / name).is_file() for name in TOKENIZER_FILES) else base
+    files = {path.name for path in adapter_dir.iterdir() if path.is_file()} if adapter_dir.is_dir() else set()
+    return adapter_dir if holds_tokenizer(files) else base
 
 
 def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:

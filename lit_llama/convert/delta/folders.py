@@ -23,8 +23,8 @@ from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
 from lit_llama.text.prompts import StyleName
 from lit_llama.text.special import read_object
-from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
-from lit_llama.text.vocabulary import check_vocabulary
+from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.vocabulary import check_vocabulary, holds_tokenizer
 
 ROWS = 32
 """Rows of each tensor that are added again when a merged folder is verified."""
@@ -148,10 +148,9 @@ def _with_tokenizer(base_source: Source, other_source: Source, policy: Policy) -
     """The other side with the tokenizer of the merged model, which comes with it; that of a base knows nothing of new
     rows, and is taken only where there are none."""
     base, other = _side(base_source), _side(other_source)
-    missing = not any(name in other_source.files for name in TOKENIZER_FILES)
-    if missing and policy == "add" and base.rows() == other.rows():
+    if not holds_tokenizer(other_source.files) and policy == "add" and base.rows() == other.rows():
         own = {name: path for name, path in base_source.files.items() if name in TOKENIZER_PARTS}
-        if any(name in own for name in TOKENIZER_FILES):
+        if holds_tokenizer(own):
             _count_tokens(base.folder, base)
             stderr().print(f"{other.folder} has no tokenizer: that of {base.folder} is taken", markup=False)
             return replace(other_source, files=own | dict(other_source.files))

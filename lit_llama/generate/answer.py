@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from lit_llama.console import Results, shown
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
+from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Request, Sampling
 from lit_llama.generate.load import Speaker, report
 from lit_llama.generate.metrics import Answer as Answer
@@ -148,16 +150,17 @@ def answer_requests(
     Raises:
         UserError: One failed; the others are given up.
     """
-    engine = speaker.engine
-    tickets = [engine.add(request) for request in requests]
+    engine, waiting = speaker.engine, deque(range(len(requests)))
+    tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
     texts = [[speaker.text_behind(r.ids, r.sampling, speaker.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
-    going = set(range(len(tickets)))
     try:
-        while going:
+        while tickets or waiting:
+            while waiting and len(tickets) < 2 * engine.config.max_sequences:
+                index = waiting.popleft()
+                tickets[index] = engine.add(requests[index])
             engine.step()
-            for index in sorted(going):
-                ticket = tickets[index]
+            for index, ticket in list(tickets.items()):
                 while ticket.steps:
                     step = ticket.steps.popleft()
                     text = texts[index][step.answer]
@@ -168,10 +171,10 @@ def answer_requests(
                 if ticket.error is not None:
                     raise ticket.error
                 if ticket.done and not ticket.steps:
-                    going.remove(index)
+                    del tickets[index]
                     done()
     finally:
-        for ticket in tickets:
+        for ticket in tickets.values():
             engine.abort(ticket)
     return [
         [

@@ -49,9 +49,9 @@ class Conversation:
             UserError: The message does not fit into what the model reads, even alone; it is forgotten again.
         """
         messages, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
+        stream = self._speaker.answer(prompt, self._sampling, number=len(messages))  # other draws in each turn
         self.messages = messages
         parts: list[str] = []
-        stream = self._speaker.answer(prompt, self._sampling, number=len(messages))  # other draws in each turn
         self.answer = stream.text
         try:
             for _, piece in stream:

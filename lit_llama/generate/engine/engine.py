@@ -21,7 +21,7 @@ from lit_llama.generate.engine.cache import BlockPool
 from lit_llama.generate.engine.request import FinishReason, Request, Step, TokenLogprobs
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.sampling import Sampler, token_logprobs
-from lit_llama.generate.engine.scheduler import Part, Plan, QueueFull, Scheduler, Sequence, TooLong
+from lit_llama.generate.engine.scheduler import Part, Plan, QueueFull, Scheduler, Sequence
 from lit_llama.generate.engine.speculative import PromptLookup
 from lit_llama.model.kernels.decode import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
@@ -36,12 +36,24 @@ class EngineConfig:
         max_sequences: Answers that are made at the same time, at most.
         max_waiting: Answers that may wait for their turn.
         speculate: Guess tokens from the text so far, which changes no answer.
+
+    Raises:
+        UserError: A limit is below 1, or a step has no room for a token of every answer and one of a prompt.
     """
 
     max_batch_tokens: int = 512
     max_sequences: int = 64
     max_waiting: int = 100_000
     speculate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_sequences", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.max_batch_tokens <= self.max_sequences:
+            raise UserError(
+                f"max_batch_tokens is {self.max_batch_tokens}, expected more than {self.max_sequences}, max_sequences"
+            )
 
 
 class Matcher(Protocol):
@@ -192,12 +204,6 @@ class Engine:
             try:
                 longest = len(request.ids) + sampling.max_new_tokens
                 self._scheduler.add([answer.sequence for answer in ticket.answers], longest)
-            except TooLong:
-                held = self._runner.blocks * BLOCK
-                raise UserError(
-                    f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {sampling.max_new_tokens} that "
-                    f"is more than the {held} that the cache holds: shorten them, or give it more --cache_memory"
-                ) from None
             except QueueFull:
                 raise ResourceError(
                     f"{len(self._scheduler.waiting)} requests are waiting, of at most {self.config.max_waiting}; try "
@@ -217,14 +223,15 @@ class Engine:
         if request.adapter is not None and request.adapter not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
-        limit = self._runner.config.context_length
+        reads, holds = self._runner.config.context_length, self._runner.blocks * BLOCK
         sampling = request.sampling
         if not sampling.max_new_tokens and request.prompt_logprobs is None:
             raise UserError("--max_new_tokens is 0, expected 1 or more where the prompt is not scored")
-        if len(request.ids) + sampling.max_new_tokens > limit:
+        if (longest := len(request.ids) + sampling.max_new_tokens) > min(reads, holds):
+            whose = f"{reads} the model reads" if longest > reads else f"{holds} that the memory of the cache holds"
             raise UserError(
                 f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {sampling.max_new_tokens} that is "
-                f"more than the {limit} the model reads: shorten the prompt or the answer"
+                f"more than the {whose}: shorten the prompt or the answer"
             )
 
     def abort(self, ticket: Ticket, answer: int | None = None) -> None:
@@ -238,9 +245,11 @@ class Engine:
         """Answer a request, together with all others that are in the engine; leaving the iterator aborts it.
 
         Raises:
-            UserError: As `add`; or it failed on the way, see `Ticket.error`.
+            UserError: As `add`, at once; while iterating, it failed on the way, see `Ticket.error`.
         """
-        ticket = self.add(request)
+        return self._followed(self.add(request))
+
+    def _followed(self, ticket: Ticket) -> Iterator[Step]:
         try:
             yield from self.follow(ticket)
         finally:

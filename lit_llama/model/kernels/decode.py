@@ -8,6 +8,7 @@ Shapes: T tokens of all sequences, S sequences, N tokens whose logits are wanted
 """
 
 import ctypes
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard
@@ -39,6 +40,9 @@ TALL = 32
 
 TARGETS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Layers that are one product, in the order of decode.cpp."""
+
+MOST_THREADS = 256
+"""As in decode.cpp."""
 
 _LINE = 64  # bytes of the processor's cache
 
@@ -105,7 +109,16 @@ def packs(config: LLaMAConfig, dtype: torch.dtype) -> bool:
         and config.num_attention_heads // config.num_key_value_heads <= TALL
         and dtype in (torch.bfloat16, torch.float32)
         and compiled() is not None
+        and _is_allowed(dtype)
     )
+
+
+@functools.cache
+def _is_allowed(dtype: torch.dtype) -> bool:
+    """Whether the system lets this process use the instructions that the kernels are compiled for."""
+    allowed = ctypes.c_int64()
+    call("decode_allowed", dtype, allowed)
+    return bool(allowed.value)
 
 
 class PackedLLaMA:
@@ -286,7 +299,7 @@ class PackedLLaMA:
             len(counts),
             len(updates),
             len(select),
-            torch.get_num_threads(),
+            min(torch.get_num_threads(), MOST_THREADS),
             *(x.data_ptr() for x in (ids, position, cos, sin, sequence, starts, table)),
             width,
             cache.blocks.data_ptr(),

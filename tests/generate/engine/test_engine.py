@@ -22,17 +22,8 @@ from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, factors_of
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.paged import BLOCK, PagedBatch
 
+pytestmark = pytest.mark.usefixtures("one_core")
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More of them would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 BYTES = PackedCache.bytes_of_block(tiny_model().config, torch.float32)
 
@@ -298,7 +289,10 @@ def test_an_interrupted_step_loses_nothing() -> None:
         (lambda: Request([1], adapter="x"), "no adapter 'x'"),
         (lambda: Request([1], Sampling(max_new_tokens=0)), "max_new_tokens is 0"),
         (lambda: Request([]), "prompt is empty"),
-        (lambda: Request([1] * 100, Sampling(max_new_tokens=100)), "more than the 192 that the cache holds"),
+        (
+            lambda: Request([1] * 100, Sampling(max_new_tokens=100)),
+            "the 192 that the memory of the cache holds",
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_refused_before(request_: Any, said: str) -> None:
@@ -383,3 +377,16 @@ def test_a_window_keeps_only_what_is_seen() -> None:
         least = min(least, sum(block >= 0 for block in ticket.answers[0].sequence.blocks) if it.busy else 8)
         assert sum(block >= 0 for block in ticket.answers[0].sequence.blocks) <= 40 // BLOCK + 2
     assert taken(ticket) == expected[len(ids) :]
+
+
+def test_limits_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(UserError, match="expected more than"):
+        EngineConfig(max_batch_tokens=64)
+    with pytest.raises(UserError, match="max_sequences is 0"):
+        EngineConfig(max_sequences=0)
+
+
+def test_a_stream_refuses_before_it_is_read() -> None:
+    """Catches a chat that keeps a message to which no answer can come."""
+    with pytest.raises(UserError, match="holds the id 400"):
+        engine().stream(Request([400]))

@@ -1,7 +1,10 @@
 """The step of decode.cpp against the model in torch, its own quantisation, and itself in other company."""
 
 import itertools
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,17 +28,10 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 
-pytestmark = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More of them would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = [
+    pytest.mark.skipif(compiled() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("one_core"),
+]
 
 SHAPES = {
     "llama": {},
@@ -103,9 +99,13 @@ def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     model, ids = tiny_model(), ids_of(20)
     step, cache = PackedLLaMA(model, torch.bfloat16), PackedCache(model.config, 1, torch.bfloat16)
     made = []
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        made.append(step(whole(ids), cache))
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            made.append(step(whole(ids), cache))
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(*made)
 
 
@@ -215,3 +215,18 @@ def test_a_consumed_model_is_never_there_twice() -> None:
 def test_which_models_are_packed() -> None:
     assert packs(tiny_model().config, torch.float32)
     assert not packs(tiny_model().config, torch.float16)
+
+
+def test_all_is_computed_where_there_are_fewer_threads_than_asked_for() -> None:
+    """Catches parts of a product that belong to a thread that the system did not give."""
+    program = (
+        "import torch; from conftest import tiny_model; from test_packed_decode import *\n"
+        "torch.set_num_threads(3); model = tiny_model(); step = PackedLLaMA(model, torch.float32)\n"
+        "made = step(whole(ids_of(20)), PackedCache(model.config, 1, torch.float32))\n"
+        "assert torch.allclose(made, model(torch.tensor(ids_of(20))), rtol=1e-4, atol=1e-4)"
+    )
+    here = Path(__file__).parent
+    folders = os.pathsep.join(map(str, (here.parents[2], here.parents[1], here)))
+    given = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -56,6 +56,7 @@ struct Step {
 };
 
 static inline index_t deep(index_t D) { return up(D, DEPTH); }
+static const index_t MOST_THREADS = 256;  // as in decode.py
 static const index_t KEYS = 32;  // tokens of a block of the cache
 
 // Parts of the memory, which begin at lines of the cache. Without any, it is found how much is needed.
@@ -74,8 +75,8 @@ template <typename E> struct Buffers {
     E *normed, *queries, *attended, *inner, *low;
     index_t s_normed, s_attended, s_inner, s_wide, s_low;
     Codes codes;
-    float *scores[256];
-    E *chances[256];
+    float *scores[MOST_THREADS];
+    E *chances[MOST_THREADS];
     index_t bytes;
 
     Buffers(const Model &m, const Step &s) {
@@ -401,12 +402,12 @@ template <typename E> static void layer_step(const Model &m, index_t index, cons
 
 template <typename E> static void decode(const Model *model, const Step *step) {
     const Model &m = *model;
-    Step s = *step;
-    const Buffers<E> b(m, s);
-    if (!tiles_allowed()) throw std::bad_alloc();
+    const Buffers<E> b(m, *step);
     const index_t width = up(m.hidden, DEPTH);
-#pragma omp parallel num_threads((int)s.threads)
+#pragma omp parallel num_threads((int)step->threads)
     {
+        Step s = *step;
+        s.threads = omp_get_num_threads();  // which may be fewer than were asked for
         const index_t thread = omp_get_thread_num();
         configure_tiles();
 #pragma omp for schedule(static)
@@ -439,5 +440,9 @@ template <typename E> static void decode_memory(const Model *model, const Step *
     *bytes = Buffers<E>(*model, *step).bytes;
 }
 
+// Whether the kernel of the system lets this process use what the code was compiled for; asked before the first step.
+template <typename E> static void decode_allowed(index_t *allowed) { *allowed = tiles_allowed(); }
+
 EXPORT(decode)
+EXPORT(decode_allowed)
 EXPORT(decode_memory)

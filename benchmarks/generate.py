@@ -19,7 +19,15 @@ from benchmarks.generation.contest import Contender, bandwidth, contenders
 from benchmarks.training.process import check_idle
 from lit_llama.cli import CLI
 
-CONTENDERS = ["ours bf16", "ours int8", "ours int4", "transformers bf16", "llama.cpp bf16", "llama.cpp q8_0"]
+CONTENDERS = [
+    "ours bf16",
+    "ours int8",
+    "ours int4",
+    "transformers bf16",
+    "llama.cpp bf16",
+    "llama.cpp q8_0",
+    "llama.cpp q4_0",
+]
 PAIRS = [  # ours, the other, task, what it is called
     ("ours bf16", "llama.cpp bf16", "single", "bf16 single stream against llama.cpp bf16"),
     ("ours int8", "llama.cpp q8_0", "single", "int8 single stream against Q8_0"),

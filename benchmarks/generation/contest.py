@@ -140,6 +140,8 @@ def _gguf(checkpoint_dir: Path, kind: str, work_dir: Path) -> Path:
     file = work_dir / f"{checkpoint_dir.name}-{kind}.gguf"
     if not file.exists():
         script = ROOT / "prepare" / "checkpoint.py"
-        words = ["--source", checkpoint_dir, "--destination_path", file, "--format", "gguf", "--dtype", kind]
-        subprocess.run([sys.executable, str(script), *map(str, words)], check=True, cwd=ROOT)
+        dtype = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}.get(kind, kind)
+        words = ["--source", checkpoint_dir, "--destination_path", file, "--format", "gguf", "--dtype", dtype]
+        if subprocess.run([sys.executable, str(script), *map(str, words)], cwd=ROOT).returncode:
+            raise ResourceError(f"{file} cannot be made, see above")
     return file

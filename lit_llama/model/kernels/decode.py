@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lit_llama.errors import UserError
+from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.fused.kernels import call, compiled
 from lit_llama.model.kernels.packing import (
@@ -130,9 +130,14 @@ class PackedLLaMA:
         dtype: Of activations, keys and values, and of weights as they are stored.
         weights: How matrices are held.
         consume: Give up the weights of the model one after another, so that they are never there twice.
+
+    Raises:
+        ResourceError: There are no kernels for it here.
     """
 
     def __init__(self, model: LLaMA, dtype: torch.dtype, weights: Weights = "stored", *, consume: bool = False) -> None:
+        if not packs(model.config, dtype):
+            raise ResourceError(f"a model of this shape cannot be packed in {dtype} on this machine, see `packs`")
         self.config, self.dtype, self._weights = model.config, dtype, weights
         self._kept: list[Tensor] = []  # what the structures point to
         self._consume = consume

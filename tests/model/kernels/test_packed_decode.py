@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from lit_llama.errors import ResourceError
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
@@ -215,6 +216,18 @@ def test_a_consumed_model_is_never_there_twice() -> None:
 def test_which_models_are_packed() -> None:
     assert packs(tiny_model().config, torch.float32)
     assert not packs(tiny_model().config, torch.float16)
+    with pytest.raises(ResourceError, match="cannot be packed in torch.float16"):
+        PackedLLaMA(tiny_model(), torch.float16)
+
+
+def test_a_new_process_may_compute_at_once() -> None:
+    """Catches instructions that the system has to allow first, and that only something else had asked for."""
+    program = (
+        "import torch; from conftest import tiny_model; from test_packed_decode import *\n"
+        "model = tiny_model().bfloat16(); step = PackedLLaMA(model, torch.bfloat16)\n"
+        "assert step(whole([1, 2, 3]), PackedCache(model.config, 1, torch.bfloat16)).isfinite().all()"
+    )
+    run_alone(program, {})
 
 
 def test_all_is_computed_where_there_are_fewer_threads_than_asked_for() -> None:
@@ -225,8 +238,13 @@ def test_all_is_computed_where_there_are_fewer_threads_than_asked_for() -> None:
         "made = step(whole(ids_of(20)), PackedCache(model.config, 1, torch.float32))\n"
         "assert torch.allclose(made, model(torch.tensor(ids_of(20))), rtol=1e-4, atol=1e-4)"
     )
+    run_alone(program, {"OMP_THREAD_LIMIT": "2"})
+
+
+def run_alone(program: str, given: dict[str, str]) -> None:
+    """Run a program that imports this module in a process of its own."""
     here = Path(__file__).parent
     folders = os.pathsep.join(map(str, (here.parents[2], here.parents[1], here)))
-    given = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True)
+    environment = os.environ | given | {"PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

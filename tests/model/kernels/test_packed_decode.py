@@ -216,7 +216,7 @@ def test_a_consumed_model_is_never_there_twice() -> None:
 def test_which_models_are_packed() -> None:
     assert packs(tiny_model().config, torch.float32)
     assert not packs(tiny_model().config, torch.float16)
-    with pytest.raises(ResourceError, match="cannot be packed in torch.float16"):
+    with pytest.raises(ResourceError, match=r"cannot be packed in torch\.float16"):
         PackedLLaMA(tiny_model(), torch.float16)
 
 

@@ -35,7 +35,7 @@ def main(
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.generate.chat import line_reader, talk
-    from lit_llama.generate.load import open_folder
+    from lit_llama.generate.llm import open_folder
 
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
     folder.check_style(system)

@@ -51,7 +51,7 @@ def main(
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.generate.answer import answer
-    from lit_llama.generate.load import open_folder
+    from lit_llama.generate.llm import open_folder
     from lit_llama.generate.questions import read_questions
 
     asked = read_questions(
@@ -66,8 +66,8 @@ def main(
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
     folder.check_style(system)
     drawn = sampling.over(folder.sampling)
-    speaker = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size)
-    answer(speaker, asked, drawn, output_file=output_file, system=system)
+    llm = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size)
+    answer(llm, asked, drawn, output_file=output_file, system=system)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 What a notebook needs, imported only when it is named:
 
     import lit_llama
-    speaker = lit_llama.load(Path("out/lora/demo"))             # model, tokenizer and prompt style of a folder
+    llm = lit_llama.load(Path("out/lora/demo"))             # model, tokenizer and prompt style of a folder
     model = lit_llama.load_model(Path("checkpoints/NAME"))      # token ids (T,) -> logits (T, V)
     tokenizer = lit_llama.Tokenizer.from_path(Path("checkpoints/NAME"))
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_llama.generate.engine.request import Sampling
-    from lit_llama.generate.load import Speaker, load
+    from lit_llama.generate.llm import LLM, load
     from lit_llama.model.checkpoint import load_model
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
     from lit_llama.model.llama import LLaMA
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from lit_llama.text.tokenizer import Tokenizer
 
 __all__ = [
+    "LLM",
     "LLaMA",
     "LLaMAConfig",
     "LoRAConfig",
     "Sampling",
-    "Speaker",
     "Tokenizer",
     "apply_lora",
     "load",
@@ -37,10 +37,10 @@ _HOMES = {
     "LLaMAConfig": "model.config",
     "LoRAConfig": "model.config",
     "Sampling": "generate.engine.request",
-    "Speaker": "generate.load",
+    "LLM": "generate.llm",
     "Tokenizer": "text.tokenizer",
     "apply_lora": "model.lora",
-    "load": "generate.load",
+    "load": "generate.llm",
     "load_model": "model.checkpoint",
 }
 

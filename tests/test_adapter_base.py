@@ -11,7 +11,7 @@ from foreign_adapters import edit_config
 from safetensors.torch import load_file, save_file
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.adapter import META_FILE, base_of
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.places import of_sixteen_bits

@@ -12,7 +12,7 @@ from tokenizer_files import in_transformers
 from lit_llama.convert import convert
 from lit_llama.convert.merge import merge, merge_into_gguf
 from lit_llama.errors import CheckpointError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.text.tokenizer import Tokenizer
 
 END = "<|done|>"
@@ -47,10 +47,10 @@ def test_the_adapters_tokenizer_is_used_in_generation(
     base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a trained token that is never drawn or encoded, and answers that do not end."""
-    speaker = load(adapter)
+    llm = load(adapter)
     theirs = in_transformers(adapter)
-    assert speaker.tokenizer.size == 385 and speaker.tokenizer.eos == theirs.eos_token == END
-    assert speaker.stop_ids >= {384, 2}, "where the adapter ends, and where its base does"
+    assert llm.tokenizer.size == 385 and llm.tokenizer.eos == theirs.eos_token == END
+    assert llm.stop_ids >= {384, 2}, "where the adapter ends, and where its base does"
     assert "its own tokenizer is used (385 tokens" in capsys.readouterr().err
     assert load(base).tokenizer.size == 384
 

@@ -21,7 +21,7 @@ from benchmarks.training.job import Course, Job
 from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
 from lit_llama.device import peak_memory
 from lit_llama.errors import DataError, IntegrityError, ResourceError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import adapters, apply_lora

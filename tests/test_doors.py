@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run_door, run_here, write_adapter
 
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 
 DOORS = sorted(
     str(path.relative_to(ROOT)) for room in ("prepare", "finetune", "generate") for path in ROOT.glob(f"{room}/*.py")
@@ -268,8 +268,8 @@ def test_a_configuration_file_runs_a_door(tmp_path: Path, tiny_folder: Path) -> 
     """A door that reads the flags only, or a nested key that is lost."""
     (tmp_path / "run.yaml").write_text(f"checkpoint_dir: {tiny_folder}\nprompt: Say hi\nmax_new_tokens: 3\n")
     by_file = run_here("generate/base.py", "--config", "run.yaml", cwd=tmp_path)
-    speaker = load(tiny_folder)
-    wanted = "".join(text for _, text in speaker.stream(speaker.tokenizer.encode("Say hi"), Sampling(max_new_tokens=3)))
+    llm = load(tiny_folder)
+    wanted = "".join(text for _, text in llm.stream(llm.tokenizer.encode("Say hi"), Sampling(max_new_tokens=3)))
     assert by_file.returncode == 0 and by_file.stdout == wanted + "\n"
     assert "3 tokens in" in by_file.stderr and "tokens/s" in by_file.stderr
     (tmp_path / "run.yaml").write_text("checkpoint_dir: absent\nlora:\n  rank: 8\n")

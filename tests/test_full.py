@@ -15,7 +15,7 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 from lit_llama import device
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.encode import IGNORE_INDEX

@@ -17,7 +17,7 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 from lit_llama.errors import IntegrityError
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
@@ -47,10 +47,10 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
     series = read_metrics(out)
     assert series["loss"][0][1] > 3 and series["loss"][-1][1] < 0.05
     assert [step for step, _ in series["loss"]] == list(range(1, 81))
-    speaker = load(out, precision="32-true")
+    llm = load(out, precision="32-true")
     trained = [row for row in ROWS if row not in held_out(data)]
     examples = [Example(row["instruction"], row["input"], row["output"]) for row in trained]
-    answers = answer_all(speaker, examples, Sampling(max_new_tokens=60))
+    answers = answer_all(llm, examples, Sampling(max_new_tokens=60))
     assert [answer.text for answer in answers] == [row["output"] for row in trained]
     assert all(answer.stopped for answer in answers)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.merge import merge, merge_into_gguf
 from lit_llama.errors import UserError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
 from lit_llama.text.prompts import named_style

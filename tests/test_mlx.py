@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_llama.convert.mlx import WEIGHTS_FILE, convert_mlx
 from lit_llama.errors import CheckpointError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 
 SCALE, RANK = 3.0, 4

@@ -10,7 +10,7 @@ import torch
 
 from lit_llama.convert import convert, convert_adapter
 from lit_llama.errors import CheckpointError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.adapter import read_adapter_config
 from lit_llama.model.config import LLaMAConfig
 

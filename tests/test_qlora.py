@@ -10,7 +10,7 @@ import yaml
 from conftest import run_here
 from safetensors.torch import load_file
 
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.quantize import through
 

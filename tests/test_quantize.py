@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_llama.errors import CheckpointError, ResourceError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.adapter import trained_on
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LINEARS, LoRAConfig, Quantization

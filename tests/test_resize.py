@@ -118,7 +118,7 @@ def test_a_tokenizer_larger_than_the_embedding_gets_its_rows(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"--resize_vocab is 383, but the tokenizer of .* has 384 tokens"):
         resize(source, 383)
     write_folder(resize(source, 384), tmp_path / "out")
-    from lit_llama.generate.load import load
+    from lit_llama.generate.llm import load
 
     assert load(tmp_path / "out").config.vocab_size == 384
 

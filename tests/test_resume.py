@@ -18,7 +18,7 @@ from stopped_runs import begin
 from stopped_runs import stopped as stopped  # a fixture
 from stopped_runs import straight as straight  # a fixture
 
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE

@@ -12,7 +12,7 @@ from conftest import as_transformers, tiny_model
 from lit_llama.errors import DataError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.request import Request
-from lit_llama.generate.load import Speaker, make_speaker, torch_engine
+from lit_llama.generate.llm import LLM, make_llm, torch_engine
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
@@ -28,19 +28,19 @@ ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}!"} for n in ra
 
 
 @pytest.fixture(scope="module")
-def speaker(tiny_folder: Path) -> Speaker:
+def llm(tiny_folder: Path) -> LLM:
     """The tiny model with a random adapter."""
     return make(tiny_folder, torch.float32)
 
 
-def make(folder: Path, dtype: torch.dtype, dropout: float = 0.5) -> Speaker:
+def make(folder: Path, dtype: torch.dtype, dropout: float = 0.5) -> LLM:
     model = load_model(folder, torch.device("cpu"), dtype)
     apply_lora(model, LoRAConfig(r=2, dropout=dropout))
     torch.manual_seed(1)
     for parameter in lora_parameters(model):
         torch.nn.init.normal_(parameter, std=0.2)
     tokenizer = Tokenizer.from_path(folder)
-    return make_speaker(model, tokenizer, named_style("alpaca"), frozenset({tokenizer.eos_id}))
+    return make_llm(model, tokenizer, named_style("alpaca"), frozenset({tokenizer.eos_id}))
 
 
 @pytest.fixture
@@ -50,37 +50,37 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "test.jsonl"
 
 
-def test_prompts_stand_evenly_over_the_rows_and_are_always_the_same(speaker: Speaker, file: Path) -> None:
+def test_prompts_stand_evenly_over_the_rows_and_are_always_the_same(llm: LLM, file: Path) -> None:
     """Catches prompts drawn by chance, the first rows of a sorted file, and prompts in another style."""
-    prompts = test_prompts(speaker, file, 4)
+    prompts = test_prompts(llm, file, 4)
     assert [prompt.row for prompt in prompts] == [0, 2, 5, 7]
-    assert prompts == test_prompts(speaker, file, 4)
+    assert prompts == test_prompts(llm, file, 4)
     assert (prompts[1].text, prompts[1].reference) == ("Say 2.", "2!")
-    text = speaker.tokenizer.decode(list(prompts[1].ids))
+    text = llm.tokenizer.decode(list(prompts[1].ids))
     assert "### Instruction:\nSay 2.\n" in text and text.endswith("### Response:")
-    assert len(test_prompts(speaker, file, 99)) == 10
+    assert len(test_prompts(llm, file, 99)) == 10
 
 
-def test_a_row_that_leaves_no_room_is_passed_over(speaker: Speaker, tmp_path: Path) -> None:
+def test_a_row_that_leaves_no_room_is_passed_over(llm: LLM, tmp_path: Path) -> None:
     """Catches a run that ends because one test row is longer than the model reads."""
     rows = [{**row, "input": "x y z " * 200 * (n in (0, 5, 6))} for n, row in enumerate(ROWS)]
     write_json_lines(tmp_path / "test.jsonl", rows)
-    assert [prompt.row for prompt in test_prompts(speaker, tmp_path / "test.jsonl", 4)] == [1, 2, 7, 8]
+    assert [prompt.row for prompt in test_prompts(llm, tmp_path / "test.jsonl", 4)] == [1, 2, 7, 8]
     write_json_lines(tmp_path / "test.jsonl", [rows[0]])
     with pytest.raises(DataError, match="no row can be asked of a model that reads 256"):
-        test_prompts(speaker, tmp_path / "test.jsonl", 4)
+        test_prompts(llm, tmp_path / "test.jsonl", 4)
     with pytest.raises(DataError, match=r"none\.jsonl"):
-        test_prompts(speaker, tmp_path / "none.jsonl", 4)
+        test_prompts(llm, tmp_path / "none.jsonl", 4)
 
 
-def test_chats_and_plain_texts_are_asked_as_well(speaker: Speaker, tmp_path: Path) -> None:
+def test_chats_and_plain_texts_are_asked_as_well(llm: LLM, tmp_path: Path) -> None:
     """Catches a style that only instructions have, and an end of a text that is given away."""
     turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Who?"), ("assistant", "I.")]
-    chat = make_speaker(speaker.model, speaker.tokenizer, named_style("chatml"), speaker.stop_ids)
+    chat = make_llm(llm.model, llm.tokenizer, named_style("chatml"), llm.stop_ids)
     write_json_lines(tmp_path / "chat.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
     (prompt,) = test_prompts(chat, tmp_path / "chat.jsonl", 4)
     assert prompt.reference == "I." and prompt.text.endswith("assistant: Ho\n\nuser: Who?")
-    plain = make_speaker(speaker.model, speaker.tokenizer, Plain(), speaker.stop_ids)
+    plain = make_llm(llm.model, llm.tokenizer, Plain(), llm.stop_ids)
     write_json_lines(tmp_path / "text.jsonl", [{"text": "A city is a city. " * 40}, {"text": "Two words"}])
     long, short = test_prompts(plain, tmp_path / "text.jsonl", 4)
     assert (long.text + long.reference)[:200] == ("A city is a city. " * 40)[:200] and short.text + short.reference
@@ -145,35 +145,35 @@ def test_training_does_not_notice(tiny_folder: Path, file: Path, dtype: torch.dt
     assert not made.model.training
 
 
-def test_the_mode_comes_back_after_a_failure(speaker: Speaker, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mode_comes_back_after_a_failure(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a training that goes on without dropout."""
-    sampler = Sampler(speaker, test_prompts(speaker, file, 2), 4096)
+    sampler = Sampler(llm, test_prompts(llm, file, 2), 4096)
     monkeypatch.setattr(sampler_module, "answer_requests", lambda *_: 1 / 0)
-    speaker.model.train()
+    llm.model.train()
     with pytest.raises(ZeroDivisionError):
         sampler.answers()
-    assert speaker.model.training
+    assert llm.model.training
 
 
-def test_the_cache_is_no_larger_than_a_micro_batch(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_no_larger_than_a_micro_batch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a cache that is larger than what the training step holds, prompts left out, and answers exchanged."""
     held: list[int] = []
 
-    def answer(asked: Speaker, requests: list[Request]) -> list[Any]:
+    def answer(asked: LLM, requests: list[Request]) -> list[Any]:
         held.append(asked.engine.statistics().blocks * BLOCK)
         assert all(request.sampling.temperature == 0 for request in requests)
-        assert all(len(r.ids) + r.sampling.max_new_tokens <= speaker.config.context_length for r in requests)
+        assert all(len(r.ids) + r.sampling.max_new_tokens <= llm.config.context_length for r in requests)
         return [[SimpleNamespace(text=len(request.ids), stopped=True)] for request in requests]
 
     monkeypatch.setattr(sampler_module, "answer_requests", answer)
     prompts = [Prompt(n, "", "", list(range(1, 1 + length))) for n, length in enumerate((10, 20, 200, 30, 40))]
     for limit in (1, 700, 10_000):
-        answers = Sampler(speaker, prompts, limit).answers()
+        answers = Sampler(llm, prompts, limit).answers()
         assert [answer.text for answer in answers] == [10, 20, 200, 30, 40]
-        assert held[-1] <= max(limit, speaker.config.context_length) + 2 * BLOCK
+        assert held[-1] <= max(limit, llm.config.context_length) + 2 * BLOCK
 
 
-def test_the_cache_is_let_go(speaker: Speaker, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_let_go(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches keys and values that stay in memory until the next evaluation."""
     import gc
     import weakref
@@ -186,14 +186,14 @@ def test_the_cache_is_let_go(speaker: Speaker, file: Path, monkeypatch: pytest.M
         return engine
 
     monkeypatch.setattr(sampler_module, "torch_engine", remembered)
-    Sampler(speaker, test_prompts(speaker, file, 2), 1).answers()
+    Sampler(llm, test_prompts(llm, file, 2), 1).answers()
     gc.collect()
     assert len(caches) == 1 and caches[0]() is None
 
 
-def test_rows_are_lines_of_json(speaker: Speaker, file: Path) -> None:
+def test_rows_are_lines_of_json(llm: LLM, file: Path) -> None:
     """Catches a row from which the answer cannot be told from the reference."""
-    sampler = Sampler(speaker, test_prompts(speaker, file, 2), 4096)
+    sampler = Sampler(llm, test_prompts(llm, file, 2), 4096)
     answers = sampler.answers()
     (first, _) = [json.loads(json.dumps(row)) for row in sampler.rows(answers)]
     assert first == {

@@ -16,7 +16,7 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.chat import Conversation
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import StyleName, folder_style, named_style
@@ -201,15 +201,15 @@ def test_a_byte_level_model_answers_without_the_blank_of_the_style(
     """Catches answers that begin with a blank, which the next turn would double."""
     adapter = write_adapter(tmp_path / "adapter", tiny_folder, style="vicuna")
     assert folder_style(adapter) == named_style("vicuna")
-    speaker = load(adapter, precision="32-true")
-    assert speaker.opening == " "
-    prompt = prompt_ids(speaker.tokenizer, named_style("vicuna"), chat("hi"))
-    said = speaker.tokenizer.encode(" ab")
+    llm = load(adapter, precision="32-true")
+    assert llm.opening == " "
+    prompt = prompt_ids(llm.tokenizer, named_style("vicuna"), chat("hi"))
+    said = llm.tokenizer.encode(" ab")
 
     monkeypatch.setattr(Engine, "stream", lambda *_: iter([Step((i,)) for i in said]))
-    assert "".join(text for _, text in speaker.answer(prompt, Sampling())) == "ab"
-    conversation = Conversation(speaker, Sampling(max_new_tokens=9))
+    assert "".join(text for _, text in llm.answer(prompt, Sampling())) == "ab"
+    conversation = Conversation(llm, Sampling(max_new_tokens=9))
     assert "".join(conversation.ask("hi")) == "ab"
     assert conversation.messages[-1] == {"role": "assistant", "content": "ab"}
-    following = prompt_ids(speaker.tokenizer, named_style("vicuna"), [*conversation.messages, *chat("again")])
+    following = prompt_ids(llm.tokenizer, named_style("vicuna"), [*conversation.messages, *chat("again")])
     assert following[: len(prompt) + len(said)] == prompt + said

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_llama.convert.merge import merge
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter_config, save_adapter
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig

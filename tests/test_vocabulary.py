@@ -11,7 +11,7 @@ from conftest import tiny_config, tiny_model, write_adapter, write_tokenizer
 from lit_llama.convert.merge import merge
 from lit_llama.convert.source import Source, write_folder
 from lit_llama.errors import CheckpointError, IntegrityError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
 from lit_llama.text.prepare import Rules

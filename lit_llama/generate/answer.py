@@ -16,7 +16,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Request, Sampling
-from lit_llama.generate.load import Speaker, report
+from lit_llama.generate.llm import LLM, report
 from lit_llama.generate.metrics import Answer as Answer
 from lit_llama.generate.metrics import measure as measure
 from lit_llama.generate.metrics import notes
@@ -28,21 +28,21 @@ from lit_llama.text.formats import Example
 from lit_llama.text.styles import Segment
 
 
-def continue_text(speaker: Speaker, prompt: str, sampling: Sampling, *, control_tokens: bool = False) -> None:
+def continue_text(llm: LLM, prompt: str, sampling: Sampling, *, control_tokens: bool = False) -> None:
     """Stream the continuation of a raw text to stdout.
 
     Args:
-        speaker: Who continues it.
+        llm: Who continues it.
         prompt: The text. It begins with the model's token for that, whether it spells it or not.
         sampling: How tokens are drawn.
         control_tokens: Control tokens that the text spells become such, and are no words.
     """
-    _print_answers(speaker, raw_ids(speaker, prompt, control_tokens), sampling)
+    _print_answers(llm, raw_ids(llm, prompt, control_tokens), sampling)
 
 
-def raw_ids(speaker: Speaker, text: str, control_tokens: bool) -> list[int]:
+def raw_ids(llm: LLM, text: str, control_tokens: bool) -> list[int]:
     """Ids of a text that no style was put around."""
-    tokenizer = speaker.tokenizer
+    tokenizer = llm.tokenizer
     if not control_tokens and (spelled := [token for token in tokenizer.control if token in text]):
         stderr().print(f"{', '.join(spelled)} in the prompt: words as any others, without --control_tokens")
     runs = Cutter(tokenizer).runs([Segment(text, template=control_tokens)])
@@ -51,23 +51,23 @@ def raw_ids(speaker: Speaker, text: str, control_tokens: bool) -> list[int]:
     return ids if bos == ids[:1] else bos + ids
 
 
-def answer_one(speaker: Speaker, example: Example, sampling: Sampling, system: str = "") -> None:
+def answer_one(llm: LLM, example: Example, sampling: Sampling, system: str = "") -> None:
     """Stream the answer to an instruction to stdout.
 
     Raises:
         UserError: It is too long for the model.
     """
-    _print_answers(speaker, instruction_ids(speaker, example, system), sampling, speaker.opening)
+    _print_answers(llm, instruction_ids(llm, example, system), sampling, llm.opening)
 
 
-def _print_answers(speaker: Speaker, prompt: Sequence[int], sampling: Sampling, opening: str = "") -> None:
+def _print_answers(llm: LLM, prompt: Sequence[int], sampling: Sampling, opening: str = "") -> None:
     """Every answer to a prompt on stdout, each ending its line; which one it is, on stderr.
 
     They are made together. The first one is shown as it comes, and each other one as soon as it is its turn.
     """
-    engine, start = speaker.engine, time.perf_counter()
-    ticket = engine.add(speaker.request(prompt, sampling))
-    texts = [speaker.text_behind(prompt, sampling, opening) for _ in range(sampling.n)]
+    engine, start = llm.engine, time.perf_counter()
+    ticket = engine.add(llm.request(prompt, sampling))
+    texts = [llm.text_behind(prompt, sampling, opening) for _ in range(sampling.n)]
     unshown = [""] * sampling.n
     try:
         for number, text in enumerate(texts):
@@ -86,7 +86,7 @@ def _print_answers(speaker: Speaker, prompt: Sequence[int], sampling: Sampling, 
                 if text.finish_reason is not None:
                     break
             print(flush=True)
-            report(text.tokens, time.perf_counter() - start, speaker.device, ended(text.finish_reason, sampling))
+            report(text.tokens, time.perf_counter() - start, llm.device, ended(text.finish_reason, sampling))
     finally:
         engine.abort(ticket)
 
@@ -96,17 +96,17 @@ def ended(reason: FinishReason | None, sampling: Sampling) -> str:
     return f"; cut off at --max_new_tokens {sampling.max_new_tokens}" if reason == "length" else ""
 
 
-def instruction_ids(speaker: Speaker, example: Example, system: str = "") -> list[int]:
+def instruction_ids(llm: LLM, example: Example, system: str = "") -> list[int]:
     """Ids of the prompt for an instruction, in the style the model was trained with.
 
     Args:
-        speaker: Who is asked.
+        llm: Who is asked.
         example: What is asked.
         system: Message that it begins with, unless it has one.
     """
-    style = speaker.require_style()
+    style = llm.require_style()
     turns = example.turns or ({"role": "user", "content": style.user(example)},)
-    return prompt_ids(speaker.tokenizer, style, _headed(turns, system), example.tools)
+    return prompt_ids(llm.tokenizer, style, _headed(turns, system), example.tools)
 
 
 def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
@@ -114,17 +114,17 @@ def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
     return turns if not system or turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
 
 
-def answer_all(speaker: Speaker, examples: Sequence[Example], sampling: Sampling, system: str = "") -> list[Answer]:
+def answer_all(llm: LLM, examples: Sequence[Example], sampling: Sampling, system: str = "") -> list[Answer]:
     """Answer every example `sampling.n` times, in the order given.
 
     Raises:
         DataError: A prompt is too long for the model; found before the first answer.
     """
-    prompts = [instruction_ids(speaker, example, system) for example in examples]
-    requests = [speaker.request(prompt, sampling, number=row) for row, prompt in enumerate(prompts)]
+    prompts = [instruction_ids(llm, example, system) for example in examples]
+    requests = [llm.request(prompt, sampling, number=row) for row, prompt in enumerate(prompts)]
     for example, request in zip(examples, requests, strict=True):
         try:
-            speaker.engine.check_request(request)
+            llm.engine.check_request(request)
         except UserError as error:
             raise DataError(f"row {example.row}: {error}") from error
     console = stderr()
@@ -132,27 +132,27 @@ def answer_all(speaker: Speaker, examples: Sequence[Example], sampling: Sampling
         task = progress.add_task("answering", total=len(prompts))
         # Prompts of similar length next to each other: those that begin alike are found, and fewer wait for others.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        made = answer_requests(speaker, [requests[row] for row in order], lambda: progress.advance(task))
+        made = answer_requests(llm, [requests[row] for row in order], lambda: progress.advance(task))
     answers = dict(zip(order, made, strict=True))
     return [answer for row in range(len(prompts)) for answer in answers[row]]
 
 
 def answer_requests(
-    speaker: Speaker, requests: Sequence[Request], done: Callable[[], object] = lambda: None
+    llm: LLM, requests: Sequence[Request], done: Callable[[], object] = lambda: None
 ) -> list[list[Answer]]:
     """Answer requests, all at once: of each its `n` answers.
 
     Args:
-        speaker: Who is asked.
-        requests: Made by `Speaker.request`.
+        llm: Who is asked.
+        requests: Made by `LLM.request`.
         done: Called when one is answered.
 
     Raises:
         UserError: One failed; the others are given up.
     """
-    engine, waiting = speaker.engine, deque(range(len(requests)))
+    engine, waiting = llm.engine, deque(range(len(requests)))
     tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
-    texts = [[speaker.text_behind(r.ids, r.sampling, speaker.opening) for _ in range(r.sampling.n)] for r in requests]
+    texts = [[llm.text_behind(r.ids, r.sampling, llm.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
     try:
         while tickets or waiting:
@@ -186,7 +186,7 @@ def answer_requests(
 
 
 def answer(
-    speaker: Speaker,
+    llm: LLM,
     asked: Example | Sequence[Example],
     sampling: Sampling,
     *,
@@ -195,13 +195,13 @@ def answer(
 ) -> None:
     """Answer one question, streamed to stdout, or rows; see `answer_one` and `answer_rows`."""
     if isinstance(asked, Example):
-        answer_one(speaker, asked, sampling, system)
+        answer_one(llm, asked, sampling, system)
     else:
-        answer_rows(speaker, asked, sampling, output_file=output_file, system=system)
+        answer_rows(llm, asked, sampling, output_file=output_file, system=system)
 
 
 def answer_rows(
-    speaker: Speaker,
+    llm: LLM,
     examples: Sequence[Example],
     sampling: Sampling,
     *,
@@ -224,7 +224,7 @@ def answer_rows(
     if system and (own := sum(bool(example.turns) and example.turns[0]["role"] == "system" for example in examples)):
         stderr().print(f"{own} of {len(examples)} rows have a system message of their own, which they keep")
     start = time.perf_counter()
-    answers = answer_all(speaker, examples, sampling, system)
+    answers = answer_all(llm, examples, sampling, system)
     asked = [example for example in examples for _ in range(sampling.n)]
     rows = [
         _asked(example, system) | _answered(example, answer) | ({"sample": number} if sampling.n > 1 else {})
@@ -235,14 +235,14 @@ def answer_rows(
     else:
         for row in rows:
             print(shown(json.dumps(row, ensure_ascii=False), sys.stdout))
-    control = speaker.tokenizer.control
+    control = llm.tokenizer.control
     measures = measure(asked, answers, control) | {"rows": len(examples)}
     if sampling.n > 1:
         measures["answers"] = len(answers)
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
     for note in notes(asked, answers, control):
         stderr().print(note)
-    tokens, device = sum(answer.tokens for answer in answers), speaker.device
+    tokens, device = sum(answer.tokens for answer in answers), llm.device
     report(tokens, time.perf_counter() - start, device)
     return measures
 

@@ -8,7 +8,7 @@ from lit_llama.console import Results
 from lit_llama.errors import UserError
 from lit_llama.generate.answer import ended
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.load import Speaker, report
+from lit_llama.generate.llm import LLM, report
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 
@@ -21,7 +21,7 @@ class Conversation:
     """Messages so far; what the engine has computed of them is found again.
 
     Args:
-        speaker: Who answers.
+        llm: Who answers.
         sampling: How tokens are drawn, and where an answer ends.
         system: Message that it begins with.
 
@@ -33,14 +33,14 @@ class Conversation:
         UserError: The prompt style has no system message.
     """
 
-    def __init__(self, speaker: Speaker, sampling: Sampling, system: str = "") -> None:
-        self._speaker, self._sampling = speaker, sampling
-        self._style = speaker.require_style()
+    def __init__(self, llm: LLM, sampling: Sampling, system: str = "") -> None:
+        self._speaker, self._sampling = llm, sampling
+        self._style = llm.require_style()
         self.messages: list[dict[str, str]] = []
-        self.answer = speaker.text(sampling)
+        self.answer = llm.text(sampling)
         if system:
             self.messages = [{"role": "system", "content": system}]
-            prompt_ids(speaker.tokenizer, self._style, [*self.messages, {"role": "user", "content": "."}])
+            prompt_ids(llm.tokenizer, self._style, [*self.messages, {"role": "user", "content": "."}])
 
     def ask(self, text: str) -> Iterator[str]:
         """Add a message of the user and stream the answer; both are kept, also if the answer is stopped half way.
@@ -82,18 +82,18 @@ class Conversation:
         return messages, prompt
 
 
-def talk(speaker: Speaker, sampling: Sampling, read: Callable[[], str], system: str = "") -> None:
+def talk(llm: LLM, sampling: Sampling, read: Callable[[], str], system: str = "") -> None:
     """Read messages until the end of input; answers go to stdout, everything else to stderr.
 
     Args:
-        speaker: Who answers.
+        llm: Who answers.
         sampling: How tokens are drawn, and where an answer ends.
         read: Gives the next message; EOFError ends the conversation, KeyboardInterrupt drops the line.
         system: Message that conversations begin with.
     """
     say = stderr().print
     say(HELP)
-    conversation = Conversation(speaker, sampling, system)
+    conversation = Conversation(llm, sampling, system)
     while True:
         try:
             text = read().strip()
@@ -107,24 +107,24 @@ def talk(speaker: Speaker, sampling: Sampling, read: Callable[[], str], system: 
         if command == "/quit":
             return
         if command == "/new" or (command == "/system" and rest):
-            conversation = _begin(speaker, sampling, rest if command == "/system" else system)
+            conversation = _begin(llm, sampling, rest if command == "/system" else system)
             continue
         if command.startswith("/"):
             say(f"unknown command {text}; {HELP}")
             continue
-        _answer(conversation, text, speaker, sampling)
+        _answer(conversation, text, llm, sampling)
 
 
-def _begin(speaker: Speaker, sampling: Sampling, system: str) -> Conversation:
+def _begin(llm: LLM, sampling: Sampling, system: str) -> Conversation:
     """A new conversation; without a system message, said, where the style has none."""
     try:
-        return Conversation(speaker, sampling, system)
+        return Conversation(llm, sampling, system)
     except UserError as error:
         stderr().print(f"({error})")
-        return Conversation(speaker, sampling)
+        return Conversation(llm, sampling)
 
 
-def _answer(conversation: Conversation, text: str, speaker: Speaker, sampling: Sampling) -> None:
+def _answer(conversation: Conversation, text: str, llm: LLM, sampling: Sampling) -> None:
     start = time.perf_counter()
     pieces, results = conversation.ask(text), Results()
     try:
@@ -138,7 +138,7 @@ def _answer(conversation: Conversation, text: str, speaker: Speaker, sampling: S
         return
     print(flush=True)
     seconds, answer = time.perf_counter() - start, conversation.answer
-    device = speaker.device
+    device = llm.device
     report(answer.tokens, seconds, device, ended(answer.finish_reason, sampling))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lit_llama.errors import DataError
 from lit_llama.generate.answer import Answer, answer_requests, instruction_ids
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.load import Speaker, make_speaker, torch_engine
+from lit_llama.generate.llm import LLM, make_llm, torch_engine
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.text.dataset import TEST_FILE
@@ -45,13 +45,13 @@ class Sampler:
     """Greedy answers to fixed prompts.
 
     Args:
-        speaker: The model in training, with what its prompts and answers are made of.
+        llm: The model in training, with what its prompts and answers are made of.
         prompts: At least one.
         micro_batch_tokens: Tokens of the cache, so that it is small beside what a training step holds.
     """
 
-    def __init__(self, speaker: Speaker, prompts: Sequence[Prompt], micro_batch_tokens: int) -> None:
-        self._speaker, self.prompts, self._limit = speaker, prompts, micro_batch_tokens
+    def __init__(self, llm: LLM, prompts: Sequence[Prompt], micro_batch_tokens: int) -> None:
+        self._speaker, self.prompts, self._limit = llm, prompts, micro_batch_tokens
 
     @classmethod
     def from_folders(
@@ -64,8 +64,8 @@ class Sampler:
         """
         tokenizer = Tokenizer.from_path(checkpoint_dir)
         ends = special_ids(checkpoint_dir, tokenizer).ends
-        speaker = make_speaker(model, tokenizer, folder_style(data_dir), ends)
-        return cls(speaker, test_prompts(speaker, data_dir / TEST_FILE, count), micro_batch_tokens)
+        llm = make_llm(model, tokenizer, folder_style(data_dir), ends)
+        return cls(llm, test_prompts(llm, data_dir / TEST_FILE, count), micro_batch_tokens)
 
     def answers(self) -> list[Answer]:
         """Answer every prompt with at most MAX_NEW_TOKENS tokens.
@@ -99,15 +99,15 @@ class Sampler:
         longest = max(len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
         blocks = -(-max(self._limit, longest) // BLOCK) + 1
         size = PagedCache.bytes_of_block(config, model.model.embed_tokens.weight.dtype)
-        speaker = replace(self._speaker, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
+        llm = replace(self._speaker, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
         requests = [
-            speaker.request(prompt.ids, Sampling(max_new_tokens=limit))
+            llm.request(prompt.ids, Sampling(max_new_tokens=limit))
             for prompt, limit in zip(self.prompts, limits, strict=True)
         ]
-        return [answer for [answer] in answer_requests(speaker, requests)]
+        return [answer for [answer] in answer_requests(llm, requests)]
 
 
-def test_prompts(speaker: Speaker, path: Path, count: int) -> list[Prompt]:
+def test_prompts(llm: LLM, path: Path, count: int) -> list[Prompt]:
     """Rows that stand evenly over the file; one that leaves the model no room is passed over for the next that fits.
 
     Raises:
@@ -118,11 +118,11 @@ def test_prompts(speaker: Speaker, path: Path, count: int) -> list[Prompt]:
     for start in range(min(count, len(rows))):
         at = start * len(rows) // min(count, len(rows))
         for number in (*range(at, len(rows)), *range(at)):
-            if number not in found and (prompt := _prompt(speaker, number, rows[number])) is not None:
+            if number not in found and (prompt := _prompt(llm, number, rows[number])) is not None:
                 found[number] = prompt
                 break
     if not found:
-        raise DataError(f"{path}: no row can be asked of a model that reads {speaker.config.context_length}")
+        raise DataError(f"{path}: no row can be asked of a model that reads {llm.config.context_length}")
     return [found[number] for number in sorted(found)]
 
 
@@ -137,15 +137,15 @@ def _read(path: Path) -> Sequence[Example | str]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _prompt(speaker: Speaker, number: int, row: Example | str) -> Prompt | None:
-    tokenizer = speaker.tokenizer
+def _prompt(llm: LLM, number: int, row: Example | str) -> Prompt | None:
+    tokenizer = llm.tokenizer
     if isinstance(row, str):
         ids = tokenizer.encode(row[: 40 * (OPENING + MAX_NEW_TOKENS)])
         cut = min(OPENING, len(ids) // 2)
         text, reference = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + MAX_NEW_TOKENS])
         ids = [*([tokenizer.control[tokenizer.bos]] if tokenizer.bos else []), *ids[:cut]]
     else:
-        ids, reference = instruction_ids(speaker, row), row.response
+        ids, reference = instruction_ids(llm, row), row.response
         turns = [f"{turn['role']}: {turn['content']}" for turn in row.turns]
         text = "\n\n".join(turns or filter(None, (row.instruction, row.input)))
-    return Prompt(number, text, reference, ids) if 0 < len(ids) < speaker.config.context_length else None
+    return Prompt(number, text, reference, ids) if 0 < len(ids) < llm.config.context_length else None

@@ -11,7 +11,7 @@ import torch
 from conftest import CHATML, write_adapter
 
 from lit_llama.errors import CheckpointError, IntegrityError
-from lit_llama.generate.load import load
+from lit_llama.generate.llm import load
 from lit_llama.model.lora import adapters
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
@@ -102,9 +102,9 @@ def test_the_style_asked_for_wins(adapter: Path) -> None:
 def test_a_folder_without_a_template_says_how_to_go_on(base: Path) -> None:
     """A guessed style, or an error without a way out."""
     (base / "chat_template.jinja").unlink()
-    speaker = load(base)
+    llm = load(base)
     with pytest.raises(CheckpointError, match=r"no chat template.*--prompt_style alpaca.*generate/base\.py"):
-        speaker.require_style()
+        llm.require_style()
 
 
 def test_the_end_of_an_answer_in_the_style_stops(base: Path) -> None:

@@ -41,7 +41,7 @@ from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speaker:
+class LLM:
     """An engine with its tokenizer, its prompt style, and the ids that end its answers.
 
     Attributes:
@@ -166,7 +166,7 @@ class Opened:
         quantize: Onto | None = None,
         max_sequences: int = 32,
         packed: bool = True,
-    ) -> Speaker:
+    ) -> LLM:
         """Load the weights; other arguments and errors as for `load`.
 
         Args:
@@ -189,10 +189,10 @@ class Opened:
         stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
         for remark in (*remarks, *self.remarks):
             stderr().print(remark)
-        speaker = make_speaker(model, self.tokenizer, self.style, self.ends, max_sequences)
+        llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
         if packed and device.type == "cpu" and held is None and packs(model.config, dtype):
-            return _packed(speaker, model, dtype, max_sequences)
-        return speaker
+            return _packed(llm, model, dtype, max_sequences)
+        return llm
 
 
 def load(
@@ -203,7 +203,7 @@ def load(
     quantize: Onto | None = None,
     base_dir: Path | str | None = None,
     packed: bool = True,
-) -> Speaker:
+) -> LLM:
     """Load a checkpoint folder, or an adapter folder with its base.
 
     Args:
@@ -214,7 +214,7 @@ def load(
             stored.
         base_dir: Where the base of an adapter is; None looks for it, see `base_of`.
         packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
-            `Speaker.model`, as for a look into it.
+            `LLM.model`, as for a look into it.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -257,14 +257,14 @@ def _base(folder: Path, base_dir: Path | None) -> Path:
     return folder
 
 
-def make_speaker(
+def make_llm(
     model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int], max_sequences: int = 32
-) -> Speaker:
-    """Put a speaker together; its answers end in one of `ends`, or in what ends an answer in its style."""
+) -> LLM:
+    """Put an LLM together; its answers end in one of `ends`, or in what ends an answer in its style."""
     end = end_id(tokenizer, style) if style else None
     weight = model.model.embed_tokens.weight
     cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
-    return Speaker(
+    return LLM(
         engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
         config=model.config,
         device=weight.device,
@@ -281,17 +281,17 @@ def torch_engine(model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int
     return Engine(TorchRunner(model, cache_bytes), tokens=tokens, config=_limits(max_sequences))
 
 
-def _packed(speaker: Speaker, model: LLaMA, dtype: torch.dtype, max_sequences: int) -> Speaker:
-    """The same speaker with the weights of its model packed, which the model loses."""
+def _packed(llm: LLM, model: LLaMA, dtype: torch.dtype, max_sequences: int) -> LLM:
+    """The same llm with the weights of its model packed, which the model loses."""
     factors = factors_of(model)
     packed = PackedLLaMA(model, dtype, consume=True)
-    cache_bytes = cache_limit(model.config, dtype, speaker.device, max_sequences)
+    cache_bytes = cache_limit(model.config, dtype, llm.device, max_sequences)
     runner = PackedRunner(packed, cache_bytes)
-    engine = Engine(runner, tokens=speaker.tokenizer.size, config=_limits(max_sequences))
+    engine = Engine(runner, tokens=llm.tokenizer.size, config=_limits(max_sequences))
     if factors:
         engine.add_adapter(ADAPTER, factors)
         engine.default_adapter = ADAPTER
-    return replace(speaker, engine=engine, model=None)
+    return replace(llm, engine=engine, model=None)
 
 
 ADAPTER = "adapter"

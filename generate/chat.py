@@ -4,11 +4,11 @@ python generate/chat.py --checkpoint_dir checkpoints/NAME
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
 from lit_llama.generate.flags import Asked, sampling_flags
+from lit_llama.model.config import Held
 from lit_llama.text.prompts import StyleName
 
 
@@ -21,7 +21,9 @@ def main(
     sampling: Asked,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    quantize: Held | None = None,
+    plan: bool = False,
+    plan_memory: str | None = None,
 ) -> None:
     """Read messages from the terminal, or a line each from a pipe, and stream the answers to stdout.
 
@@ -32,13 +34,20 @@ def main(
         sampling: How the tokens of answers are drawn.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
-        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
+            CPU, int8 and int4 are the fast ones.
+        plan: Say what memory the model needs and whether it fits, and load nothing.
+        plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
     """
     from lit_llama.generate.chat import line_reader, talk
     from lit_llama.generate.llm import open_folder
+    from lit_llama.generate.plan import print_plan
 
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
     folder.check_style(system)
+    if plan or plan_memory is not None:
+        print_plan(folder.plan(precision=precision, quantize=quantize, memory=plan_memory))
+        return
     drawn = sampling.over(folder.sampling)
     talk(folder.load(precision=precision, quantize=quantize), drawn, line_reader(), system)
 

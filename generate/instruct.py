@@ -5,11 +5,11 @@ python generate/instruct.py --checkpoint_dir out/lora/NAME --data_dir data/NAME
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
 from lit_llama.generate.flags import EXAMPLE_PROMPT, Asked, sampling_flags
+from lit_llama.model.config import Held
 from lit_llama.text.prompts import StyleName
 
 
@@ -29,7 +29,9 @@ def main(
     sampling: Asked,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    quantize: Held | None = None,
+    plan: bool = False,
+    plan_memory: str | None = None,
 ) -> None:
     """Put instructions in the style the model was trained with and print the answers.
 
@@ -48,10 +50,14 @@ def main(
         sampling: How the tokens of answers are drawn.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
-        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
+            CPU, int8 and int4 are the fast ones.
+        plan: Say what memory the model needs and whether it fits, and load nothing.
+        plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
     """
     from lit_llama.generate.answer import answer
     from lit_llama.generate.llm import open_folder
+    from lit_llama.generate.plan import print_plan
     from lit_llama.generate.questions import read_questions
 
     asked = read_questions(
@@ -65,6 +71,9 @@ def main(
     )
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
     folder.check_style(system)
+    if plan or plan_memory is not None:
+        print_plan(folder.plan(precision=precision, quantize=quantize, max_sequences=batch_size, memory=plan_memory))
+        return
     drawn = sampling.over(folder.sampling)
     llm = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size)
     answer(llm, asked, drawn, output_file=output_file, system=system)

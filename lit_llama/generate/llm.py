@@ -12,10 +12,6 @@ from lit_llama.device import (
     Precision,
     cores,
     peak_memory,
-    pick_device,
-    pick_dtype,
-    resident_memory,
-    total_memory,
 )
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.answer_text import AnswerText
@@ -24,12 +20,21 @@ from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling, Step
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.flags import FolderSampling
+from lit_llama.generate.plan import (
+    GenerationPlan,
+    cache_limit,
+    numbers,
+    offloading,
+    plan_generation,
+    remedy,
+    shortfall,
+)
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import LLaMAConfig, Onto
-from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.config import Held, LLaMAConfig
+from lit_llama.model.kernels.decode import PackedLLaMA, factors_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.paged import BLOCK
+from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id, place_behind, prompt_ids
@@ -159,11 +164,38 @@ class Opened:
         turns = [{"role": "system", "content": system}] if system else []
         prompt_ids(self.tokenizer, _required(self.style), [*turns, {"role": "user", "content": "."}])
 
+    def plan(
+        self,
+        *,
+        precision: Precision = "auto",
+        quantize: Held | None = None,
+        max_sequences: int = 32,
+        memory: str | None = None,
+    ) -> GenerationPlan:
+        """The memory that answers take, known before a weight is read; arguments as for `load`.
+
+        Args:
+            memory: Plan for this much, such as 16GB, in place of what there is.
+
+        Raises:
+            UserError: It is no amount.
+            ResourceError: The quantisation cannot be had here.
+        """
+        trained = trained_on(self.folder) if quantize is None and self.base != self.folder else None
+        return plan_generation(
+            LLaMAConfig.from_folder(self.base),
+            precision=precision,
+            held=quantize or trained or "stored",
+            as_trained=trained is not None,
+            max_sequences=max_sequences,
+            memory=memory,
+        )
+
     def load(
         self,
         *,
         precision: Precision = "auto",
-        quantize: Onto | None = None,
+        quantize: Held | None = None,
         max_sequences: int = 32,
         packed: bool = True,
     ) -> LLM:
@@ -173,26 +205,38 @@ class Opened:
             max_sequences: Answers that are made together, at most.
         """
         start = time.perf_counter()
-        device = pick_device()
-        dtype = pick_dtype(precision, device)
+        plan = self.plan(precision=precision, quantize=quantize, max_sequences=max_sequences)
+        plan = plan if packed else replace(plan, packs=False)
         torch.set_num_threads(cores())
-        adapted = self.base != self.folder
-        method = trained_on(self.folder) if quantize is None and adapted else quantize
-        held = None if method == "stored" else method
-        model = load_model(self.base, device, dtype, held)
+        model, remarks = self._model(plan)
+        llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
+        if plan.packed:
+            llm = _packed(llm, model, plan)
+        what = f"{self.folder} on {self.base}" if self.base != self.folder else str(self.folder)
+        stderr().print(f"{what}: {numbers(plan)} on {plan.device}, loaded in {time.perf_counter() - start:.1f} s")
+        if plan.offloaded:
+            stderr().print(f"{shortfall(plan)}; {offloading(plan)}; {remedy(plan)}")
+        elif not plan.fits:
+            stderr().print(f"warning: {shortfall(plan)}; {remedy(plan)}")
+        for remark in (*remarks, *self.remarks):
+            stderr().print(remark)
+        return llm
+
+    def _model(self, plan: GenerationPlan) -> tuple[LLaMA, list[str]]:
+        """The model as a plan has it, its adapter on it, and what people should know of the files."""
+        adapted, layers = self.base != self.folder, plan.config.num_hidden_layers
+        first = layers - plan.offloaded
+        # Weights that are packed or brought from elsewhere are mapped until then, so that they are not there twice.
+        dtype = None if plan.packed and not adapted else plan.dtype
+        model = load_model(self.base, plan.device, dtype, plan.quantization, stored_from=first)
         remarks = [*Weights(self.base).remarks]
+        stored = list(model.model.layers[first:].parameters())
         if adapted:
             remarks += load_adapter(model, self.folder).remarks
             model.requires_grad_(False).eval()
-        what = f"{self.folder} on {self.base}" if adapted else str(self.folder)
-        how = f"{held} and {str(dtype)[6:]}" if held else str(dtype)[6:]
-        stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
-        for remark in (*remarks, *self.remarks):
-            stderr().print(remark)
-        llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
-        if packed and device.type == "cpu" and held is None and packs(model.config, dtype):
-            return _packed(llm, model, dtype, max_sequences)
-        return llm
+        if plan.offloaded:
+            offload(model, plan.device, plan.dtype, first, stored)
+        return model, remarks
 
 
 def load(
@@ -200,7 +244,7 @@ def load(
     *,
     precision: Precision = "auto",
     prompt_style: str | None = None,
-    quantize: Onto | None = None,
+    quantize: Held | None = None,
     base_dir: Path | str | None = None,
     packed: bool = True,
 ) -> LLM:
@@ -211,7 +255,7 @@ def load(
         precision: Of weights and activations.
         prompt_style: Ask in this style instead of the folder's own.
         quantize: How to hold the linear layers; None as they were held when the adapter was trained, or as they are
-            stored.
+            stored. int4 is for CPUs.
         base_dir: Where the base of an adapter is; None looks for it, see `base_of`.
         packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
             `LLM.model`, as for a look into it.
@@ -262,7 +306,7 @@ def make_llm(
 ) -> LLM:
     """Put an LLM together; its answers end in one of `ends`, or in what ends an answer in its style."""
     end = end_id(tokenizer, style) if style else None
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight  # which is on the device, wherever other weights are
     cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
     return LLM(
         engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
@@ -281,13 +325,12 @@ def torch_engine(model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int
     return Engine(TorchRunner(model, cache_bytes), tokens=tokens, config=_limits(max_sequences))
 
 
-def _packed(llm: LLM, model: LLaMA, dtype: torch.dtype, max_sequences: int) -> LLM:
-    """The same llm with the weights of its model packed, which the model loses."""
+def _packed(llm: LLM, model: LLaMA, plan: GenerationPlan) -> LLM:
+    """The same LLM with the weights of its model packed, which the model loses."""
     factors = factors_of(model)
-    packed = PackedLLaMA(model, dtype, consume=True)
-    cache_bytes = cache_limit(model.config, dtype, llm.device, max_sequences)
-    runner = PackedRunner(packed, cache_bytes)
-    engine = Engine(runner, tokens=llm.tokenizer.size, config=_limits(max_sequences))
+    weights = PackedLLaMA(model, plan.dtype, plan.weights_kind, consume=True)
+    cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences)
+    engine = Engine(PackedRunner(weights, cache_bytes), tokens=llm.tokenizer.size, config=_limits(plan.max_sequences))
     if factors:
         engine.add_adapter(ADAPTER, factors)
         engine.default_adapter = ADAPTER
@@ -300,19 +343,6 @@ ADAPTER = "adapter"
 
 def _limits(max_sequences: int) -> EngineConfig:
     return EngineConfig(max_sequences=max_sequences, max_batch_tokens=max(512, 2 * max_sequences))
-
-
-CACHE_TOKENS = 256
-"""Tokens for each of the answers that are made together, where there is memory; any of them may take more."""
-
-
-def cache_limit(config: LLaMAConfig, dtype: torch.dtype, device: torch.device, max_sequences: int) -> int:
-    """Most memory of a cache: for one answer as long as the model reads and for all that are made together, but no more
-    than half of what is free. On a CPU it is only taken as it is used."""
-    tokens = max(config.context_length, CACHE_TOKENS * max_sequences) + BLOCK
-    wanted = -(-tokens // BLOCK) * PackedCache.bytes_of_block(config, dtype)
-    free = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
-    return min(wanted, free // 2)
 
 
 def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:

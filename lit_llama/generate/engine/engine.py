@@ -25,6 +25,10 @@ from lit_llama.generate.engine.ticket import Ticket as Ticket
 from lit_llama.model.kernels.decode import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
 
+PROMPT_TOKENS = {"cpu": 96, "gpu": 256}
+"""Prompt tokens beside those of answers. A CPU computes about thirty tokens while it reads the weights once, so
+that a step takes at most about four times as long as without prompts; a GPU some hundreds."""
+
 
 class Engine:
     """Continuous batching over a runner.
@@ -49,6 +53,7 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
             max_sequences=self.config.max_sequences,
             max_waiting=self.config.max_waiting,
+            prompt_tokens=self.config.prompt_tokens or PROMPT_TOKENS["cpu" if runner.device.type == "cpu" else "gpu"],
             window=window,
         )
         self._answers = Answers(self._scheduler, runner, tokens)

@@ -22,6 +22,9 @@ class EngineConfig:
         max_batch_tokens: Tokens that a step computes, at most.
         max_sequences: Answers that are made at the same time, at most.
         max_waiting: Answers that may wait for their turn.
+        prompt_tokens: Tokens of prompts in a step that also continues answers, beside one for each token of those; more
+            where many wait. The more they are, the sooner answers begin, and the longer others wait for their next
+            token. None for a number that suits the device.
         speculate: Guess tokens from the text so far, which changes no answer.
 
     Raises:
@@ -31,12 +34,15 @@ class EngineConfig:
     max_batch_tokens: int = 512
     max_sequences: int = 64
     max_waiting: int = 100_000
+    prompt_tokens: int | None = None
     speculate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_waiting"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.prompt_tokens is not None and self.prompt_tokens < 1:
+            raise UserError(f"prompt_tokens is {self.prompt_tokens}, expected 1 or more")
         if self.max_batch_tokens <= self.max_sequences:
             raise UserError(
                 f"max_batch_tokens is {self.max_batch_tokens}, expected more than {self.max_sequences}, max_sequences"

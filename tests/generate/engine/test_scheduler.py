@@ -26,7 +26,12 @@ class World:
         most = self.random.choice([1, 2, 5, 9])
         budget = most + self.random.choice([1, 2, 8, 40])
         self.scheduler = Scheduler(
-            self.pool, max_batch_tokens=budget, max_sequences=most, max_waiting=50, window=self.window
+            self.pool,
+            max_batch_tokens=budget,
+            max_sequences=most,
+            max_waiting=50,
+            prompt_tokens=self.random.choice([1, 3, 100]),
+            window=self.window,
         )
         self.written: dict[tuple[int, int], object] = {}  # (block, place): the adapter and all ids up to there
         self.live: dict[Sequence, tuple[list[int], int]] = {}
@@ -58,9 +63,13 @@ class World:
                 sequence.guesses = [self.random.randrange(5) for _ in range(self.random.randrange(4))]
 
     def step(self) -> None:
+        running, waiting = list(self.scheduler.running), self.scheduler.waiting
+        going = [sequence for sequence in running if sequence.pending == 1]
+        backlog = sum(sequence.pending for sequence in (*running, *waiting)) - len(going)
         plan = self.scheduler.plan()
         assert plan.parts or not self.scheduler.busy, "nothing goes on though something waits"
         assert sum(len(part.ids) for part in plan.parts) <= self.scheduler.max_batch_tokens
+        self.prompts_hold_nobody_up(plan, going, backlog)
         if self.random.random() < 0.02:  # interrupted: all of it is computed again
             for part in plan.parts:
                 self.scheduler.restart(part.sequence)
@@ -69,6 +78,18 @@ class World:
         for part in plan.parts:
             self.take(part.sequence, part.start + len(part.ids), part.logits)
         self.scheduler.check()
+
+    def prompts_hold_nobody_up(self, plan: Plan, going: list[Sequence], backlog: int) -> None:
+        """Answers go on in every step, and the pieces of prompts beside them are bounded from above and below."""
+        parts = {part.sequence: len(part.ids) for part in plan.parts}
+        continued = sum(count for sequence, count in parts.items() if sequence in going)
+        computed = sum(parts.values()) - continued
+        backlog += sum(sequence.pending for sequence in going if sequence.state == "waiting")  # put off just now
+        bound = max(self.scheduler.prompt_tokens + continued, backlog // Scheduler.BACKLOG)
+        assert not continued or computed <= bound
+        assert all(sequence in parts for sequence in going if sequence.state == "running"), "an answer stands still"
+        prompts = [sequence for sequence in self.scheduler.running if sequence not in going]
+        assert computed or not prompts, "all prompts stand still"
 
     def write(self, plan: Plan) -> None:
         for source, destination in plan.copies:
@@ -258,3 +279,24 @@ def test_blocks_before_the_window_are_given_back() -> None:
     run(it, it.plan())
     assert sequence.blocks[:2] == [-1, -1] and sequence.blocks[2] >= 0, "9 of 14 tokens are seen by nobody"
     assert it.pool.available == 64 - 2
+
+
+def test_a_long_prompt_goes_in_pieces_only_where_it_would_hold_somebody_up() -> None:
+    it = scheduler(max_batch_tokens=160, prompt_tokens=10)
+    first, long = Sequence(ids=[1, 2, 3]), Sequence(ids=list(range(100)))
+    it.add([first], 40)
+    run(it, it.plan())
+    it.add([long], 110)
+    pieces = []
+    while long.pending > 1:
+        plan = it.plan()
+        counts = {part.sequence: len(part.ids) for part in plan.parts}
+        assert counts[first] == 1
+        pieces.append(counts[long])
+        run(it, plan)
+    assert pieces[:3] == [12, 11, 11], "an eighth of what is left, or 10 and one for the answer"
+    it.finish(first)
+    alone = Sequence(ids=list(range(100, 200)))
+    it.finish(long)
+    it.add([alone], 110)
+    assert [len(part.ids) for part in it.plan().parts] == [100]

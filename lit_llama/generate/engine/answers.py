@@ -7,6 +7,7 @@ from lit_llama.generate.engine.request import FinishReason, Step, TokenLogprobs
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.generate.engine.scheduler import Scheduler, Sequence
+from lit_llama.generate.engine.speculative import Guesser
 from lit_llama.generate.engine.ticket import Answer, Ticket
 
 
@@ -17,6 +18,7 @@ class Answers:
         scheduler: Of their sequences.
         runner: Whose blocks are cleared where they are damaged.
         tokens: Size of the tokenizer.
+        guessers: Of their tokens, in the order in which they are asked.
 
     Attributes:
         live: Those that wait or run.
@@ -25,8 +27,8 @@ class Answers:
         reused: Tokens of prompts that were found computed.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tokens: int | None) -> None:
-        self._scheduler, self._clear = scheduler, runner.clear
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokens: int | None, guessers: list[Guesser]) -> None:
+        self._scheduler, self._clear, self.guessers = scheduler, runner.clear, guessers
         count = scheduler.max_sequences
         self.sampler = Sampler(count, runner.config.vocab_size, tokens=tokens, device=runner.device)
         self._free = list(range(count))
@@ -90,6 +92,8 @@ class Answers:
         for block in self._scheduler.finish(answer.sequence, damaged=damaged):
             self._clear(block)
         self._release(answer.sequence)
+        for guesser in self.guessers:
+            guesser.forget(answer.sequence)
         del self.live[answer.sequence]
         answer.ticket.open -= 1
 

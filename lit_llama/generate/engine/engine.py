@@ -18,7 +18,7 @@ from lit_llama.generate.engine.drawing import Drawing
 from lit_llama.generate.engine.request import Request, Step
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.scheduler import Part, Plan, QueueFull, Scheduler, Sequence
-from lit_llama.generate.engine.speculative import PromptLookup
+from lit_llama.generate.engine.speculative import Guesser, PromptLookups
 from lit_llama.generate.engine.ticket import Answer, Statistics
 from lit_llama.generate.engine.ticket import EngineConfig as EngineConfig
 from lit_llama.generate.engine.ticket import Ticket as Ticket
@@ -56,7 +56,8 @@ class Engine:
             prompt_tokens=self.config.prompt_tokens or PROMPT_TOKENS["cpu" if runner.device.type == "cpu" else "gpu"],
             window=window,
         )
-        self._answers = Answers(self._scheduler, runner, tokens)
+        guessers: list[Guesser] = [PromptLookups()] if self.config.speculate else []
+        self._answers = Answers(self._scheduler, runner, tokens, guessers)
         self._drawing = Drawing(self._scheduler, self._answers, vocabulary, tokens)
         self._adapters: set[str] = set()
         self.default_adapter: str | None = None
@@ -96,9 +97,7 @@ class Engine:
                 )
                 first = first or sequence
                 matcher = None if request.constraint is None else request.constraint.matcher()
-                speculate = self.config.speculate and not sampling.penalised
-                lookup = PromptLookup() if speculate else None
-                ticket.answers.append(Answer(ticket, index, sequence, matcher, lookup, len(request.ids)))
+                ticket.answers.append(Answer(ticket, index, sequence, matcher, len(request.ids)))
             try:
                 self._answers.add(ticket)
             except QueueFull:
@@ -210,6 +209,11 @@ class Engine:
     def adapters(self) -> list[str]:
         """Names of the adapters that are loaded."""
         return sorted(self._adapters)
+
+    def add_guesser(self, guesser: Guesser) -> None:
+        """Have tokens guessed by it, too, where those before it guess nothing."""
+        with self._lock:
+            self._answers.guessers.append(guesser)
 
     # ---- a step
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Request, Step, TokenLogprobs
 from lit_llama.generate.engine.scheduler import Sequence
-from lit_llama.generate.engine.speculative import PromptLookup
+from lit_llama.generate.engine.speculative import Guesser
 
 if TYPE_CHECKING:  # limits are set by doors, whose help has no use for torch
     from torch import Tensor
@@ -25,7 +25,7 @@ class EngineConfig:
         prompt_tokens: Tokens of prompts in a step that also continues answers, beside one for each token of those; more
             where many wait. The more they are, the sooner answers begin, and the longer others wait for their next
             token. None for a number that suits the device.
-        speculate: Guess tokens from the text so far, which changes no answer.
+        speculate: Guess tokens from the text so far, which changes no answer where the runner is exact.
 
     Raises:
         UserError: A limit is below 1, or a step has no room for a token of every answer and one of a prompt.
@@ -107,8 +107,8 @@ class Answer:
     index: int
     sequence: Sequence
     matcher: Matcher | None
-    lookup: PromptLookup | None
     prompt: int
+    guesser: Guesser | None = None  # of the guesses that are being computed
     scores: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt
 
     @property

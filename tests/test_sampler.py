@@ -182,7 +182,7 @@ def test_the_cache_is_let_go(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPat
 
     def remembered(*arguments: Any) -> Any:
         engine = torch_engine(*arguments)
-        caches.append(weakref.ref(engine._runner._cache))  # type: ignore[attr-defined]
+        caches.append(weakref.ref(engine.runner._cache))  # type: ignore[attr-defined]
         return engine
 
     monkeypatch.setattr(sampler_module, "torch_engine", remembered)

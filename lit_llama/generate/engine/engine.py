@@ -39,12 +39,13 @@ class Engine:
         config: Limits.
 
     Attributes:
+        runner: As given.
         default_adapter: Name of the adapter of requests that name none.
     """
 
     def __init__(self, runner: Runner, *, tokens: int | None = None, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
-        self._runner, self._tokens = runner, tokens
+        self.runner, self._tokens = runner, tokens
         vocabulary = runner.config.vocab_size
         windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         window = None if None in windows else max(w for w in windows if w is not None)
@@ -111,13 +112,13 @@ class Engine:
         """Raise UserError if a request could not be answered, whatever else is there."""
         if self.closed:
             raise UserError("the engine is closed")
-        vocabulary = self._runner.config.vocab_size
+        vocabulary = self.runner.config.vocab_size
         if wrong := [token for token in request.ids if token >= vocabulary]:
             raise UserError(f"the prompt holds the id {wrong[0]}, but the model has {vocabulary} tokens")
         if request.adapter is not None and request.adapter not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
-        reads, holds = self._runner.config.context_length, self._runner.blocks * BLOCK
+        reads, holds = self.runner.config.context_length, self.runner.blocks * BLOCK
         sampling = request.sampling
         if not sampling.max_new_tokens and request.prompt_logprobs is None:
             raise UserError("--max_new_tokens is 0, expected 1 or more where the prompt is not scored")
@@ -187,7 +188,7 @@ class Engine:
         with self._lock:
             if name in self._adapters:
                 raise UserError(f"adapter {name!r} is loaded already; drop it first")
-            self._runner.add_adapter(name, factors)
+            self.runner.add_adapter(name, factors)
             self._adapters.add(name)
 
     def remove_adapter(self, name: str) -> None:
@@ -203,7 +204,7 @@ class Engine:
                 self._answers.end(answer, (), (), "abort")
             self._adapters.remove(name)
             self._scheduler.pool.forget_adapter(name)
-            self._runner.remove_adapter(name)
+            self.runner.remove_adapter(name)
 
     @property
     def adapters(self) -> list[str]:
@@ -230,9 +231,9 @@ class Engine:
                 return
             try:
                 for source, destination in plan.copies:
-                    self._runner.copy(source, destination)
+                    self.runner.copy(source, destination)
                 parts = sorted(plan.parts, key=lambda part: part.sequence.adapter or "")
-                logits = self._runner.logits(_batch(parts))
+                logits = self.runner.logits(_batch(parts))
             except (MemoryError, torch.OutOfMemoryError):
                 self._restart(plan)
                 self._answers.fail(

@@ -91,5 +91,5 @@ class Faulty:
 
 
 def faulty(*faults: Any) -> tuple[Engine, Faulty]:
-    runner = Faulty(engine()._runner, iter(faults))
+    runner = Faulty(engine().runner, iter(faults))
     return Engine(runner, tokens=380, config=EngineConfig()), runner  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler"
 
 
 def draft(seed: int = 1, blocks: int = 60, cost: float = 0.1, **options: Any) -> DraftModel:
-    runner = engine(blocks, model=tiny_model(seed))._runner
+    runner = engine(blocks, model=tiny_model(seed)).runner
     return DraftModel(runner, tokens=380, max_sequences=64, cost=cost, **options)
 
 
@@ -147,7 +147,7 @@ def test_what_was_written_before_is_asked_first() -> None:
 
 def test_the_draft_reads_no_more_than_its_context() -> None:
     guesser = DraftModel(
-        engine(blocks=8, model=tiny_model(0, max_position_embeddings=40))._runner, tokens=380, max_sequences=4, cost=0.1
+        engine(blocks=8, model=tiny_model(0, max_position_embeddings=40)).runner, tokens=380, max_sequences=4, cost=0.1
     )
     it = drafting(guesser)
     wanted = Request(list(range(30)), Sampling(max_new_tokens=60))

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from lit_llama.console import Results, shown
-from lit_llama.errors import DataError, UserError
+from lit_llama.errors import DataError, NumericalError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Request, Sampling
@@ -147,10 +147,11 @@ def answer_requests(
         requests: Made by `LLM.request`.
         done: Called when one is answered.
 
-    Raises:
-        UserError: One failed; the others are given up.
+    Returns:
+        One that failed has its error, and the others go on.
     """
     engine, waiting = llm.engine, deque(range(len(requests)))
+    errors: dict[int, UserError | None] = {}
     tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
     texts = [[llm.text_behind(r.ids, r.sampling, llm.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
@@ -168,9 +169,8 @@ def answer_requests(
                         parts[index][step.answer].append(text.take(step))
                         if text.is_before(step):  # at a stop text
                             engine.abort(ticket, step.answer)
-                if ticket.error is not None:
-                    raise ticket.error
                 if ticket.done and not ticket.steps:
+                    errors[index] = ticket.error
                     del tickets[index]
                     done()
     finally:
@@ -178,10 +178,10 @@ def answer_requests(
             engine.abort(ticket)
     return [
         [
-            Answer("".join(part), text.finish_reason == "stop", text.tokens)
+            Answer("".join(part), text.finish_reason == "stop", text.tokens, None if text.ended else errors[index])
             for part, text in zip(own, their, strict=True)
         ]
-        for own, their in zip(parts, texts, strict=True)
+        for index, (own, their) in enumerate(zip(parts, texts, strict=True))
     ]
 
 
@@ -217,6 +217,7 @@ def answer_rows(
 
     Raises:
         UserError: Nothing can be written at `output_file`.
+        NumericalError: Answers failed; raised after all is written.
         DataError: A prompt is too long for the model.
     """
     if output_file is not None:  # what cannot be made is better known before the answers
@@ -244,7 +245,19 @@ def answer_rows(
         stderr().print(note)
     tokens, device = sum(answer.tokens for answer in answers), llm.device
     report(tokens, time.perf_counter() - start, device)
+    _check_failed(asked, answers)
     return measures
+
+
+def _check_failed(asked: Sequence[Example], answers: Sequence[Answer]) -> None:
+    """Raise for answers that failed."""
+    failed = [(example, answer.error) for example, answer in zip(asked, answers, strict=True) if answer.error]
+    if failed:
+        example, first = failed[0]
+        raise NumericalError(
+            f"{len(failed)} of {len(answers)} answers failed, their finish_reason is error; the others are there. The "
+            f"first of them, row {example.row}: {first}"
+        )
 
 
 def _asked(example: Example, system: str) -> dict[str, Any]:
@@ -260,7 +273,7 @@ def _answered(example: Example, answer: Answer) -> dict[str, Any]:
         "answer": answer.text,
         "stopped": answer.stopped,
         "finish_reason": answer.finish_reason,
-    }
+    } | ({} if answer.error is None else {"error": str(answer.error)})
 
 
 def _shown(value: float) -> str:

@@ -26,7 +26,7 @@ class Sequence:
         adapter: Name of the adapter that computes it; None for the base.
         priority: A higher one is admitted earlier.
         scored: Prompt tokens whose logits are wanted: all from this one on. Known blocks do not stand in for them.
-        source: A sequence with the same prompt, whose blocks are taken over once it has computed it.
+        source: A sequence with the same prompt, whose blocks are taken over once it has computed it; None after that.
         computed: Tokens whose keys and values are in `blocks`.
         reused: Tokens of the prompt that were found computed.
         blocks: Of the cache, one for each `size` tokens; -1 where no token sees it any more.
@@ -245,6 +245,7 @@ class Scheduler:
             count = self._limited(sequence, sequence.pending, budget)
             held = self._hold(sequence, count, plan)
             assert held, "a sequence that runs alone fits into the cache"
+            sequence.source = None  # from now on, it has ids of its own
             self._leave(sequence)
             sequence.state = "running"
             insort(self.running, sequence, key=lambda running: running.order)

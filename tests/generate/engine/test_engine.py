@@ -309,3 +309,22 @@ def test_a_stream_refuses_before_it_is_read() -> None:
     """Catches a chat that keeps a message to which no answer can come."""
     with pytest.raises(UserError, match="holds the id 400"):
         engine().stream(Request([400]))
+
+
+@needs_compiler
+def test_answers_to_one_prompt_are_the_same_after_having_been_put_off() -> None:
+    """Catches an answer that goes on from the keys of another answer to its prompt."""
+    sampling = Sampling(max_new_tokens=70, temperature=1.0, n=3)
+    wanted = [Request(ids, sampling) for ids in prompts(2, longest=30)]
+    it = engine(blocks=8, max_batch_tokens=24, max_sequences=8)
+    tickets = [it.add(request) for request in wanted]
+    finish(it)
+    assert it.statistics().preemptions > 0
+    for ticket in tickets:
+        (fresh := engine()).add(ticket.request)
+        other = fresh.add(ticket.request)
+        finish(fresh)
+        for n in range(3):
+            assert [t for s in ticket.steps if s.answer == n for t in s.ids] == [
+                t for s in other.steps if s.answer == n for t in s.ids
+            ]

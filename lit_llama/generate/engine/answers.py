@@ -9,6 +9,7 @@ from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.generate.engine.scheduler import Scheduler, Sequence
 from lit_llama.generate.engine.speculative import Guesser
 from lit_llama.generate.engine.ticket import Answer, Ticket
+from lit_llama.model.paged import BLOCK
 
 
 class Answers:
@@ -22,6 +23,7 @@ class Answers:
 
     Attributes:
         live: Those that wait or run.
+        longest: Ids of prompt and answer, at most, that the model reads and the cache holds.
         sampler: What draws their tokens.
         made: Tokens of answers so far.
         reused: Tokens of prompts that were found computed.
@@ -29,6 +31,7 @@ class Answers:
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokens: int | None, guessers: list[Guesser]) -> None:
         self._scheduler, self._clear, self.guessers = scheduler, runner.clear, guessers
+        self.longest = min(runner.config.context_length, runner.blocks * BLOCK)
         count = scheduler.max_sequences
         self.sampler = Sampler(count, runner.config.vocab_size, tokens=tokens, device=runner.device)
         self._free = list(range(count))
@@ -43,7 +46,7 @@ class Answers:
             TooLong, QueueFull: As of the scheduler; nothing is changed.
         """
         request = ticket.request
-        longest = len(request.ids) + request.sampling.max_new_tokens
+        longest = min(len(request.ids) + request.sampling.max_new_tokens, self.longest)
         self._scheduler.add([answer.sequence for answer in ticket.answers], longest)
         ticket.open = len(ticket.answers)
         self.live.update((answer.sequence, answer) for answer in ticket.answers)
@@ -57,7 +60,8 @@ class Answers:
                 answer = self.live[sequence]
                 slot = self.slots[sequence] = self._free.pop()
                 request = answer.ticket.request
-                prompt, made = sequence.ids[: answer.prompt], sequence.ids[answer.prompt :]
+                ids = answer.ids
+                prompt, made = ids[: answer.prompt], ids[answer.prompt :]
                 number = request.answer_number(answer.index)
                 self.sampler.set(slot, request.sampling, number=number, prompt=prompt, made=made)
                 self.reused += sequence.reused
@@ -79,6 +83,14 @@ class Answers:
         self._leave(answer)
         answer.ticket.steps.append(step)
         answer.ticket.tell()
+
+    def slide(self, answer: Answer) -> int:
+        """Leave out the oldest ids of an answer, which is computed again without them; how many."""
+        dropped = answer.slide(self.longest)
+        self._scheduler.slide(answer.sequence)
+        for guesser in self.guessers:  # to which ids only ever grow
+            guesser.forget(answer.sequence)
+        return dropped
 
     def fail(self, answer: Answer, error: UserError) -> None:
         """End a request with an error; the blocks that it computed are not used again."""

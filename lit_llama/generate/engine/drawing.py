@@ -113,9 +113,10 @@ class Drawing:
             self._answers.end(answer, tuple(new), tuple(given), reason)
             return []
         self._answers.made += len(new)
-        answer.ticket.steps.append(Step(tuple(new), tuple(given), None, answer.index))
-        answer.ticket.tell()
         slot = self._answers.slots[sequence]
+        dropped = self._answers.slide(answer) if len(sequence.ids) >= self._answers.longest else 0
+        answer.ticket.steps.append(Step(tuple(new), tuple(given), None, answer.index, dropped=dropped))
+        answer.ticket.tell()
         return [(slot, token) for token in new]
 
     def _guess(self, answers: list[Answer]) -> None:
@@ -125,7 +126,7 @@ class Drawing:
                 answer.sequence,
                 answer.sequence.ids,
                 answer.made,
-                answer.ticket.request.sampling.max_new_tokens - answer.made - 1,
+                self._room(answer),
                 answer.ticket.request.sampling,
                 answer.ticket.request.answer_number(answer.index),
             )
@@ -140,6 +141,11 @@ class Drawing:
                     sequence.guesses = guesses
                     self._answers.live[sequence].guesser = guesser
                     del asked[sequence]
+
+    def _room(self, answer: Answer) -> int:
+        """Tokens that may be guessed."""
+        wanted = answer.ticket.request.sampling.max_new_tokens - answer.made - 1
+        return min(wanted, self._answers.longest - len(answer.sequence.ids))
 
     def _forced(self, answer: Answer, room: int) -> list[int]:
         """Ids that a constraint has follow, appended without being drawn."""

@@ -118,14 +118,15 @@ class Engine:
         if request.adapter is not None and request.adapter not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
-        reads, holds = self.runner.config.context_length, self.runner.blocks * BLOCK
         sampling = request.sampling
         if not sampling.max_new_tokens and request.prompt_logprobs is None:
             raise UserError("--max_new_tokens is 0, expected 1 or more where the prompt is not scored")
-        if (longest := len(request.ids) + sampling.max_new_tokens) > min(reads, holds):
+        reads, holds = self.runner.config.context_length, self.runner.blocks * BLOCK
+        longest = len(request.ids) + (sampling.max_new_tokens if request.overflow == "error" else 1)
+        if longest > self._answers.longest:
             whose = f"{reads} the model reads" if longest > reads else f"{holds} that the memory of the cache holds"
             raise UserError(
-                f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {sampling.max_new_tokens} that is "
+                f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {longest - len(request.ids)} that is "
                 f"more than the {whose}: shorten the prompt or the answer"
             )
 

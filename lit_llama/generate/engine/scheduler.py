@@ -181,6 +181,16 @@ class Scheduler:
         self._wait(sequence)
         self.preemptions += 1
 
+    def slide(self, sequence: Sequence) -> None:
+        """Have a running sequence be computed again, as its ids are others now."""
+        self._leave(sequence)
+        self._give_back(sequence)
+        sequence.scored = None
+        for other in self.waiting:
+            if other.source is sequence:
+                other.source = None
+        self._wait(sequence)
+
     def restart(self, sequence: Sequence) -> None:
         """Have a running sequence be computed again, from what is known."""
         if sequence.state == "running":

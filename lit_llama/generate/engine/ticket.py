@@ -101,7 +101,12 @@ class Ticket:
 
 @dataclass(eq=False)
 class Answer:
-    """One of the answers to a request."""
+    """One of the answers to a request.
+
+    Attributes:
+        before: Ids of prompt and answer up to those that the sequence ends with, where some were left out.
+        kept: First ids of the sequence that are among `before`, too.
+    """
 
     ticket: Ticket
     index: int
@@ -110,11 +115,32 @@ class Answer:
     prompt: int
     guesser: Guesser | None = None  # of the guesses that are being computed
     scores: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt
+    before: list[int] = field(default_factory=list)
+    kept: int = 0
 
     @property
     def made(self) -> int:
         """Tokens of the answer."""
-        return len(self.sequence.ids) - self.prompt
+        return len(self.before) + len(self.sequence.ids) - self.kept - self.prompt
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer, whole."""
+        return self.before + self.sequence.ids[self.kept :]
+
+    def slide(self, limit: int) -> int:
+        """Leave out ids behind the first ones, so that half of what the limit leaves beside those is free again.
+
+        Returns:
+            How many.
+        """
+        ids = self.ids
+        kept = min(self.ticket.request.keep, limit // 2, self.prompt)
+        tail = (limit - kept) // 2
+        dropped = len(self.sequence.ids) - kept - tail
+        self.before, self.kept = ids[:-tail], kept
+        self.sequence.ids = ids[:kept] + ids[-tail:]
+        return dropped
 
 
 @dataclass(frozen=True)

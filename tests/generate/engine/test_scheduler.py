@@ -11,8 +11,9 @@ from lit_llama.generate.engine.cache import BlockPool
 from lit_llama.generate.engine.scheduler import Plan, QueueFull, Scheduler, Sequence, TooLong
 
 
-def follows(ids: Ids[int]) -> int:
-    return (sum((place + 1) * token for place, token in enumerate(ids)) * 7 + 13) % 5
+def follows(ids: Ids[int], number: int) -> int:
+    """The next token, which is another one in another answer to a prompt."""
+    return (sum((place + 1) * token for place, token in enumerate(ids)) * 7 + 13 * number) % 5
 
 
 class World:
@@ -34,7 +35,7 @@ class World:
             window=self.window,
         )
         self.written: dict[tuple[int, int], object] = {}  # (block, place): the adapter and all ids up to there
-        self.live: dict[Sequence, tuple[list[int], int]] = {}
+        self.live: dict[Sequence, tuple[list[int], int, int]] = {}  # prompt, tokens of the answer, its number
         self.finished = 0
 
     def add(self) -> None:
@@ -51,7 +52,7 @@ class World:
             self.scheduler.add(sequences, len(ids) + new)
         except (TooLong, QueueFull):
             return
-        self.live |= dict.fromkeys(sequences, (ids, new))
+        self.live |= {sequence: (ids, new, number) for number, sequence in enumerate(sequences)}
 
     def disturb(self) -> None:
         if self.live and self.random.random() < 0.05:
@@ -114,18 +115,18 @@ class World:
             return self.scheduler.advance(sequence, end)
         assert logits >= end - old + 1
         drawn: list[int] = []
+        prompt, new, number = self.live[sequence]
         for place in range(end - old + 1):
-            drawn.append(follows((sequence.ids + sequence.guesses)[: old + place]))
+            drawn.append(follows((sequence.ids + sequence.guesses)[: old + place], number))
             if place < len(sequence.guesses) and sequence.guesses[place] != drawn[-1]:
                 break
-        prompt, new = self.live[sequence]
         sequence.guesses = []
         sequence.ids += drawn[: len(prompt) + new - old]
         self.scheduler.advance(sequence, min(end, len(sequence.ids) - 1))
         if len(sequence.ids) == len(prompt) + new:
             expected = list(prompt)
             for _ in range(new):
-                expected.append(follows(expected))
+                expected.append(follows(expected, number))
             assert sequence.ids == expected
             self.scheduler.finish(sequence)
             del self.live[sequence]

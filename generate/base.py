@@ -8,6 +8,7 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.generate.engine.request import Overflow
 from lit_llama.generate.flags import Asked, sampling_flags
 
 
@@ -19,6 +20,7 @@ def main(
     prompt: str = "Hello, my name is",
     control_tokens: bool = False,
     sampling: Asked,
+    overflow: Overflow = "error",
     precision: Precision = "auto",
     quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
 ) -> None:
@@ -30,6 +32,7 @@ def main(
         prompt: Text to continue.
         control_tokens: Make control tokens of those that the prompt spells, such as <|im_start|>, in place of words.
         sampling: How the tokens are drawn.
+        overflow: Beyond what the model reads: error refuses; drop_oldest leaves out the oldest tokens, and says so.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
@@ -38,7 +41,8 @@ def main(
 
     folder = open_folder(checkpoint_dir, base_dir=base_dir)
     drawn = sampling.over(folder.sampling)
-    continue_text(folder.load(precision=precision, quantize=quantize), prompt, drawn, control_tokens=control_tokens)
+    llm = folder.load(precision=precision, quantize=quantize)
+    continue_text(llm, prompt, drawn, control_tokens=control_tokens, overflow=overflow)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.generate.engine.request import Overflow
 from lit_llama.generate.flags import Asked, sampling_flags
 from lit_llama.text.prompts import StyleName
 
@@ -19,6 +20,7 @@ def main(
     base_dir: Path | None = None,
     system: str = "",
     sampling: Asked,
+    overflow: Overflow = "drop_oldest",
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
     quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
@@ -30,6 +32,7 @@ def main(
         base_dir: The base model of an adapter, where it is not found where the adapter says.
         system: System message that each conversation begins with.
         sampling: How the tokens of answers are drawn.
+        overflow: Beyond what the model reads: drop_oldest leaves out the oldest turns, and says so; error refuses.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
@@ -40,7 +43,7 @@ def main(
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
     folder.check_style(system)
     drawn = sampling.over(folder.sampling)
-    talk(folder.load(precision=precision, quantize=quantize), drawn, line_reader(), system)
+    talk(folder.load(precision=precision, quantize=quantize), drawn, line_reader(), system, overflow)
 
 
 if __name__ == "__main__":

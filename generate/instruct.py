@@ -9,6 +9,7 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.generate.engine.request import Overflow
 from lit_llama.generate.flags import EXAMPLE_PROMPT, Asked, sampling_flags
 from lit_llama.text.prompts import StyleName
 
@@ -27,6 +28,7 @@ def main(
     limit: int | None = None,
     batch_size: int = 32,
     sampling: Asked,
+    overflow: Overflow = "error",
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
     quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
@@ -46,6 +48,8 @@ def main(
         limit: Only the first rows.
         batch_size: Rows answered together.
         sampling: How the tokens of answers are drawn.
+        overflow: Beyond what the model reads: error refuses; drop_oldest leaves out the oldest turns of a conversation,
+            and of an answer that becomes too long the oldest tokens, and says so.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
@@ -67,7 +71,7 @@ def main(
     folder.check_style(system)
     drawn = sampling.over(folder.sampling)
     llm = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size)
-    answer(llm, asked, drawn, output_file=output_file, system=system)
+    answer(llm, asked, drawn, output_file=output_file, system=system, overflow=overflow)
 
 
 if __name__ == "__main__":

@@ -62,21 +62,21 @@ class LLM:
     opening: str = ""
     model: LLaMA | None = None
 
-    def request(self, prompt: Sequence[int], sampling: Sampling, *, number: int = 0) -> Request:
-        """A request of the engine for a prompt, which ends at what ends a text here."""
+    def request(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Request:
+        """A request of the engine for a prompt, which ends at what ends a text here; the rest is as of Request."""
         stops = self.text(sampling).stop_ids
-        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), number=number)
+        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **more)
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling, *, number: int = 0, opening: str = "") -> "Stream":
+    def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.
 
         Args:
             prompt: Ids.
             sampling: How tokens are drawn, and where the text ends.
-            number: Of the answer, for its draws.
             opening: Text that is left out at the beginning.
+            more: Of the Request, such as its number.
         """
-        request = self.request(prompt, replace(sampling, n=1), number=number)
+        request = self.request(prompt, replace(sampling, n=1), **more)
         return Stream(self.engine.stream(request), self.text_behind(prompt, sampling, opening))
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> "Stream":

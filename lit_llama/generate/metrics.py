@@ -21,12 +21,14 @@ class Answer:
         stopped: Whether it ended by itself, and not at the limit.
         tokens: Made for it.
         error: Why it failed, with the text that it had until then.
+        dropped: Oldest tokens of prompt and answer that the model did not see any more at its end.
     """
 
     text: str
     stopped: bool
     tokens: int
     error: UserError | None = None
+    dropped: int = 0
 
     @property
     def finish_reason(self) -> FinishReason | Literal["error"]:

@@ -123,6 +123,10 @@ class DraftModel:
             self._publish(draft)
             self._pool.release(draft.blocks)
 
+    def trim(self) -> int:
+        """Give back the memory of its cache that no answer needs."""
+        return self._runner.reclaim(self._pool.trim())
+
     # ---- the model
 
     def _begin(self, asked: Sequence[Asked]) -> list[_Going]:

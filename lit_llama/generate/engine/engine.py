@@ -255,6 +255,16 @@ class Engine:
 
     # ---- what is going on
 
+    def trim(self) -> int:
+        """Forget what is known of prompts that are not being answered, and give its memory back to the system.
+
+        Returns:
+            Bytes given back: none on a GPU, or where the system does not promise them.
+        """
+        with self._lock:
+            given = self.runner.reclaim(self._scheduler.pool.trim())
+            return given + sum(guesser.trim() for guesser in self._answers.guessers)
+
     def statistics(self) -> Statistics:
         """Counts since the engine was made, and what there is now; amid a step, some of them are of before."""
         scheduler = self._scheduler  # without the lock, which is held as long as a step takes

@@ -51,6 +51,10 @@ class Guesser(Protocol):
         """Forget an answer, known or not."""
         ...
 
+    def trim(self) -> int:
+        """Give memory back to the system that no answer needs; how many bytes."""
+        ...
+
 
 class PromptLookups:
     """Prompt lookup in each of many answers."""
@@ -70,6 +74,10 @@ class PromptLookups:
     def forget(self, key: Hashable) -> None:
         """Forget what an answer holds."""
         self._lookups.pop(key, None)
+
+    def trim(self) -> int:
+        """Nothing, as answers need all that is held."""
+        return 0
 
 
 class PromptLookup:

@@ -75,7 +75,7 @@ class Faulty:
     def __init__(self, inner: Runner, fail: Iterator[Any]) -> None:
         self._inner, self._fail = inner, fail
         self.config, self.blocks, self.device, self.exact = inner.config, inner.blocks, inner.device, inner.exact
-        self.copy = inner.copy
+        self.copy, self.reclaim = inner.copy, inner.reclaim
         self.cleared: list[int] = []
 
     def logits(self, batch: PagedBatch) -> Tensor:

@@ -1,6 +1,7 @@
 """The engine on a tiny model: the same answers alone and in company, whatever joins, leaves, fails or is put off."""
 
 import math
+import sys
 import threading
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import tiny_model
 from engines import KINDS, alone, answers, engine, faulty, finish, prompts, requests, taken
 from torch import Tensor
 
+from lit_llama.device import resident_memory
 from lit_llama.errors import NumericalError, ResourceError, UserError
 from lit_llama.generate.engine.engine import EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
@@ -297,6 +299,31 @@ def test_a_window_keeps_only_what_is_seen() -> None:
         least = min(least, sum(block >= 0 for block in ticket.answers[0].sequence.blocks) if it.busy else 8)
         assert sum(block >= 0 for block in ticket.answers[0].sequence.blocks) <= 40 // BLOCK + 2
     assert taken(ticket) == expected[len(ids) :]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise of Linux")
+@pytest.mark.parametrize("kind", ["packed", "torch"])
+def test_memory_of_what_nobody_needs_goes_back_to_the_system(kind: str) -> None:
+    """Catches memory that is kept, and keys that are lost of an answer that goes on."""
+    it = engine(blocks=2000, kind=kind)
+    cache: Any = it.runner._cache  # type: ignore[attr-defined]
+    parts = [cache.blocks] if hasattr(cache, "blocks") else [cache.keys, cache.values]
+    whole = sum(part.nbytes for part in parts)
+    known, going = requests()[0], requests()[1]
+    expected = [answers(it, [request])[0] for request in (known, going)]
+    ticket = it.add(going)
+    it.step()
+    it.step()
+    for part in parts:  # all of it was used once
+        part[:, 20:] = 1
+    before = resident_memory()
+    given = it.trim()
+    assert 0.9 * whole < given < whole
+    assert resident_memory() < before - 0.8 * whole
+    finish(it)
+    assert taken(ticket) == expected[1]
+    reused = it.statistics().reused
+    assert answers(it, [known]) == expected[:1] and it.statistics().reused == reused
 
 
 def test_limits_that_leave_no_room_are_refused() -> None:

@@ -283,6 +283,15 @@ def test_a_full_queue_refuses_at_once(gated: tuple[EngineThread, Gate]) -> None:
     worker.close()
 
 
+def test_memory_is_given_back_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, trimmed = engine(), threading.Event()
+    monkeypatch.setattr(it, "trim", trimmed.set)
+    with EngineThread(it, trim_after=0.01) as worker:
+        assert len(ids(worker.submit(Request([1], KINDS[0])))) == 20
+        trimmed.wait()
+        assert len(ids(worker.submit(Request([1], KINDS[0])))) == 20
+
+
 def test_calls_are_made_between_steps() -> None:
     with EngineThread(engine()) as worker:
         assert worker.call(lambda engine: engine.adapters).result() == []

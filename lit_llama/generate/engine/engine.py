@@ -259,7 +259,7 @@ class Engine:
         """Forget what is known of prompts that are not being answered, and give its memory back to the system.
 
         Returns:
-            Bytes given back: none on a GPU, or where the system does not promise them.
+            Bytes that hold nothing now, whether they were used before or not: none on a GPU, or outside Linux.
         """
         with self._lock:
             given = self.runner.reclaim(self._scheduler.pool.trim())

@@ -134,12 +134,13 @@ def show(running: Sequence[Contender], read: float, size: int, load: float, out:
         say(f"share of the read-only pass: {found['share of the read-only pass']:.0%}")
         if "arrivals" in own.results:
             together, alone = own.seconds("arrivals"), own.seconds("one after another")
-            waits = sorted(own.results["arrivals"][0]["waits"])
+            waits, firsts = (sorted(own.results["arrivals"][0][key]) for key in ("waits", "firsts"))
             assert together and alone
             found["arrivals, against one after another"] = alone / together
             say(f"arrivals, against one after another: {alone / together:.2f}")
-            middle, late = waits[len(waits) // 2], waits[int(len(waits) * 0.99)]
-            say(f"time of a token: median {1000 * middle:.1f} ms, 99th percentile {1000 * late:.1f} ms")
+            for what, times in (("a further token", waits), ("the first token", firsts)):
+                middle, late = times[len(times) // 2], times[int(len(times) * 0.99)]
+                say(f"time of {what}: median {1000 * middle:.1f} ms, 99th percentile {1000 * late:.1f} ms")
         cold, known = own.seconds("prefill"), own.seconds("known")
         if cold and known:
             say(f"first token of the long prompt: {cold:.2f} s, with its beginning known {known:.3f} s")

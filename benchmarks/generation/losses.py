@@ -27,13 +27,14 @@ def held_out_losses(checkpoint_dir: Path, texts: Texts, ignored: int) -> list[di
         texts: Of which the tokens are scored whose labels are not ignored.
         ignored: The label of the others.
     """
-    texts, lines = list(texts), []
+    texts = list(texts)
+    lines: list[dict[str, Any]] = []
     ways: list[tuple[str, torch.dtype, Weights]] = [("float32", torch.float32, "stored")]
     ways += [("bfloat16" if held == "stored" else held, torch.bfloat16, held) for held in get_args(Weights)]
     for name, dtype, held in ways:
         packed = PackedLLaMA(load_model(checkpoint_dir), dtype, held, consume=True)
         loss = _loss(Engine(PackedRunner(packed, CACHE), config=EngineConfig(max_sequences=1)), texts, ignored)
-        first = lines[0]["loss"] if lines else loss
+        first = float(lines[0]["loss"]) if lines else loss
         lines.append({"weights": name, "loss": loss, "off": loss / first - 1, "bytes": packed.bytes})
     return lines
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.generation.worker import Result, serve
-from lit_llama.generate.engine.engine import Engine, EngineConfig
+from lit_llama.generate.engine.engine import Engine, EngineConfig, Ticket
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner
 from lit_llama.model.checkpoint import load_model
@@ -83,7 +83,8 @@ class Ours:
         return {"seconds": seconds, "tokens": len(more)}
 
     def arrivals(self, prompts: list[list[int]], tokens: int, rate: float, together: bool) -> Result:
-        """Requests that come over time: how long until all are answered, and the time that a token takes.
+        """Requests that come over time: how long until all are answered, the time until each answer begins, and the
+        time that each of its other tokens takes.
 
         Args:
             prompts: Of the requests.
@@ -96,7 +97,10 @@ class Ours:
         for ids in prompts:
             now += draw.expovariate(rate)
             due.append((now, ids))
-        start, waits, seen = time.perf_counter(), [], {}
+        start, seen = time.perf_counter(), {}
+        waits: list[float] = []
+        firsts: list[float] = []
+        begun: set[Ticket] = set()
         while due or engine.busy:
             clock = time.perf_counter() - start
             while due and due[0][0] <= clock:
@@ -109,12 +113,13 @@ class Ours:
             clock = time.perf_counter() - start
             for ticket in [ticket for ticket in seen if ticket.steps]:
                 ticket.steps.clear()
-                waits.append(clock - seen[ticket])
+                (waits if ticket in begun else firsts).append(clock - seen[ticket])
+                begun.add(ticket)
                 seen[ticket] = clock
                 if ticket.done:
                     del seen[ticket]
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": tokens * len(prompts), "waits": waits}
+        return {"seconds": seconds, "tokens": tokens * len(prompts), "waits": waits, "firsts": firsts}
 
 
 if __name__ == "__main__":

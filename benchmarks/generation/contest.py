@@ -145,6 +145,16 @@ def contenders(checkpoint_dir: Path, work_dir: Path, names: Sequence[str]) -> li
     return found
 
 
+def extractor(checkpoint_dir: Path, rows_file: Path) -> Contender | None:
+    """The process that answers in JSON; None where its model or its rows are missing."""
+    if not checkpoint_dir.is_dir() or not rows_file.is_file():
+        print(f"{checkpoint_dir} or {rows_file} is missing: no extraction; `make demo` makes them", file=sys.stderr)
+        return None
+    return Contender(
+        "extraction", [sys.executable, "-m", "benchmarks.generation.extraction", checkpoint_dir, rows_file]
+    )
+
+
 def start_up(checkpoint_dir: Path, rounds: int) -> dict[str, float]:
     """Seconds of a process that imports torch, and of one that prints the first token of an answer; medians."""
     script = ROOT / "generate" / "base.py"

@@ -1,5 +1,6 @@
 """Ours: the engine, with weights as they are stored or in 8 or 4 bits."""
 
+import os
 import random
 import sys
 import time
@@ -20,22 +21,29 @@ CACHE = 1 << 29
 
 def main(folder: Path, weights: Any) -> None:
     """Load and serve."""
-    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
-    model = load_model(folder, torch.device("cpu"), torch.bfloat16)
-    runner = PackedRunner(PackedLLaMA(model, torch.bfloat16, weights, consume=True), CACHE)
-    del model
-    made = Ours(runner)
-    serve({name: getattr(made, name) for name in ("answer", "batch", "prefill", "arrivals", "known")})
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    exact = weights == "f32"
+    dtype = torch.float32 if exact else torch.bfloat16
+    packed = PackedLLaMA(load_model(folder), dtype, "stored" if exact else weights, consume=True)
+    made = Ours(PackedRunner(packed, CACHE), packed.bytes)
+    tasks = ("answer", "batch", "prefill", "arrivals", "known", "sizes")
+    serve({name: getattr(made, name) for name in tasks})
 
 
 class Ours:
     """The tasks; each begins with an empty cache."""
 
-    def __init__(self, runner: PackedRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: PackedRunner, weights: int) -> None:
+        self._runner, self._weights = runner, weights
 
     def _engine(self, **options: Any) -> Engine:
         return Engine(self._runner, config=EngineConfig(**options))
+
+    def sizes(self) -> Result:
+        """Bytes of the weights, and of the blocks of the cache that were written."""
+        blocks = self._runner._cache.blocks  # (layers, blocks, ...)
+        written = int(blocks[0].flatten(1).any(1).sum())
+        return {"weights": self._weights, "touched": written * blocks.nbytes // blocks.shape[1]}
 
     def answer(self, ids: list[int], tokens: int, guess: bool = False) -> Result:
         """One greedy answer: time from its first token to its last, and its ids."""

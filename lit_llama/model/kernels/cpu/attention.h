@@ -80,31 +80,41 @@ struct Part {
 static const index_t SCORES = CHUNK + 16;  // between rows: an odd number of lines, as even ones meet in the cache
 template <typename E> static constexpr index_t CHANCES = CHUNK + 64 / (index_t)sizeof(E);
 
-template <typename E> static inline void weights_of(const Attending<E> &a, Part &part, const float *scores, E *chances,
-                                                    index_t first, index_t wide) {
+// Exponentials of one row of scores, of which [from, to) are seen.
+template <typename E>
+static inline void weights_of_row(E *chances, float *row, index_t from, index_t to, index_t wide, float scale,
+                                  float &row_peak, float &row_total) {
+    std::fill(row, row + from, -__builtin_inff());
+    std::fill(row + to, row + wide, -__builtin_inff());
+    lanes most[2] = {load(row), load(row + W)};
+    for (index_t j = 2 * W; j < wide; j += 2 * W)
+        most[0] = larger(most[0], load(row + j)), most[1] = larger(most[1], load(row + j + W));
+    const float peak = largest(larger(most[0], most[1])) * scale;
+    lanes total = {};
+#pragma GCC unroll 4
+    for (index_t j = 0; j < wide; j += W) {
+        const lanes p = exponential(load(row + j) * scale - peak);
+        total += p;
+        store_row(chances + j, p);
+    }
+    row_peak = peak, row_total = sum(total);
+}
+template <typename E>
+static inline void weights_of(const Attending<E> &a, Part &part, float *scores, E *chances, index_t first, index_t wide) {
     const float scale = 1.0f / std::sqrt((float)a.m.head_dim);
-    for (index_t r = 0; r < a.rows(); r++) {
-        const index_t position = a.s.positions[a.low + r / a.share()];
+    const index_t share = a.share();
+    for (index_t t = a.low, r = 0; t < a.high; t++) {
+        const index_t position = a.s.positions[t];
         const index_t from = std::min(std::max<index_t>(position - a.l.window + 1 - first, 0), wide);
         const index_t to = std::min(std::max<index_t>(position + 1 - first, 0), wide);
-        float *row = (float *)scores + r * SCORES;
-        part.peak[r] = -__builtin_inff(), part.total[r] = 0;
-        if (from >= to) {
-            std::fill(chances + r * CHANCES<E>, chances + r * CHANCES<E> + wide, E{});
-            continue;
+        for (index_t i = 0; i < share; i++, r++) {
+            E *own = chances + r * CHANCES<E>;
+            part.peak[r] = -__builtin_inff(), part.total[r] = 0;
+            if (from < to)
+                weights_of_row(own, scores + r * SCORES, from, to, wide, scale, part.peak[r], part.total[r]);
+            else
+                std::fill(own, own + wide, E{});
         }
-        std::fill(row, row + from, -__builtin_inff());
-        std::fill(row + to, row + wide, -__builtin_inff());
-        lanes most = all(-__builtin_inff());
-        for (index_t j = 0; j < wide; j += W) most = larger(most, load(row + j));
-        const float peak = largest(most) * scale;
-        lanes total = {};
-        for (index_t j = 0; j < wide; j += W) {
-            const lanes p = exponential(load(row + j) * scale - peak);
-            total += p;
-            store(chances + r * CHANCES<E> + j, p);
-        }
-        part.peak[r] = peak, part.total[r] = sum(total);
     }
 }
 

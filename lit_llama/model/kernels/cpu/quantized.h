@@ -133,7 +133,7 @@ static inline void last_rows_of_codes(index_t rows, float *c, const Codes &x, in
     rows_of_codes<BITS, M>(c, x, row, rest...);
 }
 
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 static const int SEVERAL = 2; // groups between whose products others are scaled
 
 // Two blocks of codes of 4 bits, as the tiles want them.
@@ -238,7 +238,7 @@ template <int BITS> struct PairOfCodes {
         const index_t size = k / 4 * BLOCK * Kind<BITS>::BYTES;
         const uint16_t *right_scales = scales + k / Kind<BITS>::GROUP * BLOCK;
         x.at += first * x.sk, x.scales += first * x.sg, x.sums += first * x.sg;
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
         if (rows > FEW) {
             const uint8_t *right = unpacked + BLOCK * k;
             if (rows > BLOCK) tiles_of_codes<BITS, true>(c, x, rows, unpacked, right, scales, right_scales, k, soon);

@@ -58,7 +58,7 @@ def say(conversation: Conversation, text: str) -> str:
 
 def fresh(engine: Engine) -> Engine:
     """Another engine on the same model, whose cache is empty."""
-    runner = engine._runner
+    runner = engine.runner
     assert isinstance(runner, PackedRunner | TorchRunner)
     return Engine(type(runner)(runner._model, 1 << 22), tokens=engine._tokens)  # type: ignore[arg-type]
 
@@ -131,7 +131,7 @@ def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(
         if calls == step + 1:
             raise KeyboardInterrupt
 
-    runner = llm.engine._runner
+    runner = llm.engine.runner
     compute = runner.logits
 
     def interrupted(batch: Any) -> Any:
@@ -322,7 +322,7 @@ def test_ctrl_c_during_an_answer_keeps_the_conversation(
     llm: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long answer that cannot be stopped without losing everything."""
-    calls, runner = 0, llm.engine._runner
+    calls, runner = 0, llm.engine.runner
     compute = runner.logits
 
     def interrupted(batch: Any) -> Any:

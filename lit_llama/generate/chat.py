@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from lit_llama.console import Results
 from lit_llama.errors import UserError
 from lit_llama.generate.answer import ended
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.llm import LLM, report
+from lit_llama.generate.overflow import fitted_messages
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 
@@ -24,6 +25,7 @@ class Conversation:
         llm: Who answers.
         sampling: How tokens are drawn, and where an answer ends.
         system: Message that it begins with.
+        overflow: Beyond what the model reads: refuse the message, or leave out the oldest turns, aloud.
 
     Attributes:
         messages: So far.
@@ -33,8 +35,8 @@ class Conversation:
         UserError: The prompt style has no system message.
     """
 
-    def __init__(self, llm: LLM, sampling: Sampling, system: str = "") -> None:
-        self._speaker, self._sampling = llm, sampling
+    def __init__(self, llm: LLM, sampling: Sampling, system: str = "", overflow: Overflow = "drop_oldest") -> None:
+        self._speaker, self._sampling, self._overflow = llm, sampling, overflow
         self._style = llm.require_style()
         self.messages: list[dict[str, str]] = []
         self.answer = llm.text(sampling)
@@ -64,25 +66,21 @@ class Conversation:
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """Messages and their prompt; the oldest turns are left out, aloud, beyond what the model reads."""
         limit = self._speaker.config.context_length - self._sampling.max_new_tokens
-        first = 1 if messages[0]["role"] == "system" else 0
-        dropped = 0
-        while True:
-            prompt = prompt_ids(self._speaker.tokenizer, self._style, messages)
-            if len(prompt) <= limit:
-                break
-            if len(messages) - first < 3:
-                raise UserError(
-                    f"the message has {len(prompt)} tokens, but only {max(limit, 0)} fit beside an answer of "
-                    f"--max_new_tokens {self._sampling.max_new_tokens}"
-                )
-            del messages[first : first + 2]
-            dropped += 1
-        if dropped:
-            stderr().print(f"(the conversation is too long for the model: {dropped} oldest turns are forgotten)")
-        return messages, prompt
+        fitted = fitted_messages(self._speaker, messages, limit, self._overflow)
+        if len(fitted.ids) > limit:
+            what = "the message has" if self._overflow == "drop_oldest" else "the conversation would have"
+            raise UserError(
+                f"{what} {len(fitted.ids)} tokens, but only {max(limit, 0)} fit beside an answer of "
+                f"--max_new_tokens {self._sampling.max_new_tokens}"
+            )
+        if fitted.dropped:
+            stderr().print(f"(the conversation is too long for the model: {fitted.dropped} oldest turns are forgotten)")
+        return [dict(message) for message in fitted.messages], fitted.ids
 
 
-def talk(llm: LLM, sampling: Sampling, read: Callable[[], str], system: str = "") -> None:
+def talk(
+    llm: LLM, sampling: Sampling, read: Callable[[], str], system: str = "", overflow: Overflow = "drop_oldest"
+) -> None:
     """Read messages until the end of input; answers go to stdout, everything else to stderr.
 
     Args:
@@ -90,10 +88,11 @@ def talk(llm: LLM, sampling: Sampling, read: Callable[[], str], system: str = ""
         sampling: How tokens are drawn, and where an answer ends.
         read: Gives the next message; EOFError ends the conversation, KeyboardInterrupt drops the line.
         system: Message that conversations begin with.
+        overflow: See Conversation.
     """
     say = stderr().print
     say(HELP)
-    conversation = Conversation(llm, sampling, system)
+    conversation = Conversation(llm, sampling, system, overflow)
     while True:
         try:
             text = read().strip()
@@ -107,7 +106,7 @@ def talk(llm: LLM, sampling: Sampling, read: Callable[[], str], system: str = ""
         if command == "/quit":
             return
         if command == "/new" or (command == "/system" and rest):
-            conversation = _begin(llm, sampling, rest if command == "/system" else system)
+            conversation = _begin(llm, sampling, rest if command == "/system" else system, overflow)
             continue
         if command.startswith("/"):
             say(f"unknown command {text}; {HELP}")
@@ -115,13 +114,13 @@ def talk(llm: LLM, sampling: Sampling, read: Callable[[], str], system: str = ""
         _answer(conversation, text, llm, sampling)
 
 
-def _begin(llm: LLM, sampling: Sampling, system: str) -> Conversation:
+def _begin(llm: LLM, sampling: Sampling, system: str, overflow: Overflow) -> Conversation:
     """A new conversation; without a system message, said, where the style has none."""
     try:
-        return Conversation(llm, sampling, system)
+        return Conversation(llm, sampling, system, overflow)
     except UserError as error:
         stderr().print(f"({error})")
-        return Conversation(llm, sampling)
+        return Conversation(llm, sampling, overflow=overflow)
 
 
 def _answer(conversation: Conversation, text: str, llm: LLM, sampling: Sampling) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -121,11 +122,19 @@ def named(row: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 def _passages(source: Source) -> Iterator[Entry]:
     for path in expand(source.documents or (), (*TEXT_ENDINGS, *PAGES)):
-        text = "".join(raw.value["text"] for raw in read_documents(path, "file") if raw.value is not None)
         if path.suffix.lower() in PAGES:
-            text = page_text(text)
+            text = page_text(_page(path))
+        else:
+            text = "".join(raw.value["text"] for raw in read_documents(path, "file") if raw.value is not None)
         for number, passage in enumerate(cut(text, source.length), 1):
             yield Entry(f"{path}:passage {number}", {"text": passage, "file": path.name, "number": number})
+
+
+def _page(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; save the page as UTF-8") from error
 
 
 def cut(text: str, length: int) -> Iterator[str]:
@@ -172,8 +181,7 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:
-            self.parts.append(" ".join(data.split()) if data.strip() else " ")
-            self.parts.append(" " if data[-1:].isspace() else "")
+            self.parts.append(re.sub(r"\s+", " ", data))
 
 
 def page_text(html: str) -> str:

@@ -13,11 +13,11 @@ from typing import Any, Literal, cast, get_args
 
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.rows.fields import RESERVED, check_keys, check_name, check_names, count, group, load_yaml, word
 from lit_llama.generate.rows.names import expression_names, template_names
 
 Kind = Literal["sample", "template", "expression", "prompt", "user_turn", "call", "check", "require", "choose"]
 Output = Literal["alpaca", "messages", "preference"]
-RESERVED = ("parameters", "row")
 _BESIDE: Mapping[str, tuple[str, ...]] = {"prompt": ("system", "schema", "sampling"), "user_turn": ("sampling",)}
 _PARTS = {"alpaca": ("instruction", "input", "output"), "preference": ("prompt", "chosen", "rejected")}
 _SAMPLING = {
@@ -154,24 +154,26 @@ def read_recipe(
         UserError: Something is wrong; the message names the place in the recipe.
     """
     text, place = _text(str(recipe))
-    value = _loaded(text, place)
-    _known(value, ("rows", "give_up_after", "parameters", "sources", "columns", "output", "filters"), place, "recipe")
+    value = load_yaml(text, place)
+    check_keys(
+        value, ("rows", "give_up_after", "parameters", "sources", "columns", "output", "filters"), place, "recipe"
+    )
     given = _parameters(value.get("parameters"), parameters or {}, place)
     sources = _sources(value.get("sources"), place, None if seeds is None else str(seeds), documents)
     columns = _columns(value.get("columns"), place, {source.name for source in sources}, given)
     kind, output = _output(value.get("output"), place)
     names = {*RESERVED, *(source.name for source in sources), *(column.name for column in columns)}
     for where, template in _templates(output):
-        _check_names(template_names(template, f"{place}: output.{where}"), names, f"{place}: output.{where}")
-    filters = _group(Filters, value.get("filters") or {}, f"{place}: filters")
+        check_names(template_names(template, f"{place}: output.{where}"), names, f"{place}: output.{where}")
+    filters = group(Filters, value.get("filters") or {}, f"{place}: filters")
     _check_filters(filters, columns, place)
     decided = {key: entry for key, entry in value.items() if key not in ("rows", "give_up_after")}
     asked = [decided, dict(given), seeds and str(seeds), documents and list(documents)]
     return Recipe(
         name=Path(str(recipe)).name.removesuffix(".yaml"),
         place=place,
-        rows=_count(value.get("rows", 100), f"{place}: rows"),
-        give_up_after=_count(value.get("give_up_after", 200), f"{place}: give_up_after"),
+        rows=count(value.get("rows", 100), f"{place}: rows"),
+        give_up_after=count(value.get("give_up_after", 200), f"{place}: give_up_after"),
         parameters=given,
         sources=sources,
         columns=columns,
@@ -196,43 +198,10 @@ def _text(recipe: str) -> tuple[str, str]:
         raise UserError(f"{recipe} is not UTF-8 at byte {error.start}") from error
 
 
-def _loaded(text: str, place: str) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice, of which the last would silently win."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise UserError(f"{place}: line {node.start_mark.line + 1}: the key {twice[0]} stands there twice")
-            return super().construct_mapping(node, deep)
-
-    try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{place} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place} holds {_word(value)}, expected a recipe with columns and output")
-    return value
-
-
-def _known(value: Any, keys: Sequence[str], place: str, what: str) -> None:
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: found {_word(value)}, expected the settings of a {what}")
-    for key in value:
-        if key not in keys:
-            close = difflib.get_close_matches(str(key), keys, 1)
-            raise UserError(
-                f"{place}: a {what} has no {key!r}"
-                + (f"; did you mean {close[0]}?" if close else f": {', '.join(keys)}")
-            )
-
-
 def _parameters(value: Any, given: Mapping[str, str], place: str) -> dict[str, str]:
     value = value or {}
     if not isinstance(value, dict):
-        raise UserError(f"{place}: parameters: found {_word(value)}, expected names with their values")
+        raise UserError(f"{place}: parameters: found {word(value)}, expected names with their values")
     if unknown := [name for name in given if name not in value]:
         raise UserError(f"{place} has no parameter {unknown[0]!r}; it has {', '.join(value) or 'none'}")
     found = {**value, **given}
@@ -244,14 +213,14 @@ def _parameters(value: Any, given: Mapping[str, str], place: str) -> dict[str, s
 def _sources(value: Any, place: str, seeds: str | None, documents: Sequence[str] | None) -> list[Source]:
     value = value or {}
     if not isinstance(value, dict):
-        raise UserError(f"{place}: sources: found {_word(value)}, expected names with their settings")
+        raise UserError(f"{place}: sources: found {word(value)}, expected names with their settings")
     for name, given in (("seeds", seeds), ("documents", documents)):
         if given is not None and name not in value:
             raise UserError(f"{place} has no source {name}, so --{name} would be of no use")
     found = []
     for name, settings in value.items():
         where = f"{place}: sources.{name}"
-        _check_name(name, where)
+        check_name(name, where)
         settings = dict(settings) if isinstance(settings, dict) else settings
         if name == "seeds" and seeds is not None:
             settings["rows"] = seeds
@@ -259,13 +228,13 @@ def _sources(value: Any, place: str, seeds: str | None, documents: Sequence[str]
             settings["documents"] = list(documents)
         elif isinstance(settings, dict) and isinstance(settings.get("documents"), str):
             settings["documents"] = [settings["documents"]]
-        source = _group(Source, settings, where, name=name)
+        source = group(Source, settings, where, name=name)
         if (source.rows is None) == (source.documents is None):
             if source.rows is None and name in ("seeds", "documents"):
                 raise UserError(f"{where}: nothing is named; give files with --{name}")
             raise UserError(f"{where}: expected either rows or documents")
         for key in ("draw", "length"):
-            _count(getattr(source, key), f"{where}.{key}")
+            count(getattr(source, key), f"{where}.{key}")
         if not 0 <= source.accepted <= source.draw:
             raise UserError(f"{where}.accepted is {source.accepted}, expected 0 to draw, {source.draw}")
         found.append(source)
@@ -274,7 +243,7 @@ def _sources(value: Any, place: str, seeds: str | None, documents: Sequence[str]
 
 def _columns(value: Any, place: str, sources: set[str], parameters: Mapping[str, str]) -> list[Column]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{place}: columns: found {_word(value)}, expected a list of columns")
+        raise UserError(f"{place}: columns: found {word(value)}, expected a list of columns")
     columns: list[Column] = []
     needs: list[tuple[str, set[str]]] = []
     for index, settings in enumerate(value):
@@ -292,16 +261,16 @@ def _columns(value: Any, place: str, sources: set[str], parameters: Mapping[str,
         known = {*RESERVED, *sources, *order[:index]}
         if later := sorted(names & {*order[index:]}):
             raise UserError(f"{where} uses {later[0]}, which stands below it: columns are made in their order")
-        _check_names(names, known, where)
+        check_names(names, known, where)
     return columns
 
 
 def _column(settings: Any, where: str, parameters: Mapping[str, str]) -> Column:
     kinds = get_args(Kind)
-    _known(settings, ("name", *kinds, "system", "schema", "sampling"), where, "column")
+    check_keys(settings, ("name", *kinds, "system", "schema", "sampling"), where, "column")
     if not isinstance(settings.get("name"), str):
         raise UserError(f"{where}: has no name")
-    _check_name(settings["name"], where)
+    check_name(settings["name"], where)
     given = [kind for kind in kinds if kind in settings]
     if len(given) != 1:
         found = " and ".join(given) or "none"
@@ -318,7 +287,7 @@ def _column(settings: Any, where: str, parameters: Mapping[str, str]) -> Column:
         more["sampling"] = _sampling(settings["sampling"], where)
     if "system" in settings:
         if not isinstance(settings["system"], str):
-            raise UserError(f"{where}: system is {_word(settings['system'])}, expected a template")
+            raise UserError(f"{where}: system is {word(settings['system'])}, expected a template")
         more["system"] = settings["system"]
     return Column(name=settings["name"], kind=kind, value=value, **more)
 
@@ -327,7 +296,7 @@ def _value(kind: Kind, value: Any, where: str, parameters: Mapping[str, str]) ->
     if kind == "sample":
         return _weights(value, where)
     if kind == "choose":
-        _known(value, ("from", "by", "which"), f"{where}.choose", "choice")
+        check_keys(value, ("from", "by", "which"), f"{where}.choose", "choice")
         if value.get("which", "best") not in ("best", "worst"):
             raise UserError(f"{where}.choose.which is {value['which']!r}, expected best or worst")
         if not isinstance(value.get("from"), str):
@@ -335,7 +304,7 @@ def _value(kind: Kind, value: Any, where: str, parameters: Mapping[str, str]) ->
         path = _path(value.get("by"), f"{where}.choose.by", parameters)
         return {"from": value["from"], "by": path, "which": value.get("which", "best")}
     if not isinstance(value, str) or (kind != "user_turn" and not value.strip()):
-        raise UserError(f"{where}: {kind} is {_word(value)}, expected text")
+        raise UserError(f"{where}: {kind} is {word(value)}, expected text")
     return _path(value, f"{where}.{kind}", parameters) if kind in ("call", "check") else value
 
 
@@ -344,7 +313,7 @@ def _weights(value: Any, where: str) -> list[tuple[Any, float]]:
     if isinstance(value, dict | list):
         pairs = list(value.items()) if isinstance(value, dict) else [(entry, 1.0) for entry in value]
     if not pairs:
-        raise UserError(f"{where}: sample is {_word(value)}, expected values, or values with their weights")
+        raise UserError(f"{where}: sample is {word(value)}, expected values, or values with their weights")
     for entry, weight in pairs:
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
             raise UserError(f"{where}: sample: the weight of {entry!r} is {weight!r}, expected a number above 0")
@@ -359,7 +328,7 @@ def _path(value: Any, where: str, parameters: Mapping[str, str]) -> str:
             raise UserError(f"{where}: there is no parameter {name}")
         value = parameters[name]
     if not isinstance(value, str):
-        raise UserError(f"{where} is {_word(value)}, expected a callable as package.module:name")
+        raise UserError(f"{where} is {word(value)}, expected a callable as package.module:name")
     load_callable(value, where)
     return value
 
@@ -394,7 +363,7 @@ def load_callable(path: str, where: str) -> Callable[..., Any]:
 
 def _schema(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: schema is {_word(value)}, expected a JSON schema")
+        raise UserError(f"{where}: schema is {word(value)}, expected a JSON schema")
     from lit_llama.generate.rows.schema import Validator
 
     try:
@@ -407,7 +376,7 @@ def _schema(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _sampling(value: Any, where: str) -> Sampling:
-    _known(value, sorted(_SAMPLING), f"{where}.sampling", "sampling")
+    check_keys(value, sorted(_SAMPLING), f"{where}.sampling", "sampling")
     default = {
         item.name: getattr(Column(name="", kind="prompt", value="").sampling, item.name) for item in fields(Sampling)
     }
@@ -419,29 +388,29 @@ def _sampling(value: Any, where: str) -> Sampling:
 
 def _output(value: Any, place: str) -> tuple[Output, Mapping[str, Any]]:
     kinds = get_args(Output)
-    _known(value, kinds, f"{place}: output", "output")
+    check_keys(value, kinds, f"{place}: output", "output")
     if len(value) != 1:
         raise UserError(f"{place}: output: found {len(value)} kinds, expected one of {', '.join(kinds)}")
     (kind, parts), *_ = value.items()
     where = f"{place}: output.{kind}"
     if kind == "messages":
         if not isinstance(parts, list) or not parts:
-            raise UserError(f"{where}: found {_word(parts)}, expected a list of role and content")
+            raise UserError(f"{where}: found {word(parts)}, expected a list of role and content")
         for index, message in enumerate(parts):
-            _known(message, ("role", "content"), f"{where}[{index}]", "message")
+            check_keys(message, ("role", "content"), f"{where}[{index}]", "message")
             if message.get("role") not in ("system", "user", "assistant"):
                 raise UserError(f"{where}[{index}].role is {message.get('role')!r}, expected system, user or assistant")
         if parts[-1]["role"] != "assistant":
             raise UserError(f"{where} ends with the {parts[-1]['role']}, expected the assistant")
         parts = {"messages": parts}
     else:
-        _known(parts, _PARTS[kind], where, f"row of {kind}")
+        check_keys(parts, _PARTS[kind], where, f"row of {kind}")
         needed = set(_PARTS[kind]) - {"input"}
         if missing := sorted(needed - parts.keys()):
             raise UserError(f"{where} has no {missing[0]}")
     for name, template in _templates(parts):
         if not isinstance(template, str):
-            raise UserError(f"{where}.{name} is {_word(template)}, expected a template")
+            raise UserError(f"{where}.{name} is {word(template)}, expected a template")
     return kind, parts
 
 
@@ -457,7 +426,7 @@ def _check_filters(filters: Filters, columns: Sequence[Column], place: str) -> N
 
     if filters.rouge is not None and not 0 < filters.rouge <= 1:
         raise UserError(f"{place}: filters.rouge is {filters.rouge}, expected a number above 0 and at most 1, or null")
-    _check_names(set(filters.rouge_of), {column.name for column in columns}, f"{place}: filters.rouge_of")
+    check_names(set(filters.rouge_of), {column.name for column in columns}, f"{place}: filters.rouge_of")
     if not 0 <= filters.min_characters <= filters.max_characters:
         raise UserError(f"{place}: filters.min_characters is {filters.min_characters}, expected 0 to max_characters")
     if wrong := [name for name in filters.scripts or () if name not in SCRIPTS]:
@@ -483,61 +452,3 @@ def _check_circles(place: str, needs: Mapping[str, set[str]]) -> None:
             if not following:
                 break
             path.append(following[0])
-
-
-def _check_names(names: set[str], known: set[str], where: str) -> None:
-    for name in sorted(names - known):
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; known there are {', '.join(sorted(known - {*RESERVED}))}"
-        raise UserError(f"{where}: there is no column or source {name}{hint}")
-
-
-def _check_name(name: Any, where: str) -> None:
-    if not isinstance(name, str) or not name.isidentifier() or name.startswith("_") or name in RESERVED:
-        raise UserError(f"{where}: {name!r} is no name for a column or source: letters, digits and _ make one")
-
-
-def _count(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where} is {value!r}, expected 1 or more")
-    return value
-
-
-def _group(kind: type[Any], settings: Any, where: str, **more: Any) -> Any:
-    """A frozen group of settings out of a mapping, each value of the kind that it has to be."""
-    names = {item.name: item for item in fields(kind) if item.name not in more}
-    _known(settings, list(names), where, kind.__name__.lower())
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        value = tuple(value) if isinstance(value, list) else value
-        expected = _spelled(names[key].type)
-        if not _is_of(value, expected):
-            raise UserError(f"{where}.{key} is {value!r}, expected {_EXPECTED.get(expected, expected)}")
-        values[key] = value
-    return kind(**values, **more)
-
-
-_EXPECTED = {"tuple[str, ...] | None": "a list of texts, or null", "tuple[str, ...]": "a list of texts"}
-
-
-def _spelled(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
-
-
-def _is_of(value: Any, kind: str) -> bool:
-    if value is None:
-        return "None" in kind
-    if kind.startswith("tuple"):
-        return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
-    if kind.startswith("Literal"):
-        return isinstance(value, str) and f"{value!r}" in kind.replace('"', "'")
-    if kind.startswith("bool") or isinstance(value, bool):
-        return kind.startswith("bool") and isinstance(value, bool)
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
-    return isinstance(value, kinds[kind.split(" ")[0]])
-
-
-def _word(value: Any) -> str:
-    from lit_llama.text.read.raw import kind
-
-    return "nothing" if value is None else kind(value)

@@ -53,7 +53,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(tiny_folder: Path, tmp_pa
             {
                 "name": "q",
                 "prompt": "ask {{ n }}",
-                "sampling": {"temperature": 1, "min_new_tokens": 8, "max_new_tokens": 9},
+                "sampling": sampling,
             },
         ],
         "output": {"alpaca": {"instruction": "{{ n }}", "output": "{{ q }}"}},

@@ -16,10 +16,10 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Request, Sampling
+from lit_llama.generate.evaluate.metrics import Answer as Answer
+from lit_llama.generate.evaluate.metrics import measure as measure
+from lit_llama.generate.evaluate.metrics import notes
 from lit_llama.generate.llm import LLM, report
-from lit_llama.generate.metrics import Answer as Answer
-from lit_llama.generate.metrics import measure as measure
-from lit_llama.generate.metrics import notes
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
 from lit_llama.text.conversation import Message
@@ -132,25 +132,26 @@ def answer_all(llm: LLM, examples: Sequence[Example], sampling: Sampling, system
         task = progress.add_task("answering", total=len(prompts))
         # Prompts of similar length next to each other: those that begin alike are found, and fewer wait for others.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        made = answer_requests(llm, [requests[row] for row in order], lambda: progress.advance(task))
+        made = answer_requests(llm, [requests[row] for row in order], lambda *_: progress.advance(task))
     answers = dict(zip(order, made, strict=True))
     return [answer for row in range(len(prompts)) for answer in answers[row]]
 
 
 def answer_requests(
-    llm: LLM, requests: Sequence[Request], done: Callable[[], object] = lambda: None
+    llm: LLM, requests: Sequence[Request], done: Callable[[int, list[Answer]], object] = lambda *_: None
 ) -> list[list[Answer]]:
     """Answer requests, all at once: of each its `n` answers.
 
     Args:
         llm: Who is asked.
         requests: Made by `LLM.request`.
-        done: Called when one is answered.
+        done: Called with the number of a request and its answers, when it is answered.
 
     Raises:
         UserError: One failed; the others are given up.
     """
     engine, waiting = llm.engine, deque(range(len(requests)))
+    made: dict[int, list[Answer]] = {}
     tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
     texts = [[llm.text_behind(r.ids, r.sampling, llm.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
@@ -172,17 +173,15 @@ def answer_requests(
                     raise ticket.error
                 if ticket.done and not ticket.steps:
                     del tickets[index]
-                    done()
+                    made[index] = [
+                        Answer("".join(part), text.finish_reason == "stop", text.tokens)
+                        for part, text in zip(parts[index], texts[index], strict=True)
+                    ]
+                    done(index, made[index])
     finally:
         for ticket in tickets.values():
             engine.abort(ticket)
-    return [
-        [
-            Answer("".join(part), text.finish_reason == "stop", text.tokens)
-            for part, text in zip(own, their, strict=True)
-        ]
-        for own, their in zip(parts, texts, strict=True)
-    ]
+    return [made[index] for index in range(len(requests))]
 
 
 def answer(

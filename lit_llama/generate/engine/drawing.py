@@ -154,7 +154,9 @@ class Drawing:
         if not len(logits):
             return
         top = answer.ticket.request.prompt_logprobs or 0
-        first = part.start + 1
+        start = part.sequence.scored or 0
+        first = max(part.start, start) + 1
+        answer.scores = answer.scores or [None] * start
         ids = torch.tensor(part.sequence.ids[first : first + len(logits)], device=logits.device)
         found = token_logprobs(logits[: len(ids), : self._width], ids, top)
         chosen, tops, values = (x.tolist() for x in found)

@@ -152,9 +152,11 @@ class Request:
         number: Tells the draws of requests apart that share a seed, such as the rows of a file.
         prompt_logprobs: Give the log-probability of each token of the prompt, and of so many most likely ones beside
             it; None for none.
+        scored_from: With prompt_logprobs, give them from this token of the prompt on only; what comes before need not
+            be computed where it is known.
 
     Raises:
-        UserError: The prompt is empty or holds what is no id.
+        UserError: The prompt is empty or holds what is no id, or nothing of it is to be scored.
     """
 
     ids: Sequence[int]
@@ -164,6 +166,7 @@ class Request:
     priority: int = 0
     number: int = 0
     prompt_logprobs: int | None = None
+    scored_from: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(self.ids))
@@ -171,6 +174,8 @@ class Request:
             raise UserError("the prompt is empty, expected at least one token")
         if wrong := [token for token in self.ids if not _is_id(token)]:
             raise UserError(f"the prompt holds {wrong[0]!r}, expected token ids, which are 0 or more")
+        if not 0 <= self.scored_from < len(self.ids):
+            raise UserError(f"the prompt is scored from token {self.scored_from} on, expected 0 to {len(self.ids) - 1}")
         if not 0 <= self.number <= 0xFFFF_FFFF:
             raise UserError(f"the number of the request is {self.number}, expected 0 to {0xFFFF_FFFF}")
 
@@ -201,7 +206,8 @@ class Step:
         logprobs: Of each of them, where asked for.
         finish_reason: None while the answer goes on.
         answer: Which of the `n` answers, from 0.
-        prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first.
+        prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first and for those
+            that are not scored.
     """
 
     ids: tuple[int, ...]

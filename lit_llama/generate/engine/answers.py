@@ -76,6 +76,7 @@ class Answers:
         self.made += len(ids)
         self._leave(answer)
         answer.ticket.steps.append(step)
+        answer.ticket.tell()
 
     def fail(self, answer: Answer, error: UserError) -> None:
         """End a request with an error; the blocks that it computed are not used again."""
@@ -83,6 +84,7 @@ class Answers:
         for other in answer.ticket.answers:
             if other.sequence in self.live:
                 self._leave(other, damaged=True)
+        answer.ticket.tell()
 
     def _leave(self, answer: Answer, *, damaged: bool = False) -> None:
         for block in self._scheduler.finish(answer.sequence, damaged=damaged):

@@ -111,6 +111,7 @@ class Drawing:
             return []
         self._answers.made += len(new)
         answer.ticket.steps.append(Step(tuple(new), tuple(given), None, answer.index))
+        answer.ticket.tell()
         if answer.lookup is not None and sequence.pending == 1:
             room = sampling.max_new_tokens - answer.made - 1
             sequence.guesses = [token for token in answer.lookup.guess(sequence.ids, room) if token < self._width]

@@ -6,7 +6,7 @@ company, after a prefix that was found computed, and after having been put off.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -61,8 +61,12 @@ class Engine:
 
     # ---- requests
 
-    def add(self, request: Request) -> Ticket:
+    def add(self, request: Request, notify: Callable[[], object] | None = None) -> Ticket:
         """Take a request in; its first step comes with one of the next calls of `step`.
+
+        Args:
+            request: What is asked.
+            notify: See `Ticket.notify`.
 
         Raises:
             UserError: It cannot be answered: an id that is no token, an unknown adapter, longer than the model reads or
@@ -73,7 +77,7 @@ class Engine:
             if request.adapter is None and self.default_adapter is not None:
                 request = replace(request, adapter=self.default_adapter)
             self.check_request(request)
-            ticket = Ticket(request)
+            ticket = Ticket(request, notify=notify)
             sampling = request.sampling
             first: Sequence | None = None
             for index in range(sampling.n):
@@ -158,11 +162,16 @@ class Engine:
                 return
             self.step()
 
-    def close(self) -> None:
-        """Abort everything and take nothing in any more."""
+    def abort_all(self) -> None:
+        """End every request that is there."""
         with self._lock:
             for answer in list(self._answers.live.values()):
                 self._answers.end(answer, (), (), "abort")
+
+    def close(self) -> None:
+        """Abort everything and take nothing in any more."""
+        with self._lock:
+            self.abort_all()
             self.closed = True
 
     # ---- adapters
@@ -217,7 +226,7 @@ class Engine:
                     self._runner.copy(source, destination)
                 parts = sorted(plan.parts, key=lambda part: part.sequence.adapter or "")
                 logits = self._runner.logits(_batch(parts))
-            except MemoryError:
+            except (MemoryError, torch.OutOfMemoryError):
                 self._restart(plan)
                 self._answers.fail(
                     self._answers.live[max((part.sequence for part in plan.parts), key=lambda s: s.order)],
@@ -238,22 +247,21 @@ class Engine:
     # ---- what is going on
 
     def statistics(self) -> Statistics:
-        """Counts since the engine was made, and what there is now."""
-        with self._lock:
-            scheduler = self._scheduler
-            return Statistics(
-                running=len(scheduler.running),
-                waiting=len(scheduler.waiting),
-                steps=scheduler.steps,
-                computed=self._computed,
-                reused=self._answers.reused,
-                made=self._answers.made,
-                guessed=self._drawing.guessed,
-                guessed_right=self._drawing.right,
-                preemptions=scheduler.preemptions,
-                blocks=scheduler.pool.count,
-                blocks_free=scheduler.pool.available,
-            )
+        """Counts since the engine was made, and what there is now; amid a step, some of them are of before."""
+        scheduler = self._scheduler  # without the lock, which is held as long as a step takes
+        return Statistics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            steps=scheduler.steps,
+            computed=self._computed,
+            reused=self._answers.reused,
+            made=self._answers.made,
+            guessed=self._drawing.guessed,
+            guessed_right=self._drawing.right,
+            preemptions=scheduler.preemptions,
+            blocks=scheduler.pool.count,
+            blocks_free=scheduler.pool.available,
+        )
 
     def check(self) -> None:
         """Assert that no block is lost or held twice, nor any slot."""

@@ -1,6 +1,7 @@
 """Requests in an engine: its limits, the ticket of a request, the answers that are made, and counts of it all."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,18 +72,25 @@ class Ticket:
         steps: What was not taken yet.
         error: Why it failed; nothing comes after.
         open: Answers that go on.
+        notify: Called when a step or the end has come, in the thread that computed it; it returns at once.
     """
 
     request: Request
     steps: deque[Step] = field(default_factory=deque)
     error: UserError | None = None
     open: int = 0
+    notify: Callable[[], object] | None = None
     answers: "list[Answer]" = field(default_factory=list)
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
         return self.open == 0
+
+    def tell(self) -> None:
+        """Notify whoever listens."""
+        if self.notify is not None:
+            self.notify()
 
 
 @dataclass(eq=False)

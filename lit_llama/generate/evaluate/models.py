@@ -1,4 +1,4 @@
-"""The models that are compared: what is known of each before it is loaded; those that share a base are loaded at once."""
+"""The models that are compared: what is known before they are loaded; those that share a base are loaded at once."""
 
 import gc
 import hashlib

@@ -51,6 +51,7 @@ def main(
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
     """
     from lit_llama.generate.answer import answer
+    from lit_llama.generate.evaluate.models import identity
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.questions import read_questions
 
@@ -67,7 +68,8 @@ def main(
     folder.check_style(system)
     drawn = sampling.over(folder.sampling)
     llm = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size)
-    answer(llm, asked, drawn, output_file=output_file, system=system)
+    who = identity(folder, precision, quantize) if output_file is not None else None
+    answer(llm, asked, drawn, output_file=output_file, system=system, identity=who)
 
 
 if __name__ == "__main__":

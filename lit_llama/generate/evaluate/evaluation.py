@@ -12,7 +12,8 @@ from lit_llama.generate.evaluate.answers import answered_rows, answered_task, ch
 from lit_llama.generate.evaluate.models import Model, short_names
 from lit_llama.generate.evaluate.report.page import render_page
 from lit_llama.generate.evaluate.report.summary import summarise
-from lit_llama.generate.evaluate.run import Rows, described, evaluate_models, read_timing
+from lit_llama.generate.evaluate.run import Rows, evaluate_models, read_timing
+from lit_llama.generate.evaluate.store import described
 from lit_llama.generate.evaluate.tasks import Task, check_names, data_task, read_tasks
 from lit_llama.lock import claim
 from lit_llama.place import full_disk_explained

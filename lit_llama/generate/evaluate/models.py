@@ -55,22 +55,26 @@ class Model:
 
     def identity(self) -> dict[str, Any]:
         """What decides its answers, by fingerprints."""
-        opened = self.opened
-        dtype = str(pick_dtype(self.precision, pick_device()))[6:]
-        style = "" if opened.style is None else opened.style.jinja(bos=False)
-        found: dict[str, Any] = {"weights": fingerprint(opened.base)}
-        if self.adapted:
-            found["adapter"] = sha256_file(opened.folder / WEIGHTS_FILE)
-        return found | {
-            "tokenizer": opened.tokenizer.fingerprint(),
-            "prompt_style": hashlib.sha256(style.encode()).hexdigest()[:16],
-            "dtype": dtype,
-            "quantize": self.quantize or (trained_on(opened.folder) if self.adapted else None),
-        }
+        return identity(self.opened, self.precision, self.quantize)
 
     def load(self, max_sequences: int) -> LLM:
         """The model alone."""
         return self.opened.load(precision=self.precision, quantize=self.quantize, max_sequences=max_sequences)
+
+
+def identity(opened: Opened, precision: Precision, quantize: Onto | None) -> dict[str, Any]:
+    """What decides the answers of a folder, by fingerprints."""
+    style = "" if opened.style is None else opened.style.jinja(bos=False)
+    found: dict[str, Any] = {"weights": fingerprint(opened.base)}
+    adapted = opened.base != opened.folder
+    if adapted:
+        found["adapter"] = sha256_file(opened.folder / WEIGHTS_FILE)
+    return found | {
+        "tokenizer": opened.tokenizer.fingerprint(),
+        "prompt_style": hashlib.sha256(style.encode()).hexdigest()[:16],
+        "dtype": str(pick_dtype(precision, pick_device()))[6:],
+        "quantize": quantize or (trained_on(opened.folder) if adapted else None),
+    }
 
 
 def open_models(

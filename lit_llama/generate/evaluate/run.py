@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.evaluate.likelihood import Likelihood, Text, chat_texts, likelihoods, raw_texts
 from lit_llama.generate.evaluate.metrics import Answer
 from lit_llama.generate.evaluate.models import Model, loaded
-from lit_llama.generate.evaluate.store import Key, Row, RowStore, open_rows
+from lit_llama.generate.evaluate.store import Key, Row, RowStore, described, open_rows
 from lit_llama.generate.evaluate.tasks import Part, Task
 from lit_llama.generate.llm import LLM
 from lit_llama.progress import bar, stderr
@@ -118,12 +118,6 @@ def _header(model: Model, tasks: Sequence[Task], sampling: Sampling, system: str
         "system": system,
         "tasks": {task.name: task.fingerprint() for task in tasks},
     }
-
-
-def described(sampling: Sampling) -> dict[str, Any]:
-    """A sampling as JSON."""
-    found = asdict(sampling) | {"logit_bias": dict(sampling.logit_bias), "stop": list(sampling.stop)}
-    return found | {name: sorted(found[name]) for name in ("banned_ids", "stop_ids")}
 
 
 def _ask(model: Model, llm: LLM, task: Task, sampling: Sampling, store: RowStore, system: str, out_dir: Path) -> None:

@@ -4,11 +4,14 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.place import full_disk_explained, open_own
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.lock import hold
+from lit_llama.place import full_disk_explained, open_own, real
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]
@@ -116,6 +119,12 @@ class RowStore:
         return tuple(row[name] for name in self._key)
 
 
+def described(sampling: Sampling) -> dict[str, Any]:
+    """A sampling as a header has it."""
+    found = asdict(sampling) | {"logit_bias": dict(sampling.logit_bias), "stop": list(sampling.stop)}
+    return found | {name: sorted(found[name]) for name in ("banned_ids", "stop_ids")}
+
+
 @contextlib.contextmanager
 def open_rows(path: Path, header: Mapping[str, Any], key: tuple[str, ...], *, anew: bool = False) -> Iterator[RowStore]:
     """A `RowStore` that is closed at the end."""
@@ -124,6 +133,27 @@ def open_rows(path: Path, header: Mapping[str, Any], key: tuple[str, ...], *, an
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def unfinished(output: Path, header: Mapping[str, Any], key: tuple[str, ...]) -> Iterator[RowStore]:
+    """Rows on their way to a file: those that a killed process left there, and new ones. They go when the body ends.
+
+    Args:
+        output: The file that the body writes.
+        header: What decides the rows; of another header, they are begun anew.
+        key: As of `RowStore`.
+
+    Raises:
+        LockedError: Another process is at work on the same file.
+        UserError: Something foreign has the name of what is unfinished.
+    """
+    place = real(output)
+    path = place.with_name(f".{place.name}.unfinished")
+    with hold(place.with_name(f".{place.name}.lock"), output):
+        with open_rows(path, header, key, anew=True) as store:
+            yield store
+        path.unlink()
 
 
 def _line(value: Any) -> bytes:

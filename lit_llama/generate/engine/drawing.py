@@ -80,6 +80,10 @@ class Drawing:
         new: list[int] = []
         reason: FinishReason | None = None
         if made >= sampling.max_new_tokens:  # scored only
+            if chosen[0] < 0:
+                self._answers.fail(answer, _no_token(answer, base))
+                return []
+            self._scheduler.advance(sequence, base)  # other texts may begin alike
             self._answers.end(answer, (), (), "length")
             return []
         for index, token in enumerate(chosen):

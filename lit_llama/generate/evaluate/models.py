@@ -120,10 +120,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         UserError: One is named twice.
     """
     places = [path.resolve() for path in paths]
+    longest = max((len(place.parts) for place in places), default=0)
     for place, path in zip(places, paths, strict=True):
         if places.count(place) > 1:
             raise UserError(f"{path} is named twice, expected different folders")
-    for length in range(1, max(len(place.parts) for place in places) + 1):
+    for length in range(1, longest + 1):
         names = ["/".join(place.parts[-length:]) for place in places]
         if len({*names}) == len(names):
             return names

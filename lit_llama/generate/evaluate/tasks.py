@@ -140,8 +140,10 @@ class Task:
         of_choices = METRICS[metric].part == "choices"
         if any(found != of_choices for found in chosen):
             row = self.items[[found != of_choices for found in chosen].index(True)].example.row
-            has, needs = ("no choices", "them") if of_choices else ("choices", "rows without")
-            raise UserError(f"{about} needs {needs}, but row {row} has {has}; {_ways(self.items)}")
+            wanted = (
+                f"needs choices, but row {row} has none" if of_choices else f"is of answers, but row {row} has choices"
+            )
+            raise UserError(f"{about} {wanted}; {_ways(self.items)}")
         if metric == "regex" and not self.pattern:
             raise UserError(f"{about} needs `pattern`, a regular expression, in the task")
         needs_reference = metric in _OF_REFERENCES or METRICS[metric].part == "likelihood"

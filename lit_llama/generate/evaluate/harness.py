@@ -80,8 +80,8 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has nothing before it."""
-        bos = self.llm.tokenizer.bos
-        return self.llm.tokenizer.control[bos] if bos else self.eot_token_id
+        bos = self.llm.tokenizer.control.get(self.llm.tokenizer.bos_token)
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:

@@ -58,7 +58,7 @@ def gather_tasks(
     for name in tasks:
         found += read_tasks(name, limit)
     if not found and answers:
-        found = [answered_task(answers[0].stem, read_answers(answers[0])[:limit])]
+        found = [answered_task("answers", read_answers(answers[0])[:limit])]
     if not found:
         raise UserError("there is nothing to evaluate on: give --data_dir, --tasks or both")
     check_names(found)
@@ -108,7 +108,9 @@ def evaluate(
     for model in models:
         if any(task.prompt == "chat" for task in tasks):
             model.opened.check_style(system)
-    names = short_names([*answers, *(model.folder for model in models)])
+    files = [path.with_suffix("") for path in answers]
+    files = files if len({*files}) == len(files) else list(answers)
+    names = short_names([*files, *(model.folder for model in models)])
     given = [
         answered_rows(name, path, read_answers(path), tasks[0]) for name, path in zip(names, answers, strict=False)
     ]

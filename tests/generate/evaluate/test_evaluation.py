@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_here, write_adapter
 
-from lit_llama.errors import DataError, LockedError, UserError
+from lit_llama.errors import DataError, LockedError, NumericalError, UserError
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.evaluate import run as module
@@ -236,3 +236,34 @@ def test_the_door_says_what_it_found_and_what_it_misses(tiny_folder: Path, tmp_p
     assert result.returncode == 2 and "give --data_dir, --tasks or both" in result.stderr
     result = run_here("generate/evaluate.py", "--tasks", tasks, "--out_dir", tmp_path / "x")
     assert result.returncode == 2 and "nobody to evaluate" in result.stderr and not (tmp_path / "x").exists()
+
+
+def test_a_damaged_model_is_named_and_the_rows_of_others_stay(folders: list[Path], task: Task, tmp_path: Path) -> None:
+    """A row of nan, or an hour of answers of other models lost to one bad folder."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    bad = Path(shutil.copytree(folders[0], tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * math.nan
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"bad: .*not finite"):
+        run([folders[0], bad], task, tmp_path / "out")
+    [first, second] = sorted((tmp_path / "out" / "rows").iterdir())
+    assert len(first.read_bytes().splitlines()) == 7 and len(second.read_bytes().splitlines()) == 1
+
+
+def test_models_of_different_tokenizers_are_compared_by_bytes(tiny_folder: Path, task: Task, tmp_path: Path) -> None:
+    """A loss per token of another vocabulary, taken for better."""
+    import shutil
+
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    found = run([tiny_folder, other], task, tmp_path / "out").results
+    differences = {entry["name"]: entry["differences"][0] for entry in found["tasks"][0]["metrics"]}
+    assert differences["loss"] is None and differences["bits_per_byte"] is not None
+    assert any("different tokenizers" in note for note in found["notes"])

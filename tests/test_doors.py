@@ -35,6 +35,7 @@ REQUIRED = {
     "generate/base.py": ["--checkpoint_dir", "absent"],
     "generate/instruct.py": ["--checkpoint_dir", "absent"],
     "generate/chat.py": ["--checkpoint_dir", "absent"],
+    "generate/evaluate.py": ["--checkpoint_dir", "absent", "--tasks", "regression"],
 }
 
 

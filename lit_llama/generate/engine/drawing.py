@@ -1,0 +1,173 @@
+"""What comes of the logits of a step: tokens that are drawn, guesses that were right, and scores of prompts.
+
+Shapes: N rows of logits, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from lit_llama.errors import NumericalError, UserError
+from lit_llama.generate.engine.answers import Answers
+from lit_llama.generate.engine.request import FinishReason, Step, TokenLogprobs
+from lit_llama.generate.engine.sampling import token_logprobs
+from lit_llama.generate.engine.scheduler import Part, Scheduler
+from lit_llama.generate.engine.ticket import Answer
+
+
+class Drawing:
+    """Draws the tokens of answers, and adds them.
+
+    Args:
+        scheduler: Of the sequences.
+        answers: That are being made.
+        vocabulary: Columns of the logits.
+        tokens: Size of the tokenizer; ids from there on are neither scored nor guessed.
+
+    Attributes:
+        guessed, right: Tokens that were guessed so far, and how many of them were drawn.
+    """
+
+    def __init__(self, scheduler: Scheduler, answers: Answers, vocabulary: int, tokens: int | None) -> None:
+        self._scheduler, self._answers = scheduler, answers
+        self._width = vocabulary if tokens is None else min(tokens, vocabulary)
+        self.guessed = self.right = 0
+
+    def take(self, parts: list[Part], logits: Tensor) -> None:
+        """Draw from the logits of a step, and say what came of it."""
+        drawn: list[tuple[Answer, int, int]] = []  # answer, its first row, rows
+        end = 0
+        for part in parts:
+            first, end = end, end + part.logits
+            answer = self._answers.live[part.sequence]
+            last = part.start + len(part.ids)
+            complete = last >= len(part.sequence.ids)
+            rows = 1 + len(part.sequence.guesses) if complete else 0
+            if part.sequence.scored is not None:
+                self._score(answer, part, logits[first : end - rows if complete else end])
+            if complete:
+                drawn.append((answer, end - rows, rows))
+            else:
+                self._scheduler.advance(part.sequence, last)
+        if drawn:
+            self._draw(drawn, logits)
+
+    def _draw(self, drawn: list[tuple[Answer, int, int]], logits: Tensor) -> None:
+        self._answers.assign()
+        places = [row for _, first, count in drawn for row in range(first, first + count)]
+        logits = logits if len(places) == len(logits) else logits[torch.tensor(places, device=logits.device)]
+        slots = [self._answers.slots[answer.sequence] for answer, _, count in drawn for _ in range(count)]
+        positions = [answer.made + i for answer, _, count in drawn for i in range(count)]
+        allowed = self._allowed(drawn, logits)
+        choice = self._answers.sampler.sample(logits, slots, positions, allowed)
+        ids, details = choice.ids.tolist(), choice.details()
+        accepted: list[tuple[int, int]] = []
+        first = 0
+        for answer, _, count in drawn:
+            own = slice(first, first + count)
+            first += count
+            accepted += self._go_on(answer, ids[own], details[own])
+        self._answers.sampler.accept([slot for slot, _ in accepted], [token for _, token in accepted])
+
+    def _go_on(self, answer: Answer, chosen: list[int], details: list[TokenLogprobs | None]) -> list[tuple[int, int]]:
+        """Add the tokens drawn at the end of an answer and after its guesses, as far as those were right.
+
+        Returns:
+            Slot and id of each new token, for the penalties of an answer that goes on.
+        """
+        sequence, sampling = answer.sequence, answer.ticket.request.sampling
+        guesses, sequence.guesses = sequence.guesses, []
+        base, made = len(sequence.ids), answer.made
+        new: list[int] = []
+        reason: FinishReason | None = None
+        if made >= sampling.max_new_tokens:  # scored only
+            self._answers.end(answer, (), (), "length")
+            return []
+        for index, token in enumerate(chosen):
+            if token < 0 or (answer.matcher is not None and not answer.matcher.accept(token)):
+                self._answers.fail(answer, _no_token(answer, base + index))
+                return []
+            new.append(token)
+            if token in sampling.stop_ids:
+                reason = "stop"
+            elif made + len(new) >= sampling.max_new_tokens:
+                reason = "length"
+            if reason is not None or index >= len(guesses) or guesses[index] != token:
+                break
+        right = len(new) - 1
+        self.guessed, self.right = self.guessed + len(guesses), self.right + right
+        if answer.lookup is not None:
+            answer.lookup.learn(len(guesses), right, base + len(new))
+        sequence.ids += new
+        self._scheduler.advance(sequence, len(sequence.ids) - 1)
+        given = [part for part in details[: len(new)] if part is not None]
+        if reason is None and answer.matcher is not None:
+            room = sampling.max_new_tokens - made - len(new)
+            forced = self._forced(answer, room) if sampling.logprobs is None else []
+            new += forced
+            if forced and (forced[-1] in sampling.stop_ids or len(forced) == room):
+                reason = "stop" if forced[-1] in sampling.stop_ids else "length"
+        if reason is not None:
+            self._answers.end(answer, tuple(new), tuple(given), reason)
+            return []
+        self._answers.made += len(new)
+        answer.ticket.steps.append(Step(tuple(new), tuple(given), None, answer.index))
+        answer.ticket.tell()
+        if answer.lookup is not None and sequence.pending == 1:
+            room = sampling.max_new_tokens - answer.made - 1
+            sequence.guesses = [token for token in answer.lookup.guess(sequence.ids, room) if token < self._width]
+        slot = self._answers.slots[sequence]
+        return [(slot, token) for token in new]
+
+    def _forced(self, answer: Answer, room: int) -> list[int]:
+        """Ids that a constraint has follow, appended without being drawn."""
+        assert answer.matcher is not None
+        taken: list[int] = []
+        for token in answer.matcher.forced()[:room]:
+            if not answer.matcher.accept(token):
+                break
+            taken.append(token)
+            if token in answer.ticket.request.sampling.stop_ids:
+                break
+        answer.sequence.ids += taken
+        return taken
+
+    def _allowed(self, drawn: list[tuple[Answer, int, int]], logits: Tensor) -> Tensor | None:
+        """Which ids the constraints let follow, after each guess: (N, V); None if there are none."""
+        if all(answer.matcher is None for answer, _, _ in drawn):
+            return None
+        allowed = torch.ones(logits.shape, dtype=torch.bool)
+        row = 0
+        for answer, _, count in drawn:
+            if answer.matcher is not None:
+                answer.matcher.allow(allowed[row])
+                steps = 0
+                for index, token in enumerate(answer.sequence.guesses):
+                    if not answer.matcher.accept(token):
+                        break  # what comes after it is not looked at
+                    steps += 1
+                    answer.matcher.allow(allowed[row + index + 1])
+                answer.matcher.rollback(steps)
+            row += count
+        return allowed.to(logits.device)
+
+    def _score(self, answer: Answer, part: Part, logits: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow those of a part, as far as they are known."""
+        if not len(logits):
+            return
+        top = answer.ticket.request.prompt_logprobs or 0
+        first = part.start + 1
+        ids = torch.tensor(part.sequence.ids[first : first + len(logits)], device=logits.device)
+        found = token_logprobs(logits[: len(ids), : self._width], ids, top)
+        chosen, tops, values = (x.tolist() for x in found)
+        answer.scores[first - 1 :] = [
+            TokenLogprobs(c, tuple(zip(t, v, strict=True))) for c, t, v in zip(chosen, tops, values, strict=True)
+        ]
+
+
+def _no_token(answer: Answer, position: int) -> UserError:
+    if answer.matcher is not None:
+        return UserError(f"nothing that the constraint allows can follow at token {position}")
+    return NumericalError(
+        f"the logits at token {position} are not finite: the weights or the adapter are damaged, or the precision is "
+        "too small for them; try --precision 32-true"
+    )

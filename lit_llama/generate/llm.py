@@ -53,6 +53,7 @@ class LLM:
         device: Where it computes.
         opening: Text of the style that answers begin with and that is not shown.
         model: What the engine runs, where its weights were not packed.
+        adapter: Name of the adapter that answers, where the engine has several models; None for its own.
     """
 
     engine: Engine
@@ -63,6 +64,7 @@ class LLM:
     stop_ids: frozenset[int]
     opening: str = ""
     model: LLaMA | None = None
+    adapter: str | None = None
 
     def request(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Request:
         """A request of the engine for a prompt, which ends at what ends a text here.
@@ -73,7 +75,18 @@ class LLM:
             more: Other fields of `Request`.
         """
         stops = self.text(sampling).stop_ids
-        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **more)
+        fields = {"adapter": self.adapter, **more}
+        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **fields)
+
+    @cached_property
+    def guarded(self) -> Tokenizer:
+        """The tokenizer, in which the words that open turns are control tokens."""
+        return for_style(self.tokenizer, self.style) if self.style else self.tokenizer
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id adds to a text; none of a control token."""
+        return token_bytes(self.guarded)
 
     @cached_property
     def token_table(self) -> TokenTable:
@@ -82,8 +95,7 @@ class LLM:
         Raises:
             ResourceError: llguidance is not installed.
         """
-        tokenizer = for_style(self.tokenizer, self.style) if self.style else self.tokenizer
-        parts = token_bytes(tokenizer)
+        tokenizer, parts = self.guarded, self.token_bytes
         silent = [index for index, part in enumerate(parts) if not part]
         named = [part or b"<%d>" % index for index, part in enumerate(parts)]
         return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))

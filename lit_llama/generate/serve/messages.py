@@ -136,7 +136,9 @@ def _tool(value: Any, at: str) -> dict[str, Any]:
     function: dict[str, Any] = {"name": _name(inner)}
     if description := inner.text("description"):
         function["description"] = description
-    function["parameters"] = inner.object("parameters") or {"type": "object", "properties": {}}
+    none = {"type": "object", "properties": {}, "additionalProperties": False}
+    parameters = inner.object("parameters")
+    function["parameters"] = none if parameters is None else parameters
     inner.flag("strict")  # calls keep to their schemas in any case
     inner.end()
     fields.end()

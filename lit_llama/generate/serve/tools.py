@@ -238,13 +238,14 @@ class CallReader:
         at = self._held.find(opening)
         if at >= 0 and (self._tagged or (not self._spoke and not self._held[:at].strip())):
             before, self._held, self._state = self._held[:at], self._held[at + len(opening) :], "name"
-            return [Piece(content=before)] if before.strip() else []
+            return [Piece(content=before)] if before and (self._spoke or before.strip()) else []
         keep = 0
         if self._tagged or not self._spoke:
             keep = next(
                 (n for n in range(min(len(opening), len(self._held)), 0, -1) if self._held.endswith(opening[:n])), 0
             )
-            keep = len(self._held) if not self._held[: len(self._held) - keep].strip() else keep
+            if not self._spoke and not self._held[: len(self._held) - keep].strip():
+                keep = len(self._held)
             if not self._tagged and keep < len(self._held):
                 keep = 0
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -28,7 +28,7 @@ from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.flags import FolderSampling
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import LLaMAConfig, Onto
+from lit_llama.model.config import LLaMAConfig, Onto, Quantization
 from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, factors_of, packs
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK
@@ -36,7 +36,7 @@ from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
 from lit_llama.text.places import Place
-from lit_llama.text.prompts import folder_style, named_style
+from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.token_bytes import token_bytes
 from lit_llama.text.tokenizer import Tokenizer
@@ -162,7 +162,7 @@ class LLM:
         Raises:
             CheckpointError: It has none, so nobody knows how to ask.
         """
-        return _required(self.style)
+        return _required(self.style, self.tokenizer)
 
 
 class Stream:
@@ -223,7 +223,7 @@ class Opened:
             UserError: The style has no system message.
         """
         turns = [{"role": "system", "content": system}] if system else []
-        prompt_ids(self.tokenizer, _required(self.style), [*turns, {"role": "user", "content": "."}])
+        prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
 
     def load(
         self,
@@ -243,8 +243,7 @@ class Opened:
         dtype = pick_dtype(precision, device)
         torch.set_num_threads(cores())
         adapted = self.base != self.folder
-        method = trained_on(self.folder) if quantize is None and adapted else quantize
-        held = None if method == "stored" else method
+        held = self._held(quantize)
         model = load_model(self.base, device, dtype, held)
         remarks = [*Weights(self.base).remarks]
         if adapted:
@@ -256,9 +255,21 @@ class Opened:
         for remark in (*remarks, *self.remarks):
             stderr().print(remark)
         llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
-        if packed and device.type == "cpu" and held is None and packs(model.config, dtype):
+        if packed and self.packs(precision, quantize):
             return _packed(llm, model, dtype, max_sequences)
         return llm
+
+    def packs(self, precision: Precision = "auto", quantize: Onto | None = None) -> bool:
+        """Whether the weights will be packed for a CPU, beside which an engine can have adapters."""
+        device = pick_device()
+        if device.type != "cpu" or self._held(quantize) is not None:
+            return False
+        return packs(LLaMAConfig.from_folder(self.base), pick_dtype(precision, device))
+
+    def _held(self, quantize: Onto | None) -> Quantization | None:
+        """How the linear layers are held."""
+        method = trained_on(self.folder) if quantize is None and self.base != self.folder else quantize
+        return None if method == "stored" else method
 
 
 def load(
@@ -305,13 +316,19 @@ def open_folder(folder: Path | str, *, prompt_style: str | None = None, base_dir
     return Opened(folder, base, tokenizer, style, ends, folder_sampling(folder, base), tuple(remarks))
 
 
-def _required(style: PromptStyle | None) -> PromptStyle:
+def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
     if style is None:
         raise CheckpointError(
             "the folder has no chat template, so it does not say how to put an instruction; name the style the model "
-            "was trained with, for example --prompt_style alpaca, or continue raw text with generate/base.py"
+            f"was trained with (its tokenizer could carry --prompt_style {', '.join(carried(tokenizer))}), or continue "
+            "raw text with generate/base.py"
         )
     return style
+
+
+def carried(tokenizer: Tokenizer) -> list[str]:
+    """Names of the built-in prompt styles whose tokens a tokenizer has."""
+    return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
 def _base(folder: Path, base_dir: Path | None) -> Path:

@@ -26,6 +26,7 @@ _NAMES = ("probed_function_one", "probed_function_two")
 _ID = "a1B2c3D4e"
 _ARGUMENTS = {"probed_key": "probed value"}
 _TAG = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
+_WRITTEN_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as templates do
 _WRITTEN = re.compile(r'\{\s*"probed_key"\s*:\s*"probed value"\s*\}')
 
 
@@ -150,7 +151,7 @@ def call_grammar(
     rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(wanted))))
     for index, tool in enumerate(wanted):
         function = tool["function"]
-        schema = {"type": "object", **function["parameters"]}
+        schema = {"type": "object", **function["parameters"], "x-guidance": _WRITTEN_JSON}
         head = json.dumps(function["name"] + form.middle, ensure_ascii=False)
         rules += [f"call_{index}: {head} arguments_{index}", f"arguments_{index}: %json {json.dumps(schema)}"]
     if choice == "auto":

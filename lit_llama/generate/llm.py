@@ -1,8 +1,9 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from lit_llama.device import (
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.defaults import folder_sampling
+from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling, Step
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
@@ -32,10 +34,11 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.encode import answer_opening, end_id, place_behind, prompt_ids
+from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
 from lit_llama.text.places import Place
 from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import PromptStyle
+from lit_llama.text.token_bytes import token_bytes
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
 
@@ -74,6 +77,60 @@ class LLM:
         stops = self.text(sampling).stop_ids
         fields = {"adapter": self.adapter, **more}
         return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **fields)
+
+    @cached_property
+    def guarded(self) -> Tokenizer:
+        """The tokenizer, in which the words that open turns are control tokens."""
+        return for_style(self.tokenizer, self.style) if self.style else self.tokenizer
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id adds to a text; none of a control token."""
+        return token_bytes(self.guarded)
+
+    @cached_property
+    def token_table(self) -> TokenTable:
+        """The tokenizer as constraints read it.
+
+        Raises:
+            ResourceError: llguidance is not installed.
+        """
+        tokenizer, parts = self.guarded, self.token_bytes
+        silent = [index for index, part in enumerate(parts) if not part]
+        named = [part or b"<%d>" % index for index, part in enumerate(parts)]
+        return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))
+
+    def constraint(
+        self,
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
+    ) -> Constraint:
+        """The form that an answer has to have, for `request`; one of:
+
+        Args:
+            json_schema: JSON that this schema describes; the empty schema is any JSON.
+            regex: Text that this regular expression matches as a whole.
+            choice: One of these texts.
+            grammar: Text of this grammar, in llguidance's variant of Lark.
+
+        Raises:
+            UserError: It is faulty, has parts that could not be kept to, or not exactly one of the four is given.
+            ResourceError: llguidance is not installed.
+        """
+        makers: dict[str, tuple[Any, Callable[[Any, TokenTable], Constraint]]] = {
+            "json_schema": (json_schema, Constraint.json_schema),
+            "regex": (regex, Constraint.regex),
+            "choice": (choice, Constraint.choice),
+            "grammar": (grammar, Constraint.lark),
+        }
+        given = [(value, make) for value, make in makers.values() if value is not None]
+        if len(given) != 1:
+            raise UserError(f"a constraint is one of {', '.join(makers)}, found {len(given)} of them")
+        value, make = given[0]
+        return make(value, self.token_table)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, *, number: int = 0, opening: str = "") -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.

@@ -27,7 +27,7 @@ _PARENTS: Mapping[str, tuple[str, ...]] = {
     "assistant": ("user",),
 }
 _ENDS = ("stop", "length", "abort", "error")
-_MEASURES = {"tokens": int, "prompt_tokens": int, "forgotten": int, "seconds": float}
+_MEASURES = {"tokens": int, "prompt_tokens": int, "cached_tokens": int, "forgotten": int, "seconds": float}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,7 @@ class Node:
             while it goes on, or where its process died.
         tokens: Of an answer.
         prompt_tokens: Before it.
+        cached_tokens: Of those, how many were not computed again.
         forgotten: Turns of the conversation that did not fit into its prompt.
         seconds: That the answer took.
         train: Whether somebody said that it is to be trained on, or not; None where nobody did.
@@ -61,6 +62,7 @@ class Node:
     finish_reason: str | None = None
     tokens: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     forgotten: int = 0
     seconds: float = 0.0
     train: bool | None = None

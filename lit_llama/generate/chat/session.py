@@ -1,14 +1,15 @@
 """Asking a model within a conversation: the prompt of a branch, and an answer that is kept as it comes."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.chat.dialogue import Dialogue, Node, Record
 from lit_llama.generate.chat.store import Store
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.engine import Engine
+from lit_llama.generate.engine.request import Request, Sampling, Step
 from lit_llama.generate.llm import LLM, Stream
 from lit_llama.text.conversation import Message
 from lit_llama.text.encode import prompt_ids
@@ -115,6 +116,38 @@ def title(text: str) -> str:
     return found or "conversation"
 
 
+class Steps(Protocol):
+    """A request that an engine answers, as `EngineThread.submit` gives it, too."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found computed."""
+        ...
+
+    def abort(self) -> None:
+        """End it, from any thread."""
+        ...
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+
+class _Own:
+    """A request whose steps are computed by whoever iterates."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._ticket = engine, engine.add(request)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._ticket.answers[0].sequence.reused
+
+    def abort(self) -> None:
+        self._engine.abort(self._ticket)
+
+    def __iter__(self) -> Iterator[Step]:
+        return self._engine.follow(self._ticket)
+
+
 class Answer:
     """An answer on its way: iterating gives its text piece by piece, which is kept as it comes.
 
@@ -129,9 +162,11 @@ class Answer:
         parent: The message that the user's follows, or the one to be answered.
         model: Name of the model.
         side: Of a comparison.
+        submit: Has an engine answer that a thread drives; None computes while iterating.
 
     Attributes:
-        id: Of the message.
+        user: The message that is answered.
+        id: Of the answer.
         prompt: What the model reads.
         text: What there is of it so far.
         opened: The prompt ends in the tag that begins thoughts.
@@ -152,8 +187,9 @@ class Answer:
         parent: int,
         model: str = "",
         side: int = 0,
+        submit: Callable[[Request], Steps] | None = None,
     ) -> None:
-        self._store, self._conversation, self._llm = store, conversation, llm
+        self._store, self._conversation = store, conversation
         dialogue = store.get(conversation)
         messages = [node.message() for node in dialogue.path(parent)] if parent else []
         messages += [] if text is None else [{"role": "user", "content": text}]
@@ -170,9 +206,9 @@ class Answer:
         self._start, self._flushed, self._unkept = time.perf_counter(), time.monotonic(), ""
         self._error: ResourceError | None = None
         try:
-            self._ticket = llm.engine.add(request)
-        except UserError:
-            self._end("error")
+            self._steps: Steps = submit(request) if submit else _Own(llm.engine, request)
+        except Exception:
+            self._finish("error", 0)
             raise
         self.opened = opens(llm.tokenizer.decode(list(self.prompt.ids[-16:])))
         self._pieces = self._run()
@@ -200,12 +236,11 @@ class Answer:
         """End the answer where it is."""
         self._pieces.close()
         if not self.ended:  # it was never begun
-            self._llm.engine.abort(self._ticket)
             self._end("abort")
 
     def stop(self) -> None:
         """End the answer where it is; whoever iterates gets what there is of it."""
-        self._llm.engine.abort(self._ticket)
+        self._steps.abort()
 
     @property
     def tokens(self) -> int:
@@ -218,24 +253,28 @@ class Answer:
         return self._answer.finish_reason
 
     @property
+    def cut_off(self) -> bool:
+        """Whether it ended for being as long as it may be."""
+        return self._answer.finish_reason == "length"
+
+    @property
     def seconds(self) -> float:
         """Since it was asked for, until it ended."""
         return self._seconds if self.ended else time.perf_counter() - self._start
 
     def _run(self) -> Generator[str]:
-        engine, reason = self._llm.engine, "abort"
+        reason = "abort"
         try:
-            for _, piece in Stream(engine.follow(self._ticket), self._answer):
+            for _, piece in Stream(iter(self._steps), self._answer):
                 self.text += piece
                 self._unkept += piece
                 self._flush()
                 yield piece
             reason = self._answer.finish_reason or "abort"
-        except UserError:
+        except Exception:
             reason = "error"
             raise
         finally:
-            engine.abort(self._ticket)
             self._end(reason)
         if self._error is not None:
             raise self._error
@@ -256,6 +295,11 @@ class Answer:
             self._error = error
 
     def _end(self, reason: str) -> None:
+        cached = self._steps.cached_tokens
+        self._steps.abort()
+        self._finish(reason, cached)
+
+    def _finish(self, reason: str, cached: int) -> None:
         self._seconds, self.ended = time.perf_counter() - self._start, True
         end = {
             "type": "end",
@@ -263,6 +307,7 @@ class Answer:
             "finish_reason": reason,
             "tokens": self._answer.tokens,
             "prompt_tokens": len(self.prompt.ids),
+            "cached_tokens": cached,
             "forgotten": self.prompt.forgotten,
             "seconds": round(self._seconds, 3),
         }

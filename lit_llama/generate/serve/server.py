@@ -119,6 +119,23 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def make_server(app: Starlette, drain: float) -> Server:
+    """A server of an application, which `serve(sockets=[...])` runs; `drain` as for `serve`."""
+    config = uvicorn.Config(
+        app,
+        http=Impatient,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    return Server(config)
+
+
 def serve(
     app: Starlette,
     made: socket.socket,
@@ -140,19 +157,7 @@ def serve(
         UserError: The models cannot be loaded.
         Interrupted: A second signal came.
     """
-    config = uvicorn.Config(
-        app,
-        http=Impatient,
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(drain)),
-    )
-    server = Server(config)
+    server = make_server(app, drain)
     errors: list[BaseException] = []
     ends: list[Callable[[], object]] = []
 

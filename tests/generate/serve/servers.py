@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.models import Limits
+from lit_llama.generate.serve.server import addresses, listen, make_server
 from lit_llama.generate.serve.service import Service
 
 
@@ -73,6 +75,20 @@ def service(folder: Path, limits: Limits | None = None, **more: Any) -> Service:
 def serving(folder: Path) -> Client:
     """A client of a server of that model."""
     return Client(create_app(service(folder)))
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address of a server with a socket, in a thread."""
+    made = listen("127.0.0.1", 0)
+    server = make_server(app, 5)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[made])))
+    thread.start()
+    try:
+        yield addresses(made)[0]
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def events(text: str) -> list[Any]:

@@ -104,8 +104,13 @@ def test_fields_of_completions(client: Client, fields: dict[str, Any], param: st
     assert client.refused(TEXT, fields)["param"] == param
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", "null", '"a"', "NaN", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}',
-                                  "[" * 100_000, '{"a":' * 200 + "1" + "}" * 200, b"\xff\xfe", '{"a": ' + "9" * 5000 + "}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("", "{", "[]", "null", '"a"', "NaN", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}', b"\xff\xfe"),
+        *("[" * 100_000, '{"a":' * 200 + "1" + "}" * 200, '{"a": ' + "9" * 5000 + "}"),
+    ],
+)
 def test_what_is_no_json_object(client: Client, body: Any) -> None:
     assert client.refused(CHAT, body)["code"] == "invalid_json"
 

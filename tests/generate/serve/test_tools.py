@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from chat_templates import QWEN25
 from servers import Client, events
-from tokenizer_zoo import TOOLS, write_shape
+from tokenizer_zoo import TOOLS
 
-from lit_llama.generate.engine.constraint import Constraint, TokenTable
+from lit_llama.generate.engine.constraint import Constraint
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.serve.app import create_app

@@ -113,8 +113,8 @@ class Screen(Protocol):
         """It is over; `stopped` by somebody."""
         ...
 
-    def show(self, text: str) -> None:
-        """A whole answer."""
+    def show(self, text: str, opened: bool = False) -> None:
+        """A whole message."""
         ...
 
 
@@ -133,7 +133,7 @@ class Plain:
         """See Screen."""
         print(" ..." if stopped else "", flush=True)
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, opened: bool = False) -> None:
         """See Screen."""
         results = Results()
         results.write(text)
@@ -193,9 +193,9 @@ class Terminal:
         if stopped:
             self._console.print("...")
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, opened: bool = False) -> None:
         """See Screen."""
-        found = folded(text)
+        found = folded(text, opened)
         if found.thoughts is not None:
             self._console.print(summed(found), style="dim")
         self._console.print(markdown(found.rest))

@@ -88,13 +88,13 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, script: str) -> Any:
-        """Wait until an expression is true, and give its value."""
+    def until(self, script: str) -> None:
+        """Wait until an expression is true."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             with contextlib.suppress(AssertionError):  # while the page is being loaded
-                if value := self.run(script):
-                    return value
+                if self.run(f"Boolean({script})"):
+                    return
             time.sleep(0.03)
         raise AssertionError(f"it never came to {script}; the page shows: {self.run('document.body.innerText')[:2000]}")
 

@@ -158,7 +158,7 @@ class Dialogue:
         for node in self.nodes.values():
             values = asdict(node)
             said = {key: values.pop(key) for key in _SAID}
-            yield {"type": "message"} | {key: value for key, value in said.items() if value not in ("", {}, False)}
+            yield {"type": "message"} | {key: value for key, value in said.items() if value or key == "parent"}
             train = values.pop("train")
             if values["finish_reason"] is not None:
                 yield {"type": "end", "id": node.id} | values

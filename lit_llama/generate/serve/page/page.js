@@ -351,6 +351,7 @@ async function submit(event) {
   state.busy = true;
   $("text").value = "";
   grow();
+  panes.forEach((pane) => pane.follow());
   const done = await trying(async () => (await send(text), true));
   state.busy = false;
   if (!done && !$("text").value) {

@@ -126,6 +126,11 @@ export class Pane {
     this.messages = new Map();
   }
 
+  // Shows the end, and whatever comes there, until the user scrolls away from it.
+  follow() {
+    this.end = true;
+  }
+
   clear() {
     this.messages.clear();
     this.list.replaceChildren();
@@ -133,7 +138,7 @@ export class Pane {
 
   show(dialogue, title, empty) {
     const path = dialogue ? dialogue.path(this.side) : [];
-    const atEnd = this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 60;
+    const atEnd = this.end || this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 60;
     this.title.textContent = title;
     this.title.hidden = !title;
     const wanted = new Set(path.map((node) => node.id));
@@ -154,6 +159,7 @@ export class Pane {
       if (this.list.children[index] !== message.node) this.list.insertBefore(message.node, this.list.children[index] || null);
       message.show(node, dialogue);
     }
+    if (path.length && dialogue.live.has(path[path.length - 1].id)) this.end = false;
     if (atEnd) this.list.scrollTop = this.list.scrollHeight;
   }
 }

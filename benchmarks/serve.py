@@ -102,7 +102,9 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
     port = free_port()
     words = [*command("ours", checkpoint_dir, None, "", port, 8), "--max_waiting", "16"]
     with running(words, port, work_dir / "soak.log") as server:
-        asyncio.run(Soak(server.url, seed).run(min(30.0, seconds / 4), 24))  # the cache fills, once
+        long = {"prompt": [5, *range(100, 150)] * 155, "max_tokens": 1}
+        httpx2.post(f"{server.url}/v1/completions", json=long, timeout=120).raise_for_status()  # the cache fills, once
+        asyncio.run(Soak(server.url, seed).run(min(30.0, seconds / 4), 24))
         before = server.resident()
         counts = asyncio.run(Soak(server.url, seed + 1000).run(seconds, 24))
         time.sleep(2)

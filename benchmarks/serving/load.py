@@ -11,24 +11,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
-_WORDS = [
-    "llama",
-    "alpaca",
-    "guanaco",
-    "vicuna",
-    "pack",
-    "herd",
-    "wool",
-    "hill",
-    "grass",
-    "stone",
-    "river",
-    "cloud",
-    "market",
-    "road",
-    "village",
-    "morning",
-]
+_WORDS = ("llama", "alpaca", "guanaco", "vicuna", "pack", "herd", "wool", "hill", "grass", "river", "cloud", "road")
 
 
 @dataclass

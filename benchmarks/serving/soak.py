@@ -63,7 +63,10 @@ class Soak:
         while time.monotonic() < end:
             kind, number = draw.choice(_KINDS), draw.randrange(_PROBES)
             self.counts.kinds[kind] += 1
+            full = self.counts.full
             await getattr(self, f"_{kind.replace(' ', '_')}")(number, draw)
+            if self.counts.full > full:
+                await asyncio.sleep(draw.random())
 
     def _check(self, reply: httpx2.Response, status: int) -> bool:
         """Whether there is an answer to look at."""

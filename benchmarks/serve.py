@@ -6,10 +6,12 @@ python benchmarks/serve.py --soak 600
 
 import asyncio
 import json
+import signal
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no installed package
 
@@ -22,6 +24,8 @@ from benchmarks.serving.soak import Soak
 from benchmarks.training.process import check_idle
 from lit_llama.cli import CLI
 from lit_llama.errors import IntegrityError
+
+T = TypeVar("T")
 
 
 def main(
@@ -83,9 +87,24 @@ def main(
 
 
 def _measured(server: Server, texts: list[str], tokens: int, clients: int) -> tuple[Seen, int]:
-    asyncio.run(drive(server.url, ["Once upon a time"], 8, 1))  # whatever is made with the first request
-    seen = asyncio.run(drive(server.url, texts, tokens, clients))
+    _run(drive(server.url, ["Once upon a time"], 8, 1))  # whatever is made with the first request
+    seen = _run(drive(server.url, texts, tokens, clients))
     return seen, server.resident(peak=True)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; a signal cancels it, as an exception amid a loop could leave that spinning."""
+
+    async def whole() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(whole())
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -104,9 +123,9 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
     with running(words, port, work_dir / "soak.log") as server:
         long = {"prompt": [5, *range(100, 150)] * 155, "max_tokens": 1}
         httpx2.post(f"{server.url}/v1/completions", json=long, timeout=120).raise_for_status()  # the cache fills, once
-        asyncio.run(Soak(server.url, seed).run(min(30.0, seconds / 4), 24))
+        _run(Soak(server.url, seed).run(min(30.0, seconds / 4), 24))
         before = server.resident()
-        counts = asyncio.run(Soak(server.url, seed + 1000).run(seconds, 24))
+        counts = _run(Soak(server.url, seed + 1000).run(seconds, 24))
         time.sleep(2)
         after = server.resident()
         metrics = httpx2.get(f"{server.url}/metrics").text

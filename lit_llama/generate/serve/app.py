@@ -12,6 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from lit_llama.errors import UserError
+from lit_llama.generate.llm import LLM
 from lit_llama.generate.serve.errors import ApiError, refusal
 from lit_llama.generate.serve.fields import Fields, token_ids
 from lit_llama.generate.serve.guard import Guard
@@ -59,6 +60,7 @@ def create_app(
         _route("/v1/completions", complete, "POST"),
         _route("/tokenize", tokenize, "POST"),
         _route("/detokenize", detokenize, "POST"),
+        _route("/tokenizer_info", tokenizer_info, "GET"),
     ]
     open_paths = {"/health", "/v1/health", *public}
     guard = Middleware(Guard, service=service, keys=keys, public=open_paths, local=local)
@@ -144,9 +146,26 @@ def _tokenized(body: Mapping[str, Any], models: Models) -> dict[str, Any]:
     fields.end()
     if (text is None) == (messages is None):
         raise refusal("prompt", "and messages are both given or both missing, expected one of them")
-    ids = chat_ids(llm, read_messages(messages), tools, more) if text is None else text_ids(llm, text, begin)
+    ids = _ids(llm, text, begin) if text is not None else chat_ids(llm, read_messages(messages), tools, more)
     found = {"count": len(ids), "max_model_len": models.capacity(llm), "tokens": ids}
     return found | ({"token_strs": [spelled(llm, token)[0] for token in ids]} if strings else {})
+
+
+def _ids(llm: LLM, text: str, begin: bool) -> list[int]:
+    """Ids of a text; one that is a control token and no more is that token, as programs ask for the id of one."""
+    control = llm.tokenizer.control
+    return [control[text]] if text in control and not begin else text_ids(llm, text, begin)
+
+
+async def tokenizer_info(service: Service, request: Request) -> Response:
+    """The control tokens of the first model, as lm-evaluation-harness asks for them.
+
+    There is no chat template among it: rendered elsewhere, its control tokens would come back as words.
+    """
+    _, llm = service.ready().find(None)
+    tokenizer = llm.tokenizer
+    named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
+    return json_response({name: spelling or None for name, spelling in named.items()} | {"chat_template": None})
 
 
 async def detokenize(service: Service, request: Request) -> Response:

@@ -1,5 +1,6 @@
 """A server out of folders: checked before anything is loaded, listening while it is."""
 
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
-from lit_llama.errors import UserError
+from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.flags import Asked
@@ -104,6 +105,8 @@ def start(
         worker = EngineThread(next(iter(llms.values())).engine)
         service.start(llms, worker, defaults)
         console.print(f"serving {', '.join(llms)} at {' '.join(addresses(made))}/v1")
+        with contextlib.suppress(ResourceError):  # for the first constraint, meanwhile
+            _ = next(iter(llms.values())).token_table
         return worker.close
 
     console.print(f"listening at {' '.join(addresses(made))}, loading {folder}")

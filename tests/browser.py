@@ -84,7 +84,9 @@ class Tab:
 
     def run(self, script: str) -> Any:
         """The value of an expression, or of the promise that it is."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        found = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

@@ -162,7 +162,7 @@ function take(event, id) {
 
 let drawn = 0;
 function show() {
-  if (!drawn) drawn = requestAnimationFrame(draw);
+  if (!drawn) drawn = document.hidden ? setTimeout(draw, 100) : requestAnimationFrame(draw); // none come while hidden
 }
 
 function empty() {

@@ -70,8 +70,8 @@ class Guard:
                 else:
                     await self._app(scope, receive, noted)
         finally:
-            known = scope["path"] if status != 404 else "unknown"
-            self._service.metrics.replies.labels(_shape(known), str(status)).inc()
+            known = "other" if status in (0, 401, 403, 404, 405) else _shape(scope["path"])  # whose paths may be any
+            self._service.metrics.replies.labels(known, str(status)).inc()
             told = scope["state"].get("told")
             about = f", {told}" if told else ""
             seconds = time.monotonic() - started

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,22 +73,48 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Impatient(H11Protocol):
-    """HTTP of uvicorn, that gives up a connection on which no request comes; it has no such limit of its own."""
+    """HTTP of uvicorn, that gives up a connection on which no request comes, or half of one.
+
+    uvicorn has no such limit of its own, but for connections that are idle after a reply.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""
         super().connection_made(transport)
-        self._patience = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Wait for the rest of a head, from when its beginning came."""
+        if not self._waiting():
+            self._calm()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+
+    def _calm(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _waiting(self) -> bool:
+        cycle: Any = self.cycle  # None before the first request, whatever its type says
+        return cycle is None or bool(cycle.response_complete)
 
     def _give_up(self) -> None:
-        asked: object = self.cycle  # None before the first request, whatever its type says
-        if asked is None and not self.transport.is_closing():
+        self._patience = None
+        if self._waiting() and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        self._patience.cancel()
+        self._calm()
         super().connection_lost(exc)
 
 
@@ -96,9 +123,11 @@ class Server(uvicorn.Server):
 
     Attributes:
         ended_by: The second signal.
+        stopped: When the first one came.
     """
 
     ended_by: int | None = None
+    stopped: float | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -116,7 +145,7 @@ class Server(uvicorn.Server):
     def _stop(self, number: int, frame: Any) -> None:
         if self.should_exit:
             self.ended_by, self.force_exit = number, True
-        self.should_exit = True
+        self.should_exit, self.stopped = True, self.stopped or time.monotonic()
 
 
 def make_server(app: Starlette, drain: float) -> Server:
@@ -176,7 +205,9 @@ def serve(
     if errors:
         raise errors[0]
     if server.ended_by is None:
-        said("stopped; all that was asked is answered" if not thread.is_alive() else "stopped while loading")
+        late = server.stopped is not None and time.monotonic() - server.stopped >= max(1, round(drain))
+        answered = "answers that took longer are lost" if late else "all that was asked is answered"
+        said("stopped while loading" if thread.is_alive() else f"stopped; {answered}")
     if thread.is_alive():  # in the midst of native code, which an interpreter that goes down could crash
         sys.stdout.flush()
         sys.stderr.flush()

@@ -16,7 +16,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.ticket import Statistics
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.serve.errors import ApiError
+from lit_llama.generate.serve.errors import ApiError, refusal
 from lit_llama.generate.serve.fields import parse_json
 from lit_llama.generate.serve.metrics import Metrics
 from lit_llama.generate.serve.models import Limits, Models
@@ -128,6 +128,8 @@ class Service:
 
     def _check_room(self, models: Models, more: int) -> None:
         most = models.worker.engine.config.max_sequences + self.limits.max_waiting
+        if more > most:
+            raise refusal("n", f"asks for {more} answers, expected at most {most}, which is all that may run and wait")
         if self.answers + more > most:
             message = f"{self.answers} answers are being made or wait, of at most {most}; try again later"
             raise ApiError(429, message, headers={"Retry-After": "1"})

@@ -144,6 +144,8 @@ def test_bodies_are_bounded(tiny_folder: Path) -> None:
     assert client.refused(CHAT, {"messages": [{"role": "user", "content": "x" * 1000}]}, 413)
     assert "30" in client.refused(TEXT, {"prompt": [5] * 30})["message"]
     assert client.refused(TEXT, {"prompt": "a", "n": 3})["param"] == "n"
+    few = Client(create_app(service(tiny_folder, Limits(max_waiting=0))))  # and 32 in the batch
+    assert "at most 32" in few.refused(TEXT, {"prompt": "a", "n": 33})["message"]
 
     async def parts() -> Any:
         for _ in range(20):
@@ -213,9 +215,11 @@ def test_metrics_count(tiny_folder: Path) -> None:
     client = Client(create_app(service(tiny_folder)))
     usage = client.chat(max_tokens=3).json()["usage"]
     client.refused(CHAT, {"messages": HI, "x": 1})
+    client.get("/any/path/at/all")
     text = client.get("/metrics").text
     assert f"lit_llama_prompt_tokens_total {usage['prompt_tokens']:.1f}" in text
     assert "lit_llama_generated_tokens_total 3.0" in text
     assert 'lit_llama_requests_total{path="/v1/chat",status="200"} 1.0' in text
     assert 'lit_llama_requests_total{path="/v1/chat",status="400"} 1.0' in text
+    assert "/any" not in text and 'lit_llama_requests_total{path="other",status="404"} 1.0' in text
     assert "lit_llama_answers_running 0.0" in text and "lit_llama_time_to_first_token_seconds_count 1.0" in text

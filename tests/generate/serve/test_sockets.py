@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,23 +116,27 @@ def test_more_clients_than_the_queue_holds(tiny_folder: Path) -> None:
         made.start({"tiny": llm}, worker)
         client = Client(create_app(made))
 
+        gate, refusals = threading.Event(), 0  # the engine waits until all have asked
+        worker.call(lambda engine: gate.wait(30))
+
         async def run() -> list[Any]:
             async with client.open() as http:
-                fields = {"max_tokens": 12, "temperature": 0}
-                return await asyncio.gather(
-                    *(
-                        http.post(
-                            "/v1/chat/completions", json={"messages": [{"role": "user", "content": str(i)}], **fields}
-                        )
-                        for i in range(200)
-                    )
-                )
+
+                async def one(number: int) -> Any:
+                    nonlocal refusals
+                    messages = [{"role": "user", "content": str(number)}]
+                    body = {"messages": messages, "max_tokens": 12, "temperature": 0}
+                    reply = await http.post("/v1/chat/completions", json=body)
+                    refusals += reply.status_code == 429
+                    if refusals == 200 - 48:
+                        gate.set()
+                    return reply
+
+                return await asyncio.gather(*map(one, range(200)))
 
         replies = asyncio.run(run())
-        found = {reply.status_code for reply in replies}
-        assert found == {200, 429}
         answered = [number for number, reply in enumerate(replies) if reply.status_code == 200]
-        assert len(answered) >= 48  # 32 in the batch and 16 that wait
+        assert len(answered) == 48 and refusals == 152  # 32 in the batch and 16 that wait
         refused = next(reply for reply in replies if reply.status_code == 429)
         assert refused.headers["retry-after"] == "1" and refused.json()["error"]["type"] == "rate_limit_error"
         for number in answered[::7]:
@@ -153,16 +158,22 @@ def test_a_reply_that_takes_too_long(tiny_folder: Path) -> None:
 def test_slow_requests_are_given_up(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection without a request, one with half a head, and one with half a body."""
     monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.2)
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with listening(create_app(service(tiny_folder, Limits(body_seconds=0.2)))) as address:
         host, port = address.removeprefix("http://").split(":")
-        for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: local", b"POST /v1/completions HTTP/1.1\r\n"
-                     b"Host: localhost\r\nContent-Length: 50\r\n\r\n{"):  # fmt: skip
+        half = b"POST /v1/completions HTTP/1.1\r\nHost: local"
+        body = half + b"host\r\nContent-Length: 50\r\n\r\n{"
+        for sent, more in ((b"", b""), (half, b""), (body, b""), (whole, half)):
             with socket.create_connection((host, int(port)), timeout=20) as connection:
                 connection.sendall(sent)
-                received = b""
+                received = connection.recv(4096)
+                if more:
+                    assert received.startswith(b"HTTP/1.1 200 ")
+                    connection.sendall(more)
+                    received = b""
                 while part := connection.recv(4096):
                     received += part
-            assert received.startswith(b"HTTP/1.1 408 ")
+            assert b"HTTP/1.1 408 " in received
 
 
 def test_adapters_answer_by_their_names_in_one_batch(tiny_folder: Path, tmp_path: Path) -> None:

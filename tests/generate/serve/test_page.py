@@ -23,7 +23,7 @@ from lit_llama.model.checkpoint import load_model
 
 HOSTILE = (
     "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>\n\n"
-    "[one](javascript:window.hit=3) [two](JAVASCRIPT:window.hit=4) [three](data:text/html,<script>window.hit=5</script>)"
+    "[one](javascript:window.hit=3) [two](JAVASCRIPT:window.hit=4) [three](data:text/html,<script>hit=5</script>)"
     " [four](https://example.org/?a=1&b=2 \"onmouseover=window.hit=6\") ![p](https://example.org/pixel.png)\n\n"
     "| <svg onload=window.hit=7> | b |\n|---|---|\n| `<i>` | \x1b[31mred\x1b]0;t\x07 \u202eevil |\n\n"
     "```html\n</code></pre><script>window.hit = 8</script>\n```\n\n"

@@ -265,7 +265,7 @@ class Store:
                 self._summaries[path.stem] = held
             return held[1]
         except (UserError, OSError) as error:
-            self._remark(f"{path}: {error}")
+            self._remark(str(error))
             return None
 
     def _fresh(self, id: str) -> _Known:

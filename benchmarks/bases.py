@@ -1,4 +1,4 @@
-"""What a base in fewer bits costs and saves: the same LoRA run of ours on each, from the same start.
+"""Loss, speed and memory of bases in fewer bits: the same LoRA run of ours on each, and each as generation holds it.
 
 python benchmarks/bases.py --out bases
 
@@ -74,10 +74,20 @@ def main(
         runs[name] = contest.train_on(quantize, "32-true" if name == EXACT else "bf16-true")
     lines = _lines(contest.rows, checkpoint_dir, runs)
     print(_table(lines))
+    generating = _generating(contest.rows, checkpoint_dir)
     if out:
-        result = {"settings": asdict(settings), "results": lines, "runs": runs}
+        result = {"settings": asdict(settings), "results": lines, "generation": generating, "runs": runs}
         out.with_suffix(".json").write_text(json.dumps(result, indent=2, default=str) + "\n", "utf-8")
         _plot(lines, out.with_suffix(".png"), f"LoRA on {checkpoint_dir.name}, {batch_size} samples a step")
+
+
+def _generating(rows: Rows, checkpoint_dir: Path) -> list[dict[str, Any]]:
+    """Loss of the base as generation holds its weights, printed."""
+    from benchmarks.generation.losses import held_out_losses, table
+
+    found = held_out_losses(checkpoint_dir, rows.held_out, IGNORE_INDEX)
+    print(f"\n{table(found)}")
+    return found
 
 
 def _lines(rows: Rows, checkpoint_dir: Path, runs: dict[str, Run]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Speed of generation on the processor, side by side with transformers and llama.cpp.
+"""Speed of generation on the processor, side by side with transformers, litgpt and llama.cpp.
 
 python benchmarks/generate.py --out generate
 
@@ -9,13 +9,13 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no installed package
 
-from benchmarks.generation.contest import Contender, bandwidth, contenders
+from benchmarks.generation.contest import Contender, bandwidth, contenders, extractor, start_up
 from benchmarks.training.process import check_idle
 from lit_llama.cli import CLI
 
@@ -27,14 +27,22 @@ CONTENDERS = [
     "llama.cpp bf16",
     "llama.cpp q8_0",
     "llama.cpp q4_0",
+    "llama.cpp q4_k_m",
+    "litgpt bf16",
 ]
+EXACT = "ours f32"
+"""Whose greedy answers the others are compared with."""
+KEYS = ("single", "batch 4", "batch 16", "batch 32", "prefill")
 PAIRS = [  # ours, the other, task, what it is called
     ("ours bf16", "llama.cpp bf16", "single", "bf16 single stream against llama.cpp bf16"),
     ("ours int8", "llama.cpp q8_0", "single", "int8 single stream against Q8_0"),
     ("ours int4", "llama.cpp q4_0", "single", "4-bit single stream against Q4_0"),
+    ("ours int4", "llama.cpp q4_k_m", "single", "4-bit single stream against Q4_K_M"),
     ("ours bf16", "transformers bf16", "batch 16", "batch of 16 against transformers"),
     ("ours bf16", "llama.cpp bf16", "prefill", "prefill against llama.cpp"),
     ("ours bf16", "transformers bf16", "single", "bf16 single stream against transformers"),
+    ("ours bf16", "transformers bf16", "prefill", "prefill against transformers"),
+    ("ours bf16", "litgpt bf16", "single", "bf16 single stream against litgpt"),
     ("ours bf16", "llama.cpp bf16", "batch 16", "batch of 16 against llama.cpp"),
 ]
 
@@ -49,6 +57,8 @@ def main(
     arrivals: int = 64,
     rate: float = 20.0,
     seed: int = 1,
+    extraction_dir: Path = Path("checkpoints/demo-merged"),
+    extraction_rows: Path = Path("data/demo/test.jsonl"),
     work_dir: Path = Path("build/benchmark-generate"),
     when_busy: Literal["refuse", "warn"] = "refuse",
     out: Path | None = None,
@@ -57,17 +67,20 @@ def main(
 
     Args:
         checkpoint_dir: The model.
-        contestants: Of ours bf16, ours int8, ours int4, transformers bf16, llama.cpp KIND, where KIND is what
-            prepare/checkpoint.py writes into GGUF.
+        contestants: Of ours bf16, ours int8, ours int4, transformers bf16, litgpt bf16, llama.cpp KIND and llama.cpp
+            wheel KIND, where KIND is what prepare/checkpoint.py writes into GGUF. llama.cpp is compiled for this
+            processor, which takes a quarter of an hour once; the wheel of xllamacpp is compiled for AVX2.
         rounds: Times that each does each task; medians count.
         tokens: Of each answer.
         prefill: Tokens of the long prompt.
         arrivals: Requests that come over time.
         rate: Of them a second.
         seed: Of prompts.
+        extraction_dir: A model tuned to answer in JSON, as `make demo` leaves it; left out where it is missing.
+        extraction_rows: The rows that it is asked.
         work_dir: Folder for logs and the files of llama.cpp.
         when_busy: What to do when others use the machine.
-        out: Writes OUT.json.
+        out: Writes OUT.json and OUT.png.
     """
     load = check_idle(warn=when_busy == "warn")
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -81,6 +94,8 @@ def main(
     batches = {size: [prompt(draw.randint(20, 200)) for _ in range(size)] for size in (4, 16, 32)}
     coming = [prompt(draw.randint(20, 200)) for _ in range(arrivals)]
     running = contenders(checkpoint_dir, work_dir, contestants or CONTENDERS)
+    exact = contenders(checkpoint_dir, work_dir, [EXACT])[0]
+    extraction = extractor(extraction_dir, extraction_rows)
     size = sum(path.stat().st_size for path in checkpoint_dir.glob("*.safetensors"))
     read = bandwidth(size, work_dir)
     try:
@@ -106,47 +121,148 @@ def main(
                 for together in (True, False):
                     key = "arrivals" if together else "one after another"
                     one.do("arrivals", key, prompts=coming, tokens=tokens // 2, rate=rate, together=together)
-    finally:
         for one in running:
+            for task in {"sizes", "built"} & {*one.tasks}:
+                one.do(task, task)
+        exact.start(work_dir / "exact.log")
+        exact.do("answer", "single", ids=single, tokens=tokens)
+        if extraction is not None:
+            extract(extraction, rounds, work_dir)
+    finally:
+        for one in (*running, exact, *([extraction] if extraction else [])):
             one.stop()
-    show(running, read, size, load, out)
+    show(running, exact, extraction, start_up(checkpoint_dir, rounds), read, size, load, out)
 
 
-def show(running: Sequence[Contender], read: float, size: int, load: float, out: Path | None) -> None:
+def extract(one: Contender, rounds: int, work_dir: Path) -> None:
+    """Answers in JSON, alone and eight at a time, with and without guesses and a schema."""
+    one.start(work_dir / "extraction.log")
+    for number in range(rounds + 1):
+        for together in (1, 8):
+            for schema in (False, True):
+                for guess in (False, True):
+                    key = extraction_key(together, schema, guess)
+                    one.do("extract", key, rows=8 * together, together=together, guess=guess, schema=schema)
+        if not number:
+            one.results.clear()
+
+
+def extraction_key(together: int, schema: bool, guess: bool) -> str:
+    """A name of what was done."""
+    kinds = ["schema"] * schema + ["lookup"] * guess
+    return f"JSON, {together} at a time{''.join(f', {kind}' for kind in kinds)}"
+
+
+def show(
+    running: Sequence[Contender],
+    exact: Contender,
+    extraction: Contender | None,
+    starting: Mapping[str, float],
+    read: float,
+    size: int,
+    load: float,
+    out: Path | None,
+) -> None:
     """Print what was found, and write it."""
-    keys = ("single", "batch 4", "batch 16", "batch 32", "prefill")
     say(f"read-only pass over {size / 1e9:.3f} GB: {read / 1e9:.1f} GB/s, {read / size:.0f} a second; load {load:.2f}")
-    say(f"{'tokens/s':20}" + "".join(f"{key:>10}" for key in keys) + f"{'start, s':>10}{'peak, GB':>10}")
+    say(f"{'tokens/s':24}" + "".join(f"{key:>10}" for key in KEYS) + f"{'start, s':>10}{'peak, GB':>10}{'as f32':>8}")
     for one in running:
-        speeds = "".join(f"{speed:10.1f}" if (speed := one.speed(key)) else f"{'-':>10}" for key in keys)
-        say(f"{one.name:20}{speeds}{one.started:10.1f}{one.peak / 1e9:10.2f}")
+        speeds = "".join(f"{speed:10.1f}" if (speed := one.speed(key)) else f"{'-':>10}" for key in KEYS)
+        say(f"{one.name:24}{speeds}{one.started:10.1f}{one.peak / 1e9:10.2f}{agreement(one, exact):>8}")
+    found = ratios(running, read / size)
+    for what, value in found.items():
+        say(f"{what}: {value:.2f}")
+    if own := next((one for one in running if one.name == "ours bf16"), None):
+        details(own)
+    if extraction is not None:
+        for key in extraction.results:
+            made = extraction.results[key][-1]
+            share = made["right"] / len(made["texts"])
+            say(f"{key}: {extraction.speed(key):.1f} tokens/s, {share:.0%} right")
+        for together in (1, 8):
+            for schema in (False, True):
+                on, off = (extraction.speed(extraction_key(together, schema, guess)) for guess in (True, False))
+                assert on and off
+                what = f"prompt lookup on against off, {extraction_key(together, schema, False)}"
+                found[what] = on / off
+                say(f"{what}: {on / off:.2f}")
+    beyond = starting["first token"] - starting["import torch"]
+    say(f"start: {starting['first token']:.2f} s to a first token, {beyond:.2f} s beyond import torch")
+    for one in running:
+        if "built" in one.results:
+            say(f"{one.name}: {one.results['built'][0]['system']}")
+    if out is not None:
+        everybody = (*running, exact, *([extraction] if extraction else []))
+        results = {one.name: {"started": one.started, "peak": one.peak, "results": one.results} for one in everybody}
+        whole = {"machine": platform.processor(), "read": read, "size": size, "ratios": found, "start": starting}
+        out.with_suffix(".json").write_text(json.dumps(whole | {"contenders": results}), "utf-8")
+        plot(running, read / size, out.with_suffix(".png"))
+
+
+def agreement(one: Contender, exact: Contender) -> str:
+    """How many tokens of a greedy answer are those of float32 before the first other one."""
+    ids, wanted = (x.results.get("single", [{}])[0].get("ids") for x in (one, exact))
+    if not ids or not wanted:
+        return "-"
+    return str(next((i for i, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]), len(wanted)))
+
+
+def ratios(running: Sequence[Contender], passes: float) -> dict[str, float]:
+    """Ours against the others, and against reading alone."""
     named = {one.name: one for one in running}
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     for ours, other, key, what in PAIRS:
         if ours in named and other in named:
             left, right = named[ours].speed(key), named[other].speed(key)
             if left and right:
                 found[what] = left / right
-                say(f"{what}: {left / right:.2f}")
-    if own := named.get("ours bf16"):
-        speed = own.speed("single")
-        found["share of the read-only pass"] = speed / (read / size) if speed else 0
-        say(f"share of the read-only pass: {found['share of the read-only pass']:.0%}")
-        if "arrivals" in own.results:
-            together, alone = own.seconds("arrivals"), own.seconds("one after another")
-            waits = sorted(own.results["arrivals"][0]["waits"])
-            assert together and alone
+    if (own := named.get("ours bf16")) and (speed := own.speed("single")):
+        found["share of the read-only pass"] = speed / passes
+        together, alone = own.seconds("arrivals"), own.seconds("one after another")
+        if together and alone:
             found["arrivals, against one after another"] = alone / together
-            say(f"arrivals, against one after another: {alone / together:.2f}")
-            middle, late = waits[len(waits) // 2], waits[int(len(waits) * 0.99)]
-            say(f"time of a token: median {1000 * middle:.1f} ms, 99th percentile {1000 * late:.1f} ms")
-        cold, known = own.seconds("prefill"), own.seconds("known")
-        if cold and known:
-            say(f"first token of the long prompt: {cold:.2f} s, with its beginning known {known:.3f} s")
-    if out is not None:
-        results = {one.name: {"started": one.started, "peak": one.peak, "results": one.results} for one in running}
-        whole = {"machine": platform.processor(), "read": read, "size": size, "ratios": found, "contenders": results}
-        out.with_suffix(".json").write_text(json.dumps(whole), "utf-8")
+    return found
+
+
+def details(own: Contender) -> None:
+    """Times of tokens, and memory beyond weights and cache."""
+    if "arrivals" in own.results:
+        waits, firsts = (sorted(own.results["arrivals"][0][key]) for key in ("waits", "firsts"))
+        for what, times in (("a further token", waits), ("the first token", firsts)):
+            middle, late = times[len(times) // 2], times[int(len(times) * 0.99)]
+            say(f"time of {what}: median {1000 * middle:.1f} ms, 99th percentile {1000 * late:.1f} ms")
+    cold, known = own.seconds("prefill"), own.seconds("known")
+    if cold and known:
+        say(f"first token of the long prompt: {cold:.2f} s, with its beginning known {known:.3f} s")
+    if "sizes" in own.results:
+        sizes = own.results["sizes"][0]
+        beyond = own.peak - sizes["weights"] - sizes["touched"]
+        say(f"peak memory beyond weights and cache: {beyond / 1e9:.2f} GB")
+
+
+def plot(running: Sequence[Contender], passes: float, path: Path) -> None:
+    """Bars of tokens a second, a panel for each task; the bound of a single stream in bfloat16 is a line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(KEYS), figsize=(3 * len(KEYS) + 2, 0.35 * len(running) + 1.4), sharey=True)
+    for axes, key in zip(panels, KEYS, strict=True):
+        speeds = [one.speed(key) or 0 for one in running]
+        colors = ["#1f4e8c" if one.name.startswith("ours") else "#9db8d9" for one in running]
+        axes.barh([one.name for one in running], speeds, color=colors)
+        axes.set_title(key, fontsize=10)
+        axes.margins(x=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for place, speed in enumerate(speeds):
+            axes.text(speed, place, f" {speed:.0f}" if speed else " -", va="center", fontsize=8)
+    panels[0].axvline(passes, color="black", linewidth=0.8)
+    panels[0].invert_yaxis()
+    figure.supxlabel("tokens a second (line: bf16 weights read once a token, and nothing else)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def say(text: str) -> None:

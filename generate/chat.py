@@ -5,11 +5,12 @@ python generate/chat.py --checkpoint_dir checkpoints/NAME --adapters poet=out/lo
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.generate.engine.request import Overflow
 from lit_llama.generate.flags import Asked, sampling_flags
+from lit_llama.model.config import Held
 from lit_llama.text.prompts import StyleName
 
 
@@ -22,9 +23,13 @@ def main(
     conversations: Path | None = None,
     system: str = "",
     sampling: Asked,
+    overflow: Overflow = "drop_oldest",
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    quantize: Held | None = None,
+    draft_dir: Path | None = None,
+    plan: bool = False,
+    plan_memory: str | None = None,
 ) -> None:
     """Read messages from the terminal, or a line each from a pipe, and stream the answers to stdout.
 
@@ -36,15 +41,26 @@ def main(
             data, such as ~/.local/share, and those out of a pipe are not kept.
         system: System message that each conversation begins with.
         sampling: How the tokens of answers are drawn.
+        overflow: Beyond what the model reads: drop_oldest leaves out the oldest turns, and says so; error refuses.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
-        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
+            CPU, int8 and int4 are the fast ones.
+        draft_dir: A smaller checkpoint of the same tokenizer that guesses tokens: the same answers, sooner.
+        plan: Say what memory the model needs and whether it fits, and load nothing.
+        plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
     """
     from lit_llama.generate.chat.terminal import talk
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.models import load_models
+    from lit_llama.generate.plan import print_plan
 
-    drawn = sampling.over(open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir).sampling)
+    folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
+    folder.check_style(system)
+    if plan or plan_memory is not None:
+        print_plan(folder.plan(precision=precision, quantize=quantize, memory=plan_memory))
+        return
+    drawn = sampling.over(folder.sampling)
     models = load_models(
         checkpoint_dir,
         adapters,
@@ -52,9 +68,9 @@ def main(
         base_dir=base_dir,
         precision=precision,
         quantize=quantize,
-        system=system,
+        draft_dir=draft_dir,
     )
-    talk(models, drawn, system=system, folder=conversations)
+    talk(models, drawn, system=system, folder=conversations, overflow=overflow)
 
 
 if __name__ == "__main__":

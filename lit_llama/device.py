@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lit_llama.errors import ResourceError
+from lit_llama.errors import ResourceError, UserError
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "bf16-true", "32-true"]
+_UNITS = {"": 1, "M": 10**6, "MB": 10**6, "MiB": 2**20, "G": 10**9, "GB": 10**9, "GiB": 2**30}
+
 TrainingPrecision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true"]
 
 
@@ -243,6 +245,14 @@ def total_memory(device: "torch.device") -> int:
     except (OSError, ValueError):  # no cgroup of version 2, or "max"
         pass
     return free + resident_memory()
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of an amount such as 16GB, 16GiB or 500M."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2] not in _UNITS or not float(found[1]):
+        raise UserError(f"--plan_memory is {text!r}, expected an amount such as 16GB or 15.5GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def resident_memory() -> int:

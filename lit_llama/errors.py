@@ -47,7 +47,7 @@ class IntegrityError(UserError):
 
 
 class NumericalError(UserError):
-    """Training produced values that are not finite."""
+    """Values that are not finite, in training or generation, or rows that could not be answered."""
 
     exit_status = 70
 

@@ -347,7 +347,7 @@ def test_a_failure_leaves_the_old_output_file(llm: LLM, alpaca_rows: Rows, monke
     output.write_text("old\n")
 
     class Unwritable:
-        text, stopped, tokens, finish_reason = object(), True, 1, "stop"
+        text, stopped, tokens, finish_reason, error = object(), True, 1, "stop", None
 
     answers = [Answer("fine", True, 1), Unwritable()]
     monkeypatch.setattr(module, "answer_all", lambda *_: answers)

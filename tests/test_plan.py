@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_llama.device import Numerics, gpu_numerics
+from lit_llama.device import Numerics, gpu_numerics, parse_memory
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.folder import write_json
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
@@ -26,7 +26,7 @@ from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import LoRA
-from lit_llama.train.plan import Plan, lighter, make_plan, parse_memory, smaller
+from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.plan_table import advice, explained, short
 from lit_llama.train.processes import Processes
 from lit_llama.train.warm_up import largest_batch, warm_up

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import as_transformers, tiny_model
 
-from lit_llama.errors import DataError
+from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.request import Request
 from lit_llama.generate.llm import LLM, make_llm, torch_engine
@@ -163,7 +163,7 @@ def test_the_cache_is_no_larger_than_a_micro_batch(llm: LLM, monkeypatch: pytest
         held.append(asked.engine.statistics().blocks * BLOCK)
         assert all(request.sampling.temperature == 0 for request in requests)
         assert all(len(r.ids) + r.sampling.max_new_tokens <= llm.config.context_length for r in requests)
-        return [[SimpleNamespace(text=len(request.ids), stopped=True)] for request in requests]
+        return [[SimpleNamespace(text=len(request.ids), stopped=True, error=None)] for request in requests]
 
     monkeypatch.setattr(sampler_module, "answer_requests", answer)
     prompts = [Prompt(n, "", "", list(range(1, 1 + length))) for n, length in enumerate((10, 20, 200, 30, 40))]
@@ -171,6 +171,14 @@ def test_the_cache_is_no_larger_than_a_micro_batch(llm: LLM, monkeypatch: pytest
         answers = Sampler(llm, prompts, limit).answers()
         assert [answer.text for answer in answers] == [10, 20, 200, 30, 40]
         assert held[-1] <= max(limit, llm.config.context_length) + 2 * BLOCK
+
+
+def test_an_answer_that_fails_is_no_sample(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a line of samples.jsonl that looks as if the model had said nothing."""
+    failed = SimpleNamespace(text="", stopped=False, error=NumericalError("not finite"))
+    monkeypatch.setattr(sampler_module, "answer_requests", lambda *_: [[failed]])
+    with pytest.raises(NumericalError, match="not finite"):
+        Sampler(llm, [Prompt(0, "", "", [1])], 1).answers()
 
 
 def test_the_cache_is_let_go(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +190,7 @@ def test_the_cache_is_let_go(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPat
 
     def remembered(*arguments: Any) -> Any:
         engine = torch_engine(*arguments)
-        caches.append(weakref.ref(engine._runner._cache))  # type: ignore[attr-defined]
+        caches.append(weakref.ref(engine.runner._cache))  # type: ignore[attr-defined]
         return engine
 
     monkeypatch.setattr(sampler_module, "torch_engine", remembered)

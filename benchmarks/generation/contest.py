@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_llama.errors import ResourceError
+from benchmarks.training.environments import python_of
+from lit_llama.errors import ResourceError, UserError
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -122,18 +123,52 @@ def bandwidth(size: int, work_dir: Path) -> float:
 
 def contenders(checkpoint_dir: Path, work_dir: Path, names: Sequence[str]) -> list[Contender]:
     """The processes of some contenders; those of llama.cpp read files that are made here, once."""
-    python, found = sys.executable, []
+    found = []
     for name in names:
-        program, _, kind = name.partition(" ")
+        program, _, kind = name.rpartition(" ")
+        python: Path | str = sys.executable
         if program == "ours":
-            held = {"bf16": "stored"}.get(kind, kind)
-            command: list[str | Path] = [python, "-m", "benchmarks.generation.ours", checkpoint_dir, held]
+            words: list[str | Path] = ["ours", checkpoint_dir, {"bf16": "stored"}.get(kind, kind)]
         elif program == "transformers":
-            command = [python, "-m", "benchmarks.generation.peer_transformers", checkpoint_dir]
+            words = ["peer_transformers", checkpoint_dir]
+        elif program == "litgpt":
+            python, words = python_of("litgpt", work_dir), ["peer_litgpt", checkpoint_dir, work_dir]
+        elif program == "llama.cpp":
+            python = python_of("llama-cpp-python", work_dir)
+            words = ["peer_llama_cpp", _gguf(checkpoint_dir, kind, work_dir)]
+        elif program == "llama.cpp wheel":
+            words = ["peer_llama_wheel", _gguf(checkpoint_dir, kind, work_dir)]
         else:
-            command = [python, "-m", "benchmarks.generation.peer_llama_cpp", _gguf(checkpoint_dir, kind, work_dir)]
-        found.append(Contender(name, command))
+            raise UserError(f"there is no contestant {name!r}, see --help")
+        module, *arguments = words
+        found.append(Contender(name, [python, "-m", f"benchmarks.generation.{module}", *arguments]))
     return found
+
+
+def extractor(checkpoint_dir: Path, rows_file: Path) -> Contender | None:
+    """The process that answers in JSON; None where its model or its rows are missing."""
+    if not checkpoint_dir.is_dir() or not rows_file.is_file():
+        print(f"{checkpoint_dir} or {rows_file} is missing: no extraction; `make demo` makes them", file=sys.stderr)
+        return None
+    return Contender(
+        "extraction", [sys.executable, "-m", "benchmarks.generation.extraction", checkpoint_dir, rows_file]
+    )
+
+
+def start_up(checkpoint_dir: Path, rounds: int) -> dict[str, float]:
+    """Seconds of a process that imports torch, and of one that prints the first token of an answer; medians."""
+    script = ROOT / "generate" / "base.py"
+    commands: dict[str, list[str]] = {
+        "import torch": ["-c", "import torch"],
+        "first token": [str(script), "--checkpoint_dir", str(checkpoint_dir), "--max_new_tokens", "1"],
+    }
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds + 1):
+        for name, words in commands.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+            taken[name].append(time.perf_counter() - start)
+    return {name: median(seconds[1:]) for name, seconds in taken.items()}
 
 
 def _gguf(checkpoint_dir: Path, kind: str, work_dir: Path) -> Path:

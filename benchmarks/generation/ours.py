@@ -1,5 +1,6 @@
 """Ours: the engine, with weights as they are stored or in 8 or 4 bits."""
 
+import os
 import random
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.generation.worker import Result, serve
-from lit_llama.generate.engine.engine import Engine, EngineConfig
+from lit_llama.generate.engine.engine import Engine, EngineConfig, Ticket
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner
 from lit_llama.model.checkpoint import load_model
@@ -20,22 +21,29 @@ CACHE = 1 << 29
 
 def main(folder: Path, weights: Any) -> None:
     """Load and serve."""
-    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
-    model = load_model(folder, torch.device("cpu"), torch.bfloat16)
-    runner = PackedRunner(PackedLLaMA(model, torch.bfloat16, weights, consume=True), CACHE)
-    del model
-    made = Ours(runner)
-    serve({name: getattr(made, name) for name in ("answer", "batch", "prefill", "arrivals", "known")})
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    exact = weights == "f32"
+    dtype = torch.float32 if exact else torch.bfloat16
+    packed = PackedLLaMA(load_model(folder), dtype, "stored" if exact else weights, consume=True)
+    made = Ours(PackedRunner(packed, CACHE), packed.bytes)
+    tasks = ("answer", "batch", "prefill", "arrivals", "known", "sizes")
+    serve({name: getattr(made, name) for name in tasks})
 
 
 class Ours:
     """The tasks; each begins with an empty cache."""
 
-    def __init__(self, runner: PackedRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: PackedRunner, weights: int) -> None:
+        self._runner, self._weights = runner, weights
 
     def _engine(self, **options: Any) -> Engine:
         return Engine(self._runner, config=EngineConfig(**options))
+
+    def sizes(self) -> Result:
+        """Bytes of the weights, and of the blocks of the cache that were written."""
+        blocks = self._runner._cache.blocks  # (layers, blocks, ...)
+        written = int(blocks[0].flatten(1).any(1).sum())
+        return {"weights": self._weights, "touched": written * blocks.nbytes // blocks.shape[1]}
 
     def answer(self, ids: list[int], tokens: int, guess: bool = False) -> Result:
         """One greedy answer: time from its first token to its last, and its ids."""
@@ -83,7 +91,8 @@ class Ours:
         return {"seconds": seconds, "tokens": len(more)}
 
     def arrivals(self, prompts: list[list[int]], tokens: int, rate: float, together: bool) -> Result:
-        """Requests that come over time: how long until all are answered, and the time that a token takes.
+        """Requests that come over time: how long until all are answered, the time until each answer begins, and the
+        time that each of its other tokens takes.
 
         Args:
             prompts: Of the requests.
@@ -96,7 +105,10 @@ class Ours:
         for ids in prompts:
             now += draw.expovariate(rate)
             due.append((now, ids))
-        start, waits, seen = time.perf_counter(), [], {}
+        start, seen = time.perf_counter(), {}
+        waits: list[float] = []
+        firsts: list[float] = []
+        begun: set[Ticket] = set()
         while due or engine.busy:
             clock = time.perf_counter() - start
             while due and due[0][0] <= clock:
@@ -109,12 +121,13 @@ class Ours:
             clock = time.perf_counter() - start
             for ticket in [ticket for ticket in seen if ticket.steps]:
                 ticket.steps.clear()
-                waits.append(clock - seen[ticket])
+                (waits if ticket in begun else firsts).append(clock - seen[ticket])
+                begun.add(ticket)
                 seen[ticket] = clock
                 if ticket.done:
                     del seen[ticket]
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": tokens * len(prompts), "waits": waits}
+        return {"seconds": seconds, "tokens": tokens * len(prompts), "waits": waits, "firsts": firsts}
 
 
 if __name__ == "__main__":

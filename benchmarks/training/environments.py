@@ -1,10 +1,11 @@
 """Virtual environments of the peers, made when first asked for."""
 
 import json
+import os
 import subprocess
 import sys
 import venv
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lit_llama.errors import ResourceError
@@ -20,10 +21,27 @@ class Packages:
     Attributes:
         whole: With everything they need.
         alone: Without, as their lists name older versions than run well here; what they need is among `whole`.
+        environment: Variables of what is compiled.
     """
 
     whole: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _instructions() -> str:
+    """CMake's options of ggml for this processor: what it finds out alone where it is built for the machine at hand."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text("ascii").splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return ""
+    known = {
+        **{name: name.upper() for name in ("avx2", "fma", "f16c", "bmi2")},
+        **{"avx512f": "AVX512", "avx512vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI"},
+        **{"avx512_bf16": "AVX512_BF16", "amx_tile": "AMX_TILE", "amx_int8": "AMX_INT8", "amx_bf16": "AMX_BF16"},
+    }
+    found = [f"-DGGML_{option}=ON" for name, option in known.items() if name in flags.split()]
+    return " ".join(["-DGGML_NATIVE=OFF", *found])
 
 
 PEERS = {
@@ -40,6 +58,7 @@ PEERS = {
         ),
         ("litgpt==0.5.13",),
     ),
+    "llama-cpp-python": Packages(("llama-cpp-python==0.3.36",), environment={"CMAKE_ARGS": _instructions()}),
 }
 
 
@@ -56,16 +75,16 @@ def python_of(peer: str, folder: Path) -> Path:
         return python
     print(f"making the environment {home}; this takes minutes once", file=sys.stderr)
     venv.create(home, with_pip=True, clear=True)
-    _pip(python, "-c", str(CONSTRAINTS), *packages.whole)
+    _pip(python, packages, "-c", str(CONSTRAINTS), *packages.whole)
     if packages.alone:
-        _pip(python, "--no-deps", *packages.alone)
+        _pip(python, packages, "--no-deps", *packages.alone)
     ready.write_text(wanted, "utf-8")
     return python
 
 
-def _pip(python: Path, *arguments: str) -> None:
+def _pip(python: Path, packages: Packages, *arguments: str) -> None:
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | packages.environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ResourceError(f"{python.parent.parent}: pip cannot install {' '.join(arguments)}: {lines[-1]}")

@@ -12,14 +12,15 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from lit_llama.console import Results, shown
-from lit_llama.errors import DataError, UserError
+from lit_llama.errors import DataError, NumericalError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
-from lit_llama.generate.engine.request import FinishReason, Request, Sampling
+from lit_llama.generate.engine.request import FinishReason, Overflow, Request, Sampling
 from lit_llama.generate.llm import LLM, report
 from lit_llama.generate.metrics import Answer as Answer
 from lit_llama.generate.metrics import measure as measure
 from lit_llama.generate.metrics import notes
+from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text, room
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
 from lit_llama.text.conversation import Message
@@ -28,7 +29,9 @@ from lit_llama.text.formats import Example
 from lit_llama.text.styles import Segment
 
 
-def continue_text(llm: LLM, prompt: str, sampling: Sampling, *, control_tokens: bool = False) -> None:
+def continue_text(
+    llm: LLM, prompt: str, sampling: Sampling, *, control_tokens: bool = False, overflow: Overflow = "error"
+) -> None:
     """Stream the continuation of a raw text to stdout.
 
     Args:
@@ -36,8 +39,15 @@ def continue_text(llm: LLM, prompt: str, sampling: Sampling, *, control_tokens: 
         prompt: The text. It begins with the model's token for that, whether it spells it or not.
         sampling: How tokens are drawn.
         control_tokens: Control tokens that the text spells become such, and are no words.
+        overflow: Where text and continuation are too long for the model.
+
+    Raises:
+        UserError: They are, and nothing is to be left out.
     """
-    _print_answers(llm, raw_ids(llm, prompt, control_tokens), sampling)
+    fitted = fitted_text(llm, raw_ids(llm, prompt, control_tokens), sampling, overflow)
+    if fitted.dropped:
+        stderr().print(f"the prompt is too long for the model: its {fitted.dropped} oldest tokens are left out")
+    _print_answers(llm, fitted, sampling, overflow)
 
 
 def raw_ids(llm: LLM, text: str, control_tokens: bool) -> list[int]:
@@ -51,23 +61,26 @@ def raw_ids(llm: LLM, text: str, control_tokens: bool) -> list[int]:
     return ids if bos == ids[:1] else bos + ids
 
 
-def answer_one(llm: LLM, example: Example, sampling: Sampling, system: str = "") -> None:
+def answer_one(llm: LLM, example: Example, sampling: Sampling, system: str = "", overflow: Overflow = "error") -> None:
     """Stream the answer to an instruction to stdout.
 
     Raises:
         UserError: It is too long for the model.
     """
-    _print_answers(llm, instruction_ids(llm, example, system), sampling, llm.opening)
+    fitted = _fitted(llm, example, sampling, system, overflow)
+    if fitted.dropped:
+        stderr().print(f"the conversation is too long for the model: {fitted.dropped} oldest turns are left out")
+    _print_answers(llm, fitted, sampling, overflow, llm.opening)
 
 
-def _print_answers(llm: LLM, prompt: Sequence[int], sampling: Sampling, opening: str = "") -> None:
+def _print_answers(llm: LLM, prompt: Fitted, sampling: Sampling, overflow: Overflow, opening: str = "") -> None:
     """Every answer to a prompt on stdout, each ending its line; which one it is, on stderr.
 
     They are made together. The first one is shown as it comes, and each other one as soon as it is its turn.
     """
     engine, start = llm.engine, time.perf_counter()
-    ticket = engine.add(llm.request(prompt, sampling))
-    texts = [llm.text_behind(prompt, sampling, opening) for _ in range(sampling.n)]
+    ticket = engine.add(llm.request(prompt.ids, sampling, overflow=overflow, keep=prompt.keep))
+    texts = [llm.text_behind(prompt.ids, sampling, opening) for _ in range(sampling.n)]
     unshown = [""] * sampling.n
     try:
         for number, text in enumerate(texts):
@@ -86,7 +99,8 @@ def _print_answers(llm: LLM, prompt: Sequence[int], sampling: Sampling, opening:
                 if text.finish_reason is not None:
                     break
             print(flush=True)
-            report(text.tokens, time.perf_counter() - start, llm.device, ended(text.finish_reason, sampling))
+            ending = ended(text.finish_reason, sampling) + _slid(text.dropped)
+            report(text.tokens, time.perf_counter() - start, llm.device, ending)
     finally:
         engine.abort(ticket)
 
@@ -94,6 +108,11 @@ def _print_answers(llm: LLM, prompt: Sequence[int], sampling: Sampling, opening:
 def ended(reason: FinishReason | None, sampling: Sampling) -> str:
     """The end of a report on an answer that did not stop by itself."""
     return f"; cut off at --max_new_tokens {sampling.max_new_tokens}" if reason == "length" else ""
+
+
+def _slid(dropped: int) -> str:
+    """The end of a report on an answer that became too long for the model."""
+    return f"; the oldest {dropped} tokens were left out on the way" if dropped else ""
 
 
 def instruction_ids(llm: LLM, example: Example, system: str = "") -> list[int]:
@@ -104,9 +123,17 @@ def instruction_ids(llm: LLM, example: Example, system: str = "") -> list[int]:
         example: What is asked.
         system: Message that it begins with, unless it has one.
     """
-    style = llm.require_style()
-    turns = example.turns or ({"role": "user", "content": style.user(example)},)
-    return prompt_ids(llm.tokenizer, style, _headed(turns, system), example.tools)
+    return prompt_ids(llm.tokenizer, llm.require_style(), _messages(llm, example, system), example.tools)
+
+
+def _messages(llm: LLM, example: Example, system: str) -> tuple[Message, ...]:
+    """What is asked, as a conversation."""
+    return _headed(example.turns or ({"role": "user", "content": llm.require_style().user(example)},), system)
+
+
+def _fitted(llm: LLM, example: Example, sampling: Sampling, system: str, overflow: Overflow) -> Fitted:
+    """The prompt for an instruction, without turns for which there is no room."""
+    return fitted_messages(llm, _messages(llm, example, system), room(llm, sampling), overflow, example.tools)
 
 
 def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
@@ -114,14 +141,21 @@ def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
     return turns if not system or turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
 
 
-def answer_all(llm: LLM, examples: Sequence[Example], sampling: Sampling, system: str = "") -> list[Answer]:
+def answer_all(
+    llm: LLM, examples: Sequence[Example], sampling: Sampling, system: str = "", overflow: Overflow = "error"
+) -> list[Answer]:
     """Answer every example `sampling.n` times, in the order given.
 
     Raises:
         DataError: A prompt is too long for the model; found before the first answer.
     """
-    prompts = [instruction_ids(llm, example, system) for example in examples]
-    requests = [llm.request(prompt, sampling, number=row) for row, prompt in enumerate(prompts)]
+    prompts = [_fitted(llm, example, sampling, system, overflow) for example in examples]
+    if cut := [prompt.dropped for prompt in prompts if prompt.dropped]:
+        stderr().print(f"{len(cut)} of {len(prompts)} prompts are too long: {sum(cut)} oldest turns are left out")
+    requests = [
+        llm.request(prompt.ids, sampling, number=row, overflow=overflow, keep=prompt.keep)
+        for row, prompt in enumerate(prompts)
+    ]
     for example, request in zip(examples, requests, strict=True):
         try:
             llm.engine.check_request(request)
@@ -131,7 +165,7 @@ def answer_all(llm: LLM, examples: Sequence[Example], sampling: Sampling, system
     with bar(console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("answering", total=len(prompts))
         # Prompts of similar length next to each other: those that begin alike are found, and fewer wait for others.
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
         made = answer_requests(llm, [requests[row] for row in order], lambda: progress.advance(task))
     answers = dict(zip(order, made, strict=True))
     return [answer for row in range(len(prompts)) for answer in answers[row]]
@@ -147,10 +181,11 @@ def answer_requests(
         requests: Made by `LLM.request`.
         done: Called when one is answered.
 
-    Raises:
-        UserError: One failed; the others are given up.
+    Returns:
+        One that failed has its error, and the others go on.
     """
     engine, waiting = llm.engine, deque(range(len(requests)))
+    errors: dict[int, UserError | None] = {}
     tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
     texts = [[llm.text_behind(r.ids, r.sampling, llm.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
@@ -168,9 +203,8 @@ def answer_requests(
                         parts[index][step.answer].append(text.take(step))
                         if text.is_before(step):  # at a stop text
                             engine.abort(ticket, step.answer)
-                if ticket.error is not None:
-                    raise ticket.error
                 if ticket.done and not ticket.steps:
+                    errors[index] = ticket.error
                     del tickets[index]
                     done()
     finally:
@@ -178,10 +212,16 @@ def answer_requests(
             engine.abort(ticket)
     return [
         [
-            Answer("".join(part), text.finish_reason == "stop", text.tokens)
+            Answer(
+                "".join(part),
+                text.finish_reason == "stop",
+                text.tokens,
+                None if text.ended else errors[index],
+                text.dropped,
+            )
             for part, text in zip(own, their, strict=True)
         ]
-        for own, their in zip(parts, texts, strict=True)
+        for index, (own, their) in enumerate(zip(parts, texts, strict=True))
     ]
 
 
@@ -192,12 +232,13 @@ def answer(
     *,
     output_file: Path | None = None,
     system: str = "",
+    overflow: Overflow = "error",
 ) -> None:
     """Answer one question, streamed to stdout, or rows; see `answer_one` and `answer_rows`."""
     if isinstance(asked, Example):
-        answer_one(llm, asked, sampling, system)
+        answer_one(llm, asked, sampling, system, overflow)
     else:
-        answer_rows(llm, asked, sampling, output_file=output_file, system=system)
+        answer_rows(llm, asked, sampling, output_file=output_file, system=system, overflow=overflow)
 
 
 def answer_rows(
@@ -207,6 +248,7 @@ def answer_rows(
     *,
     output_file: Path | None = None,
     system: str = "",
+    overflow: Overflow = "error",
 ) -> dict[str, Any]:
     """Answer rows, a line of JSON for each answer.
 
@@ -217,6 +259,7 @@ def answer_rows(
 
     Raises:
         UserError: Nothing can be written at `output_file`.
+        NumericalError: Answers failed; raised after all is written.
         DataError: A prompt is too long for the model.
     """
     if output_file is not None:  # what cannot be made is better known before the answers
@@ -224,7 +267,7 @@ def answer_rows(
     if system and (own := sum(bool(example.turns) and example.turns[0]["role"] == "system" for example in examples)):
         stderr().print(f"{own} of {len(examples)} rows have a system message of their own, which they keep")
     start = time.perf_counter()
-    answers = answer_all(llm, examples, sampling, system)
+    answers = answer_all(llm, examples, sampling, system, overflow)
     asked = [example for example in examples for _ in range(sampling.n)]
     rows = [
         _asked(example, system) | _answered(example, answer) | ({"sample": number} if sampling.n > 1 else {})
@@ -242,9 +285,23 @@ def answer_rows(
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
     for note in notes(asked, answers, control):
         stderr().print(note)
+    if slid := sum(answer.dropped > 0 for answer in answers):
+        stderr().print(f"{slid} answers became too long for the model and went on without the oldest tokens")
     tokens, device = sum(answer.tokens for answer in answers), llm.device
     report(tokens, time.perf_counter() - start, device)
+    _check_failed(asked, answers)
     return measures
+
+
+def _check_failed(asked: Sequence[Example], answers: Sequence[Answer]) -> None:
+    """Raise for answers that failed."""
+    failed = [(example, answer.error) for example, answer in zip(asked, answers, strict=True) if answer.error]
+    if failed:
+        example, first = failed[0]
+        raise NumericalError(
+            f"{len(failed)} of {len(answers)} answers failed, their finish_reason is error; the others are there. The "
+            f"first of them, row {example.row}: {first}"
+        )
 
 
 def _asked(example: Example, system: str) -> dict[str, Any]:
@@ -260,7 +317,7 @@ def _answered(example: Example, answer: Answer) -> dict[str, Any]:
         "answer": answer.text,
         "stopped": answer.stopped,
         "finish_reason": answer.finish_reason,
-    }
+    } | ({} if answer.error is None else {"error": str(answer.error)})
 
 
 def _shown(value: float) -> str:

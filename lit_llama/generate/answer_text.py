@@ -23,6 +23,7 @@ class AnswerText:
 
     Attributes:
         tokens: Ids so far, the stop id included.
+        dropped: Oldest tokens of prompt and answer that the model does not see any more.
         finish_reason: None while it goes on.
     """
 
@@ -39,7 +40,7 @@ class AnswerText:
         # A stop text that spells a control token is never seen as text.
         self._stop_ids = {*stop_ids, *(tokenizer.control[text] for text in sampling.stop if text in tokenizer.control)}
         self._opening = opening
-        self.tokens = 0
+        self.tokens = self.dropped = 0
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -64,6 +65,7 @@ class AnswerText:
         for token in step.ids:
             if not self.ended:
                 text += self.push(token)
+        self.dropped += step.dropped
         return text + self.abort() if step.finish_reason == "abort" and not self.ended else text
 
     def push(self, token: int) -> str:

@@ -13,25 +13,31 @@ from lit_llama.device import (
     Precision,
     cores,
     peak_memory,
-    pick_device,
-    pick_dtype,
-    resident_memory,
-    total_memory,
 )
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
+from lit_llama.generate.engine.draft import DraftModel
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling, Step
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.flags import FolderSampling
+from lit_llama.generate.plan import (
+    GenerationPlan,
+    cache_limit,
+    numbers,
+    offloading,
+    plan_generation,
+    remedy,
+    shortfall,
+)
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import LLaMAConfig, Onto, Quantization
-from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.config import Held, LLaMAConfig
+from lit_llama.model.kernels.decode import PackedLLaMA, factors_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.paged import BLOCK
+from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
@@ -132,16 +138,16 @@ class LLM:
         value, make = given[0]
         return make(value, self.token_table)
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling, *, number: int = 0, opening: str = "") -> "Stream":
+    def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.
 
         Args:
             prompt: Ids.
             sampling: How tokens are drawn, and where the text ends.
-            number: Of the answer, for its draws.
             opening: Text that is left out at the beginning.
+            more: Of the Request, such as its number.
         """
-        request = self.request(prompt, replace(sampling, n=1), number=number)
+        request = self.request(prompt, replace(sampling, n=1), **more)
         return Stream(self.engine.stream(request), self.text_behind(prompt, sampling, opening))
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> "Stream":
@@ -225,51 +231,83 @@ class Opened:
         turns = [{"role": "system", "content": system}] if system else []
         prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
 
+    def plan(
+        self,
+        *,
+        precision: Precision = "auto",
+        quantize: Held | None = None,
+        max_sequences: int = 32,
+        memory: str | None = None,
+    ) -> GenerationPlan:
+        """The memory that answers take, known before a weight is read; arguments as for `load`.
+
+        Args:
+            memory: Plan for this much, such as 16GB, in place of what there is.
+
+        Raises:
+            UserError: It is no amount.
+            ResourceError: The quantisation cannot be had here.
+        """
+        trained = trained_on(self.folder) if quantize is None and self.base != self.folder else None
+        return plan_generation(
+            LLaMAConfig.from_folder(self.base),
+            precision=precision,
+            held=quantize or trained or "stored",
+            as_trained=trained is not None,
+            max_sequences=max_sequences,
+            memory=memory,
+        )
+
     def load(
         self,
         *,
         precision: Precision = "auto",
-        quantize: Onto | None = None,
+        quantize: Held | None = None,
         max_sequences: int = 32,
         packed: bool = True,
+        draft_dir: Path | str | None = None,
     ) -> LLM:
         """Load the weights; other arguments and errors as for `load`.
 
         Args:
             max_sequences: Answers that are made together, at most.
         """
+        draft = None if draft_dir is None else open_draft(draft_dir, self)
         start = time.perf_counter()
-        device = pick_device()
-        dtype = pick_dtype(precision, device)
+        plan = self.plan(precision=precision, quantize=quantize, max_sequences=max_sequences)
+        plan = plan if packed else replace(plan, packs=False)
         torch.set_num_threads(cores())
-        adapted = self.base != self.folder
-        held = self._held(quantize)
-        model = load_model(self.base, device, dtype, held)
+        model, remarks = self._model(plan)
+        llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
+        if plan.packed:
+            llm = _packed(llm, model, plan)
+        what = f"{self.folder} on {self.base}" if self.base != self.folder else str(self.folder)
+        stderr().print(f"{what}: {numbers(plan)} on {plan.device}, loaded in {time.perf_counter() - start:.1f} s")
+        if plan.offloaded:
+            stderr().print(f"{shortfall(plan)}; {offloading(plan)}; {remedy(plan)}")
+        elif not plan.fits:
+            stderr().print(f"warning: {shortfall(plan)}; {remedy(plan)}")
+        for remark in (*remarks, *self.remarks):
+            stderr().print(remark)
+        if draft is not None:
+            _speculate(llm, draft.load(precision=precision, max_sequences=max_sequences), max_sequences)
+        return llm
+
+    def _model(self, plan: GenerationPlan) -> tuple[LLaMA, list[str]]:
+        """The model as a plan has it, its adapter on it, and what people should know of the files."""
+        adapted, layers = self.base != self.folder, plan.config.num_hidden_layers
+        first = layers - plan.offloaded
+        # Weights that are packed or brought from elsewhere are mapped until then, so that they are not there twice.
+        dtype = None if plan.packed and not adapted else plan.dtype
+        model = load_model(self.base, plan.device, dtype, plan.quantization, stored_from=first)
         remarks = [*Weights(self.base).remarks]
+        stored = list(model.model.layers[first:].parameters())
         if adapted:
             remarks += load_adapter(model, self.folder).remarks
             model.requires_grad_(False).eval()
-        what = f"{self.folder} on {self.base}" if adapted else str(self.folder)
-        how = f"{held} and {str(dtype)[6:]}" if held else str(dtype)[6:]
-        stderr().print(f"{what}: {how} on {device}, loaded in {time.perf_counter() - start:.1f} s")
-        for remark in (*remarks, *self.remarks):
-            stderr().print(remark)
-        llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
-        if packed and self.packs(precision, quantize):
-            return _packed(llm, model, dtype, max_sequences)
-        return llm
-
-    def packs(self, precision: Precision = "auto", quantize: Onto | None = None) -> bool:
-        """Whether the weights will be packed for a CPU, beside which an engine can have adapters."""
-        device = pick_device()
-        if device.type != "cpu" or self._held(quantize) is not None:
-            return False
-        return packs(LLaMAConfig.from_folder(self.base), pick_dtype(precision, device))
-
-    def _held(self, quantize: Onto | None) -> Quantization | None:
-        """How the linear layers are held."""
-        method = trained_on(self.folder) if quantize is None and self.base != self.folder else quantize
-        return None if method == "stored" else method
+        if plan.offloaded:
+            offload(model, plan.device, plan.dtype, first, stored)
+        return model, remarks
 
 
 def load(
@@ -277,9 +315,10 @@ def load(
     *,
     precision: Precision = "auto",
     prompt_style: str | None = None,
-    quantize: Onto | None = None,
+    quantize: Held | None = None,
     base_dir: Path | str | None = None,
     packed: bool = True,
+    draft_dir: Path | str | None = None,
 ) -> LLM:
     """Load a checkpoint folder, or an adapter folder with its base.
 
@@ -288,10 +327,12 @@ def load(
         precision: Of weights and activations.
         prompt_style: Ask in this style instead of the folder's own.
         quantize: How to hold the linear layers; None as they were held when the adapter was trained, or as they are
-            stored.
+            stored. int4 is for CPUs.
         base_dir: Where the base of an adapter is; None looks for it, see `base_of`.
         packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
             `LLM.model`, as for a look into it.
+        draft_dir: A smaller checkpoint of the same tokenizer, which guesses tokens: where it guesses right, answers are
+            there sooner. Where the runner is exact, they are the same as without.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -299,7 +340,7 @@ def load(
         IntegrityError: The base or its tokenizer is not the one the adapter was trained on.
     """
     opened = open_folder(folder, prompt_style=prompt_style, base_dir=base_dir)
-    return opened.load(precision=precision, quantize=quantize, packed=packed)
+    return opened.load(precision=precision, quantize=quantize, packed=packed, draft_dir=draft_dir)
 
 
 def open_folder(folder: Path | str, *, prompt_style: str | None = None, base_dir: Path | str | None = None) -> Opened:
@@ -314,6 +355,49 @@ def open_folder(folder: Path | str, *, prompt_style: str | None = None, base_dir
         remarks.insert(0, f"{home}: its own tokenizer is used ({tokenizer.size} tokens, texts end in {tokenizer.eos})")
     ends = frozenset[int]().union(*(special.ends for special in specials))
     return Opened(folder, base, tokenizer, style, ends, folder_sampling(folder, base), tuple(remarks))
+
+
+def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
+    """Read all of a draft but its weights.
+
+    Args:
+        draft_dir: A checkpoint or adapter folder.
+        folder: What it guesses for.
+
+    Raises:
+        CheckpointError: It has another vocabulary; or as for `open_folder`.
+    """
+    draft = open_folder(draft_dir)
+    own, other = folder.tokenizer.vocabulary, draft.tokenizer.vocabulary
+    if own != other:
+        token = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
+        spelled = [repr(tokens[token]) if token < len(tokens) else "none" for tokens in (other, own)]
+        raise CheckpointError(
+            f"{draft_dir} cannot guess tokens for {folder.folder}, as they have different vocabularies of {len(other)} "
+            f"and {len(own)} tokens: id {token} is {spelled[0]} and {spelled[1]}; name a draft with the same tokenizer"
+        )
+    return draft
+
+
+def _speculate(llm: LLM, draft: LLM, max_sequences: int) -> None:
+    """Have a smaller model guess the tokens of another."""
+    runner = draft.engine.runner
+    cost = _products(draft.config) / _products(llm.config)
+    guesser = DraftModel(
+        runner,
+        tokens=draft.tokenizer.size,
+        max_sequences=max_sequences,
+        cost=cost,
+        adapter=draft.engine.default_adapter,
+    )
+    llm.engine.add_guesser(guesser)
+
+
+def _products(config: LLaMAConfig) -> int:
+    """Multiplications of a token in the matrices of a model."""
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
 def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
@@ -345,7 +429,7 @@ def make_llm(
 ) -> LLM:
     """Put an LLM together; its answers end in one of `ends`, or in what ends an answer in its style."""
     end = end_id(tokenizer, style) if style else None
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight  # which is on the device, wherever other weights are
     cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
     return LLM(
         engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
@@ -364,13 +448,12 @@ def torch_engine(model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int
     return Engine(TorchRunner(model, cache_bytes), tokens=tokens, config=_limits(max_sequences))
 
 
-def _packed(llm: LLM, model: LLaMA, dtype: torch.dtype, max_sequences: int) -> LLM:
-    """The same llm with the weights of its model packed, which the model loses."""
+def _packed(llm: LLM, model: LLaMA, plan: GenerationPlan) -> LLM:
+    """The same LLM with the weights of its model packed, which the model loses."""
     factors = factors_of(model)
-    packed = PackedLLaMA(model, dtype, consume=True)
-    cache_bytes = cache_limit(model.config, dtype, llm.device, max_sequences)
-    runner = PackedRunner(packed, cache_bytes)
-    engine = Engine(runner, tokens=llm.tokenizer.size, config=_limits(max_sequences))
+    weights = PackedLLaMA(model, plan.dtype, plan.weights_kind, consume=True)
+    cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences)
+    engine = Engine(PackedRunner(weights, cache_bytes), tokens=llm.tokenizer.size, config=_limits(plan.max_sequences))
     if factors:
         engine.add_adapter(ADAPTER, factors)
         engine.default_adapter = ADAPTER
@@ -383,19 +466,6 @@ ADAPTER = "adapter"
 
 def _limits(max_sequences: int) -> EngineConfig:
     return EngineConfig(max_sequences=max_sequences, max_batch_tokens=max(512, 2 * max_sequences))
-
-
-CACHE_TOKENS = 256
-"""Tokens for each of the answers that are made together, where there is memory; any of them may take more."""
-
-
-def cache_limit(config: LLaMAConfig, dtype: torch.dtype, device: torch.device, max_sequences: int) -> int:
-    """Most memory of a cache: for one answer as long as the model reads and for all that are made together, but no more
-    than half of what is free. On a CPU it is only taken as it is used."""
-    tokens = max(config.context_length, CACHE_TOKENS * max_sequences) + BLOCK
-    wanted = -(-tokens // BLOCK) * PackedCache.bytes_of_block(config, dtype)
-    free = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
-    return min(wanted, free // 2)
 
 
 def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:

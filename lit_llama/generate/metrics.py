@@ -5,8 +5,9 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Never
+from typing import Any, Literal, Never
 
+from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import FinishReason
 from lit_llama.text.formats import Example
 
@@ -19,20 +20,28 @@ class Answer:
         text: Without what ends it.
         stopped: Whether it ended by itself, and not at the limit.
         tokens: Made for it.
+        error: Why it failed, with the text that it had until then.
+        dropped: Oldest tokens of prompt and answer that the model did not see any more at its end.
     """
 
     text: str
     stopped: bool
     tokens: int
+    error: UserError | None = None
+    dropped: int = 0
 
     @property
-    def finish_reason(self) -> FinishReason:
-        """How it ended, as OpenAI names it."""
+    def finish_reason(self) -> FinishReason | Literal["error"]:
+        """How it ended, as OpenAI names it, or that it failed."""
+        if self.error is not None:
+            return "error"
         return "stop" if self.stopped else "length"
 
 
 def measure(examples: Sequence[Example], answers: Sequence[Answer], control: Collection[str] = ()) -> dict[str, Any]:
     """Shares of answers that stop by themselves, that equal the reference, and that are the same JSON as it.
+
+    One that failed is none of them; how many did is added where there are any.
 
     The last two only over rows that have a reference; JSON only if every reference is JSON. Letters that Unicode spells
     in several ways are equal (NFC). JSON is compared by value: 5 is 5.0 and no true; an object that names a key twice,
@@ -46,6 +55,8 @@ def measure(examples: Sequence[Example], answers: Sequence[Answer], control: Col
     """
     pairs = _pairs(examples, answers)
     measures: dict[str, Any] = {"rows": len(answers), "stopped": _mean([answer.stopped for answer in answers])}
+    if failed := sum(answer.error is not None for answer in answers):
+        measures["failed"] = failed
     if pairs:
         measures["exact_match"] = _mean([_nfc(wanted) == _nfc(text) for wanted, text in pairs])
     wanted = [_json(reference) for reference, _ in pairs]

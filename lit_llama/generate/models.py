@@ -10,7 +10,7 @@ from lit_llama.device import Precision
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.llm import LLM, Opened, open_folder
 from lit_llama.model.adapter import CONFIG_FILE, load_adapter
-from lit_llama.model.config import LLaMAConfig, Onto
+from lit_llama.model.config import Held, LLaMAConfig
 from lit_llama.model.kernels.decode import Factors, factors_of
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters as adapters_of
@@ -27,9 +27,10 @@ def load_models(
     prompt_style: StyleName | None = None,
     base_dir: Path | None = None,
     precision: Precision = "auto",
-    quantize: Onto | None = None,
+    quantize: Held | None = None,
     max_sequences: int = 32,
     system: str = "",
+    draft_dir: Path | None = None,
 ) -> dict[str, LLM]:
     """Load a folder and adapters of its model; what is asked first is what the folder is.
 
@@ -45,6 +46,8 @@ def load_models(
         max_sequences: Answers that are made together, at most.
         system: Message that conversations will begin with, which the style of the first model has to have.
 
+        draft_dir: A smaller checkpoint of the same tokenizer that guesses tokens.
+
     Returns:
         Models by their names; all have one engine.
 
@@ -58,13 +61,18 @@ def load_models(
     opened.check_style(system)
     given = dict(adapters or {})
     adapted = opened.base != opened.folder
-    packs = opened.packs(precision, quantize)
+    packs = opened.plan(precision=precision, quantize=quantize, max_sequences=max_sequences).packed
     if given and not packs:
         raise UserError(
-            "several models at once need the kernels for CPUs and weights that are not quantised: name one of them "
+            "several models at once need the kernels for CPUs, and weights that these can hold: name one of them "
             "alone, or merge an adapter into its base with finetune/merge.py"
         )
-    loading = {"precision": precision, "quantize": quantize, "max_sequences": max_sequences}
+    loading = {
+        "precision": precision,
+        "quantize": quantize,
+        "max_sequences": max_sequences,
+        "draft_dir": draft_dir,
+    }
     if not adapted and not given:
         return {_name(opened.folder): opened.load(**loading)}  # type: ignore[arg-type]
     own = _factors(opened) if packs and adapted else None

@@ -5,6 +5,7 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     quantize: Quantization | None = None,
     linear_dtype: torch.dtype | None = None,
+    stored_from: int | None = None,
 ) -> LLaMA:
     """Build the model of a checkpoint folder, frozen and in evaluation mode.
 
@@ -40,6 +42,7 @@ def load_model(
         quantize: Hold the linear layers of the decoder like this, each made so as soon as it is read.
         linear_dtype: The same of the weights of linear layers, where theirs is another. A head that is the embedding
             follows the embedding.
+        stored_from: Decoder layers from this one on stay as they are stored, mapped from their files, see offload.py.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -65,7 +68,9 @@ def load_model(
         if shape != expected[name] or stored not in DTYPES:
             wanted = f"{expected[name]} of {', '.join(DTYPES)}"
             raise CheckpointError(f"{folder}: {name} is {shape} of {stored}, config.json asks for {wanted}")
-        if quantize and is_quantized(name):
+        if stored_from is not None and (layer_index := layer_of(name)) is not None and layer_index >= stored_from:
+            state[name] = weights[name]
+        elif quantize and is_quantized(name):
             module = name.removesuffix(".weight")
             bias = dict(model.get_submodule(module).named_parameters()).get("bias")
             layer = quantized(weights[name].to(device), bias, quantize)
@@ -86,6 +91,12 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the decoder layer that a parameter belongs to, if it belongs to one."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def linear_weights(model: LLaMA) -> set[str]:

@@ -185,6 +185,10 @@ ALL_LINEAR = ("all-linear", "all")
 Quantization = Literal["nf4", "nf4-dq", "int8", "fp8"]
 """How the linear layers of a base are held: see quantize.py."""
 
+Held = Literal["stored", "nf4", "nf4-dq", "int8", "int4", "fp8"]
+"""How generation holds the linear layers: as they are stored, or quantised; int8 and int4 on a CPU in groups with a
+scale, see kernels/packing.py."""
+
 PlainType = Literal["bfloat16", "float16", "float32"]
 """In what weights are stored in folders and adapters."""
 

@@ -1,6 +1,5 @@
 """What a run will need and whether it fits, said before any weight is read: config.json and the data's lengths do."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,11 +10,11 @@ from lit_llama.device import (
     TrainingPrecision,
     gpu_numerics,
     numerics,
+    parse_memory,
     pick_device,
     resident_memory,
     total_memory,
 )
-from lit_llama.errors import UserError
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.text.dataset import Split, collate, largest_group
 from lit_llama.train.config import Checkpointing, TrainConfig
@@ -33,7 +32,6 @@ LEAST_TOKENS = 512
 """Per forward pass, where a plan may choose."""
 COMFORT = 0.92
 """Share of the memory that a plan may fill to be sure that it fits."""
-_UNITS = {"": 1, "M": 10**6, "MB": 10**6, "MiB": 2**20, "G": 10**9, "GB": 10**9, "GiB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,14 +292,6 @@ def _comfortable(plan: Plan) -> int:
             break
         other = plan.changed(plan.train.activation_checkpointing, max(other.tokens_at_once // 2, least), plan.quantize)
     return tokens
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of an amount such as 16GB, 16GiB or 500M."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2] not in _UNITS or not float(found[1]):
-        raise UserError(f"--plan_memory is {text!r}, expected an amount such as 16GB or 15.5GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:

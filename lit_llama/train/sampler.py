@@ -93,7 +93,11 @@ class Sampler:
             }
 
     def _answer(self, model: LLaMA) -> list[Answer]:
-        """All answers, from an engine whose memory is given back afterwards."""
+        """All answers, from an engine whose memory is given back afterwards.
+
+        Raises:
+            UserError: One failed.
+        """
         config, tokenizer = model.config, self._speaker.tokenizer
         limits = [min(MAX_NEW_TOKENS, config.context_length - len(prompt.ids)) for prompt in self.prompts]
         longest = max(len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
@@ -104,7 +108,11 @@ class Sampler:
             llm.request(prompt.ids, Sampling(max_new_tokens=limit))
             for prompt, limit in zip(self.prompts, limits, strict=True)
         ]
-        return [answer for [answer] in answer_requests(llm, requests)]
+        answers = [answer for [answer] in answer_requests(llm, requests)]
+        for answer in answers:
+            if answer.error is not None:
+                raise answer.error
+        return answers
 
 
 def test_prompts(llm: LLM, path: Path, count: int) -> list[Prompt]:

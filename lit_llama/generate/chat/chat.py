@@ -9,7 +9,7 @@ from lit_llama.generate.chat.dialogue import ROOT, Dialogue
 from lit_llama.generate.chat.screen import Screen
 from lit_llama.generate.chat.session import Answer, check_system, context_used, message, sampling_of, title
 from lit_llama.generate.chat.store import Store
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.llm import LLM
 
 Edit = Callable[[str], str]
@@ -27,6 +27,7 @@ class Chat:
         screen: Where answers are shown.
         system: Message that new conversations begin with.
         edit: Has the user change a text; None where that cannot be had.
+        overflow: Beyond what the model reads: refuse a message, or leave out the oldest turns, aloud.
 
     Attributes:
         id: The conversation; None before its first message.
@@ -46,9 +47,11 @@ class Chat:
         screen: Screen,
         system: str = "",
         edit: Edit | None = None,
+        overflow: Overflow = "drop_oldest",
     ) -> None:
         self.models, self.store, self.system = models, store, system
         self.default, self.say, self.screen, self.edit = default, say, screen, edit
+        self.overflow = overflow
         self.id: str | None = None
         self.answer: Answer | None = None
         self.pending = system
@@ -113,7 +116,16 @@ class Chat:
         if self.id is None:
             raise UserError("there is no message yet")
         try:
-            answer = Answer(self.store, self.id, self.llm, self.sampling, text=text, parent=parent, model=self.model)
+            answer = Answer(
+                self.store,
+                self.id,
+                self.llm,
+                self.sampling,
+                text=text,
+                parent=parent,
+                model=self.model,
+                overflow=self.overflow,
+            )
         except UserError:
             if begins:  # nothing is left of a conversation without messages
                 self.own = dict(self.settings)

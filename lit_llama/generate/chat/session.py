@@ -9,8 +9,9 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.chat.dialogue import Dialogue, Node, Record
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
-from lit_llama.generate.engine.request import Request, Sampling, Step
+from lit_llama.generate.engine.request import Overflow, Request, Sampling, Step
 from lit_llama.generate.llm import LLM, Stream
+from lit_llama.generate.overflow import fitted_messages
 from lit_llama.text.conversation import Message
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.thoughts import opens
@@ -83,27 +84,21 @@ class Prompt:
     forgotten: int = 0
 
 
-def fit(llm: LLM, messages: Sequence[Message], sampling: Sampling) -> Prompt:
-    """The prompt of messages, without the oldest turns beyond what the model reads.
+def fit(llm: LLM, messages: Sequence[Message], sampling: Sampling, overflow: Overflow = "drop_oldest") -> Prompt:
+    """The prompt of messages, without the oldest turns beyond what the model reads unless these are an error.
 
     Raises:
         UserError: The last message does not fit even alone, or the prompt style cannot say something.
     """
-    messages, style = list(messages), llm.require_style()
     limit = llm.config.context_length - sampling.max_new_tokens
-    first = 1 if messages[0]["role"] == "system" else 0
-    forgotten = 0
-    while True:
-        prompt = prompt_ids(llm.tokenizer, style, messages)
-        if len(prompt) <= limit:
-            return Prompt(prompt, forgotten)
-        if len(messages) - first < 3:
-            raise UserError(
-                f"the message has {len(prompt)} tokens, but only {max(limit, 0)} fit beside an answer of "
-                f"--max_new_tokens {sampling.max_new_tokens}"
-            )
-        del messages[first : first + 2]
-        forgotten += 1
+    fitted = fitted_messages(llm, messages, limit, overflow)
+    if len(fitted.ids) > limit:
+        what = "the message has" if overflow == "drop_oldest" else "the conversation would have"
+        raise UserError(
+            f"{what} {len(fitted.ids)} tokens, but only {max(limit, 0)} fit beside an answer of "
+            f"--max_new_tokens {sampling.max_new_tokens}"
+        )
+    return Prompt(fitted.ids, fitted.dropped)
 
 
 def title(text: str) -> str:
@@ -163,6 +158,7 @@ class Answer:
         model: Name of the model.
         side: Of a comparison.
         submit: Has an engine answer that a thread drives; None computes while iterating.
+        overflow: Beyond what the model reads: refuse the message, or leave out the oldest turns.
 
     Attributes:
         records: What was kept of it so far, but for its text.
@@ -189,6 +185,7 @@ class Answer:
         model: str = "",
         side: int = 0,
         submit: Callable[[Request], Steps] | None = None,
+        overflow: Overflow = "drop_oldest",
     ) -> None:
         self._store, self._conversation = store, conversation
         dialogue = store.get(conversation)
@@ -196,7 +193,7 @@ class Answer:
         messages += [] if text is None else [{"role": "user", "content": text}]
         if not messages or messages[-1]["role"] != "user":
             raise UserError("there is no message to be answered")
-        self.prompt = fit(llm, messages, sampling)
+        self.prompt = fit(llm, messages, sampling, overflow)
         self.opened = opens(llm.tokenizer.decode(list(self.prompt.ids[-16:])))
         siblings = [] if text is not None else dialogue.children(parent)
         again = sum(node.model == model for node in siblings)

@@ -20,7 +20,7 @@ from lit_llama.generate.chat.commands import COMMANDS, HELP, Leave, take
 from lit_llama.generate.chat.screen import Plain, Screen, Terminal
 from lit_llama.generate.chat.session import SETTINGS
 from lit_llama.generate.chat.store import Store, default_folder
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.llm import LLM
 from lit_llama.progress import stderr
 
@@ -35,6 +35,7 @@ def talk(
     system: str = "",
     folder: Path | None = None,
     read: Read | None = None,
+    overflow: Overflow = "drop_oldest",
 ) -> None:
     """Read messages until the end of input; answers go to stdout, everything else to stderr.
 
@@ -44,12 +45,13 @@ def talk(
         system: Message that conversations begin with.
         folder: Where conversations are kept; None for the user's own place on a terminal, and nowhere for a pipe.
         read: Gives the next message; EOFError ends the chat, KeyboardInterrupt drops the line. None reads stdin.
+        overflow: Beyond what a model reads: refuse a message, or leave out the oldest turns, aloud.
     """
     interactive = read is None and sys.stdin.isatty()
     store = Store(default_folder() if interactive and folder is None else folder)
     screen: Screen = Terminal() if interactive and sys.stdout.isatty() else Plain()
     say = stderr().print
-    chat = Chat(models, sampling, store, say=say, screen=screen, system=system)
+    chat = Chat(models, sampling, store, say=say, screen=screen, system=system, overflow=overflow)
     say(HELP)
     if interactive:
         editor = Editor(chat)

@@ -7,7 +7,9 @@ from lit_llama.generate.engine.request import FinishReason, Step, TokenLogprobs
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.generate.engine.scheduler import Scheduler, Sequence
+from lit_llama.generate.engine.speculative import Guesser
 from lit_llama.generate.engine.ticket import Answer, Ticket
+from lit_llama.model.paged import BLOCK
 
 
 class Answers:
@@ -17,16 +19,19 @@ class Answers:
         scheduler: Of their sequences.
         runner: Whose blocks are cleared where they are damaged.
         tokens: Size of the tokenizer.
+        guessers: Of their tokens, in the order in which they are asked.
 
     Attributes:
         live: Those that wait or run.
+        longest: Ids of prompt and answer, at most, that the model reads and the cache holds.
         sampler: What draws their tokens.
         made: Tokens of answers so far.
         reused: Tokens of prompts that were found computed.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tokens: int | None) -> None:
-        self._scheduler, self._clear = scheduler, runner.clear
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokens: int | None, guessers: list[Guesser]) -> None:
+        self._scheduler, self._clear, self.guessers = scheduler, runner.clear, guessers
+        self.longest = min(runner.config.context_length, runner.blocks * BLOCK)
         count = scheduler.max_sequences
         self.sampler = Sampler(count, runner.config.vocab_size, tokens=tokens, device=runner.device)
         self._free = list(range(count))
@@ -41,7 +46,7 @@ class Answers:
             TooLong, QueueFull: As of the scheduler; nothing is changed.
         """
         request = ticket.request
-        longest = len(request.ids) + request.sampling.max_new_tokens
+        longest = min(len(request.ids) + request.sampling.max_new_tokens, self.longest)
         self._scheduler.add([answer.sequence for answer in ticket.answers], longest)
         ticket.open = len(ticket.answers)
         self.live.update((answer.sequence, answer) for answer in ticket.answers)
@@ -55,7 +60,8 @@ class Answers:
                 answer = self.live[sequence]
                 slot = self.slots[sequence] = self._free.pop()
                 request = answer.ticket.request
-                prompt, made = sequence.ids[: answer.prompt], sequence.ids[answer.prompt :]
+                ids = answer.ids
+                prompt, made = ids[: answer.prompt], ids[answer.prompt :]
                 number = request.answer_number(answer.index)
                 self.sampler.set(slot, request.sampling, number=number, prompt=prompt, made=made)
                 self.reused += sequence.reused
@@ -78,6 +84,14 @@ class Answers:
         answer.ticket.steps.append(step)
         answer.ticket.tell()
 
+    def slide(self, answer: Answer) -> int:
+        """Leave out the oldest ids of an answer, which is computed again without them; how many."""
+        dropped = answer.slide(self.longest)
+        self._scheduler.slide(answer.sequence)
+        for guesser in self.guessers:  # to which ids only ever grow
+            guesser.forget(answer.sequence)
+        return dropped
+
     def fail(self, answer: Answer, error: UserError) -> None:
         """End a request with an error; the blocks that it computed are not used again."""
         answer.ticket.error = answer.ticket.error or error
@@ -90,6 +104,8 @@ class Answers:
         for block in self._scheduler.finish(answer.sequence, damaged=damaged):
             self._clear(block)
         self._release(answer.sequence)
+        for guesser in self.guessers:
+            guesser.forget(answer.sequence)
         del self.live[answer.sequence]
         answer.ticket.open -= 1
 

@@ -128,6 +128,11 @@ class BlockPool:
                     del self._idle[index]
                     self._empty.append(index)
 
+    def trim(self) -> list[int]:
+        """Make everything unknown that no sequence holds; the blocks that are empty then."""
+        self.forget(list(self._idle))
+        return sorted(self._empty)
+
     def forget_adapter(self, name: str | None) -> None:
         """Make unknown what an adapter has computed, as another one has its name now.
 

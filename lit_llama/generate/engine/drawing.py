@@ -11,6 +11,7 @@ from lit_llama.generate.engine.answers import Answers
 from lit_llama.generate.engine.request import FinishReason, Step, TokenLogprobs
 from lit_llama.generate.engine.sampling import token_logprobs
 from lit_llama.generate.engine.scheduler import Part, Scheduler
+from lit_llama.generate.engine.speculative import Asked
 from lit_llama.generate.engine.ticket import Answer
 
 
@@ -67,6 +68,7 @@ class Drawing:
             first += count
             accepted += self._go_on(answer, ids[own], details[own])
         self._answers.sampler.accept([slot for slot, _ in accepted], [token for _, token in accepted])
+        self._guess([answer for answer, _, _ in drawn])
 
     def _go_on(self, answer: Answer, chosen: list[int], details: list[TokenLogprobs | None]) -> list[tuple[int, int]]:
         """Add the tokens drawn at the end of an answer and after its guesses, as far as those were right.
@@ -95,8 +97,9 @@ class Drawing:
                 break
         right = len(new) - 1
         self.guessed, self.right = self.guessed + len(guesses), self.right + right
-        if answer.lookup is not None:
-            answer.lookup.learn(len(guesses), right, base + len(new))
+        if answer.guesser is not None:
+            answer.guesser.learn(sequence, len(guesses), right, base + len(new))
+            answer.guesser = None
         sequence.ids += new
         self._scheduler.advance(sequence, len(sequence.ids) - 1)
         given = [part for part in details[: len(new)] if part is not None]
@@ -110,13 +113,39 @@ class Drawing:
             self._answers.end(answer, tuple(new), tuple(given), reason)
             return []
         self._answers.made += len(new)
-        answer.ticket.steps.append(Step(tuple(new), tuple(given), None, answer.index))
-        answer.ticket.tell()
-        if answer.lookup is not None and sequence.pending == 1:
-            room = sampling.max_new_tokens - answer.made - 1
-            sequence.guesses = [token for token in answer.lookup.guess(sequence.ids, room) if token < self._width]
         slot = self._answers.slots[sequence]
+        dropped = self._answers.slide(answer) if len(sequence.ids) >= self._answers.longest else 0
+        answer.ticket.steps.append(Step(tuple(new), tuple(given), None, answer.index, dropped=dropped))
+        answer.ticket.tell()
         return [(slot, token) for token in new]
+
+    def _guess(self, answers: list[Answer]) -> None:
+        """Have the next tokens of answers guessed, by the first guesser that has something to say."""
+        asked = {
+            answer.sequence: Asked(
+                answer.sequence,
+                answer.sequence.ids,
+                answer.made,
+                self._room(answer),
+                answer.ticket.request.sampling,
+                answer.ticket.request.answer_number(answer.index),
+            )
+            for answer in answers
+            if answer.sequence.state == "running"
+            and answer.sequence.pending == 1
+            and not answer.ticket.request.sampling.penalised  # whose draws depend on the tokens before
+        }
+        for guesser in self._answers.guessers if asked else ():
+            for sequence, ids in zip(list(asked), guesser.guess(list(asked.values())), strict=True):
+                if guesses := [token for token in ids if token < self._width]:
+                    sequence.guesses = guesses
+                    self._answers.live[sequence].guesser = guesser
+                    del asked[sequence]
+
+    def _room(self, answer: Answer) -> int:
+        """Tokens that may be guessed."""
+        wanted = answer.ticket.request.sampling.max_new_tokens - answer.made - 1
+        return min(wanted, self._answers.longest - len(answer.sequence.ids))
 
     def _forced(self, answer: Answer, room: int) -> list[int]:
         """Ids that a constraint has follow, appended without being drawn."""

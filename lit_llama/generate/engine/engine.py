@@ -18,12 +18,16 @@ from lit_llama.generate.engine.drawing import Drawing
 from lit_llama.generate.engine.request import Request, Step
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.scheduler import Part, Plan, QueueFull, Scheduler, Sequence
-from lit_llama.generate.engine.speculative import PromptLookup
+from lit_llama.generate.engine.speculative import Guesser, PromptLookups
 from lit_llama.generate.engine.ticket import Answer, Statistics
 from lit_llama.generate.engine.ticket import EngineConfig as EngineConfig
 from lit_llama.generate.engine.ticket import Ticket as Ticket
 from lit_llama.model.kernels.decode import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
+
+PROMPT_TOKENS = {"cpu": 96, "gpu": 256}
+"""Prompt tokens beside those of answers. A CPU computes about thirty tokens while it reads the weights once, so
+that a step takes at most about four times as long as without prompts; a GPU some hundreds."""
 
 
 class Engine:
@@ -35,12 +39,13 @@ class Engine:
         config: Limits.
 
     Attributes:
+        runner: As given.
         default_adapter: Name of the adapter of requests that name none.
     """
 
     def __init__(self, runner: Runner, *, tokens: int | None = None, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
-        self._runner, self._tokens = runner, tokens
+        self.runner, self._tokens = runner, tokens
         vocabulary = runner.config.vocab_size
         windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         window = None if None in windows else max(w for w in windows if w is not None)
@@ -49,9 +54,11 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
             max_sequences=self.config.max_sequences,
             max_waiting=self.config.max_waiting,
+            prompt_tokens=self.config.prompt_tokens or PROMPT_TOKENS["cpu" if runner.device.type == "cpu" else "gpu"],
             window=window,
         )
-        self._answers = Answers(self._scheduler, runner, tokens)
+        guessers: list[Guesser] = [PromptLookups()] if self.config.speculate else []
+        self._answers = Answers(self._scheduler, runner, tokens, guessers)
         self._drawing = Drawing(self._scheduler, self._answers, vocabulary, tokens)
         self._adapters: set[str] = set()
         self.default_adapter: str | None = None
@@ -91,9 +98,7 @@ class Engine:
                 )
                 first = first or sequence
                 matcher = None if request.constraint is None else request.constraint.matcher()
-                speculate = self.config.speculate and not sampling.penalised
-                lookup = PromptLookup() if speculate else None
-                ticket.answers.append(Answer(ticket, index, sequence, matcher, lookup, len(request.ids)))
+                ticket.answers.append(Answer(ticket, index, sequence, matcher, len(request.ids)))
             try:
                 self._answers.add(ticket)
             except QueueFull:
@@ -107,20 +112,21 @@ class Engine:
         """Raise UserError if a request could not be answered, whatever else is there."""
         if self.closed:
             raise UserError("the engine is closed")
-        vocabulary = self._runner.config.vocab_size
+        vocabulary = self.runner.config.vocab_size
         if wrong := [token for token in request.ids if token >= vocabulary]:
             raise UserError(f"the prompt holds the id {wrong[0]}, but the model has {vocabulary} tokens")
         if request.adapter is not None and request.adapter not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise UserError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
-        reads, holds = self._runner.config.context_length, self._runner.blocks * BLOCK
         sampling = request.sampling
         if not sampling.max_new_tokens and request.prompt_logprobs is None:
             raise UserError("--max_new_tokens is 0, expected 1 or more where the prompt is not scored")
-        if (longest := len(request.ids) + sampling.max_new_tokens) > min(reads, holds):
+        reads, holds = self.runner.config.context_length, self.runner.blocks * BLOCK
+        longest = len(request.ids) + (sampling.max_new_tokens if request.overflow == "error" else 1)
+        if longest > self._answers.longest:
             whose = f"{reads} the model reads" if longest > reads else f"{holds} that the memory of the cache holds"
             raise UserError(
-                f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {sampling.max_new_tokens} that is "
+                f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {longest - len(request.ids)} that is "
                 f"more than the {whose}: shorten the prompt or the answer"
             )
 
@@ -183,7 +189,7 @@ class Engine:
         with self._lock:
             if name in self._adapters:
                 raise UserError(f"adapter {name!r} is loaded already; drop it first")
-            self._runner.add_adapter(name, factors)
+            self.runner.add_adapter(name, factors)
             self._adapters.add(name)
 
     def remove_adapter(self, name: str) -> None:
@@ -199,12 +205,17 @@ class Engine:
                 self._answers.end(answer, (), (), "abort")
             self._adapters.remove(name)
             self._scheduler.pool.forget_adapter(name)
-            self._runner.remove_adapter(name)
+            self.runner.remove_adapter(name)
 
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that are loaded."""
         return sorted(self._adapters)
+
+    def add_guesser(self, guesser: Guesser) -> None:
+        """Have tokens guessed by it, too, where those before it guess nothing."""
+        with self._lock:
+            self._answers.guessers.append(guesser)
 
     # ---- a step
 
@@ -221,9 +232,9 @@ class Engine:
                 return
             try:
                 for source, destination in plan.copies:
-                    self._runner.copy(source, destination)
+                    self.runner.copy(source, destination)
                 parts = sorted(plan.parts, key=lambda part: part.sequence.adapter or "")
-                logits = self._runner.logits(_batch(parts))
+                logits = self.runner.logits(_batch(parts))
             except (MemoryError, torch.OutOfMemoryError):
                 self._restart(plan)
                 self._answers.fail(
@@ -243,6 +254,16 @@ class Engine:
             self._scheduler.restart(part.sequence)
 
     # ---- what is going on
+
+    def trim(self) -> int:
+        """Forget what is known of prompts that are not being answered, and give its memory back to the system.
+
+        Returns:
+            Bytes that hold nothing now, whether they were used before or not: none on a GPU, or outside Linux.
+        """
+        with self._lock:
+            given = self.runner.reclaim(self._scheduler.pool.trim())
+            return given + sum(guesser.trim() for guesser in self._answers.guessers)
 
     def statistics(self) -> Statistics:
         """Counts since the engine was made, and what there is now; amid a step, some of them are of before."""

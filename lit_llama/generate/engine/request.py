@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lit_llama.errors import UserError
 
@@ -12,6 +12,9 @@ GREEDY_BELOW = 1e-5
 """Temperatures below are 0: logits divided by less would overflow, and no other token had a chance anyway."""
 MAX_SEED = (1 << 63) - 1
 MAX_STOPS, MAX_STOP_LENGTH = 1000, 1000
+
+Overflow = Literal["error", "drop_oldest"]
+"""Beyond what the model reads: refuse, or leave out what is oldest."""
 
 FinishReason = Literal["stop", "length", "abort"]
 """A stop id or stop string came; max_new_tokens were made; somebody called it off."""
@@ -152,6 +155,9 @@ class Request:
         number: Tells the draws of requests apart that share a seed, such as the rows of a file.
         prompt_logprobs: Give the log-probability of each token of the prompt, and of so many most likely ones beside
             it; None for none.
+        overflow: Where prompt and answer are longer than the model reads: refuse the request, or have the answer go on
+            behind the later half of what there is, which is computed again.
+        keep: First tokens of the prompt that stay whatever is left out.
 
     Raises:
         UserError: The prompt is empty or holds what is no id.
@@ -164,6 +170,8 @@ class Request:
     priority: int = 0
     number: int = 0
     prompt_logprobs: int | None = None
+    overflow: Overflow = "error"
+    keep: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(self.ids))
@@ -171,6 +179,8 @@ class Request:
             raise UserError("the prompt is empty, expected at least one token")
         if wrong := [token for token in self.ids if not _is_id(token)]:
             raise UserError(f"the prompt holds {wrong[0]!r}, expected token ids, which are 0 or more")
+        if self.overflow not in get_args(Overflow):
+            raise UserError(f"--overflow is {self.overflow!r}, expected {' or '.join(get_args(Overflow))}")
         if not 0 <= self.number <= 0xFFFF_FFFF:
             raise UserError(f"the number of the request is {self.number}, expected 0 to {0xFFFF_FFFF}")
 
@@ -202,6 +212,8 @@ class Step:
         finish_reason: None while the answer goes on.
         answer: Which of the `n` answers, from 0.
         prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first.
+        dropped: Tokens of prompt and answer that the model does not see any more from the next step on, beside those
+            before.
     """
 
     ids: tuple[int, ...]
@@ -209,3 +221,4 @@ class Step:
     finish_reason: FinishReason | None = None
     answer: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    dropped: int = 0

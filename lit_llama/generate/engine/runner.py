@@ -3,6 +3,10 @@
 Shapes: N tokens whose logits are wanted, V vocabulary.
 """
 
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -42,6 +46,10 @@ class Runner(Protocol):
         """Set a block to zero."""
         ...
 
+    def reclaim(self, blocks: Sequence[int]) -> int:
+        """Give memory of blocks back to the system, whose content is lost; bytes that it may have now."""
+        ...
+
     def add_adapter(self, name: str, factors: dict[str, Factors]) -> None:
         """Keep the updates of an adapter."""
         ...
@@ -70,6 +78,10 @@ class PackedRunner:
         self.copy, self.clear = self._cache.copy, self._cache.clear
         self.add_adapter, self.remove_adapter = model.add_adapter, model.remove_adapter
 
+    def reclaim(self, blocks: Sequence[int]) -> int:
+        """Give memory of blocks back to the system."""
+        return _reclaimed([self._cache.blocks], blocks)
+
     def logits(self, batch: PagedBatch) -> Tensor:
         """(N, V) in float32."""
         return self._model(batch, self._cache)
@@ -93,6 +105,10 @@ class TorchRunner:
         self._cache = PagedCache(model.config, self.blocks, weight.device, weight.dtype)
         self.copy, self.clear = self._cache.copy, self._cache.clear
 
+    def reclaim(self, blocks: Sequence[int]) -> int:
+        """Give memory of blocks back to the system."""
+        return _reclaimed([self._cache.keys, self._cache.values], blocks)
+
     def logits(self, batch: PagedBatch) -> Tensor:
         """(N, V) in the dtype of the weights."""
         return paged_logits(self._model, batch, self._cache)
@@ -108,6 +124,33 @@ class TorchRunner:
     def remove_adapter(self, name: str) -> None:
         """There is none."""
         raise KeyError(name)
+
+
+def _reclaimed(caches: Sequence[Tensor], blocks: Sequence[int]) -> int:
+    """Give back the whole pages of blocks in caches (layers, blocks, ...), which are read as zeros from then on.
+
+    Only Linux promises those zeros, which the attention needs behind a mask; elsewhere, and on a GPU, nothing is done.
+    """
+    if not sys.platform.startswith("linux") or any(cache.device.type != "cpu" for cache in caches):
+        return 0
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    runs: list[tuple[int, int]] = []  # first and last + 1
+    for block in blocks:
+        if runs and runs[-1][1] == block:
+            runs[-1] = runs[-1][0], block + 1
+        else:
+            runs.append((block, block + 1))
+    given = 0
+    for cache in caches:
+        size = cache[0, 0].nbytes
+        for layer in cache:
+            for first, end in runs:
+                start = -(-(layer.data_ptr() + first * size) // mmap.PAGESIZE) * mmap.PAGESIZE
+                length = (layer.data_ptr() + end * size) // mmap.PAGESIZE * mmap.PAGESIZE - start
+                if length > 0 and madvise(start, length, mmap.MADV_DONTNEED) == 0:
+                    given += length
+    return given
 
 
 def _blocks(cache_bytes: int, size: int) -> int:

@@ -9,6 +9,7 @@ from bisect import insort
 from collections import abc
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 from lit_llama.generate.engine.cache import BlockPool
@@ -25,7 +26,7 @@ class Sequence:
         adapter: Name of the adapter that computes it; None for the base.
         priority: A higher one is admitted earlier.
         scored: Prompt tokens whose logits are wanted: all from this one on. Known blocks do not stand in for them.
-        source: A sequence with the same prompt, whose blocks are taken over once it has computed it.
+        source: A sequence with the same prompt, whose blocks are taken over once it has computed it; None after that.
         computed: Tokens whose keys and values are in `blocks`.
         reused: Tokens of the prompt that were found computed.
         blocks: Of the cache, one for each `size` tokens; -1 where no token sees it any more.
@@ -87,11 +88,17 @@ class Scheduler:
         max_batch_tokens: Tokens of a step, at most; more than `max_sequences`.
         max_sequences: Sequences that run together, at most.
         max_waiting: Sequences that may wait.
+        prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them; more
+            where many wait, see `BACKLOG`.
         window: Tokens that a query sees in every layer, where blocks before them are given back; None for all.
     """
 
     AGEING = 64
     """Steps after which a waiting sequence goes before a later one of the next priority: none waits for ever."""
+
+    BACKLOG = 8
+    """A step computes at least this part of the prompt tokens that wait: a longer piece of a prompt holds up answers
+    that go on, and a shorter one those that have not begun."""
 
     MAX_SCORED = 128
     """Tokens of a scored prompt in a step."""
@@ -103,10 +110,11 @@ class Scheduler:
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         max_waiting: int = 1 << 20,
+        prompt_tokens: int = 1 << 20,
         window: int | None = None,
     ) -> None:
-        assert max_batch_tokens > max_sequences
-        self.pool, self.window = pool, window
+        assert max_batch_tokens > max_sequences and prompt_tokens > 0
+        self.pool, self.window, self.prompt_tokens = pool, window, prompt_tokens
         self.max_batch_tokens, self.max_sequences, self.max_waiting = max_batch_tokens, max_sequences, max_waiting
         self.waiting: list[Sequence] = []  # by their turn
         self.running: list[Sequence] = []  # by their order
@@ -173,6 +181,16 @@ class Scheduler:
         self._wait(sequence)
         self.preemptions += 1
 
+    def slide(self, sequence: Sequence) -> None:
+        """Have a running sequence be computed again, as its ids are others now."""
+        self._leave(sequence)
+        self._give_back(sequence)
+        sequence.scored = None
+        for other in self.waiting:
+            if other.source is sequence:
+                other.source = None
+        self._wait(sequence)
+
     def restart(self, sequence: Sequence) -> None:
         """Have a running sequence be computed again, from what is known."""
         if sequence.state == "running":
@@ -187,22 +205,39 @@ class Scheduler:
         planned: set[Sequence] = set()
         budget = self.max_batch_tokens
         # A token of each sequence that is being continued goes before the prompts, which would hold them up.
-        for sequence in sorted(self.running, key=lambda running: (running.pending > 1, running.order)):
-            if sequence.state != "running" or not budget:
-                continue
-            if sequence.pending + len(sequence.guesses) > max(1, budget - len(self.running)):
-                sequence.guesses = []
-            count = self._limited(sequence, sequence.pending + len(sequence.guesses), budget)
-            while not self._hold(sequence, count, plan):
-                last = max((other for other in self.running if other not in planned), key=lambda other: other.order)
-                self._preempt(last)
-                if last is sequence:
-                    break
-            else:
-                planned.add(sequence)
-                budget -= self._take(sequence, count, plan)
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        for sequence in [sequence for sequence in self.running if sequence.pending == 1]:
+            budget -= self._continue(sequence, budget, plan, planned)
+        if plan.parts:
+            budget = min(budget, self._prompt_budget(prompts, self.max_batch_tokens - budget))
+        for sequence in prompts:
+            budget -= self._continue(sequence, budget, plan, planned)
         self._admit(budget, plan)
         return plan
+
+    def _prompt_budget(self, prompts: list[Sequence], continued: int) -> int:
+        """Prompt tokens of a step that continues answers by so many tokens."""
+        backlog, enough = 0, self.max_batch_tokens * self.BACKLOG
+        for sequence in chain(prompts, self.waiting):
+            backlog += sequence.pending
+            if backlog >= enough:
+                break
+        return max(self.prompt_tokens + continued, backlog // self.BACKLOG)
+
+    def _continue(self, sequence: Sequence, budget: int, plan: Plan, planned: set[Sequence]) -> int:
+        """Plan the next tokens of a running sequence, for whose blocks later ones are put off; how many there are."""
+        if sequence.state != "running" or not budget:
+            return 0
+        if sequence.pending + len(sequence.guesses) > max(1, budget - len(self.running)):
+            sequence.guesses = []
+        count = self._limited(sequence, sequence.pending + len(sequence.guesses), budget)
+        while not self._hold(sequence, count, plan):
+            last = max((other for other in self.running if other not in planned), key=lambda other: other.order)
+            self._preempt(last)
+            if last is sequence:
+                return 0
+        planned.add(sequence)
+        return self._take(sequence, count, plan)
 
     def _admit(self, budget: int, plan: Plan) -> None:
         """Let waiting sequences run, in their turn, as far as budget and blocks go."""
@@ -220,6 +255,7 @@ class Scheduler:
             count = self._limited(sequence, sequence.pending, budget)
             held = self._hold(sequence, count, plan)
             assert held, "a sequence that runs alone fits into the cache"
+            sequence.source = None  # from now on, it has ids of its own
             self._leave(sequence)
             sequence.state = "running"
             insort(self.running, sequence, key=lambda running: running.order)

@@ -1,14 +1,83 @@
-"""Guesses of the tokens that follow, taken from what was written before, which cost nothing but a wider step.
+"""Guesses of the tokens that follow, which cost nothing but a wider step where they come from the text itself.
 
 Answers often repeat their prompt: extraction, summaries, code. The last few ids are looked up among the earlier ones,
 and what followed there is the guess (Saxena 2023, prompt lookup decoding). A guess counts only where it is the token
 that is drawn anyway, so that answers are the same with and without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lit_llama.generate.engine.request import Sampling
 
 LONGEST, SHORTEST = 4, 2
 """Ids that are looked up together, the longer ones first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An answer whose next tokens are to be guessed.
+
+    Attributes:
+        key: Stands for the answer.
+        ids: Prompt and answer so far; they only ever grow.
+        made: How many of them are the answer.
+        room: Ids that may be guessed at all.
+        sampling: How its tokens are drawn.
+        number: Of the answer, for its draws.
+    """
+
+    key: Hashable
+    ids: Sequence[int]
+    made: int
+    room: int
+    sampling: Sampling
+    number: int
+
+
+class Guesser(Protocol):
+    """Where guesses come from."""
+
+    def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """Guess what follows each answer; nothing where that would not pay."""
+        ...
+
+    def learn(self, key: Hashable, guessed: int, right: int, length: int) -> None:
+        """Say how many of the ids guessed for an answer were right, when all its ids are `length` long."""
+        ...
+
+    def forget(self, key: Hashable) -> None:
+        """Forget an answer, known or not."""
+        ...
+
+    def trim(self) -> int:
+        """Give memory back to the system that no answer needs; how many bytes."""
+        ...
+
+
+class PromptLookups:
+    """Prompt lookup in each of many answers."""
+
+    def __init__(self) -> None:
+        self._lookups: dict[Hashable, PromptLookup] = {}
+
+    def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """See `PromptLookup.guess`."""
+        return [self._lookups.setdefault(one.key, PromptLookup()).guess(one.ids, one.room) for one in asked]
+
+    def learn(self, key: Hashable, guessed: int, right: int, length: int) -> None:
+        """See `PromptLookup.learn`."""
+        if (lookup := self._lookups.get(key)) is not None:
+            lookup.learn(guessed, right, length)
+
+    def forget(self, key: Hashable) -> None:
+        """Forget what an answer holds."""
+        self._lookups.pop(key, None)
+
+    def trim(self) -> int:
+        """Nothing, as answers need all that is held."""
+        return 0
 
 
 class PromptLookup:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Request, Step, TokenLogprobs
 from lit_llama.generate.engine.scheduler import Sequence
-from lit_llama.generate.engine.speculative import PromptLookup
+from lit_llama.generate.engine.speculative import Guesser
 
 if TYPE_CHECKING:  # limits are set by doors, whose help has no use for torch
     from torch import Tensor
@@ -22,7 +22,10 @@ class EngineConfig:
         max_batch_tokens: Tokens that a step computes, at most.
         max_sequences: Answers that are made at the same time, at most.
         max_waiting: Answers that may wait for their turn.
-        speculate: Guess tokens from the text so far, which changes no answer.
+        prompt_tokens: Tokens of prompts in a step that also continues answers, beside one for each token of those; more
+            where many wait. The more they are, the sooner answers begin, and the longer others wait for their next
+            token. None for a number that suits the device.
+        speculate: Guess tokens from the text so far, which changes no answer where the runner is exact.
 
     Raises:
         UserError: A limit is below 1, or a step has no room for a token of every answer and one of a prompt.
@@ -31,12 +34,15 @@ class EngineConfig:
     max_batch_tokens: int = 512
     max_sequences: int = 64
     max_waiting: int = 100_000
+    prompt_tokens: int | None = None
     speculate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_waiting"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.prompt_tokens is not None and self.prompt_tokens < 1:
+            raise UserError(f"prompt_tokens is {self.prompt_tokens}, expected 1 or more")
         if self.max_batch_tokens <= self.max_sequences:
             raise UserError(
                 f"max_batch_tokens is {self.max_batch_tokens}, expected more than {self.max_sequences}, max_sequences"
@@ -95,20 +101,46 @@ class Ticket:
 
 @dataclass(eq=False)
 class Answer:
-    """One of the answers to a request."""
+    """One of the answers to a request.
+
+    Attributes:
+        before: Ids of prompt and answer up to those that the sequence ends with, where some were left out.
+        kept: First ids of the sequence that are among `before`, too.
+    """
 
     ticket: Ticket
     index: int
     sequence: Sequence
     matcher: Matcher | None
-    lookup: PromptLookup | None
     prompt: int
+    guesser: Guesser | None = None  # of the guesses that are being computed
     scores: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt
+    before: list[int] = field(default_factory=list)
+    kept: int = 0
 
     @property
     def made(self) -> int:
         """Tokens of the answer."""
-        return len(self.sequence.ids) - self.prompt
+        return len(self.before) + len(self.sequence.ids) - self.kept - self.prompt
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer, whole."""
+        return self.before + self.sequence.ids[self.kept :]
+
+    def slide(self, limit: int) -> int:
+        """Leave out ids behind the first ones, so that half of what the limit leaves beside those is free again.
+
+        Returns:
+            How many.
+        """
+        ids = self.ids
+        kept = min(self.ticket.request.keep, limit // 2, self.prompt)
+        tail = (limit - kept) // 2
+        dropped = len(self.sequence.ids) - kept - tail
+        self.before, self.kept = ids[:-tail], kept
+        self.sequence.ids = ids[:kept] + ids[-tail:]
+        return dropped
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,12 @@ class EngineThread:
     Args:
         engine: Whose steps nobody else computes meanwhile.
         max_unread: Steps that wait for one consumer, at most; a request beyond is ended with a ResourceError.
+        trim_after: Seconds without work after which the memory of known prompts is given back, see `Engine.trim`; None
+            to keep it.
     """
 
-    def __init__(self, engine: Engine, *, max_unread: int = 4096) -> None:
-        self.engine, self.max_unread = engine, max_unread
+    def __init__(self, engine: Engine, *, max_unread: int = 4096, trim_after: float | None = None) -> None:
+        self.engine, self.max_unread, self._trim_after = engine, max_unread, trim_after
         self._wake = threading.Condition()
         self._new: deque[Handle] = deque()
         self._off: deque[tuple[Handle, int | None]] = deque()
@@ -240,6 +242,10 @@ class EngineThread:
 
     def _run(self) -> None:
         while True:
+            with self._wake:
+                rested = self._trim_after is not None and not self._wake.wait_for(self._has_work, self._trim_after)
+            if rested:
+                self.engine.trim()
             with self._wake:
                 self._wake.wait_for(self._has_work)
                 new, off, calls, ending = self._new, self._off, self._calls, self._ending

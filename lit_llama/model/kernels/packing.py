@@ -30,9 +30,10 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (N, K) -> (N/16, K/4, 16, 4) bytes; of 4 bits (N/16, K/8, 16, 4), the input k + 4 above the input k."""
+    """Codes (N, K) -> (N/16, K/4, 16, 4) bytes with a sign; of 4 bits (N/16, K/8, 16, 4), unsigned, the input k + 4
+    above the input k."""
     if bits == 8:
-        return codes.unflatten(1, (-1, 4)).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+        return (codes ^ ZERO[8]).unflatten(1, (-1, 4)).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
     low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4)
     return (low | high << 4).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
 

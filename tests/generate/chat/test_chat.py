@@ -40,7 +40,7 @@ def begin(llm: LLM, max_new_tokens: int = 12, system: str = "") -> Conversation:
 
 def fresh(engine: Engine) -> Engine:
     """Another engine on the same model, whose cache is empty."""
-    runner = engine._runner
+    runner = engine.runner
     assert isinstance(runner, PackedRunner | TorchRunner)
     return Engine(type(runner)(runner._model, 1 << 22), tokens=engine._tokens)  # type: ignore[arg-type]
 
@@ -113,7 +113,7 @@ def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(
         if calls == step + 1:
             raise KeyboardInterrupt
 
-    runner = llm.engine._runner
+    runner = llm.engine.runner
     compute = runner.logits
 
     def interrupted(batch: Any) -> Any:
@@ -306,7 +306,7 @@ def test_ctrl_c_during_an_answer_keeps_the_conversation(
     llm: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long answer that cannot be stopped without losing everything."""
-    calls, runner = 0, llm.engine._runner
+    calls, runner = 0, llm.engine.runner
     compute = runner.logits
 
     def interrupted(batch: Any) -> Any:

@@ -75,7 +75,7 @@ class Faulty:
     def __init__(self, inner: Runner, fail: Iterator[Any]) -> None:
         self._inner, self._fail = inner, fail
         self.config, self.blocks, self.device, self.exact = inner.config, inner.blocks, inner.device, inner.exact
-        self.copy = inner.copy
+        self.copy, self.reclaim = inner.copy, inner.reclaim
         self.cleared: list[int] = []
 
     def logits(self, batch: PagedBatch) -> Tensor:
@@ -91,5 +91,5 @@ class Faulty:
 
 
 def faulty(*faults: Any) -> tuple[Engine, Faulty]:
-    runner = Faulty(engine()._runner, iter(faults))
+    runner = Faulty(engine().runner, iter(faults))
     return Engine(runner, tokens=380, config=EngineConfig()), runner  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ from lit_llama.generate.engine.cache import BlockPool
 from lit_llama.generate.engine.scheduler import Plan, QueueFull, Scheduler, Sequence, TooLong
 
 
-def follows(ids: Ids[int]) -> int:
-    return (sum((place + 1) * token for place, token in enumerate(ids)) * 7 + 13) % 5
+def follows(ids: Ids[int], number: int) -> int:
+    """The next token, which is another one in another answer to a prompt."""
+    return (sum((place + 1) * token for place, token in enumerate(ids)) * 7 + 13 * number) % 5
 
 
 class World:
@@ -26,10 +27,15 @@ class World:
         most = self.random.choice([1, 2, 5, 9])
         budget = most + self.random.choice([1, 2, 8, 40])
         self.scheduler = Scheduler(
-            self.pool, max_batch_tokens=budget, max_sequences=most, max_waiting=50, window=self.window
+            self.pool,
+            max_batch_tokens=budget,
+            max_sequences=most,
+            max_waiting=50,
+            prompt_tokens=self.random.choice([1, 3, 100]),
+            window=self.window,
         )
         self.written: dict[tuple[int, int], object] = {}  # (block, place): the adapter and all ids up to there
-        self.live: dict[Sequence, tuple[list[int], int]] = {}
+        self.live: dict[Sequence, tuple[list[int], int, int]] = {}  # prompt, tokens of the answer, its number
         self.finished = 0
 
     def add(self) -> None:
@@ -46,7 +52,7 @@ class World:
             self.scheduler.add(sequences, len(ids) + new)
         except (TooLong, QueueFull):
             return
-        self.live |= dict.fromkeys(sequences, (ids, new))
+        self.live |= {sequence: (ids, new, number) for number, sequence in enumerate(sequences)}
 
     def disturb(self) -> None:
         if self.live and self.random.random() < 0.05:
@@ -58,9 +64,13 @@ class World:
                 sequence.guesses = [self.random.randrange(5) for _ in range(self.random.randrange(4))]
 
     def step(self) -> None:
+        running, waiting = list(self.scheduler.running), self.scheduler.waiting
+        going = [sequence for sequence in running if sequence.pending == 1]
+        backlog = sum(sequence.pending for sequence in (*running, *waiting)) - len(going)
         plan = self.scheduler.plan()
         assert plan.parts or not self.scheduler.busy, "nothing goes on though something waits"
         assert sum(len(part.ids) for part in plan.parts) <= self.scheduler.max_batch_tokens
+        self.prompts_hold_nobody_up(plan, going, backlog)
         if self.random.random() < 0.02:  # interrupted: all of it is computed again
             for part in plan.parts:
                 self.scheduler.restart(part.sequence)
@@ -69,6 +79,18 @@ class World:
         for part in plan.parts:
             self.take(part.sequence, part.start + len(part.ids), part.logits)
         self.scheduler.check()
+
+    def prompts_hold_nobody_up(self, plan: Plan, going: list[Sequence], backlog: int) -> None:
+        """Answers go on in every step, and the pieces of prompts beside them are bounded from above and below."""
+        parts = {part.sequence: len(part.ids) for part in plan.parts}
+        continued = sum(count for sequence, count in parts.items() if sequence in going)
+        computed = sum(parts.values()) - continued
+        backlog += sum(sequence.pending for sequence in going if sequence.state == "waiting")  # put off just now
+        bound = max(self.scheduler.prompt_tokens + continued, backlog // Scheduler.BACKLOG)
+        assert not continued or computed <= bound
+        assert all(sequence in parts for sequence in going if sequence.state == "running"), "an answer stands still"
+        prompts = [sequence for sequence in self.scheduler.running if sequence not in going]
+        assert computed or not prompts, "all prompts stand still"
 
     def write(self, plan: Plan) -> None:
         for source, destination in plan.copies:
@@ -93,18 +115,18 @@ class World:
             return self.scheduler.advance(sequence, end)
         assert logits >= end - old + 1
         drawn: list[int] = []
+        prompt, new, number = self.live[sequence]
         for place in range(end - old + 1):
-            drawn.append(follows((sequence.ids + sequence.guesses)[: old + place]))
+            drawn.append(follows((sequence.ids + sequence.guesses)[: old + place], number))
             if place < len(sequence.guesses) and sequence.guesses[place] != drawn[-1]:
                 break
-        prompt, new = self.live[sequence]
         sequence.guesses = []
         sequence.ids += drawn[: len(prompt) + new - old]
         self.scheduler.advance(sequence, min(end, len(sequence.ids) - 1))
         if len(sequence.ids) == len(prompt) + new:
             expected = list(prompt)
             for _ in range(new):
-                expected.append(follows(expected))
+                expected.append(follows(expected, number))
             assert sequence.ids == expected
             self.scheduler.finish(sequence)
             del self.live[sequence]
@@ -258,3 +280,24 @@ def test_blocks_before_the_window_are_given_back() -> None:
     run(it, it.plan())
     assert sequence.blocks[:2] == [-1, -1] and sequence.blocks[2] >= 0, "9 of 14 tokens are seen by nobody"
     assert it.pool.available == 64 - 2
+
+
+def test_a_long_prompt_goes_in_pieces_only_where_it_would_hold_somebody_up() -> None:
+    it = scheduler(max_batch_tokens=160, prompt_tokens=10)
+    first, long = Sequence(ids=[1, 2, 3]), Sequence(ids=list(range(100)))
+    it.add([first], 40)
+    run(it, it.plan())
+    it.add([long], 110)
+    pieces = []
+    while long.pending > 1:
+        plan = it.plan()
+        counts = {part.sequence: len(part.ids) for part in plan.parts}
+        assert counts[first] == 1
+        pieces.append(counts[long])
+        run(it, plan)
+    assert pieces[:3] == [12, 11, 11], "an eighth of what is left, or 10 and one for the answer"
+    it.finish(first)
+    alone = Sequence(ids=list(range(100, 200)))
+    it.finish(long)
+    it.add([alone], 110)
+    assert [len(part.ids) for part in it.plan().parts] == [100]

@@ -30,7 +30,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.asked, self._let = threading.Event(), threading.Semaphore(0)
-        self.inner = engine()._runner
+        self.inner = engine().runner
         self.config, self.blocks, self.device = self.inner.config, self.inner.blocks, self.inner.device
         self.copy, self.clear, self.exact = self.inner.copy, self.inner.clear, self.inner.exact
 
@@ -89,7 +89,7 @@ def test_consumers_that_come_and_go_at_random_harm_nobody(seed: int) -> None:
                 raise RuntimeError("the device fell off")
             return super().logits(batch)
 
-    runner = Unlucky(engine(blocks=30)._runner, iter(()))
+    runner = Unlucky(engine(blocks=30).runner, iter(()))
     it = Engine(runner, tokens=380, config=EngineConfig(max_sequences=5, max_batch_tokens=40))  # type: ignore[arg-type]
     with EngineThread(it) as worker:
 
@@ -192,7 +192,7 @@ def test_errors_of_a_request_reach_it_alone(gated: tuple[EngineThread, Gate]) ->
 
 
 def thread(*faults: Any) -> EngineThread:
-    runner = Faulty(engine()._runner, iter(faults))
+    runner = Faulty(engine().runner, iter(faults))
     return EngineThread(Engine(runner, tokens=380, config=EngineConfig()))  # type: ignore[arg-type]
 
 
@@ -281,6 +281,15 @@ def test_a_full_queue_refuses_at_once(gated: tuple[EngineThread, Gate]) -> None:
     gate.let(1000)
     assert [len(ids(handle)) for handle in handles] == [20] * 3
     worker.close()
+
+
+def test_memory_is_given_back_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, trimmed = engine(), threading.Event()
+    monkeypatch.setattr(it, "trim", trimmed.set)
+    with EngineThread(it, trim_after=0.01) as worker:
+        assert len(ids(worker.submit(Request([1], KINDS[0])))) == 20
+        trimmed.wait()
+        assert len(ids(worker.submit(Request([1], KINDS[0])))) == 20
 
 
 def test_calls_are_made_between_steps() -> None:

@@ -39,7 +39,7 @@ class Held:
         self.gate.set()
         opened = open_folder(folder)
         self.llm: LLM = make_llm(load_model(folder), opened.tokenizer, opened.style, opened.ends)
-        runner = self.llm.engine._runner
+        runner = self.llm.engine.runner
         compute = runner.logits
 
         def logits(batch: Any) -> Any:

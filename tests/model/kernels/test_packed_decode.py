@@ -96,15 +96,19 @@ def test_the_bits_do_not_depend_on_the_company(shape: str, dtype: torch.dtype, w
     assert torch.equal(step(together, cache)[33:-1], alone)
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
-    model, ids = tiny_model(), ids_of(20)
-    step, cache = PackedLLaMA(model, torch.bfloat16), PackedCache(model.config, 1, torch.bfloat16)
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_the_bits_do_not_depend_on_the_number_of_threads(tokens: int) -> None:
+    """Catches: chunks of keys that are joined in the order in which threads finish them."""
+    model, ids = tiny_model(), ids_of(tokens)
+    step, cache = PackedLLaMA(model, torch.bfloat16), PackedCache(model.config, 8, torch.bfloat16)
     made = []
     before = torch.get_num_threads()
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            made.append(step(whole(ids), cache))
+            step(whole(ids[:-1]), cache)
+            last = PagedBatch(ids=[ids[-1:]], starts=[tokens - 1], tables=[list(range(8))], logits=[1])
+            made.append(torch.cat([step(last, cache), step(whole(ids), cache)]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*made)

@@ -29,6 +29,14 @@ template <typename E> struct Term {
     index_t next, k;
 };
 
+// Lines that are wanted after this product, of which some are fetched at each step of k; without any, it fetches ahead
+// of its own weights.
+struct Soon {
+    const char *at = nullptr;
+    index_t lines = 0;
+};
+static const Soon NOTHING{nullptr, -1};
+
 #ifdef __AMX_BF16__
 static const bool AMX = true;
 // Whether the kernel lets this process use the tiles; it has to be asked once.
@@ -36,14 +44,15 @@ static inline bool tiles_allowed() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
     return allowed;
 }
-// All tiles of a thread: 16 rows of 64 bytes.
-static inline void configure_tiles() {
+// All tiles of a thread: 16 rows of 64 bytes; of codes of 4 bits, whose groups are 32 long, half of it on the way in.
+static inline void configure_tiles(bool half = false) {
     struct __attribute__((packed)) {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
     } shape;
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    if (half) shape.bytes[4] = shape.bytes[5] = 32, shape.rows[6] = shape.rows[7] = 8;
     _tile_loadconfig(&shape);
 }
 static inline void release_tiles() { _tile_release(); }
@@ -54,17 +63,21 @@ static inline void fetch_tile(const char *at) {
 #pragma GCC unroll 16
     for (int line = 0; line < 16; line++) __builtin_prefetch(at + AHEAD + 64 * line);
 }
-// c (rows, 32) of up to 32 rows; all 32, or 16 of them, are read and written, whatever they hold.
-static inline void pair_product(float *c, const Term<bf16> *terms, index_t count, index_t rows) {
+static inline void fetch_soon(Soon &soon) {
+    for (index_t line = 0; line < soon.lines; line++, soon.at += 64) __builtin_prefetch(soon.at, 0, 2);
+}
+// c (rows, 32), `sc` between rows, of up to 32 rows; all 32, or 16 of them, are read and written, whatever they hold.
+static inline void pair_product(float *c, index_t sc, const Term<bf16> *terms, index_t count, index_t rows, Soon soon = {}) {
+    const bool tall = rows > BLOCK;
     _tile_zero(0);
     _tile_zero(1);
-    if (rows <= BLOCK) {
+    if (!tall) {
         for (index_t i = 0; i < count; i++) {
             const Term<bf16> &term = terms[i];
             const char *left = (const char *)term.w, *right = (const char *)(term.w + term.next);
             for (index_t k = 0; k < term.k; k += DEPTH, left += 1024, right += 1024) {
-                fetch_tile(left);
-                fetch_tile(right);
+                if (soon.lines) fetch_soon(soon);
+                else fetch_tile(left), fetch_tile(right);
                 _tile_loadd(4, term.x + k, term.sx * 2);
                 _tile_loadd(6, left, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -79,6 +92,8 @@ static inline void pair_product(float *c, const Term<bf16> *terms, index_t count
             const Term<bf16> &term = terms[i];
             const char *left = (const char *)term.w, *right = (const char *)(term.w + term.next);
             for (index_t k = 0; k < term.k; k += DEPTH, left += 1024, right += 1024) {
+                if (soon.lines) fetch_soon(soon);
+                else fetch_tile(left), fetch_tile(right);
                 _tile_loadd(4, term.x + k, term.sx * 2);
                 _tile_loadd(6, left, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -89,23 +104,23 @@ static inline void pair_product(float *c, const Term<bf16> *terms, index_t count
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-        _tile_stored(2, c + BLOCK * PAIR, PAIR * 4);
-        _tile_stored(3, c + BLOCK * PAIR + BLOCK, PAIR * 4);
+        _tile_stored(2, c + BLOCK * sc, sc * 4);
+        _tile_stored(3, c + BLOCK * sc + BLOCK, sc * 4);
     }
-    _tile_stored(0, c, PAIR * 4);
-    _tile_stored(1, c + BLOCK, PAIR * 4);
+    _tile_stored(0, c, sc * 4);
+    _tile_stored(1, c + BLOCK, sc * 4);
 }
 #else
 static const bool AMX = false;
 static inline bool tiles_allowed() { return true; }
-static inline void configure_tiles() {}
+static inline void configure_tiles(bool = false) {}
 static inline void release_tiles() {}
 #endif
 
 static const int VECS = (int)(PAIR / W);
 static const int MANY = VECS == 2 ? 8 : 3; // rows at a time, as the registers allow
 
-template <typename E, int M> static inline void rows_product(float *c, const Term<E> *terms, index_t count, index_t row) {
+template <typename E, int M> static inline void rows_product(float *c, index_t sc, const Term<E> *terms, index_t count, index_t row) {
     lanes totals[M][VECS] = {};
     for (index_t i = 0; i < count; i++) {
         const Term<E> &term = terms[i];
@@ -130,16 +145,18 @@ template <typename E, int M> static inline void rows_product(float *c, const Ter
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECS; j++) store(c + (row + m) * PAIR + j * W, totals[m][j]);
+        for (int j = 0; j < VECS; j++) store(c + (row + m) * sc + j * W, totals[m][j]);
 }
 template <typename E, int M = MANY>
-static inline void last_rows(float *c, const Term<E> *terms, index_t count, index_t row, index_t rows) {
+static inline void last_rows(float *c, index_t sc, const Term<E> *terms, index_t count, index_t row, index_t rows) {
     if constexpr (M > 1)
-        if (rows < M) return last_rows<E, M - 1>(c, terms, count, row, rows);
-    rows_product<E, M>(c, terms, count, row);
+        if (rows < M) return last_rows<E, M - 1>(c, sc, terms, count, row, rows);
+    rows_product<E, M>(c, sc, terms, count, row);
 }
-template <typename E> static inline void pair_product(float *c, const Term<E> *terms, index_t count, index_t rows) {
-    for (index_t row = 0; row < rows; row += MANY) last_rows<E>(c, terms, count, row, std::min<index_t>(MANY, rows - row));
+template <typename E>
+static inline void pair_product(float *c, index_t sc, const Term<E> *terms, index_t count, index_t rows, Soon = {}) {
+    for (index_t row = 0; row < rows; row += MANY)
+        last_rows<E>(c, sc, terms, count, row, std::min<index_t>(MANY, rows - row));
 }
 
 static inline index_t first_of(index_t parts, index_t thread, index_t threads) { return parts * thread / threads; }

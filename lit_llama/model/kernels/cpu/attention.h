@@ -1,0 +1,218 @@
+// Attention over the blocks of the cache, a chunk of keys after another: each has its own largest score and its own
+// sums, which are joined from the first chunk to the last. Chunks begin at multiples of CHUNK keys, so that the bits
+// depend neither on what is computed beside a token nor on which thread computes a chunk.
+
+#pragma once
+
+#include "step.h"
+
+template <typename E> struct Cache {  // of one layer
+    E *start;
+    index_t blocks, G, D;
+    E *keys(index_t block, index_t g) const { return start + ((block * G + g) * 2) * KEYS * D; }
+    E *values(index_t block, index_t g) const { return keys(block, g) + KEYS * D; }
+};
+
+// Norm of a head, and its rotation: component i against i + D/2.
+static inline void turn(float *head, const float *norm, const float *cos, const float *sin, index_t D, float eps) {
+    if (norm) norm_row(head, head, norm, D, eps);
+    const index_t half = D / 2;
+    each_vector(half, [&](index_t i, auto count) {
+        const lanes x = load(head + i, count), y = load(head + half + i, count);
+        const lanes c = load(cos + i, count), s = load(sin + i, count);
+        store(head + i, x * c - y * s, count);
+        store(head + half + i, y * c + x * s, count);
+    });
+}
+template <typename E> static inline void store_row_of(E *to, const float *from, index_t n) {
+    each_vector(n, [&](index_t j, auto count) { store(to + j, load(from + j, count), count); });
+    fill_up(to, n);
+}
+
+// Queries, keys and values of a token and a key/value head: rotated and put where attention reads them.
+template <typename E>
+static void place(const Model &m, const Layer &l, const Step &s, const Buffers<E> &b, const Cache<E> &cache, index_t t,
+                  index_t g) {
+    const index_t D = m.head_dim, P = cache.D, share = m.heads / m.groups, n = per_word<E>;
+    const float *cos = s.cos + t * D / 2, *sin = s.sin + t * D / 2;
+    for (index_t h = g * share; h < (g + 1) * share; h++) {
+        float *head = b.wide + t * b.s_wide + h * D;
+        turn(head, l.q_norm, cos, sin, D, (float)m.eps);
+        store_row_of(b.queries + (t * m.heads + h) * P, head, D);
+    }
+    const index_t position = s.positions[t], j = position % KEYS;
+    const index_t block = s.table[s.sequence[t] * s.table_stride + position / KEYS];
+    float *key = b.wide + t * b.s_wide + (m.heads + g) * D;
+    const float *value = key + m.groups * D;
+    turn(key, l.k_norm, cos, sin, D, (float)m.eps);
+    alignas(64) E row[256];
+    store_row_of(row, key, D);
+    uint32_t *keys = (uint32_t *)cache.keys(block, g) + j / BLOCK * BLOCK * (P / n) + j % BLOCK;
+    for (index_t d = 0; d < P / n; d++) memcpy(keys + d * BLOCK, row + d * n, sizeof *keys);
+    store_row_of(row, value, D);
+    E *values = cache.values(block, g) + j / n * BLOCK * n + j % n;
+    for (index_t d = 0; d < P; d++) values[d / BLOCK * BLOCK * KEYS + d % BLOCK * n] = row[d];
+}
+
+// Some tokens of a sequence, [low, high), with all query heads of one key/value head.
+template <typename E> struct Attending {
+    const Model &m;
+    const Layer &l;
+    const Step &s;
+    const Buffers<E> &b;
+    const Cache<E> &cache;
+    index_t low, high, g;
+    index_t share() const { return m.heads / m.groups; }
+    index_t rows() const { return (high - low) * share(); }
+    const int32_t *table() const { return s.table + s.sequence[low] * s.table_stride; }
+    index_t begin() const { return std::max<index_t>(s.positions[low] - l.window + 1, 0) / KEYS; }  // in blocks
+    index_t end() const { return s.positions[high - 1] / KEYS + 1; }
+    index_t first_chunk() const { return begin() / (CHUNK / KEYS); }
+    index_t last_chunk() const { return (end() - 1) / (CHUNK / KEYS); }
+};
+
+// Largest score, sum of the exponentials and values weighted by them, of each row; the largest is -inf without any key.
+struct Part {
+    float peak[TALL], total[TALL];
+    alignas(64) float y[TALL * 256];  // (rows, P)
+};
+
+static const index_t SCORES = CHUNK + 16;  // between rows: an odd number of lines, as even ones meet in the cache
+template <typename E> static constexpr index_t CHANCES = CHUNK + 64 / (index_t)sizeof(E);
+
+// Exponentials of one row of scores, of which [from, to) are seen.
+template <typename E>
+static inline void weights_of_row(E *chances, float *row, index_t from, index_t to, index_t wide, float scale,
+                                  float &row_peak, float &row_total) {
+    std::fill(row, row + from, -__builtin_inff());
+    std::fill(row + to, row + wide, -__builtin_inff());
+    lanes most[2] = {load(row), load(row + W)};
+    for (index_t j = 2 * W; j < wide; j += 2 * W)
+        most[0] = larger(most[0], load(row + j)), most[1] = larger(most[1], load(row + j + W));
+    const float peak = largest(larger(most[0], most[1])) * scale;
+    lanes total = {};
+#pragma GCC unroll 4
+    for (index_t j = 0; j < wide; j += W) {
+        const lanes p = exponential(load(row + j) * scale - peak);
+        total += p;
+        store_row(chances + j, p);
+    }
+    row_peak = peak, row_total = sum(total);
+}
+template <typename E>
+static inline void weights_of(const Attending<E> &a, Part &part, float *scores, E *chances, index_t first, index_t wide) {
+    const float scale = 1.0f / std::sqrt((float)a.m.head_dim);
+    const index_t share = a.share();
+    for (index_t t = a.low, r = 0; t < a.high; t++) {
+        const index_t position = a.s.positions[t];
+        const index_t from = std::min(std::max<index_t>(position - a.l.window + 1 - first, 0), wide);
+        const index_t to = std::min(std::max<index_t>(position + 1 - first, 0), wide);
+        for (index_t i = 0; i < share; i++, r++) {
+            E *own = chances + r * CHANCES<E>;
+            part.peak[r] = -__builtin_inff(), part.total[r] = 0;
+            if (from < to)
+                weights_of_row(own, scores + r * SCORES, from, to, wide, scale, part.peak[r], part.total[r]);
+            else
+                std::fill(own, own + wide, E{});
+        }
+    }
+}
+
+// One chunk of keys.
+template <typename E> static void attend_chunk(const Attending<E> &a, const E *q, Part &part, index_t chunk) {
+    const index_t P = a.cache.D, rows = a.rows(), end = a.end();
+    const index_t from = std::max(chunk * (CHUNK / KEYS), a.begin());
+    const index_t count = std::min((chunk + 1) * (CHUNK / KEYS), end) - from;
+    const int32_t *table = a.table();
+    alignas(64) float scores[TALL * SCORES];
+    alignas(64) E chances[TALL * CHANCES<E>];
+    for (index_t i = 0; i < count; i++) {
+        if (rows <= BLOCK && from + i + 1 < end)
+            prefetch((const char *)a.cache.keys(table[from + i + 1], a.g), 0, 1, 2 * KEYS * P * (index_t)sizeof(E));
+        const Term<E> term{q, P, a.cache.keys(table[from + i], a.g), BLOCK * P, P};
+        pair_product(scores + i * KEYS, SCORES, &term, 1, rows, NOTHING);
+    }
+    weights_of(a, part, scores, chances, from * KEYS, count * KEYS);
+    Term<E> terms[CHUNK / KEYS];
+    for (index_t column = 0; column < P; column += PAIR) {
+        for (index_t i = 0; i < count; i++)
+            terms[i] = {chances + i * KEYS, CHANCES<E>, a.cache.values(table[from + i], a.g) + column * KEYS,
+                        BLOCK * KEYS, KEYS};
+        pair_product(part.y + column, P, terms, count, rows, NOTHING);
+    }
+}
+
+static inline float power_of(float x) { return exponential(all(x))[0]; }
+
+// Joins a later chunk to a sum.
+static inline void join(float &peak, float &total, float *y, float more_peak, float more_total, const float *more,
+                        index_t P) {
+    if (more_peak == -__builtin_inff()) return;
+    if (peak == -__builtin_inff()) {
+        peak = more_peak, total = more_total;
+        memcpy(y, more, (size_t)P * sizeof(float));
+    } else if (more_peak <= peak) {
+        const float factor = power_of(more_peak - peak);
+        total += factor * more_total;
+        for (index_t j = 0; j < P; j += W) store(y + j, load(y + j) + factor * load(more + j));
+    } else {
+        const float factor = power_of(peak - more_peak);
+        total = factor * total + more_total, peak = more_peak;
+        for (index_t j = 0; j < P; j += W) store(y + j, factor * load(y + j) + load(more + j));
+    }
+}
+template <typename E> static inline void queries_of(const Attending<E> &a, E *q) {
+    const index_t P = a.cache.D, share = a.share();
+    for (index_t t = a.low; t < a.high; t++)
+        memcpy(q + (t - a.low) * share * P, a.b.queries + (t * a.m.heads + a.g * share) * P,
+               (size_t)(share * P) * sizeof(E));
+}
+template <typename E>
+static inline void attended_row(const Attending<E> &a, index_t r, float total, const float *y) {
+    const index_t D = a.m.head_dim, t = a.low + r / a.share(), head = a.g * a.share() + r % a.share();
+    const float inverse = 1.0f / total;
+    E *to = a.b.attended + t * a.b.s_attended + head * D;
+    each_vector(D, [&](index_t j, auto n) { store(to + j, load(y + j, n) * inverse, n); });
+}
+
+// All chunks, one after another.
+template <typename E> static void attend(const Attending<E> &a) {
+    const index_t P = a.cache.D, first = a.first_chunk(), last = a.last_chunk();
+    alignas(64) E q[TALL * 256];
+    Part whole, part;
+    queries_of(a, q);
+    attend_chunk(a, q, whole, first);
+    for (index_t chunk = first + 1; chunk <= last; chunk++) {
+        attend_chunk(a, q, part, chunk);
+        for (index_t r = 0; r < a.rows(); r++)
+            join(whole.peak[r], whole.total[r], whole.y + r * P, part.peak[r], part.total[r], part.y + r * P, P);
+    }
+    for (index_t r = 0; r < a.rows(); r++) attended_row(a, r, whole.total[r], whole.y + r * P);
+}
+
+// One of the chunks, kept for `join_chunks`: of each row and chunk (P) values, their largest score and their sum.
+template <typename E> static void attend_part(const Attending<E> &a, index_t chunk) {
+    const index_t P = a.cache.D, head = a.g * a.share();
+    alignas(64) E q[TALL * 256];
+    Part part;
+    queries_of(a, q);
+    attend_chunk(a, q, part, chunk);
+    for (index_t r = 0; r < a.rows(); r++) {
+        float *to = a.b.part_of(a.low + r / a.share(), head + r % a.share(), chunk);
+        memcpy(to, part.y + r * P, (size_t)P * sizeof(float));
+        to[P] = part.peak[r], to[P + 1] = part.total[r];
+    }
+}
+template <typename E> static void join_chunks(const Attending<E> &a) {
+    const index_t P = a.cache.D;
+    for (index_t r = 0; r < a.rows(); r++) {
+        const index_t t = a.low + r / a.share(), head = a.g * a.share() + r % a.share();
+        float peak = -__builtin_inff(), total = 0;
+        alignas(64) float y[256];
+        for (index_t chunk = a.first_chunk(); chunk <= a.last_chunk(); chunk++) {
+            const float *part = a.b.part_of(t, head, chunk);
+            join(peak, total, y, part[P], part[P + 1], part, P);
+        }
+        attended_row(a, r, total, y);
+    }
+}

@@ -17,6 +17,7 @@ def main(
     checkpoint_dir: Path,
     adapters: dict[str, Path] | None = None,
     base_dir: Path | None = None,
+    conversations: Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_file: Path | None = None,
@@ -37,6 +38,8 @@ def main(
         checkpoint_dir: A checkpoint folder or an adapter folder. Requests that name no model are answered by it.
         adapters: Further adapters of its base, as NAME=DIR, which requests name as their model.
         base_dir: The base model of an adapter, where it is not found where the adapter says.
+        conversations: Folder of the conversations that the page at / shows; left out, lit_llama/conversations among the
+            user's data, which generate/chat.py shows, too.
         host: Address to listen at; other machines reach others than 127.0.0.1 only, and then a key is needed.
         port: To listen at; 0 for any that is free.
         api_key_file: Keys, one a line, of which requests have to carry one. LIT_LLAMA_API_KEY holds one as well.
@@ -51,8 +54,11 @@ def main(
         max_seconds: That an answer may take.
         log_content: Write to the log what is asked and answered, too.
     """
+    from lit_llama.generate.chat.store import Store, default_folder
+    from lit_llama.generate.serve.page.routes import page_routes
     from lit_llama.generate.serve.start import Settings, start
 
+    store = Store(conversations or default_folder())
     start(
         checkpoint_dir,
         adapters or {},
@@ -68,6 +74,7 @@ def main(
             max_seconds=max_seconds,
             log_content=log_content,
         ),
+        routes=lambda service: page_routes(service, store),
         base_dir=base_dir,
         prompt_style=prompt_style,
         precision=precision,

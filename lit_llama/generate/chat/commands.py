@@ -244,7 +244,7 @@ def _list_path(chat: Chat, nodes: Sequence[Node]) -> None:
     numbers = {node.id: number for number, node in enumerate(path, 1)}
     for node in nodes:
         chat.say(_headline(chat, numbers[node.id], node))
-        chat.screen.show(node.content)
+        chat.screen.show(node.content, node.opened)
 
 
 def _headline(chat: Chat, number: int, node: Node) -> str:

@@ -26,6 +26,7 @@ _PARENTS: Mapping[str, tuple[str, ...]] = {
     "user": ("", "system", "assistant"),
     "assistant": ("user",),
 }
+_SAID = ("id", "parent", "role", "content", "time", "model", "opened", "sampling")
 _ENDS = ("stop", "length", "abort", "error")
 _MEASURES = {"tokens": int, "prompt_tokens": int, "cached_tokens": int, "forgotten": int, "seconds": float}
 
@@ -41,6 +42,7 @@ class Node:
         content: The text.
         time: When it began, in seconds since 1970.
         model: Name of the model that answered.
+        opened: The prompt of an answer ends in the tag that begins thoughts.
         sampling: How the tokens of an answer were drawn.
         finish_reason: How an answer ended: "stop", "length" (cut off), "abort" (stopped by somebody), "error"; None
             while it goes on, or where its process died.
@@ -58,6 +60,7 @@ class Node:
     content: str
     time: float = 0.0
     model: str = ""
+    opened: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     finish_reason: str | None = None
     tokens: int = 0
@@ -154,8 +157,8 @@ class Dialogue:
             yield {"type": "set", "name": name, "value": value}
         for node in self.nodes.values():
             values = asdict(node)
-            said = {key: values.pop(key) for key in ("id", "parent", "role", "content", "time", "model", "sampling")}
-            yield {"type": "message"} | {key: value for key, value in said.items() if value not in ("", {})}
+            said = {key: values.pop(key) for key in _SAID}
+            yield {"type": "message"} | {key: value for key, value in said.items() if value or key == "parent"}
             train = values.pop("train")
             if values["finish_reason"] is not None:
                 yield {"type": "end", "id": node.id} | values
@@ -192,6 +195,7 @@ class Dialogue:
             content=_value(record, "content", str, ""),
             time=_value(record, "time", float, 0.0),
             model=_value(record, "model", str, ""),
+            opened=_value(record, "opened", bool, False),
             sampling=_value(record, "sampling", dict, {}),
         )
         self.nodes[id] = node

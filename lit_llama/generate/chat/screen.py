@@ -56,19 +56,20 @@ def summed(folded: Folded) -> str:
 
 
 def finished(text: str) -> int:
-    """Up to where nothing that comes later changes how Markdown is shown: the last empty line outside of code."""
-    fence, position, end = "", 0, 0
+    """Up to where nothing that comes later changes how Markdown is shown: where the last block begins that follows an
+    empty line, outside of code, and is no part of an item of a list."""
+    fence, position, end, empty = "", 0, 0, False
     for line in text.splitlines(keepends=True):
-        position += len(line)
+        if empty and not fence and line[0] not in " \t\n":
+            end = position
         mark = _FENCE.match(line)
         if mark and not fence:
             fence = mark[1]
         elif mark and mark[1].startswith(fence) and line.strip() == mark[1]:
             fence = ""
-        elif not line.strip() and not fence and line.endswith("\n"):
-            end = position
-    rest = text[end:]
-    return 0 if rest[:1] in (" ", "\t") else end  # it goes on with an item of a list
+        empty = not line.strip()
+        position += len(line)
+    return end
 
 
 class Harmless:
@@ -112,8 +113,8 @@ class Screen(Protocol):
         """It is over; `stopped` by somebody."""
         ...
 
-    def show(self, text: str) -> None:
-        """A whole answer."""
+    def show(self, text: str, opened: bool = False) -> None:
+        """A whole message."""
         ...
 
 
@@ -132,7 +133,7 @@ class Plain:
         """See Screen."""
         print(" ..." if stopped else "", flush=True)
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, opened: bool = False) -> None:
         """See Screen."""
         results = Results()
         results.write(text)
@@ -192,9 +193,9 @@ class Terminal:
         if stopped:
             self._console.print("...")
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, opened: bool = False) -> None:
         """See Screen."""
-        found = folded(text)
+        found = folded(text, opened)
         if found.thoughts is not None:
             self._console.print(summed(found), style="dim")
         self._console.print(markdown(found.rest))

@@ -165,6 +165,7 @@ class Answer:
         submit: Has an engine answer that a thread drives; None computes while iterating.
 
     Attributes:
+        records: What was kept of it so far, but for its text.
         user: The message that is answered.
         id: Of the answer.
         prompt: What the model reads.
@@ -196,10 +197,12 @@ class Answer:
         if not messages or messages[-1]["role"] != "user":
             raise UserError("there is no message to be answered")
         self.prompt = fit(llm, messages, sampling)
+        self.opened = opens(llm.tokenizer.decode(list(self.prompt.ids[-16:])))
         siblings = [] if text is not None else dialogue.children(parent)
         again = sum(node.model == model for node in siblings)
         request = llm.request(self.prompt.ids, sampling, number=len(messages) | again << 16)  # other draws in each turn
         llm.engine.check_request(request)
+        self.records: list[dict[str, Any]] = []
         self.user, self.id = self._keep(text, parent, model, side, sampling)
         self.text, self.ended = "", False
         self._answer = llm.text_behind(self.prompt.ids, sampling, llm.opening)
@@ -210,21 +213,23 @@ class Answer:
         except Exception:
             self._finish("error", 0)
             raise
-        self.opened = opens(llm.tokenizer.decode(list(self.prompt.ids[-16:])))
         self._pieces = self._run()
 
     def _keep(self, text: str | None, parent: int, model: str, side: int, sampling: Sampling) -> tuple[int, int]:
         ids = (0, 0)
 
-        def make(dialogue: Dialogue) -> Iterator[Record]:
+        def make(dialogue: Dialogue) -> list[dict[str, Any]]:
             nonlocal ids
             now = time.time()
             id, above = dialogue.next_id, parent
-            if text is not None:
-                yield message(id, parent, "user", text, now, side)
+            asked = [] if text is None else [message(id, parent, "user", text, now, side)]
+            if asked:
                 id, above = id + 1, id
             ids = (above, id)
-            yield message(id, above, "assistant", "", now, side) | {"model": model, "sampling": changed(sampling)}
+            begun = message(id, above, "assistant", "", now, side)
+            begun |= {"opened": True} if self.opened else {}
+            self.records = [*asked, begun | {"model": model, "sampling": changed(sampling)}]
+            return self.records
 
         self._store.change(self._conversation, make)
         return ids
@@ -311,6 +316,7 @@ class Answer:
             "forgotten": self.prompt.forgotten,
             "seconds": round(self._seconds, 3),
         }
+        self.records.append(end)
         self._write(end, wait=True)
 
 

@@ -40,6 +40,10 @@ def default_folder() -> Path:
     return Path.home() / share / "lit_llama" / "conversations"
 
 
+class NoConversation(UserError):
+    """There is none of this id."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """A conversation in a list.
@@ -248,7 +252,7 @@ class Store:
     def _path(self, id: str) -> Path:
         assert self.folder is not None
         if not id or id != Path(id).name or id.startswith(".") or "\0" in id:
-            raise UserError(f"{id!r} is the id of no conversation")
+            raise NoConversation(f"{id!r} is the id of no conversation")
         return self.folder / f"{id}{SUFFIX}"
 
     def _summary(self, path: Path) -> Summary | None:
@@ -269,14 +273,14 @@ class Store:
         known = self._known.get(id)
         if self.folder is None:
             if known is None:
-                raise UserError(f"there is no conversation {id!r}")
+                raise NoConversation(f"there is no conversation {id!r}")
             return known
         path = self._path(id)
         try:
             stat = path.lstat()
         except FileNotFoundError:
             self._known.pop(id, None)
-            raise UserError(f"there is no conversation {id!r}: {path} is not there") from None
+            raise NoConversation(f"there is no conversation {id!r}: {path} is not there") from None
         if known is None or not self._follows(known, path, stat):
             known = self._read(path)
         known.changed = path.stat().st_mtime

@@ -162,7 +162,9 @@ def make_server(app: Starlette, drain: float) -> Server:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(drain)),
     )
-    return Server(config)
+    server = Server(config)
+    app.state.stopping = lambda: server.should_exit  # for replies that have no end of their own
+    return server
 
 
 def serve(

@@ -20,12 +20,14 @@ import httpx2
 from benchmarks.serving.contenders import Server, command, free_port, running
 from benchmarks.serving.engine import drive_engine
 from benchmarks.serving.load import Seen, drive, prompts
-from benchmarks.serving.soak import Soak
+from benchmarks.serving.soak import Counts, Soak
 from benchmarks.training.process import check_idle
 from lit_llama.cli import CLI
 from lit_llama.errors import IntegrityError
 
 T = TypeVar("T")
+_PARTS = 5
+"""Of a soak, after each of which memory is looked at."""
 
 
 def main(
@@ -92,6 +94,19 @@ def _measured(server: Server, texts: list[str], tokens: int, clients: int) -> tu
     return seen, server.resident(peak=True)
 
 
+async def _sampled(server: Server, soak: Soak, seconds: float) -> tuple[Counts, list[int]]:
+    """What became of a soak, and the resident MB after each part of it."""
+    resident: list[int] = []
+
+    async def sample() -> None:
+        for _ in range(_PARTS):
+            await asyncio.sleep(seconds / _PARTS)
+            resident.append(round(server.resident() / 1e6))
+
+    counts, _ = await asyncio.gather(soak.run(seconds, 24), sample())
+    return counts, resident
+
+
 def _run(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine; a signal cancels it, as an exception amid a loop could leave that spinning."""
 
@@ -123,19 +138,16 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
     with running(words, port, work_dir / "soak.log") as server:
         long = {"prompt": [5, *range(100, 150)] * 155, "max_tokens": 1}
         httpx2.post(f"{server.url}/v1/completions", json=long, timeout=120).raise_for_status()  # the cache fills, once
-        _run(Soak(server.url, seed).run(min(30.0, seconds / 4), 24))
-        before = server.resident()
-        counts = _run(Soak(server.url, seed + 1000).run(seconds, 24))
+        counts, resident = _run(_sampled(server, Soak(server.url, seed), seconds))
         time.sleep(2)
-        after = server.resident()
         metrics = httpx2.get(f"{server.url}/metrics").text
         values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
         found = {name: float(values[f"lit_llama_{name}"]) for name in ("answers_running", "answers_waiting")}
         blocks = float(values["lit_llama_cache_blocks"]) - float(values["lit_llama_cache_blocks_free"])
-        told = {**found, "blocks held": blocks, "grown MB": (after - before) / 1e6, "full": counts.full}
+        told = {**found, "blocks held": blocks, "full": counts.full}
     if any(found.values()) or blocks:
         raise IntegrityError(f"something is left behind: {told}")
-    return told | {"requests": counts.kinds, "seconds": seconds, "resident MB": after / 1e6}
+    return told | {"requests": counts.kinds, "seconds": seconds, "resident MB": resident}
 
 
 if __name__ == "__main__":

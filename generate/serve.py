@@ -5,10 +5,10 @@ python generate/serve.py --checkpoint_dir checkpoints/NAME --adapters poet=out/l
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
+from lit_llama.model.config import Held
 from lit_llama.text.prompts import StyleName
 
 
@@ -23,7 +23,10 @@ def main(
     api_key_file: Path | None = None,
     prompt_style: StyleName | None = None,
     precision: Precision = "auto",
-    quantize: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    quantize: Held | None = None,
+    draft_dir: Path | None = None,
+    plan: bool = False,
+    plan_memory: str | None = None,
     batch_size: int = 32,
     max_waiting: int = 256,
     max_choices: int = 128,
@@ -45,7 +48,11 @@ def main(
         api_key_file: Keys, one a line, of which requests have to carry one. LIT_LLAMA_API_KEY holds one as well.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
-        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
+            CPU, int8 and int4 are the fast ones.
+        draft_dir: A smaller checkpoint of the same tokenizer that guesses tokens: the same answers, sooner.
+        plan: Say what memory the model needs and whether it fits, and load nothing.
+        plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
         batch_size: Answers made together.
         max_waiting: Answers that may wait for their turn; requests beyond are refused with 429.
         max_choices: Answers of one request.
@@ -55,9 +62,16 @@ def main(
         log_content: Write to the log what is asked and answered, too.
     """
     from lit_llama.generate.chat.store import Store, default_folder
+    from lit_llama.generate.llm import open_folder
+    from lit_llama.generate.plan import print_plan
     from lit_llama.generate.serve.page.routes import page_routes
     from lit_llama.generate.serve.start import Settings, start
 
+    if plan or plan_memory is not None:
+        folder = open_folder(checkpoint_dir, base_dir=base_dir)
+        needed = folder.plan(precision=precision, quantize=quantize, max_sequences=batch_size, memory=plan_memory)
+        print_plan(needed)
+        return
     store = Store(conversations or default_folder())
     start(
         checkpoint_dir,
@@ -79,6 +93,7 @@ def main(
         prompt_style=prompt_style,
         precision=precision,
         quantize=quantize,
+        draft_dir=draft_dir,
     )
 
 

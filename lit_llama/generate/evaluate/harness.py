@@ -165,7 +165,10 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
             prompt = self.tok_encode(context)
             self._cut += len(prompt) > room
             asked.append(self.llm.request(prompt[-room:], sampling, number=number))
-        answers = [made[0].text for made in answer_requests(self.llm, asked)]
+        made = [answer for [answer] in answer_requests(self.llm, asked)]
+        if failed := next((answer.error for answer in made if answer.error is not None), None):
+            raise failed
+        answers = [answer.text for answer in made]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         self._tell_cut()

@@ -164,6 +164,8 @@ def _answers(llm: LLM, task: Task, missing: Sequence[int], sampling: Sampling, s
 
     def take(number: int, answers: list[Answer]) -> None:
         answer = answers[0]
+        if answer.error is not None:
+            raise answer.error
         row = {"answer": answer.text, "stopped": answer.stopped, "tokens": answer.tokens}
         keep(requests[number].number, row)
 

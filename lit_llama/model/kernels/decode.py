@@ -19,16 +19,7 @@ from torch import Tensor, nn
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.fused.kernels import call, compiled
-from lit_llama.model.kernels.packing import (
-    DEPTH,
-    PAIR,
-    Weights,
-    in_turns,
-    packed,
-    packed_codes,
-    packed_scales,
-    quantized,
-)
+from lit_llama.model.kernels.packing import DEPTH, PAIR, Weights, in_turns, packed, packed_matrix
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.low_rank import Adapter, LowRank
 from lit_llama.model.paged import BLOCK, PagedBatch, untouched_zeros
@@ -199,12 +190,9 @@ class PackedLLaMA:
         if bias is not None:
             bias = nn.functional.pad(bias.float(), (0, -outputs % PAIR))
         bits = bits or {"stored": 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[self._weights]
-        if bits > 8:
-            kept = packed(weight.to(self.dtype))
-            at, scales, k = self._keep(kept), None, kept.shape[1] * kept.shape[3]
-        else:
-            codes, steps = quantized(weight, bits)
-            at, scales, k = self._keep(packed_codes(codes, bits)), self._keep(packed_scales(steps)), codes.shape[1]
+        made, steps = packed_matrix(weight, self.dtype, bits)
+        at, k = self._keep(made), made.shape[1] * made.shape[3] * (8 // bits if bits <= 8 else 1)
+        scales = None if steps is None else self._keep(steps)
         return _Matrix(at, scales, None if bias is None else self._keep(bias), outputs, k, bits)
 
     def _vector(self, vector: Tensor) -> int:

@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.kernels import packing
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
 from lit_llama.model.kernels.packing import (
     GROUP,
@@ -22,6 +25,7 @@ from lit_llama.model.kernels.packing import (
     in_turns,
     packed,
     packed_codes,
+    packed_matrix,
     packed_scales,
     quantized,
 )
@@ -162,6 +166,31 @@ def tuned(seed: int = 0, **options: object) -> LLaMA:
         for parameter in module.parts().values():
             torch.nn.init.normal_(parameter, std=0.2)
     return model.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_pieces_of_rows_are_packed_as_the_whole(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a piece at the wrong rows, a last one that is not filled up, and numbers of a whole weight in float."""
+    weight, dtype = torch.randn(1000, 300).bfloat16(), torch.float32 if bits == 32 else torch.bfloat16
+    codes, scales = quantized(weight, bits) if bits <= 8 else (weight, weight)
+    expected = packed(weight.to(dtype)) if bits > 8 else packed_codes(codes, bits)
+    monkeypatch.setattr(packing, "PIECE", 33_000)  # 96 rows
+    largest = 0
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and bits <= 8:
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    with Watched():
+        made, steps = packed_matrix(weight, dtype, bits)
+    assert torch.equal(made, expected) and made.stride() == expected.stride()
+    if bits <= 8:
+        assert steps is not None and torch.equal(steps, packed_scales(scales))
+        assert 0 < largest <= 4 * 96 * 320
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj", "up_proj", "k_proj,down_proj,o_proj"])

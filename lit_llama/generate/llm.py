@@ -1,10 +1,11 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -16,6 +17,7 @@ from lit_llama.device import (
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.defaults import folder_sampling
+from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.draft import DraftModel
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling, Step
@@ -38,10 +40,11 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.encode import answer_opening, end_id, place_behind, prompt_ids
+from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
 from lit_llama.text.places import Place
-from lit_llama.text.prompts import folder_style, named_style
+from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import PromptStyle
+from lit_llama.text.token_bytes import token_bytes
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
 
@@ -56,6 +59,7 @@ class LLM:
         device: Where it computes.
         opening: Text of the style that answers begin with and that is not shown.
         model: What the engine runs, where its weights were not packed.
+        adapter: Name of the adapter that answers, where the engine has several models; None for its own.
     """
 
     engine: Engine
@@ -66,11 +70,73 @@ class LLM:
     stop_ids: frozenset[int]
     opening: str = ""
     model: LLaMA | None = None
+    adapter: str | None = None
 
     def request(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Request:
-        """A request of the engine for a prompt, which ends at what ends a text here; the rest is as of Request."""
+        """A request of the engine for a prompt, which ends at what ends a text here.
+
+        Args:
+            prompt: Ids.
+            sampling: How tokens are drawn.
+            more: Other fields of `Request`.
+        """
         stops = self.text(sampling).stop_ids
-        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **more)
+        fields = {"adapter": self.adapter, **more}
+        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **fields)
+
+    @cached_property
+    def guarded(self) -> Tokenizer:
+        """The tokenizer, in which the words that open turns are control tokens."""
+        return for_style(self.tokenizer, self.style) if self.style else self.tokenizer
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id adds to a text; none of a control token."""
+        return token_bytes(self.guarded)
+
+    @cached_property
+    def token_table(self) -> TokenTable:
+        """The tokenizer as constraints read it.
+
+        Raises:
+            ResourceError: llguidance is not installed.
+        """
+        tokenizer, parts = self.guarded, self.token_bytes
+        silent = [index for index, part in enumerate(parts) if not part]
+        named = [part or b"<%d>" % index for index, part in enumerate(parts)]
+        return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))
+
+    def constraint(
+        self,
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
+    ) -> Constraint:
+        """The form that an answer has to have, for `request`; one of:
+
+        Args:
+            json_schema: JSON that this schema describes; the empty schema is any JSON.
+            regex: Text that this regular expression matches as a whole.
+            choice: One of these texts.
+            grammar: Text of this grammar, in llguidance's variant of Lark.
+
+        Raises:
+            UserError: It is faulty, has parts that could not be kept to, or not exactly one of the four is given.
+            ResourceError: llguidance is not installed.
+        """
+        makers: dict[str, tuple[Any, Callable[[Any, TokenTable], Constraint]]] = {
+            "json_schema": (json_schema, Constraint.json_schema),
+            "regex": (regex, Constraint.regex),
+            "choice": (choice, Constraint.choice),
+            "grammar": (grammar, Constraint.lark),
+        }
+        given = [(value, make) for value, make in makers.values() if value is not None]
+        if len(given) != 1:
+            raise UserError(f"a constraint is one of {', '.join(makers)}, found {len(given)} of them")
+        value, make = given[0]
+        return make(value, self.token_table)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.
@@ -102,7 +168,7 @@ class LLM:
         Raises:
             CheckpointError: It has none, so nobody knows how to ask.
         """
-        return _required(self.style)
+        return _required(self.style, self.tokenizer)
 
 
 class Stream:
@@ -163,7 +229,7 @@ class Opened:
             UserError: The style has no system message.
         """
         turns = [{"role": "system", "content": system}] if system else []
-        prompt_ids(self.tokenizer, _required(self.style), [*turns, {"role": "user", "content": "."}])
+        prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
 
     def plan(
         self,
@@ -334,13 +400,19 @@ def _products(config: LLaMAConfig) -> int:
     return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
-def _required(style: PromptStyle | None) -> PromptStyle:
+def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
     if style is None:
         raise CheckpointError(
             "the folder has no chat template, so it does not say how to put an instruction; name the style the model "
-            "was trained with, for example --prompt_style alpaca, or continue raw text with generate/base.py"
+            f"was trained with (its tokenizer could carry --prompt_style {', '.join(carried(tokenizer))}), or continue "
+            "raw text with generate/base.py"
         )
     return style
+
+
+def carried(tokenizer: Tokenizer) -> list[str]:
+    """Names of the built-in prompt styles whose tokens a tokenizer has."""
+    return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
 def _base(folder: Path, base_dir: Path | None) -> Path:

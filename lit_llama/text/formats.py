@@ -52,13 +52,13 @@ def read_prompts(path: Path) -> list[Example]:
             assert raw.error
             raise raw.error
         try:
-            examples.append(_example(raw.value, number))
+            examples.append(example_of(raw.value, number))
         except RowError as error:
             raise DataError(f"{raw.where}: {error}") from error
     return examples
 
 
-def _example(row: Mapping[str, Any], number: int) -> Example:
+def example_of(row: Mapping[str, Any], number: int) -> Example:
     """What a row asks.
 
     Raises:

@@ -110,7 +110,7 @@ def byte_level(raw: Mapping[str, Any], backend: Any) -> ByteLevel | None:
     lost = _not_itself(raw, backend)
     if not merges_by_id(raw, lost):
         return None
-    spelled = {character: byte for byte, character in enumerate(_CHARACTERS)}
+    spelled = {character: byte for byte, character in enumerate(CHARACTERS)}
     known = raw["model"]["vocab"].keys() - (set() if raw["model"].get("ignore_merges") else lost)
     if not all(set(token) <= spelled.keys() for token in known):
         return None
@@ -235,4 +235,4 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
 
 
-_CHARACTERS = _byte_characters()
+CHARACTERS = _byte_characters()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.fused.kernels import call, compiled
+from lit_llama.model.kernels.mapped import MappedFiles
 from lit_llama.model.kernels.packing import DEPTH, PAIR, Weights, in_turns, packed, packed_matrix
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.low_rank import Adapter, LowRank
@@ -131,7 +132,7 @@ class PackedLLaMA:
             raise ResourceError(f"a model of this shape cannot be packed in {dtype} on this machine, see `packs`")
         self.config, self.dtype, self._weights = model.config, dtype, weights
         self._kept: list[Tensor] = []  # what the structures point to
-        self._consume = consume
+        self._consume, self._files = consume, MappedFiles()
         self._updates: dict[str, tuple[Any, int, list[Tensor]]] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._rotation = torch.empty(2, 0, model.config.head_dim // 2)
@@ -141,7 +142,8 @@ class PackedLLaMA:
         )
         rows = _weight_of(model.model.embed_tokens, whole=True)
         tied = _weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
-        embedding = None if tied else self._keep(rows.to(dtype).contiguous())
+        # A copy, where the model is given up: a part of a mapped file would keep all of it.
+        embedding = None if tied else self._keep(rows.to(dtype, copy=consume).contiguous())
         head = self._pack(_weight_of(model.lm_head, whole=True), None, None if weights == "stored" else 8)
         self._model = _Model(
             config.num_hidden_layers,
@@ -181,7 +183,7 @@ class PackedLLaMA:
             bias = in_turns(*vectors) if len(layers) == 2 else torch.cat(vectors)
         if self._consume:
             for layer in layers:
-                _give_up(layer)
+                _give_up(layer, self._files)
         del weights
         return self._pack(weight, bias, bits)
 
@@ -406,7 +408,8 @@ def _bias_of(module: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def _give_up(module: nn.Module) -> None:
+def _give_up(module: nn.Module, files: MappedFiles) -> None:
     base = getattr(module, "base_layer", module)
     name = "packed" if isinstance(base, QuantizedLinear) else "weight"
+    files.forget(base.get_parameter(name))
     base.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))

@@ -1,6 +1,7 @@
 """The step of decode.cpp against the model in torch, its own quantisation, and itself in other company."""
 
 import itertools
+import mmap
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.errors import ResourceError
@@ -17,6 +20,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.kernels import packing
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.kernels.mapped import MappedFiles
 from lit_llama.model.kernels.packing import (
     GROUP,
     ZERO,
@@ -244,6 +248,43 @@ def test_a_consumed_model_is_never_there_twice() -> None:
     assert sum(p.numel() for name, p in model.named_parameters() if "norm" not in name) == 0
     made = step(whole([1, 2, 3]), PackedCache(model.config, 1, torch.float32))
     assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mapped_weights_leave_the_memory_and_nothing_else_changes(tmp_path: Path) -> None:
+    """Counts the pages of the file that the process holds. Catches: what is kept of a mapped file and keeps all of it;
+    memory that is in no file, or of a neighbour, and is lost."""
+    save_file({"first": torch.full((1001, 1024), 2.0), "second": torch.full((999, 1024), 3.0)}, tmp_path / "x")
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        first, second = file.get_tensor("first"), file.get_tensor("second")
+    other = torch.full((1001, 1024), 4.0)
+    files = MappedFiles()
+    assert [float(x.sum()) for x in (first, second, other)] == [2 * 1001 * 1024, 3 * 999 * 1024, 4 * 1001 * 1024]
+    held = resident(tmp_path / "x")
+    assert files.forget(other) == 0
+    given = files.forget(first)
+    assert first.nbytes - 2 * mmap.PAGESIZE <= given <= first.nbytes
+    assert held - resident(tmp_path / "x") == given
+    assert bool((first == 2).all() and (second == 3).all() and (other == 4).all())
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file that this process has in its memory."""
+    lines = iter(Path("/proc/self/smaps").read_text("utf-8").splitlines())
+    return sum(
+        1024 * int(next(own for own in lines if own.startswith("Rss:")).split()[1])
+        for line in lines
+        if line.endswith(f" {path}")
+    )
+
+
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+def test_a_consumed_model_keeps_no_part_of_its_numbers(weights: Weights) -> None:
+    """Catches an embedding that is a part of a mapped file, which stays mapped for its sake."""
+    model = tiny_model(tie_word_embeddings=weights == "int8")
+    where = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if parameter.ndim == 2}
+    held = [parameter.detach() for parameter in model.parameters()]  # so that no address comes again
+    packed_model = PackedLLaMA(model, torch.float32, weights, consume=True)
+    assert held and not where & {tensor.untyped_storage().data_ptr() for tensor in packed_model._kept}
 
 
 def test_which_models_are_packed() -> None:

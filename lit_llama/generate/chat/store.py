@@ -105,7 +105,7 @@ class Store:
         self.folder = folder
         self.remarks: list[str] = []
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._summaries: dict[str, tuple[tuple[int, int, int], Summary]] = {}
+        self._summaries: dict[str, tuple[tuple[int, int, int], Summary | None]] = {}  # None where it holds none
         self._mutex = threading.RLock()
         self._depth = 0
         if folder is not None:
@@ -261,7 +261,11 @@ class Store:
             state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             held = self._summaries.get(path.stem)
             if held is None or held[0] != state:
-                held = state, self._fresh(path.stem).summary()
+                try:
+                    held = state, self._fresh(path.stem).summary()
+                except DataError as error:  # nor will it, until it changes
+                    held = state, None
+                    self._remark(str(error))
                 self._summaries[path.stem] = held
             return held[1]
         except (UserError, OSError) as error:
@@ -278,9 +282,11 @@ class Store:
         path = self._path(id)
         try:
             stat = path.lstat()
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ):
+                raise
             self._known.pop(id, None)
-            raise NoConversation(f"there is no conversation {id!r}: {path} is not there") from None
+            raise NoConversation(f"there is no conversation {id[:100]!r} in {self.folder}") from None
         if known is None or not self._follows(known, path, stat):
             known = self._read(path)
         known.changed = path.stat().st_mtime

@@ -5,7 +5,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Collection, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -75,16 +75,17 @@ class Guard:
             told = scope["state"].get("told")
             about = f", {told}" if told else ""
             seconds = time.monotonic() - started
-            self._service.log(f"{scope['method']} {visible(scope['path'][:200])} {status} {seconds:.3f} s{about}")
+            path = visible(scope["path"][:200], lines=True)
+            self._service.log(f"{scope['method']} {path} {status} {seconds:.3f} s{about}")
 
     def _refused(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if re.fullmatch(r"[\w.:\[\]-]*", host) else None
-        if self._local and name not in _LOCAL and not is_loopback(name or ""):
+        name = (_split(f"//{host}").hostname or "") if re.fullmatch(r"[\w.:\[\]-]*", host) else ""
+        if self._local and name not in _LOCAL and not is_loopback(name):
             return ApiError(403, "this server answers requests to localhost only, by its name or address")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return ApiError(403, "requests of pages of other origins are not answered")
         if self._keys and scope["path"] not in self._public and not self._has_key(headers.get("authorization", "")):
             return ApiError(
@@ -97,6 +98,14 @@ class Guard:
         scheme, _, given = header.partition(" ")
         right = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
         return scheme.lower() == "bearer" and any(right)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; none where it is no address."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _shape(path: str) -> str:

@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.errors import ApiError
+from lit_llama.generate.serve.fields import once
 from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.service import Service
 
@@ -115,6 +116,25 @@ def test_what_is_no_json_object(client: Client, body: Any) -> None:
     assert client.refused(CHAT, body)["code"] == "invalid_json"
 
 
+def test_a_field_twice_among_many_is_found_by_looking_once() -> None:
+    """A body of a megabyte that keeps a core busy for an hour, as names are counted for each name."""
+
+    class Name(str):
+        compared = 0
+
+        def __hash__(self) -> int:
+            return super().__hash__()
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return super().__eq__(other)
+
+    names = [Name(f"a{number}") for number in range(300)]
+    with pytest.raises(ValueError, match="'a299' stands twice"):
+        once([(name, 0) for name in [*names, Name("a299")]])
+    assert Name.compared < 10 * len(names)
+
+
 def test_a_prompt_that_is_too_long_is_told_with_both_numbers(client: Client) -> None:
     for path, fields in (
         (CHAT, {"messages": [{"role": "user", "content": "x y" * 400}]}),
@@ -187,10 +207,10 @@ def test_keys_hosts_and_origins(tiny_folder: Path) -> None:
         ("127.0.0.1:1", 200),
         ("[::1]:8", 200),
         ("evil.example", 403),
-        ("", 403),
+        *(("", 403), ("[", 403), ("]:x", 403)),
     ):
         assert client.get("/health", headers={"Host": name}).status_code == status
-    for origin, status in (("http://localhost", 200), ("http://evil.example", 403), ("null", 403)):
+    for origin, status in (("http://localhost", 200), ("http://evil.example", 403), ("null", 403), ("http://[", 403)):
         reply = client.get("/health", headers={"Origin": origin})
         assert reply.status_code == status and "access-control-allow-origin" not in reply.headers
 
@@ -202,9 +222,9 @@ def test_what_is_said_is_not_logged_unless_asked(tiny_folder: Path) -> None:
     client = Client(create_app(made))
     secret = "my \x1b[31msecret"
     client.chat(secret, max_tokens=2)
-    client.ask("POST", "/v1/%1b[31m", content=b"secret")
+    client.ask("POST", "/v1/%1b[31m%0aserving%09evil", content=b"secret")
     assert len(lines) == 2 and "200" in lines[0] and "2 out" in lines[0]
-    assert "secret" not in "".join(lines) and "\x1b" not in "".join(lines)
+    assert "secret" not in "".join(lines) and not {"\x1b", "\n", "\t"} & set("".join(lines))
     made.content_log = contents.append
     client.chat(secret, max_tokens=2)
     (line,) = contents

@@ -16,7 +16,9 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM, make_llm, open_folder
+from lit_llama.generate.serve import server as server_module
 from lit_llama.generate.serve.app import create_app
+from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.page.routes import page_routes
 from lit_llama.generate.serve.service import Service
 from lit_llama.model.checkpoint import load_model
@@ -170,6 +172,35 @@ def test_what_cannot_be_done_is_refused_by_name(
     reply = client.ask(method, path + more, **({} if body is None else {"json": body}))
     assert reply.status_code == status and told in reply.json()["error"]["message"], reply.text
     assert "--" not in reply.text and list(store.get(path[19:]).records()) == before
+
+
+def test_answers_keep_to_the_limits_of_the_server_and_are_counted(held: Held, store: Store) -> None:
+    """A page whose answers take for ever, that nobody counts, or for which there is no queue."""
+    limits = Limits(max_seconds=0.05, max_waiting=1 - held.worker.engine.config.max_sequences)
+    service = Service(limits)
+    service.start({"held": held.llm}, held.worker, {"held": Sampling(max_new_tokens=200)})
+    routes, public = page_routes(service, store)
+    client = Client(create_app(service, routes=routes, public=public))
+    path = begin(client)
+    held.gate.clear()
+    try:
+        asked = client.post(f"{path}/ask", text="a").json()
+        before = list(store.get(path[19:]).records())
+        refused = client.post(f"{path}/ask", text="b")
+        assert refused.status_code == 429 and list(store.get(path[19:]).records()) == before
+        assert service.answers == 1 and server_module._stopped(service, False).startswith("stopped; 1 answer of the ")
+        for thread in threading.enumerate():  # that of the limit
+            if isinstance(thread, threading.Timer):
+                thread.join(60)
+    finally:
+        held.gate.set()
+    node = wait(store, path, asked["id"]).nodes[asked["id"]]
+    assert node.finish_reason == "abort" and node.tokens < 200
+    assert service.answers == 0 and server_module._stopped(service, False) == "stopped; all that was asked is answered"
+    counts = service.metrics.text().decode()
+    assert f"lit_llama_prompt_tokens_total {float(node.prompt_tokens)}" in counts
+    assert f"lit_llama_generated_tokens_total {float(node.tokens)}" in counts
+    assert "lit_llama_request_seconds_count 1.0" in counts
 
 
 def test_files_and_rows_come_back_as_they_were(client: Client, store: Store) -> None:

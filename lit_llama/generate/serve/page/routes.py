@@ -63,7 +63,7 @@ def page_routes(service: Service, store: Store) -> tuple[Sequence[BaseRoute], Se
         service: Of the server.
         store: Conversations that the page shows.
     """
-    desk = Desk(store, service.ready)
+    desk = Desk(store, service)
     files = [_file(path, *file) for path, file in _FILES.items()]
     one = "/api/conversations/{id}"
     handlers: list[tuple[str, str, Handler]] = [

@@ -159,7 +159,7 @@ class Store:
         with self._held():
             now = time.time()
             id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(now)) + secrets.token_hex(3)
-            name = self._new_name(name) if name else self.free_name(time.strftime("%Y-%m-%d %H:%M"))
+            name = self.new_name(name) if name else self.free_name(time.strftime("%Y-%m-%d %H:%M"))
             dialogue = Dialogue(id)
             begin = {"type": "dialogue", "format": FORMAT, "id": id, "name": name, "time": now}
             all_records = [begin, *(record for record in records if record.get("type") != "dialogue")]
@@ -211,7 +211,7 @@ class Store:
             UserError: The name is taken, or is none.
         """
         with self._held():
-            self.write(id, {"type": "name", "name": self._new_name(name, id)})
+            self.write(id, {"type": "name", "name": self.new_name(name, id)})
 
     def delete(self, id: str) -> None:
         """Remove a conversation from the disk.
@@ -235,7 +235,12 @@ class Store:
             return name
         return next(f"{name} {n}" for n in range(2, len(taken) + 3) if f"{name} {n}" not in taken)
 
-    def _new_name(self, name: str, id: str = "") -> str:
+    def new_name(self, name: str, id: str = "") -> str:
+        """A name as it is kept, which no conversation but that of the id has.
+
+        Raises:
+            UserError: The name is taken, or is none.
+        """
         name = " ".join(name.split())
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise UserError(f"the name {name[:MAX_NAME]!r} is none; expected 1 to {MAX_NAME} printable characters")

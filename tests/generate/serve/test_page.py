@@ -152,10 +152,15 @@ def wait(store: Store, path: str, number: int) -> Any:
         ("POST", "/ask", {"text": "many words " * 200}, 400, "tokens, but only"),
         ("PATCH", "", {"settings": {"temperature": -1}}, 400, "temperature is -1"),
         ("PATCH", "", {"settings": {"temperature": "hot"}}, 400, "temperature is hot"),
+        ("PATCH", "", {"settings": {"temperature": 10**400}}, 400, "temperature is 1000"),
+        ("PATCH", "", {"settings": {"seed": 10**400}}, 400, "seed is 1000"),
         ("PATCH", "", {"settings": {"colour": 1}}, 400, "no setting 'colour'"),
         ("PATCH", "", {"settings": {"model": "other"}}, 404, "there is no 'other'"),
         ("PATCH", "", {"name": "\x1b[2J"}, 400, "is none"),
         ("PATCH", "", {"head": 7}, 400, "id is 7"),
+        ("PATCH", "", {"name": "new", "head": 7}, 400, "id is 7"),
+        ("PATCH", "", {"name": "", "head": 0}, 400, "is none"),
+        ("PATCH", "", {"system": "new", "train": {"id": 7, "train": True}}, 400, "id is 7"),
         ("PATCH", "", {"train": {"id": 7, "train": True}}, 400, "id is 7"),
         ("POST", "/answer", {"id": 1, "text": "x"}, 400, "an answer is changed by its id"),
         ("GET", "/rows", None, 400, "no answer is to be learned"),
@@ -218,7 +223,25 @@ def test_files_and_rows_come_back_as_they_were(client: Client, store: Store) -> 
     assert (one.nodes, one.heads) == (two.nodes, two.heads) and two.name == f"{one.name} 2"
     assert "line 1" in client.post("/api/load", name="x", text='{"messages": 1}').json()["error"]["message"]
     client.ask("DELETE", path)
+    client.ask("PATCH", f"/api/conversations/{id}", json={"name": "one", "system": "two", "settings": {"top_k": 5}})
+    two = store.get(id)
+    assert (two.name, two.path()[-1].content, two.settings["top_k"], len(two.path())) == ("one", "two", 5, 1)
     assert [c["id"] for c in client.get("/api/conversations").json()["conversations"]] == [id]
+
+
+def test_what_a_file_holds_and_nobody_reads_is_refused_later_by_name(client: Client, store: Store) -> None:
+    """A fault of the server by what was loaded: text without an encoding, settings of any kind."""
+    turns = [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "\udfff"}]
+    (id,) = client.post("/api/load", name="x", text=json.dumps({"messages": turns})).json()["ids"]
+    assert client.get("/api/rows").json() == {"messages": turns}
+    settings = [{"type": "set", "name": name, "value": ["a"]} for name in ("model", "temperature")]
+    dialogue = [{"type": "dialogue", "format": 1, "id": "x", "name": "n", "time": 10}, *settings]
+    text = "\n".join(map(json.dumps, dialogue))
+    (id,) = client.post("/api/load", name="x", text=text).json()["ids"]
+    reply = client.post(f"/api/conversations/{id}/ask", text="a")
+    assert reply.status_code == 400 and "temperature is ['a']" in reply.json()["error"]["message"]
+    reply = client.post("/api/load", name="x", text=text.replace("10", "1" + "0" * 400))
+    assert reply.status_code == 400 and "line 1 time is 1000" in reply.json()["error"]["message"]
 
 
 # ---- in Chromium

@@ -1,5 +1,6 @@
 """Who may ask: keys, hosts and origins; and a line in the log and a count for each request."""
 
+import asyncio
 import hmac
 import ipaddress
 import re
@@ -69,6 +70,9 @@ class Guard:
                     await error_response(error)(scope, receive, noted)
                 else:
                     await self._app(scope, receive, noted)
+        except asyncio.CancelledError:  # by the server, which goes down; raised further, it would be logged as a fault
+            if not status:
+                await error_response(ApiError(503, "the server is stopping"))(scope, receive, noted)
         finally:
             known = "other" if status in (0, 401, 403, 404, 405) else _shape(scope["path"])  # whose paths may be any
             self._service.metrics.replies.labels(known, str(status)).inc()

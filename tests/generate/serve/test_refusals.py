@@ -1,5 +1,6 @@
 """Each field is obeyed or refused by its name, and everything else that may come over a wire is refused as well."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,31 @@ def test_what_is_said_is_not_logged_unless_asked(tiny_folder: Path) -> None:
     client.chat(secret, max_tokens=2)
     (line,) = contents
     assert json.loads(line)["request"]["messages"][0]["content"] == secret and "\x1b" not in line
+
+
+def test_a_request_that_is_under_way_when_the_server_goes_down(tiny_folder: Path) -> None:
+    """A traceback in the log for a client that is slow to send, and a reply that says nothing."""
+    lines: list[str] = []
+    app, sent = create_app(service(tiny_folder, log=lines.append)), list[Any]()
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        task = asyncio.ensure_future(app(scope, never, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 503 and b"the server is stopping" in sent[1]["body"]
+    (line,) = lines
+    assert f"POST {CHAT} 503" in line
 
 
 def test_metrics_count(tiny_folder: Path) -> None:

@@ -12,6 +12,9 @@ RUN    := out/lora/demo
 MERGED := checkpoints/demo-merged
 EVALUATED := out/evaluate/demo
 
+# As the scripts have it: threads that wait for each other leave the processor to others soon.
+export GOMP_SPINCOUNT ?= 2000
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:

@@ -15,6 +15,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.kernels.choice import draws
 
 _ROWS = 4  # for each thread, whose probabilities are made at a time
+_NUMBERS = 1 << 18  # at a time, or more
 _LIKELIEST = 256  # tokens among which those that are kept are looked for first
 _WIDTH = 256  # tokens of a block whose probabilities are added up first
 
@@ -58,7 +59,7 @@ class Draws:
 
     def __call__(self, scores: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
         """Draw by numbers (D,) in [0, 1) in float64: scores (N, V) -> ids (D,); -1 where they are not finite."""
-        size = _ROWS * torch.get_num_threads()
+        size = max(_ROWS * torch.get_num_threads(), _NUMBERS // max(scores.shape[1], 1))
         if self._memory.shape[1] < min(size, len(numbers)):
             self._memory = torch.empty(2, min(size, len(numbers)), self._memory.shape[2])
         ids = []

@@ -165,7 +165,8 @@ static index_t drawn(const float *x, index_t V, float least, double number, std:
 // Draws by numbers in [0, 1): probabilities (N, V) -> ids (N); -1 where they are none. V stands for no top_k.
 static void draw_rows(const float *chances, index_t N, index_t V, const index_t *top_k, const double *top_p,
                       const float *min_p, const double *numbers, index_t *ids) {
-    std::vector<Memory> memory((size_t)std::min<index_t>(N, omp_get_max_threads()), Memory(V));
+    const index_t threads = std::min<index_t>({N, N * V >> 14, omp_get_max_threads()});  // few numbers, one thread
+    std::vector<Memory> memory((size_t)std::max<index_t>(threads, 1), Memory(V));
 #pragma omp parallel for schedule(dynamic) num_threads((int)memory.size())
     for (index_t i = 0; i < N; i++) {
         Memory &own = memory[(size_t)omp_get_thread_num()];

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -102,6 +102,17 @@ def test_the_bits_do_not_depend_on_the_company(shape: str, dtype: torch.dtype, w
         logits=[0, 33, 150, 1],
     )
     assert torch.equal(step(together, cache)[33:-1], alone)
+
+
+@pytest.mark.parametrize("weights", get_args(Weights))
+def test_a_step_that_wants_no_logits_fills_the_cache(weights: Weights) -> None:
+    """Catches: a division by the number of logits, which ends the process at the first piece of a long prompt."""
+    model, ids = tiny_model(), ids_of(40)
+    step, cache = PackedLLaMA(model, torch.bfloat16, weights), PackedCache(model.config, 4, torch.bfloat16)
+    alone = step(whole(ids), cache)[-1:]
+    assert len(step(PagedBatch(ids=[ids[:33]], starts=[0], tables=[[2, 3]], logits=[0]), cache)) == 0
+    last = PagedBatch(ids=[ids[33:]], starts=[33], tables=[[2, 3]], logits=[1])
+    assert torch.equal(step(last, cache), alone)
 
 
 @pytest.mark.parametrize("tokens", [20, 200])

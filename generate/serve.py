@@ -62,13 +62,24 @@ def main(
         log_content: Write to the log what is asked and answered, too.
     """
     from lit_llama.generate.chat.store import Store, default_folder
-    from lit_llama.generate.llm import open_folder
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.serve.page.routes import page_routes
-    from lit_llama.generate.serve.start import Settings, start
+    from lit_llama.generate.serve.start import Settings, check_folders, start
 
+    settings = Settings(
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        batch_size=batch_size,
+        max_waiting=max_waiting,
+        max_choices=max_choices,
+        max_length=max_length,
+        max_body=max_body,
+        max_seconds=max_seconds,
+        log_content=log_content,
+    )
     if plan or plan_memory is not None:
-        folder = open_folder(checkpoint_dir, base_dir=base_dir)
+        folder = check_folders(checkpoint_dir, adapters or {}, prompt_style, base_dir, draft_dir)
         needed = folder.plan(precision=precision, quantize=quantize, max_sequences=batch_size, memory=plan_memory)
         print_plan(needed)
         return
@@ -76,18 +87,7 @@ def main(
     start(
         checkpoint_dir,
         adapters or {},
-        Settings(
-            host=host,
-            port=port,
-            api_key_file=api_key_file,
-            batch_size=batch_size,
-            max_waiting=max_waiting,
-            max_choices=max_choices,
-            max_length=max_length,
-            max_body=max_body,
-            max_seconds=max_seconds,
-            log_content=log_content,
-        ),
+        settings,
         routes=lambda service: page_routes(service, store),
         base_dir=base_dir,
         prompt_style=prompt_style,

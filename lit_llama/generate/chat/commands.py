@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import UserError
+from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.chat import rows
 from lit_llama.generate.chat.chat import Chat
 from lit_llama.generate.chat.dialogue import Dialogue, Node
@@ -40,6 +40,7 @@ def take(chat: Chat, line: str) -> None:
 
     Raises:
         UserError: It cannot be done; the conversation is as it was.
+        ResourceError: A file cannot be written.
         Leave: The user wants to leave.
     """
     word, _, rest = line.partition(" ")
@@ -52,6 +53,9 @@ def take(chat: Chat, line: str) -> None:
             command.run(chat, rest.strip())
         else:
             raise UserError(f"unknown command {line}; {HELP}")
+    except OSError as error:  # of a file that a command names; the talk goes on
+        place = error.filename2 or error.filename or "a file"
+        raise ResourceError(f"{word} {rest.strip()}: {place}: {error.strerror}; name another file") from error
     finally:
         for remark in chat.store.remarks[chat.told :]:
             chat.say(remark)

@@ -27,6 +27,8 @@ _PARENTS: Mapping[str, tuple[str, ...]] = {
     "assistant": ("user",),
 }
 _SAID = ("id", "parent", "role", "content", "time", "model", "opened", "sampling")
+_LARGEST = 1 << 53
+"""Whole numbers below are exact in every program that reads JSON."""
 _ENDS = ("stop", "length", "abort", "error")
 _MEASURES = {"tokens": int, "prompt_tokens": int, "cached_tokens": int, "forgotten": int, "seconds": float}
 
@@ -171,20 +173,18 @@ class Dialogue:
 
     def _begin(self, record: Record) -> None:
         if _value(record, "format", int) != FORMAT:
-            raise ValueError(
-                f"format is {record['format']}, expected {FORMAT}: a newer version of this program wrote it"
-            )
+            raise ValueError(f"format is {record['format']}, expected {FORMAT}")
         self.name, self.time = _value(record, "name", str), _value(record, "time", float)
 
     def _message(self, record: Record) -> None:
         id, parent = _value(record, "id", int), _value(record, "parent", int)
         role = _value(record, "role", str)
         if role not in get_args(Role):
-            raise ValueError(f"role is {role!r}, expected one of {', '.join(get_args(Role))}")
-        if id < 1 or id in self.nodes:
-            raise ValueError(f"id is {id}, expected a new one from 1 on")
+            raise ValueError(f"role is {role!r:.80}, expected one of {', '.join(get_args(Role))}")
+        if not 0 < id < _LARGEST or id in self.nodes:
+            raise ValueError(f"id is {id!r:.80}, expected a new one from 1 on")
         if parent != ROOT and parent not in self.nodes:
-            raise ValueError(f"parent is {parent}, expected the id of a message before it, or 0")
+            raise ValueError(f"parent is {parent!r:.80}, expected the id of a message before it, or 0")
         before = self.nodes[parent].role if parent else ""
         if before not in _PARENTS[role]:
             raise ValueError(f"role is {role!r} behind {before or 'nothing'!r}, where it cannot stand")
@@ -241,7 +241,7 @@ class Dialogue:
     def _node(self, record: Record) -> Node:
         id = _value(record, "id", int)
         if id not in self.nodes:
-            raise ValueError(f"id is {id}, expected that of a message before it")
+            raise ValueError(f"id is {id!r:.80}, expected that of a message before it")
         return self.nodes[id]
 
 
@@ -262,10 +262,10 @@ def _side(record: Record) -> int:
 
 def _value(record: Record, name: str, kind: type, default: Any = None) -> Any:
     value = record.get(name, default)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < _LARGEST:  # Python refuses to convert larger ones
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{name} is {value!r}, expected {_KINDS[kind]}")
+        raise ValueError(f"{name} is {value!r:.80}, expected {_KINDS[kind]}")
     return value
 
 

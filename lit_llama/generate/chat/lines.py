@@ -101,24 +101,26 @@ def read(data: bytes, id: str, name: str, time: float) -> Reading:
         time: Where its first line is lost.
 
     Raises:
-        DataError: A newer version of this program wrote it: nothing of it is to be touched.
+        DataError: Another version of this program wrote it, or another program: nothing of it is to be touched.
     """
     reading = Reading(Dialogue(id, name, time))
     for number, line in enumerate(split(data), 1):
         if number == 1:
-            _refuse_newer(line)
+            _refuse_other_format(line)
         reading.add(number, line)
+    if reading.lost and reading.lost[0][0] == 1 and not reading.dialogue.nodes:
+        raise DataError(f"holds no conversation (line 1 {reading.lost[0][2]}) and is left alone; move it elsewhere")
     reading.unended = bool(data) and not data.endswith(b"\n")
     return reading
 
 
-def _refuse_newer(line: bytes) -> None:
+def _refuse_other_format(line: bytes) -> None:
     try:
         record = parse(line)
     except ValueError:
         return
     number = record.get("format")
-    if isinstance(number, int) and number > FORMAT:
+    if record.get("type") == "dialogue" and number is not None and (type(number) is not int or number != FORMAT):
         raise DataError(
-            f"it has format {number}, and this program reads {FORMAT}: a newer version of it wrote the conversation"
+            f"it has format {number!r:.40}, and this program reads {FORMAT}: another version of it wrote the file"
         )

@@ -326,13 +326,14 @@ def message(id: int, parent: int, role: str, content: str, now: float, side: int
 def add_system(store: Store, conversation: str, text: str, side: int = 0) -> None:
     """Begin a conversation anew, on another branch, with a system message; or without one where the text is empty."""
 
-    def make(dialogue: Dialogue) -> Iterator[Record]:
-        if text:
-            yield message(dialogue.next_id, 0, "system", text, time.time(), side)
-        else:
-            yield {"type": "head", "id": 0, "side": side}
+    store.change(conversation, lambda dialogue: system_records(dialogue, text, side))
 
-    store.change(conversation, make)
+
+def system_records(dialogue: Dialogue, text: str, side: int = 0) -> list[Record]:
+    """What begins a conversation anew, see `add_system`."""
+    if text:
+        return [message(dialogue.next_id, 0, "system", text, time.time(), side)]
+    return [{"type": "head", "id": 0, "side": side}]
 
 
 def check_system(llm: LLM, text: str) -> None:

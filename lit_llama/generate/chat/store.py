@@ -105,7 +105,7 @@ class Store:
         self.folder = folder
         self.remarks: list[str] = []
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._summaries: dict[str, tuple[tuple[int, int, int], Summary]] = {}
+        self._summaries: dict[str, tuple[tuple[int, int, int], Summary | None]] = {}  # None where it holds none
         self._mutex = threading.RLock()
         self._depth = 0
         if folder is not None:
@@ -159,7 +159,7 @@ class Store:
         with self._held():
             now = time.time()
             id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(now)) + secrets.token_hex(3)
-            name = self._new_name(name) if name else self.free_name(time.strftime("%Y-%m-%d %H:%M"))
+            name = self.new_name(name) if name else self.free_name(time.strftime("%Y-%m-%d %H:%M"))
             dialogue = Dialogue(id)
             begin = {"type": "dialogue", "format": FORMAT, "id": id, "name": name, "time": now}
             all_records = [begin, *(record for record in records if record.get("type") != "dialogue")]
@@ -211,7 +211,7 @@ class Store:
             UserError: The name is taken, or is none.
         """
         with self._held():
-            self.write(id, {"type": "name", "name": self._new_name(name, id)})
+            self.write(id, {"type": "name", "name": self.new_name(name, id)})
 
     def delete(self, id: str) -> None:
         """Remove a conversation from the disk.
@@ -235,7 +235,12 @@ class Store:
             return name
         return next(f"{name} {n}" for n in range(2, len(taken) + 3) if f"{name} {n}" not in taken)
 
-    def _new_name(self, name: str, id: str = "") -> str:
+    def new_name(self, name: str, id: str = "") -> str:
+        """A name as it is kept, which no conversation but that of the id has.
+
+        Raises:
+            UserError: The name is taken, or is none.
+        """
         name = " ".join(name.split())
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise UserError(f"the name {name[:MAX_NAME]!r} is none; expected 1 to {MAX_NAME} printable characters")
@@ -261,7 +266,11 @@ class Store:
             state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             held = self._summaries.get(path.stem)
             if held is None or held[0] != state:
-                held = state, self._fresh(path.stem).summary()
+                try:
+                    held = state, self._fresh(path.stem).summary()
+                except DataError as error:  # nor will it, until it changes
+                    held = state, None
+                    self._remark(str(error))
                 self._summaries[path.stem] = held
             return held[1]
         except (UserError, OSError) as error:
@@ -278,9 +287,11 @@ class Store:
         path = self._path(id)
         try:
             stat = path.lstat()
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ):
+                raise
             self._known.pop(id, None)
-            raise NoConversation(f"there is no conversation {id!r}: {path} is not there") from None
+            raise NoConversation(f"there is no conversation {id[:100]!r} in {self.folder}") from None
         if known is None or not self._follows(known, path, stat):
             known = self._read(path)
         known.changed = path.stat().st_mtime

@@ -109,12 +109,12 @@ class Sampling:
     def _real(self, name: str, expected: str, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
         if not (_is_real(value) and low <= value <= high):
-            raise UserError(f"--{name} is {value}, expected {expected}")
+            raise UserError(f"--{name} is {value!s:.80}, expected {expected}")
 
     def _whole(self, name: str, expected: str, low: int, high: float = math.inf) -> None:
         value = getattr(self, name)
         if not (_is_whole(value) and low <= value <= high):
-            raise UserError(f"--{name} is {value}, expected {expected}")
+            raise UserError(f"--{name} is {value!s:.80}, expected {expected}")
 
     def _check_stops(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -127,7 +127,10 @@ class Sampling:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not _is_bool(value) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not _is_bool(value) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _is_whole(value: Any) -> bool:

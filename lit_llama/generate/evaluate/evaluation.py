@@ -99,12 +99,15 @@ def evaluate(
         anew: Begin again where rows were made otherwise.
 
     Raises:
-        UserError: A row cannot be asked, or rows that are there were made otherwise.
+        UserError: A row cannot be asked, rows that are there were made otherwise, or the folder holds something else.
         LockedError: Another process evaluates into the same folder.
         ResourceError: The disk is full.
     """
     if not models and not answers:
         raise UserError("there is nobody to evaluate: give --checkpoint_dir, --answers or both")
+    if batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}, expected 1 or more")
+    _check_own(out_dir)
     for model in models:
         if any(task.prompt == "chat" for task in tasks):
             model.opened.check_style(system)
@@ -135,3 +138,14 @@ def evaluate(
         stderr().print(note)
     stderr().print(f"{out_dir / REPORT_HTML} shows all of it, row by row")
     return Evaluation(results, rows, list(tasks))
+
+
+def _check_own(folder: Path) -> None:
+    """Raise UserError if a folder holds anything, but no evaluation."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out_dir {folder} is a file, expected a folder of an evaluation or nothing there")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
+    if names and "rows" not in names and not {RESULTS_JSON, REPORT_HTML} <= names:
+        raise UserError(
+            f"--out_dir {folder} holds {min(names)}, but no evaluation: name a folder that is empty or not there yet"
+        )

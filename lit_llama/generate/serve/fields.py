@@ -18,11 +18,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
         ApiError: It is something else.
     """
     try:
-        value = json.loads(body, parse_constant=_not_json, object_pairs_hook=_once, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(
-            400, f"the body is not JSON: {str(error)[:200] or 'nested too deeply'}", code="invalid_json"
-        ) from error
+        value = json.loads(body, parse_constant=_not_json, object_pairs_hook=once, parse_float=_finite)
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
+    except ValueError as error:
+        why = str(error).split("; use sys.")[0]  # Python's limit on digits
+        raise ApiError(400, f"the body is not JSON: {why[:200]}", code="invalid_json") from error
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is {kind(value)}, expected a JSON object", code="invalid_json")
     _check_depth(value)
@@ -40,11 +41,16 @@ def _finite(text: str) -> float:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose fields have each a name of their own.
+
+    Raises:
+        ValueError: Two have one name.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"field {twice[:_SHOWN]!r} stands twice in an object")
     return found
 

@@ -1,11 +1,12 @@
 """Who may ask: keys, hosts and origins; and a line in the log and a count for each request."""
 
+import asyncio
 import hmac
 import ipaddress
 import re
 import time
 from collections.abc import Collection, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,22 +70,26 @@ class Guard:
                     await error_response(error)(scope, receive, noted)
                 else:
                     await self._app(scope, receive, noted)
+        except asyncio.CancelledError:  # by the server, which goes down; raised further, it would be logged as a fault
+            if not status:
+                await error_response(ApiError(503, "the server is stopping"))(scope, receive, noted)
         finally:
             known = "other" if status in (0, 401, 403, 404, 405) else _shape(scope["path"])  # whose paths may be any
             self._service.metrics.replies.labels(known, str(status)).inc()
             told = scope["state"].get("told")
             about = f", {told}" if told else ""
             seconds = time.monotonic() - started
-            self._service.log(f"{scope['method']} {visible(scope['path'][:200])} {status} {seconds:.3f} s{about}")
+            path = visible(scope["path"][:200], lines=True)
+            self._service.log(f"{scope['method']} {path} {status} {seconds:.3f} s{about}")
 
     def _refused(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if re.fullmatch(r"[\w.:\[\]-]*", host) else None
-        if self._local and name not in _LOCAL and not is_loopback(name or ""):
+        name = (_split(f"//{host}").hostname or "") if re.fullmatch(r"[\w.:\[\]-]*", host) else ""
+        if self._local and name not in _LOCAL and not is_loopback(name):
             return ApiError(403, "this server answers requests to localhost only, by its name or address")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return ApiError(403, "requests of pages of other origins are not answered")
         if self._keys and scope["path"] not in self._public and not self._has_key(headers.get("authorization", "")):
             return ApiError(
@@ -97,6 +102,14 @@ class Guard:
         scheme, _, given = header.partition(" ")
         right = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
         return scheme.lower() == "bearer" and any(right)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; none where it is no address."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _shape(path: str) -> str:

@@ -37,6 +37,23 @@ class Metrics:
         self.whole = Histogram("lit_llama_request_seconds", "Until an answer was complete.", buckets=_ALL, **more)
         self._registry.register(_Engine(statistics))
 
+    def answered(self, *, prompt: int, made: int, seconds: float, first: float | None) -> None:
+        """Count a request that has ended, however it did.
+
+        Args:
+            prompt: Tokens of its prompts.
+            made: Tokens of its answers.
+            seconds: That it took.
+            first: Seconds until its answers began; None if they did not.
+        """
+        self.prompt_tokens.inc(prompt)
+        self.made_tokens.inc(made)
+        self.whole.observe(seconds)
+        if first is not None:
+            self.first.observe(first)
+            if made > 1:
+                self.token.observe((seconds - first) / (made - 1))
+
     def text(self) -> bytes:
         """All of them in Prometheus's format."""
         return generate_latest(self._registry)

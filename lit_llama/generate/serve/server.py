@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.generate.serve.service import Service
 
 KEYS = "LIT_LLAMA_API_KEY"
 """Environment variable with a key, or several that commas part."""
@@ -206,8 +207,7 @@ def serve(
         raise errors[0]
     if server.ended_by is None:
         late = server.stopped is not None and time.monotonic() - server.stopped >= max(1, round(drain))
-        answered = "answers that took longer are lost" if late else "all that was asked is answered"
-        said("stopped while loading" if thread.is_alive() else f"stopped; {answered}")
+        said(_stopped(app.state.service, late))
     if thread.is_alive():  # in the midst of native code, which an interpreter that goes down could crash
         sys.stdout.flush()
         sys.stderr.flush()
@@ -216,6 +216,16 @@ def serve(
         end()
     if server.ended_by is not None:
         raise Interrupted(server.ended_by, "stopped at once; answers that were being made are lost")
+
+
+def _stopped(service: Service, late: bool) -> str:
+    """A line on what became of the answers; those that no connection waits for go on until the engine ends."""
+    if service.models is None:
+        return "stopped while loading"
+    lost = ["answers that took longer are lost"] if late else []
+    if cut := service.answers:
+        lost.append(f"{cut} {'answers' if cut > 1 else 'answer'} of the page cut off; what there is is kept")
+    return f"stopped; {', '.join(lost) or 'all that was asked is answered'}"
 
 
 def addresses(made: socket.socket) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """State of a server: its models once they are loaded, the answers that are being made, and how each one is made."""
 
 import asyncio
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from lit_llama.console import visible
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.ticket import Statistics
 from lit_llama.generate.engine.worker import EngineThread
@@ -48,6 +50,7 @@ class Service:
     models: Models | None = None
     answers: int = 0
     metrics: Metrics = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self._statistics)
@@ -90,17 +93,17 @@ class Service:
             ApiError: It is refused.
         """
         models = self.ready()
-        self._check_room(models, 1)
+        self.check_room(models, 1)
         body = await self.body(request)
         asked = await anyio.to_thread.run_sync(read, body, models)
-        self._check_room(models, asked.choices)
+        self.check_room(models, asked.choices)
         running = Running(asked, models.worker, self.limits.max_seconds)
         running.submit()
-        self.answers += asked.choices
+        self.note(asked.choices)
         reply = Reply(asked, running)
 
         def after() -> None:
-            self.answers -= asked.choices
+            self.note(-asked.choices)
             running.abort()
             self._count(request, body, reply, running)
 
@@ -126,7 +129,13 @@ class Service:
                 task.cancel()
             await asyncio.gather(made, gone, return_exceptions=True)
 
-    def _check_room(self, models: Models, more: int) -> None:
+    def note(self, more: int) -> None:
+        """Note answers that begin, or, below 0, that have ended; from any thread."""
+        with self._lock:
+            self.answers += more
+
+    def check_room(self, models: Models, more: int) -> None:
+        """Raise ApiError if not so many answers may run and wait besides those that do."""
         most = models.worker.engine.config.max_sequences + self.limits.max_waiting
         if more > most:
             raise refusal("n", f"asks for {more} answers, expected at most {most}, which is all that may run and wait")
@@ -162,15 +171,8 @@ class Service:
 
     def _count(self, request: Request, body: Mapping[str, Any], reply: Reply, running: Running) -> None:
         seconds, made, usage = time.monotonic() - running.started, running.made, running.usage()
-        metrics = self.metrics
-        metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        metrics.made_tokens.inc(made)
-        metrics.whole.observe(seconds)
-        if running.first is not None:
-            first = running.first - running.started
-            metrics.first.observe(first)
-            if made > 1:
-                metrics.token.observe((seconds - first) / (made - 1))
+        first = None if running.first is None else running.first - running.started
+        self.metrics.answered(prompt=usage["prompt_tokens"], made=made, seconds=seconds, first=first)
         request.state.told = f"{usage['prompt_tokens']} tokens in, {made} out"
         if self.content_log is not None:
             import json
@@ -179,7 +181,7 @@ class Service:
 
     def fault(self) -> Response:
         """The reply where this program is at fault, which is logged."""
-        self.log(traceback.format_exc())
+        self.log(visible(traceback.format_exc()))
         return error_response(ApiError(500, "the server failed; its log says more"))
 
 

@@ -13,7 +13,7 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.flags import Asked
-from lit_llama.generate.llm import LLM, open_folder
+from lit_llama.generate.llm import LLM, Opened, open_folder
 from lit_llama.generate.models import load_models
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.guard import is_loopback
@@ -91,8 +91,7 @@ def start(
             f"--host {settings.host} is reached by other machines, so a key is needed: put one into a file for "
             f"--api_key_file, or into {KEYS}, such as {secrets.token_hex(24)}"
         )
-    for path in (folder, *adapters.values()):
-        open_folder(path, prompt_style=loading.get("prompt_style"), base_dir=loading.get("base_dir"))
+    check_folders(folder, adapters, loading.get("prompt_style"), loading.get("base_dir"), loading.get("draft_dir"))
     console = stderr()
     made = listen(settings.host, settings.port)
     content = console.print if settings.log_content else None
@@ -111,6 +110,22 @@ def start(
 
     console.print(f"listening at {' '.join(addresses(made))}, loading {folder}")
     serve(app, made, load, drain=min(_DRAIN, settings.max_seconds), said=console.print)
+
+
+def check_folders(
+    folder: Path, adapters: Mapping[str, Path], style: Any = None, base_dir: Path | None = None, draft: Any = None
+) -> Opened:
+    """The folder, if it and all others can be opened, as far as that is seen without their weights.
+
+    Raises:
+        CheckpointError: One is no checkpoint folder, or no adapter folder.
+    """
+    opened = open_folder(folder, prompt_style=style, base_dir=base_dir)
+    for path in adapters.values():
+        open_folder(path, prompt_style=style, base_dir=base_dir)
+    if draft is not None:
+        open_folder(draft)
+    return opened
 
 
 def _load(

@@ -200,6 +200,18 @@ def test_exported_rows_are_prepared_with_the_turns_that_are_trained(
     assert trained_texts(tmp_path / "data", llm) == [first["messages"][2]["content"] + "Fine.", "Yes."]
 
 
+def test_a_file_that_cannot_be_written_is_a_remark(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat that a wrong name of a file ends."""
+    run(chat, "one")
+
+    def full(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setattr("lit_llama.generate.chat.rows.write_json_lines", full)
+    with pytest.raises(ResourceError, match=r"^/save .*: there: Permission denied; name another file"):
+        take(chat, f"/save {tmp_path / 'file.jsonl'}")
+
+
 def test_what_is_saved_is_loaded_with_all_branches(chat: Chat, tmp_path: Path) -> None:
     """A file that holds the branch in use alone."""
     run(chat, "one", "two", "/edit 1 other", "/set seed 3", f"/save {tmp_path / 'file.jsonl'}")

@@ -165,16 +165,42 @@ def test_a_damaged_store_keeps_what_can_be_read(tmp_path: Path, line: int, kept:
     assert len(texts(again.get(other_id))) == 4 and len(again.list()) == 2
 
 
-def test_a_newer_format_is_left_alone_and_named(tmp_path: Path) -> None:
-    """A file of a later version that is taken for damage, and rewritten."""
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"type": "dialogue", "format": 2, "id": "other", "name": "n", "time": 0}\n{"type": "x"}\n', "has format 2"),
+        ('{"type": "dialogue", "format": "2", "name": "n", "time": 0}\n', "has format '2'"),
+        ('{"type": "dialogue", "format": 0, "name": "n", "time": 0}\n', "has format 0"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n{"instruction": "b"}\n', "holds no conversation (line 1 "),
+        ("some words", "holds no conversation (line 1 "),
+    ],
+)
+def test_files_of_others_are_left_alone_and_named(tmp_path: Path, text: str, told: str) -> None:
+    """A file of a later version, or rows for training, that are taken for damage, and so emptied."""
+    filled(Store(tmp_path))
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
     store = Store(tmp_path)
-    filled(store)
-    newer = tmp_path / "newer.jsonl"
-    newer.write_text('{"type": "dialogue", "format": 2, "id": "newer", "name": "n", "time": 0}\n{"type": "x"}\n')
-    before = newer.read_bytes()
+    for _ in range(2):
+        assert [summary.name for summary in store.list()] == ["a"]
+    (remark,) = store.remarks
+    assert f"{other}: " in remark and told in remark and other.read_text() == text
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "other.jsonl", f"{store.list()[0].id}.jsonl"}
+    other.unlink()
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / f"{store.list()[0].id}.jsonl").read_bytes())
+    assert len(store.list()) == 2
+
+
+@pytest.mark.parametrize("field", ["time", "id", "parent"])
+def test_numbers_too_large_to_convert_are_damage_of_one_line(tmp_path: Path, field: str) -> None:
+    """A number of 400 digits whose OverflowError hides all conversations."""
     store = Store(tmp_path)
-    assert [summary.name for summary in store.list()] == ["a"]
-    assert "format 2" in store.remarks[0] and newer.read_bytes() == before
+    id = filled(store)
+    with (tmp_path / f"{id}.jsonl").open("a") as file:
+        file.write(json.dumps(said(5, 4, "user", "huge") | {field: 10**400}) + "\n")
+    store = Store(tmp_path)
+    assert [summary.messages for summary in store.list()] == [4]
+    assert f"(line 6 {field} is 1000" in store.remarks[0] and len(store.remarks[0]) < 500
 
 
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +281,7 @@ def test_names_are_new_and_printable(tmp_path: Path, name: str) -> None:
     assert store.free_name("taken") == "taken 2"
 
 
-@pytest.mark.parametrize("id", ["../secret", "", ".hidden", "a/b", "a\0b", "nothing"])
+@pytest.mark.parametrize("id", ["../secret", "", ".hidden", "a/b", "a\0b", "nothing", "x" * 300])
 def test_ids_stay_in_the_folder(tmp_path: Path, id: str) -> None:
     """An id of a request that names a file elsewhere."""
     (tmp_path / "secret.jsonl").write_text("")

@@ -229,6 +229,9 @@ def test_the_door_says_what_it_found_and_what_it_misses(tiny_folder: Path, tmp_p
         (("--limit", "0"), "--limit is 0, expected 1 or more"),
         (("--judge_model", "x"), "--judge_model is given without --judge_url"),
         (("--tasks", tasks, tasks), "two tasks are named"),
+        (("--batch_size", "0"), "--batch_size is 0, expected 1 or more"),
+        (("--out_dir", tiny_folder), ", but no evaluation: name"),
+        (("--out_dir", tasks), "is a file, expected a folder"),
     ):
         result = run_here(*flags, *wrong)
         assert result.returncode == 2 and named in result.stderr and result.stdout == "", result

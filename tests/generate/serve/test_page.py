@@ -16,7 +16,9 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM, make_llm, open_folder
+from lit_llama.generate.serve import server as server_module
 from lit_llama.generate.serve.app import create_app
+from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.page.routes import page_routes
 from lit_llama.generate.serve.service import Service
 from lit_llama.model.checkpoint import load_model
@@ -150,10 +152,15 @@ def wait(store: Store, path: str, number: int) -> Any:
         ("POST", "/ask", {"text": "many words " * 200}, 400, "tokens, but only"),
         ("PATCH", "", {"settings": {"temperature": -1}}, 400, "temperature is -1"),
         ("PATCH", "", {"settings": {"temperature": "hot"}}, 400, "temperature is hot"),
+        ("PATCH", "", {"settings": {"temperature": 10**400}}, 400, "temperature is 1000"),
+        ("PATCH", "", {"settings": {"seed": 10**400}}, 400, "seed is 1000"),
         ("PATCH", "", {"settings": {"colour": 1}}, 400, "no setting 'colour'"),
         ("PATCH", "", {"settings": {"model": "other"}}, 404, "there is no 'other'"),
         ("PATCH", "", {"name": "\x1b[2J"}, 400, "is none"),
         ("PATCH", "", {"head": 7}, 400, "id is 7"),
+        ("PATCH", "", {"name": "new", "head": 7}, 400, "id is 7"),
+        ("PATCH", "", {"name": "", "head": 0}, 400, "is none"),
+        ("PATCH", "", {"system": "new", "train": {"id": 7, "train": True}}, 400, "id is 7"),
         ("PATCH", "", {"train": {"id": 7, "train": True}}, 400, "id is 7"),
         ("POST", "/answer", {"id": 1, "text": "x"}, 400, "an answer is changed by its id"),
         ("GET", "/rows", None, 400, "no answer is to be learned"),
@@ -172,6 +179,35 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert "--" not in reply.text and list(store.get(path[19:]).records()) == before
 
 
+def test_answers_keep_to_the_limits_of_the_server_and_are_counted(held: Held, store: Store) -> None:
+    """A page whose answers take for ever, that nobody counts, or for which there is no queue."""
+    limits = Limits(max_seconds=0.05, max_waiting=1 - held.worker.engine.config.max_sequences)
+    service = Service(limits)
+    service.start({"held": held.llm}, held.worker, {"held": Sampling(max_new_tokens=200)})
+    routes, public = page_routes(service, store)
+    client = Client(create_app(service, routes=routes, public=public))
+    path = begin(client)
+    held.gate.clear()
+    try:
+        asked = client.post(f"{path}/ask", text="a").json()
+        before = list(store.get(path[19:]).records())
+        refused = client.post(f"{path}/ask", text="b")
+        assert refused.status_code == 429 and list(store.get(path[19:]).records()) == before
+        assert service.answers == 1 and server_module._stopped(service, False).startswith("stopped; 1 answer of the ")
+        for thread in threading.enumerate():  # that of the limit
+            if isinstance(thread, threading.Timer):
+                thread.join(60)
+    finally:
+        held.gate.set()
+    node = wait(store, path, asked["id"]).nodes[asked["id"]]
+    assert node.finish_reason == "abort" and node.tokens < 200
+    assert service.answers == 0 and server_module._stopped(service, False) == "stopped; all that was asked is answered"
+    counts = service.metrics.text().decode()
+    assert f"lit_llama_prompt_tokens_total {float(node.prompt_tokens)}" in counts
+    assert f"lit_llama_generated_tokens_total {float(node.tokens)}" in counts
+    assert "lit_llama_request_seconds_count 1.0" in counts
+
+
 def test_files_and_rows_come_back_as_they_were(client: Client, store: Store) -> None:
     """An export that lacks branches or marks."""
     path = begin(client, system="Be brief")
@@ -187,7 +223,25 @@ def test_files_and_rows_come_back_as_they_were(client: Client, store: Store) -> 
     assert (one.nodes, one.heads) == (two.nodes, two.heads) and two.name == f"{one.name} 2"
     assert "line 1" in client.post("/api/load", name="x", text='{"messages": 1}').json()["error"]["message"]
     client.ask("DELETE", path)
+    client.ask("PATCH", f"/api/conversations/{id}", json={"name": "one", "system": "two", "settings": {"top_k": 5}})
+    two = store.get(id)
+    assert (two.name, two.path()[-1].content, two.settings["top_k"], len(two.path())) == ("one", "two", 5, 1)
     assert [c["id"] for c in client.get("/api/conversations").json()["conversations"]] == [id]
+
+
+def test_what_a_file_holds_and_nobody_reads_is_refused_later_by_name(client: Client, store: Store) -> None:
+    """A fault of the server by what was loaded: text without an encoding, settings of any kind."""
+    turns = [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "\udfff"}]
+    (id,) = client.post("/api/load", name="x", text=json.dumps({"messages": turns})).json()["ids"]
+    assert client.get("/api/rows").json() == {"messages": turns}
+    settings = [{"type": "set", "name": name, "value": ["a"]} for name in ("model", "temperature")]
+    dialogue = [{"type": "dialogue", "format": 1, "id": "x", "name": "n", "time": 10}, *settings]
+    text = "\n".join(map(json.dumps, dialogue))
+    (id,) = client.post("/api/load", name="x", text=text).json()["ids"]
+    reply = client.post(f"/api/conversations/{id}/ask", text="a")
+    assert reply.status_code == 400 and "temperature is ['a']" in reply.json()["error"]["message"]
+    reply = client.post("/api/load", name="x", text=text.replace("10", "1" + "0" * 400))
+    assert reply.status_code == 400 and "line 1 time is 1000" in reply.json()["error"]["message"]
 
 
 # ---- in Chromium

@@ -1,5 +1,6 @@
 """Each field is obeyed or refused by its name, and everything else that may come over a wire is refused as well."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from starlette.routing import Route
 
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.errors import ApiError
+from lit_llama.generate.serve.fields import once
 from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.service import Service
 
@@ -115,6 +117,25 @@ def test_what_is_no_json_object(client: Client, body: Any) -> None:
     assert client.refused(CHAT, body)["code"] == "invalid_json"
 
 
+def test_a_field_twice_among_many_is_found_by_looking_once() -> None:
+    """A body of a megabyte that keeps a core busy for an hour, as names are counted for each name."""
+
+    class Name(str):
+        compared = 0
+
+        def __hash__(self) -> int:
+            return super().__hash__()
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return super().__eq__(other)
+
+    names = [Name(f"a{number}") for number in range(300)]
+    with pytest.raises(ValueError, match="'a299' stands twice"):
+        once([(name, 0) for name in [*names, Name("a299")]])
+    assert Name.compared < 10 * len(names)
+
+
 def test_a_prompt_that_is_too_long_is_told_with_both_numbers(client: Client) -> None:
     for path, fields in (
         (CHAT, {"messages": [{"role": "user", "content": "x y" * 400}]}),
@@ -187,10 +208,10 @@ def test_keys_hosts_and_origins(tiny_folder: Path) -> None:
         ("127.0.0.1:1", 200),
         ("[::1]:8", 200),
         ("evil.example", 403),
-        ("", 403),
+        *(("", 403), ("[", 403), ("]:x", 403)),
     ):
         assert client.get("/health", headers={"Host": name}).status_code == status
-    for origin, status in (("http://localhost", 200), ("http://evil.example", 403), ("null", 403)):
+    for origin, status in (("http://localhost", 200), ("http://evil.example", 403), ("null", 403), ("http://[", 403)):
         reply = client.get("/health", headers={"Origin": origin})
         assert reply.status_code == status and "access-control-allow-origin" not in reply.headers
 
@@ -202,13 +223,38 @@ def test_what_is_said_is_not_logged_unless_asked(tiny_folder: Path) -> None:
     client = Client(create_app(made))
     secret = "my \x1b[31msecret"
     client.chat(secret, max_tokens=2)
-    client.ask("POST", "/v1/%1b[31m", content=b"secret")
+    client.ask("POST", "/v1/%1b[31m%0aserving%09evil", content=b"secret")
     assert len(lines) == 2 and "200" in lines[0] and "2 out" in lines[0]
-    assert "secret" not in "".join(lines) and "\x1b" not in "".join(lines)
+    assert "secret" not in "".join(lines) and not {"\x1b", "\n", "\t"} & set("".join(lines))
     made.content_log = contents.append
     client.chat(secret, max_tokens=2)
     (line,) = contents
     assert json.loads(line)["request"]["messages"][0]["content"] == secret and "\x1b" not in line
+
+
+def test_a_request_that_is_under_way_when_the_server_goes_down(tiny_folder: Path) -> None:
+    """A traceback in the log for a client that is slow to send, and a reply that says nothing."""
+    lines: list[str] = []
+    app, sent = create_app(service(tiny_folder, log=lines.append)), list[Any]()
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        task = asyncio.ensure_future(app(scope, never, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 503 and b"the server is stopping" in sent[1]["body"]
+    (line,) = lines
+    assert f"POST {CHAT} 503" in line
 
 
 def test_metrics_count(tiny_folder: Path) -> None:

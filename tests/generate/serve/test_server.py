@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from conftest import run_here
 from servers import events, service, tiny
 
 from lit_llama.errors import CheckpointError, Interrupted, ResourceError, UserError
@@ -110,3 +111,19 @@ def test_what_is_refused_before_anything_is_loaded(tiny_folder: Path, monkeypatc
             Settings(**{name: 0})
     with pytest.raises(UserError, match="--port is 70000"):
         Settings(port=70000)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "told"),
+    [
+        (("--batch_size", "0"), 2, "--batch_size is 0"),
+        (("--adapters", "a=absent"), 4, "absent"),
+        (("--draft_dir", "absent"), 4, "absent"),
+    ],
+)
+def test_a_plan_is_refused_as_the_server_would_be(
+    tiny_folder: Path, flags: tuple[str, ...], status: int, told: str
+) -> None:
+    """A plan that says that all fits, of what cannot be loaded."""
+    result = run_here("generate/serve.py", "--checkpoint_dir", tiny_folder, "--plan", *flags)
+    assert result.returncode == status and told in result.stderr and result.stdout == ""

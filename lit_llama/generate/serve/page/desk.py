@@ -14,7 +14,7 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineFailed
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.serve.models import Models
+from lit_llama.generate.serve.service import Service
 
 _UNREAD = 10_000
 Event = Mapping[str, Any]
@@ -58,11 +58,11 @@ class Desk:
 
     Args:
         store: Where conversations are kept.
-        models: Gives the models of the server; raises where they are still being loaded.
+        service: Whose models answer, under its limits, and where that is counted.
     """
 
-    def __init__(self, store: Store, models: Callable[[], Models]) -> None:
-        self.store, self.models = store, models
+    def __init__(self, store: Store, service: Service) -> None:
+        self.store, self.models, self._service = store, service.ready, service
         self._lock = threading.Lock()
         self._listeners: dict[str, set[Listener]] = {}
         self._jobs: dict[str, dict[int, _Job]] = {}
@@ -150,12 +150,14 @@ class Desk:
 
         Raises:
             UserError: It cannot be asked so; nothing is kept.
-            ApiError: There is no such model.
+            ApiError: There is no such model, or as many answers are made and wait as may.
         """
         models = self.models()
+        self._service.check_room(models, 1)
         settings = self.store.get(id).settings
         wanted = model if model is not None else settings.get("model")
-        name, llm = models.find(wanted if model is not None or wanted in models.llms else None)
+        known = isinstance(wanted, str) and (model is not None or wanted in models.llms)
+        name, llm = models.find(wanted if known else None)
         sampling = sampling_of(self.default(name, llm), settings)
         answer = Answer(
             self.store,
@@ -171,6 +173,7 @@ class Desk:
         with self._lock:
             self._jobs.setdefault(id, {})[answer.id] = _Job(answer)
             self._tell(id, {"records": list(answer.records), "live": [answer.id]})
+        self._service.note(1)
         threading.Thread(target=self._run, args=(id, answer), name=f"answer {answer.id}").start()
         return answer
 
@@ -182,16 +185,33 @@ class Desk:
         return job is not None
 
     def _run(self, id: str, answer: Answer) -> None:
-        job, error = self._jobs[id][answer.id], ""
+        job, error, first, late = self._jobs[id][answer.id], "", None, threading.Event()
+        most = self._service.limits.max_seconds
+
+        def end() -> None:
+            late.set()
+            answer.stop()
+
+        timer = threading.Timer(most - answer.seconds, end)
+        timer.daemon = True
+        timer.start()
         try:
             for piece in answer:
+                first = answer.seconds if first is None else first
                 with self._lock:
                     job.text += piece
                     more = {"type": "text", "id": answer.id, "text": piece, "tokens": answer.tokens}
                     self._tell(id, {"records": [more]})
+            if late.is_set() and answer.finish_reason == "abort":
+                error = f"the answer took longer than {most:g} seconds; what there is of it is kept"
         except (UserError, EngineFailed) as failed:
             error = str(failed)
         finally:
+            timer.cancel()
+            self._service.note(-1)
+            self._service.metrics.answered(
+                prompt=len(answer.prompt.ids), made=answer.tokens, seconds=answer.seconds, first=first
+            )
             with self._lock:
                 self._jobs[id].pop(answer.id)
                 if not self._jobs[id]:

@@ -15,12 +15,13 @@ from starlette.routing import BaseRoute, Route
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.chat import rows
 from lit_llama.generate.chat.dialogue import Dialogue, Record
+from lit_llama.generate.chat.lines import encode
 from lit_llama.generate.chat.session import (
     SETTINGS,
-    add_system,
     check_settings,
     check_system,
     message,
+    system_records,
     title,
 )
 from lit_llama.generate.chat.store import NoConversation, Store
@@ -63,7 +64,7 @@ def page_routes(service: Service, store: Store) -> tuple[Sequence[BaseRoute], Se
         service: Of the server.
         store: Conversations that the page shows.
     """
-    desk = Desk(store, service.ready)
+    desk = Desk(store, service)
     files = [_file(path, *file) for path, file in _FILES.items()]
     one = "/api/conversations/{id}"
     handlers: list[tuple[str, str, Handler]] = [
@@ -207,19 +208,16 @@ async def change(request: Request, desk: Desk, service: Service) -> Response:
     fields.end()
 
     def work() -> None:
-        if name is not None:
-            desk.store.rename(id, name)
-            desk.tell(id, {"type": "name", "name": desk.store.get(id).name})
-        if records:
-            desk.write(id, *records)
         if system is not None:
             check_system(next(iter(service.ready().llms.values())), system)
-            before = set(desk.store.get(id).nodes)
-            add_system(desk.store, id, system, side)
-            after = desk.store.get(id)
-            made = [node for number, node in after.nodes.items() if number not in before]
-            said = [message(n.id, n.parent, n.role, n.content, n.time, side) for n in made]
-            desk.tell(id, *said, *({"type": "head", "id": h, "side": s} for s, h in enumerate(after.heads)))
+
+        def make(dialogue: Dialogue) -> list[Record]:
+            named: list[Record] = [] if name is None else [{"type": "name", "name": desk.store.new_name(name, id)}]
+            return [*named, *records, *([] if system is None else system_records(dialogue, system, side))]
+
+        after = desk.change(id, make)
+        if system is not None:
+            desk.tell(id, *({"type": "head", "id": h, "side": s} for s, h in enumerate(after.heads)))
 
     await _run(work)
     return _reply({})
@@ -311,10 +309,10 @@ async def own_file(request: Request, desk: Desk, service: Service) -> Response:
 
 def _rows(desk: Desk, ids: Sequence[str]) -> bytes:
     found = [rows.row(desk.store.get(id).path()) for id in ids]
-    lines = [json.dumps(row, ensure_ascii=False) for row in found if row is not None]
+    lines = [encode(row) for row in found if row is not None]
     if not lines:
         raise UserError("no answer is to be learned: those that were stopped or cut off are not, unless marked so")
-    return ("\n".join(lines) + "\n").encode()
+    return b"".join(lines)
 
 
 def _download(data: bytes, name: str) -> Response:

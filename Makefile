@@ -10,6 +10,10 @@ BASE   := checkpoints/smollm2-135m-instruct
 DATA   := data/demo
 RUN    := out/lora/demo
 MERGED := checkpoints/demo-merged
+EVALUATED := out/evaluate/demo
+
+# As the scripts have it: threads that wait for each other leave the processor to others soon.
+export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -22,7 +26,8 @@ help: ## List the targets
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(RUN)/before.jsonl $(RUN)/after.jsonl ## Prepare, fine-tune, merge and compare answers before and after
-	$(PY) demo/compare.py --run_dir $(RUN)
+	$(PY) generate/evaluate.py --answers $(RUN)/before.jsonl $(RUN)/after.jsonl --out_dir $(EVALUATED) --show 3
+	echo "loss curve: $(RUN)/loss.png" >&2
 
 test: lint $(BASE)/config.json ## Run every check and every test
 	$(PY) -m pytest -n 2 --dist worksteal
@@ -38,7 +43,7 @@ format: $(VENV)/test ## Fix what ruff can fix, then format
 	$(VENV)/bin/ruff format
 
 clean: ## Remove what the demo made; keep .venv and the base model
-	rm -rf $(DATA) $(RUN) $(MERGED)
+	rm -rf $(DATA) $(RUN) $(MERGED) $(EVALUATED)
 
 # ---- the virtual environment
 

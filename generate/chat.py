@@ -1,6 +1,7 @@
 """Talk to a model, turn after turn.
 
 python generate/chat.py --checkpoint_dir checkpoints/NAME
+python generate/chat.py --checkpoint_dir checkpoints/NAME --adapters poet=out/lora/poet sql=out/lora/sql
 """
 
 from pathlib import Path
@@ -17,7 +18,9 @@ from lit_llama.text.prompts import StyleName
 def main(
     *,
     checkpoint_dir: Path,
+    adapters: dict[str, Path] | None = None,
     base_dir: Path | None = None,
+    conversations: Path | None = None,
     system: str = "",
     sampling: Asked,
     overflow: Overflow = "drop_oldest",
@@ -31,8 +34,11 @@ def main(
     """Read messages from the terminal, or a line each from a pipe, and stream the answers to stdout.
 
     Args:
-        checkpoint_dir: A checkpoint folder or an adapter folder.
+        checkpoint_dir: A checkpoint folder or an adapter folder, which answers unless /model names another one.
+        adapters: Further adapters of its base, as NAME=DIR.
         base_dir: The base model of an adapter, where it is not found where the adapter says.
+        conversations: Folder in which conversations are kept. Left out, it is lit_llama/conversations among the user's
+            data, such as ~/.local/share, and those out of a pipe are not kept.
         system: System message that each conversation begins with.
         sampling: How the tokens of answers are drawn.
         overflow: Beyond what the model reads: drop_oldest leaves out the oldest turns, and says so; error refuses.
@@ -44,8 +50,9 @@ def main(
         plan: Say what memory the model needs and whether it fits, and load nothing.
         plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
     """
-    from lit_llama.generate.chat import line_reader, talk
+    from lit_llama.generate.chat.terminal import talk
     from lit_llama.generate.llm import open_folder
+    from lit_llama.generate.models import load_models
     from lit_llama.generate.plan import print_plan
 
     folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
@@ -54,8 +61,16 @@ def main(
         print_plan(folder.plan(precision=precision, quantize=quantize, memory=plan_memory))
         return
     drawn = sampling.over(folder.sampling)
-    llm = folder.load(precision=precision, quantize=quantize, draft_dir=draft_dir)
-    talk(llm, drawn, line_reader(), system, overflow)
+    models = load_models(
+        checkpoint_dir,
+        adapters,
+        prompt_style=prompt_style,
+        base_dir=base_dir,
+        precision=precision,
+        quantize=quantize,
+        draft_dir=draft_dir,
+    )
+    talk(models, drawn, system=system, folder=conversations, overflow=overflow)
 
 
 if __name__ == "__main__":

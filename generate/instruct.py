@@ -62,6 +62,7 @@ def main(
         plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
     """
     from lit_llama.generate.answer import answer
+    from lit_llama.generate.evaluate.models import identity
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.questions import read_questions
@@ -82,7 +83,8 @@ def main(
         return
     drawn = sampling.over(folder.sampling)
     llm = folder.load(precision=precision, quantize=quantize, max_sequences=batch_size, draft_dir=draft_dir)
-    answer(llm, asked, drawn, output_file=output_file, system=system, overflow=overflow)
+    who = identity(folder, precision, quantize) if output_file is not None else None
+    answer(llm, asked, drawn, output_file=output_file, system=system, overflow=overflow, identity=who)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ def CLI(*mains: Callable[..., Any]) -> None:
     75 another process is at work there, 128 + n for signal n. Any other exception is a defect of this program and keeps
     its traceback.
     """
+    # Threads of OpenMP wait for each other by spinning, by default for so long that beside other programs most of the
+    # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Unwinding clears away what is half made; the default action would not.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -13,9 +13,14 @@ _ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # categories of Unicode: control
 _JOINERS = "\u200c\u200d"  # which Persian words and family emoji are spelled with
 
 
-def visible(text: str) -> str:
-    """A text whose invisible and control characters are spelled, so that none acts on the terminal."""
-    return "".join(_spelled(c) if _acts(c) else c for c in text)
+def visible(text: str, *, lines: bool = False) -> str:
+    """A text whose invisible and control characters are spelled, so that none acts on the terminal.
+
+    Args:
+        text: What is to be shown.
+        lines: Spell ends of lines and tabs as well, as of a text that is part of a line.
+    """
+    return "".join(_spelled(c) if _acts(c) or (lines and c in "\n\t") else c for c in text)
 
 
 def harmless(text: str, before: str = "") -> str:

@@ -23,6 +23,7 @@ from lit_llama.generate.answer import (
 )
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
+from lit_llama.generate.evaluate.store import RowStore
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.generate.llm import LLM, load, open_folder
 from lit_llama.generate.questions import read_questions
@@ -355,6 +356,36 @@ def test_a_failure_leaves_the_old_output_file(llm: LLM, alpaca_rows: Rows, monke
         run_file(llm, folder / "rows.json", output_file=output)
     assert output.read_text() == "old\n"
     assert sorted(path.name for path in folder.iterdir()) == ["answers.jsonl", "rows.json"]
+
+
+def test_answers_on_their_way_to_a_file_survive_a_stop(
+    llm: LLM, alpaca_rows: Rows, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers that are made again, that go to other rows, or that are kept although the settings are others."""
+    folder = alpaca_rows([{"instruction": text} for text in ("Say é", "b", "a c", "d d d")])
+    output, straight = folder / "answers.jsonl", folder / "straight.jsonl"
+    add, left = RowStore.add, [2]
+
+    def stopping(self: RowStore, row: dict[str, Any]) -> None:
+        add(self, row)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowStore, "add", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_file(llm, folder / "rows.json", output_file=output, identity={"weights": "x"})
+    assert not output.exists()
+    run_file(llm, folder / "rows.json", output_file=output, identity={"weights": "x"})
+    assert left[0] == -2 and "2 of 4 rows were answered before" in capsys.readouterr().err
+    run_file(llm, folder / "rows.json", output_file=straight)
+    assert output.read_bytes() == straight.read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["answers.jsonl", "rows.json", "straight.jsonl"]
+    left[0] = 1
+    with pytest.raises(KeyboardInterrupt):
+        run_file(llm, folder / "rows.json", output_file=output, identity={"weights": "y"})
+    run_file(llm, folder / "rows.json", output_file=output, identity={"weights": "z"})
+    assert "is begun anew" in capsys.readouterr().err and output.read_bytes() == straight.read_bytes()
 
 
 def test_an_unusable_output_is_found_before_the_answers(

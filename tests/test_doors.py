@@ -35,6 +35,8 @@ REQUIRED = {
     "generate/base.py": ["--checkpoint_dir", "absent"],
     "generate/instruct.py": ["--checkpoint_dir", "absent"],
     "generate/chat.py": ["--checkpoint_dir", "absent"],
+    "generate/evaluate.py": ["--checkpoint_dir", "absent", "--tasks", "regression"],
+    "generate/serve.py": ["--checkpoint_dir", "absent"],
 }
 
 
@@ -288,7 +290,7 @@ def test_chat_talks_through_a_pipe(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("door", "flags", "status", "named"),
     [
-        ("generate/chat.py", [], 4, "has no chat template"),
+        ("generate/chat.py", [], 4, "could carry --prompt_style alpaca, chatml, vicuna, llama-2, mistral, plain)"),
         ("generate/instruct.py", [], 4, "--prompt_style alpaca"),
         ("generate/chat.py", ["--prompt_style", "llama-3"], 4, "<|start_header_id|>"),
         ("generate/instruct.py", ["--prompt_style", "llama-3"], 4, "<|start_header_id|>"),

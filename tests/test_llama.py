@@ -70,6 +70,22 @@ def test_names_and_shapes_of_the_state_dict_are_those_of_transformers() -> None:
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == theirs
 
 
+def test_a_model_without_numbers_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches normal ones on the meta device, for which torch imports its compiler: 70 MB, and time, of each start."""
+    config = tiny_model().config
+    expected = LLaMA(config)
+
+    def drawn(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("normal_ was called")
+
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch.nn.init, "normal_", drawn)
+        model = LLaMA(config)
+    assert all(p.is_meta and p.requires_grad for p in model.parameters())
+    assert {n: p.shape for n, p in model.state_dict().items()} == {n: p.shape for n, p in expected.state_dict().items()}
+    assert repr(model) == repr(expected)
+
+
 def test_packed_samples_give_the_logits_of_each_alone() -> None:
     """Catches attention or positions that run on from one sample into the next."""
     model = tiny_model()

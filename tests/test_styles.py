@@ -13,7 +13,8 @@ from test_prompts import CHATS, FUZZ, Chat, chat, chats, chats_of_any_order, tex
 from test_prompts import tiny as tiny  # a fixture
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.generate.chat import Conversation
+from lit_llama.generate.chat.session import Answer
+from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.llm import load
@@ -207,9 +208,12 @@ def test_a_byte_level_model_answers_without_the_blank_of_the_style(
     said = llm.tokenizer.encode(" ab")
 
     monkeypatch.setattr(Engine, "stream", lambda *_: iter([Step((i,)) for i in said]))
+    monkeypatch.setattr(Engine, "follow", lambda *_: iter([Step((i,)) for i in said]))
     assert "".join(text for _, text in llm.answer(prompt, Sampling())) == "ab"
-    conversation = Conversation(llm, Sampling(max_new_tokens=9))
-    assert "".join(conversation.ask("hi")) == "ab"
-    assert conversation.messages[-1] == {"role": "assistant", "content": "ab"}
-    following = prompt_ids(llm.tokenizer, named_style("vicuna"), [*conversation.messages, *chat("again")])
+    store = Store(None)
+    id = store.create()
+    assert "".join(Answer(store, id, llm, Sampling(max_new_tokens=9), text="hi", parent=0)) == "ab"
+    messages = [node.message() for node in store.get(id).path()]
+    assert messages[-1] == {"role": "assistant", "content": "ab"}
+    following = prompt_ids(llm.tokenizer, named_style("vicuna"), [*messages, *chat("again")])
     assert following[: len(prompt) + len(said)] == prompt + said

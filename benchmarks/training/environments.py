@@ -38,7 +38,8 @@ def _instructions() -> str:
     known = {
         **{name: name.upper() for name in ("avx2", "fma", "f16c", "bmi2")},
         **{"avx512f": "AVX512", "avx512vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI"},
-        **{"avx512_bf16": "AVX512_BF16", "amx_tile": "AMX_TILE", "amx_int8": "AMX_INT8", "amx_bf16": "AMX_BF16"},
+        # Not AMX_INT8: llama.cpp's products of 8-bit tiles end the process on some processors that have them.
+        **{"avx512_bf16": "AVX512_BF16", "amx_tile": "AMX_TILE", "amx_bf16": "AMX_BF16"},
     }
     found = [f"-DGGML_{option}=ON" for name, option in known.items() if name in flags.split()]
     return " ".join(["-DGGML_NATIVE=OFF", *found])

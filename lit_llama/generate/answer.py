@@ -1,10 +1,12 @@
 """Answers to instructions: one, streamed, or every row of a file, in batches and measured."""
 
+import contextlib
+import hashlib
 import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from lit_llama.errors import DataError, NumericalError, UserError
 from lit_llama.folder import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Overflow, Request, Sampling
+from lit_llama.generate.evaluate.metrics import Answer as Answer
+from lit_llama.generate.evaluate.metrics import measure as measure
+from lit_llama.generate.evaluate.metrics import notes
+from lit_llama.generate.evaluate.store import Row, RowStore, described, unfinished
 from lit_llama.generate.llm import LLM, report
-from lit_llama.generate.metrics import Answer as Answer
-from lit_llama.generate.metrics import measure as measure
-from lit_llama.generate.metrics import notes
 from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text, room
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
@@ -142,9 +145,21 @@ def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
 
 
 def answer_all(
-    llm: LLM, examples: Sequence[Example], sampling: Sampling, system: str = "", overflow: Overflow = "error"
+    llm: LLM,
+    examples: Sequence[Example],
+    sampling: Sampling,
+    system: str = "",
+    overflow: Overflow = "error",
+    store: RowStore | None = None,
 ) -> list[Answer]:
     """Answer every example `sampling.n` times, in the order given.
+
+    Args:
+        llm: Who is asked.
+        examples: What.
+        sampling: How tokens are drawn.
+        system: Message that prompts begin with, unless they have one.
+        store: Keeps answers as they come; those that are in it are not made again.
 
     Raises:
         DataError: A prompt is too long for the model; found before the first answer.
@@ -163,29 +178,45 @@ def answer_all(
             raise DataError(f"row {example.row}: {error}") from error
     console = stderr()
     with bar(console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("answering", total=len(prompts))
+        known = {} if store is None else {row: _kept(found) for (row,), found in store.rows.items()}
+        task = progress.add_task("answering", total=len(prompts), completed=len(known))
         # Prompts of similar length next to each other: those that begin alike are found, and fewer wait for others.
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-        made = answer_requests(llm, [requests[row] for row in order], lambda: progress.advance(task))
-    answers = dict(zip(order, made, strict=True))
-    return [answer for row in range(len(prompts)) for answer in answers[row]]
+        order = sorted({*range(len(prompts))} - known.keys(), key=lambda row: (len(prompts[row].ids), row))
+
+        def keep(index: int, answers: list[Answer]) -> None:
+            known[order[index]] = answers
+            if store is not None and not any(answer.error for answer in answers):  # which are made again
+                found = [{name: getattr(answer, name) for name in _KEPT} for answer in answers]
+                store.add({"row": order[index], "answers": found})
+            progress.advance(task)
+
+        answer_requests(llm, [requests[row] for row in order], keep)
+    return [answer for row in range(len(prompts)) for answer in known[row]]
+
+
+_KEPT = ("text", "stopped", "tokens", "dropped")
+"""Attributes of an answer on its way to a file."""
+
+
+def _kept(row: Row) -> list[Answer]:
+    return [Answer(**answer) for answer in row["answers"]]
 
 
 def answer_requests(
-    llm: LLM, requests: Sequence[Request], done: Callable[[], object] = lambda: None
+    llm: LLM, requests: Sequence[Request], done: Callable[[int, list[Answer]], object] = lambda *_: None
 ) -> list[list[Answer]]:
     """Answer requests, all at once: of each its `n` answers.
 
     Args:
         llm: Who is asked.
         requests: Made by `LLM.request`.
-        done: Called when one is answered.
+        done: Called with the number of a request and its answers, when it is answered.
 
     Returns:
         One that failed has its error, and the others go on.
     """
     engine, waiting = llm.engine, deque(range(len(requests)))
-    errors: dict[int, UserError | None] = {}
+    made: dict[int, list[Answer]] = {}
     tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
     texts = [[llm.text_behind(r.ids, r.sampling, llm.opening) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
@@ -204,25 +235,22 @@ def answer_requests(
                         if text.is_before(step):  # at a stop text
                             engine.abort(ticket, step.answer)
                 if ticket.done and not ticket.steps:
-                    errors[index] = ticket.error
                     del tickets[index]
-                    done()
+                    made[index] = [
+                        Answer(
+                            "".join(part),
+                            text.finish_reason == "stop",
+                            text.tokens,
+                            None if text.ended else ticket.error,
+                            text.dropped,
+                        )
+                        for part, text in zip(parts[index], texts[index], strict=True)
+                    ]
+                    done(index, made[index])
     finally:
         for ticket in tickets.values():
             engine.abort(ticket)
-    return [
-        [
-            Answer(
-                "".join(part),
-                text.finish_reason == "stop",
-                text.tokens,
-                None if text.ended else errors[index],
-                text.dropped,
-            )
-            for part, text in zip(own, their, strict=True)
-        ]
-        for index, (own, their) in enumerate(zip(parts, texts, strict=True))
-    ]
+    return [made[index] for index in range(len(requests))]
 
 
 def answer(
@@ -233,12 +261,13 @@ def answer(
     output_file: Path | None = None,
     system: str = "",
     overflow: Overflow = "error",
+    identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Answer one question, streamed to stdout, or rows; see `answer_one` and `answer_rows`."""
     if isinstance(asked, Example):
         answer_one(llm, asked, sampling, system, overflow)
     else:
-        answer_rows(llm, asked, sampling, output_file=output_file, system=system, overflow=overflow)
+        answer_rows(llm, asked, sampling, output_file=output_file, system=system, overflow=overflow, identity=identity)
 
 
 def answer_rows(
@@ -249,10 +278,20 @@ def answer_rows(
     output_file: Path | None = None,
     system: str = "",
     overflow: Overflow = "error",
+    identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answer rows, a line of JSON for each answer.
 
     Answers go to a file or to stdout, measures to stderr.
+
+    Args:
+        llm: Who is asked.
+        examples: What.
+        sampling: How tokens are drawn.
+        output_file: Where the lines go; None for stdout.
+        system: Message that prompts begin with, unless they have one.
+        identity: What decides the answers of `llm`: with it, answers on their way to a file survive a kill, and the
+            same call goes on behind them.
 
     Returns:
         The measures.
@@ -267,17 +306,18 @@ def answer_rows(
     if system and (own := sum(bool(example.turns) and example.turns[0]["role"] == "system" for example in examples)):
         stderr().print(f"{own} of {len(examples)} rows have a system message of their own, which they keep")
     start = time.perf_counter()
-    answers = answer_all(llm, examples, sampling, system, overflow)
     asked = [example for example in examples for _ in range(sampling.n)]
-    rows = [
-        _asked(example, system) | _answered(example, answer) | ({"sample": number} if sampling.n > 1 else {})
-        for example, answer, number in zip(asked, answers, cycle(range(sampling.n)), strict=False)
-    ]
-    if output_file is not None:
-        write_json_lines(output_file, rows)
-    else:
-        for row in rows:
-            print(shown(json.dumps(row, ensure_ascii=False), sys.stdout))
+    with _journal(examples, sampling, output_file, system, overflow, identity) as store:
+        known = 0 if store is None else sum(answer.tokens for row in store.rows.values() for answer in _kept(row))
+        answers = answer_all(llm, examples, sampling, system, overflow, store)
+        rows = [
+            _asked(example, system) | _answered(example, answer) | ({"sample": number} if sampling.n > 1 else {})
+            for example, answer, number in zip(asked, answers, cycle(range(sampling.n)), strict=False)
+        ]
+        if output_file is not None:
+            write_json_lines(output_file, rows)
+    for row in rows if output_file is None else ():
+        print(shown(json.dumps(row, ensure_ascii=False), sys.stdout))
     control = llm.tokenizer.control
     measures = measure(asked, answers, control) | {"rows": len(examples)}
     if sampling.n > 1:
@@ -287,7 +327,7 @@ def answer_rows(
         stderr().print(note)
     if slid := sum(answer.dropped > 0 for answer in answers):
         stderr().print(f"{slid} answers became too long for the model and went on without the oldest tokens")
-    tokens, device = sum(answer.tokens for answer in answers), llm.device
+    tokens, device = sum(answer.tokens for answer in answers) - known, llm.device
     report(tokens, time.perf_counter() - start, device)
     _check_failed(asked, answers)
     return measures
@@ -302,6 +342,31 @@ def _check_failed(asked: Sequence[Example], answers: Sequence[Answer]) -> None:
             f"{len(failed)} of {len(answers)} answers failed, their finish_reason is error; the others are there. The "
             f"first of them, row {example.row}: {first}"
         )
+
+
+@contextlib.contextmanager
+def _journal(
+    examples: Sequence[Example],
+    sampling: Sampling,
+    output_file: Path | None,
+    system: str,
+    overflow: Overflow,
+    identity: Mapping[str, Any] | None,
+) -> Iterator[RowStore | None]:
+    """Where answers on their way to a file are kept; nowhere on their way to stdout or a device."""
+    if output_file is None or identity is None or (output_file.exists() and not output_file.is_file()):
+        yield None
+        return
+    rows = json.dumps([_asked(example, system) for example in examples]).encode()
+    asked = hashlib.sha256(rows).hexdigest()[:16]
+    header = {"model": dict(identity), "sampling": described(sampling), "rows": asked}
+    header |= {} if overflow == "error" else {"overflow": overflow}
+    with unfinished(output_file, header, ("row",)) as store:
+        if store.begun_anew:
+            stderr().print(f"{store.path} was of other settings or rows: it is begun anew")
+        elif store.rows:
+            stderr().print(f"{len(store.rows)} of {len(examples)} rows were answered before, and are kept")
+        yield store
 
 
 def _asked(example: Example, system: str) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class Asked:
     def __post_init__(self) -> None:
         replace(self.default, **self.given)
 
+    def alone(self) -> Sampling:
+        """The sampling of flags first, then of the door, whatever a folder says: several models are asked alike."""
+        return replace(self.default, **self.given)
+
     def over(self, folder: FolderSampling) -> Sampling:
         """The sampling of flags first, then of the folder, then of the door; what the folder decides is said.
 
@@ -88,11 +92,14 @@ class Asked:
         return sampling
 
 
-def sampling_flags(*, samples: bool = True, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def sampling_flags(
+    *, samples: bool = True, folders: bool = True, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a function the flags of sampling at the place of its parameter `sampling`, which is an `Asked`.
 
     Args:
         samples: Whether it may be asked for several answers.
+        folders: Whether a folder may speak in place of a flag.
         defaults: Fields of `Sampling` where they are other than there.
     """
     default = Sampling(**defaults)
@@ -112,7 +119,7 @@ def sampling_flags(*, samples: bool = True, **defaults: Any) -> Callable[[Callab
         parameters: list[inspect.Parameter] = []
         for parameter in signature.parameters.values():
             parameters += flags.values() if parameter.name == "sampling" else [parameter]
-        help_of = _help(default)
+        help_of = _help(default, folders)
         lines = "\n".join(f"    {name}: {help_of[name]}" for name in flags)
         run.__doc__ = re.sub(r"(?m)^ {4}sampling: .*$", lambda _: lines, inspect.getdoc(function) or "")
         run.__name__, run.__qualname__, run.__module__ = function.__name__, function.__qualname__, function.__module__
@@ -137,14 +144,15 @@ def _flags(default: Sampling, samples: bool) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _help(default: Sampling) -> dict[str, str]:
+def _help(default: Sampling, folders: bool) -> dict[str, str]:
     """A line of help for each flag, out of the docstring of `Sampling`."""
     entries = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(Sampling) or "")
     texts = {name: " ".join(text.split()) for name, text in entries}
     texts["stop"] = "An answer ends before any of these texts."
     texts[_SAMPLES] = "Answers to each prompt, drawn apart."
+    first = "what generation_config.json says, else " if folders else ""
     for name in _FOLDERS:
-        texts[name] += f" Left out: what generation_config.json says, else {_shown(getattr(default, name)) or 'none'}."
+        texts[name] += f" Left out: {first}{_shown(getattr(default, name)) or 'none'}."
     return texts
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -42,7 +42,7 @@ from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
 from lit_llama.text.places import Place
-from lit_llama.text.prompts import folder_style, named_style
+from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.token_bytes import token_bytes
 from lit_llama.text.tokenizer import Tokenizer
@@ -59,6 +59,7 @@ class LLM:
         device: Where it computes.
         opening: Text of the style that answers begin with and that is not shown.
         model: What the engine runs, where its weights were not packed.
+        adapter: Name of the adapter that answers, where the engine has several models; None for its own.
     """
 
     engine: Engine
@@ -69,6 +70,7 @@ class LLM:
     stop_ids: frozenset[int]
     opening: str = ""
     model: LLaMA | None = None
+    adapter: str | None = None
 
     def request(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Request:
         """A request of the engine for a prompt, which ends at what ends a text here.
@@ -79,7 +81,8 @@ class LLM:
             more: Other fields of `Request`.
         """
         stops = self.text(sampling).stop_ids
-        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **more)
+        fields = {"adapter": self.adapter, **more}
+        return Request(prompt, replace(sampling, stop_ids=frozenset(stops)), **fields)
 
     @cached_property
     def guarded(self) -> Tokenizer:
@@ -165,7 +168,7 @@ class LLM:
         Raises:
             CheckpointError: It has none, so nobody knows how to ask.
         """
-        return _required(self.style)
+        return _required(self.style, self.tokenizer)
 
 
 class Stream:
@@ -226,7 +229,7 @@ class Opened:
             UserError: The style has no system message.
         """
         turns = [{"role": "system", "content": system}] if system else []
-        prompt_ids(self.tokenizer, _required(self.style), [*turns, {"role": "user", "content": "."}])
+        prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
 
     def plan(
         self,
@@ -397,13 +400,19 @@ def _products(config: LLaMAConfig) -> int:
     return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
-def _required(style: PromptStyle | None) -> PromptStyle:
+def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
     if style is None:
         raise CheckpointError(
             "the folder has no chat template, so it does not say how to put an instruction; name the style the model "
-            "was trained with, for example --prompt_style alpaca, or continue raw text with generate/base.py"
+            f"was trained with (its tokenizer could carry --prompt_style {', '.join(carried(tokenizer))}), or continue "
+            "raw text with generate/base.py"
         )
     return style
+
+
+def carried(tokenizer: Tokenizer) -> list[str]:
+    """Names of the built-in prompt styles whose tokens a tokenizer has."""
+    return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
 def _base(folder: Path, base_dir: Path | None) -> Path:

@@ -8,6 +8,7 @@ a sliding window (Jiang et al. 2023, arXiv:2310.06825). Modules carry Hugging Fa
 Shapes: T tokens of all samples, C hidden, I intermediate, H query heads, G key/value heads, D head size, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.noise: nn.Module | None = None  # what training may add to the embeddings; see neftune.py
@@ -123,3 +124,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, C) -> (T, C)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    """Make an embedding as torch does, but without drawing for a model without numbers: normal ones on the meta device
+    would import torch's compiler, which takes time and 70 MB of memory."""
+    weight = torch.empty(rows, columns)
+    return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, columns)

@@ -294,6 +294,10 @@ def shared_micro_batches(
             yield Batch(split[rows[0]][0][:1].astype(np.int64), [1], nothing, nothing)
 
 
+_ORDERED = 1 << 16
+"""Samples whose order is looked at together."""
+
+
 def largest_group(
     lengths: npt.NDArray[np.int64],
     *,
@@ -305,14 +309,20 @@ def largest_group(
 ) -> list[int]:
     """Rows of the largest micro-batch, in tokens, that the first `steps` optimizer steps of a run will meet.
 
-    All steps of an epoch are divided and cut at once, sample by sample, as `share_out` and `_groups` do with each.
+    The steps of an epoch, or of several short ones, are divided and cut at once, sample by sample, as `share_out` and
+    `_groups` do with each. The search ends with a micro-batch that none can exceed, which few rows soon give.
     """
     largest, step_rows = -1, [0]
+    longest = np.sort(lengths)[::-1][:batch_size]
+    bound = min(int(longest.sum()), max(int(longest[0]), micro_batch_tokens))
     per_epoch = -(-len(lengths) // batch_size)
-    for epoch in range(-(-steps // per_epoch)):
-        order = np.full(per_epoch * batch_size, -1)
-        order[: len(lengths)] = epoch_order(len(lengths), seed, epoch)
-        batches = order.reshape(per_epoch, batch_size)[: steps - epoch * per_epoch]  # (S, batch_size)
+    epochs, together = -(-steps // per_epoch), max(1, _ORDERED // len(lengths))
+    for first in range(0, epochs, together):
+        count = min(together, epochs - first)
+        orders = np.full((count, per_epoch * batch_size), -1)
+        for epoch in range(count):
+            orders[epoch, : len(lengths)] = epoch_order(len(lengths), seed, first + epoch)
+        batches = orders.reshape(-1, batch_size)[: steps - first * per_epoch]  # (S, batch_size)
         sizes = -np.sort(-np.where(batches < 0, 0, lengths[batches]), 1)
         every = np.arange(len(batches))
         given, tokens = np.zeros((2, len(batches), shares), np.int64)  # (S, shares): in all, and in the group
@@ -326,6 +336,8 @@ def largest_group(
             if open_group[step] > largest:
                 largest = int(open_group[step])
                 step_rows = [int(row) for row in batches[step] if row >= 0]
+        if largest >= bound:
+            break
     groups = (g for share in share_out(lengths, step_rows, shares) for g in _groups(lengths, share, micro_batch_tokens))
     return max(groups, key=lambda group: int(lengths[group].sum()))
 

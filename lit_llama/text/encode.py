@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
@@ -66,6 +67,7 @@ def rendered(
     answer: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
     keep: bool = False,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Told:
     """A conversation in a style, with the end of each answer among what is trained.
 
@@ -76,6 +78,7 @@ def rendered(
         answer: End where the assistant has to begin.
         tools: The functions that the assistant may call.
         keep: The last answer has its thoughts, whatever the style.
+        more: Values by name that a chat template may ask for, and built-in styles do not.
 
     Raises:
         UserError: The style cannot say something, or a name in a call or a tool spells a control token.
@@ -85,7 +88,7 @@ def rendered(
     if not isinstance(style, JinjaStyle):
         bos = tokenizer.bos_token if begins(tokenizer, style) else ""
         return Told(style.render(messages, bos=bos, eos=eos, answer=answer, tools=tools))
-    told = style.tell(messages, bos=tokenizer.bos_token, eos=eos, answer=answer, tools=tools, keep=keep)
+    told = style.tell(messages, bos=tokenizer.bos_token, eos=eos, answer=answer, tools=tools, keep=keep, more=more)
     usual = _usual_end(style, tokenizer.bos_token, eos, tuple(tokenizer.control)) if _calls(messages) else None
     return replace(told, segments=trained_ends(told.segments, tokenizer.control, usual))
 
@@ -129,15 +132,16 @@ def prompt_ids(
     style: PromptStyle,
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[int]:
-    """Ids of a conversation up to where the assistant has to begin.
+    """Ids of a conversation up to where the assistant has to begin; arguments as for `rendered`.
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
         UserError: The style cannot say something.
     """
     tokenizer = for_style(tokenizer, style)
-    told = rendered(tokenizer, style, messages, answer=True, tools=tools)
+    told = rendered(tokenizer, style, messages, answer=True, tools=tools, more=more)
     return ids_of(tokenizer, Cutter(tokenizer).runs(told.segments))
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.answer import answer_one, answer_rows, continue_text, instruction_ids, raw_ids
-from lit_llama.generate.chat import Conversation
+from lit_llama.generate.chat.session import Answer, message
+from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.overflow import fitted_messages, fitted_text
@@ -106,9 +107,9 @@ def test_rows_that_are_too_long_are_counted(llm: LLM, tmp_path: Path, capsys: py
 
 
 def test_a_chat_refuses_where_nothing_is_to_be_left_out(llm: LLM) -> None:
-    conversation = Conversation(llm, Sampling(max_new_tokens=20), overflow="error")
-    conversation.messages = [dict(message) for message in turns(8)[:-1]]
-    before = list(conversation.messages)
+    store, said = Store(None), turns(8)[:-1]
+    id = store.create("long", [message(n + 1, n, m["role"], m["content"], 0.0) for n, m in enumerate(said)])
+    before = store.get(id)
     with pytest.raises(UserError, match=r"the conversation would have .* but only 236 fit"):
-        list(conversation.ask("and now?"))
-    assert conversation.messages == before
+        Answer(store, id, llm, Sampling(max_new_tokens=20), text="and now?", parent=len(said), overflow="error")
+    assert store.get(id) is before

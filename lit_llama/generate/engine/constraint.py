@@ -18,6 +18,8 @@ from lit_llama.errors import ResourceError, UserError
 
 MAX_GRAMMAR = 1 << 20
 """Characters of a schema or grammar, at most."""
+_BLANKS = r"[ ]{0,2}|\r?\n[ \t]{0,32}"
+"""White space at one place in JSON: models that may write more of it are known never to stop."""
 
 
 class TokenTable:
@@ -78,7 +80,7 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str, tokens: TokenTable) -> "Constraint":
-        """JSON that a schema describes; the empty schema is any JSON.
+        """JSON that a schema describes; the empty schema is any JSON. White space is at most a line end and an indent.
 
         Raises:
             UserError: The schema is no JSON, or has parts that could not be kept to.
@@ -87,7 +89,7 @@ class Constraint:
             text = schema if isinstance(schema, str) else json.dumps(dict(schema))
             if len(text) > MAX_GRAMMAR:
                 raise UserError(f"the JSON schema has {len(text):,} characters, expected at most {MAX_GRAMMAR:,}")
-            grammar = _library().LLMatcher.grammar_from_json_schema(text)
+            grammar = _library().LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": _BLANKS})
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise

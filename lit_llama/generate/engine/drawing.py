@@ -82,6 +82,10 @@ class Drawing:
         new: list[int] = []
         reason: FinishReason | None = None
         if made >= sampling.max_new_tokens:  # scored only
+            if chosen[0] < 0:
+                self._answers.fail(answer, _no_token(answer, base))
+                return []
+            self._scheduler.advance(sequence, base)  # other texts may begin alike
             self._answers.end(answer, (), (), "length")
             return []
         for index, token in enumerate(chosen):
@@ -184,7 +188,9 @@ class Drawing:
         if not len(logits):
             return
         top = answer.ticket.request.prompt_logprobs or 0
-        first = part.start + 1
+        start = part.sequence.scored or 0
+        first = max(part.start, start) + 1
+        answer.scores = answer.scores or [None] * start
         ids = torch.tensor(part.sequence.ids[first : first + len(logits)], device=logits.device)
         found = token_logprobs(logits[: len(ids), : self._width], ids, top)
         chosen, tops, values = (x.tolist() for x in found)

@@ -88,7 +88,9 @@ class Engine:
             sampling = request.sampling
             first: Sequence | None = None
             for index in range(sampling.n):
-                scored = 0 if request.prompt_logprobs is not None and index == 0 else None
+                scored = None
+                if request.prompt_logprobs is not None and index == 0:
+                    scored = max(request.scored_from - 1, 0)  # whose logits tell of the token behind it
                 sequence = Sequence(
                     ids=list(request.ids),
                     adapter=request.adapter,

@@ -109,12 +109,12 @@ class Sampling:
     def _real(self, name: str, expected: str, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
         if not (_is_real(value) and low <= value <= high):
-            raise UserError(f"--{name} is {value}, expected {expected}")
+            raise UserError(f"--{name} is {value!s:.80}, expected {expected}")
 
     def _whole(self, name: str, expected: str, low: int, high: float = math.inf) -> None:
         value = getattr(self, name)
         if not (_is_whole(value) and low <= value <= high):
-            raise UserError(f"--{name} is {value}, expected {expected}")
+            raise UserError(f"--{name} is {value!s:.80}, expected {expected}")
 
     def _check_stops(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -127,7 +127,10 @@ class Sampling:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not _is_bool(value) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not _is_bool(value) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _is_whole(value: Any) -> bool:
@@ -158,9 +161,11 @@ class Request:
         overflow: Where prompt and answer are longer than the model reads: refuse the request, or have the answer go on
             behind the later half of what there is, which is computed again.
         keep: First tokens of the prompt that stay whatever is left out.
+        scored_from: With prompt_logprobs, give them from this token of the prompt on only; what comes before need not
+            be computed where it is known.
 
     Raises:
-        UserError: The prompt is empty or holds what is no id.
+        UserError: The prompt is empty or holds what is no id, or nothing of it is to be scored.
     """
 
     ids: Sequence[int]
@@ -172,6 +177,7 @@ class Request:
     prompt_logprobs: int | None = None
     overflow: Overflow = "error"
     keep: int = 0
+    scored_from: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(self.ids))
@@ -181,6 +187,8 @@ class Request:
             raise UserError(f"the prompt holds {wrong[0]!r}, expected token ids, which are 0 or more")
         if self.overflow not in get_args(Overflow):
             raise UserError(f"--overflow is {self.overflow!r}, expected {' or '.join(get_args(Overflow))}")
+        if not 0 <= self.scored_from < len(self.ids):
+            raise UserError(f"the prompt is scored from token {self.scored_from} on, expected 0 to {len(self.ids) - 1}")
         if not 0 <= self.number <= 0xFFFF_FFFF:
             raise UserError(f"the number of the request is {self.number}, expected 0 to {0xFFFF_FFFF}")
 
@@ -214,6 +222,8 @@ class Step:
         prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first.
         dropped: Tokens of prompt and answer that the model does not see any more from the next step on, beside those
             before.
+        prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first and for those
+            that are not scored.
     """
 
     ids: tuple[int, ...]

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.generate.engine.candidates import Draws, Rows, candidates, draw, narrows, on_device
 from lit_llama.generate.engine.request import Sampling, TokenLogprobs
+from lit_llama.model.kernels.choice import chooses, peaks, penalise
 
 _BLOCK = 64  # random numbers made at a time
-_LIKELIEST = 256  # tokens among which those that are kept are looked for first
-_WIDTH = 256  # tokens of a block whose probabilities are added up first
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ class Sampler:
         self._free: list[int] = []
         self._counts = torch.zeros(0, self._width, dtype=torch.int32, device=device)  # (P, V), in the answer
         self._seen = torch.zeros(0, self._width, dtype=torch.bool, device=device)  # (P, V), in prompt or answer
+        self._draws = Draws(self._width)
         self._plan: tuple[tuple[int, ...], _Plan] | None = None
 
     def set(
@@ -113,9 +113,9 @@ class Sampler:
             return
         rows = [row for row, slot in enumerate(slots) if slot in self._place]
         if rows:
-            tokens = ids if isinstance(ids, Tensor) else _on(ids, self._device)
-            places = _on([self._place[slots[row]] for row in rows], self._device)
-            self._count(places, tokens.index_select(0, _on(rows, self._device)))
+            tokens = ids if isinstance(ids, Tensor) else on_device(ids, self._device)
+            places = on_device([self._place[slots[row]] for row in rows], self._device)
+            self._count(places, tokens.index_select(0, on_device(rows, self._device)))
 
     def sample(
         self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], allowed: Tensor | None = None
@@ -134,14 +134,7 @@ class Sampler:
         plan = self._planned(slots)
         raw = logits[:, : self._width]
         scores = self._scores(raw, plan, positions, allowed)
-        best, ids = scores.max(-1)
-        for rows in plan.drawing:
-            chances, among = candidates(scores.index_select(0, rows.index), rows)
-            chosen = draw(chances, self._numbers(plan.slots, rows.rows, positions))
-            chosen = chosen if among is None else among.gather(1, chosen[:, None])[:, 0]
-            ids = ids.index_copy(0, rows.index, chosen)
-        # A maximum is NaN if there is one, and -inf if nothing is left.
-        ids = torch.where(best.isfinite(), ids, -1)
+        ids = self._chosen(scores, plan, positions)
         if not plan.asked:
             return Choice(ids, plan.logprobs)
         return self._with_logprobs(raw, ids, plan)
@@ -155,21 +148,42 @@ class Sampler:
         chances = torch.zeros_like(logits, dtype=torch.float32)
         chances.scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
         for rows in plan.drawing:
-            part, among = candidates(scores.index_select(0, rows.index), rows)
+            part, among = candidates(scores, rows)
             if among is not None:
-                part = torch.zeros_like(scores[: len(part)]).scatter_add_(1, among.clamp(max=self._width - 1), part)
+                part = chances.new_zeros(len(part), self._width).scatter_add_(1, among.clamp(max=self._width - 1), part)
             chances[rows.index, : self._width] = part / part.sum(-1, keepdim=True)
         return chances
 
-    def _scores(self, raw: Tensor, plan: "_Plan", positions: Sequence[int], allowed: Tensor | None) -> Tensor:
-        """Logits after everything that comes before the temperature: (N, V) -> (N, V) in float32.
+    def _chosen(self, scores: Tensor, plan: "_Plan", positions: Sequence[int]) -> Tensor:
+        """A token of each row: (N, V) -> (N,)."""
+        native = chooses(scores)
+        if native:
+            ids = torch.empty(len(scores), dtype=torch.int64)
+            if plan.greedy:
+                ids[plan.greedy_index] = peaks(scores, plan.greedy_index)
+        else:
+            best, ids = scores.max(-1)
+        for rows in plan.drawing:
+            numbers = self._numbers(plan.slots, rows.rows, positions)
+            if native:
+                chosen = self._draws(scores, rows, numbers)
+            else:
+                chances, among = candidates(scores, rows)
+                chosen = draw(chances, numbers)
+                chosen = chosen if among is None else among.gather(1, chosen[:, None])[:, 0]
+            ids = ids.index_copy(0, rows.index, chosen)
+        # A maximum is NaN if there is one, and -inf if nothing is left.
+        return ids if native else torch.where(best.isfinite(), ids, -1)
 
-        Greedy rows with nothing to change stay in the type that they have, which saves reading them twice.
+    def _scores(self, raw: Tensor, plan: "_Plan", positions: Sequence[int], allowed: Tensor | None) -> Tensor:
+        """Logits after everything that comes before the temperature: (N, V) -> (N, V).
+
+        Those with nothing to change stay as they are, which saves reading them twice; others are in float32.
         """
         starting = [(row, token) for row, least, ids in plan.least if positions[row] < least for token in ids]
-        if not (plan.biased or plan.penalised or plan.banned or starting or plan.drawing or allowed is not None):
+        if not (plan.biased or plan.penalised or plan.banned or starting or allowed is not None):
             return raw
-        scores = raw.to(torch.float32, copy=True)
+        scores = raw.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if plan.biased:
             scores.index_put_(plan.bias_index, plan.biases, accumulate=True)
         if plan.penalised:
@@ -183,6 +197,9 @@ class Sampler:
         return scores
 
     def _penalise(self, scores: Tensor, plan: "_Plan") -> None:
+        if chooses(scores):
+            penalise(scores, plan.penalised_index, plan.places, self._counts, self._seen, plan.penalties)
+            return
         counts, part = self._counts[plan.places], scores.index_select(0, plan.penalised_index)
         repetition, presence, frequency = plan.penalties
         repeated = torch.where(part > 0, part / repetition, part * repetition)
@@ -205,7 +222,7 @@ class Sampler:
         """Random numbers of rows that draw: (D,) in float64."""
         keys = ((*self._slots[slots[row]], positions[row]) for row in rows)
         numbers = [uniform(sampling.seed, number, position) for sampling, number, position in keys]
-        return _on(numbers, self._device, torch.float64)
+        return on_device(numbers, self._device, torch.float64)
 
     def _planned(self, slots: Sequence[int]) -> "_Plan":
         key = tuple(slots)
@@ -232,26 +249,6 @@ class Sampler:
         self._seen[places, ids] = True
 
 
-class _Drawing:
-    """D rows that draw, all of them among everything or all among the likeliest, and how each narrows it."""
-
-    def __init__(self, rows: Sequence[int], own: Sequence[Sampling], width: int, device: torch.device) -> None:
-        self.rows, self.index = rows, _on(rows, device)
-        self.temperature = _on([one.temperature for one in own], device, torch.float32)[:, None]  # (D, 1)
-        ks = [one.top_k if 0 < one.top_k < width else width for one in own]
-        self.top_k = _on(ks, device)[:, None]  # V where a row keeps all
-        self.top_p = _on([one.top_p for one in own], device, torch.float64)[:, None]
-        self.min_p = _on([one.min_p for one in own], device, torch.float32)[:, None]
-        self.limited = self.top_k < width  # (D, 1)
-        self.narrowed = any(map(_narrowed, own))
-        most = max([_LIKELIEST, *(k + 1 for k in ks if k < width)])
-        self.first = width if device.type == "cuda" else min(most, width)  # likeliest tokens looked at first
-
-
-def _narrowed(own: Sampling) -> bool:
-    return own.top_k > 0 or own.top_p < 1 or own.min_p > 0
-
-
 class _Plan:
     """What a composition of slots needs at each step, laid out once: rows of each kind, and their settings."""
 
@@ -264,24 +261,26 @@ class _Plan:
         device: torch.device,
     ) -> None:
         def column(values: Sequence[float]) -> Tensor:
-            return _on(values, device, torch.float32)[:, None]
+            return on_device(values, device, torch.float32)[:, None]
 
         def pairs(field: str) -> list[tuple[int, Any]]:
             return [(row, token) for row, own in enumerate(rows) for token in getattr(own, field) if token < width]
 
         self.slots = slots
+        self.greedy = [row for row, own in enumerate(rows) if own.greedy]
+        self.greedy_index = on_device(self.greedy, device)
         drawn = [row for row, own in enumerate(rows) if not own.greedy]
-        kinds = ([row for row in drawn if _narrowed(rows[row]) == narrowed] for narrowed in (True, False))
-        self.drawing = [_Drawing(kind, [rows[row] for row in kind], width, device) for kind in kinds if kind]
+        kinds = ([row for row in drawn if narrows(rows[row]) == narrowed] for narrowed in (True, False))
+        self.drawing = [Rows(kind, [rows[row] for row in kind], width, device) for kind in kinds if kind]
         self.penalised = [row for row, own in enumerate(rows) if own.penalised]
-        self.penalised_index, self.places = _on(self.penalised, device), _on(places, device)
+        self.penalised_index, self.places = on_device(self.penalised, device), on_device(places, device)
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        self.penalties = [column([getattr(rows[row], name) for row in self.penalised]) for name in names]
+        self.penalties = tuple(column([getattr(rows[row], name) for row in self.penalised]) for name in names)
         self.biased = pairs("logit_bias")
         if self.biased:
             self.bias_index = _pairs(self.biased, device)
             biases = [float(rows[row].logit_bias[token]) for row, token in self.biased]
-            self.biases = _on(biases, device, torch.float32)
+            self.biases = on_device(biases, device, torch.float32)
         self.banned = pairs("banned_ids")
         self.banned_index = _pairs(self.banned, device) if self.banned else ()
         self.least = [
@@ -291,84 +290,14 @@ class _Plan:
         ]
         self.logprobs = [own.logprobs for own in rows]
         self.asked = [row for row, own in enumerate(rows) if own.logprobs is not None]
-        self.asked_index = _on(self.asked, device)
+        self.asked_index = on_device(self.asked, device)
         self.most = min(max((own.logprobs or 0 for own in rows), default=0), width)
-
-
-def _on(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A few numbers on the device; a GPU does not wait for them."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices of rows and of tokens."""
     rows, tokens = zip(*pairs, strict=True)
-    return _on(rows, device), _on(tokens, device)
-
-
-def candidates(scores: Tensor, rows: _Drawing) -> tuple[Tensor, Tensor | None]:
-    """What is drawn among: (D, V) in float32 -> probabilities (D, K), whose rows need not sum to 1, and ids (D, K).
-
-    The temperature first, then top_k, top_p and min_p, each of what the one before it left, as in transformers. Ids are
-    None where K is V, in order otherwise; behind the last one kept, probabilities are 0.
-
-    Most often few tokens are kept: they are looked for among the likeliest, and among more only where they may go on
-    beyond them. On a GPU all are sorted at once, as asking would make it wait.
-    """
-    chances = (scores / rows.temperature).softmax(-1)
-    if not rows.narrowed:
-        return chances, None
-    size, width = rows.first, chances.shape[-1]
-    while True:
-        likeliest, ids = chances.topk(size)  # (D, K), sorted
-        kept, complete = _kept(likeliest, rows)
-        if size == width or bool(complete.all()):
-            break
-        size = min(8 * size, width)
-    ids, order = ids.masked_fill(~kept, width).sort()
-    return likeliest.masked_fill(~kept, 0).gather(1, order), ids
-
-
-def _kept(likeliest: Tensor, rows: _Drawing) -> tuple[Tensor, Tensor]:
-    """Which of the likeliest tokens (D, K) pass top_k, top_p and min_p, and for which rows no others do (D,)."""
-    floor = likeliest.gather(1, rows.top_k.clamp(max=likeliest.shape[1]) - 1)
-    first = ~rows.limited | (likeliest >= floor)
-    among = likeliest.masked_fill(~first, 0)
-    cumulated = among.cumsum(-1, dtype=torch.float64)
-    total = torch.where(rows.limited, cumulated[:, -1:], 1.0)
-    inside = (cumulated - among < rows.top_p * total).sum(-1, keepdim=True).clamp(min=1)  # as the likelier are not all
-    least = torch.maximum(likeliest.gather(1, inside - 1), rows.min_p * likeliest[:, :1])
-    least = torch.where(rows.top_p < 1, least, rows.min_p * likeliest[:, :1])
-    kept = first & (likeliest >= least)
-    return kept, ~kept[:, -1] & ~(first & rows.limited)[:, -1]
-
-
-def draw(chances: Tensor, numbers: Tensor) -> Tensor:
-    """Places at which the cumulated probabilities of rows exceed their random numbers: (D, K) and (D,) -> (D,).
-
-    Probabilities are cumulated in their order, in float64 and row by row, so that a draw does not depend on other rows;
-    of many, whole blocks first, and then those of the block that is hit.
-    """
-    if chances.shape[1] <= 4 * _WIDTH:
-        cumulated = chances.cumsum(-1, dtype=torch.float64)
-        return _hit(cumulated, numbers * cumulated[:, -1])
-    blocks = F.pad(chances, (0, -chances.shape[1] % _WIDTH)).unflatten(1, (-1, _WIDTH))  # (D, V / 256, 256)
-    sums = blocks.sum(-1, dtype=torch.float64)
-    cumulated = sums.cumsum(-1)
-    target = numbers * cumulated[:, -1]
-    block = _hit(cumulated, target)[:, None]
-    before = (cumulated.gather(1, block) - sums.gather(1, block))[:, 0]
-    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _WIDTH))[:, 0].cumsum(-1, dtype=torch.float64)
-    return block[:, 0] * _WIDTH + _hit(inside, target - before)
-
-
-def _hit(cumulated: Tensor, target: Tensor) -> Tensor:
-    """The first place that exceeds a target, one with a probability; rounding does not reach beyond either end."""
-    total = cumulated[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    place = torch.searchsorted(cumulated, target.clamp(min=0).minimum(below)[:, None], right=True)
-    return place[:, 0].clamp(max=cumulated.shape[1] - 1)
+    return on_device(rows, device), on_device(tokens, device)
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

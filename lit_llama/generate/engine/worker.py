@@ -64,9 +64,17 @@ class Handle:
                 raise self._error
             return steps
 
-    def abort(self) -> None:
-        """End the request; the answers that go on end with the reason `abort`. Nothing happens where it has ended."""
-        self._worker._call_off(self)
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found computed, once the first step has come."""
+        return 0 if self._ticket is None else self._ticket.answers[0].sequence.reused
+
+    def abort(self, answer: int | None = None) -> None:
+        """End the request, or one of its answers; what goes on ends with the reason `abort`.
+
+        Nothing happens where it has ended.
+        """
+        self._worker._call_off(self, answer)
 
     def listen(self, notify: Callable[[], object] | None) -> None:
         """Have something called, in the engine's thread, whenever steps or the end have come.
@@ -136,7 +144,7 @@ class EngineThread:
         self.engine, self.max_unread, self._trim_after = engine, max_unread, trim_after
         self._wake = threading.Condition()
         self._new: deque[Handle] = deque()
-        self._off: deque[Handle] = deque()
+        self._off: deque[tuple[Handle, int | None]] = deque()
         self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._live: dict[Handle, None] = {}  # submitted, not ended
         self._closing = self._ending = False  # nothing is taken in; what is there is aborted
@@ -224,10 +232,10 @@ class EngineThread:
         if self._closing:
             raise ResourceError("no more requests are taken in, as the engine is being closed")
 
-    def _call_off(self, handle: Handle) -> None:
+    def _call_off(self, handle: Handle, answer: int | None = None) -> None:
         with self._wake:
             if handle in self._live:
-                self._off.append(handle)
+                self._off.append((handle, answer))
                 self._wake.notify_all()
 
     # ---- in the thread
@@ -247,7 +255,9 @@ class EngineThread:
                     run()
                 for handle in new:
                     self._admit(handle)
-                for handle in list(self._live) if ending else off:  # nothing is submitted while it ends
+                for handle, answer in off:
+                    self._abort(handle, answer)
+                for handle in list(self._live) if ending else ():  # nothing is submitted while it ends
                     self._abort(handle)
                 if ending:
                     return
@@ -266,9 +276,9 @@ class EngineThread:
         except Exception as error:  # of this request alone, as nothing is changed
             self._end(handle, error)
 
-    def _abort(self, handle: Handle) -> None:
+    def _abort(self, handle: Handle, answer: int | None = None) -> None:
         if handle._ticket is not None and not handle._ticket.done:
-            self.engine.abort(handle._ticket)
+            self.engine.abort(handle._ticket, answer)
 
     def _deliver(self, handle: Handle) -> None:
         """Hand over what the engine has put into a ticket."""

@@ -19,16 +19,8 @@ from torch import Tensor, nn
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.fused.kernels import call, compiled
-from lit_llama.model.kernels.packing import (
-    DEPTH,
-    PAIR,
-    Weights,
-    in_turns,
-    packed,
-    packed_codes,
-    packed_scales,
-    quantized,
-)
+from lit_llama.model.kernels.mapped import MappedFiles
+from lit_llama.model.kernels.packing import DEPTH, PAIR, Weights, in_turns, packed, packed_matrix
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.low_rank import Adapter, LowRank
 from lit_llama.model.paged import BLOCK, PagedBatch, untouched_zeros
@@ -140,7 +132,7 @@ class PackedLLaMA:
             raise ResourceError(f"a model of this shape cannot be packed in {dtype} on this machine, see `packs`")
         self.config, self.dtype, self._weights = model.config, dtype, weights
         self._kept: list[Tensor] = []  # what the structures point to
-        self._consume = consume
+        self._consume, self._files = consume, MappedFiles()
         self._updates: dict[str, tuple[Any, int, list[Tensor]]] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._rotation = torch.empty(2, 0, model.config.head_dim // 2)
@@ -150,7 +142,8 @@ class PackedLLaMA:
         )
         rows = _weight_of(model.model.embed_tokens, whole=True)
         tied = _weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
-        embedding = None if tied else self._keep(rows.to(dtype).contiguous())
+        # A copy, where the model is given up: a part of a mapped file would keep all of it.
+        embedding = None if tied else self._keep(rows.to(dtype, copy=consume).contiguous())
         head = self._pack(_weight_of(model.lm_head, whole=True), None, None if weights == "stored" else 8)
         self._model = _Model(
             config.num_hidden_layers,
@@ -190,7 +183,7 @@ class PackedLLaMA:
             bias = in_turns(*vectors) if len(layers) == 2 else torch.cat(vectors)
         if self._consume:
             for layer in layers:
-                _give_up(layer)
+                _give_up(layer, self._files)
         del weights
         return self._pack(weight, bias, bits)
 
@@ -199,12 +192,9 @@ class PackedLLaMA:
         if bias is not None:
             bias = nn.functional.pad(bias.float(), (0, -outputs % PAIR))
         bits = bits or {"stored": 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[self._weights]
-        if bits > 8:
-            kept = packed(weight.to(self.dtype))
-            at, scales, k = self._keep(kept), None, kept.shape[1] * kept.shape[3]
-        else:
-            codes, steps = quantized(weight, bits)
-            at, scales, k = self._keep(packed_codes(codes, bits)), self._keep(packed_scales(steps)), codes.shape[1]
+        made, steps = packed_matrix(weight, self.dtype, bits)
+        at, k = self._keep(made), made.shape[1] * made.shape[3] * (8 // bits if bits <= 8 else 1)
+        scales = None if steps is None else self._keep(steps)
         return _Matrix(at, scales, None if bias is None else self._keep(bias), outputs, k, bits)
 
     def _vector(self, vector: Tensor) -> int:
@@ -418,7 +408,8 @@ def _bias_of(module: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def _give_up(module: nn.Module) -> None:
+def _give_up(module: nn.Module, files: MappedFiles) -> None:
     base = getattr(module, "base_layer", module)
     name = "packed" if isinstance(base, QuantizedLinear) else "weight"
+    files.forget(base.get_parameter(name))
     base.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))

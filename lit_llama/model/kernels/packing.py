@@ -21,6 +21,31 @@ GROUP = {8: 64, 4: 32}
 ZERO = {8: 128, 4: 8}
 """The code of zero."""
 
+PIECE = 1 << 21
+"""Numbers of a weight that are packed at a time: what is made of them on the way takes several floats for each."""
+
+
+def packed_matrix(weight: Tensor, dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor | None]:
+    """A weight (N, K) of any dtype as numbers of a dtype, or as codes of 8 or 4 bits and their scales, all packed.
+
+    Rows are packed piece by piece: beside the result there is never more than a piece.
+    """
+    rows = max(PIECE // weight.shape[1] // PAIR, 1) * PAIR
+    parts: list[Tensor] = []
+    for first in range(0, len(weight), rows):
+        piece = weight[first : first + rows]
+        if bits > 8:
+            made = [packed(piece.to(dtype))]
+        else:
+            codes, scales = quantized(piece, bits)
+            made = [packed_codes(codes, bits), packed_scales(scales)]
+        if not parts:
+            blocks = -(-len(weight) // PAIR) * (PAIR // BLOCK)
+            parts = [part.new_empty(blocks, *part.shape[1:]) for part in made]
+        for part, done in zip(parts, made, strict=True):
+            part[first // BLOCK : first // BLOCK + len(done)] = done
+    return parts[0], parts[1] if bits <= 8 else None
+
 
 def packed(weight: Tensor) -> Tensor:
     """(N, K) -> (N/16, K/words, 16, words): a word is a float, or two of bfloat16."""

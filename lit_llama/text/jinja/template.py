@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
@@ -65,6 +66,7 @@ class JinjaStyle(PromptStyle):
         tools: Sequence[Mapping[str, Any]] = (),
         asking: bool = True,
         keep: bool = False,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> Told:
         """A conversation, and how it differs from what generation is asked.
 
@@ -76,12 +78,13 @@ class JinjaStyle(PromptStyle):
             tools: As for `render`.
             asking: The last answer is told as it is asked for, whatever the template writes before it.
             keep: The last answer has its thoughts, also where the template leaves them out.
+            more: What else the template may ask for, such as `enable_thinking`.
 
         Raises:
             UserError: The template does not write the tools or the calls of them.
             CheckpointError: As for `render`.
         """
-        names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": answer, "documents": None}
+        names = {**more, "bos_token": bos, "eos_token": eos, "add_generation_prompt": answer, "documents": None}
         names["tools"] = [*tools] or None
         messages = [self._named(message) for message in messages]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -109,6 +112,10 @@ class JinjaStyle(PromptStyle):
     def jinja(self, bos: bool) -> str:
         """See PromptStyle."""
         return self._source
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the template may read a value of this name."""
+        return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
 
     def marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
         """Those of a tokenizer's added words with which the template opens turns: nobody else may spell them.

@@ -64,6 +64,19 @@ def test_expressions_choices_and_grammars(runner: TorchRunner, table: TokenTable
     assert re.fullmatch(rb"\d(,\d)+", ask(runner, Constraint.lark(lark, table), 3, True)[0])
 
 
+def test_white_space_does_not_go_on_for_ever(table: TokenTable) -> None:
+    def lets_through(text: str) -> bool:
+        matcher = Constraint.json_schema({}, table).matcher()
+        return all(matcher.accept(token) for token in text.encode()) and matcher.accept(END)
+
+    value = {"a": [1, {"b": None}], "c": "x"}
+    assert all(lets_through(json.dumps(value, indent=indent)) for indent in (None, 1, 2, 4, "\t"))
+    assert lets_through(json.dumps(value, separators=(",", ":")))
+    assert (
+        not lets_through('{"a":\n\n1}') and not lets_through('{"a":   1}') and not lets_through("[\n" + " " * 33 + "]")
+    )
+
+
 def test_an_answer_that_is_cut_says_so(runner: TorchRunner, table: TokenTable) -> None:
     text, reason = ask(runner, Constraint.json_schema(SCHEMA, table), 0, False, most=5)
     assert reason == "length"

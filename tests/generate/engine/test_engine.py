@@ -108,6 +108,22 @@ def test_a_prompt_is_scored_as_by_the_whole_model(kind: str) -> None:
         assert [token for token, _ in score.top] == row.topk(3).indices.tolist()
 
 
+@pytest.mark.parametrize("start", [1, 2, 17, 40, -1])
+def test_the_rest_of_a_prompt_is_scored_as_in_the_whole(start: int) -> None:
+    """Scores that belong to the token before or behind, or a known beginning that is computed again."""
+    ids = prompts(1, seed=2)[0] * 3
+    start %= len(ids)
+    it = engine()
+    whole = it.add(Request(ids, Sampling(max_new_tokens=0), prompt_logprobs=0))
+    finish(it)
+    before = it.statistics().computed
+    part = it.add(Request(ids, Sampling(max_new_tokens=0), prompt_logprobs=0, scored_from=start))
+    finish(it)
+    scores = part.steps[-1].prompt_logprobs
+    assert scores == (*[None] * start, *whole.steps[-1].prompt_logprobs[start:])
+    assert it.statistics().computed - before <= len(ids) - (start - 1) // BLOCK * BLOCK
+
+
 def test_logprobs_come_with_the_tokens() -> None:
     ticket = (it := engine()).add(Request(prompts(1)[0], Sampling(max_new_tokens=5, logprobs=2)))
     finish(it)

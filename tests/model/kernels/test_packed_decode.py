@@ -1,19 +1,26 @@
 """The step of decode.cpp against the model in torch, its own quantisation, and itself in other company."""
 
 import itertools
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.kernels import packing
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.kernels.mapped import MappedFiles
 from lit_llama.model.kernels.packing import (
     GROUP,
     ZERO,
@@ -22,6 +29,7 @@ from lit_llama.model.kernels.packing import (
     in_turns,
     packed,
     packed_codes,
+    packed_matrix,
     packed_scales,
     quantized,
 )
@@ -96,6 +104,17 @@ def test_the_bits_do_not_depend_on_the_company(shape: str, dtype: torch.dtype, w
     assert torch.equal(step(together, cache)[33:-1], alone)
 
 
+@pytest.mark.parametrize("weights", get_args(Weights))
+def test_a_step_that_wants_no_logits_fills_the_cache(weights: Weights) -> None:
+    """Catches: a division by the number of logits, which ends the process at the first piece of a long prompt."""
+    model, ids = tiny_model(), ids_of(40)
+    step, cache = PackedLLaMA(model, torch.bfloat16, weights), PackedCache(model.config, 4, torch.bfloat16)
+    alone = step(whole(ids), cache)[-1:]
+    assert len(step(PagedBatch(ids=[ids[:33]], starts=[0], tables=[[2, 3]], logits=[0]), cache)) == 0
+    last = PagedBatch(ids=[ids[33:]], starts=[33], tables=[[2, 3]], logits=[1])
+    assert torch.equal(step(last, cache), alone)
+
+
 @pytest.mark.parametrize("tokens", [20, 200])
 def test_the_bits_do_not_depend_on_the_number_of_threads(tokens: int) -> None:
     """Catches: chunks of keys that are joined in the order in which threads finish them."""
@@ -164,6 +183,31 @@ def tuned(seed: int = 0, **options: object) -> LLaMA:
     return model.requires_grad_(False).eval()
 
 
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_pieces_of_rows_are_packed_as_the_whole(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a piece at the wrong rows, a last one that is not filled up, and numbers of a whole weight in float."""
+    weight, dtype = torch.randn(1000, 300).bfloat16(), torch.float32 if bits == 32 else torch.bfloat16
+    codes, scales = quantized(weight, bits) if bits <= 8 else (weight, weight)
+    expected = packed(weight.to(dtype)) if bits > 8 else packed_codes(codes, bits)
+    monkeypatch.setattr(packing, "PIECE", 33_000)  # 96 rows
+    largest = 0
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and bits <= 8:
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    with Watched():
+        made, steps = packed_matrix(weight, dtype, bits)
+    assert torch.equal(made, expected) and made.stride() == expected.stride()
+    if bits <= 8:
+        assert steps is not None and torch.equal(steps, packed_scales(scales))
+        assert 0 < largest <= 4 * 96 * 320
+
+
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj", "up_proj", "k_proj,down_proj,o_proj"])
 def test_updates_of_low_rank_are_those_of_the_layers(targets: str) -> None:
     model, ids = tuned(target_modules=targets, r=5), ids_of(70)
@@ -215,6 +259,43 @@ def test_a_consumed_model_is_never_there_twice() -> None:
     assert sum(p.numel() for name, p in model.named_parameters() if "norm" not in name) == 0
     made = step(whole([1, 2, 3]), PackedCache(model.config, 1, torch.float32))
     assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mapped_weights_leave_the_memory_and_nothing_else_changes(tmp_path: Path) -> None:
+    """Counts the pages of the file that the process holds. Catches: what is kept of a mapped file and keeps all of it;
+    memory that is in no file, or of a neighbour, and is lost."""
+    save_file({"first": torch.full((1001, 1024), 2.0), "second": torch.full((999, 1024), 3.0)}, tmp_path / "x")
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        first, second = file.get_tensor("first"), file.get_tensor("second")
+    other = torch.full((1001, 1024), 4.0)
+    files = MappedFiles()
+    assert [float(x.sum()) for x in (first, second, other)] == [2 * 1001 * 1024, 3 * 999 * 1024, 4 * 1001 * 1024]
+    held = resident(tmp_path / "x")
+    assert files.forget(other) == 0
+    given = files.forget(first)
+    assert first.nbytes - 2 * mmap.PAGESIZE <= given <= first.nbytes
+    assert held - resident(tmp_path / "x") == given
+    assert bool((first == 2).all() and (second == 3).all() and (other == 4).all())
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file that this process has in its memory."""
+    lines = iter(Path("/proc/self/smaps").read_text("utf-8").splitlines())
+    return sum(
+        1024 * int(next(own for own in lines if own.startswith("Rss:")).split()[1])
+        for line in lines
+        if line.endswith(f" {path}")
+    )
+
+
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+def test_a_consumed_model_keeps_no_part_of_its_numbers(weights: Weights) -> None:
+    """Catches an embedding that is a part of a mapped file, which stays mapped for its sake."""
+    model = tiny_model(tie_word_embeddings=weights == "int8")
+    where = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if parameter.ndim == 2}
+    held = [parameter.detach() for parameter in model.parameters()]  # so that no address comes again
+    packed_model = PackedLLaMA(model, torch.float32, weights, consume=True)
+    assert held and not where & {tensor.untyped_storage().data_ptr() for tensor in packed_model._kept}
 
 
 def test_which_models_are_packed() -> None:

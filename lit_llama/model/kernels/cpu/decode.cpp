@@ -39,6 +39,7 @@ static void encode(const Matrix &w, const E *x, index_t sx, index_t n, index_t T
 template <typename E, typename UpdateOf, typename Made>
 static void products(const Matrix &w, const E *x, index_t sx, const Buffers<E> &b, const index_t *edges, index_t tiles,
                      index_t thread, index_t threads, UpdateOf update_of, Made made) {
+    if (!tiles) return;  // a step within a prompt wants no logits
     alignas(64) float c[TALL * PAIR];
     const index_t last = first_of(w.pairs(), thread + 1, threads), bytes = PAIR * w.k * w.bits / 8;
     bool many = false;

@@ -2,40 +2,26 @@
 
 import io
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from talking import Conversation, Recorder, recorder, say
 
 from lit_llama.errors import UserError
-from lit_llama.generate.chat import HELP, Conversation, line_reader, talk
+from lit_llama.generate.chat.commands import HELP
+from lit_llama.generate.chat.terminal import read_line, talk
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
-from lit_llama.generate.llm import LLM, Stream, load
+from lit_llama.generate.llm import LLM, load
 from lit_llama.model.paged import BLOCK
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import named_style
 
 pytestmark = pytest.mark.usefixtures("one_core")
-
-
-@dataclass(frozen=True)
-class Recorder(LLM):
-    """Notes what is asked at each turn."""
-
-    run: list[list[int]] = field(default_factory=list)
-
-    def stream(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Stream:
-        self.run.append(list(prompt))
-        return super().stream(prompt, sampling, **more)
-
-
-def recorder(llm: LLM, **changes: Any) -> Recorder:
-    return Recorder(**(vars(llm) | {"run": []} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +38,6 @@ def begin(llm: LLM, max_new_tokens: int = 12, system: str = "") -> Conversation:
     return Conversation(llm, Sampling(max_new_tokens=max_new_tokens), system)
 
 
-def say(conversation: Conversation, text: str) -> str:
-    return "".join(conversation.ask(text))
-
-
 def fresh(engine: Engine) -> Engine:
     """Another engine on the same model, whose cache is empty."""
     runner = engine.runner
@@ -65,8 +47,8 @@ def fresh(engine: Engine) -> Engine:
 
 def fresh_answer(conversation: Conversation, text: str) -> str:
     """The answer of a conversation that has the same messages and nothing computed."""
-    llm = conversation._speaker
-    other = begin(recorder(llm, engine=fresh(llm.engine)), conversation._sampling.max_new_tokens)
+    llm = conversation.llm
+    other = begin(recorder(llm, engine=fresh(llm.engine)), conversation.sampling.max_new_tokens)
     other.messages = [dict(message) for message in conversation.messages]
     return say(other, text)
 
@@ -148,20 +130,18 @@ def test_ctrl_c_amid_a_step_leaves_nothing_false_in_the_cache(
     assert say(conversation, "and now?") == wanted
 
 
-def test_the_oldest_turns_are_dropped_aloud(llm: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
-    """A conversation that ends, or that forgets without a word, when the context is full."""
-    conversation = begin(llm, 20, "Be brief")
+def test_the_oldest_turns_are_not_read_aloud(llm: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A conversation that ends, or that forgets without a word, when the context is full; or whose messages are gone
+    from the disk with it."""
     texts = [f"message {number} with a few more words in it" for number in range(9)]
-    for text in texts:
-        say(conversation, text)
-        assert len(llm.run[-1]) + 20 <= llm.config.max_position_embeddings
+    talk({"it": llm}, Sampling(max_new_tokens=20), read=script(*texts, "/show\n"), system="Be brief")
     said = capsys.readouterr().err
+    assert all(len(ids) + 20 <= llm.config.max_position_embeddings for ids in llm.run)
     assert "too long for the model: 1 oldest turns are forgotten" in said
-    contents = [message["content"] for message in conversation.messages if message["role"] != "assistant"]
-    assert contents[0] == "Be brief" and contents[1:] == texts[-len(contents) + 1 :] and 1 < len(contents) < 9
-    alone = begin(llm, 20)
-    alone.messages = conversation.messages[:-2]
-    assert say(alone, texts[-1]) == conversation.messages[-1]["content"]
+    assert said.count(". user") == 9, "all of them are kept"
+    last = texts_of(llm)[-1]
+    read = [text for text in texts if text in last]
+    assert "Be brief" in last and read == texts[-len(read) :] and 1 < len(read) < 9
 
 
 def test_a_message_too_long_alone_is_refused_and_forgotten(llm: Recorder) -> None:
@@ -212,7 +192,7 @@ def texts_of(llm: Recorder) -> list[str]:
 
 def test_talk_answers_on_stdout_and_talks_on_stderr(llm: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """Hints among the answers, or the end of input that is an error."""
-    talk(llm, Sampling(max_new_tokens=12), script("Say hi\n", "x\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=12), read=script("Say hi\n", "x\n"))
     captured = capsys.readouterr()
     conversation = begin(llm)
     assert captured.out == say(conversation, "Say hi") + "\n" + say(conversation, "x") + "\n"
@@ -227,13 +207,13 @@ def test_tokens_are_those_that_were_made(llm: Recorder, capsys: pytest.CaptureFi
     count = sum(len(step.ids) for step in steps)
     text = say(conversation, "Say hi")
     assert conversation.answer.tokens == count != len(llm.tokenizer.encode(text))
-    talk(llm, Sampling(max_new_tokens=30), script("Say hi\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=30), read=script("Say hi\n"))
     assert f"\n{count} tokens in" in capsys.readouterr().err
 
 
 def test_an_answer_that_was_cut_off_says_so(llm: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """An answer that looks as if the model had nothing more to say."""
-    talk(llm, Sampling(max_new_tokens=2), script("Say hi\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=script("Say hi\n"))
     assert "; cut off at --max_new_tokens 2" in capsys.readouterr().err
 
 
@@ -267,26 +247,30 @@ def test_turns_draw_apart_and_penalties_see_the_cached_turns(llm: Recorder) -> N
 def test_a_system_message_of_the_command_heads_every_conversation(llm: Recorder) -> None:
     """A message that a new start loses, or that outlives another one."""
     lines = script("one\n", "/new\n", "two\n", "/system Be rude\n", "three\n", "/new\n", "four\n")
-    talk(llm, Sampling(max_new_tokens=2), lines, "Be brief")
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=lines, system="Be brief")
     found = [next(text for text in ("Be brief", "Be rude") if text in prompt) for prompt in texts_of(llm)]
     assert found == ["Be brief", "Be brief", "Be rude", "Be brief"]
 
 
 def test_empty_lines_and_ctrl_c_at_the_prompt_are_ignored(llm: Recorder) -> None:
     """A turn without words, or a conversation that ends with a line thrown away."""
-    talk(llm, Sampling(max_new_tokens=2), script("\n", "   \n", KeyboardInterrupt, "Say hi\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=script("\n", "   \n", KeyboardInterrupt, "Say hi\n"))
     assert len(llm.run) == 1
 
 
 def test_quit_ends_at_once(llm: Recorder) -> None:
     """Lines after /quit."""
-    talk(llm, Sampling(max_new_tokens=2), script("/quit\n", "Say hi\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=script("/quit\n", "Say hi\n"))
     assert llm.run == []
 
 
 def test_new_forgets_and_system_begins_with_a_message(llm: Recorder) -> None:
     """Turns, or a system message, that survive a new start."""
-    talk(llm, Sampling(max_new_tokens=2), script("one\n", "/system Be brief\n", "two\n", "/new\n", "three\n"))
+    talk(
+        {"it": llm},
+        Sampling(max_new_tokens=2),
+        read=script("one\n", "/system Be brief\n", "two\n", "/new\n", "three\n"),
+    )
     turns = [prompt_ids(llm.tokenizer, llm.require_style(), messages) for messages in (
         [{"role": "user", "content": "one"}],
         [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "two"}],
@@ -295,10 +279,10 @@ def test_new_forgets_and_system_begins_with_a_message(llm: Recorder) -> None:
     assert llm.run == turns
 
 
-@pytest.mark.parametrize("command", ["/help", "/neu", "/system", "/"])
+@pytest.mark.parametrize("command", ["/neu", "/helps", "/"])
 def test_an_unknown_command_shows_the_list(llm: Recorder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A mistyped command that the model is asked."""
-    talk(llm, Sampling(max_new_tokens=2), script(f"{command}\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=script(f"{command}\n"))
     assert f"unknown command {command}; {HELP}" in capsys.readouterr().err
     assert llm.run == []
 
@@ -306,14 +290,14 @@ def test_an_unknown_command_shows_the_list(llm: Recorder, command: str, capsys: 
 def test_a_style_without_system_message_says_so_and_goes_on(loaded: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     """A traceback, or a system message that makes every later turn fail."""
     llm = recorder(loaded, style=named_style("alpaca"))
-    talk(llm, Sampling(max_new_tokens=2), script("/system Be brief\n", "Say hi\n", "x\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=script("/system Be brief\n", "Say hi\n", "x\n"))
     assert capsys.readouterr().err.count("(the prompt style alpaca has no system message)") == 1
     assert len(llm.run) == 2 and "Be brief" not in texts_of(llm)[0]
 
 
 def test_talk_goes_on_after_a_message_too_long(llm: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """One long paste that ends the conversation."""
-    talk(llm, Sampling(max_new_tokens=2), script("many words " * 100, "Say hi\n"))
+    talk({"it": llm}, Sampling(max_new_tokens=2), read=script("many words " * 100, "Say hi\n"))
     captured = capsys.readouterr()
     assert "(the message has" in captured.err and len(llm.run) == 1 and captured.out.count("\n") >= 1
 
@@ -334,7 +318,7 @@ def test_ctrl_c_during_an_answer_keeps_the_conversation(
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "logits", interrupted)
-        talk(llm, Sampling(max_new_tokens=12), script("Say hi\n", "x\n"))
+        talk({"it": llm}, Sampling(max_new_tokens=12), read=script("Say hi\n", "x\n"))
     assert " ...\n" in capsys.readouterr().out
     assert len(llm.run) == 2 and "Say hi" in llm.tokenizer.decode(llm.run[1])
 
@@ -354,7 +338,7 @@ def test_lines_of_a_pipe_are_read_until_its_end(
     """A line in another encoding that ends the conversation with a traceback."""
     raw = "Zoë\n".encode() + b"caf\xe9\n" + "北京".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-    read = line_reader()
+    read = read_line
     assert [read(), read()] == ["Zoë\n", "caf\ufffd\n"]
     assert "not UTF-8" in capsys.readouterr().err
     assert read() == "北京"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lit_llama.generate.metrics import Answer, measure, notes
+from lit_llama.generate.evaluate.metrics import Answer, measure, notes
 from lit_llama.text.formats import Example
 
 

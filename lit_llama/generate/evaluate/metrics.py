@@ -1,7 +1,9 @@
-"""Answers beside their references: how many stop, are equal, or are the same JSON."""
+"""Answers beside their references: how many stop, are equal, are the same JSON, or share words."""
 
 import json
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -58,15 +60,104 @@ def measure(examples: Sequence[Example], answers: Sequence[Answer], control: Col
     if failed := sum(answer.error is not None for answer in answers):
         measures["failed"] = failed
     if pairs:
-        measures["exact_match"] = _mean([_nfc(wanted) == _nfc(text) for wanted, text in pairs])
-    wanted = [_json(reference) for reference, _ in pairs]
-    if pairs and all(value is not None for value in wanted):
-        found = [_json(text) for _, text in pairs]
-        measures["json_match"] = _mean([_same(one, other) for one, other in zip(wanted, found, strict=True)])
+        measures["exact_match"] = _mean([exact_match(wanted, text) for wanted, text in pairs])
+    if pairs and all(is_json(reference) for reference, _ in pairs):
+        measures["json_match"] = _mean([json_match(wanted, text) for wanted, text in pairs])
     spelled = [any(token in answer.text for token in control) for answer in answers]
     if any(spelled):
         measures["control_tokens_spelled"] = _mean(spelled)
     return measures
+
+
+def exact_match(reference: str, text: str) -> bool:
+    """Whether an answer equals the reference, blanks around it and Unicode's spelling of letters aside."""
+    return _nfc(reference) == _nfc(text)
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is JSON, as `measure` reads it."""
+    return _json(text) is not None
+
+
+def json_match(reference: str, text: str) -> bool:
+    """Whether an answer is the same JSON value as the reference."""
+    return _same(_json(reference), _json(text))
+
+
+def json_keys(text: str) -> tuple[str, ...]:
+    """Keys of a JSON object in their order; none of anything else."""
+    value = _json(text)
+    return tuple(value[0]) if value and isinstance(value[0], dict) else ()
+
+
+def json_fields(reference: str, text: str) -> dict[str, bool]:
+    """Of each field of a reference, which is a JSON object, whether the answer has the same."""
+    wanted, found = _json(reference), _json(text)
+    assert wanted and isinstance(wanted[0], dict)
+    given = found[0] if found and isinstance(found[0], dict) else {}
+    return {key: key in given and _same(value, given[key]) for key, value in wanted[0].items()}
+
+
+def contains(wanted: Sequence[str], text: str) -> bool:
+    """Whether an answer holds every one of these texts, in capitals or not."""
+    text = _nfc(text).casefold()
+    return all(_nfc(part).casefold() in text for part in wanted)
+
+
+def regex_match(pattern: re.Pattern[str], reference: str, text: str) -> bool:
+    """Whether a pattern is found in an answer.
+
+    Of a pattern with a group, the last find counts, and its group has to equal that of the last find in the reference,
+    or the reference itself where nothing is found in it. Commas within numbers and blanks around do not count.
+    """
+    if not pattern.groups:
+        return pattern.search(_nfc(text)) is not None
+    found = _last_group(pattern, text)
+    wanted = _last_group(pattern, reference)
+    return found is not None and found == (_plain(reference) if wanted is None else wanted)
+
+
+def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
+    groups = [
+        next((group for group in match.groups() if group is not None), "") for match in pattern.finditer(_nfc(text))
+    ]
+    return _plain(groups[-1]) if groups else None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", _nfc(text))
+
+
+_WORDS = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+)
+"""Words of a text; each character of a script that puts no blanks between words is one."""
+
+
+def rouge_l(reference: str, text: str) -> float:
+    """ROUGE-L (Lin 2004): the F-measure of the longest common subsequence of words, in capitals or not.
+
+    Equal to rouge_score's rougeL without a stemmer on English, and defined on every other script, too.
+    """
+    wanted, found = (_WORDS.findall(unicodedata.normalize("NFC", side).casefold()) for side in (reference, text))
+    if not wanted or not found:
+        return 0.0
+    common = _common(wanted, found)
+    precision, recall = common / len(found), common / len(wanted)
+    return 2 * precision * recall / (precision + recall) if common else 0.0
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a row of its table at once as the bits of a number (Hyyrö 2004)."""
+    places: defaultdict[str, int] = defaultdict(int)
+    for index, word in enumerate(one):
+        places[word] |= 1 << index
+    whole = (1 << len(one)) - 1
+    row = whole
+    for word in other:
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & whole
+    return len(one) - row.bit_count()
 
 
 def notes(examples: Sequence[Example], answers: Sequence[Answer], control: Collection[str] = ()) -> list[str]:

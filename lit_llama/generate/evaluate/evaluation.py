@@ -1,0 +1,151 @@
+"""An evaluation from its folders to its report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import UserError
+from lit_llama.folder import encode_json, replace_file
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.evaluate.answers import answered_rows, answered_task, check_one_task, read_answers
+from lit_llama.generate.evaluate.models import Model, short_names
+from lit_llama.generate.evaluate.report.page import render_page
+from lit_llama.generate.evaluate.report.summary import summarise
+from lit_llama.generate.evaluate.run import Rows, evaluate_models, read_timing
+from lit_llama.generate.evaluate.store import described
+from lit_llama.generate.evaluate.tasks import Task, check_names, data_task, read_tasks
+from lit_llama.lock import claim
+from lit_llama.place import full_disk_explained
+from lit_llama.progress import stderr
+
+RESULTS_JSON, REPORT_HTML = "results.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of it.
+
+    Attributes:
+        results: All that stands in results.json.
+        models: Their rows.
+        tasks: What they were asked.
+    """
+
+    results: dict[str, Any]
+    models: list[Rows]
+    tasks: list[Task]
+
+
+def gather_tasks(
+    data_dir: Path | None, tasks: Sequence[str], answers: Sequence[Path], limit: int | None = None
+) -> list[Task]:
+    """What is to be asked, before anything is loaded.
+
+    Args:
+        data_dir: A data folder, of which the test split is a task.
+        tasks: Files of tasks, or `regression`.
+        answers: Files of answers, whose questions are the task where there is no other.
+        limit: Only so many rows of each task.
+
+    Raises:
+        UserError: There are none, or two of one name.
+        DataError: Rows cannot be read.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}, expected 1 or more")
+    found = [data_task(data_dir, limit)] if data_dir is not None else []
+    for name in tasks:
+        found += read_tasks(name, limit)
+    if not found and answers:
+        found = [answered_task("answers", read_answers(answers[0])[:limit])]
+    if not found:
+        raise UserError("there is nothing to evaluate on: give --data_dir, --tasks or both")
+    check_names(found)
+    check_one_task(answers, found)
+    return found
+
+
+def place_of_report(data_dir: Path | None, tasks: Sequence[str], answers: Sequence[Path]) -> Path:
+    """Where a report goes that nobody named a folder for."""
+    names = [data_dir.resolve().name] if data_dir is not None else []
+    names += [Path(name).stem for name in tasks]
+    return Path("out/evaluate") / ("-".join(names) or answers[0].stem)
+
+
+def evaluate(
+    models: Sequence[Model],
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    out_dir: Path,
+    *,
+    answers: Sequence[Path] = (),
+    judge: Any = None,
+    system: str = "",
+    batch_size: int = 32,
+    anew: bool = False,
+) -> Evaluation:
+    """Ask models for what is not there yet, and write results.json and report.html into `out_dir`.
+
+    Args:
+        models: Whom; the first of them, or the first file of answers, is what others are compared to.
+        tasks: What.
+        sampling: How answers are drawn.
+        out_dir: Where rows and the report go.
+        answers: Files of answers that count as models, too, before those that are asked.
+        judge: Who says which of two answers is better, see judge.py; None for nobody.
+        system: System message of prompts that have none.
+        batch_size: Answers that are made together.
+        anew: Begin again where rows were made otherwise.
+
+    Raises:
+        UserError: A row cannot be asked, rows that are there were made otherwise, or the folder holds something else.
+        LockedError: Another process evaluates into the same folder.
+        ResourceError: The disk is full.
+    """
+    if not models and not answers:
+        raise UserError("there is nobody to evaluate: give --checkpoint_dir, --answers or both")
+    if batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}, expected 1 or more")
+    _check_own(out_dir)
+    for model in models:
+        if any(task.prompt == "chat" for task in tasks):
+            model.opened.check_style(system)
+    files = [path.with_suffix("") for path in answers]
+    files = files if len({*files}) == len(files) else list(answers)
+    names = short_names([*files, *(model.folder for model in models)])
+    given = [
+        answered_rows(name, path, read_answers(path), tasks[0]) for name, path in zip(names, answers, strict=False)
+    ]
+    models = [
+        Model(name, model.opened, model.precision, model.quantize)
+        for name, model in zip(names[len(answers) :], models, strict=True)
+    ]
+    with claim(out_dir), full_disk_explained(out_dir, out_dir):
+        made = (
+            evaluate_models(models, tasks, sampling, out_dir, system=system, batch_size=batch_size, anew=anew)
+            if models
+            else []
+        )
+        rows = [*given, *made]
+        details: dict[str, Any] = {"sampling": described(sampling)} if models else {}
+        if judge is not None:
+            details["judge"] = judge.compare(rows, tasks, out_dir)
+        results = summarise(out_dir.resolve().name, rows, tasks, details)
+        replace_file(out_dir / RESULTS_JSON, encode_json(results))
+        replace_file(out_dir / REPORT_HTML, render_page(results, rows, tasks, read_timing(out_dir)).encode())
+    for note in results["notes"]:
+        stderr().print(note)
+    stderr().print(f"{out_dir / REPORT_HTML} shows all of it, row by row")
+    return Evaluation(results, rows, list(tasks))
+
+
+def _check_own(folder: Path) -> None:
+    """Raise UserError if a folder holds anything, but no evaluation."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out_dir {folder} is a file, expected a folder of an evaluation or nothing there")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
+    if names and "rows" not in names and not {RESULTS_JSON, REPORT_HTML} <= names:
+        raise UserError(
+            f"--out_dir {folder} holds {min(names)}, but no evaluation: name a folder that is empty or not there yet"
+        )

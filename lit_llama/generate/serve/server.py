@@ -1,0 +1,234 @@
+"""The process of a server: its socket, its signals, and connections that are given up."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.generate.serve.service import Service
+
+KEYS = "LIT_LLAMA_API_KEY"
+"""Environment variable with a key, or several that commas part."""
+_HEAD_SECONDS = 10.0
+_CONNECTIONS = 1024
+_SHORTEST_KEY = 16
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """Keys out of a file, one a line, and out of the environment.
+
+    Raises:
+        UserError: The file cannot be read or holds none, or a key is short or has blanks.
+    """
+    lines = os.environ.get(KEYS, "").split(",")
+    if file is not None:
+        try:
+            own = [line.strip() for line in file.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: the keys cannot be read: {error}") from error
+        own = [line for line in own if line and not line.startswith("#")]
+        if not own:
+            raise UserError(f"{file} holds no key, expected one on each line")
+        lines += own
+    keys = [line.strip() for line in lines if line.strip()]
+    for key in keys:
+        if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(
+                f"an API key has {len(key)} characters, expected at least {_SHORTEST_KEY} letters, digits and signs "
+                "without blanks, as `openssl rand -hex 24` gives them"
+            )
+    return keys
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ResourceError: The address is taken, or none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ResourceError(f"{host} is no address of this machine: {error}") from error
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(1024)
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise ResourceError(f"nothing can listen at {host} port {port}: {error}; name another port") from error
+    return made
+
+
+class Impatient(H11Protocol):
+    """HTTP of uvicorn, that gives up a connection on which no request comes, or half of one.
+
+    uvicorn has no such limit of its own, but for connections that are idle after a reply.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Wait for the rest of a head, from when its beginning came."""
+        if not self._waiting():
+            self._calm()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+
+    def _calm(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _waiting(self) -> bool:
+        cycle: Any = self.cycle  # None before the first request, whatever its type says
+        return cycle is None or bool(cycle.response_complete)
+
+    def _give_up(self) -> None:
+        self._patience = None
+        if self._waiting() and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._calm()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """A server whose first signal lets it answer what it was asked, and whose second ends it at once.
+
+    Attributes:
+        ended_by: The second signal.
+        stopped: When the first one came.
+    """
+
+    ended_by: int | None = None
+    stopped: float | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals as long as it serves, where that is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.should_exit:
+            self.ended_by, self.force_exit = number, True
+        self.should_exit, self.stopped = True, self.stopped or time.monotonic()
+
+
+def make_server(app: Starlette, drain: float) -> Server:
+    """A server of an application, which `serve(sockets=[...])` runs; `drain` as for `serve`."""
+    config = uvicorn.Config(
+        app,
+        http=Impatient,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    server = Server(config)
+    app.state.stopping = lambda: server.should_exit  # for replies that have no end of their own
+    return server
+
+
+def serve(
+    app: Starlette,
+    made: socket.socket,
+    load: Callable[[], Callable[[], object]],
+    *,
+    drain: float,
+    said: Callable[[str], object],
+) -> None:
+    """Serve until a signal comes; answers that are being made are finished first.
+
+    Args:
+        app: See `create_app`.
+        made: A socket that listens.
+        load: Loads the models meanwhile, in a thread, and gives what ends them.
+        drain: Seconds for the last answers.
+        said: Takes lines for people.
+
+    Raises:
+        UserError: The models cannot be loaded.
+        Interrupted: A second signal came.
+    """
+    server = make_server(app, drain)
+    errors: list[BaseException] = []
+    ends: list[Callable[[], object]] = []
+
+    def prepare() -> None:
+        try:
+            ends.append(load())
+        except BaseException as error:
+            errors.append(error)
+            server.should_exit = True
+
+    thread = threading.Thread(target=prepare, name="loading", daemon=True)
+    thread.start()
+    asyncio.run(server.serve(sockets=[made]))
+    if errors:
+        raise errors[0]
+    if server.ended_by is None:
+        late = server.stopped is not None and time.monotonic() - server.stopped >= max(1, round(drain))
+        said(_stopped(app.state.service, late))
+    if thread.is_alive():  # in the midst of native code, which an interpreter that goes down could crash
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if server.ended_by is None else 128 + server.ended_by)
+    for end in ends:
+        end()
+    if server.ended_by is not None:
+        raise Interrupted(server.ended_by, "stopped at once; answers that were being made are lost")
+
+
+def _stopped(service: Service, late: bool) -> str:
+    """A line on what became of the answers; those that no connection waits for go on until the engine ends."""
+    if service.models is None:
+        return "stopped while loading"
+    lost = ["answers that took longer are lost"] if late else []
+    if cut := service.answers:
+        lost.append(f"{cut} {'answers' if cut > 1 else 'answer'} of the page cut off; what there is is kept")
+    return f"stopped; {', '.join(lost) or 'all that was asked is answered'}"
+
+
+def addresses(made: socket.socket) -> Sequence[str]:
+    """Where a socket is reached, for people."""
+    host, port = made.getsockname()[:2]
+    return [f"http://{f'[{host}]' if ':' in host else host}:{port}"]

@@ -1,0 +1,219 @@
+"""State of a server: its models once they are loaded, the answers that are being made, and how each one is made."""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from lit_llama.console import visible
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.ticket import Statistics
+from lit_llama.generate.engine.worker import EngineThread
+from lit_llama.generate.llm import LLM
+from lit_llama.generate.serve.errors import ApiError, refusal
+from lit_llama.generate.serve.fields import parse_json
+from lit_llama.generate.serve.metrics import Metrics
+from lit_llama.generate.serve.models import Limits, Models
+from lit_llama.generate.serve.replies import Reply, encoded
+from lit_llama.generate.serve.requests import Asked
+from lit_llama.generate.serve.running import Running
+
+GONE = 499
+"""Status of a request whose client went away, as nginx has it; nobody receives it."""
+
+
+@dataclass
+class Service:
+    """What the routes of a server share.
+
+    Args:
+        limits: Of requests.
+        log: Takes lines about requests, without what was asked and answered.
+        content_log: Takes what was asked and answered, as JSON; None for nothing.
+
+    Attributes:
+        models: None while they are loaded.
+        answers: That are being made or wait, of this service alone.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    log: Callable[[str], object] = lambda line: None
+    content_log: Callable[[str], object] | None = None
+    models: Models | None = None
+    answers: int = 0
+    metrics: Metrics = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self._statistics)
+
+    def _statistics(self) -> Statistics | None:
+        return None if self.models is None else self.models.worker.engine.statistics()
+
+    def start(
+        self, llms: Mapping[str, LLM], worker: EngineThread, defaults: Mapping[str, Sampling] | None = None
+    ) -> None:
+        """Answer requests from now on.
+
+        Args:
+            llms: The models by their names, all on one engine; the first one is that of requests that name none.
+            worker: The thread that drives it.
+            defaults: How each is sampled where a request does not say; others take the most likely token.
+        """
+        self.models = Models(llms, worker, self.limits, defaults or {})
+
+    def ready(self) -> Models:
+        """The models.
+
+        Raises:
+            ApiError: They are still being loaded.
+        """
+        if self.models is None:
+            raise ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"})
+        return self.models
+
+    # ---- a request
+
+    async def answer(self, request: Request, read: Callable[[Mapping[str, Any], Models], Asked]) -> Response:
+        """Answer a request for text.
+
+        Args:
+            request: Of HTTP.
+            read: What makes requests of the engine of it.
+
+        Raises:
+            ApiError: It is refused.
+        """
+        models = self.ready()
+        self.check_room(models, 1)
+        body = await self.body(request)
+        asked = await anyio.to_thread.run_sync(read, body, models)
+        self.check_room(models, asked.choices)
+        running = Running(asked, models.worker, self.limits.max_seconds)
+        running.submit()
+        self.note(asked.choices)
+        reply = Reply(asked, running)
+
+        def after() -> None:
+            self.note(-asked.choices)
+            running.abort()
+            self._count(request, body, reply, running)
+
+        if asked.stream:
+            return _Events(reply, after, self.limits.max_seconds + 60)
+        try:
+            return await self._whole(request, reply)
+        finally:
+            after()
+
+    async def _whole(self, request: Request, reply: Reply) -> Response:
+        """A reply in one, unless the client goes away before."""
+        made = asyncio.ensure_future(reply.whole())
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not made.done():
+                self.metrics.gone.inc()
+                return Response(status_code=GONE)
+            return json_response(made.result())
+        finally:
+            for task in (made, gone):
+                task.cancel()
+            await asyncio.gather(made, gone, return_exceptions=True)
+
+    def note(self, more: int) -> None:
+        """Note answers that begin, or, below 0, that have ended; from any thread."""
+        with self._lock:
+            self.answers += more
+
+    def check_room(self, models: Models, more: int) -> None:
+        """Raise ApiError if not so many answers may run and wait besides those that do."""
+        most = models.worker.engine.config.max_sequences + self.limits.max_waiting
+        if more > most:
+            raise refusal("n", f"asks for {more} answers, expected at most {most}, which is all that may run and wait")
+        if self.answers + more > most:
+            message = f"{self.answers} answers are being made or wait, of at most {most}; try again later"
+            raise ApiError(429, message, headers={"Retry-After": "1"})
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a request.
+
+        Raises:
+            ApiError: It is too large, too slow, or something else.
+        """
+        raw = await self._read(request)
+        return await anyio.to_thread.run_sync(parse_json, raw) if len(raw) > 1 << 16 else parse_json(raw)
+
+    async def _read(self, request: Request) -> bytes:
+        most = self.limits.max_body
+        announced = request.headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > most:
+            raise ApiError(413, f"the body has {announced} bytes, expected at most {most}")
+        raw = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > most:
+                        raise ApiError(413, f"the body has more than {most} bytes")
+        except TimeoutError:
+            message = f"the body did not arrive within {self.limits.body_seconds:g} seconds"
+            raise ApiError(408, message, headers={"Connection": "close"}) from None
+        return bytes(raw)
+
+    def _count(self, request: Request, body: Mapping[str, Any], reply: Reply, running: Running) -> None:
+        seconds, made, usage = time.monotonic() - running.started, running.made, running.usage()
+        first = None if running.first is None else running.first - running.started
+        self.metrics.answered(prompt=usage["prompt_tokens"], made=made, seconds=seconds, first=first)
+        request.state.told = f"{usage['prompt_tokens']} tokens in, {made} out"
+        if self.content_log is not None:
+            import json
+
+            self.content_log(json.dumps({"path": request.url.path, "request": body, "answers": reply.answers}))
+
+    def fault(self) -> Response:
+        """The reply where this program is at fault, which is logged."""
+        self.log(visible(traceback.format_exc()))
+        return error_response(ApiError(500, "the server failed; its log says more"))
+
+
+class _Events(StreamingResponse):
+    """A stream of events that ends what makes them, however it ends."""
+
+    def __init__(self, reply: Reply, after: Callable[[], None], seconds: float) -> None:
+        super().__init__(reply.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._after, self._seconds = after, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See StreamingResponse; a client that does not read is left alone after a while."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        finally:
+            self._after()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until a client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A reply in JSON."""
+    return Response(encoded(body), status, media_type="application/json", headers=headers)
+
+
+def error_response(error: ApiError) -> Response:
+    """A refusal."""
+    return json_response(error.body, error.status, error.headers)

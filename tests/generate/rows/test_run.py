@@ -16,6 +16,7 @@ from lit_llama.generate.rows.make import make_rows
 from lit_llama.generate.rows.recipe import Recipe, read_recipe
 from lit_llama.generate.rows.run import Limits
 from lit_llama.generate.rows.teacher import Ask, Key, Reply
+from lit_llama.text.read.reading import read_conversations
 
 Make = Callable[..., Recipe]
 SEEDS = [{"instruction": f"seed number {n} of all", "output": f"answer {n}"} for n in range(9)]
@@ -88,6 +89,12 @@ def test_rows_carry_their_lineage_and_rejections_their_reason(recipe: Make, tmp_
         for place in row["metadata"]["sources"]["seeds"]
         if place.startswith("attempt")
     )
+
+
+def test_prepare_reads_the_rows_as_they_are(recipe: Make, tmp_path: Path) -> None:
+    make_rows(recipe(), ScriptedTeacher(echo), tmp_path / "out", limits=Limits(rows=10))
+    reader = read_conversations([str(tmp_path / "out/rows.jsonl")])
+    assert len(list(reader)) == 10 and not reader.log.unused
 
 
 def test_interrupted_anywhere_the_bytes_are_the_same(recipe: Make, tmp_path: Path) -> None:

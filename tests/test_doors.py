@@ -37,6 +37,7 @@ REQUIRED = {
     "generate/chat.py": ["--checkpoint_dir", "absent"],
     "generate/evaluate.py": ["--checkpoint_dir", "absent", "--tasks", "regression"],
     "generate/serve.py": ["--checkpoint_dir", "absent"],
+    "generate/rows.py": ["--recipe", "magpie", "--checkpoint_dir", "absent"],
 }
 
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -73,14 +73,17 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 @lru_cache(8)
-def _compile(source: str) -> tuple[Template, list[str], type[_Generation]]:
+def _compile(source: str, strict: bool = False) -> tuple[Template, list[str], type[_Generation]]:
     """The template, the tags that it looks for in contents, and its {% generation %} block."""
 
     class Generation(_Generation):
         """One for each template, as it holds what stands around the blocks."""
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined if strict else Undefined,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=_TODAY.strftime, namespace=_Names, dict=_dict)
@@ -98,7 +101,7 @@ def _tags(tree: nodes.Template) -> list[str]:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     """Render every chat of a request, each into no more characters than there is room for."""
     try:
-        template, tags, block = _compile(request["source"])
+        template, tags, block = _compile(request["source"], request.get("strict", False))
         texts = []
         for chat in request["chats"]:
             block.around = chat.get("around", ("", ""))

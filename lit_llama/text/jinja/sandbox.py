@@ -20,10 +20,11 @@ class Sandbox:
 
     Args:
         name: What the template is called in messages.
+        strict: A name that has no value is an error, and not an empty text.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, strict: bool = False) -> None:
+        self._name, self._strict = name, strict
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
@@ -47,6 +48,7 @@ class Sandbox:
             raise CheckpointError(f"{self._name} has {len(source):,} characters, more than {_LONGEST:,}")
         words = sum(_letters(chat["messages"]) for chat in chats) + _letters([*names.values()])
         request = {"source": source, "names": names, "chats": chats, "room": _ROOM + 4 * words, "seconds": SECONDS}
+        request["strict"] = self._strict
         with self._lock:
             reply = self._ask(json.dumps(request))
         if "error" in reply:

@@ -1,0 +1,137 @@
+"""Which rows are kept: each filter says why it rejects, and every rejection is counted."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lit_llama.errors import DataError
+from lit_llama.generate.rows.columns import Attempt, prompt_and_answer
+from lit_llama.generate.rows.recipe import Recipe
+from lit_llama.generate.rows.rouge import RougeIndex, words_of
+from lit_llama.generate.rows.sources import Entry
+from lit_llama.text.formats import read_prompts
+from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.report.duplicates import NearIndex
+from lit_llama.text.report.findings import refused
+from lit_llama.text.split import normalised
+
+_MEDIA = re.compile(
+    r"https?://|www\.\w|\b(?:(?:this|the following|attached|given|above|below) (?:image|picture|photo|photograph|video"
+    r"|audio|chart|graph|figure|attachment|file|link|url|map|screenshot)s?"
+    r"|(?:image|photo|video) (?:below|above|attached)"
+    r"|draw (?:a|an|the|me)|(?:go to|visit|open) (?:the|this) (?:link|website|url|page))\b",
+    re.IGNORECASE,
+)
+
+
+class RowFilters:
+    """The filters of a recipe, and all rows that later ones are compared with.
+
+    Args:
+        recipe: With the settings.
+        seeds: Rows of the sources.
+        test_data: Files whose prompts must not be among the rows.
+
+    Raises:
+        DataError: Test data cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe, seeds: Iterable[Entry], test_data: Sequence[Path] = ()) -> None:
+        self._settings = settings = recipe.filters
+        self._seen: dict[str, str] = {}
+        self._near = NearIndex()
+        self._near_of: list[str] = []
+        self._rouge = None if settings.rouge is None else RougeIndex(settings.rouge)
+        self._rouge_of: list[str] = []
+        if settings.seeds:
+            for entry in seeds:
+                self._add_seed(entry)
+        self._test: dict[str, str] = {}
+        self._test_near, self._test_of = NearIndex(), list[str]()
+        for path in test_data:
+            self._add_test(path)
+
+    def _add_seed(self, entry: Entry) -> None:
+        asked = entry.value.get("instruction")
+        if isinstance(asked, str) and self._rouge is not None and not self._settings.rouge_of:
+            given = entry.value.get("input")
+            self._rouge.add(words_of("\n".join(filter(None, (asked, given if isinstance(given, str) else "")))))
+            self._rouge_of.append(entry.where)
+        if isinstance(asked, str) and isinstance(entry.value.get("output"), str):
+            asked = "\n".join(filter(None, (asked, str(entry.value.get("input") or ""))))
+            self._remember(asked, entry.value["output"], entry.where)
+
+    def _add_test(self, path: Path) -> None:
+        examples = read_prompts(path)
+        if not examples:
+            raise DataError(f"{path} holds no rows that could leak")
+        for example in examples:
+            asked = example.turns[-1]["content"] if example.turns else f"{example.instruction}\n{example.input}"
+            self._test.setdefault(normalised(asked), f"{path}: row {example.row + 1}")
+            self._test_near.add(normalised(asked))
+            self._test_of.append(f"{path}: row {example.row + 1}")
+
+    def judge(self, attempt: Attempt) -> tuple[str, str] | None:
+        """The name of the filter that rejects the row of an attempt, and why; None if it is kept."""
+        if attempt.rejected is not None:
+            return attempt.rejected
+        assert attempt.row is not None
+        prompt, answer = prompt_and_answer(attempt.row)
+        return self._by_itself(prompt, answer) or self._beside_others(attempt, prompt, answer)
+
+    def _by_itself(self, prompt: str, answer: str) -> tuple[str, str] | None:
+        settings = self._settings
+        if not prompt.strip():
+            return "empty", "the prompt is empty"
+        if not settings.min_characters <= len(answer) <= settings.max_characters:
+            bounds = f"{settings.min_characters} to {settings.max_characters:,}"
+            return "length", f"the answer has {len(answer):,} characters, expected {bounds}"
+        if settings.refusals and refused(normalised(answer)):
+            return "refusal", f"the answer begins with {answer[:60]!r}"
+        if settings.media and (found := _MEDIA.search(prompt)):
+            return "media", f"the prompt speaks of {found.group()!r}"
+        letters, trouble = count_characters([f"{prompt}\n{answer}"])
+        if settings.damaged and trouble.any():
+            return "damaged", f"the text holds: {TROUBLE[int(np.flatnonzero(trouble[0])[0])]}"
+        if settings.scripts is not None and letters.any():
+            script = SCRIPTS[int(letters[0].argmax())]
+            if script not in settings.scripts:
+                return "script", f"most letters are {script}"
+        return None
+
+    def _beside_others(self, attempt: Attempt, prompt: str, answer: str) -> tuple[str, str] | None:
+        asked, whole = normalised(prompt), normalised(f"{prompt}\n{answer}")
+        if asked in self._test:
+            return "leakage", f"the prompt is that of {self._test[asked]}"
+        if self._test and (near := self._test_near.nearest(asked)):
+            return "leakage", f"the prompt is {near[1]:.0%} that of {self._test_of[near[0]]}"
+        if whole in self._seen:
+            return "duplicate", f"the row is that of {self._seen[whole]}"
+        if self._rouge is not None and (alike := self._rouge.nearest(words_of(self._compared(attempt, prompt)))):
+            return "rouge", f"ROUGE-L {alike[1]:.2f} with {self._rouge_of[alike[0]]}"
+        if self._settings.near_duplicates and (near := self._near.nearest(whole)):
+            return "near_duplicate", f"the row is {near[1]:.0%} that of {self._near_of[near[0]]}"
+        return None
+
+    def _compared(self, attempt: Attempt, prompt: str) -> str:
+        of = self._settings.rouge_of
+        return "\n".join(str(attempt.values[name]) for name in of) if of else prompt
+
+    def accept(self, attempt: Attempt) -> None:
+        """Compare later rows with that of an attempt, too."""
+        assert attempt.row is not None
+        prompt, answer = prompt_and_answer(attempt.row)
+        where = f"attempt {attempt.number}"
+        self._remember(prompt, answer, where)
+        if self._rouge is not None:
+            self._rouge.add(words_of(self._compared(attempt, prompt)))
+            self._rouge_of.append(where)
+
+    def _remember(self, prompt: str, answer: str, where: str) -> None:
+        whole = normalised(f"{prompt}\n{answer}")
+        self._seen.setdefault(whole, where)
+        if self._settings.near_duplicates:
+            self._near.add(whole)
+            self._near_of.append(where)

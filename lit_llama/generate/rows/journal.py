@@ -1,0 +1,222 @@
+"""The folder of a run: rows and rejections, a line each as they are decided, so that a killed run goes on."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from lit_llama.errors import IntegrityError, UserError
+from lit_llama.folder import encode_json, replace_file
+from lit_llama.generate.rows.columns import Attempt
+from lit_llama.generate.rows.recipe import Recipe
+from lit_llama.generate.rows.teacher import Key, Reply
+from lit_llama.lock import claim
+from lit_llama.place import full_disk_explained
+
+ROWS_FILE, REJECTED_FILE, STATE_FILE = "rows.jsonl", "rejected.jsonl", "state.json"
+_ANSWERS_FILE = ".answers.jsonl"
+_SYNC_SECONDS = 2.0
+VERSION = 1
+
+
+class Journal:
+    """Takes what becomes of attempts, in their order.
+
+    A line is written at once, and reaches the disk within seconds. What a killed process left of a line is dropped
+    when its folder is opened again, and what a power cut took is made again.
+
+    Args:
+        folder: Where the lines are.
+        files: Open files of rows, rejections and answers.
+        kept: Accepted rows that are there.
+        rejected: Rejections that are there.
+        answers: Of the teacher, to attempts that are not decided.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, IO[bytes]],
+        kept: Sequence[dict[str, Any]],
+        rejected: Sequence[dict[str, Any]],
+        answers: dict[Key, Reply],
+    ) -> None:
+        self.folder, self.kept, self.rejected, self.answers = folder, kept, rejected, answers
+        self._files, self._synced = files, time.monotonic()
+
+    def keep(self, line: dict[str, Any]) -> None:
+        """Add an accepted row."""
+        self._write(ROWS_FILE, line)
+
+    def reject(self, line: dict[str, Any]) -> None:
+        """Add a rejection."""
+        self._write(REJECTED_FILE, line)
+
+    def answer(self, key: Key, reply: Reply) -> None:
+        """Add an answer of the teacher, so that it is not asked again."""
+        self._write(_ANSWERS_FILE, {"attempt": key[0], "column": key[1], "reply": asdict(reply)})
+
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        path = self.folder / name
+        with full_disk_explained(path, path):
+            data = _line(line)
+            while data:  # a file without a buffer may take a part
+                data = data[self._files[name].write(data) :]
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self.sync()
+
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        """Forget the answers to what no run needs any more."""
+        self.sync()
+        (self.folder / _ANSWERS_FILE).unlink(missing_ok=True)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]:
+    """Hold a folder and open its files, of which another run may have written a part.
+
+    Args:
+        folder: Made if it is not there.
+        identity: What decides about rows; it has to be that of the run before.
+
+    Raises:
+        LockedError: Another process is at work there.
+        UserError: It holds rows of something else.
+        IntegrityError: Its lines are not those of a run.
+    """
+    with claim(folder), contextlib.ExitStack() as stack:
+        state = folder / STATE_FILE
+        if state.exists():
+            _check_same(folder, identity)
+        else:
+            if foreign := [name for name in (ROWS_FILE, REJECTED_FILE) if (folder / name).exists()]:
+                raise UserError(
+                    f"{folder} holds {foreign[0]} and no {STATE_FILE}: it is of something else, name another"
+                )
+            replace_file(state, encode_json(dict(identity)))
+        kept, rejected, answers = (_whole(folder / name) for name in (ROWS_FILE, REJECTED_FILE, _ANSWERS_FILE))
+        kept, rejected = _contiguous(folder, kept, rejected)
+        decided = len(kept) + len(rejected)
+        waiting = [line for line in answers if line["attempt"] >= decided]
+        replace_file(folder / _ANSWERS_FILE, b"".join(map(_line, waiting)))
+        files = {
+            name: stack.enter_context((folder / name).open("ab", buffering=0))
+            for name in (ROWS_FILE, REJECTED_FILE, _ANSWERS_FILE)
+        }
+        known = {(line["attempt"], line["column"]): Reply(**line["reply"]) for line in waiting}
+        journal = Journal(folder, files, kept, rejected, known)
+        try:
+            yield journal
+        finally:
+            with contextlib.suppress(OSError):
+                journal.sync()
+
+
+def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads((folder / STATE_FILE).read_text("utf-8"))
+    except ValueError as error:
+        raise IntegrityError(f"{folder / STATE_FILE} is damaged: {error}; name another folder") from error
+    for key, value in identity.items():
+        if before.get(key) != value:
+            what, there = key.replace("_", " "), f"{_short(before.get(key))}, now {_short(value)}"
+            raise UserError(
+                f"{folder} holds rows of another {what} ({there}): name another folder, or what they were begun with"
+            )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _whole(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; the beginning of one at its end goes.
+
+    Raises:
+        IntegrityError: A line is none.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    if rest := len(data) - (data.rfind(b"\n") + 1):
+        os.truncate(path, len(data) - rest)
+    found = []
+    for number, line in enumerate(data[: len(data) - rest].split(b"\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise IntegrityError(
+                f"{path}: line {number} is damaged ({error}): mend or remove it with all below"
+            ) from error
+    return found
+
+
+def _contiguous(
+    folder: Path, kept: list[dict[str, Any]], rejected: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines up to the first attempt that neither file has, as after a power cut; the others go."""
+    try:
+        numbers = {line["metadata"]["attempt"] for line in kept} | {line["attempt"] for line in rejected}
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{folder} holds lines without the number of their attempt; name another folder"
+        ) from error
+    decided = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    whole_kept = [line for line in kept if line["metadata"]["attempt"] < decided]
+    whole_rejected = [line for line in rejected if line["attempt"] < decided]
+    for name, lines, whole in ((ROWS_FILE, kept, whole_kept), (REJECTED_FILE, rejected, whole_rejected)):
+        if len(lines) != len(whole):
+            replace_file(folder / name, b"".join(map(_line, whole)))
+    return whole_kept, whole_rejected
+
+
+def kept_line(attempt: Attempt, recipe: Recipe, teacher: str, identity: str) -> dict[str, Any]:
+    """An accepted row, with where it comes from."""
+    assert attempt.row is not None
+    return {**attempt.row, "metadata": _provenance(attempt, recipe, teacher, identity)}
+
+
+def rejected_line(attempt: Attempt, recipe: Recipe, teacher: str, identity: str) -> dict[str, Any]:
+    """A rejection: by which filter and why, and all that it came from."""
+    assert attempt.rejected is not None
+    name, why = attempt.rejected
+    beside = {"prompts": attempt.prompts, "answers": attempt.texts}
+    provenance = _provenance(attempt, recipe, teacher, identity)
+    return {"attempt": attempt.number, "filter": name, "reason": why, "row": attempt.row, **beside, **provenance}
+
+
+def _provenance(attempt: Attempt, recipe: Recipe, teacher: str, identity: str) -> dict[str, Any]:
+    names = [column.name for column in recipe.columns if column.name in attempt.values]
+    asked = {column.name: column.sampling for column in recipe.columns if column.name in attempt.seeds}
+    return {
+        "attempt": attempt.number,
+        "recipe": recipe.name,
+        "recipe_sha256": recipe.digest,
+        "model": teacher,
+        "model_fingerprint": identity,
+        "sources": attempt.lineage,
+        "columns": {name: attempt.values[name] for name in names},
+        "sampling": {name: {"seed": attempt.seeds[name], **_drawn(sampling)} for name, sampling in asked.items()},
+        "tokens": attempt.tokens,
+        "prompt_tokens": attempt.prompt_tokens,
+    }
+
+
+def _drawn(sampling: Any) -> dict[str, Any]:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "n")
+    return {name: getattr(sampling, name) for name in names}

@@ -1,0 +1,294 @@
+"""What the door does: opens recipe and teacher, makes, shows or plans rows, and tells how it goes."""
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_llama.console import shown
+from lit_llama.device import Precision
+from lit_llama.errors import UserError
+from lit_llama.folder import sha256_file
+from lit_llama.generate.rows.columns import Attempt
+from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE, open_journal
+from lit_llama.generate.rows.recipe import Recipe, read_recipe
+from lit_llama.generate.rows.run import Limits, RowMaker, Tally
+from lit_llama.generate.rows.teacher import Teacher
+from lit_llama.model.config import Held
+from lit_llama.progress import stderr
+from lit_llama.text.prompts import StyleName
+
+PLANNED = 32
+"""Attempts that a plan is estimated from, unless it is asked for others."""
+_SAID_EVERY = 15.0  # seconds
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Seconds of a time such as 90s, 30m, 2h or 1h30m.
+
+    Raises:
+        UserError: It is none.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if not text.strip() or found is None:
+        raise UserError(f"--max_time is {text!r}, expected a time such as 90s, 30m or 2h")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    if not (total := 3600 * hours + 60 * minutes + seconds) > 0:
+        raise UserError(f"--max_time is {text!r}, expected more than no time")
+    return total
+
+
+def local_teacher(
+    checkpoint_dir: Path,
+    *,
+    base_dir: Path | None = None,
+    prompt_style: StyleName | None = None,
+    precision: Precision = "auto",
+    quantize: Held | None = None,
+    max_sequences: int = 32,
+) -> Teacher:
+    """A model of a folder as a teacher.
+
+    Raises:
+        CheckpointError: It cannot be used, or does not say how it is asked.
+    """
+    from lit_llama.generate.llm import open_folder
+    from lit_llama.generate.rows.teacher import LocalTeacher
+    from lit_llama.model.checkpoint import fingerprint
+
+    folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
+    folder.check_style()
+    identity = fingerprint(folder.base)
+    if folder.base != folder.folder:
+        weights = sorted(folder.folder.glob("*.safetensors"))
+        identity += "".join(f" {sha256_file(path)}" for path in weights)
+    how = [str(value) for value in (precision, quantize, prompt_style) if value not in (None, "auto")]
+    llm = folder.load(precision=precision, quantize=quantize, max_sequences=max_sequences)
+    return LocalTeacher(llm=llm, name=str(checkpoint_dir), identity=" ".join([identity, *how]))
+
+
+def open_teacher(
+    checkpoint_dir: Path | None,
+    endpoint: str | None,
+    *,
+    base_dir: Path | None = None,
+    prompt_style: StyleName | None = None,
+    precision: Precision = "auto",
+    quantize: Held | None = None,
+    max_sequences: int = 32,
+    model: str | None = None,
+    key_variable: str = "OPENAI_API_KEY",
+    concurrency: int = 8,
+    patience: str = "1h",
+) -> Teacher:
+    """The teacher that is named: a folder, or an endpoint; parameters as of the door.
+
+    Raises:
+        UserError: Not exactly one is named.
+    """
+    if (checkpoint_dir is None) == (endpoint is None):
+        raise UserError(
+            "a teacher is one of --checkpoint_dir and --endpoint, found " + ("both" if endpoint else "none")
+        )
+    if checkpoint_dir is not None:
+        return local_teacher(
+            checkpoint_dir,
+            base_dir=base_dir,
+            prompt_style=prompt_style,
+            precision=precision,
+            quantize=quantize,
+            max_sequences=max_sequences,
+        )
+    from lit_llama.generate.rows.remote import RemoteTeacher, Waits
+
+    assert endpoint is not None
+    waits = seconds_of(patience)
+    assert waits is not None
+    return RemoteTeacher(
+        endpoint, model=model, key_variable=key_variable, concurrency=concurrency, waits=Waits(patience=waits)
+    )
+
+
+def limits_of(
+    recipe: Recipe, *, max_rows: int | None = None, max_tokens: int | None = None, max_time: str | None = None
+) -> Limits:
+    """Where a run ends.
+
+    Raises:
+        UserError: A limit is none.
+    """
+    for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, expected 1 or more")
+    return Limits(rows=max_rows or recipe.rows, tokens=max_tokens, seconds=seconds_of(max_time))
+
+
+def make_rows(
+    recipe: Recipe,
+    teacher: Teacher,
+    out_dir: Path,
+    *,
+    limits: Limits,
+    seed: int = 1234,
+    test_data: Sequence[Path] = (),
+) -> Tally:
+    """Make rows into a folder, or go on with those that are there.
+
+    Args:
+        recipe: How.
+        teacher: Who answers.
+        out_dir: Gets rows.jsonl, rejected.jsonl, report.html and what a later run needs to go on.
+        limits: Where it ends.
+        seed: Of all draws.
+        test_data: Files whose prompts must not be among the rows.
+
+    Raises:
+        DataError: Everything is rejected.
+        LockedError: Another run is at work there.
+    """
+    from lit_llama.generate.rows.report.page import write_report
+
+    maker = RowMaker(recipe, teacher, seed=seed, test_data=test_data)
+    with open_journal(out_dir, maker.identity) as journal:
+        before = len(journal.kept) + len(journal.rejected)
+        if before:
+            stderr().print(
+                f"{out_dir}: {before:,} attempts are there, {len(journal.kept):,} of them accepted; going on"
+            )
+        telling = _Telling(maker, limits)
+        try:
+            ended = maker.run(journal, limits, telling.tell)
+        finally:
+            with contextlib.suppress(OSError):
+                write_report(out_dir, maker)
+        if ended in ("rows", "sources"):
+            journal.finish()
+    telling.end(_ENDED[ended], out_dir)
+    return maker.tally
+
+
+_ENDED = {
+    "rows": "all rows are there",
+    "tokens": "stopped at the limit of tokens; the same command with a higher one goes on",
+    "time": "stopped at the limit of time; the same command goes on",
+    "sources": "the sources are used up",
+}
+
+
+class _Telling:
+    """Tells on stderr how a run goes: a line now and then."""
+
+    def __init__(self, maker: RowMaker, limits: Limits) -> None:
+        self._maker, self._limits = maker, limits
+        self._start = self._said = time.monotonic()
+        self._before: tuple[int, int] | None = None
+
+    def tell(self, attempt: Attempt) -> None:
+        """An attempt was decided."""
+        tally = self._maker.tally
+        if self._before is None:
+            own = attempt.rejected is None
+            self._before = tally.accepted - own, tally.tokens - attempt.tokens
+        if time.monotonic() - self._said >= _SAID_EVERY:
+            self._said = time.monotonic()
+            stderr().print(self._line())
+
+    def _line(self) -> str:
+        tally, elapsed = self._maker.tally, max(time.monotonic() - self._start, 1e-9)
+        accepted, tokens = self._before or (tally.accepted, tally.tokens)
+        made = tally.accepted - accepted
+        rate = (tally.tokens - tokens) / elapsed
+        left = (self._limits.rows - tally.accepted) * elapsed / made if made else None
+        parts = [f"{tally.accepted:,} of {self._limits.rows:,} rows", f"{tally.rejected.total():,} rejected"]
+        parts[1] += f" ({rejections(tally)})" if tally.rejected else ""
+        parts += [f"{tally.tokens:,} tokens", f"{rate:.0f} tokens/s", f"{60 * made / elapsed:.0f} rows/min"]
+        if left:
+            parts.append(f"about {_time(left)} left")
+        return ", ".join(parts)
+
+    def end(self, why: str, out_dir: Path) -> None:
+        """The last line."""
+        stderr().print(f"{self._line()}; {why}")
+        stderr().print(f"rows: {out_dir / ROWS_FILE}; rejected: {out_dir / REJECTED_FILE}; {out_dir / 'report.html'}")
+
+
+def rejections(tally: Tally) -> str:
+    """Rejections by the name of their filter."""
+    return ", ".join(f"{name} {count:,}" for name, count in tally.rejected.most_common())
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def preview(recipe: Recipe, teacher: Teacher, count: int, *, seed: int, test_data: Sequence[Path] = ()) -> None:
+    """Print the first attempts with their prompts, and what becomes of them; nothing is written.
+
+    Raises:
+        UserError: `count` is no number of attempts.
+    """
+    if count < 1:
+        raise UserError(f"--preview is {count}, expected 1 or more")
+    maker = RowMaker(recipe, teacher, seed=seed, test_data=test_data)
+    maker.run(None, Limits(rows=count, attempts=count), _print_attempt)
+    tally = maker.tally
+    why = f": {rejections(tally)}" if tally.rejected else ""
+    stderr().print(
+        f"{tally.accepted} of {tally.decided} accepted, {tally.rejected.total()} rejected{why}; nothing is kept"
+    )
+
+
+def _print_attempt(attempt: Attempt) -> None:
+    lines = [f"--- attempt {attempt.number}: " + ("accepted" if attempt.rejected is None else "rejected")]
+    if attempt.rejected is not None:
+        lines[0] += f" by {attempt.rejected[0]}: {attempt.rejected[1]}"
+    for source, places in attempt.lineage.items():
+        lines.append(f"{source}: {', '.join(places)}")
+    for column, messages in attempt.prompts.items():
+        lines += [f"[{column}] {message['role']}: {message['content']}" for message in messages]
+        lines += [f"[{column}] answer: {text}" for text in attempt.texts.get(column, ())]
+    lines.append(json.dumps(attempt.row, ensure_ascii=False) if attempt.row else "no row")
+    print("\n".join(shown(line, sys.stdout) for line in lines), flush=True)
+
+
+def plan(
+    recipe: Recipe, teacher: Teacher, rows: int, *, seed: int, count: int = PLANNED, test_data: Sequence[Path] = ()
+) -> Mapping[str, Any]:
+    """Estimate tokens and time of a run from its first attempts, and print it.
+
+    Returns:
+        The estimates, None where no attempt was accepted.
+    """
+    maker = RowMaker(recipe, teacher, seed=seed, test_data=test_data)
+    start = time.monotonic()
+    maker.run(None, Limits(rows=count, attempts=count))
+    elapsed, tally = time.monotonic() - start, maker.tally
+    scale = rows / tally.accepted if tally.accepted else None
+    found = {
+        "attempts": scale and round(scale * tally.decided),
+        "tokens": scale and round(scale * tally.tokens),
+        "prompt_tokens": scale and round(scale * tally.prompt_tokens),
+        "seconds": scale and scale * elapsed,
+    }
+    why = f" ({rejections(tally)})" if tally.rejected else ""
+    print(f"{tally.decided} attempts: {tally.accepted} accepted, {tally.rejected.total()} rejected{why}")
+    if scale is None:
+        print("none was accepted, so nothing can be said of a run: look at some with --preview 5")
+    else:
+        print(
+            f"{rows:,} rows: about {found['attempts']:,} attempts, {found['tokens']:,} tokens of answers and "
+            f"{found['prompt_tokens']:,} of prompts, {_time(scale * elapsed)} on this machine; later rows are rejected "
+            "more often, as there are more that they may repeat"
+        )
+    return found
+
+
+__all__ = ["Limits", "local_teacher", "make_rows", "plan", "preview", "read_recipe", "seconds_of"]

@@ -200,7 +200,7 @@ def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
     monkeypatch.setattr(environments.venv, "create", lambda home, **_: home.mkdir(parents=True))
-    monkeypatch.setattr(environments, "_pip", lambda python, *words: calls.append(words))
+    monkeypatch.setattr(environments, "_pip", lambda python, *words, environment: calls.append(words))
     for _ in range(2):
         assert environments.python_of("litgpt", tmp_path) == tmp_path / "litgpt" / "bin" / "python"
     assert len(calls) == 2  # what it needs, then itself without its own list

@@ -365,11 +365,11 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 @pytest.mark.parametrize("split", ["hash", "shuffle"])
 def test_memory_hardly_grows_with_the_rows(split: str, tiny_folder: Path, tmp_path: Path) -> None:
-    """Catches tokens, words or places of rows that are kept: 100 bytes of each are allowed, and 4 MB of noise."""
+    """Catches tokens, words or places of rows that are kept: 100 bytes of each are allowed, and 8 MB of noise."""
     peaks = []
     for rows in (20_000, 60_000):
         (folder := tmp_path / str(rows)).mkdir()
         command = [sys.executable, "-c", PEAK, folder, rows, split, tiny_folder]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=True)
         peaks.append(int(done.stdout) * 1024)
-    assert peaks[1] - peaks[0] < 100 * 40_000 + 4_000_000, peaks
+    assert peaks[1] - peaks[0] < 100 * 40_000 + 8_000_000, peaks

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -76,16 +77,16 @@ def python_of(peer: str, folder: Path) -> Path:
         return python
     print(f"making the environment {home}; this takes minutes once", file=sys.stderr)
     venv.create(home, with_pip=True, clear=True)
-    _pip(python, packages, "-c", str(CONSTRAINTS), *packages.whole)
+    _pip(python, "-c", str(CONSTRAINTS), *packages.whole, environment=packages.environment)
     if packages.alone:
-        _pip(python, packages, "--no-deps", *packages.alone)
+        _pip(python, "--no-deps", *packages.alone, environment=packages.environment)
     ready.write_text(wanted, "utf-8")
     return python
 
 
-def _pip(python: Path, packages: Packages, *arguments: str) -> None:
+def _pip(python: Path, *arguments: str, environment: Mapping[str, str]) -> None:
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | packages.environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ResourceError(f"{python.parent.parent}: pip cannot install {' '.join(arguments)}: {lines[-1]}")

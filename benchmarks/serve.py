@@ -24,10 +24,15 @@ from benchmarks.serving.soak import Counts, Soak
 from benchmarks.training.process import check_idle
 from lit_llama.cli import CLI
 from lit_llama.errors import IntegrityError
+from lit_llama.generate.llm import open_folder
 
 T = TypeVar("T")
-_PARTS = 5
+_PARTS = 10
 """Of a soak, after each of which memory is looked at."""
+_WARM = 3
+"""Parts until threads, arenas and the code of matrix products are all there."""
+_MOST_GROWTH = 24e6
+"""Bytes that may come to what a program holds after it is warm; a soak of ten minutes has some 3,000 requests."""
 
 
 def main(
@@ -91,20 +96,20 @@ def main(
 def _measured(server: Server, texts: list[str], tokens: int, clients: int) -> tuple[Seen, int]:
     _run(drive(server.url, ["Once upon a time"], 8, 1))  # whatever is made with the first request
     seen = _run(drive(server.url, texts, tokens, clients))
-    return seen, server.resident(peak=True)
+    return seen, server.memory("VmHWM")
 
 
-async def _sampled(server: Server, soak: Soak, seconds: float) -> tuple[Counts, list[int]]:
-    """What became of a soak, and the resident MB after each part of it."""
-    resident: list[int] = []
+async def _sampled(server: Server, soak: Soak, seconds: float, known: int) -> tuple[Counts, list[int]]:
+    """What became of a soak, and the bytes beside those that are known, after each part of it."""
+    beside: list[int] = []
 
     async def sample() -> None:
         for _ in range(_PARTS):
             await asyncio.sleep(seconds / _PARTS)
-            resident.append(round(server.resident() / 1e6))
+            beside.append(server.memory("RssAnon") - known)
 
     counts, _ = await asyncio.gather(soak.run(seconds, 24), sample())
-    return counts, resident
+    return counts, beside
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -133,12 +138,14 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
     Raises:
         IntegrityError: An answer was wrong, or memory, blocks or answers were left behind.
     """
-    port = free_port()
-    words = [*command("ours", checkpoint_dir, None, "", port, 8), "--max_waiting", "16"]
+    port, slots = free_port(), 8
+    words = [*command("ours", checkpoint_dir, None, "", port, slots), "--max_waiting", "16"]
+    plan = open_folder(checkpoint_dir).plan(max_sequences=slots)
     with running(words, port, work_dir / "soak.log") as server:
-        long = {"prompt": [5, *range(100, 150)] * 155, "max_tokens": 1}
-        httpx2.post(f"{server.url}/v1/completions", json=long, timeout=120).raise_for_status()  # the cache fills, once
-        counts, resident = _run(_sampled(server, Soak(server.url, seed), seconds))
+        # Memory of the cache is taken as it is used: all of it before anything is looked at.
+        long = {"prompt": ([5, *range(100, 150)] * 200)[: plan.config.context_length - 1], "max_tokens": 1}
+        httpx2.post(f"{server.url}/v1/completions", json=long, timeout=300).raise_for_status()
+        counts, beside = _run(_sampled(server, Soak(server.url, seed), seconds, plan.weights + plan.cache))
         time.sleep(2)
         metrics = httpx2.get(f"{server.url}/metrics").text
         values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
@@ -147,7 +154,10 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
         told = {**found, "blocks held": blocks, "full": counts.full}
     if any(found.values()) or blocks:
         raise IntegrityError(f"something is left behind: {told}")
-    return told | {"requests": counts.kinds, "seconds": seconds, "resident MB": resident}
+    told |= {"MB beside weights and cache": [round(size / 1e6) for size in beside]}
+    if (grown := beside[-1] - max(beside[:_WARM])) > _MOST_GROWTH:
+        raise IntegrityError(f"memory grew by {grown / 1e6:.0f} MB after part {_WARM} of {_PARTS}: {told}")
+    return told | {"requests": counts.kinds, "seconds": seconds}
 
 
 if __name__ == "__main__":

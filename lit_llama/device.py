@@ -10,7 +10,7 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_llama.errors import ResourceError, UserError
 
@@ -198,21 +198,40 @@ def return_freed_memory() -> None:
     _tune_malloc(threshold=1 << 17, trim=1 << 17)
 
 
-def _tune_malloc(threshold: int, trim: int) -> None:
-    """Blocks from `threshold` on come from the kernel and go back to it; so does what is free at the end from `trim`
-    on."""
-    if sys.platform != "linux":
-        return
-    import ctypes
+def share_freed_memory() -> None:
+    """Have one arena of glibc serve all threads that begin from now on.
 
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    Otherwise each keeps what it has freed for itself: as many times what a long prompt takes as there are threads that
+    have ever encoded one.
+    """
+    _tune_malloc(threshold=None, trim=None)
+
+
+def trim_freed_memory() -> None:
+    """Give the kernel all whole pages of glibc that hold nothing, not only those at the end."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _tune_malloc(threshold: int | None, trim: int | None) -> None:
+    """Blocks from `threshold` on come from the kernel and go back to it; so does what is free at the end from `trim`
+    on. None leaves that as it is. There is one arena."""
+    if (libc := _glibc()) is None:
         return
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # of malloc.h
-    mallopt(m_mmap_threshold, threshold)
-    mallopt(m_trim_threshold, trim)
-    mallopt(m_arena_max, 1)
+    for option, value in ((m_mmap_threshold, threshold), (m_trim_threshold, trim), (m_arena_max, 1)):
+        if value is not None:
+            libc.mallopt(option, value)
+
+
+def _glibc() -> Any:
+    """The C library, where it is glibc."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def keep_few_products() -> None:

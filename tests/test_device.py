@@ -1,6 +1,9 @@
 """Device, precision, seeds and memory."""
 
+import platform
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,6 +115,34 @@ def test_peak_memory_counts_what_was_held() -> None:
     assert 200e6 < device.peak_memory(CPU) < 100e9
     assert device.cores() >= 1
     device.keep_freed_memory()
+
+
+_FREED = """
+import ctypes, re, threading
+from lit_llama import device
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+device.share_freed_memory()
+found = []
+for _ in range(4):
+    thread = threading.Thread(target=lambda: found.append(libc.malloc(1000)))
+    thread.start()
+    thread.join()
+start, end = (int(n, 16) for n in re.search(r"(\\w+)-(\\w+) .*\\[heap\\]", open("/proc/self/maps").read()).groups())
+assert all(start <= address < end for address in found), (start, end, found)
+blocks = [libc.malloc(1000) for _ in range(50_000)]
+for block in blocks[:-1]:
+    libc.free(block)
+held = device.resident_memory()
+device.trim_freed_memory()
+assert held - device.resident_memory() > 40e6, (held, device.resident_memory())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is not glibc")
+def test_what_threads_have_freed_is_shared_and_given_back() -> None:
+    """Catches an arena for each thread, and pages that one block behind them keeps from the kernel."""
+    subprocess.run([sys.executable, "-c", _FREED], check=True)
 
 
 def _step(dtype: torch.dtype, where: torch.device) -> tuple[float, torch.Tensor]:

@@ -25,15 +25,13 @@ class Server:
     Attributes:
         url: Its address.
         process: What runs it.
-        memory: Bytes of anything before the first request.
     """
 
     url: str
     process: subprocess.Popen[bytes]
 
-    def resident(self, peak: bool = False) -> int:
-        """Bytes resident now, or at most so far."""
-        name = "VmHWM" if peak else "VmRSS"
+    def memory(self, name: str) -> int:
+        """Bytes as Linux counts them: VmHWM at most so far, RssAnon now, without what lies in files."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 

@@ -95,6 +95,11 @@ class LLM:
         return token_bytes(self.guarded)
 
     @cached_property
+    def longest_token(self) -> int:
+        """Bytes that a token adds to a text at most."""
+        return max(map(len, self.token_bytes))
+
+    @cached_property
     def token_table(self) -> TokenTable:
         """The tokenizer as constraints read it.
 

@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -134,7 +133,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     """Ids of a text, or of a conversation as it is put to a model."""
     models = service.ready()
     body = await service.body(request)
-    return json_response(await anyio.to_thread.run_sync(_tokenized, body, models))
+    return json_response(await service.read(_tokenized, body, models))
 
 
 def _tokenized(body: Mapping[str, Any], models: Models) -> dict[str, Any]:
@@ -179,6 +178,6 @@ async def detokenize(service: Service, request: Request) -> Response:
         raise refusal("tokens", "is missing, expected token ids")
     ids = token_ids(given, "tokens", llm.tokenizer.size)
     try:
-        return json_response({"prompt": await anyio.to_thread.run_sync(llm.tokenizer.decode, ids)})
+        return json_response({"prompt": await service.read(llm.tokenizer.decode, ids)})
     except UserError as error:
         raise refusal("tokens", str(error)) from error

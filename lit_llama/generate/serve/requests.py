@@ -91,6 +91,7 @@ def chat_request(body: Mapping[str, Any], models: Models) -> Asked:
     if used and schema is not None:
         raise refusal("response_format", "cannot be combined with tools, whose calls have a form of their own")
     form = call_form(llm, used) if used else None
+    _check_size(models, llm, sum(len(message["content"]) for message in messages), "messages")
     ids = chat_ids(llm, messages, used, more)
     constraint = None
     if form is not None:
@@ -115,7 +116,7 @@ def completion_request(body: Mapping[str, Any], models: Models) -> Asked:
     """Read a request of /v1/completions; errors as for `chat_request`."""
     fields = Fields(body)
     name, llm = models.find(fields.text("model"))
-    prompts = _prompts(fields.any("prompt"), llm, models.limits.max_choices)
+    prompts = _prompts(fields.any("prompt"), llm, models)
     values = _sampling(fields, llm)
     logprobs = values["logprobs"] = fields.whole("logprobs", 0, MAX_LOGPROBS)
     echo = fields.flag("echo")
@@ -174,10 +175,27 @@ def text_ids(llm: LLM, text: str, begin: bool = True) -> list[int]:
     return [tokenizer.control[tokenizer.bos], *ids] if tokenizer.bos and begin else ids
 
 
-def _prompts(value: Any, llm: LLM, most: int) -> list[list[int]]:
-    size = llm.tokenizer.size
+def _check_size(models: Models, llm: LLM, size: int, param: str) -> None:
+    """Refuse characters that cannot fit, whatever they are: encoding them takes 200 times as much memory as they do."""
+    capacity, longest = models.capacity(llm), llm.longest_token
+    if size > capacity * longest:
+        raise refusal(
+            param,
+            f"the prompt has {size} characters, but the model's maximum context length is {capacity} tokens of at most "
+            f"{longest} bytes each; shorten the prompt",
+            "context_length_exceeded",
+        )
+
+
+def _prompts(value: Any, llm: LLM, models: Models) -> list[list[int]]:
+    size, most = llm.tokenizer.size, models.limits.max_choices
+
+    def encoded(text: str, at: str) -> list[int]:
+        _check_size(models, llm, len(text), at)
+        return text_ids(llm, check_text(text, at))
+
     if isinstance(value, str):
-        return [text_ids(llm, check_text(value, "prompt"))]
+        return [encoded(value, "prompt")]
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else "missing" if value is None else kind(value)
         raise refusal("prompt", f"is {found}, expected text, token ids, or a list of these")
@@ -189,7 +207,7 @@ def _prompts(value: Any, llm: LLM, most: int) -> list[list[int]]:
     for index, prompt in enumerate(value):
         at = f"prompt[{index}]"
         if isinstance(prompt, str):
-            prompts.append(text_ids(llm, check_text(prompt, at)))
+            prompts.append(encoded(prompt, at))
         elif isinstance(prompt, list) and prompt:
             prompts.append(token_ids(prompt, at, size))
         else:

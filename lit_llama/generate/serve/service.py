@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lit_llama.console import visible
+from lit_llama.device import trim_freed_memory
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.ticket import Statistics
 from lit_llama.generate.engine.worker import EngineThread
@@ -26,6 +27,11 @@ from lit_llama.generate.serve.replies import Reply, encoded
 from lit_llama.generate.serve.requests import Asked
 from lit_llama.generate.serve.running import Running
 
+T = TypeVar("T")
+_READERS = 4
+"""Requests that are read together: each takes up to some 200 times the bytes of its text while that is encoded."""
+_TRIM_EVERY = 1 << 20
+"""Bytes of requests after which the memory that encoding them took is given back, which takes milliseconds."""
 GONE = 499
 """Status of a request whose client went away, as nginx has it; nobody receives it."""
 
@@ -51,6 +57,8 @@ class Service:
     answers: int = 0
     metrics: Metrics = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _readers: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_READERS), repr=False)
+    _untrimmed: int = 0  # bytes of requests
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self._statistics)
@@ -95,7 +103,7 @@ class Service:
         models = self.ready()
         self.check_room(models, 1)
         body = await self.body(request)
-        asked = await anyio.to_thread.run_sync(read, body, models)
+        asked = await self.read(read, body, models)
         self.check_room(models, asked.choices)
         running = Running(asked, models.worker, self.limits.max_seconds)
         running.submit()
@@ -149,10 +157,24 @@ class Service:
         Raises:
             ApiError: It is too large, too slow, or something else.
         """
-        raw = await self._read(request)
-        return await anyio.to_thread.run_sync(parse_json, raw) if len(raw) > 1 << 16 else parse_json(raw)
+        raw = await self._received(request)
+        self._untrimmed += len(raw)
+        return await self.read(parse_json, raw) if len(raw) > 1 << 16 else parse_json(raw)
 
-    async def _read(self, request: Request) -> bytes:
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call what parses or encodes a request in a thread, and give back what memory that took."""
+
+        def work() -> T:
+            try:
+                return function(*arguments)
+            finally:
+                if self._untrimmed >= _TRIM_EVERY:
+                    self._untrimmed = 0
+                    trim_freed_memory()
+
+        return await anyio.to_thread.run_sync(work, limiter=self._readers)
+
+    async def _received(self, request: Request) -> bytes:
         most = self.limits.max_body
         announced = request.headers.get("content-length", "0")
         if announced.isdigit() and int(announced) > most:

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
+from lit_llama.device import share_freed_memory
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineThread
@@ -85,6 +86,7 @@ def start(
     Raises:
         UserError: The models cannot be loaded, the address cannot be had, or others could ask without a key.
     """
+    share_freed_memory()
     keys, local = read_keys(settings.api_key_file), is_loopback(settings.host)
     if not local and not keys:
         raise UserError(

@@ -9,6 +9,7 @@ import pytest
 from servers import Client, service, serving, tiny
 from starlette.routing import Route
 
+from lit_llama.generate.serve import service as service_module
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.errors import ApiError
 from lit_llama.generate.serve.fields import once
@@ -136,6 +137,17 @@ def test_a_field_twice_among_many_is_found_by_looking_once() -> None:
     assert Name.compared < 10 * len(names)
 
 
+def test_memory_of_long_requests_is_given_back(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a MiB of them, however it is made up, and whatever becomes of them."""
+    trimmed: list[int] = []
+    monkeypatch.setattr(service_module, "trim_freed_memory", lambda: trimmed.append(1))
+    client.refused(TEXT, {"prompt": "x" * (1 << 20), "mirostat": 1})
+    assert len(trimmed) == 1
+    for _ in range(5):
+        client.post("/tokenize", prompt="x" * (1 << 18))
+    assert len(trimmed) == 2
+
+
 def test_a_prompt_that_is_too_long_is_told_with_both_numbers(client: Client) -> None:
     for path, fields in (
         (CHAT, {"messages": [{"role": "user", "content": "x y" * 400}]}),
@@ -144,6 +156,13 @@ def test_a_prompt_that_is_too_long_is_told_with_both_numbers(client: Client) -> 
         error = client.refused(path, {**fields, "max_tokens": 10})
         assert error["code"] == "context_length_exceeded" and "256" in error["message"]
         assert "250 tokens" in error["message"] or path == CHAT
+    for path, fields in (
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 50_000}]}),
+        (TEXT, {"prompt": "x" * 50_000}),
+    ):
+        error = client.refused(path, fields)  # whatever they are, so that they are not encoded
+        assert error["code"] == "context_length_exceeded"
+        assert "50000 characters" in error["message"] and "256" in error["message"]
     assert client.post(TEXT, prompt=[5] * 250, max_tokens=6).status_code == 200
     rest = client.chat("x" * 100, temperature=1, seed=1).json()  # without max_tokens an answer takes what is left
     assert rest["choices"][0]["finish_reason"] in ("length", "stop") and rest["usage"]["total_tokens"] <= 256

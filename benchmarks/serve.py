@@ -151,7 +151,7 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
         values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
         found = {name: float(values[f"lit_llama_{name}"]) for name in ("answers_running", "answers_waiting")}
         blocks = float(values["lit_llama_cache_blocks"]) - float(values["lit_llama_cache_blocks_free"])
-        told = {**found, "blocks held": blocks, "full": counts.full}
+        told: dict[str, Any] = {**found, "blocks held": blocks, "full": counts.full}
     if any(found.values()) or blocks:
         raise IntegrityError(f"something is left behind: {told}")
     told |= {"MB beside weights and cache": [round(size / 1e6) for size in beside]}

@@ -84,6 +84,9 @@ class Guard:
 
     def _refused(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:  # where it ends is a matter of opinion
+            message = "the request has both Content-Length and Transfer-Encoding, expected one of them"
+            return ApiError(400, message, headers={"Connection": "close"})
         host = headers.get("host", "")
         name = (_split(f"//{host}").hostname or "") if re.fullmatch(r"[\w.:\[\]-]*", host) else ""
         if self._local and name not in _LOCAL and not is_loopback(name):

@@ -176,6 +176,24 @@ def test_slow_requests_are_given_up(tiny_folder: Path, monkeypatch: pytest.Monke
             assert b"HTTP/1.1 408 " in received
 
 
+def test_a_body_of_two_lengths_is_refused(address: str) -> None:
+    """Catches waiting for the chunks of a body that was sent whole; a proxy before the server may see another end."""
+    host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
+    for lengths in (
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 2",
+        b"Content-Length: 2\r\nContent-Length: 3",
+        b"Content-Length: -2",
+        b"Transfer-Encoding: gzip",
+    ):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + lengths + b"\r\n\r\n{}")
+            received = b""
+            while part := connection.recv(4096):
+                received += part
+        assert received.startswith(b"HTTP/1.1 400 "), lengths
+
+
 def test_adapters_answer_by_their_names_in_one_batch(tiny_folder: Path, tmp_path: Path) -> None:
     """Each as it would alone, against an engine that has only it."""
     folders = {

@@ -40,20 +40,31 @@ def _mostly(right: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.integers(0, 24).flatmap(lambda draw: _ANY if draw == 0 else right)
 
 
-def _object(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({}, optional={name: _mostly(value) for name, value in fields.items()})
+def _object(*needed: str, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """An object that has the fields that are needed, and a few of the others."""
+    right = {name: _mostly(value) for name, value in fields.items()}
+    others = st.lists(st.sampled_from(sorted(set(fields) - {*needed}) or [""]), max_size=4, unique=True)
+    return others.flatmap(
+        lambda names: st.fixed_dictionaries({name: right[name] for name in fields if name in (*needed, *names)})
+    )
 
 
 _CALL = _object(
+    "function",
     id=_TEXTS,
     type=st.just("function"),
     function=_object(
-        name=st.sampled_from(["weather", "no name", "f"]), arguments=st.sampled_from(["{}", "[", '{"a":1}'])
+        "name",
+        "arguments",
+        name=st.sampled_from(["weather", "no name", "f"]),
+        arguments=st.sampled_from(["{}", "[", '{"a":1}']),
     ),
 )
 _MESSAGE = _object(
-    role=st.sampled_from(["system", "developer", "user", "assistant", "tool", "robot"]),
-    content=st.one_of(_TEXTS, st.lists(_object(type=st.sampled_from(["text", "image_url"]), text=_TEXTS), max_size=2)),
+    "role",
+    "content",
+    role=st.sampled_from(["system", "developer", "user", "assistant", "tool"]),
+    content=st.one_of(_TEXTS, st.lists(_object("type", type=st.just("text"), text=_TEXTS), max_size=2)),
     tool_calls=st.lists(_CALL, max_size=2),
     tool_call_id=_TEXTS,
     name=_TEXTS,
@@ -94,29 +105,39 @@ _SAMPLING: dict[str, st.SearchStrategy[Any]] = {
     "top_k": st.integers(-1, 20),
     "n": st.integers(1, 3),
     "max_tokens": st.integers(0, 8),
-    "seed": _NUMBERS,
+    "seed": st.integers(0, 1 << 62),
     "stop": st.one_of(_TEXTS, st.lists(_TEXTS, max_size=3)),
     "logit_bias": st.dictionaries(st.integers(0, 400).map(str), st.integers(-100, 100), max_size=3),
     "stream": st.booleans(),
     "stream_options": _object(include_usage=st.booleans()),
-    "model": st.sampled_from(["it", "other"]),
+    "model": st.just("it"),
     "user": _TEXTS,
 }
 _BODIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "/v1/chat/completions": _object(
+        "messages",
         **_SAMPLING,
         messages=_TALK,
         max_completion_tokens=st.integers(1, 8),
         logprobs=st.booleans(),
         top_logprobs=st.integers(0, 3),
         response_format=_object(
+            "type",
+            "json_schema",
             type=st.sampled_from(["text", "json_object", "json_schema"]),
-            json_schema=_object(name=_TEXTS, schema=_SCHEMA),
+            json_schema=_object("schema", name=_TEXTS, schema=_SCHEMA),
         ),
         tools=st.one_of(
             st.just(FUNCTIONS),
             st.lists(
-                _object(type=st.just("function"), function=_object(name=st.just("f"), parameters=_SCHEMA)), max_size=2
+                _object(
+                    "type",
+                    "function",
+                    type=st.just("function"),
+                    function=_object("name", name=st.just("f"), parameters=_SCHEMA),
+                ),
+                min_size=1,
+                max_size=2,
             ),
         ),
         tool_choice=st.sampled_from(
@@ -128,8 +149,9 @@ _BODIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         ),
     ),
     "/v1/completions": _object(
+        "prompt",
         **_SAMPLING,
-        prompt=st.one_of(_TEXTS, st.lists(_TEXTS, max_size=3), st.lists(st.integers(-1, 400), max_size=5)),
+        prompt=st.one_of(_TEXTS, st.lists(_TEXTS, max_size=3), st.lists(st.integers(0, 383), max_size=5)),
         logprobs=st.integers(0, 3),
         echo=st.booleans(),
         best_of=st.integers(1, 2),
@@ -142,7 +164,7 @@ _BODIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         return_token_strs=st.booleans(),
         model=st.just("it"),
     ),
-    "/detokenize": _object(tokens=st.lists(st.integers(-1, 400), max_size=9)),
+    "/detokenize": _object("tokens", tokens=st.lists(st.integers(-1, 400), max_size=9)),
     "/api/conversations": _object(
         text=_TEXTS,
         system=_TEXTS,
@@ -150,7 +172,9 @@ _BODIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             temperature=_NUMBERS, top_k=_NUMBERS, seed=_NUMBERS, stop=_TEXTS, model=_TEXTS, max_new_tokens=_NUMBERS
         ),
     ),
-    "/api/load": _object(name=_TEXTS, text=st.one_of(_TEXTS, _object(messages=_TALK).map(json.dumps))),
+    "/api/load": _object(
+        "text", name=_TEXTS, text=st.one_of(_TEXTS, _object("messages", messages=_TALK).map(json.dumps))
+    ),
 }
 
 

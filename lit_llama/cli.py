@@ -33,8 +33,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # Threads of OpenMP wait for each other by spinning, by default for so long that beside other programs most of the
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Unwinding clears away what is half made; the default action would not.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _end)
     try:
         _run(mains)
     except Interrupted as error:  # which the user wanted
@@ -48,6 +47,18 @@ def CLI(*mains: Callable[..., Any]) -> None:
         _fail(_system(error), ResourceError.exit_status)
     except KeyboardInterrupt:
         _say("Interrupted", 128 + signal.SIGINT)
+
+
+def _end(number: int, frame: Any) -> None:
+    """Unwind, which clears away what is half made; the default action of SIGTERM would not.
+
+    While torch is imported, nothing is; and its C++ code drops exceptions that come while it imports NumPy.
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch" and frame.f_code.co_name == "<module>":
+            os._exit(128 + number)
+        frame = frame.f_back
+    sys.exit(128 + number)
 
 
 def _run(mains: Sequence[Callable[..., Any]]) -> None:

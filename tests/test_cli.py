@@ -287,6 +287,15 @@ def test_ctrl_c_is_one_line_and_status_130(door: Path) -> None:
     assert (process.returncode, said) == (130, "Interrupted\n")
 
 
+def test_sigterm_is_not_lost_while_torch_is_imported(run: Run, tmp_path: Path) -> None:
+    """torch drops an exception that comes while it imports NumPy, so that a server went on for good."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    pass\n"
+    )
+    result = run("--path", "x", "--then", f"sys.path.insert(0, {str(tmp_path)!r}); import torch; print('went on')")
+    assert result.returncode == 128 + signal.SIGTERM and "went on" not in result.stdout
+
+
 @pytest.mark.parametrize(
     "then",
     [

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, Never
 
+import regex
+
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import FinishReason
 from lit_llama.text.formats import Example
@@ -104,23 +106,44 @@ def contains(wanted: Sequence[str], text: str) -> bool:
     return all(_nfc(part).casefold() in text for part in wanted)
 
 
-def regex_match(pattern: re.Pattern[str], reference: str, text: str) -> bool:
+def compiled(pattern: str) -> Any:
+    """A regular expression, by the package regex: that reads what Python's re does, and can be given up.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise UserError(f"pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def regex_match(pattern: str, reference: str, text: str) -> bool:
     """Whether a pattern is found in an answer.
 
     Of a pattern with a group, the last find counts, and its group has to equal that of the last find in the reference,
     or the reference itself where nothing is found in it. Commas within numbers and blanks around do not count.
+
+    Raises:
+        UserError: The pattern is none, or there are more ways to match it than there is time for.
     """
-    if not pattern.groups:
-        return pattern.search(_nfc(text)) is not None
-    found = _last_group(pattern, text)
-    wanted = _last_group(pattern, reference)
+    expression = compiled(pattern)
+    try:
+        if not expression.groups:
+            return expression.search(_nfc(text), timeout=_SECONDS) is not None
+        found = _last_group(expression, text)
+        wanted = _last_group(expression, reference)
+    except TimeoutError:
+        raise UserError(
+            f"pattern {pattern!r} is not matched within {_SECONDS:g} s to an answer of {len(text)} characters: repeat "
+            "nothing in it that is repeated already, as in (a+)+"
+        ) from None
     return found is not None and found == (_plain(reference) if wanted is None else wanted)
 
 
-def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
-    groups = [
-        next((group for group in match.groups() if group is not None), "") for match in pattern.finditer(_nfc(text))
-    ]
+def _last_group(expression: Any, text: str) -> str | None:
+    matches = expression.finditer(_nfc(text), timeout=_SECONDS)
+    groups = [next((group for group in match.groups() if group is not None), "") for match in matches]
     return _plain(groups[-1]) if groups else None
 
 
@@ -128,6 +151,8 @@ def _plain(text: str) -> str:
     return re.sub(r"(?<=\d),(?=\d{3}\b)", "", _nfc(text))
 
 
+_SECONDS = 5.0
+"""For a pattern in an answer: some can be matched in more ways than there is time for."""
 _WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
 )

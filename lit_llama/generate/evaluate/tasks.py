@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.generate.evaluate.metrics import is_json, json_keys
+from lit_llama.generate.evaluate.metrics import compiled, is_json, json_keys
 from lit_llama.text.dataset import TEST_FILE, read_meta
 from lit_llama.text.formats import Example, example_of, read_text
 from lit_llama.text.read.raw import RowError
@@ -116,13 +116,6 @@ class Task:
             if metric not in METRICS:
                 raise UserError(f"task {self.name}: {_unknown('metric', metric, METRICS)}")
             self._check_fits(metric)
-        if "regex" in self.metrics:
-            try:
-                re.compile(self.pattern)
-            except re.error as error:
-                raise UserError(
-                    f"task {self.name}: pattern {self.pattern!r} is no regular expression: {error}"
-                ) from error
 
     @property
     def parts(self) -> list[Part]:
@@ -147,7 +140,11 @@ class Task:
         if metric == "regex" and not self.pattern:
             raise UserError(f"{about} needs `pattern`, a regular expression, in the task")
         needs_reference = metric in _OF_REFERENCES or METRICS[metric].part == "likelihood"
-        needs_reference |= metric == "regex" and bool(re.search(r"(?<!\\)\((?!\?)", self.pattern))
+        if metric == "regex":
+            try:
+                needs_reference = compiled(self.pattern).groups > 0
+            except UserError as error:
+                raise UserError(f"task {self.name}: {error}") from error
         for item in self.items:
             where = f"row {item.example.row}"
             if needs_reference and not item.example.response:

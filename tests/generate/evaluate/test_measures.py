@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from lit_llama.generate.evaluate.metrics import Answer, measure, notes
+from lit_llama.errors import UserError
+from lit_llama.generate.evaluate import metrics
+from lit_llama.generate.evaluate.metrics import Answer, measure, notes, regex_match
 from lit_llama.text.formats import Example
 
 
@@ -102,3 +104,13 @@ def test_control_tokens_that_answers_spell_are_measured() -> None:
 def test_how_an_answer_ended_is_named_as_elsewhere() -> None:
     """The two reasons exchanged."""
     assert (Answer("", True, 1).finish_reason, Answer("", False, 1).finish_reason) == ("stop", "length")
+
+
+def test_a_pattern_that_takes_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an evaluation that hangs once all is answered: each letter more takes twice as long."""
+    assert not regex_match("(a+)+$", "", "a" * 60 + "!")
+    monkeypatch.setattr(metrics, "_SECONDS", 0.01)
+    for pattern in (r"^(?:a|a)*(?:b|b)*$", r"^(a|a)*(b|b)*$"):
+        with pytest.raises(UserError, match=r"not matched within 0.01 s to an answer of 61 characters"):
+            regex_match(pattern, "", "a" * 60 + "c")
+    assert regex_match(r"#### (-?[\d,.]+)", "#### 1000", "so\n#### 7\n#### 1,000")

@@ -1,7 +1,6 @@
 """Rows of models -> estimates of each metric, differences between models on the same rows, and who won which row."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -106,7 +105,7 @@ def measured(name: str, task: Task, item: Item, row: Row) -> tuple[float, float]
     if name == "contains":
         return float(contains(item.wanted or [reference], answer)), 1.0
     if name == "regex":
-        return float(regex_match(re.compile(task.pattern), reference, answer)), 1.0
+        return float(regex_match(task.pattern, reference, answer)), 1.0
     by_text = {"exact_match": exact_match, "json_match": json_match, "rouge_l": rouge_l}
     return float(by_text[name](reference, answer)), 1.0
 

@@ -214,9 +214,11 @@ def full_disk_explained(destination: Path, written: Path) -> Iterator[None]:
     except Exception as error:  # safetensors and pyarrow have errors of their own
         if not is_full(error):
             raise
+        size = size_of(written)
+        needed = f", more than {amount(size)} needed" if size else ""
         raise ResourceError(
             f"{destination} cannot be written: {_reason(error)}; {amount(free_space(written))} free on the disk of "
-            f"{written.parent}, more than {amount(size_of(written))} needed: make room or name a place on another disk"
+            f"{written.parent}{needed}: make room or name a place on another disk"
         ) from error
 
 

@@ -11,7 +11,7 @@ import pytest
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.folder import check_absent, publish, replace_file, resume, write_json_lines
 from lit_llama.lock import claim, hold
-from lit_llama.place import amount, check_output, check_space, free_space
+from lit_llama.place import amount, check_output, check_space, free_space, full_disk_explained
 
 MARKER = "meta.json"
 
@@ -236,6 +236,11 @@ def test_a_full_disk_is_told_with_place_and_amounts(disk: Path, keep: bool) -> N
     assert free_space(disk) > 60_000 or keep
     with pytest.raises(ResourceError, match=rf"{disk}/page cannot be written: No space"):
         replace_file(disk / "page", bytes(1 << 20))
+    with (
+        pytest.raises(ResourceError, match=rf"free on the disk of {disk}: make room"),  # and not "more than 0 bytes"
+        full_disk_explained(disk / "page", disk / "page"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert not (disk / "page").exists()
 
 

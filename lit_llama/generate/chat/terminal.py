@@ -46,6 +46,9 @@ def talk(
         folder: Where conversations are kept; None for the user's own place on a terminal, and nowhere for a pipe.
         read: Gives the next message; EOFError ends the chat, KeyboardInterrupt drops the line. None reads stdin.
         overflow: Beyond what a model reads: refuse a message, or leave out the oldest turns, aloud.
+
+    Raises:
+        UserError: Lines out of a pipe failed; all others were answered.
     """
     interactive = read is None and sys.stdin.isatty()
     store = Store(default_folder() if interactive and folder is None else folder)
@@ -58,19 +61,25 @@ def talk(
         read, chat.edit = editor.read, editor.edit
         if kept := len(store.list()):
             say(f"{kept} conversations in {store.folder}: /list shows them, /switch NAME goes on with one")
-    _loop(chat, read or read_line)
+    errors = _loop(chat, read or read_line)
+    if errors and read is None:
+        failed = UserError(f"{len(errors)} lines failed, see above")
+        failed.exit_status = errors[0].exit_status
+        raise failed
 
 
-def _loop(chat: Chat, read: Read) -> None:
+def _loop(chat: Chat, read: Read) -> list[UserError]:
+    """Take lines to their end; gives what failed."""
+    errors: list[UserError] = []
     dropped = False  # the line before, by Ctrl-C
     while True:
         try:
             line = read().strip()
         except EOFError:
-            return
+            return errors
         except KeyboardInterrupt:
             if dropped:
-                return
+                return errors
             dropped = True
             chat.say("(Ctrl-C once more, or Ctrl-D, leaves)")
             continue
@@ -80,8 +89,9 @@ def _loop(chat: Chat, read: Read) -> None:
         try:
             take(chat, line)
         except Leave:
-            return
+            return errors
         except UserError as error:
+            errors.append(error)
             chat.say(f"({error})")
         except KeyboardInterrupt:
             chat.say("(stopped)")

@@ -279,6 +279,18 @@ def test_new_forgets_and_system_begins_with_a_message(llm: Recorder) -> None:
     assert llm.run == turns
 
 
+def test_a_line_of_a_pipe_that_fails_is_told_at_the_end(
+    llm: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches status 0 where a script's messages were not answered, and lines behind them that are not answered."""
+    lines = "/save /nowhere/at/all.jsonl\nSay hi\n/neu\nand then\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    with pytest.raises(UserError, match="2 lines failed, see above") as failed:
+        talk({"it": llm}, Sampling(max_new_tokens=2))
+    assert failed.value.exit_status == 2 and len(llm.run) == 2
+    assert "unknown command /neu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["/neu", "/helps", "/"])
 def test_an_unknown_command_shows_the_list(llm: Recorder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A mistyped command that the model is asked."""

@@ -54,6 +54,67 @@ def opens(text: str) -> bool:
     return _OPENED.search(text) is not None
 
 
+class ThoughtsReader:
+    """Text of an answer as it comes -> thoughts and content, without the tags and the blanks around them.
+
+    What may become a tag is held back. An answer that begins otherwise is content.
+
+    Args:
+        opened: The prompt ends in the tag that begins thoughts.
+    """
+
+    def __init__(self, opened: bool) -> None:
+        self._held = ""
+        self._state: Literal["begin", "thoughts", "gap", "content"] = "thoughts" if opened else "begin"
+        self._closing, self._thought = _CLOSING, False
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Thoughts and content that became certain."""
+        self._held += text
+        thoughts = ""
+        if self._state == "begin":
+            if (begun := _BEGUN.match(self._held)) is not None:
+                tag = begun["tag"]
+                self._closing = re.compile(f"</{tag}>" if tag else r"\[/THINK\]")
+                self._held, self._state = self._held[begun.end() :], "thoughts"
+            elif any(tag.startswith(self._held.lstrip()) for tag in _OPENINGS):
+                return "", ""
+            else:
+                self._state = "content"
+        if self._state == "thoughts":
+            if (closed := self._closing.search(self._held)) is not None:
+                thoughts, self._held, self._state = (
+                    self._held[: closed.start()].rstrip(),
+                    self._held[closed.end() :],
+                    "gap",
+                )
+            else:
+                keep = _KEPT.search(self._held)
+                assert keep
+                thoughts, self._held = self._held[: keep.start()], keep[0]
+            thoughts = thoughts if self._thought else thoughts.lstrip()
+            self._thought = self._thought or bool(thoughts)
+        if self._state == "gap":
+            self._held = self._held.lstrip()
+            self._state = "content" if self._held else "gap"
+        if self._state != "content":
+            return thoughts, ""
+        content, self._held = self._held, ""
+        return thoughts, content
+
+    def flush(self) -> tuple[str, str]:
+        """What is left at the end; thoughts that were not closed end here."""
+        held, self._held = self._held, ""
+        return (held.rstrip() if self._thought else held.strip(), "") if self._state == "thoughts" else ("", held)
+
+
+_BEGUN = re.compile(rf"\s*(?:<(?P<tag>{_TAGS})>|\[THINK\])")
+_OPENINGS = ("[THINK]", *(f"<{tag}>" for tag in _TAGS.split("|")))
+_CLOSING = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]")
+_KEPT = re.compile(r"\s*(?:</?\w{0,9}|\[/?[A-Z]{0,5})?\Z")
+"""Blanks, and what may become a tag, at the end of thoughts."""
+
+
 def none_behind(prompt: str) -> Thoughts:
     """No thoughts at all, behind a prompt that ends in the tag that begins them."""
     opened = _OPENED.search(prompt)

@@ -23,6 +23,7 @@ class _Whole:
     """An answer that is put together."""
 
     content: str = ""
+    thoughts: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[Scored] = field(default_factory=list)
     finish: str | None = None
@@ -30,6 +31,7 @@ class _Whole:
     def add(self, part: Part) -> None:
         for piece in part.pieces:
             self.content += piece.content
+            self.thoughts += piece.thoughts
             if piece.name:
                 function = {"name": piece.name, "arguments": ""}
                 self.calls.append({"id": call_id(), "type": "function", "function": function})
@@ -64,7 +66,7 @@ class Reply:
         async for part in self._running.parts():
             if part is not None:
                 found[part.choice].add(part)
-        self.answers = [one.content for one in found]
+        self.answers = [one.thoughts + one.content for one in found]
         make = self._message if self._asked.chat else self._text
         choices = [make(index, one) for index, one in enumerate(found)]
         kind = "chat.completion" if self._asked.chat else "text_completion"
@@ -76,6 +78,8 @@ class Reply:
 
     def _message(self, index: int, one: _Whole) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": one.content, "refusal": None}
+        if one.thoughts:
+            message["reasoning_content"] = one.thoughts
         if one.calls:
             message |= {"content": one.content or None, "tool_calls": one.calls}
         scores = None
@@ -111,14 +115,13 @@ class Reply:
                 for index in range(self._asked.choices):
                     yield self._chunk(index, {"text": self._echoed(index)[0]})
             texts = [""] * self._asked.choices
-            ids: dict[tuple[int, int], str] = {}
             offsets = [len(self._echoed(index)[0]) for index in range(self._asked.choices)]
             async for part in self._running.parts():
                 if part is None:
                     yield b": still there\n\n"
                     continue
-                texts[part.choice] += "".join(piece.content for piece in part.pieces)
-                for event in self._part(part, offsets) if not self._asked.chat else self._deltas(part, ids):
+                texts[part.choice] += "".join(piece.thoughts + piece.content for piece in part.pieces)
+                for event in self._deltas(part) if self._asked.chat else self._part(part, offsets):
                     yield event
             self.answers = texts
             if self._asked.include_usage:
@@ -146,10 +149,12 @@ class Reply:
         if part.finish is not None:
             yield self._chunk(part.choice, {"text": ""}, part.finish)
 
-    def _deltas(self, part: Part, ids: dict[tuple[int, int], str]) -> Iterator[bytes]:
+    def _deltas(self, part: Part) -> Iterator[bytes]:
         scores = {"content": chat_logprobs(self._llm, part.tokens), "refusal": None} if part.tokens else None
         for piece in part.pieces:
             delta: dict[str, Any] = {"content": piece.content}
+            if piece.thoughts:
+                delta = {"reasoning_content": piece.thoughts}
             if piece.call is not None:
                 call: dict[str, Any] = {"index": piece.call, "function": {"arguments": piece.arguments}}
                 if piece.name:

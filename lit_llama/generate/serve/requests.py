@@ -18,6 +18,7 @@ from lit_llama.text.encode import Cutter, for_style, ids_of, prompt_ids
 from lit_llama.text.places import any_of
 from lit_llama.text.prompts import JinjaStyle
 from lit_llama.text.styles import Segment
+from lit_llama.text.thoughts import ThoughtsReader, opens
 
 MAX_LOGPROBS = 20
 _STOPS, _STOP_LENGTH = 64, 1000
@@ -41,6 +42,7 @@ class Asked:
         echo: Prompts are given back before their continuations.
         opening: Text that answers begin with and that is not shown.
         reader: Finds calls in an answer; None where there are none.
+        thoughts: Tells thoughts from the rest of an answer; None where all is content.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Asked:
     echo: bool = False
     opening: str = ""
     reader: Callable[[], CallReader] | None = None
+    thoughts: Callable[[], ThoughtsReader] | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -109,7 +112,16 @@ def chat_request(body: Mapping[str, Any], models: Models) -> Asked:
         include_usage=include_usage,
         opening=llm.opening,
         reader=None if form is None else lambda: CallReader(form, names),
+        thoughts=_thoughts(llm, ids) if schema is None and choice in ("none", "auto") else None,
     )
+
+
+def _thoughts(llm: LLM, ids: Sequence[int]) -> Callable[[], ThoughtsReader] | None:
+    """What tells thoughts from an answer whose prompt begins them, or whose template takes them back by their name."""
+    opened = opens(llm.tokenizer.decode(list(ids[-16:])))
+    style = llm.style
+    knows = isinstance(style, JinjaStyle) and style.asks_for("reasoning_content")
+    return (lambda: ThoughtsReader(opened)) if opened or knows else None
 
 
 def completion_request(body: Mapping[str, Any], models: Models) -> Asked:

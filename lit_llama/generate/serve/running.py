@@ -25,7 +25,7 @@ class Part:
 
     Attributes:
         choice: Which one, over all prompts.
-        pieces: Content and calls.
+        pieces: Thoughts, content and calls.
         tokens: Ids with their log-probabilities, where those are wanted.
         finish: How it ended, None while it goes on.
     """
@@ -44,6 +44,7 @@ class _Choice:
         self.index, self._asked = index, asked
         self.text: AnswerText = asked.llm.text_behind(request.ids, request.sampling, asked.opening)
         self._reader = asked.reader() if asked.reader else None
+        self._thoughts = asked.thoughts() if asked.thoughts else None
         self._scored = request.sampling.logprobs is not None
         self._waiting: deque[tuple[int, TokenLogprobs, int]] = deque()  # with where their text begins
         self._first = True
@@ -57,13 +58,20 @@ class _Choice:
             return None
         tokens = self._tokens(step, self.text.tokens - before, text) if self._scored else ()
         finish: str | None = self.text.finish_reason
-        if self._reader is None:
-            pieces = [Piece(content=text)] if text else []
-        else:
-            pieces = self._reader.push(text)
-            pieces += self._reader.flush() if finish is not None else []
-            finish = "tool_calls" if finish == "stop" and self._reader.calls else finish
+        pieces = self._pieces(text, finish is not None)
+        finish = "tool_calls" if finish == "stop" and self._reader and self._reader.calls else finish
         return Part(self.index, tuple(pieces), tokens, finish) if pieces or tokens or finish else None
+
+    def _pieces(self, text: str, end: bool) -> list[Piece]:
+        """Thoughts, content and calls that became certain."""
+        pieces: list[Piece] = []
+        if self._thoughts is not None:
+            parts = [self._thoughts.push(text), *([self._thoughts.flush()] if end else [])]
+            thoughts, text = ("".join(side) for side in zip(*parts, strict=True))
+            pieces = [Piece(thoughts=thoughts)] if thoughts else []
+        if self._reader is None:
+            return [*pieces, Piece(content=text)] if text else pieces
+        return [*pieces, *self._reader.push(text), *(self._reader.flush() if end else [])]
 
     def _tokens(self, step: Step, count: int, text: str) -> tuple[tuple[int, TokenLogprobs], ...]:
         """The tokens of the text that was given."""

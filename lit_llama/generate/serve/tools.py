@@ -183,19 +183,21 @@ def _escaped(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of an answer: content, or of a call its name once and its arguments in pieces.
+    """Part of an answer: thoughts, content, or of a call its name once and its arguments in pieces.
 
     Attributes:
         content: Text outside calls.
         call: Number of the call, None for content.
         name: Of the function, with the first piece of a call.
         arguments: More of the arguments.
+        thoughts: Text before all that.
     """
 
     content: str = ""
     call: int | None = None
     name: str = ""
     arguments: str = ""
+    thoughts: str = ""
 
 
 class CallReader:

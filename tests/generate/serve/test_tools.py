@@ -16,6 +16,7 @@ from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.service import Service
 from lit_llama.generate.serve.tools import CallForm, CallReader, call_form, call_grammar
 from lit_llama.text.places import Place
+from lit_llama.text.thoughts import ThoughtsReader
 
 pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
 WEATHER = {
@@ -39,6 +40,11 @@ LLAMA31 = (
     "{% endfor %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% if loop.first and tools %}"
     "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+THOUGHTFUL = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 
 
@@ -124,6 +130,49 @@ def test_a_form_that_opens_with_a_control_token(llm: LLM) -> None:
     assert not matcher.accept(llm.guarded.encode("[")[0]) and matcher.accept(1)
     text = ' [{"name": "stop_all", "arguments": {}}, {"name": "stop_all", "arguments": {}}]'
     assert read(form, text, 2) == ("", [("stop_all", "{}")] * 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "thoughts", "content"),
+    [
+        ("<think>\nhm, 1 < 2 \n</think>\n\nYes.", False, "hm, 1 < 2", "Yes."),
+        ("\n <thinking>a</think>b</thinking> c", False, "a</think>b", "c"),
+        ("[THINK]a[/THINK]b", False, "a", "b"),
+        ("hm </think>Yes. </think>", True, "hm", "Yes. </think>"),
+        ("hm, so </thi", True, "hm, so </thi", ""),
+        ("<think>", False, "", ""),
+        ("<thin ice>", False, "", "<thin ice>"),
+        (" Yes. <think>no</think>", False, "", " Yes. <think>no</think>"),
+        ("<thi", False, "", "<thi"),
+        ("</think>\nYes.", True, "", "Yes."),
+        ("  ", True, "", ""),
+    ],
+)
+def test_thoughts_are_told_from_content(text: str, opened: bool, thoughts: str, content: str) -> None:
+    """However it is cut, and with no tag in either."""
+    for size in (1, 2, 3, 7, 100):
+        reader = ThoughtsReader(opened)
+        parts = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
+        parts.append(reader.flush())
+        assert ["".join(side) for side in zip(*parts, strict=True)] == [thoughts, content], size
+
+
+def test_thoughts_have_a_field_of_their_own(tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches a bare </think> in the content, and an answer in JSON that is taken for thoughts."""
+    llm = load(folder(tmp_path / "it", tiny_folder, THOUGHTFUL))
+    service = Service()
+    with EngineThread(llm.engine) as worker:
+        service.start({"it": llm}, worker)
+        client = Client(create_app(service))
+        forced = {"temperature": 1, "seed": 1, "max_tokens": 12}
+        plain = client.chat(**forced).json()["choices"][0]["message"]
+        assert plain["content"] == "" and plain["reasoning_content"]  # cut off amid them
+        streamed = [e["choices"][0]["delta"] for e in events(client.chat(**forced, stream=True).text)]
+        assert "".join(d.get("reasoning_content", "") for d in streamed) == plain["reasoning_content"]
+        assert not any(d.get("content") for d in streamed)
+        schema = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"const": {"a": 1}}}}
+        kept = client.chat(response_format=schema).json()["choices"][0]["message"]
+        assert json.loads(kept["content"]) == {"a": 1} and "reasoning_content" not in kept
 
 
 def test_templates_that_write_none_are_refused(tiny_folder: Path, tmp_path: Path) -> None:

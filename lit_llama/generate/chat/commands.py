@@ -279,8 +279,8 @@ def _save(chat: Chat, file: str) -> None:
 def _load(chat: Chat, file: str) -> None:
     if not file:
         raise UserError("/load takes the file to read")
-    for name, records in rows.load(Path(file).expanduser()):
-        chat.id = chat.store.create(chat.store.free_name(name), records)
+    ids = chat.store.load(rows.load(Path(file).expanduser()))
+    chat.id = ids[-1] if ids else chat.id
     chat.say(chat.status())
 
 

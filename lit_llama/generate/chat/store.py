@@ -7,27 +7,25 @@ file is as it was before. What a killed process left half written is set aside b
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_llama.errors import DataError, LockedError, ResourceError, UserError
+from lit_llama.errors import DataError, UserError
 from lit_llama.generate.chat.dialogue import FORMAT, Dialogue, Record
+from lit_llama.generate.chat.files import append, locked, write_new
 from lit_llama.generate.chat.lines import Reading, encode, read, split
-from lit_llama.place import aside, check_writable, full_disk_explained, is_full, open_own, sync
+from lit_llama.place import check_writable, open_own, sync
 
 SUFFIX = ".jsonl"
 DAMAGED = ".damaged"
 MAX_NAME = 100
 _OPEN = 64
-_WAIT = 10.0
-"""Seconds to wait for another process, which holds the lock for milliseconds."""
 
 
 def default_folder() -> Path:
@@ -157,21 +155,58 @@ class Store:
             ResourceError: The disk is full.
         """
         with self._held():
-            now = time.time()
-            id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(now)) + secrets.token_hex(3)
             name = self.new_name(name) if name else self.free_name(time.strftime("%Y-%m-%d %H:%M"))
-            dialogue = Dialogue(id)
-            begin = {"type": "dialogue", "format": FORMAT, "id": id, "name": name, "time": now}
-            all_records = [begin, *(record for record in records if record.get("type") != "dialogue")]
-            for record in all_records:
-                dialogue.apply(record)
-            known = _Known(dialogue, changed=now)
-            if self.folder is not None:
-                data = b"".join(map(encode, all_records))
-                _write_new(self._path(id), data)
-                known.note(self._path(id).stat())
-            self._remember(known)
+            (id,) = self._create([(name, records)])
             return id
+
+    def load(self, found: Iterable[tuple[str, Iterable[Record]]]) -> Sequence[str]:
+        """Begin conversations, all or none; gives their ids.
+
+        Args:
+            found: Name and records of each; where a name is taken, it gets a number.
+
+        Raises:
+            ResourceError: The disk is full.
+        """
+        with self._held():
+            taken = {summary.name for summary in self.list()}
+            last: dict[str, int] = {}
+            named = []
+            for name, records in found:
+                free = name = _shortened(name)
+                while free in taken:
+                    last[name] = last.get(name, 1) + 1
+                    free = f"{name} {last[name]}"
+                taken.add(free)
+                named.append((free, records))
+            return self._create(named)
+
+    def _create(self, named: Iterable[tuple[str, Iterable[Record]]]) -> Sequence[str]:
+        ids = []
+        try:
+            for name, records in named:
+                now = time.time()
+                id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(now)) + secrets.token_hex(6)
+                begin = {"type": "dialogue", "format": FORMAT, "id": id, "name": name, "time": now}
+                all_records = [begin, *(record for record in records if record.get("type") != "dialogue")]
+                known = _Known(Dialogue(id), changed=now)
+                for record in all_records:
+                    known.dialogue.apply(record)
+                if self.folder is not None:
+                    path = self._path(id)
+                    write_new(path, b"".join(map(encode, all_records)))
+                    known.note(path.stat())
+                ids.append(id)
+                self._remember(known)
+            if self.folder is not None:
+                sync(self.folder)
+        except BaseException:
+            for id in ids:
+                self._known.pop(id, None)
+                if self.folder is not None:
+                    self._path(id).unlink(missing_ok=True)
+            raise
+        return ids
 
     def write(self, id: str, *records: Record, wait: bool = True) -> Dialogue:
         """Append records to a conversation, all or none; see `change`."""
@@ -200,7 +235,7 @@ class Store:
                 raise UserError(f"the conversation {dialogue.name!r} cannot go on so: {error}") from error
             if self.folder is not None and records:
                 path = self._path(id)
-                known.note(_append_own(path, b"".join(map(encode, records)), wait=wait))
+                known.note(append(path, b"".join(map(encode, records)), wait=wait))
             known.dialogue, known.changed = dialogue, time.time()
             return dialogue
 
@@ -229,7 +264,7 @@ class Store:
 
     def free_name(self, name: str) -> str:
         """A name that no conversation has: this one, or with a number behind it."""
-        name = " ".join(name.split())[:MAX_NAME] or "conversation"
+        name = _shortened(name)
         taken = {summary.name for summary in self.list()}
         if name not in taken:
             return name
@@ -252,7 +287,12 @@ class Store:
 
     def _files(self) -> Iterable[Path]:
         assert self.folder is not None
-        return [path for path in self.folder.glob(f"[!.]*{SUFFIX}") if path.is_file() and not path.is_symlink()]
+        with os.scandir(self.folder) as entries:
+            return [
+                self.folder / entry.name
+                for entry in entries
+                if entry.name.endswith(SUFFIX) and entry.name[0] != "." and entry.is_file(follow_symlinks=False)
+            ]
 
     def _path(self, id: str) -> Path:
         assert self.folder is not None
@@ -334,14 +374,15 @@ class Store:
         if reading.lost:
             damaged = path.with_suffix(DAMAGED)
             lines = b"".join(line + b"\n" for _, line, _ in reading.lost)
-            _append_own(damaged, lines)
+            append(damaged, lines)
             first, why = reading.lost[0][0], reading.lost[0][2]
             moved = f"; {len(reading.moved)} messages that followed a lost one follow another" if reading.moved else ""
             self._remark(
                 f"{path}: {len(reading.lost)} lines cannot be read (line {first} {why}) and are set aside in "
                 f"{damaged}; all others are kept{moved}"
             )
-        _write_new(path, b"".join(map(encode, reading.dialogue.records())))
+        write_new(path, b"".join(map(encode, reading.dialogue.records())))
+        sync(path.parent)
 
     def _remember(self, known: _Known) -> None:
         self._known[known.dialogue.id] = known
@@ -361,69 +402,11 @@ class Store:
             try:
                 if self._depth == 1 and self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    held.enter_context(_locked(self.folder / ".lock"))
+                    held.enter_context(locked(self.folder / ".lock"))
                 yield
             finally:
                 self._depth -= 1
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel takes back from a process that dies.
-
-    Raises:
-        LockedError: Another process does not let it go.
-    """
-    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
-        end = time.monotonic() + _WAIT
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise LockedError(f"another process holds {path}; wait until it has ended") from None
-                time.sleep(0.005)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP):  # a disk without locks
-                    raise
-                break
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _append_own(path: Path, data: bytes, *, wait: bool = True) -> os.stat_result:
-    """Write behind a file in one piece, or leave it as it was."""
-    descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    try:
-        size = os.fstat(descriptor).st_size
-        try:
-            with full_disk_explained(path, path):
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-                if wait:
-                    os.fsync(descriptor)
-        except (OSError, ResourceError) as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, size)
-            if isinstance(error, OSError) and not is_full(error):
-                raise ResourceError(
-                    f"{path} cannot be written: {error.strerror}; what was kept before is there"
-                ) from error
-            raise
-        if not size:
-            os.fchmod(descriptor, 0o600)
-        return os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, and that nobody else reads."""
-    with aside(path) as part:
-        part.write_bytes(data)
-        part.chmod(0o600)
-    sync(path.parent)
+def _shortened(name: str) -> str:
+    return " ".join(name.split())[:MAX_NAME] or "conversation"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import LockedError, ResourceError, UserError
-from lit_llama.generate.chat import store as store_module
+from lit_llama.generate.chat import files
 from lit_llama.generate.chat.dialogue import Dialogue
 from lit_llama.generate.chat.store import Store, default_folder
 
@@ -203,6 +203,38 @@ def test_numbers_too_large_to_convert_are_damage_of_one_line(tmp_path: Path, fie
     assert f"(line 6 {field} is 1000" in store.remarks[0] and len(store.remarks[0]) < 500
 
 
+def test_many_rows_are_loaded_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the names of all conversations looked up for each row, and half of a file that stays on a full disk."""
+    looked = 0
+    scan = os.scandir
+
+    def counted(path: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    store = Store(tmp_path / "store")
+    filled(store, name="rows 3")
+    looked = 0
+    ids = store.load([("rows", [said(1, 0, "user", f"question {number}")]) for number in range(40)])
+    assert looked < 10
+    assert len(set(ids)) == 40 and texts(store.get(ids[7])) == ["question 7"]
+    names = [store.get(id).name for id in ids]
+    assert names[:4] == ["rows", "rows 2", "rows 4", "rows 5"] and len(set(names)) == 40
+    write, before = files.write_new, sorted(tmp_path.rglob("*"))
+
+    def full(path: Path, data: bytes) -> None:
+        if b"question 3" in data:
+            raise ResourceError("the disk is full")
+        write(path, data)
+
+    monkeypatch.setattr("lit_llama.generate.chat.store.write_new", full)
+    with pytest.raises(ResourceError):
+        store.load([("more", [said(1, 0, "user", f"question {number}")]) for number in range(5)])
+    assert sorted(tmp_path.rglob("*")) == before and len(store.list()) == 41
+
+
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a line in the file, or a message in memory that is not on the disk."""
     store = Store(tmp_path)
@@ -261,10 +293,10 @@ def test_threads_and_stores_lose_no_record(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_not_let_go_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat that hangs for ever behind another process."""
-    monkeypatch.setattr(store_module, "_WAIT", 0.0)
+    monkeypatch.setattr(files, "_WAIT", 0.0)
     store = Store(tmp_path)
     filled(store)
-    with store_module._locked(tmp_path / ".lock"), pytest.raises(LockedError, match="another process holds"):
+    with files.locked(tmp_path / ".lock"), pytest.raises(LockedError, match="another process holds"):
         Store(tmp_path).list()
     assert len(store.list()) == 1
 

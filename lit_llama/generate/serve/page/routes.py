@@ -176,9 +176,8 @@ async def load(request: Request, desk: Desk, service: Service) -> Response:
     name, text = fields.text("name") or "file", fields.text("text") or ""
     fields.end()
 
-    def work() -> list[str]:
-        found = rows.loaded(text.encode(), name[:100], Path(name).stem)
-        return [desk.store.create(desk.store.free_name(own), records) for own, records in found]
+    def work() -> Sequence[str]:
+        return desk.store.load(rows.loaded(text.encode(), name[:100], Path(name).stem))
 
     return _reply({"ids": await _run(work)})
 

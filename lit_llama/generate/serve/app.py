@@ -1,14 +1,14 @@
 """The application: OpenAI's routes, and those beside them."""
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from lit_llama.errors import UserError
 from lit_llama.generate.llm import LLM
@@ -19,9 +19,7 @@ from lit_llama.generate.serve.messages import read_messages, read_tools
 from lit_llama.generate.serve.models import Models
 from lit_llama.generate.serve.replies import spelled
 from lit_llama.generate.serve.requests import chat_ids, chat_request, completion_request, template_values, text_ids
-from lit_llama.generate.serve.service import GONE, Service, error_response, json_response
-
-Endpoint = Callable[[Service, Request], Awaitable[Response]]
+from lit_llama.generate.serve.service import Service, error_response, json_response, route
 
 
 def create_app(
@@ -50,16 +48,16 @@ def create_app(
         public: Paths of these that need no key, such as a page that asks for one.
     """
     own = [
-        _route("/health", health, "GET"),
-        _route("/v1/health", health, "GET"),
-        _route("/metrics", metrics, "GET"),
-        _route("/v1/models", list_models, "GET"),
-        _route("/v1/models/{name:path}", show_model, "GET"),
-        _route("/v1/chat/completions", chat, "POST"),
-        _route("/v1/completions", complete, "POST"),
-        _route("/tokenize", tokenize, "POST"),
-        _route("/detokenize", detokenize, "POST"),
-        _route("/tokenizer_info", tokenizer_info, "GET"),
+        route(service, "GET", "/health", health),
+        route(service, "GET", "/v1/health", health),
+        route(service, "GET", "/metrics", metrics),
+        route(service, "GET", "/v1/models", list_models),
+        route(service, "GET", "/v1/models/{name:path}", show_model),
+        route(service, "POST", "/v1/chat/completions", chat),
+        route(service, "POST", "/v1/completions", complete),
+        route(service, "POST", "/tokenize", tokenize),
+        route(service, "POST", "/detokenize", detokenize),
+        route(service, "GET", "/tokenizer_info", tokenizer_info),
     ]
     open_paths = {"/health", "/v1/health", *public}
     guard = Middleware(Guard, service=service, keys=keys, public=open_paths, local=local)
@@ -67,21 +65,6 @@ def create_app(
     app = Starlette(routes=[*own, *routes], middleware=[guard], exception_handlers=handlers)
     app.state.service = service
     return app
-
-
-def _route(path: str, endpoint: Endpoint, method: str) -> Route:
-    async def answered(request: Request) -> Response:
-        service: Service = request.app.state.service
-        try:
-            return await endpoint(service, request)
-        except ApiError as error:
-            return error_response(error)
-        except ClientDisconnect:
-            return Response(status_code=GONE)
-        except Exception:
-            return service.fault()
-
-    return Route(path, answered, methods=[method], name=f"{method} {path}")
 
 
 async def _told(request: Request, error: ApiError) -> Response:

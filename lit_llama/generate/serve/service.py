@@ -4,17 +4,19 @@ import asyncio
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lit_llama.console import visible
 from lit_llama.device import trim_freed_memory
+from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.ticket import Statistics
 from lit_llama.generate.engine.worker import EngineThread
@@ -223,6 +225,28 @@ class _Events(StreamingResponse):
             pass
         finally:
             self._after()
+
+
+Endpoint = Callable[[Service, Request], Awaitable[Response]]
+
+
+def route(service: Service, method: str, path: str, endpoint: Endpoint) -> Route:
+    """A route whatever of whose errors is told as OpenAI's API has it, and never as a traceback."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await endpoint(service, request)
+        except ApiError as error:
+            return error_response(error)
+        except UserError as error:
+            status = 503 if isinstance(error, ResourceError) else 400
+            return error_response(ApiError(status, str(error).replace("--", "")))  # without the dashes of flags
+        except ClientDisconnect:
+            return Response(status_code=GONE)
+        except Exception:
+            return service.fault()
+
+    return Route(path, answered, methods=[method], name=f"{method} {path}")
 
 
 async def _gone(request: Request) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from lit_llama.errors import ResourceError, UserError
+from lit_llama.errors import UserError
 from lit_llama.generate.chat import rows
 from lit_llama.generate.chat.dialogue import Dialogue, Record
 from lit_llama.generate.chat.lines import encode
@@ -28,7 +28,7 @@ from lit_llama.generate.chat.store import NoConversation, Store
 from lit_llama.generate.serve.errors import ApiError, refusal
 from lit_llama.generate.serve.fields import Fields
 from lit_llama.generate.serve.page.desk import Desk, Listener
-from lit_llama.generate.serve.service import GONE, Service, error_response, json_response
+from lit_llama.generate.serve.service import Endpoint, Service, json_response, route
 
 T = TypeVar("T")
 Handler = Callable[[Request, Desk, Service], Awaitable[Response]]
@@ -82,7 +82,7 @@ def page_routes(service: Service, store: Store) -> tuple[Sequence[BaseRoute], Se
         ("GET", f"{one}/rows", own_rows),
         ("GET", f"{one}/file", own_file),
     ]
-    routes = [_route(method, path, handler, desk, service) for method, path, handler in handlers]
+    routes = [route(service, method, path, _endpoint(handler, desk)) for method, path, handler in handlers]
     return [*files, *routes], list(_FILES)
 
 
@@ -95,29 +95,14 @@ def _file(path: str, name: str, kind: str) -> Route:
     return Route(path, get, methods=["GET"])
 
 
-def _route(method: str, path: str, handler: Handler, desk: Desk, service: Service) -> Route:
-    async def answered(request: Request) -> Response:
+def _endpoint(handler: Handler, desk: Desk) -> Endpoint:
+    async def answered(service: Service, request: Request) -> Response:
         try:
             return await handler(request, desk, service)
         except NoConversation as error:
-            return error_response(ApiError(404, str(error), "id"))
-        except ResourceError as error:
-            return error_response(ApiError(503, str(error)))
-        except UserError as error:
-            return error_response(ApiError(400, _plain(str(error))))
-        except ApiError as error:
-            return error_response(error)
-        except ClientDisconnect:
-            return Response(status_code=GONE)
-        except Exception:
-            return service.fault()
+            raise ApiError(404, str(error), "id") from error
 
-    return Route(path, answered, methods=[method], name=f"{method} {path}")
-
-
-def _plain(text: str) -> str:
-    """An error without the dashes of flags, which a page has none of."""
-    return text.replace("--", "")
+    return answered
 
 
 async def _run(function: Callable[..., T], *arguments: Any) -> T:
@@ -179,7 +164,7 @@ async def load(request: Request, desk: Desk, service: Service) -> Response:
     def work() -> Sequence[str]:
         return desk.store.load(rows.loaded(text.encode(), name[:100], Path(name).stem))
 
-    return _reply({"ids": await _run(work)})
+    return _reply({"ids": await service.read(work)})
 
 
 async def all_rows(request: Request, desk: Desk, service: Service) -> Response:
@@ -239,7 +224,7 @@ async def ask(request: Request, desk: Desk, service: Service) -> Response:
     id = request.path_params["id"]
     if parent and parent not in (await _run(desk.store.get, id)).nodes:
         raise refusal("parent", f"is {parent}, expected the id of a message")
-    answer = await _run(lambda: desk.ask(id, text=text, parent=parent, model=model, side=side))
+    answer = await service.read(lambda: desk.ask(id, text=text, parent=parent, model=model, side=side))
     return _reply({"user": answer.user, "id": answer.id, "forgotten": answer.prompt.forgotten})
 
 

@@ -342,14 +342,19 @@ def test_an_answer_is_stopped_and_kept(browser: Browser, held: Held, store: Stor
         assert held.llm.engine.statistics().running == 0
 
 
-def test_two_models_answer_side_by_side(browser: Browser, held: Held, store: Store) -> None:
-    """Sides that get other prompts or seeds: here both are one model, so that the answers have to be equal."""
-    with page(browser, held, store) as (tab, _):
+@pytest.mark.parametrize("width", [1280, 390])
+def test_two_models_answer_side_by_side(browser: Browser, held: Held, store: Store, width: int) -> None:
+    """Sides that get other prompts or seeds: here both are one model, so that the answers have to be equal. On a phone,
+    sides that are found by scrolling sideways only."""
+    with page(browser, held, store, width=width) as (tab, _):
         tab.run("document.getElementById('compare').click()")
         tab.until("document.querySelectorAll('.pane:not([hidden])').length === 2")
         for turn in (1, 2):
             write(tab, f"Question {turn}")
             tab.until(f"document.querySelectorAll('.message').length === {4 * turn} && {IDLE}")
+        boxes = tab.run("[...document.querySelectorAll('.pane')].map(p => p.getBoundingClientRect().toJSON())")
+        assert all(0 <= box["left"] and box["right"] <= width and box["height"] > 150 for box in boxes), boxes
+        assert boxes[0]["bottom"] <= boxes[1]["top"] if width == 390 else boxes[0]["right"] <= boxes[1]["left"]
         (summary,) = store.list()
         dialogue = store.get(summary.id)
         left, right = dialogue.path(side=0), dialogue.path(side=1)

@@ -347,8 +347,8 @@ def open_folder(folder: Path | str, *, prompt_style: str | None = None, base_dir
     """Read all of a folder but its weights; arguments and errors as for `load`."""
     folder = Path(folder)
     base = _base(folder, None if base_dir is None else Path(base_dir))
-    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
+    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     specials = [special_ids(place, tokenizer) for place in dict.fromkeys((base, folder))]
     remarks = [*tokenizer.remarks, *(remark for special in specials for remark in special.remarks)]
     if (home := tokenizer_home(folder, base)) != base:

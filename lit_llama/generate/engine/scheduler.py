@@ -88,8 +88,6 @@ class Scheduler:
         max_batch_tokens: Tokens of a step, at most; more than `max_sequences`.
         max_sequences: Sequences that run together, at most.
         max_waiting: Sequences that may wait.
-        prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them; more
-            where many wait, see `BACKLOG`.
         window: Tokens that a query sees in every layer, where blocks before them are given back; None for all.
     """
 
@@ -110,11 +108,10 @@ class Scheduler:
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         max_waiting: int = 1 << 20,
-        prompt_tokens: int = 1 << 20,
         window: int | None = None,
     ) -> None:
-        assert max_batch_tokens > max_sequences and prompt_tokens > 0
-        self.pool, self.window, self.prompt_tokens = pool, window, prompt_tokens
+        assert max_batch_tokens > max_sequences
+        self.pool, self.window = pool, window
         self.max_batch_tokens, self.max_sequences, self.max_waiting = max_batch_tokens, max_sequences, max_waiting
         self.waiting: list[Sequence] = []  # by their turn
         self.running: list[Sequence] = []  # by their order
@@ -198,8 +195,13 @@ class Scheduler:
 
     # ---- a step
 
-    def plan(self) -> Plan:
-        """The next step; it is empty only if no sequence waits or runs."""
+    def plan(self, prompt_tokens: int | None = None) -> Plan:
+        """The next step; it is empty only if no sequence waits or runs.
+
+        Args:
+            prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them;
+                more where many wait, see `BACKLOG`. None for all that the step has room for.
+        """
         self.steps += 1
         plan = Plan([], [])
         planned: set[Sequence] = set()
@@ -208,21 +210,22 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if sequence.pending > 1]
         for sequence in [sequence for sequence in self.running if sequence.pending == 1]:
             budget -= self._continue(sequence, budget, plan, planned)
-        if plan.parts:
-            budget = min(budget, self._prompt_budget(prompts, self.max_batch_tokens - budget))
+        if plan.parts and prompt_tokens is not None:
+            continued = self.max_batch_tokens - budget
+            budget = min(budget, max(prompt_tokens + continued, self._backlog(prompts) // self.BACKLOG))
         for sequence in prompts:
             budget -= self._continue(sequence, budget, plan, planned)
         self._admit(budget, plan)
         return plan
 
-    def _prompt_budget(self, prompts: list[Sequence], continued: int) -> int:
-        """Prompt tokens of a step that continues answers by so many tokens."""
+    def _backlog(self, prompts: list[Sequence]) -> int:
+        """Prompt tokens that wait, of which no more are counted than matter."""
         backlog, enough = 0, self.max_batch_tokens * self.BACKLOG
         for sequence in chain(prompts, self.waiting):
             backlog += sequence.pending
             if backlog >= enough:
                 break
-        return max(self.prompt_tokens + continued, backlog // self.BACKLOG)
+        return backlog
 
     def _continue(self, sequence: Sequence, budget: int, plan: Plan, planned: set[Sequence]) -> int:
         """Plan the next tokens of a running sequence, for whose blocks later ones are put off; how many there are."""

@@ -247,6 +247,19 @@ def test_a_full_queue_refuses() -> None:
         it.add(Request([1], Sampling(n=2, max_new_tokens=5)))
 
 
+@pytest.mark.parametrize(("streamed", "computed"), [(False, 231), (True, 98)])
+def test_prompts_are_cut_only_where_somebody_waits_for_a_token(streamed: bool, computed: int) -> None:
+    """A file of rows that is answered at the pace of a conversation, or a prompt that holds answers up."""
+    it = engine(speculate=False)
+    going = it.add(Request([1, 2, 3], Sampling(max_new_tokens=30)))
+    it.step()
+    it.add(Request([n % 380 for n in range(230)], Sampling(max_new_tokens=2)))
+    before = it.statistics().computed
+    it.step(streamed=streamed)
+    assert it.statistics().computed - before == computed and len(taken(going)) == 2
+    finish(it)
+
+
 def test_ten_thousand_requests_at_once() -> None:
     it = engine(blocks=150, max_sequences=60, max_batch_tokens=512)
     tickets = [it.add(Request([n % 380], Sampling(max_new_tokens=1))) for n in range(10_000)]

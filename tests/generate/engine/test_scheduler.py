@@ -31,9 +31,9 @@ class World:
             max_batch_tokens=budget,
             max_sequences=most,
             max_waiting=50,
-            prompt_tokens=self.random.choice([1, 3, 100]),
             window=self.window,
         )
+        self.prompt_tokens = self.random.choice([1, 3, 100, None])
         self.written: dict[tuple[int, int], object] = {}  # (block, place): the adapter and all ids up to there
         self.live: dict[Sequence, tuple[list[int], int, int]] = {}  # prompt, tokens of the answer, its number
         self.finished = 0
@@ -67,7 +67,7 @@ class World:
         running, waiting = list(self.scheduler.running), self.scheduler.waiting
         going = [sequence for sequence in running if sequence.pending == 1]
         backlog = sum(sequence.pending for sequence in (*running, *waiting)) - len(going)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.prompt_tokens)
         assert plan.parts or not self.scheduler.busy, "nothing goes on though something waits"
         assert sum(len(part.ids) for part in plan.parts) <= self.scheduler.max_batch_tokens
         self.prompts_hold_nobody_up(plan, going, backlog)
@@ -86,8 +86,9 @@ class World:
         continued = sum(count for sequence, count in parts.items() if sequence in going)
         computed = sum(parts.values()) - continued
         backlog += sum(sequence.pending for sequence in going if sequence.state == "waiting")  # put off just now
-        bound = max(self.scheduler.prompt_tokens + continued, backlog // Scheduler.BACKLOG)
-        assert not continued or computed <= bound
+        if self.prompt_tokens is not None:
+            bound = max(self.prompt_tokens + continued, backlog // Scheduler.BACKLOG)
+            assert not continued or computed <= bound
         assert all(sequence in parts for sequence in going if sequence.state == "running"), "an answer stands still"
         prompts = [sequence for sequence in self.scheduler.running if sequence not in going]
         assert computed or not prompts, "all prompts stand still"
@@ -283,14 +284,14 @@ def test_blocks_before_the_window_are_given_back() -> None:
 
 
 def test_a_long_prompt_goes_in_pieces_only_where_it_would_hold_somebody_up() -> None:
-    it = scheduler(max_batch_tokens=160, prompt_tokens=10)
+    it = scheduler(max_batch_tokens=160)
     first, long = Sequence(ids=[1, 2, 3]), Sequence(ids=list(range(100)))
     it.add([first], 40)
     run(it, it.plan())
     it.add([long], 110)
     pieces = []
     while long.pending > 1:
-        plan = it.plan()
+        plan = it.plan(10)
         counts = {part.sequence: len(part.ids) for part in plan.parts}
         assert counts[first] == 1
         pieces.append(counts[long])
@@ -300,4 +301,14 @@ def test_a_long_prompt_goes_in_pieces_only_where_it_would_hold_somebody_up() -> 
     alone = Sequence(ids=list(range(100, 200)))
     it.finish(long)
     it.add([alone], 110)
-    assert [len(part.ids) for part in it.plan().parts] == [100]
+    assert [len(part.ids) for part in it.plan(10).parts] == [100]
+
+
+def test_a_prompt_takes_the_whole_step_where_nobody_waits_for_a_token() -> None:
+    it = scheduler(blocks=100, max_batch_tokens=160)
+    first, long = Sequence(ids=[1, 2, 3]), Sequence(ids=list(range(300)))
+    it.add([first], 40)
+    run(it, it.plan())
+    it.add([long], 310)
+    plan = it.plan()
+    assert {part.sequence: len(part.ids) for part in plan.parts} == {first: 1, long: 159}

@@ -26,8 +26,8 @@ from lit_llama.model.kernels.decode import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
 
 PROMPT_TOKENS = {"cpu": 96, "gpu": 256}
-"""Prompt tokens beside those of answers that are streamed. A CPU computes about thirty tokens while it reads the weights
-once, so that a step takes at most about four times as long as without prompts; a GPU some hundreds."""
+"""Prompt tokens beside those of answers that are streamed. A CPU computes about thirty tokens while it reads the
+weights once, so that a step takes at most about four times as long as without prompts; a GPU some hundreds."""
 
 
 class Engine:

@@ -243,14 +243,25 @@ class Scheduler:
         return self._take(sequence, count, plan)
 
     def _admit(self, budget: int, plan: Plan) -> None:
-        """Let waiting sequences run, in their turn, as far as budget and blocks go."""
+        """Let waiting sequences run, in their turn, as far as budget and blocks go.
+
+        One whose next block another one is computing is held back and finds it once it is there; until then, its place
+        among those that run is kept. As it waits only for sequences that run, and those wait for none, it has its turn.
+        """
+        coming = {self._next_block(sequence, len(sequence.ids)) for sequence in self.running} if self.waiting else set()
+        held_back = 0
         for sequence in list(self.waiting):
-            if not budget or len(self.running) >= self.max_sequences:
+            if not budget or len(self.running) + held_back >= self.max_sequences:
                 return
             source = sequence.source
             if source is not None and self._is_coming(source, sequence):
                 continue
             self._reuse(sequence)
+            following = self._next_block(sequence, self._reusable(sequence))
+            if following is not None and following in coming:
+                self._give_back(sequence)
+                held_back += 1
+                continue
             wanted = self._blocks_for(len(sequence.ids) + 1) - len(sequence.blocks) + (sequence.computed > 0)
             if self.running and wanted + len(self.running) > self.pool.available:
                 self._give_back(sequence)
@@ -262,6 +273,7 @@ class Scheduler:
             self._leave(sequence)
             sequence.state = "running"
             insort(self.running, sequence, key=lambda running: running.order)
+            coming.add(self._next_block(sequence, len(sequence.ids)))
             budget -= self._take(sequence, count, plan)
 
     def _is_coming(self, source: Sequence, sequence: Sequence) -> bool:
@@ -270,10 +282,19 @@ class Scheduler:
             return False
         return source.state == "running" or (source.state == "waiting" and source.turn < sequence.turn)
 
+    def _next_block(self, sequence: Sequence, end: int) -> tuple[Hashable, tuple[int, ...]] | None:
+        """Parent and ids of the block behind the known ones of a sequence; None if ids up to `end` do not fill it."""
+        size = self.pool.size
+        start = len(sequence.chain) * size
+        return (self._parent(sequence), tuple(sequence.ids[start : start + size])) if start + size <= end else None
+
+    def _reusable(self, sequence: Sequence) -> int:
+        """Tokens of a sequence that need not be computed where they are known: not those whose logits are wanted."""
+        return len(sequence.ids) - 1 if sequence.scored is None else min(sequence.scored, len(sequence.ids) - 1)
+
     def _reuse(self, sequence: Sequence) -> None:
-        """Take over what is known of a sequence; its last token is computed in any case, as its logits are wanted."""
-        size, source = self.pool.size, sequence.source
-        limit = len(sequence.ids) - 1 if sequence.scored is None else min(sequence.scored, len(sequence.ids) - 1)
+        """Take over what is known of a sequence."""
+        size, source, limit = self.pool.size, sequence.source, self._reusable(sequence)
         if source is not None and source.state == "running" and source.computed >= limit and -1 not in source.blocks:
             sequence.blocks = source.blocks[: self._blocks_for(limit)]
             sequence.chain = source.chain[: limit // size]
@@ -281,9 +302,8 @@ class Scheduler:
             for block in sequence.blocks:
                 self.pool.share(block)
         else:
-            while (len(sequence.blocks) + 1) * size <= limit:
-                start = len(sequence.blocks) * size
-                found = self.pool.find(self._parent(sequence), tuple(sequence.ids[start : start + size]))
+            while (following := self._next_block(sequence, limit)) is not None:
+                found = self.pool.find(*following)
                 if found is None:
                     break
                 self.pool.share(found[0])
@@ -300,8 +320,7 @@ class Scheduler:
         """Put `count` tokens of a sequence into a plan."""
         start, end = sequence.computed, sequence.computed + count
         ids = (sequence.ids + sequence.guesses)[start:end] if sequence.guesses else sequence.ids[start:end]
-        first = len(sequence.ids) - 1 if sequence.scored is None else min(sequence.scored, len(sequence.ids) - 1)
-        plan.parts.append(Part(sequence, ids, start, max(0, end - max(start, first))))
+        plan.parts.append(Part(sequence, ids, start, max(0, end - max(start, self._reusable(sequence)))))
         return count
 
     def _hold(self, sequence: Sequence, count: int, plan: Plan) -> bool:

@@ -91,6 +91,17 @@ def test_several_answers_to_one_prompt_compute_it_once() -> None:
     assert taken(single) == made[0]
 
 
+def test_prompts_that_begin_alike_are_computed_once_and_answered_as_alone() -> None:
+    """Rows of a file with one instruction, which all of them compute."""
+    begin = prompts(1, seed=3)[0][:1] * 70
+    asked = [Request([*begin, number, number + 1], sampling) for number, sampling in enumerate(KINDS)]
+    wanted = [answers(engine(speculate=False), [request])[0] for request in asked]
+    it = engine(speculate=False)
+    assert answers(it, asked) == wanted
+    whole = sum(len(request.ids) + len(made) - 1 for request, made in zip(asked, wanted, strict=True))
+    assert it.statistics().computed == whole - (len(asked) - 1) * 64, "of the 70 tokens in common two blocks are full"
+
+
 @pytest.mark.parametrize("kind", ["packed", "torch"])
 def test_a_prompt_is_scored_as_by_the_whole_model(kind: str) -> None:
     model, ids = tiny_model(), prompts(1, seed=2)[0] * 3

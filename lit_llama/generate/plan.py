@@ -242,10 +242,13 @@ def offloading(plan: GenerationPlan) -> str:
     return f"{plan.offloaded} of its {plan.config.num_hidden_layers} layers ({size} GB) come from the CPU's memory"
 
 
-def table(plan: GenerationPlan) -> Table:
-    """The plan for people."""
+def table(plan: GenerationPlan, name: str = "") -> Table:
+    """The plan for people, of a model of some name."""
     how = "packed for this CPU" if plan.packed else "as torch has them"
-    found = Table(title=f"Plan: {plan.config.num_hidden_layers} layers in {numbers(plan)}", box=box.SIMPLE_HEAD)
+    found = Table(
+        title=f"Plan{name and f' of {name}'}: {plan.config.num_hidden_layers} layers in {numbers(plan)}",
+        box=box.SIMPLE_HEAD,
+    )
     found.title_justify = "left"
     found.add_column("memory")
     found.add_column("GB", justify="right")
@@ -262,8 +265,8 @@ def table(plan: GenerationPlan) -> Table:
     return found
 
 
-def print_plan(plan: GenerationPlan) -> None:
-    """Print a plan on stdout.
+def print_plan(plan: GenerationPlan, name: str = "") -> None:
+    """Print a plan on stdout, of a model of some name.
 
     Raises:
         ResourceError: The model does not fit.
@@ -271,7 +274,7 @@ def print_plan(plan: GenerationPlan) -> None:
     console = stdout()
     if not console.is_terminal:  # a file has no edge
         console.width = 160
-    console.print(table(plan), soft_wrap=False)
+    console.print(table(plan, name), soft_wrap=False)
     if not plan.fits:
         raise ResourceError(f"{shortfall(plan)}; {remedy(plan)}")
     if plan.offloaded:

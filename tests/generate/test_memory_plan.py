@@ -9,6 +9,7 @@ import torch
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import open_folder
+from lit_llama.generate.loading import Loading
 from lit_llama.generate.plan import GenerationPlan, lighter, plan_generation, print_plan, remedy
 from lit_llama.model.adapter import load_adapter
 from lit_llama.model.checkpoint import load_model
@@ -110,11 +111,12 @@ def test_a_model_larger_than_the_memory_answers(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An end in place of an answer, or an answer of another model."""
-    folder = open_folder(write_adapter(tmp_path / "adapter", tiny_folder))
-    plan = folder.plan(precision="32-true", max_sequences=2)
-    whole = folder.load(precision="32-true", max_sequences=2, packed=False)
+    adapter, loading = write_adapter(tmp_path / "adapter", tiny_folder), Loading(precision="32-true", batch_size=2)
+    folder = open_folder(adapter, loading)
+    plan = folder.plan()
+    whole = open_folder(adapter, replace(loading, packed=False)).load()
     monkeypatch.setattr(type(folder), "plan", lambda *_, **__: replace(plan, offloaded=len(whole.model.model.layers)))
-    offloaded = folder.load(precision="32-true", max_sequences=2)
+    offloaded = folder.load()
     said = capsys.readouterr().err
     assert "are read from the disk at each step" in said and "GB" in said
     ids, sampling = whole.tokenizer.encode("Say hi"), Sampling(max_new_tokens=8)

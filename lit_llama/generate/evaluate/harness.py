@@ -7,7 +7,6 @@ is the harness's own command, `lm_eval`, in which the model is known; from Pytho
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
@@ -59,8 +58,7 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
         device: Any = None,
     ) -> None:
         super().__init__()
-        base = None if base_dir is None else Path(base_dir)
-        llm = load(pretrained, prompt_style=prompt_style, base_dir=base, precision=precision, quantize=quantize)
+        llm = load(pretrained, prompt_style=prompt_style, base_dir=base_dir, precision=precision, quantize=quantize)
         if device is not None and str(device).partition(":")[0] != llm.device.type:
             stderr().print(f"device {device} is asked for; computed on {llm.device}")
         self.llm, self._name = replace(llm, opening=""), pretrained

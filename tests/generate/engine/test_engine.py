@@ -91,6 +91,17 @@ def test_several_answers_to_one_prompt_compute_it_once() -> None:
     assert taken(single) == made[0]
 
 
+def test_prompts_that_begin_alike_are_computed_once_and_answered_as_alone() -> None:
+    """Rows of a file with one instruction, which all of them compute."""
+    begin = prompts(1, seed=3)[0][:1] * 70
+    asked = [Request([*begin, number, number + 1], sampling) for number, sampling in enumerate(KINDS)]
+    wanted = [answers(engine(speculate=False), [request])[0] for request in asked]
+    it = engine(speculate=False)
+    assert answers(it, asked) == wanted
+    whole = sum(len(request.ids) + len(made) - 1 for request, made in zip(asked, wanted, strict=True))
+    assert it.statistics().computed == whole - (len(asked) - 1) * 64, "of the 70 tokens in common two blocks are full"
+
+
 @pytest.mark.parametrize("kind", ["packed", "torch"])
 def test_a_prompt_is_scored_as_by_the_whole_model(kind: str) -> None:
     model, ids = tiny_model(), prompts(1, seed=2)[0] * 3
@@ -245,6 +256,19 @@ def test_a_full_queue_refuses() -> None:
     it.add(Request([1], KINDS[0]))
     with pytest.raises(ResourceError, match="are waiting"):
         it.add(Request([1], Sampling(n=2, max_new_tokens=5)))
+
+
+@pytest.mark.parametrize(("streamed", "computed"), [(False, 231), (True, 98)])
+def test_prompts_are_cut_only_where_somebody_waits_for_a_token(streamed: bool, computed: int) -> None:
+    """A file of rows that is answered at the pace of a conversation, or a prompt that holds answers up."""
+    it = engine(speculate=False)
+    going = it.add(Request([1, 2, 3], Sampling(max_new_tokens=30)))
+    it.step()
+    it.add(Request([n % 380 for n in range(230)], Sampling(max_new_tokens=2)))
+    before = it.statistics().computed
+    it.step(streamed=streamed)
+    assert it.statistics().computed - before == computed and len(taken(going)) == 2
+    finish(it)
 
 
 def test_ten_thousand_requests_at_once() -> None:

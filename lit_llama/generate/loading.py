@@ -1,0 +1,53 @@
+"""How folders are loaded to generate. Doors name it, so that nothing here imports torch before it is used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_llama.device import Precision
+from lit_llama.errors import UserError
+from lit_llama.model.config import Held
+from lit_llama.text.prompts import StyleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a checkpoint folder, or an adapter folder with its base, is loaded to generate.
+
+    Args:
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
+        prompt_style: Ask in this style instead of the one the folder carries.
+        precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
+            CPU, int8 and int4 are the fast ones.
+        draft_dir: A smaller checkpoint of the same tokenizer that guesses tokens: the same answers, sooner.
+        batch_size: Answers that are made together.
+        plan: Say what memory the model needs and whether it fits, and load nothing.
+        plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
+        packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
+            `LLM.model`, as for a look into it.
+
+    Raises:
+        UserError: No answer is to be made.
+    """
+
+    base_dir: Path | None = None
+    prompt_style: StyleName | None = None
+    precision: Precision = "auto"
+    quantize: Held | None = None
+    draft_dir: Path | None = None
+    batch_size: int = 32
+    plan: bool = False
+    plan_memory: str | None = None
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("base_dir", "draft_dir"):
+            if (place := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(place))
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+
+    @property
+    def only_planned(self) -> bool:
+        """Whether nothing is to be loaded."""
+        return self.plan or self.plan_memory is not None

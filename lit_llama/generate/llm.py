@@ -289,16 +289,10 @@ def open_folder(folder: Path | str, loading: Loading | None = None) -> Opened:
     """Read all of a folder but its weights; errors as for `load`."""
     loading = loading or Loading()
     folder = Path(folder)
-<<<<<<< HEAD
-    base = _base(folder, None if base_dir is None else Path(base_dir))
-    style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
-    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
-=======
     base = _base(folder, loading.base_dir)
-    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     named = loading.prompt_style
     style = named_style(named) if named else folder_style(folder) or folder_style(base)
->>>>>>> A
+    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     specials = [special_ids(place, tokenizer) for place in dict.fromkeys((base, folder))]
     remarks = [*tokenizer.remarks, *(remark for special in specials for remark in special.remarks)]
     if (home := tokenizer_home(folder, base)) != base:

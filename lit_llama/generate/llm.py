@@ -30,7 +30,7 @@ from lit_llama.generate.plan import (
 )
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
@@ -223,6 +223,7 @@ class Opened:
             held=loading.quantize or trained or "stored",
             as_trained=trained is not None,
             max_sequences=loading.batch_size,
+            kv_cache=loading.kv_cache,
             memory=loading.plan_memory,
         )
         return plan if loading.packed else replace(plan, packs=False)
@@ -234,7 +235,7 @@ class Opened:
         plan = self.plan()
         torch.set_num_threads(cores())
         model, remarks = self._model(plan)
-        llm = make_llm(model, self.tokenizer, self.style, self.ends, plan.max_sequences)
+        llm = make_llm(model, self.tokenizer, self.style, self.ends, plan.max_sequences, plan.kv_cache)
         if plan.packed:
             llm = replace(llm, engine=packed_engine(model, self.tokenizer.size, plan), model=None)
         what = f"{self.folder} on {self.base}" if self.adapted else str(self.folder)
@@ -311,8 +312,8 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
     Raises:
         CheckpointError: It has another vocabulary; or as for `open_folder`.
     """
-    loading = Loading(precision=folder.loading.precision, batch_size=folder.loading.batch_size)
-    draft = open_folder(draft_dir, loading)
+    way = folder.loading
+    draft = open_folder(draft_dir, Loading(precision=way.precision, batch_size=way.batch_size, kv_cache=way.kv_cache))
     own, other = folder.tokenizer.vocabulary, draft.tokenizer.vocabulary
     if own != other:
         token = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
@@ -349,13 +350,18 @@ def _base(folder: Path, base_dir: Path | None) -> Path:
 
 
 def make_llm(
-    model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int], max_sequences: int = 32
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: PromptStyle | None,
+    ends: frozenset[int],
+    max_sequences: int = 32,
+    kv_cache: KVCacheType = "auto",
 ) -> LLM:
     """Put an LLM together; its answers end in one of `ends`, or in what ends an answer in its style."""
     weight = model.model.norm.weight  # which is on the device, wherever other weights are
-    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
+    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences, kv_cache)
     return LLM(
-        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
+        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences, kv_cache),
         config=model.config,
         device=weight.device,
         model=model,

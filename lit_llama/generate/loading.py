@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_llama.device import Precision
 from lit_llama.errors import UserError
-from lit_llama.model.config import Held
+from lit_llama.model.config import Held, KVCacheType
 from lit_llama.text.prompts import StyleName
 
 
@@ -19,6 +19,8 @@ class Loading:
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
             CPU, int8 and int4 are the fast ones.
+        kv_cache: Hold keys and values in the numbers of activations (auto), or in 8 bits (int8), which take half of the
+            memory and a little of the accuracy.
         draft_dir: A smaller checkpoint of the same tokenizer that guesses tokens: the same answers, sooner.
         batch_size: Answers that are made together.
         plan: Say what memory the model needs and whether it fits, and load nothing.
@@ -34,6 +36,7 @@ class Loading:
     prompt_style: StyleName | None = None
     precision: Precision = "auto"
     quantize: Held | None = None
+    kv_cache: KVCacheType = "auto"
     draft_dir: Path | None = None
     batch_size: int = 32
     plan: bool = False

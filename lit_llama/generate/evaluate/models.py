@@ -44,6 +44,8 @@ def identity(opened: Opened) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": fingerprint(opened.base)}
     if opened.adapted:
         found["adapter"] = sha256_file(opened.folder / WEIGHTS_FILE)
+    if loading.kv_cache != "auto":
+        found["kv_cache"] = loading.kv_cache
     return found | {
         "tokenizer": opened.tokenizer.fingerprint(),
         "prompt_style": hashlib.sha256(style.encode()).hexdigest()[:16],

@@ -1,7 +1,7 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import torch
 
+from lit_llama.convert.merged import Merged
 from lit_llama.device import cores, peak_memory
-from lit_llama.errors import CheckpointError, UserError
+from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.generate.answer_text import AnswerText, Stream
 from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
@@ -101,37 +102,13 @@ class LLM:
         named = [part or b"<%d>" % index for index, part in enumerate(parts)]
         return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))
 
-    def constraint(
-        self,
-        *,
-        json_schema: Mapping[str, Any] | str | None = None,
-        regex: str | None = None,
-        choice: Sequence[str] | None = None,
-        grammar: str | None = None,
-    ) -> Constraint:
-        """The form that an answer has to have, for `request`; one of:
+    def constraint(self, **form: Any) -> Constraint:
+        """The form that an answer has to have, for `request`; see `Constraint.of`.
 
         Args:
-            json_schema: JSON that this schema describes; the empty schema is any JSON.
-            regex: Text that this regular expression matches as a whole.
-            choice: One of these texts.
-            grammar: Text of this grammar, in llguidance's variant of Lark.
-
-        Raises:
-            UserError: It is faulty, has parts that could not be kept to, or not exactly one of the four is given.
-            ResourceError: llguidance is not installed.
+            form: One of json_schema, regex, choice and grammar.
         """
-        makers: dict[str, tuple[Any, Callable[[Any, TokenTable], Constraint]]] = {
-            "json_schema": (json_schema, Constraint.json_schema),
-            "regex": (regex, Constraint.regex),
-            "choice": (choice, Constraint.choice),
-            "grammar": (grammar, Constraint.lark),
-        }
-        given = [(value, make) for value, make in makers.values() if value is not None]
-        if len(given) != 1:
-            raise UserError(f"a constraint is one of {', '.join(makers)}, found {len(given)} of them")
-        value, make = given[0]
-        return make(value, self.token_table)
+        return Constraint.of(lambda: self.token_table, **form)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.
@@ -216,7 +193,8 @@ class Opened:
             ResourceError: The quantisation cannot be had here.
         """
         loading = self.loading
-        trained = trained_on(self.folder) if loading.quantize is None and self.adapted else None
+        apart = self.adapted and not loading.merge_adapter
+        trained = trained_on(self.folder) if loading.quantize is None and apart else None
         plan = plan_generation(
             LLaMAConfig.from_folder(self.base),
             precision=loading.precision,
@@ -260,6 +238,14 @@ class Opened:
         first = layers - plan.offloaded
         # Weights that are packed or brought from elsewhere are mapped until then, so that they are not there twice.
         dtype = None if plan.packed else plan.dtype
+        if self.loading.merge_adapter:
+            if plan.offloaded:
+                raise ResourceError(
+                    f"{shortfall(plan)}: its layers stay in their files, which no adapter can be merged into as they "
+                    "are loaded; merge it with finetune/merge.py, or leave --merge_adapter out"
+                )
+            merged = Merged(self.base, self.folder, trained_on(self.folder) or "stored", None)
+            return load_model(self.base, plan.device, dtype, plan.quantization, source=merged), [*merged.remarks]
         model = load_model(self.base, plan.device, dtype, plan.quantization, stored_from=first)
         remarks = [*Weights(self.base).remarks]
         stored = list(model.model.layers[first:].parameters())
@@ -290,7 +276,7 @@ def open_folder(folder: Path | str, loading: Loading | None = None) -> Opened:
     """Read all of a folder but its weights; errors as for `load`."""
     loading = loading or Loading()
     folder = Path(folder)
-    base = _base(folder, loading.base_dir)
+    base = _base(folder, loading)
     tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     named = loading.prompt_style
     style = named_style(named) if named else folder_style(folder) or folder_style(base)
@@ -340,12 +326,14 @@ def carried(tokenizer: Tokenizer) -> list[str]:
     return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
-def _base(folder: Path, base_dir: Path | None) -> Path:
+def _base(folder: Path, loading: Loading) -> Path:
     """The model that a folder holds, or that its adapter belongs to."""
     if (folder / CONFIG_FILE).is_file():
-        return base_of(folder, base_dir)
-    if base_dir is not None:
+        return base_of(folder, loading.base_dir)
+    if loading.base_dir is not None:
         raise UserError(f"--base_dir is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}")
+    if loading.merge_adapter:
+        raise UserError(f"--merge_adapter is for an adapter, but {folder} is none: it has no {CONFIG_FILE}")
     return folder
 
 

@@ -15,6 +15,8 @@ class Loading:
 
     Args:
         base_dir: The base model of an adapter, where it is not found where the adapter says.
+        merge_adapter: Make an adapter part of the weights of its base as they are loaded, with the numbers that
+            finetune/merge.py writes, in place of keeping it apart.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
@@ -33,6 +35,7 @@ class Loading:
     """
 
     base_dir: Path | None = None
+    merge_adapter: bool = False
     prompt_style: StyleName | None = None
     precision: Precision = "auto"
     quantize: Held | None = None

@@ -45,6 +45,13 @@ def load_models(
     opened = open_folder(folder, loading)
     opened.check_style(system)
     given = dict(adapters or {})
+    if loading.merge_adapter:
+        if given:
+            raise UserError(
+                "--merge_adapter makes one adapter part of the base, which the others of --adapters need as it is: "
+                "leave one of the two out"
+            )
+        return {_name(opened.folder): opened.load()}
     packs = opened.plan().packed
     if given and not packs:
         raise UserError(

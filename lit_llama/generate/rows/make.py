@@ -63,6 +63,7 @@ def local_teacher(checkpoint_dir: Path, loading: Loading | None = None) -> Teach
     decided = (way.precision, way.quantize, way.prompt_style)
     how = [str(value) for value in decided if value not in (None, "auto")]
     how += [f"kv_cache {way.kv_cache}"] if way.kv_cache != "auto" else []
+    how += ["merged"] if way.merge_adapter else []
     return LocalTeacher(llm=folder.load(), name=str(checkpoint_dir), identity=" ".join([identity, *how]))
 
 

@@ -277,9 +277,9 @@ def open_folder(folder: Path | str, loading: Loading | None = None) -> Opened:
     loading = loading or Loading()
     folder = Path(folder)
     base = _base(folder, loading)
-    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     named = loading.prompt_style
     style = named_style(named) if named else folder_style(folder) or folder_style(base)
+    tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
     specials = [special_ids(place, tokenizer) for place in dict.fromkeys((base, folder))]
     remarks = [*tokenizer.remarks, *(remark for special in specials for remark in special.remarks)]
     if (home := tokenizer_home(folder, base)) != base:

@@ -145,7 +145,7 @@ class PackedLLaMA:
         tied = _weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
         # A copy, where the model is given up: a part of a mapped file would keep all of it.
         embedding = None if tied else self._keep(rows.to(dtype, copy=consume).contiguous())
-        head = self._pack(_weight_of(model.lm_head, whole=True), None, None if weights == "stored" else 8)
+        head = self._pack([_weight_of(model.lm_head, whole=True)], None, None if weights == "stored" else 8)
         self._model = _Model(
             config.num_hidden_layers,
             config.hidden_size,
@@ -177,23 +177,22 @@ class PackedLLaMA:
     def _matrix(self, layers: Sequence[nn.Module], bits: int | None = None) -> _Matrix:
         """One matrix of layers that read the same inputs: one below the other, or in turns where gate and up are."""
         weights, biases = [_weight_of(layer) for layer in layers], [_bias_of(layer) for layer in layers]
-        weight = in_turns(*weights) if len(layers) == 2 else torch.cat(weights)
         bias = None
         if any(b is not None for b in biases):
             vectors = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
             bias = in_turns(*vectors) if len(layers) == 2 else torch.cat(vectors)
+        made = self._pack(weights, bias, bits)
         if self._consume:
             for layer in layers:
                 _give_up(layer, self._files)
-        del weights
-        return self._pack(weight, bias, bits)
+        return made
 
-    def _pack(self, weight: Tensor, bias: Tensor | None, bits: int | None) -> _Matrix:
-        outputs = len(weight)
+    def _pack(self, weights: Sequence[Tensor], bias: Tensor | None, bits: int | None) -> _Matrix:
+        outputs = sum(map(len, weights))
         if bias is not None:
             bias = nn.functional.pad(bias.float(), (0, -outputs % PAIR))
         bits = bits or {"stored": 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[self._weights]
-        made, steps = packed_matrix(weight, self.dtype, bits)
+        made, steps = packed_matrix(weights, self.dtype, bits)
         at, k = self._keep(made), made.shape[1] * made.shape[3] * (8 // bits if bits <= 8 else 1)
         scales = None if steps is None else self._keep(steps)
         return _Matrix(at, scales, None if bias is None else self._keep(bias), outputs, k, bits)

@@ -253,7 +253,7 @@ def test_pieces_of_rows_are_packed_as_the_whole(bits: int, monkeypatch: pytest.M
             return out
 
     with Watched():
-        made, steps = packed_matrix(weight, dtype, bits)
+        made, steps = packed_matrix([weight], dtype, bits)
     assert torch.equal(made, expected) and made.stride() == expected.stride()
     if bits <= 8:
         assert steps is not None and torch.equal(steps, packed_scales(scales))

@@ -275,6 +275,18 @@ template <typename E> static void decode_memory(const Model *model, const Step *
 // Whether the kernel of the system lets this process use what the code was compiled for; asked before the first step.
 template <typename E> static void decode_allowed(index_t *allowed) { *allowed = tiles_allowed(); }
 
+// A weight of whole blocks of 16 rows, as words of four bytes: (N/16, 16, K) -> (N/16, K, 16), every `step`th block of `to`.
+template <typename E> static void pack_words(const int32_t *from, int32_t *to, index_t blocks, index_t words, index_t step) {
+#pragma omp parallel for schedule(static)
+    for (index_t block = 0; block < blocks; block++) {
+        const int32_t *rows = from + block * BLOCK * words;
+        int32_t *out = to + block * step * BLOCK * words;
+        for (index_t word = 0; word < words; word++)
+            for (index_t row = 0; row < BLOCK; row++) out[word * BLOCK + row] = rows[row * words + word];
+    }
+}
+
 EXPORT(decode)
 EXPORT(decode_allowed)
 EXPORT(decode_memory)
+EXPORT(pack_words)

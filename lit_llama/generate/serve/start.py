@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.routing import BaseRoute
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.flags import Asked
 from lit_llama.generate.llm import LLM, Opened, open_folder
@@ -42,6 +42,7 @@ class Settings:
     max_body: int = 16 << 20
     max_seconds: float = 600.0
     log_content: bool = False
+    overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
         least = {"max_waiting": 0, "max_length": 2}
@@ -61,6 +62,7 @@ class Settings:
             max_choices=self.max_choices,
             max_waiting=self.max_waiting,
             max_seconds=self.max_seconds,
+            overflow=self.overflow,
         )
 
 

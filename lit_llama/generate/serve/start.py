@@ -14,7 +14,7 @@ from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.flags import Asked
 from lit_llama.generate.llm import LLM, Opened, open_folder
 from lit_llama.generate.loading import Loading
-from lit_llama.generate.models import load_models
+from lit_llama.generate.models import check_merging, load_models
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.guard import is_loopback
 from lit_llama.generate.serve.models import MAX_NEW_TOKENS, Limits
@@ -119,7 +119,9 @@ def check_folders(folder: Path, adapters: Mapping[str, Path], loading: Loading) 
 
     Raises:
         CheckpointError: One is no checkpoint folder, or no adapter folder.
+        UserError: One is to be merged, and others to be beside it.
     """
+    check_merging(loading, adapters)
     opened = open_folder(folder, loading)
     for path in adapters.values():
         open_folder(path, loading)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from lit_llama.device import Precision
 from lit_llama.errors import UserError
@@ -31,7 +32,7 @@ class Loading:
             `LLM.model`, as for a look into it.
 
     Raises:
-        UserError: No answer is to be made.
+        UserError: No answer is to be made, or keys and values are to be held in a way that is not known.
     """
 
     base_dir: Path | None = None
@@ -50,6 +51,8 @@ class Loading:
         for name in ("base_dir", "draft_dir"):
             if (place := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(place))
+        if self.kv_cache not in get_args(KVCacheType):
+            raise UserError(f"--kv_cache is {self.kv_cache!r}, expected {' or '.join(get_args(KVCacheType))}")
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
 

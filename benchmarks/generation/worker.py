@@ -1,7 +1,7 @@
 """A contender: a process of its own that does one task at a time, a line of JSON in and a line out.
 
-Between tasks it waits for its next line and computes nothing, so that rounds can be interleaved. What libraries print is
-no answer: from the import of this module on it goes to stderr.
+Between tasks it waits for its next line and computes nothing, so that rounds can be interleaved. What libraries print
+is no answer: from the import of this module on it goes to stderr.
 """
 
 import json

@@ -36,7 +36,8 @@ class HubTokenizer(Tokenizer):
     def __init__(self, path: Path, raw: dict[str, Any] | None = None) -> None:
         try:
             text = read_bounded(path) if raw is None else None
-            raw = json.loads(text) if raw is None else raw
+            raw = json.loads(text) if text is not None else raw
+            assert raw is not None
             check_tokenizer(raw)
             if raw.get("truncation") or raw.get("padding"):
                 text = None
@@ -67,7 +68,7 @@ class HubTokenizer(Tokenizer):
         if self.bos and self.bos not in self.control:
             raise CheckpointError(f"{path} has no token {self.bos!r}, which tokenizer_config.json names as bos_token")
 
-    def _complete(self, path: Path, text: bytes | str | None) -> Any:
+    def _complete(self, path: Path, text: bytes | None) -> Any:
         """The tokenizer of the package; the settings beside the file may add tokens, and make tokens special.
 
         Args:

@@ -7,6 +7,7 @@ python generate/serve.py --checkpoint_dir checkpoints/NAME --adapters poet=out/l
 from pathlib import Path
 
 from lit_llama.cli import CLI
+from lit_llama.generate.engine.request import Overflow
 from lit_llama.generate.flags import loading_flags
 from lit_llama.generate.loading import Loading
 
@@ -26,6 +27,7 @@ def main(
     max_length: int | None = None,
     max_body: int = 16 << 20,
     max_seconds: float = 600.0,
+    overflow: Overflow = "error",
     log_content: bool = False,
 ) -> None:
     """Answer requests until a signal comes; what was asked before it is still answered, unless a second one comes.
@@ -44,6 +46,9 @@ def main(
         max_length: Tokens of a prompt with its answer; left out, what the model reads and the cache holds.
         max_body: Bytes of a request.
         max_seconds: That an answer may take.
+        overflow: Beyond what the model reads: error refuses a request; drop_oldest leaves out the oldest turns of a
+            conversation or tokens of a text, whose number is in the header X-Dropped of the reply, and has an answer
+            that becomes too long go on behind the later half.
         log_content: Write to the log what is asked and answered, too.
     """
     from lit_llama.generate.chat.store import Store, default_folder
@@ -61,6 +66,7 @@ def main(
         max_body=max_body,
         max_seconds=max_seconds,
         log_content=log_content,
+        overflow=overflow,
     )
     if loading.only_planned:
         print_plan(check_folders(checkpoint_dir, adapters or {}, loading).plan())

@@ -123,6 +123,8 @@ def test_flags_become_one_loading_beside_one_sampling(monkeypatch: pytest.Monkey
         )
     with pytest.raises(UserError, match="--batch_size is 0, expected 1 or more"):
         Loading(batch_size=0)
+    with pytest.raises(UserError, match="--kv_cache is 'fp8', expected auto or int8"):
+        Loading(kv_cache="fp8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from lit_llama.generate.engine.draft import DraftModel
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.plan import GenerationPlan, cache_limit
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.kernels.decode import PackedLLaMA, factors_of
 from lit_llama.model.llama import LLaMA
 
@@ -12,17 +12,20 @@ ADAPTER = "adapter"
 """Name of the adapter of a folder in its engine."""
 
 
-def torch_engine(model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int) -> Engine:
+def torch_engine(
+    model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int, kv_cache: KVCacheType = "auto"
+) -> Engine:
     """An engine on a model as it is, of whose logits the first `tokens` count."""
-    return Engine(TorchRunner(model, cache_bytes), tokens=tokens, config=_limits(max_sequences))
+    return Engine(TorchRunner(model, cache_bytes, kv_cache), tokens=tokens, config=_limits(max_sequences))
 
 
 def packed_engine(model: LLaMA, tokens: int, plan: GenerationPlan) -> Engine:
     """An engine on the packed weights of a model, which loses them; its adapter is added to all requests."""
     factors = factors_of(model)
     weights = PackedLLaMA(model, plan.dtype, plan.weights_kind, consume=True)
-    cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences)
-    engine = Engine(PackedRunner(weights, cache_bytes), tokens=tokens, config=_limits(plan.max_sequences))
+    cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences, plan.kv_cache)
+    runner = PackedRunner(weights, cache_bytes, plan.kv_cache)
+    engine = Engine(runner, tokens=tokens, config=_limits(plan.max_sequences))
     if factors:
         engine.add_adapter(ADAPTER, factors)
         engine.default_adapter = ADAPTER

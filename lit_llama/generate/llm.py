@@ -1,7 +1,7 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import torch
 
+from lit_llama.convert.merged import Merged
 from lit_llama.device import cores, peak_memory
-from lit_llama.errors import CheckpointError, UserError
+from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.generate.answer_text import AnswerText, Stream
 from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
@@ -30,7 +31,7 @@ from lit_llama.generate.plan import (
 )
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
@@ -101,37 +102,13 @@ class LLM:
         named = [part or b"<%d>" % index for index, part in enumerate(parts)]
         return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))
 
-    def constraint(
-        self,
-        *,
-        json_schema: Mapping[str, Any] | str | None = None,
-        regex: str | None = None,
-        choice: Sequence[str] | None = None,
-        grammar: str | None = None,
-    ) -> Constraint:
-        """The form that an answer has to have, for `request`; one of:
+    def constraint(self, **form: Any) -> Constraint:
+        """The form that an answer has to have, for `request`; see `Constraint.of`.
 
         Args:
-            json_schema: JSON that this schema describes; the empty schema is any JSON.
-            regex: Text that this regular expression matches as a whole.
-            choice: One of these texts.
-            grammar: Text of this grammar, in llguidance's variant of Lark.
-
-        Raises:
-            UserError: It is faulty, has parts that could not be kept to, or not exactly one of the four is given.
-            ResourceError: llguidance is not installed.
+            form: One of json_schema, regex, choice and grammar.
         """
-        makers: dict[str, tuple[Any, Callable[[Any, TokenTable], Constraint]]] = {
-            "json_schema": (json_schema, Constraint.json_schema),
-            "regex": (regex, Constraint.regex),
-            "choice": (choice, Constraint.choice),
-            "grammar": (grammar, Constraint.lark),
-        }
-        given = [(value, make) for value, make in makers.values() if value is not None]
-        if len(given) != 1:
-            raise UserError(f"a constraint is one of {', '.join(makers)}, found {len(given)} of them")
-        value, make = given[0]
-        return make(value, self.token_table)
+        return Constraint.of(lambda: self.token_table, **form)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.
@@ -216,13 +193,15 @@ class Opened:
             ResourceError: The quantisation cannot be had here.
         """
         loading = self.loading
-        trained = trained_on(self.folder) if loading.quantize is None and self.adapted else None
+        apart = self.adapted and not loading.merge_adapter
+        trained = trained_on(self.folder) if loading.quantize is None and apart else None
         plan = plan_generation(
             LLaMAConfig.from_folder(self.base),
             precision=loading.precision,
             held=loading.quantize or trained or "stored",
             as_trained=trained is not None,
             max_sequences=loading.batch_size,
+            kv_cache=loading.kv_cache,
             memory=loading.plan_memory,
         )
         return plan if loading.packed else replace(plan, packs=False)
@@ -234,7 +213,7 @@ class Opened:
         plan = self.plan()
         torch.set_num_threads(cores())
         model, remarks = self._model(plan)
-        llm = make_llm(model, self.tokenizer, self.style, self.ends, plan.max_sequences)
+        llm = make_llm(model, self.tokenizer, self.style, self.ends, plan.max_sequences, plan.kv_cache)
         if plan.packed:
             llm = replace(llm, engine=packed_engine(model, self.tokenizer.size, plan), model=None)
         what = f"{self.folder} on {self.base}" if self.adapted else str(self.folder)
@@ -259,6 +238,14 @@ class Opened:
         first = layers - plan.offloaded
         # Weights that are packed or brought from elsewhere are mapped until then, so that they are not there twice.
         dtype = None if plan.packed else plan.dtype
+        if self.loading.merge_adapter:
+            if plan.offloaded:
+                raise ResourceError(
+                    f"{shortfall(plan)}: its layers stay in their files, which no adapter can be merged into as they "
+                    "are loaded; merge it with finetune/merge.py, or leave --merge_adapter out"
+                )
+            merged = Merged(self.base, self.folder, trained_on(self.folder) or "stored", None)
+            return load_model(self.base, plan.device, dtype, plan.quantization, source=merged), [*merged.remarks]
         model = load_model(self.base, plan.device, dtype, plan.quantization, stored_from=first)
         remarks = [*Weights(self.base).remarks]
         stored = list(model.model.layers[first:].parameters())
@@ -289,7 +276,7 @@ def open_folder(folder: Path | str, loading: Loading | None = None) -> Opened:
     """Read all of a folder but its weights; errors as for `load`."""
     loading = loading or Loading()
     folder = Path(folder)
-    base = _base(folder, loading.base_dir)
+    base = _base(folder, loading)
     named = loading.prompt_style
     style = named_style(named) if named else folder_style(folder) or folder_style(base)
     tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
@@ -311,8 +298,8 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
     Raises:
         CheckpointError: It has another vocabulary; or as for `open_folder`.
     """
-    loading = Loading(precision=folder.loading.precision, batch_size=folder.loading.batch_size)
-    draft = open_folder(draft_dir, loading)
+    way = folder.loading
+    draft = open_folder(draft_dir, Loading(precision=way.precision, batch_size=way.batch_size, kv_cache=way.kv_cache))
     own, other = folder.tokenizer.vocabulary, draft.tokenizer.vocabulary
     if own != other:
         token = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
@@ -339,23 +326,30 @@ def carried(tokenizer: Tokenizer) -> list[str]:
     return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
-def _base(folder: Path, base_dir: Path | None) -> Path:
+def _base(folder: Path, loading: Loading) -> Path:
     """The model that a folder holds, or that its adapter belongs to."""
     if (folder / CONFIG_FILE).is_file():
-        return base_of(folder, base_dir)
-    if base_dir is not None:
+        return base_of(folder, loading.base_dir)
+    if loading.base_dir is not None:
         raise UserError(f"--base_dir is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}")
+    if loading.merge_adapter:
+        raise UserError(f"--merge_adapter is for an adapter, but {folder} is none: it has no {CONFIG_FILE}")
     return folder
 
 
 def make_llm(
-    model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int], max_sequences: int = 32
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: PromptStyle | None,
+    ends: frozenset[int],
+    max_sequences: int = 32,
+    kv_cache: KVCacheType = "auto",
 ) -> LLM:
     """Put an LLM together; its answers end in one of `ends`, or in what ends an answer in its style."""
     weight = model.model.norm.weight  # which is on the device, wherever other weights are
-    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
+    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences, kv_cache)
     return LLM(
-        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
+        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences, kv_cache),
         config=model.config,
         device=weight.device,
         model=model,

@@ -45,6 +45,9 @@ def load_models(
     opened = open_folder(folder, loading)
     opened.check_style(system)
     given = dict(adapters or {})
+    check_merging(loading, given)
+    if loading.merge_adapter:
+        return {_name(opened.folder): opened.load()}
     packs = opened.plan().packed
     if given and not packs:
         raise UserError(
@@ -74,6 +77,15 @@ def load_models(
         models[name] = part.on(llm, name)
     first = _name(opened.folder)
     return {first: models[first], **models}
+
+
+def check_merging(loading: Loading, adapters: Mapping[str, Path]) -> None:
+    """Raise UserError if one adapter is to be merged into the base that others need as it is."""
+    if loading.merge_adapter and adapters:
+        raise UserError(
+            "--merge_adapter makes one adapter part of the base, which the others of --adapters need as it is: leave "
+            "one of the two out"
+        )
 
 
 class Updates(NamedTuple):

@@ -16,9 +16,11 @@ from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Held, LLaMAConfig
 from lit_llama.model.kernels.decode import PackedLLaMA, packs
 from lit_llama.model.offload import OffloadedLayer, offload
+from lit_llama.model.paged import PagedBatch
 from tests.conftest import tiny_config, write_adapter
 
 CPU = torch.device("cpu")
+BATCH = PagedBatch(ids=[list(range(20, 50))], starts=[0], tables=[[1]], logits=[3])
 LARGE = LLaMAConfig(
     vocab_size=32000,
     hidden_size=5120,
@@ -73,6 +75,20 @@ def test_the_cache_takes_no_more_than_half_of_what_is_left() -> None:
     )
     small = planned(LARGE, 64e9, max_sequences=4)
     assert small.cache == (LARGE.context_length // 32 + 1) * 32 * 2 * 2 * 40 * 5120
+
+
+def test_keys_and_values_in_8_bits_take_little_more_than_half(tiny_folder: Path) -> None:
+    """A plan that counts a cache which is not made, or a flag that is dropped on its way there."""
+    half = planned(LARGE, 64e9, kv_cache="int8").cache / planned(LARGE, 64e9).cache
+    assert half == pytest.approx((128 + 4) / 256)
+    for packed in (True, False):
+        plain, coded = (
+            open_folder(tiny_folder, Loading(precision="32-true", packed=packed, kv_cache=kind)).load().engine.runner
+            for kind in ("auto", "int8")
+        )
+        assert type(plain) is type(coded)
+        assert min(plain.blocks, coded.blocks) * 32 >= 256 * 32, "room for all answers, in less memory"
+        assert coded.logits(BATCH).isfinite().all() and not torch.equal(coded.logits(BATCH), plain.logits(BATCH))
 
 
 def test_a_model_that_is_too_large_is_offloaded(tiny_folder: Path) -> None:

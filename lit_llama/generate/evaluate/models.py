@@ -44,6 +44,10 @@ def identity(opened: Opened) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": fingerprint(opened.base)}
     if opened.adapted:
         found["adapter"] = sha256_file(opened.folder / WEIGHTS_FILE)
+    if loading.kv_cache != "auto":
+        found["kv_cache"] = loading.kv_cache
+    if loading.merge_adapter:
+        found["merge_adapter"] = True
     return found | {
         "tokenizer": opened.tokenizer.fingerprint(),
         "prompt_style": hashlib.sha256(style.encode()).hexdigest()[:16],
@@ -64,11 +68,12 @@ def open_models(folders: Sequence[Path], loading: Loading | None = None) -> list
         CheckpointError: One of them cannot be used.
     """
     loading = loading or Loading()
-    plain = replace(loading, base_dir=None)
+    plain = replace(loading, base_dir=None, merge_adapter=False)
     names = short_names(folders)
     adapters = [(folder / "adapter_config.json").is_file() for folder in folders]
-    if loading.base_dir is not None and not any(adapters):
-        raise UserError(f"--base_dir {loading.base_dir} is the base of an adapter, but none of the folders is one")
+    if (loading.base_dir is not None or loading.merge_adapter) and not any(adapters):
+        what = f"--base_dir {loading.base_dir} is the base of" if loading.base_dir else "--merge_adapter is for"
+        raise UserError(f"{what} an adapter, but none of the folders is one")
     return [
         Model(name, open_folder(folder, loading if adapter else plain))
         for name, folder, adapter in zip(names, folders, adapters, strict=True)
@@ -126,7 +131,11 @@ def _same_base(one: Model, other: Model) -> bool:
 def _shared(model: Model) -> Updates | None:
     """What the engine can add to a base in use; None if the model has to be loaded alone."""
     opened = model.opened
-    if not opened.plan().packed or tokenizer_home(opened.folder, opened.base) != opened.base:
+    if (
+        opened.loading.merge_adapter
+        or not opened.plan().packed
+        or tokenizer_home(opened.folder, opened.base) != opened.base
+    ):
         return None
     return updates_of(opened) if opened.adapted else Updates({}, ())
 

@@ -60,7 +60,10 @@ def local_teacher(checkpoint_dir: Path, loading: Loading | None = None) -> Teach
         weights = sorted(folder.folder.glob("*.safetensors"))
         identity += "".join(f" {sha256_file(path)}" for path in weights)
     way = folder.loading
-    how = [str(value) for value in (way.precision, way.quantize, way.prompt_style) if value not in (None, "auto")]
+    decided = (way.precision, way.quantize, way.prompt_style)
+    how = [str(value) for value in decided if value not in (None, "auto")]
+    how += [f"kv_cache {way.kv_cache}"] if way.kv_cache != "auto" else []
+    how += ["merged"] if way.merge_adapter else []
     return LocalTeacher(llm=folder.load(), name=str(checkpoint_dir), identity=" ".join([identity, *how]))
 
 

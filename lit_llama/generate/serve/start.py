@@ -9,12 +9,12 @@ from pathlib import Path
 from starlette.routing import BaseRoute
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.flags import Asked
 from lit_llama.generate.llm import LLM, Opened, open_folder
 from lit_llama.generate.loading import Loading
-from lit_llama.generate.models import load_models
+from lit_llama.generate.models import check_merging, load_models
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.guard import is_loopback
 from lit_llama.generate.serve.models import MAX_NEW_TOKENS, Limits
@@ -42,6 +42,7 @@ class Settings:
     max_body: int = 16 << 20
     max_seconds: float = 600.0
     log_content: bool = False
+    overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
         least = {"max_waiting": 0, "max_length": 2}
@@ -61,6 +62,7 @@ class Settings:
             max_choices=self.max_choices,
             max_waiting=self.max_waiting,
             max_seconds=self.max_seconds,
+            overflow=self.overflow,
         )
 
 
@@ -117,7 +119,9 @@ def check_folders(folder: Path, adapters: Mapping[str, Path], loading: Loading) 
 
     Raises:
         CheckpointError: One is no checkpoint folder, or no adapter folder.
+        UserError: One is to be merged, and others to be beside it.
     """
+    check_merging(loading, adapters)
     opened = open_folder(folder, loading)
     for path in adapters.values():
         open_folder(path, loading)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.fused.kernels import call, compiled
 from lit_llama.model.kernels.mapped import MappedFiles
 from lit_llama.model.kernels.packing import DEPTH, PAIR, Weights, in_turns, packed, packed_matrix
@@ -77,6 +77,7 @@ class _Step(ctypes.Structure):
         ("table_stride", ctypes.c_int64),
         ("cache", ctypes.c_void_p),
         ("cache_blocks", ctypes.c_int64),
+        ("cache_coded", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("tile_start", "tile_updates", "select", "logits", "memory")),
         ("longest", ctypes.c_int64),
         ("rank", ctypes.c_int64),
@@ -298,6 +299,7 @@ class PackedLLaMA:
             width,
             cache.blocks.data_ptr(),
             cache.blocks.shape[1],
+            cache.coded,
             *(x.data_ptr() for x in (tile_start, tile_updates, select, logits)),
             None,
             max(end for _, end in order),
@@ -348,18 +350,22 @@ class PackedCache:
         config: Shape of the model.
         blocks: How many.
         dtype: As of the packed model.
+        kind: How keys and values are held.
     """
 
-    def __init__(self, config: LLaMAConfig, blocks: int, dtype: torch.dtype) -> None:
-        deep = config.head_dim + -config.head_dim % DEPTH
-        shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, BLOCK * deep)
-        self.blocks = untouched_zeros(shape, dtype)  # 0 x NaN of a masked key is NaN
+    def __init__(self, config: LLaMAConfig, blocks: int, dtype: torch.dtype, kind: KVCacheType = "auto") -> None:
+        self.coded = kind == "int8"
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        size = self.bytes_of_block(config, dtype, kind) // heads
+        shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, size)
+        self.blocks = untouched_zeros(shape, torch.int8)  # 0 x NaN of a masked key is NaN
 
     @staticmethod
-    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype) -> int:
+    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype, kind: KVCacheType = "auto") -> int:
         """Memory that a block takes."""
         deep = config.head_dim + -config.head_dim % DEPTH
-        return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * deep * dtype.itemsize
+        row = deep + torch.float32.itemsize if kind == "int8" else deep * dtype.itemsize
+        return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * row
 
     def copy(self, source: int, destination: int) -> None:
         """Copy a block."""

@@ -3,6 +3,7 @@
 import math
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lit_llama.device import resident_memory
 from lit_llama.errors import NumericalError, ResourceError, UserError
-from lit_llama.generate.engine.engine import EngineConfig
+from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.model.config import LoRAConfig
@@ -56,6 +57,30 @@ def test_answers_are_the_same_bytes_after_having_been_put_off() -> None:
     made = answers(it, wanted)
     assert it.statistics().preemptions > 0
     assert made == [answers(engine(), [request])[0] for request in wanted]
+
+
+@needs_compiler
+def test_answers_with_keys_and_values_in_8_bits_are_the_same_bytes_in_any_company() -> None:
+    """Codes or scales that are left behind where a block is copied, given back, found again or computed in pieces."""
+    asked = [*requests(), Request(prompts(1)[0] * 3, replace(KINDS[1], n=3))]
+    asked += [Request(ids, Sampling(max_new_tokens=70, temperature=1.0)) for ids in prompts(6, longest=30, seed=1)]
+
+    def answered(it: Engine, requests: list[Request]) -> list[dict[int, list[int]]]:
+        tickets = [it.add(request) for request in requests]
+        finish(it)
+        return [
+            {n: [i for step in ticket.steps if step.answer == n for i in step.ids] for n in range(len(ticket.answers))}
+            for ticket in tickets
+        ]
+
+    wanted = [answered(engine(kv_cache="int8", speculate=False), [request])[0] for request in asked]
+    small = engine(blocks=3, kv_cache="int8", max_batch_tokens=24, max_sequences=8)
+    assert 2 * 3 < small.runner.blocks < 4 * 3, "a block of codes takes less than half of one of float32"
+    for _ in range(2):
+        assert answered(small, asked) == wanted
+    counts = small.statistics()
+    assert counts.preemptions > 0 and counts.reused > 0
+    assert [answer[0] for answer in wanted[:8]] != alone(), "it is not the cache in float32"
 
 
 @needs_compiler
@@ -347,7 +372,7 @@ def test_memory_of_what_nobody_needs_goes_back_to_the_system(kind: str) -> None:
     """Catches memory that is kept, and keys that are lost of an answer that goes on."""
     it = engine(blocks=2000, kind=kind)
     cache: Any = it.runner._cache  # type: ignore[attr-defined]
-    parts = [cache.blocks] if hasattr(cache, "blocks") else [cache.keys, cache.values]
+    parts = [cache.blocks] if hasattr(cache, "blocks") else cache.parts
     whole = sum(part.nbytes for part in parts)
     known, going = requests()[0], requests()[1]
     expected = [answers(it, [request])[0] for request in (known, going)]

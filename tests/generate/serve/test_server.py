@@ -118,6 +118,7 @@ def test_what_is_refused_before_anything_is_loaded(tiny_folder: Path, monkeypatc
     [
         (("--batch_size", "0"), 2, "--batch_size is 0"),
         (("--adapters", "a=absent"), 4, "absent"),
+        (("--adapters", "a=absent", "--merge_adapter"), 2, "leave one of the two out"),
         (("--draft_dir", "absent"), 4, "absent"),
     ],
 )

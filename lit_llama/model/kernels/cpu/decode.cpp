@@ -157,7 +157,9 @@ static void attend_all(const Model &m, const Layer &l, const Step &s, const Buff
 template <typename E> static void layer_step(const Model &m, index_t index, const Step &s, const Buffers<E> &b, index_t thread) {
     const Layer &l = m.layer[index];
     const index_t D = m.head_dim, P = deep(D), T = s.tokens;
-    const Cache<E> cache{(E *)s.cache + index * s.cache_blocks * m.groups * 2 * KEYS * P, s.cache_blocks, m.groups, P};
+    const bool coded = s.cache_coded;
+    const index_t layer_bytes = s.cache_blocks * m.groups * Cache<E>::bytes(P, coded);
+    const Cache<E> cache{(char *)s.cache + index * layer_bytes, m.groups, P, coded};
     const auto to_stream = [&](index_t first, index_t count, index_t pair, const float *c, const float *bias) {
         const index_t n = std::min(PAIR, m.hidden - pair * PAIR);
         for (index_t t = 0; t < count; t++) {

@@ -147,7 +147,7 @@ class Drawing:
                     del asked[sequence]
 
     def _room(self, answer: Answer) -> int:
-        """Tokens that may be guessed: one more comes behind them, and where there is no room then, the oldest go first."""
+        """Tokens that may be guessed: one more comes behind them, and without room then, the oldest go first."""
         wanted = answer.ticket.request.sampling.max_new_tokens - answer.made - 1
         return min(wanted, self._answers.longest - len(answer.sequence.ids) - 1)
 

@@ -2,7 +2,8 @@
 
 python benchmarks/generate.py --out generate
 
-Every contender is a process of its own; in each round all of them do a task before the next one begins.
+Every contender is a process of its own; in each round all of them do a task before the next one begins. The first round
+warms up with a few tokens. A contender to which a task has cost `--limit` seconds does it no more.
 """
 
 import json
@@ -30,6 +31,8 @@ CONTENDERS = [
     "llama.cpp q4_k_m",
     "litgpt bf16",
 ]
+WARM_UP = 8
+"""Tokens of an answer in the first round."""
 EXACT = "ours f32"
 """Whose greedy answers the others are compared with."""
 KEYS = ("single", "batch 4", "batch 16", "batch 32", "prefill")
@@ -56,6 +59,7 @@ def main(
     prefill: int = 1500,
     arrivals: int = 64,
     rate: float = 20.0,
+    limit: float = 12.0,
     seed: int = 1,
     extraction_dir: Path = Path("checkpoints/demo-merged"),
     extraction_rows: Path = Path("data/demo/test.jsonl"),
@@ -75,6 +79,7 @@ def main(
         prefill: Tokens of the long prompt.
         arrivals: Requests that come over time.
         rate: Of them a second.
+        limit: Seconds of a task after which a contender is not asked to do it again.
         seed: Of prompts.
         extraction_dir: A model tuned to answer in JSON, as `make demo` leaves it; left out where it is missing.
         extraction_rows: The rows that it is asked.
@@ -101,29 +106,30 @@ def main(
     try:
         for one in running:
             one.start(work_dir / f"{one.name.replace(' ', '-')}.log")
-        for number in range(rounds + 1):  # the first one warms up
+        for number in range(rounds + 1):
+            made = tokens if number else WARM_UP
             tell(f"round {number} of {rounds}")
+            for one in 3 * running if number else running:  # it takes little time and varies most
+                one.again("answer", "single", limit, ids=single, tokens=made)
             for one in running:
-                one.do("answer", "single", ids=single, tokens=tokens)
-            for one in running:
-                one.do("prefill", "prefill", ids=long)
+                one.again("prefill", "prefill", limit, ids=long)
             for count, prompts in batches.items():
                 for one in running:
-                    one.do("batch", f"batch {count}", prompts=prompts, tokens=tokens // 2)
+                    one.again("batch", f"batch {count}", limit, prompts=prompts, tokens=made // 2)
             for one in running:
-                if "known" in one.tasks:
-                    one.do("known", "known", ids=long, more=single[:20])
+                one.again("known", "known", limit, ids=long, more=single[:20])
             if not number:
                 for one in running:
                     one.results.clear()
+        tell("requests that come over time")
+        for one in running[:1]:
+            for key in ("arrivals", "one after another"):
+                together = key == "arrivals"
+                one.again("arrivals", key, limit, prompts=coming, tokens=tokens // 2, rate=rate, together=together)
         for one in running:
-            if "arrivals" in one.tasks and one.name == "ours bf16":
-                for together in (True, False):
-                    key = "arrivals" if together else "one after another"
-                    one.do("arrivals", key, prompts=coming, tokens=tokens // 2, rate=rate, together=together)
-        for one in running:
-            for task in {"sizes", "built"} & {*one.tasks}:
-                one.do(task, task)
+            for task in ("sizes", "built"):
+                one.again(task, task, limit)
+        tell("an answer in float32, JSON, start-up")
         exact.start(work_dir / "exact.log")
         exact.do("answer", "single", ids=single, tokens=tokens)
         if extraction is not None:
@@ -141,8 +147,8 @@ def extract(one: Contender, rounds: int, work_dir: Path) -> None:
         for together in (1, 8):
             for schema in (False, True):
                 for guess in (False, True):
-                    key = extraction_key(together, schema, guess)
-                    one.do("extract", key, rows=8 * together, together=together, guess=guess, schema=schema)
+                    key, rows = extraction_key(together, schema, guess), 32 if number else 2
+                    one.do("extract", key, rows=rows, together=together, guess=guess, schema=schema)
         if not number:
             one.results.clear()
 

@@ -7,16 +7,15 @@ python generate/rows.py --recipe self-instruct --seeds seeds.jsonl --checkpoint_
 from pathlib import Path
 
 from lit_llama.cli import CLI
-from lit_llama.device import Precision
-from lit_llama.model.config import Held
-from lit_llama.text.prompts import StyleName
+from lit_llama.generate.flags import loading_flags
+from lit_llama.generate.loading import Loading
 
 
+@loading_flags(without=["draft_dir", "plan", "plan_memory"])
 def main(
     *,
     recipe: str,
     checkpoint_dir: Path | None = None,
-    base_dir: Path | None = None,
     endpoint: str | None = None,
     endpoint_model: str | None = None,
     key_variable: str = "OPENAI_API_KEY",
@@ -32,11 +31,8 @@ def main(
     max_rows: int | None = None,
     max_tokens: int | None = None,
     max_time: str | None = None,
-    batch_size: int = 32,
     seed: int = 1234,
-    prompt_style: StyleName | None = None,
-    precision: Precision = "auto",
-    quantize: Held | None = None,
+    loading: Loading,
 ) -> None:
     """Make the rows of a recipe; interrupted, the same command goes on.
 
@@ -44,7 +40,6 @@ def main(
         recipe: A YAML file, or one that ships: self-instruct, evol-instruct, magpie, answers, paraphrase, best-of-n,
             preference-pairs, questions-from-documents.
         checkpoint_dir: The teacher: a checkpoint folder or an adapter folder.
-        base_dir: The base model of an adapter, where it is not found where the adapter says.
         endpoint: The teacher instead: an API as OpenAI's, such as http://localhost:8000/v1.
         endpoint_model: Name of the model there; left out, the only one it has.
         key_variable: The environment variable with the key of the endpoint, if it needs one.
@@ -60,11 +55,8 @@ def main(
         max_rows: Rows that are wanted. Left out, what the recipe says.
         max_tokens: End with so many tokens of answers.
         max_time: End after this time, such as 90s, 30m or 2h.
-        batch_size: Answers that are made together.
         seed: Of all draws.
-        prompt_style: Ask in this style instead of the one the folder carries.
-        precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
-        quantize: Hold the linear layers in 4 or 8 bits. On a CPU, int8 and int4 are the fast ones.
+        loading: How the teacher is loaded.
     """
     from lit_llama.generate.rows import make
 
@@ -73,11 +65,7 @@ def main(
     teacher = make.open_teacher(
         checkpoint_dir,
         endpoint,
-        base_dir=base_dir,
-        prompt_style=prompt_style,
-        precision=precision,
-        quantize=quantize,
-        max_sequences=batch_size,
+        loading,
         model=endpoint_model,
         key_variable=key_variable,
         concurrency=concurrency,

@@ -26,6 +26,7 @@ from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.evaluate.store import RowStore
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.generate.llm import LLM, load, open_folder
+from lit_llama.generate.loading import Loading
 from lit_llama.generate.questions import read_questions
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
@@ -52,7 +53,7 @@ def llm(tiny_folder: Path) -> LLM:
 def questions(**changes: Any) -> Any:
     """What instruct.py is asked with these flags."""
     given: dict[str, Any] = {"data_dir": None, "input_file": None, "output_file": None, "limit": None}
-    given |= {"batch_size": 32} | changes
+    given |= changes
     return read_questions(given.pop("prompt", EXAMPLE_PROMPT), given.pop("input", ""), **given)
 
 
@@ -70,7 +71,7 @@ def test_answers_are_in_order_and_the_same_in_any_batch(
 ) -> None:
     """Answers in the order of their lengths, or random draws that depend on the batch."""
     sampling = Sampling(temperature=temperature, seed=5, max_new_tokens=20)
-    together = open_folder(tiny_folder).load(precision="32-true", max_sequences=batch_size)
+    together = open_folder(tiny_folder, Loading(precision="32-true", batch_size=batch_size)).load()
     found = answer_all(replace(together, stop_ids=llm.stop_ids), EXAMPLES, sampling)
     for number, (example, answer) in enumerate(zip(EXAMPLES, found, strict=True)):
         prompt = instruction_ids(llm, example)
@@ -205,7 +206,6 @@ def test_limit_takes_the_first_rows(llm: LLM, alpaca_rows: Rows, capsys: pytest.
     [
         ({"limit": 0}, "--limit is 0, expected 1 or more"),
         ({"limit": -1}, "--limit is -1, expected 1 or more"),
-        ({"batch_size": 0}, "--batch_size is 0, expected 1 or more"),
         ({"prompt": "hi"}, "--prompt and --input_file are both given"),
         ({"input": "x"}, "--input and --input_file are both given"),
         ({"data_dir": Path("data")}, "--data_dir and --input_file are both given"),

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from paged_steps import Steps
 from torch import Tensor
 
-from lit_llama.model.attention import KVCache, Packed
-from lit_llama.model.llama import LLaMA
+from lit_llama.model.attention import Packed
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 WINDOWS = [None, 1, 4, 23, 24, 1000]
@@ -44,10 +44,6 @@ def many_lengths() -> list[list[int]]:
     draw = random.Random(0)
     fixed = [[1], [7], [1, 1, 1], [5, 5, 5], [1, 30], [30, 1], [10, 9, 9, 8], [30, 29, 1, 2, 28, 28]]
     return fixed + [[draw.randint(1, 24) for _ in range(draw.randint(1, 9))] for _ in range(24)]
-
-
-def new_cache(model: LLaMA, batch: int, capacity: int) -> KVCache:
-    return KVCache(model.config, batch, capacity, "cpu", torch.float32)
 
 
 def random_ids(count: int, seed: int = 0) -> Tensor:
@@ -113,7 +109,7 @@ def test_cached_equals_naive_attention(heads: tuple[int, int], window: int | Non
         pieces = [[1] * batch, *(piece for piece in pieces if any(piece))]
         lengths = [sum(piece[row] for piece in pieces) for row in range(batch)]
         config = tiny_config(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
-        cache = KVCache(config, batch, max(lengths), "cpu", torch.float32)
+        cache = Steps(config, batch, max(lengths))
         sequences = [random_qkv(length, *heads, 100 * seed + row) for row, length in enumerate(lengths)]
         found: list[list[Tensor]] = [[] for _ in range(batch)]
         done = [0] * batch
@@ -139,7 +135,7 @@ def test_a_window_that_does_not_bite_changes_nothing() -> None:
 def test_token_by_token_equals_all_at_once() -> None:
     """Catches positions or keys that are shifted between prompt and generation."""
     model, ids = tiny_model(), random_ids(24)
-    cache = new_cache(model, 1, 24)
+    cache = Steps(model.config, 1, 24)
     steps = torch.cat([model(token[None], cache.extend([1])) for token in ids])
     torch.testing.assert_close(steps, model(ids), atol=2e-5, rtol=0)
 
@@ -147,7 +143,7 @@ def test_token_by_token_equals_all_at_once() -> None:
 def test_sequences_of_unequal_lengths_do_not_disturb_each_other() -> None:
     """Catches a short sequence that attends to the unused places of the cache."""
     model, lengths = tiny_model(), [3, 17, 1]
-    cache = new_cache(model, 3, 20)
+    cache = Steps(model.config, 3, 20)
     samples = [random_ids(length + 2, seed) for seed, length in enumerate(lengths)]
     model(torch.cat([ids[:length] for ids, length in zip(samples, lengths, strict=True)]), cache.extend(lengths))
     for step in range(2):
@@ -157,36 +153,11 @@ def test_sequences_of_unequal_lengths_do_not_disturb_each_other() -> None:
         torch.testing.assert_close(found, model(ids)[-1], atol=2e-5, rtol=0)
 
 
-def test_keep_goes_on_with_the_chosen_sequences() -> None:
-    """Catches lengths or keys that are not taken along with their row."""
-    model, samples = tiny_model(), [random_ids(length, length) for length in (4, 9, 6)]
-    cache = new_cache(model, 3, 12)
-    model(torch.cat(samples), cache.extend([4, 9, 6]))
-    cache.keep([2, 1])
-    assert cache.lengths == [6, 9]
-    found = model(torch.tensor([5, 7]), cache.extend([1, 1]))
-    torch.testing.assert_close(found[0], model(torch.tensor([*samples[2], 5]))[-1], atol=2e-5, rtol=0)
-    torch.testing.assert_close(found[1], model(torch.tensor([*samples[1], 7]))[-1], atol=2e-5, rtol=0)
-
-
-def test_truncate_forgets_what_comes_after() -> None:
-    """Catches stale keys that are still seen after going back."""
+def test_going_back_forgets_what_comes_after() -> None:
+    """Catches stale keys that are still seen after guesses that were wrong."""
     model, ids, others = tiny_model(), random_ids(10), random_ids(5, seed=3)
-    cache = new_cache(model, 1, 16)
+    cache = Steps(model.config, 1, 16)
     model(ids, cache.extend([10]))
-    cache.truncate(20)
-    assert cache.lengths == [10]
-    cache.truncate(4)
+    cache.lengths = [4]
     found = model(others, cache.extend([5]))
     torch.testing.assert_close(found, model(torch.cat([ids[:4], others]))[4:], atol=2e-5, rtol=0)
-
-
-def test_a_full_cache_is_an_error_and_stays_as_it_was() -> None:
-    """Catches writing past the end, and a cache that counts tokens it refused."""
-    model, ids = tiny_model(), random_ids(8)
-    cache = new_cache(model, 1, 8)
-    model(ids[:6], cache.extend([6]))
-    with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 8"):
-        cache.extend([3])
-    assert cache.lengths == [6]
-    torch.testing.assert_close(model(ids[6:], cache.extend([2])), model(ids)[6:], atol=2e-5, rtol=0)

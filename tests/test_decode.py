@@ -2,15 +2,15 @@
 
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
+from paged_steps import Steps, made_by
 
-from lit_llama.errors import UserError
-from lit_llama.generate.decode import check_counts, check_room, generate, new_cache
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
@@ -31,12 +31,8 @@ def run(
     sampling: Sampling | None = None,
     **more: Any,
 ) -> list[list[int]]:
-    made: list[list[int]] = [[] for _ in prompts]
-    sampling = sampling or Sampling()
-    for step in generate(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, **more):
-        for index, token in step:
-            made[index].append(token)
-    return made
+    sampling = replace(sampling or Sampling(), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return made_by(model, prompts, sampling, **more)
 
 
 def random_prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
@@ -95,7 +91,7 @@ def test_a_batch_of_unequal_prompts_equals_one_at_a_time(temperature: float) -> 
     """Padding that is attended to, or positions counted from the longest prompt."""
     model, prompts = tiny_model(), random_prompts(7)
     sampling = Sampling(temperature=temperature, seed=9)
-    alone = [run(model, [ids], sampling=sampling, numbers=[row])[0] for row, ids in enumerate(prompts)]
+    alone = [run(model, [ids], sampling=sampling, first=row)[0] for row, ids in enumerate(prompts)]
     assert run(model, prompts, sampling=sampling) == alone
     assert len({tuple(ids) for ids in alone}) == 7
 
@@ -141,52 +137,17 @@ def test_more_tokens_begin_like_fewer() -> None:
     assert [ids[:5] for ids in run(model, prompts, 50)] == run(model, prompts, 5)
 
 
-def test_a_prompt_may_come_in_two_parts() -> None:
+def test_a_prompt_may_come_in_parts() -> None:
     """A cache that is continued at the wrong position."""
     model, prompt = tiny_model(), random_prompts(1, seed=4)[0] + [5, 6, 7]
     wanted = run(model, [prompt], 20)
-    cache = new_cache(model, 1, len(prompt) + 20)
-    with torch.inference_mode():
-        model(torch.tensor(prompt[:-3]), cache.extend([len(prompt) - 3]))
-    assert run(model, [prompt[-3:]], 20, cache=cache) == wanted
-    cache.truncate(len(prompt) - 1)
-    assert run(model, [prompt[-1:]], 20, cache=cache) == wanted, "a truncated cache still knows what was cut off"
+    assert run(model, [prompt], 20, max_batch_tokens=17) == wanted
 
 
 def test_logits_of_a_cache_are_those_of_the_whole_sequence() -> None:
     """A difference too small to change the most likely token."""
     model, ids = tiny_model(), torch.tensor(random_prompts(1, seed=5, longest=40)[0])
-    cache = new_cache(model, 1, len(ids))
+    cache = Steps(model.config, 1, len(ids))
     with torch.inference_mode():
         steps = [model(ids[i : i + 1], cache.extend([1])) for i in range(len(ids))]
         torch.testing.assert_close(torch.cat(steps), model(ids), rtol=1e-4, atol=1e-4)
-
-
-def test_an_empty_prompt_is_refused() -> None:
-    """Logits of nothing."""
-    with pytest.raises(UserError, match="prompt is empty"):
-        run(tiny_model(), [[1, 2], []])
-
-
-def test_max_new_tokens_below_1_is_refused() -> None:
-    """A run that makes nothing and says nothing."""
-    for count in (0, -3):
-        with pytest.raises(UserError, match=f"--max_new_tokens is {count}, expected 1 or more"):
-            run(tiny_model(), [[1]], count)
-
-
-def test_a_prompt_beyond_the_context_is_refused_with_its_numbers() -> None:
-    """Positions the model was never trained on, and nobody is told."""
-    model = tiny_model()
-    assert len(run(model, [[1] * 250], 6)[0]) == 6
-    with pytest.raises(UserError, match=r"251 tokens.*--max_new_tokens 6.*256"):
-        run(model, [[1], [1] * 251], 6)
-    with pytest.raises(UserError, match="shorten"):
-        check_room(model, 256, 1)
-
-
-def test_counts_below_1_are_named_by_their_flag() -> None:
-    """An empty batch that is an endless loop or a traceback."""
-    check_counts(batch_size=1, limit=None)
-    with pytest.raises(UserError, match="--batch_size is 0, expected 1 or more"):
-        check_counts(limit=3, batch_size=0)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_adapter, write_tokenizer
+from paged_steps import Steps, made_by
 from torch import Tensor
 
 from lit_llama.convert.merge import merge
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.generate.decode import check_room, generate, new_cache
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.adapter import load_adapter
 from lit_llama.model.attention import Packed
@@ -184,7 +184,7 @@ def test_a_cache_gives_the_logits_of_the_whole(models: Models, name: str) -> Non
     end of the cache, and a norm or bias that only one of the two paths has."""
     _, _, model = models(name)
     samples = [random_ids(LENGTH, seed) for seed in range(2)]
-    cache, done = new_cache(model, 2, LENGTH), [0, 0]
+    cache, done = Steps(model.config, 2, LENGTH), [0, 0]
     found: list[list[Tensor]] = [[], []]
     for counts in ([50, 3], [20, 60], *[[1, 1]] * 50):
         new = [sample[start : start + count] for sample, start, count in zip(samples, done, counts, strict=True)]
@@ -203,7 +203,7 @@ def test_cached_logits_equal_those_of_transformers(models: Models, name: str) ->
 
     _, theirs, model = models(name)
     ids = random_ids(80)
-    cache, their_cache = new_cache(model, 1, len(ids)), DynamicCache(config=theirs.config)
+    cache, their_cache = Steps(model.config, 1, len(ids)), DynamicCache(config=theirs.config)
     with torch.inference_mode():
         for piece in (ids[:50], *ids[50:].split(1)):
             found = model(piece, cache.extend([len(piece)]))
@@ -216,11 +216,10 @@ def test_greedy_generation_equals_that_of_transformers(models: Models, name: str
     """Catches a decoding loop that tells the layout another length than transformers' positions do."""
     _, theirs, model = models(name)
     prompt = random_ids(50)
-    config = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+    count = min(40, model.config.context_length - 50)
+    config = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
     wanted = theirs.generate(prompt[None], attention_mask=torch.ones(1, 50), **config)[0, 50:].tolist()
-    cache, greedy = new_cache(model, 1, 90), Sampling(temperature=0.0)
-    steps = generate(model, [prompt.tolist()], max_new_tokens=40, stop_ids=[], sampling=greedy, cache=cache)
-    assert [token for step in steps for _, token in step] == wanted
+    assert made_by(model, [prompt.tolist()], Sampling(max_new_tokens=count)) == [wanted]
     assert len(set(wanted)) > 5, "a model that repeats itself shows little"
 
 
@@ -229,9 +228,9 @@ def test_the_context_that_generation_allows_is_the_stretched_one(models: Models)
     already, stretched once more."""
     for name, limit in {"llama": 64, "llama, linear": 256, "llama, llama3": 256, "qwen2, yarn": 256}.items():
         model = models(name)[2]
-        check_room(model, limit - 1, 1)
+        assert len(made_by(model, [[1] * (limit - 1)], Sampling(max_new_tokens=1))[0]) == 1
         with pytest.raises(UserError, match=f"more than the {limit}"):
-            check_room(model, limit, 1)
+            made_by(model, [[1] * limit], Sampling(max_new_tokens=1))
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

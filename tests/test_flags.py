@@ -12,7 +12,8 @@ from lit_llama.cli import CLI
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.flags import Asked, FolderSampling, sampling_flags
+from lit_llama.generate.flags import Asked, FolderSampling, loading_flags, sampling_flags
+from lit_llama.generate.loading import Loading
 
 
 def door(command: list[str], monkeypatch: pytest.MonkeyPatch, **defaults: Any) -> dict[str, Any]:
@@ -88,6 +89,42 @@ def test_every_flag_has_help_and_its_default() -> None:
     for name in parameters:
         assert f"\n    {name}: " in text
     assert "what generation_config.json says, else 0.7." in text
+
+
+def test_flags_become_one_loading_beside_one_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that is lost on its way from a door to the weights, or one that the door does not offer."""
+    seen: dict[str, Any] = {}
+
+    @sampling_flags(temperature=0.5)
+    @loading_flags(without=["draft_dir"])
+    def main(*, sampling: Asked, loading: Loading, limit: int = 3) -> None:
+        """Do it.
+
+        Args:
+            sampling: How tokens are drawn.
+            loading: How it is loaded.
+            limit: A number.
+        """
+        seen.update(sampling=sampling.alone(), loading=loading, limit=limit)
+
+    words = "--precision 32-true --quantize int8 --base_dir there --prompt_style chatml --batch_size 5 --plan --top_k 4"
+    monkeypatch.setattr("sys.argv", ["door.py", *words.split(), "--plan_memory", "16GB"])
+    CLI(main)
+    assert seen["sampling"] == Sampling(temperature=0.5, top_k=4) and seen["limit"] == 3
+    assert seen["loading"] == Loading(
+        precision="32-true", quantize="int8", base_dir=Path("there"), prompt_style="chatml", batch_size=5, plan=True,
+        plan_memory="16GB",
+    )  # fmt: skip
+    parameters, text = inspect.signature(main).parameters, main.__doc__ or ""
+    assert not {"draft_dir", "packed", "loading"} & parameters.keys()
+    for name in parameters:
+        assert f"\n    {name}: " in text and parameters[name].default == getattr(
+            Loading(), name, parameters[name].default
+        )
+    with pytest.raises(UserError, match="--batch_size is 0, expected 1 or more"):
+        Loading(batch_size=0)
+    with pytest.raises(UserError, match="--kv_cache is 'fp8', expected auto or int8"):
+        Loading(kv_cache="fp8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

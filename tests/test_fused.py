@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from paged_steps import Steps
 from torch import Tensor, nn
 
-from lit_llama.model.attention import KVCache, Packed
+from lit_llama.model.attention import Packed
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.fused import attention, kernels, pointwise
 from lit_llama.model.fused.layer import FusedLayer, fuse
@@ -107,7 +108,7 @@ def test_names_weights_and_everything_but_packed_samples_stay_as_they_were() -> 
     ids, logits = torch.arange(30), []
     with torch.no_grad():
         for each in (model, plain):
-            cache = KVCache(each.config, 1, 40, "cpu", torch.float32)
+            cache = Steps(each.config, 1, 40)
             each(ids[:20], cache.extend([20]))
             logits.append(each(ids[20:], cache.extend([10])))
         assert torch.equal(*logits)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -18,7 +19,11 @@ from torch import Tensor
 from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.merge import merge, merge_into_gguf
 from lit_llama.errors import UserError
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.evaluate.models import loaded, open_models
 from lit_llama.generate.llm import load
+from lit_llama.generate.loading import Loading
+from lit_llama.generate.models import load_models
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
 from lit_llama.text.prompts import named_style
@@ -201,6 +206,49 @@ def test_the_proof_is_printed_and_stored(base: Path, tmp_path: Path, capsys: pyt
 # The sixteen levels of nf4 (Dettmers et al. 2023, appendix E).
 NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
 NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+
+
+@pytest.mark.parametrize("trained", ["bfloat16", "nf4"])
+def test_an_adapter_merged_as_it_is_loaded_has_the_weights_that_are_written(
+    base16: Path, tmp_path: Path, trained: str
+) -> None:
+    """Catches weights that are rounded twice, or merged onto a base that the adapter never saw."""
+    adapter = write_adapter(tmp_path / "adapter", base16)
+    if trained == "nf4":
+        pytest.importorskip("bitsandbytes")
+        meta = json.loads((adapter / "meta.json").read_text())
+        meta["base"]["quantize"] = "nf4"
+        (adapter / "meta.json").write_text(json.dumps(meta))
+    merge(adapter, tmp_path / "merged", dtype=None, precision="32-true")
+    loading: dict[str, Any] = {"precision": "bf16-true", "merge_adapter": True}
+    own, written = load(adapter, packed=False, **loading).model.state_dict(), read(tmp_path / "merged")
+    stored = read(base16)
+    for name, value in written.items():
+        assert own[name].dtype == value.dtype == torch.bfloat16 and torch.equal(own[name], value), name
+    assert sum(not torch.equal(value, stored[name]) for name, value in written.items()) == 14
+    llm = load(adapter, quantize="int8", **loading)
+    assert not llm.engine.adapters and llm.engine.default_adapter is None
+    ids, sampling = [5, 80, 200, 31], Sampling(max_new_tokens=20)
+    made = [
+        [token for new, _ in each.stream(ids, sampling) for token in new]
+        for each in (llm, load(tmp_path / "merged", precision="bf16-true", quantize="int8"))
+    ]
+    assert made[0] == made[1]
+
+
+def test_what_cannot_be_merged_as_it_is_loaded_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    """Catches a flag without effect, and adapters that are put on weights which hold another one already."""
+    adapter, other = (write_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("one", "two")))
+    merging = Loading(merge_adapter=True, precision="32-true")
+    with pytest.raises(UserError, match=r"--merge_adapter is for an adapter, but .*base is none"):
+        load(base, merge_adapter=True)
+    with pytest.raises(UserError, match="the others of --adapters need as it is"):
+        load_models(adapter, {"two": other}, merging)
+    assert list(load_models(adapter, None, merging)) == ["one"], "the base is not there any more"
+    with pytest.raises(UserError, match="--merge_adapter is for an adapter, but none of the folders is one"):
+        open_models([base], merging)
+    engines = {id(llm.engine) for _, llm in loaded(open_models([base, adapter, other], merging))}
+    assert len(engines) == 3, "each has weights of its own"
 
 
 def test_merging_onto_nf4_adds_to_what_four_bits_leave(

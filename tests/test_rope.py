@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
+from paged_steps import Steps
 
-from lit_llama.model.attention import KVCache, Packed
+from lit_llama.model.attention import Packed
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.rope import attention_factor, frequencies, rotary, rotate
 
@@ -90,7 +91,7 @@ def test_dynamic_follows_the_length_of_each_sequence() -> None:
     alone = [rotary(config, Packed([length]), torch.float32) for length in lengths]
     for part in range(2):
         assert torch.equal(packed[part], torch.cat([pair[part] for pair in alone]))
-    cache = KVCache(config, 2, 64, "cpu", torch.float32)
+    cache = Steps(config, 2, 64)
     cache.extend([30, 10])
     later = rotary(config, cache.extend([1, 2]), torch.float32)
     for part in range(2):  # tokens 31 of 31, and 11 and 12 of 12

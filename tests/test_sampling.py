@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from paged_steps import made_by
 from torch import Tensor
 
 from lit_llama.errors import NumericalError, UserError
-from lit_llama.generate.decode import generate
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler, token_logprobs, uniform
 
@@ -396,36 +396,24 @@ def test_a_request_needs_ids(ids: list[Any], named: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_ids_beyond_the_tokenizer_are_never_drawn(temperature: float) -> None:
     """Rows that pad the embedding and have no token: drawing one would fail on decoding."""
-    model = tiny_model()
-    own = Sampling(temperature=temperature)
-    steps = generate(model, [[3, 4], [5]], max_new_tokens=60, stop_ids=(), sampling=own, tokens=20)
-    drawn = [token for step in steps for _, token in step]
+    own = Sampling(temperature=temperature, max_new_tokens=60)
+    drawn = [token for ids in made_by(tiny_model(), [[3, 4], [5]], own, tokens=20) for token in ids]
     assert len(drawn) == 120 and max(drawn) < 20
-    free = generate(model, [[3, 4]], max_new_tokens=60, stop_ids=(), sampling=own)
-    assert max(token for step in free for _, token in step) >= 20
+    assert max(made_by(tiny_model(), [[3, 4]], own)[0]) >= 20
 
 
 def test_sequences_of_a_batch_are_drawn_each_in_its_own_way() -> None:
     """The settings of the first for all, and penalties that forget the prompt or an answer's tokens."""
-    model, own = tiny_model(), [Sampling(), Sampling(temperature=1), Sampling(repetition_penalty=1.5)]
-    ended: list[tuple[int, int]] = []
-
-    def run(**more: Any) -> list[list[tuple[int, int]]]:
-        return list(generate(model, [[3, 4]] * 3, max_new_tokens=8, stop_ids=(), sampling=own, **more))
-
-    made = run()
-    greedy, _, penalised = ([token for step in made for index, token in step if index == row] for row in range(3))
-    assert len({*penalised, 3, 4}) > len({*greedy, 3, 4})
-    alone = generate(model, [[3, 4]], max_new_tokens=8, stop_ids=(), sampling=own[2])
-    assert penalised == [token for step in alone for _, token in step]
-    cut = run(ended=lambda row, token: ended.append((row, token)) or (row == 1 and len(ended) > 4))  # type: ignore[func-returns-value]
-    assert [[row for row, _ in step] for step in cut] == [[0, 1, 2]] * 2 + [[0, 2]] * 6
-    assert [pair for step in cut for pair in step] == ended
+    own = [Sampling(), Sampling(temperature=1), Sampling(repetition_penalty=1.5)]
+    own = [replace(each, max_new_tokens=8) for each in own]
+    greedy, drawn, penalised = made_by(tiny_model(), [[3, 4]] * 3, own)
+    assert len({*penalised, 3, 4}) > len({*greedy, 3, 4}) and drawn not in (greedy, penalised)
+    assert made_by(tiny_model(), [[3, 4]], own[2]) == [penalised]
 
 
 def test_a_model_without_finite_logits_is_an_error_of_its_own() -> None:
     """An arbitrary text, or a traceback, out of damaged weights."""
     model = tiny_model()
     model.model.norm.weight.data[0] = math.nan
-    with pytest.raises(NumericalError, match=r"logits are not finite.*sequence 0 at token 0"):
-        list(generate(model, [[3]], max_new_tokens=2, stop_ids=(), sampling=Sampling()))
+    with pytest.raises(NumericalError, match="logits at token 1 are not finite"):
+        made_by(model, [[3]], Sampling(max_new_tokens=2))

@@ -19,6 +19,8 @@ from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora, lora_parameters
+from lit_llama.model.paged import PagedBatch
+from lit_llama.model.weights import Weights
 
 IDS = torch.arange(3, 40)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -224,6 +226,15 @@ def test_a_merge_is_base_plus_adapter(base: Path, tmp_path: Path, settings: dict
     torch.testing.assert_close(transformers_model(merged)(IDS[None]).logits[0], wanted, atol=1e-3, rtol=1e-3)
     spoken = load(adapter, precision="32-true", packed=False).model(IDS)
     torch.testing.assert_close(spoken, wanted, atol=1e-4, rtol=1e-4)
+    loading: dict[str, Any] = {"precision": "32-true", "merge_adapter": True}
+    own, written = load(adapter, packed=False, **loading).model, dict(Weights(merged))
+    for name, value in own.state_dict().items():
+        stored = written.get(name, written["model.embed_tokens.weight"])  # of a tied head
+        assert value.dtype == stored.dtype and torch.equal(value, stored), "as it is loaded and as merge.py writes it"
+    assert written.keys() <= own.state_dict().keys()
+    at_once, after = load(adapter, **loading).engine.runner, load(merged, precision="32-true").engine.runner
+    batch = PagedBatch(ids=[IDS.tolist()], starts=[0], tables=[list(range(8))], logits=[len(IDS)])
+    assert torch.equal(at_once.logits(batch), after.logits(batch))
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
     touched = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name, _ in adapters(model)}
     assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is (tied and not touched)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config, tiny_model, write_adapter, write_tokenizer
+from paged_steps import made_by
 
 from lit_llama.convert.merge import merge
 from lit_llama.convert.source import Source, write_folder
@@ -124,17 +125,16 @@ def test_every_stage_refuses_a_tokenizer_that_is_too_large(converted: Path, alpa
 
 def test_ids_of_padding_rows_are_never_drawn() -> None:
     """Catches an id that the tokenizer cannot decode, drawn because its untrained row happens to win."""
-    from lit_llama.generate.decode import generate
     from lit_llama.generate.engine.request import Sampling
 
     model = tiny_model()
     model.lm_head.weight[300:] *= 10
     drawn = {
         tokens: [
-            step[0][1]
+            token
             for seed in range(8)
-            for sampling in (Sampling(seed=seed), Sampling(temperature=1.5, seed=seed))
-            for step in generate(model, [[5 + seed]], max_new_tokens=12, stop_ids=(), sampling=sampling, tokens=tokens)
+            for sampling in (Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, temperature=1.5, seed=seed))
+            for token in made_by(model, [[5 + seed]], sampling, tokens=tokens)[0]
         ]
         for tokens in (None, 300)
     }

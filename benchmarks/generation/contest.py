@@ -78,6 +78,11 @@ class Contender:
         self.results.setdefault(key, []).append(made)
         return made
 
+    def again(self, task: str, key: str, limit: float, **arguments: Any) -> None:
+        """Do a task unless it is none of this contender's, or what is kept under its key took `limit` seconds."""
+        if task in self.tasks and sum(made.get("seconds", 0.0) for made in self.results.get(key, ())) < limit:
+            self.do(task, key, **arguments)
+
     def speed(self, key: str) -> float | None:
         """Median of tokens a second over the rounds; None if it does not do the task."""
         made = self.results.get(key)

@@ -11,6 +11,7 @@ from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner
 from lit_llama.model.checkpoint import load_model
+from lit_llama.model.config import KVCacheType
 from lit_llama.model.kernels.decode import PackedLLaMA
 from lit_llama.model.kernels.packing import Weights
 
@@ -20,7 +21,8 @@ Texts = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 def held_out_losses(checkpoint_dir: Path, texts: Texts, ignored: int) -> list[dict[str, Any]]:
-    """A line for float32, for bfloat16, and for each way in which packed weights are held beside bfloat16.
+    """A line for float32, for bfloat16, for each way in which packed weights are held beside bfloat16, and for keys and
+    values in 8 bits beside each of those.
 
     Args:
         checkpoint_dir: The model.
@@ -29,11 +31,15 @@ def held_out_losses(checkpoint_dir: Path, texts: Texts, ignored: int) -> list[di
     """
     texts = list(texts)
     lines: list[dict[str, Any]] = []
-    ways: list[tuple[str, torch.dtype, Weights]] = [("float32", torch.float32, "stored")]
-    ways += [("bfloat16" if held == "stored" else held, torch.bfloat16, held) for held in get_args(Weights)]
-    for name, dtype, held in ways:
+    ways: list[tuple[str, torch.dtype, Weights, KVCacheType]] = [("float32", torch.float32, "stored", "auto")]
+    for kv_cache in get_args(KVCacheType):
+        for held in get_args(Weights):
+            name = ("bfloat16" if held == "stored" else held) + (", kv int8" if kv_cache == "int8" else "")
+            ways.append((name, torch.bfloat16, held, kv_cache))
+    for name, dtype, held, kv_cache in ways:
         packed = PackedLLaMA(load_model(checkpoint_dir), dtype, held, consume=True)
-        loss = _loss(Engine(PackedRunner(packed, CACHE), config=EngineConfig(max_sequences=1)), texts, ignored)
+        engine = Engine(PackedRunner(packed, CACHE, kv_cache), config=EngineConfig(max_sequences=1))
+        loss = _loss(engine, texts, ignored)
         first = float(lines[0]["loss"]) if lines else loss
         lines.append({"weights": name, "loss": loss, "off": loss / first - 1, "bytes": packed.bytes})
     return lines
@@ -53,6 +59,6 @@ def _loss(engine: Engine, texts: Texts, ignored: int) -> float:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The lines for people."""
-    rows = [f"{'weights':10}{'loss':>9}{'off':>9}{'GB':>8}"]
-    rows += [f"{x['weights']:10}{x['loss']:9.4f}{x['off']:9.2%}{x['bytes'] / 1e9:8.3f}" for x in lines]
+    rows = [f"{'weights':18}{'loss':>9}{'off':>9}{'GB':>8}"]
+    rows += [f"{x['weights']:18}{x['loss']:9.4f}{x['off']:9.2%}{x['bytes'] / 1e9:8.3f}" for x in lines]
     return "\n".join([*rows, "held out, before training; off: from float32"])

@@ -117,7 +117,7 @@ class Ours:
             if not engine.busy:
                 time.sleep(max(0.0, due[0][0] - clock))
                 continue
-            engine.step()
+            engine.step(streamed=True)
             clock = time.perf_counter() - start
             for ticket in [ticket for ticket in seen if ticket.steps]:
                 ticket.steps.clear()

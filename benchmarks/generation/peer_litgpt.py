@@ -14,13 +14,13 @@ from litgpt.model import GPT
 from litgpt.utils import load_checkpoint
 
 from benchmarks.generation.worker import Result, serve
-from benchmarks.training.peer_litgpt import _convert
+from benchmarks.training.peer_litgpt import convert
 
 
 def main(folder: Path, work_dir: Path, longest: int = 2048) -> None:
     """Load and serve."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    converted = _convert(folder, work_dir)
+    converted = convert(folder, work_dir)
     fabric = L.Fabric(devices=1, accelerator="cpu", precision="bf16-true")
     with fabric.init_module(empty_init=True):
         model: Any = GPT(Config.from_file(converted / "model_config.yaml"))

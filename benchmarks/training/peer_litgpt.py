@@ -34,7 +34,7 @@ def main() -> None:
     from litgpt.utils import load_checkpoint
 
     job, course = Job.read(), Course()
-    converted = _convert(Path(job.checkpoint_dir), Path(job.rows_file).parent)
+    converted = convert(Path(job.checkpoint_dir), Path(job.rows_file).parent)
     parts = ("query", "key", "value", "projection", "mlp")
     config = Config.from_file(
         converted / "model_config.yaml",
@@ -59,7 +59,7 @@ def main() -> None:
     course.write(job)
 
 
-def _convert(checkpoint_dir: Path, folder: Path) -> Path:
+def convert(checkpoint_dir: Path, folder: Path) -> Path:
     """The checkpoint in litgpt's format, made once."""
     from litgpt.config import configs
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint

@@ -1,5 +1,7 @@
 """The tensors of base + adapter, made one at a time."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ class Merged:
         specs: Dtype and shape of every tensor, in the order of the base.
         unties: A head that was tied to the embedding is a matrix of its own now.
         added_bytes: What the adapter adds to the memory of its base.
+        config: Shape of the model.
         remarks: What of base and adapter was passed over or decided, for people.
 
     Args:
@@ -53,6 +56,17 @@ class Merged:
         self.unties = shape.tie_word_embeddings and self._differ()
         if self.unties:
             self.specs.setdefault(_HEAD, self.specs[_EMBEDDING])
+        self.config = replace(shape, tie_word_embeddings=shape.tie_word_embeddings and not self.unties)
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape of a tensor."""
+        return self.specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor, computed in float32 and rounded once."""

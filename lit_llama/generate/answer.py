@@ -47,7 +47,7 @@ def continue_text(
     Raises:
         UserError: They are, and nothing is to be left out.
     """
-    fitted = fitted_text(llm, raw_ids(llm, prompt, control_tokens), sampling, overflow)
+    fitted = fitted_text(llm, raw_ids(llm, prompt, control_tokens), room(llm, sampling), overflow)
     if fitted.dropped:
         stderr().print(f"the prompt is too long for the model: its {fitted.dropped} oldest tokens are left out")
     _print_answers(llm, fitted, sampling, overflow)

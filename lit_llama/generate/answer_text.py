@@ -1,6 +1,6 @@
 """Ids of one answer -> its text, piece by piece, and how it ended."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterator
 
 from lit_llama.generate.engine.request import FinishReason, Sampling, Step
 from lit_llama.text.places import Place
@@ -90,3 +90,28 @@ class AnswerText:
         if text and self._opening:
             text, self._opening = text.removeprefix(self._opening), ""
         return self._finder.push(text) if self.tokens > self._least else text
+
+
+class Stream:
+    """An answer as it comes: iterating gives (new ids, text that became certain with them).
+
+    Attributes:
+        text: How it ended, once it has: `text.finish_reason`; and how many tokens it has.
+    """
+
+    def __init__(self, steps: Iterator[Step], text: AnswerText) -> None:
+        self.text = text
+        self._pieces = self._run(steps)
+
+    def __iter__(self) -> Iterator[tuple[list[int], str]]:
+        return self._pieces
+
+    def close(self) -> None:
+        """End the answer where it is."""
+        self._pieces.close()
+
+    def _run(self, steps: Iterator[Step]) -> Generator[tuple[list[int], str]]:
+        for step in steps:
+            yield list(step.ids), self.text.take(step)
+            if self.text.finish_reason is not None:
+                return

@@ -1,13 +1,14 @@
-"""Flags of sampling: typed once in `Sampling`, and given to every door that generates."""
+"""Flags of sampling and of loading: typed once in `Sampling` and `Loading`, and given to every door that generates."""
 
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.loading import Loading
 
 EXAMPLE_PROMPT = "What food do llamas eat?"
 DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -103,25 +104,57 @@ def sampling_flags(
         defaults: Fields of `Sampling` where they are other than there.
     """
     default = Sampling(**defaults)
-    flags = _flags(default, samples)
+
+    def asked(values: Mapping[str, Any]) -> Asked:
+        given = {_FIELDS.get(name, name): value for name, value in values.items() if value is not None}
+        if values["max_new_tokens"] < 1:
+            raise UserError(f"--max_new_tokens is {values['max_new_tokens']}, expected 1 or more")
+        if values.get(_SAMPLES, 1) < 1:
+            raise UserError(f"--{_SAMPLES} is {values[_SAMPLES]}, expected 1 or more")
+        return Asked(given, default)
+
+    return _expanded("sampling", _flags(default, samples), _help(default, folders), asked)
+
+
+def loading_flags(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function the flags of loading at the place of its parameter `loading`, which is a `Loading`.
+
+    Args:
+        without: Fields of `Loading` that it does not offer.
+    """
+    kinds, default = get_type_hints(Loading), Loading()
+    flags = {
+        entry.name: inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(default, entry.name),
+            annotation=kinds[entry.name],
+        )
+        for entry in fields(Loading)
+        if entry.name not in (*without, "packed")
+    }
+    return _expanded("loading", flags, _entries(Loading), lambda values: Loading(**values))
+
+
+def _expanded(
+    place: str,
+    flags: Mapping[str, inspect.Parameter],
+    help_of: Mapping[str, str],
+    make: Callable[[Mapping[str, Any]], object],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function flags in place of one of its parameters, which is made of them, and their help."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def run(**arguments: Any) -> None:
-            values = {name: arguments.pop(name) for name in flags}
-            given = {_FIELDS.get(name, name): value for name, value in values.items() if value is not None}
-            if values["max_new_tokens"] < 1:
-                raise UserError(f"--max_new_tokens is {values['max_new_tokens']}, expected 1 or more")
-            if values.get(_SAMPLES, 1) < 1:
-                raise UserError(f"--{_SAMPLES} is {values[_SAMPLES]}, expected 1 or more")
-            function(**arguments, sampling=Asked(given, default))
+            made = make({name: arguments.pop(name) for name in flags})
+            function(**arguments, **{place: made})
 
         signature = inspect.signature(function)
         parameters: list[inspect.Parameter] = []
         for parameter in signature.parameters.values():
-            parameters += flags.values() if parameter.name == "sampling" else [parameter]
-        help_of = _help(default, folders)
+            parameters += flags.values() if parameter.name == place else [parameter]
         lines = "\n".join(f"    {name}: {help_of[name]}" for name in flags)
-        run.__doc__ = re.sub(r"(?m)^ {4}sampling: .*$", lambda _: lines, inspect.getdoc(function) or "")
+        run.__doc__ = re.sub(rf"(?m)^ {{4}}{place}: .*$", lambda _: lines, inspect.getdoc(function) or "")
         run.__name__, run.__qualname__, run.__module__ = function.__name__, function.__qualname__, function.__module__
         run.__wrapped__ = function  # type: ignore[attr-defined]
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -145,15 +178,20 @@ def _flags(default: Sampling, samples: bool) -> dict[str, inspect.Parameter]:
 
 
 def _help(default: Sampling, folders: bool) -> dict[str, str]:
-    """A line of help for each flag, out of the docstring of `Sampling`."""
-    entries = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(Sampling) or "")
-    texts = {name: " ".join(text.split()) for name, text in entries}
+    """A line of help for each flag of sampling."""
+    texts = _entries(Sampling)
     texts["stop"] = "An answer ends before any of these texts."
     texts[_SAMPLES] = "Answers to each prompt, drawn apart."
     first = "what generation_config.json says, else " if folders else ""
     for name in _FOLDERS:
         texts[name] += f" Left out: {first}{_shown(getattr(default, name)) or 'none'}."
     return texts
+
+
+def _entries(kind: type) -> dict[str, str]:
+    """What the docstring of a configuration says of each field, in a line."""
+    entries = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(kind) or "")
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _shown(value: Any) -> str:

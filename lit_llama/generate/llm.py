@@ -1,28 +1,25 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from lit_llama.device import (
-    Precision,
-    cores,
-    peak_memory,
-)
-from lit_llama.errors import CheckpointError, UserError
-from lit_llama.generate.answer_text import AnswerText
+from lit_llama.convert.merged import Merged
+from lit_llama.device import cores, peak_memory
+from lit_llama.errors import CheckpointError, ResourceError, UserError
+from lit_llama.generate.answer_text import AnswerText, Stream
 from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
-from lit_llama.generate.engine.draft import DraftModel
-from lit_llama.generate.engine.engine import Engine, EngineConfig
-from lit_llama.generate.engine.request import Request, Sampling, Step
-from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
+from lit_llama.generate.engine.engine import Engine
+from lit_llama.generate.engine.request import Request, Sampling
+from lit_llama.generate.engines import packed_engine, speculate, torch_engine
 from lit_llama.generate.flags import FolderSampling
+from lit_llama.generate.loading import Loading
 from lit_llama.generate.plan import (
     GenerationPlan,
     cache_limit,
@@ -34,8 +31,7 @@ from lit_llama.generate.plan import (
 )
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import Held, LLaMAConfig
-from lit_llama.model.kernels.decode import PackedLLaMA, factors_of
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
@@ -111,37 +107,13 @@ class LLM:
         named = [part or b"<%d>" % index for index, part in enumerate(parts)]
         return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))
 
-    def constraint(
-        self,
-        *,
-        json_schema: Mapping[str, Any] | str | None = None,
-        regex: str | None = None,
-        choice: Sequence[str] | None = None,
-        grammar: str | None = None,
-    ) -> Constraint:
-        """The form that an answer has to have, for `request`; one of:
+    def constraint(self, **form: Any) -> Constraint:
+        """The form that an answer has to have, for `request`; see `Constraint.of`.
 
         Args:
-            json_schema: JSON that this schema describes; the empty schema is any JSON.
-            regex: Text that this regular expression matches as a whole.
-            choice: One of these texts.
-            grammar: Text of this grammar, in llguidance's variant of Lark.
-
-        Raises:
-            UserError: It is faulty, has parts that could not be kept to, or not exactly one of the four is given.
-            ResourceError: llguidance is not installed.
+            form: One of json_schema, regex, choice and grammar.
         """
-        makers: dict[str, tuple[Any, Callable[[Any, TokenTable], Constraint]]] = {
-            "json_schema": (json_schema, Constraint.json_schema),
-            "regex": (regex, Constraint.regex),
-            "choice": (choice, Constraint.choice),
-            "grammar": (grammar, Constraint.lark),
-        }
-        given = [(value, make) for value, make in makers.values() if value is not None]
-        if len(given) != 1:
-            raise UserError(f"a constraint is one of {', '.join(makers)}, found {len(given)} of them")
-        value, make = given[0]
-        return make(value, self.token_table)
+        return Constraint.of(lambda: self.token_table, **form)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
         """Continue one prompt, once; gives new ids and the text that became certain with them.
@@ -176,31 +148,6 @@ class LLM:
         return _required(self.style, self.tokenizer)
 
 
-class Stream:
-    """An answer as it comes: iterating gives (new ids, text that became certain with them).
-
-    Attributes:
-        text: How it ended, once it has: `text.finish_reason`; and how many tokens it has.
-    """
-
-    def __init__(self, steps: Iterator[Step], text: AnswerText) -> None:
-        self.text = text
-        self._pieces = self._run(steps)
-
-    def __iter__(self) -> Iterator[tuple[list[int], str]]:
-        return self._pieces
-
-    def close(self) -> None:
-        """End the answer where it is."""
-        self._pieces.close()
-
-    def _run(self, steps: Iterator[Step]) -> Generator[tuple[list[int], str]]:
-        for step in steps:
-            yield list(step.ids), self.text.take(step)
-            if self.text.finish_reason is not None:
-                return
-
-
 @dataclass(frozen=True)
 class Opened:
     """All of a folder but its weights: what can be checked before they are loaded.
@@ -212,6 +159,7 @@ class Opened:
         style: How it is asked; None if the folder does not say.
         ends: Ids that end a text.
         sampling: How its publisher samples it.
+        loading: How it is loaded.
         remarks: What people should know of the files.
     """
 
@@ -221,7 +169,13 @@ class Opened:
     style: PromptStyle | None
     ends: frozenset[int]
     sampling: FolderSampling
+    loading: Loading = field(default_factory=Loading)
     remarks: tuple[str, ...] = ()
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it is an adapter on a base."""
+        return self.base != self.folder
 
     def check_style(self, system: str = "") -> None:
         """Find out whether questions can be put.
@@ -236,57 +190,38 @@ class Opened:
         turns = [{"role": "system", "content": system}] if system else []
         prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
 
-    def plan(
-        self,
-        *,
-        precision: Precision = "auto",
-        quantize: Held | None = None,
-        max_sequences: int = 32,
-        memory: str | None = None,
-    ) -> GenerationPlan:
-        """The memory that answers take, known before a weight is read; arguments as for `load`.
-
-        Args:
-            memory: Plan for this much, such as 16GB, in place of what there is.
+    def plan(self) -> GenerationPlan:
+        """The memory that answers take, known before a weight is read.
 
         Raises:
-            UserError: It is no amount.
+            UserError: `Loading.plan_memory` is no amount.
             ResourceError: The quantisation cannot be had here.
         """
-        trained = trained_on(self.folder) if quantize is None and self.base != self.folder else None
-        return plan_generation(
+        loading = self.loading
+        apart = self.adapted and not loading.merge_adapter
+        trained = trained_on(self.folder) if loading.quantize is None and apart else None
+        plan = plan_generation(
             LLaMAConfig.from_folder(self.base),
-            precision=precision,
-            held=quantize or trained or "stored",
+            precision=loading.precision,
+            held=loading.quantize or trained or "stored",
             as_trained=trained is not None,
-            max_sequences=max_sequences,
-            memory=memory,
+            max_sequences=loading.batch_size,
+            kv_cache=loading.kv_cache,
+            memory=loading.plan_memory,
         )
+        return plan if loading.packed else replace(plan, packs=False)
 
-    def load(
-        self,
-        *,
-        precision: Precision = "auto",
-        quantize: Held | None = None,
-        max_sequences: int = 32,
-        packed: bool = True,
-        draft_dir: Path | str | None = None,
-    ) -> LLM:
-        """Load the weights; other arguments and errors as for `load`.
-
-        Args:
-            max_sequences: Answers that are made together, at most.
-        """
-        draft = None if draft_dir is None else open_draft(draft_dir, self)
+    def load(self) -> LLM:
+        """Load the weights; errors as for the function `load`."""
+        draft = None if self.loading.draft_dir is None else open_draft(self.loading.draft_dir, self)
         start = time.perf_counter()
-        plan = self.plan(precision=precision, quantize=quantize, max_sequences=max_sequences)
-        plan = plan if packed else replace(plan, packs=False)
+        plan = self.plan()
         torch.set_num_threads(cores())
         model, remarks = self._model(plan)
-        llm = make_llm(model, self.tokenizer, self.style, self.ends, max_sequences)
+        llm = make_llm(model, self.tokenizer, self.style, self.ends, plan.max_sequences, plan.kv_cache)
         if plan.packed:
-            llm = _packed(llm, model, plan)
-        what = f"{self.folder} on {self.base}" if self.base != self.folder else str(self.folder)
+            llm = replace(llm, engine=packed_engine(model, self.tokenizer.size, plan), model=None)
+        what = f"{self.folder} on {self.base}" if self.adapted else str(self.folder)
         stderr().print(f"{what}: {numbers(plan)} on {plan.device}, loaded in {time.perf_counter() - start:.1f} s")
         if plan.offloaded:
             stderr().print(f"{shortfall(plan)}; {offloading(plan)}; {remedy(plan)}")
@@ -295,19 +230,31 @@ class Opened:
         for remark in (*remarks, *self.remarks):
             stderr().print(remark)
         if draft is not None:
-            _speculate(llm, draft.load(precision=precision, max_sequences=max_sequences), max_sequences)
+            speculate(llm.engine, draft.load().engine, draft.tokenizer.size, plan.max_sequences)
         return llm
+
+    def on(self, llm: LLM, adapter: str | None) -> LLM:
+        """An LLM of the same engine that is asked and ends as this folder says, with an adapter that the engine has."""
+        return replace(llm, adapter=adapter, **_texts(self.tokenizer, self.style, self.ends))
 
     def _model(self, plan: GenerationPlan) -> tuple[LLaMA, list[str]]:
         """The model as a plan has it, its adapter on it, and what people should know of the files."""
-        adapted, layers = self.base != self.folder, plan.config.num_hidden_layers
+        layers = plan.config.num_hidden_layers
         first = layers - plan.offloaded
         # Weights that are packed or brought from elsewhere are mapped until then, so that they are not there twice.
-        dtype = None if plan.packed and not adapted else plan.dtype
+        dtype = None if plan.packed else plan.dtype
+        if self.loading.merge_adapter:
+            if plan.offloaded:
+                raise ResourceError(
+                    f"{shortfall(plan)}: its layers stay in their files, which no adapter can be merged into as they "
+                    "are loaded; merge it with finetune/merge.py, or leave --merge_adapter out"
+                )
+            merged = Merged(self.base, self.folder, trained_on(self.folder) or "stored", None)
+            return load_model(self.base, plan.device, dtype, plan.quantization, source=merged), [*merged.remarks]
         model = load_model(self.base, plan.device, dtype, plan.quantization, stored_from=first)
         remarks = [*Weights(self.base).remarks]
         stored = list(model.model.layers[first:].parameters())
-        if adapted:
+        if self.adapted:
             remarks += load_adapter(model, self.folder).remarks
             model.requires_grad_(False).eval()
         if plan.offloaded:
@@ -315,55 +262,39 @@ class Opened:
         return model, remarks
 
 
-def load(
-    folder: Path | str,
-    *,
-    precision: Precision = "auto",
-    prompt_style: str | None = None,
-    quantize: Held | None = None,
-    base_dir: Path | str | None = None,
-    packed: bool = True,
-    draft_dir: Path | str | None = None,
-) -> LLM:
+def load(folder: Path | str, **options: Any) -> LLM:
     """Load a checkpoint folder, or an adapter folder with its base.
 
     Args:
         folder: What finetune/ or prepare/checkpoint.py wrote, or any Hugging Face model folder.
-        precision: Of weights and activations.
-        prompt_style: Ask in this style instead of the folder's own.
-        quantize: How to hold the linear layers; None as they were held when the adapter was trained, or as they are
-            stored. int4 is for CPUs.
-        base_dir: Where the base of an adapter is; None looks for it, see `base_of`.
-        packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
-            `LLM.model`, as for a look into it.
-        draft_dir: A smaller checkpoint of the same tokenizer, which guesses tokens: where it guesses right, answers are
-            there sooner. Where the runner is exact, they are the same as without.
+        options: Fields of `Loading`, such as `precision` and `quantize`.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
         CheckpointError: Something is missing or does not fit.
         IntegrityError: The base or its tokenizer is not the one the adapter was trained on.
     """
-    opened = open_folder(folder, prompt_style=prompt_style, base_dir=base_dir)
-    return opened.load(precision=precision, quantize=quantize, packed=packed, draft_dir=draft_dir)
+    return open_folder(folder, Loading(**options)).load()
 
 
-def open_folder(folder: Path | str, *, prompt_style: str | None = None, base_dir: Path | str | None = None) -> Opened:
-    """Read all of a folder but its weights; arguments and errors as for `load`."""
+def open_folder(folder: Path | str, loading: Loading | None = None) -> Opened:
+    """Read all of a folder but its weights; errors as for `load`."""
+    loading = loading or Loading()
     folder = Path(folder)
-    base = _base(folder, None if base_dir is None else Path(base_dir))
+    base = _base(folder, loading)
+    named = loading.prompt_style
+    style = named_style(named) if named else folder_style(folder) or folder_style(base)
     tokenizer = adapter_tokenizer(folder, base, LLaMAConfig.from_folder(base).vocab_size)
-    style = named_style(prompt_style) if prompt_style else folder_style(folder) or folder_style(base)
     specials = [special_ids(place, tokenizer) for place in dict.fromkeys((base, folder))]
     remarks = [*tokenizer.remarks, *(remark for special in specials for remark in special.remarks)]
     if (home := tokenizer_home(folder, base)) != base:
         remarks.insert(0, f"{home}: its own tokenizer is used ({tokenizer.size} tokens, texts end in {tokenizer.eos})")
     ends = frozenset[int]().union(*(special.ends for special in specials))
-    return Opened(folder, base, tokenizer, style, ends, folder_sampling(folder, base), tuple(remarks))
+    return Opened(folder, base, tokenizer, style, ends, folder_sampling(folder, base), loading, tuple(remarks))
 
 
 def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
-    """Read all of a draft but its weights.
+    """Read all of a draft but its weights, which are held as its folder says.
 
     Args:
         draft_dir: A checkpoint or adapter folder.
@@ -372,7 +303,8 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
     Raises:
         CheckpointError: It has another vocabulary; or as for `open_folder`.
     """
-    draft = open_folder(draft_dir)
+    way = folder.loading
+    draft = open_folder(draft_dir, Loading(precision=way.precision, batch_size=way.batch_size, kv_cache=way.kv_cache))
     own, other = folder.tokenizer.vocabulary, draft.tokenizer.vocabulary
     if own != other:
         token = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
@@ -382,27 +314,6 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
             f"and {len(own)} tokens: id {token} is {spelled[0]} and {spelled[1]}; name a draft with the same tokenizer"
         )
     return draft
-
-
-def _speculate(llm: LLM, draft: LLM, max_sequences: int) -> None:
-    """Have a smaller model guess the tokens of another."""
-    runner = draft.engine.runner
-    cost = _products(draft.config) / _products(llm.config)
-    guesser = DraftModel(
-        runner,
-        tokens=draft.tokenizer.size,
-        max_sequences=max_sequences,
-        cost=cost,
-        adapter=draft.engine.default_adapter,
-    )
-    llm.engine.add_guesser(guesser)
-
-
-def _products(config: LLaMAConfig) -> int:
-    """Multiplications of a token in the matrices of a model."""
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
-    return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
 def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
@@ -420,57 +331,46 @@ def carried(tokenizer: Tokenizer) -> list[str]:
     return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
-def _base(folder: Path, base_dir: Path | None) -> Path:
+def _base(folder: Path, loading: Loading) -> Path:
     """The model that a folder holds, or that its adapter belongs to."""
     if (folder / CONFIG_FILE).is_file():
-        return base_of(folder, base_dir)
-    if base_dir is not None:
+        return base_of(folder, loading.base_dir)
+    if loading.base_dir is not None:
         raise UserError(f"--base_dir is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}")
+    if loading.merge_adapter:
+        raise UserError(f"--merge_adapter is for an adapter, but {folder} is none: it has no {CONFIG_FILE}")
     return folder
 
 
 def make_llm(
-    model: LLaMA, tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int], max_sequences: int = 32
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: PromptStyle | None,
+    ends: frozenset[int],
+    max_sequences: int = 32,
+    kv_cache: KVCacheType = "auto",
 ) -> LLM:
     """Put an LLM together; its answers end in one of `ends`, or in what ends an answer in its style."""
-    end = end_id(tokenizer, style) if style else None
     weight = model.model.norm.weight  # which is on the device, wherever other weights are
-    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences)
+    cache_bytes = cache_limit(model.config, weight.dtype, weight.device, max_sequences, kv_cache)
     return LLM(
-        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences),
+        engine=torch_engine(model, tokenizer.size, cache_bytes, max_sequences, kv_cache),
         config=model.config,
         device=weight.device,
-        tokenizer=tokenizer,
-        style=style,
-        stop_ids=ends if end is None else ends | {end},
-        opening=answer_opening(tokenizer, style) if style else "",
         model=model,
+        **_texts(tokenizer, style, ends),
     )
 
 
-def torch_engine(model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int) -> Engine:
-    """An engine on a model as it is, of whose logits the first `tokens` count."""
-    return Engine(TorchRunner(model, cache_bytes), tokens=tokens, config=_limits(max_sequences))
-
-
-def _packed(llm: LLM, model: LLaMA, plan: GenerationPlan) -> LLM:
-    """The same LLM with the weights of its model packed, which the model loses."""
-    factors = factors_of(model)
-    weights = PackedLLaMA(model, plan.dtype, plan.weights_kind, consume=True)
-    cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences)
-    engine = Engine(PackedRunner(weights, cache_bytes), tokens=llm.tokenizer.size, config=_limits(plan.max_sequences))
-    if factors:
-        engine.add_adapter(ADAPTER, factors)
-        engine.default_adapter = ADAPTER
-    return replace(llm, engine=engine, model=None)
-
-
-ADAPTER = "adapter"
-"""Name of the adapter of a folder in its engine."""
-
-
-def _limits(max_sequences: int) -> EngineConfig:
-    return EngineConfig(max_sequences=max_sequences, max_batch_tokens=max(512, 2 * max_sequences))
+def _texts(tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int]) -> dict[str, Any]:
+    """Attributes of an LLM that have to do with texts."""
+    end = end_id(tokenizer, style) if style else None
+    return {
+        "tokenizer": tokenizer,
+        "style": style,
+        "stop_ids": ends if end is None else ends | {end},
+        "opening": answer_opening(tokenizer, style) if style else "",
+    }
 
 
 def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:

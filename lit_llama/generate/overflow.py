@@ -38,23 +38,28 @@ def room(llm: LLM, sampling: Sampling) -> int:
     return max(context - sampling.max_new_tokens, context // 2)
 
 
-def fitted_text(llm: LLM, ids: Sequence[int], sampling: Sampling, overflow: Overflow) -> Fitted:
+def fitted_text(llm: LLM, ids: Sequence[int], limit: int, overflow: Overflow) -> Fitted:
     """Ids of a plain text, with `drop_oldest` without those at its beginning for which there is no room.
 
     Args:
         llm: Who continues it.
         ids: Of the text; a token that begins texts stays.
-        sampling: How it is continued.
+        limit: Tokens of the prompt, at most.
         overflow: With `error`, nothing is left out, and the engine refuses what is too long.
     """
     begin = llm.tokenizer.control.get(llm.tokenizer.bos or "")
     keep = int(begin is not None and list(ids[:1]) == [begin])
-    dropped = max(0, len(ids) - room(llm, sampling)) if overflow == "drop_oldest" else 0
+    dropped = max(0, len(ids) - limit) if overflow == "drop_oldest" else 0
     return Fitted([*ids[:keep], *ids[keep + dropped :]], dropped, keep)
 
 
 def fitted_messages(
-    llm: LLM, messages: Messages, limit: int, overflow: Overflow, tools: Sequence[Mapping[str, Any]] = ()
+    llm: LLM,
+    messages: Messages,
+    limit: int,
+    overflow: Overflow,
+    tools: Sequence[Mapping[str, Any]] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """A conversation, with `drop_oldest` without the oldest turns for which there is no room.
 
@@ -66,16 +71,17 @@ def fitted_messages(
         limit: Tokens of the prompt, at most; where the last turn alone has more, it is left at that.
         overflow: With `error`, nothing is left out.
         tools: That may be called.
+        more: What the chat template is told besides.
     """
-    style = llm.require_style()
+    style, more = llm.require_style(), more or {}
     left, dropped = list(messages), 0
     head = int(bool(left) and left[0]["role"] == "system")
-    ids = prompt_ids(llm.tokenizer, style, left, tools)
+    ids = prompt_ids(llm.tokenizer, style, left, tools, more)
     while overflow == "drop_oldest" and len(ids) > limit and (end := _next_turn(left, head)) is not None:
         del left[head:end]
         dropped += 1
-        ids = prompt_ids(llm.tokenizer, style, left, tools)
-    return Fitted(ids, dropped, _opening(llm, left[:head], ids, tools), left)
+        ids = prompt_ids(llm.tokenizer, style, left, tools, more)
+    return Fitted(ids, dropped, _opening(llm, left[:head], ids, tools, more), left)
 
 
 def _next_turn(messages: Messages, first: int) -> int | None:
@@ -84,10 +90,12 @@ def _next_turn(messages: Messages, first: int) -> int | None:
     return next(starts, None)
 
 
-def _opening(llm: LLM, head: Messages, ids: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> int:
+def _opening(
+    llm: LLM, head: Messages, ids: Sequence[int], tools: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
+) -> int:
     """How many ids come before the first turn: those that prompts with this system message have in common."""
     try:
-        other = prompt_ids(llm.tokenizer, llm.require_style(), [*head, {"role": "user", "content": "\n"}], tools)
+        other = prompt_ids(llm.tokenizer, llm.require_style(), [*head, {"role": "user", "content": "\n"}], tools, more)
     except UserError:  # a style that reads nothing but whole conversations
         return 0
     return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))

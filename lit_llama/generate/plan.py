@@ -21,7 +21,7 @@ from lit_llama.device import (
     total_memory,
 )
 from lit_llama.errors import ResourceError
-from lit_llama.model.config import Held, LLaMAConfig, Quantization
+from lit_llama.model.config import Held, KVCacheType, LLaMAConfig, Quantization
 from lit_llama.model.kernels.decode import PackedCache, packs
 from lit_llama.model.kernels.packing import Weights
 from lit_llama.model.llama import LLaMA
@@ -57,6 +57,7 @@ class GenerationPlan:
         max_sequences: Answers made together, at most.
         total: Bytes that the process may take.
         program: Those that Python and torch take of them.
+        kv_cache: How keys and values are held.
         offloaded: Layers that are brought from elsewhere at each use, the last ones; on a CPU all or none, as they are
             mapped then, and the system keeps in memory what it can.
     """
@@ -69,6 +70,7 @@ class GenerationPlan:
     max_sequences: int
     total: int
     program: int
+    kv_cache: KVCacheType = "auto"
     offloaded: int = 0
 
     @property
@@ -130,13 +132,13 @@ class GenerationPlan:
     @property
     def least(self) -> int:
         """Bytes with the smallest cache that is of use."""
-        return self.program + self.weights + self.step + _cache(self.config, self.dtype, LEAST_CACHE)
+        return self.program + self.weights + self.step + _cache(self.config, self.dtype, LEAST_CACHE, self.kv_cache)
 
     @property
     def cache(self) -> int:
         """Bytes that the cache may take: for one answer as long as the model reads and for all that are made together,
         but no more than half of what the rest leaves. On a CPU they are only taken as they are used."""
-        wanted = _wanted_cache(self.config, self.dtype, self.max_sequences)
+        wanted = _wanted_cache(self.config, self.dtype, self.max_sequences, self.kv_cache)
         return max(0, min(wanted, (self.total - self.program - self.weights - self.step) // 2))
 
     @property
@@ -145,18 +147,20 @@ class GenerationPlan:
         return self.least <= COMFORT * self.total
 
 
-def _cache(config: LLaMAConfig, dtype: torch.dtype, tokens: int) -> int:
-    return (-(-tokens // BLOCK) + 1) * PackedCache.bytes_of_block(config, dtype)
+def _cache(config: LLaMAConfig, dtype: torch.dtype, tokens: int, kv_cache: KVCacheType) -> int:
+    return (-(-tokens // BLOCK) + 1) * PackedCache.bytes_of_block(config, dtype, kv_cache)
 
 
-def _wanted_cache(config: LLaMAConfig, dtype: torch.dtype, max_sequences: int) -> int:
-    return _cache(config, dtype, max(config.context_length, CACHE_TOKENS * max_sequences))
+def _wanted_cache(config: LLaMAConfig, dtype: torch.dtype, max_sequences: int, kv_cache: KVCacheType) -> int:
+    return _cache(config, dtype, max(config.context_length, CACHE_TOKENS * max_sequences), kv_cache)
 
 
-def cache_limit(config: LLaMAConfig, dtype: torch.dtype, device: torch.device, max_sequences: int) -> int:
+def cache_limit(
+    config: LLaMAConfig, dtype: torch.dtype, device: torch.device, max_sequences: int, kv_cache: KVCacheType = "auto"
+) -> int:
     """Most memory of a cache beside weights that are there already, see `GenerationPlan.cache`."""
     free = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
-    return min(_wanted_cache(config, dtype, max_sequences), free // 2)
+    return min(_wanted_cache(config, dtype, max_sequences, kv_cache), free // 2)
 
 
 def plan_generation(
@@ -166,6 +170,7 @@ def plan_generation(
     held: Held = "stored",
     as_trained: bool = False,
     max_sequences: int = 32,
+    kv_cache: KVCacheType = "auto",
     memory: str | None = None,
 ) -> GenerationPlan:
     """The plan for a model on this machine, or on one like it with another memory.
@@ -176,6 +181,7 @@ def plan_generation(
         held: How its linear layers are held.
         as_trained: They are held like this because the adapter was trained so: with the very same numbers.
         max_sequences: Answers made together, at most.
+        kv_cache: How keys and values are held.
         memory: In place of what there is here, such as 16GB.
 
     Raises:
@@ -194,6 +200,7 @@ def plan_generation(
         max_sequences=max_sequences,
         total=total_memory(device) if memory is None else parse_memory(memory),
         program=resident_memory() if on_cpu else _CUDA_BYTES,
+        kv_cache=kv_cache,
     )
     if held == "int4" and not plan.packs:
         raise ResourceError(
@@ -225,7 +232,8 @@ def remedy(plan: GenerationPlan) -> str:
 def numbers(plan: GenerationPlan) -> str:
     """The kinds of numbers of weights and activations."""
     dtype = str(plan.dtype).removeprefix("torch.")
-    return dtype if plan.held == "stored" else f"{plan.held} and {dtype}"
+    kinds = dtype if plan.held == "stored" else f"{plan.held} and {dtype}"
+    return kinds if plan.kv_cache == "auto" else f"{kinds}, keys and values in {plan.kv_cache}"
 
 
 def shortfall(plan: GenerationPlan) -> str:
@@ -242,10 +250,13 @@ def offloading(plan: GenerationPlan) -> str:
     return f"{plan.offloaded} of its {plan.config.num_hidden_layers} layers ({size} GB) come from the CPU's memory"
 
 
-def table(plan: GenerationPlan) -> Table:
-    """The plan for people."""
+def table(plan: GenerationPlan, name: str = "") -> Table:
+    """The plan for people, of a model of some name."""
     how = "packed for this CPU" if plan.packed else "as torch has them"
-    found = Table(title=f"Plan: {plan.config.num_hidden_layers} layers in {numbers(plan)}", box=box.SIMPLE_HEAD)
+    found = Table(
+        title=f"Plan{name and f' of {name}'}: {plan.config.num_hidden_layers} layers in {numbers(plan)}",
+        box=box.SIMPLE_HEAD,
+    )
     found.title_justify = "left"
     found.add_column("memory")
     found.add_column("GB", justify="right")
@@ -254,7 +265,7 @@ def table(plan: GenerationPlan) -> Table:
     found.add_row("program", _gb(plan.program), "python and torch" if on_cpu else "CUDA context (assumed)")
     found.add_row("weights", _gb(plan.weights), how if not plan.offloaded else offloading(plan))
     found.add_row("step", _gb(plan.step), f"activations and logits, {plan.max_sequences} answers at once")
-    tokens = plan.cache // (PackedCache.bytes_of_block(plan.config, plan.dtype) // BLOCK)
+    tokens = plan.cache // (PackedCache.bytes_of_block(plan.config, plan.dtype, plan.kv_cache) // BLOCK)
     found.add_row("cache", _gb(plan.cache), f"at most, {tokens:,} tokens; half of what is left")
     found.add_section()
     peak = plan.program + plan.weights + plan.step + plan.cache
@@ -262,8 +273,8 @@ def table(plan: GenerationPlan) -> Table:
     return found
 
 
-def print_plan(plan: GenerationPlan) -> None:
-    """Print a plan on stdout.
+def print_plan(plan: GenerationPlan, name: str = "") -> None:
+    """Print a plan on stdout, of a model of some name.
 
     Raises:
         ResourceError: The model does not fit.
@@ -271,7 +282,7 @@ def print_plan(plan: GenerationPlan) -> None:
     console = stdout()
     if not console.is_terminal:  # a file has no edge
         console.width = 160
-    console.print(table(plan), soft_wrap=False)
+    console.print(table(plan, name), soft_wrap=False)
     if not plan.fits:
         raise ResourceError(f"{shortfall(plan)}; {remedy(plan)}")
     if plan.offloaded:

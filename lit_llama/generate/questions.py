@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.generate.decode import check_counts
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.text.dataset import TEST_FILE, read_meta
 from lit_llama.text.formats import Example, read_prompts
@@ -17,7 +16,6 @@ def read_questions(
     input_file: Path | None,
     output_file: Path | None,
     limit: int | None,
-    batch_size: int,
 ) -> Example | list[Example]:
     """Read what is to be answered, before a model is loaded.
 
@@ -28,13 +26,13 @@ def read_questions(
         input_file: Any file with rows.
         output_file: Where answers to rows go.
         limit: Only so many rows.
-        batch_size: Rows answered together.
 
     Raises:
         UserError: Flags exclude each other, the prompt is blank, or answers would go to a folder.
         DataError: The rows are missing or unusable.
     """
-    check_counts(limit=limit, batch_size=batch_size)
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}, expected 1 or more")
     if data_dir is None and input_file is None:
         for flag, value in (("output_file", output_file), ("limit", limit)):
             if value is not None:

@@ -1,8 +1,8 @@
-"""Who attends to whom: samples laid end to end for training, and a cache of keys and values for generation.
+"""Who attends to whom: samples laid end to end. Blocks of a cache, for generation, are those of paged.py.
 
 The model works on T tokens in one row, whatever samples they belong to; a layout knows which tokens see which.
 
-Shapes: B samples, T tokens of all samples, L longest sample, S cached positions, H query heads, G key/value heads,
+Shapes: B samples, T tokens of all samples, L longest sample, H query heads, G key/value heads,
 D head size.
 """
 
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.cpu_attention import causal_attention
 from lit_llama.model.fused.attention import packed_attention
 
@@ -179,83 +178,3 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         part = q[:, :, start : start + window], k[:, :, near], v[:, :, near]
         outputs.append(F.scaled_dot_product_attention(*part, mask))
     return torch.cat(outputs, dim=2)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for B sequences of their own lengths.
-
-    Args:
-        config: Shape of the model.
-        batch: Number of sequences (B).
-        capacity: Most tokens a sequence may reach.
-        device: Where the model is.
-        dtype: That of the model.
-    """
-
-    def __init__(
-        self, config: LLaMAConfig, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros: 0 x NaN of a masked position is NaN
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * batch
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens a sequence may reach."""
-        return self.keys.shape[3]
-
-    def extend(self, counts: Sequence[int]) -> "Cached":
-        """The layout of the next tokens: `counts[b]` more of sequence b, laid end to end."""
-        return Cached(self, counts)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only."""
-        index = torch.tensor(rows, device=self.keys.device)
-        self.keys, self.values = self.keys[:, index], self.values[:, index]
-        self.lengths = [self.lengths[row] for row in rows]
-
-    def truncate(self, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
-        self.lengths = [min(length, old) for old in self.lengths]
-
-
-class Cached:
-    """New tokens of B sequences after those in a cache; building it makes room, running the model fills it in.
-
-    Query heads that share a key/value head are laid along the query axis, so keys and values are never repeated.
-    """
-
-    def __init__(self, cache: KVCache, counts: Sequence[int]) -> None:
-        device, old = cache.keys.device, cache.lengths
-        lengths = [length + count for length, count in zip(old, counts, strict=True)]
-        if max(lengths) > cache.capacity:
-            raise ValueError(f"{max(lengths)} tokens do not fit into a cache of {cache.capacity}")
-        self._cache, cache.lengths = cache, lengths
-        self.counts, self.lengths = list(counts), lengths
-        self._rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)  # (T,)
-        self._columns = torch.cat([torch.arange(count) for count in counts]).to(device)  # (T,)
-        self.position_ids = self._columns + torch.tensor(old, device=device)[self._rows]  # (T,)
-        self._new, self._span = max(counts), max(lengths)
-        query = torch.tensor(old, device=device)[:, None] + torch.arange(self._new, device=device)  # (B, L)
-        self._query, self._key = query[:, None, :, None], torch.arange(self._span, device=device)
-        self._visible = self._key <= self._query  # (B, 1, L, S)
-        self._oldest = min(old)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]  # (B, G, capacity, D)
-        keys[self._rows, :, self.position_ids] = k
-        values[self._rows, :, self.position_ids] = v
-        batch, groups, repeat = keys.shape[0], k.shape[1], q.shape[1] // k.shape[1]
-        block = q.new_zeros(batch, self._new, groups, repeat, q.shape[2])
-        block[self._rows, self._columns] = q.unflatten(1, (groups, repeat))
-        block = block.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, H/G L, D)
-        near, visible = slice(self._span), self._visible
-        if window is not None and window < self._span:
-            near = slice(max(self._oldest - window + 1, 0), self._span)  # no query sees what comes before
-            visible = visible[..., near] & (self._key[near] > self._query - window)
-        mask = visible.repeat(1, 1, repeat, 1)  # (B, 1, H/G L, S)
-        y = F.scaled_dot_product_attention(block, keys[:, :, near], values[:, :, near], mask)
-        y = y.unflatten(2, (repeat, self._new)).permute(0, 3, 1, 2, 4)  # (B, L, G, H/G, D)
-        return y[self._rows, self._columns].flatten(1, 2)

@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,12 +17,40 @@ from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantized
-from lit_llama.model.weights import DTYPES, Stored, Weights, check_names, read_header, weight_files
+from lit_llama.model.weights import DTYPES, Spec, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
 
 _DELTA = 0.05
 """Root mean square of all norm weights below which a folder is a difference: models have 0.3 and more."""
 _SAMPLE = 4096  # bytes of the start, the middle and the end of each tensor that go into a fingerprint
+
+
+class TensorSource(Protocol):
+    """Tensors of a model by their names, made or read as they are asked for.
+
+    Attributes:
+        config: Shape of the model.
+    """
+
+    config: LLaMAConfig
+
+    def spec(self, name: str) -> Spec:
+        """Dtype, as safetensors spells it, and shape."""
+        ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+
+class _Stored(Weights):
+    """Those of a checkpoint folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = LLaMAConfig.from_folder(folder)
+        super().__init__(folder)
 
 
 def load_model(
@@ -32,6 +60,7 @@ def load_model(
     quantize: Quantization | None = None,
     linear_dtype: torch.dtype | None = None,
     stored_from: int | None = None,
+    source: TensorSource | None = None,
 ) -> LLaMA:
     """Build the model of a checkpoint folder, frozen and in evaluation mode.
 
@@ -43,6 +72,7 @@ def load_model(
         linear_dtype: The same of the weights of linear layers, where theirs is another. A head that is the embedding
             follows the embedding.
         stored_from: Decoder layers from this one on stay as they are stored, mapped from their files, see offload.py.
+        source: Tensors in place of those of the folder.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -50,8 +80,8 @@ def load_model(
             delta, or a value does not fit float16.
     """
     folder = Path(folder)
-    config = LLaMAConfig.from_folder(folder)
-    weights = Weights(folder)
+    weights = _Stored(folder) if source is None else source
+    config = weights.config
     with torch.device("meta"):
         model = LLaMA(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

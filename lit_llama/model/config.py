@@ -189,6 +189,10 @@ Held = Literal["stored", "nf4", "nf4-dq", "int8", "int4", "fp8"]
 """How generation holds the linear layers: as they are stored, or quantised; int8 and int4 on a CPU in groups with a
 scale, see kernels/packing.py."""
 
+KVCacheType = Literal["auto", "int8"]
+"""How generation holds keys and values: in the dtype of activations, or as 8-bit codes with a scale for each token and
+head."""
+
 PlainType = Literal["bfloat16", "float16", "float32"]
 """In what weights are stored in folders and adapters."""
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
 
 BLOCK = 32
@@ -63,31 +63,66 @@ class PagedCache:
         blocks: How many.
         device: Where the model is.
         dtype: That of the model.
+        kind: How keys and values are held.
+
+    Attributes:
+        parts: What it consists of, each (layers, blocks, ...): keys and values, and of codes the scales of both.
     """
 
-    def __init__(self, config: LLaMAConfig, blocks: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: LLaMAConfig,
+        blocks: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        kind: KVCacheType = "auto",
+    ) -> None:
         shape = (2, config.num_hidden_layers, blocks, BLOCK, config.num_key_value_heads, config.head_dim)
         on_cpu = torch.device(device).type == "cpu"
-        # Zeros, as 0 x NaN of a masked one is NaN.
-        self.keys, self.values = (
-            untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, device=device, dtype=dtype)
-        )
+
+        def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # as 0 x NaN of a masked one is NaN
+            return untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, device=device, dtype=dtype)
+
+        self.device, self._coded = torch.device(device), kind == "int8"
+        self.parts = [*zeros(shape, torch.int8 if self._coded else dtype)]
+        if self._coded:
+            self.parts += [*zeros((*shape[:-1], 1), torch.float32)]
 
     @staticmethod
-    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype) -> int:
+    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype, kind: KVCacheType = "auto") -> int:
         """Memory that a block takes."""
         heads = config.num_hidden_layers * config.num_key_value_heads
-        return 2 * BLOCK * heads * config.head_dim * dtype.itemsize
+        row = config.head_dim + torch.float32.itemsize if kind == "int8" else config.head_dim * dtype.itemsize
+        return 2 * BLOCK * heads * row
 
     def copy(self, source: int, destination: int) -> None:
         """Copy a block."""
-        for part in (self.keys, self.values):
+        for part in self.parts:
             part[:, destination] = part[:, source]
 
     def clear(self, block: int) -> None:
         """Set a block to zero, as after numbers that are not finite."""
-        for part in (self.keys, self.values):
+        for part in self.parts:
             part[:, block] = 0
+
+    def write(self, layer: int, blocks: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep keys and values (T, G, D) at their places (T) in blocks (T)."""
+        for index, rows in enumerate((k, v)):
+            if not self._coded:
+                self.parts[index][layer][blocks, places] = rows
+                continue
+            scale = rows.float().abs().amax(2, keepdim=True) / 127  # (T, G, 1), NaN of what is not finite
+            codes = (rows.float() / scale.where(scale != 0, 1)).nan_to_num(0, 0, 0).round()
+            self.parts[index][layer][blocks, places] = codes.to(torch.int8)
+            self.parts[index + 2][layer][blocks, places] = scale
+
+    def read(self, layer: int, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks (S, blocks), each (S, tokens, G, D)."""
+        found = [part[layer][tables].flatten(1, 2) for part in self.parts]
+        if not self._coded:
+            return found[0], found[1]
+        keys, values = ((codes * scales).to(dtype) for codes, scales in zip(found[:2], found[2:], strict=True))
+        return keys, values
 
 
 class Paged:
@@ -97,7 +132,7 @@ class Paged:
     """
 
     def __init__(self, batch: PagedBatch, cache: PagedCache) -> None:
-        device = cache.keys.device
+        device = cache.device
         self.counts = [len(ids) for ids in batch.ids]
         self.lengths = [start + count for start, count in zip(batch.starts, self.counts, strict=True)]
         spans = list(zip(batch.starts, self.lengths, strict=True))
@@ -121,13 +156,11 @@ class Paged:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]  # (blocks, BLOCK, G, D)
-        keys[self._blocks, self._places] = k
-        values[self._blocks, self._places] = v
+        self._cache.write(layer, self._blocks, self._places, k, v)
         out = torch.empty_like(q)
         for own, tables, position in self._groups:
             query = q[own].unflatten(0, position.shape).transpose(1, 2)  # (S, H, L, D)
-            key, value = (x[tables].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (S, G, K, D)
+            key, value = (x.transpose(1, 2) for x in self._cache.read(layer, tables, q.dtype))  # (S, G, K, D)
             distance = position[..., None] - torch.arange(key.shape[2], device=q.device)  # (S, L, K)
             mask = distance >= 0
             if window is not None:
@@ -141,6 +174,6 @@ class Paged:
 @torch.inference_mode()
 def paged_logits(model: LLaMA, batch: PagedBatch, cache: PagedCache) -> Tensor:
     """Logits after the tokens that want them: (N, V). The keys and values of all tokens are written into the cache."""
-    device = cache.keys.device
+    device = cache.device
     ids = torch.tensor([token for ids in batch.ids for token in ids], device=device)
     return model(ids, Paged(batch, cache), torch.tensor(batch.selected, dtype=torch.int64, device=device))

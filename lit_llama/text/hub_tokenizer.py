@@ -35,12 +35,16 @@ class HubTokenizer(Tokenizer):
 
     def __init__(self, path: Path, raw: dict[str, Any] | None = None) -> None:
         try:
-            raw = json.loads(read_bounded(path)) if raw is None else raw
+            text = read_bounded(path) if raw is None else None
+            raw = json.loads(text) if text is not None else raw
+            assert raw is not None
             check_tokenizer(raw)
+            if raw.get("truncation") or raw.get("padding"):
+                text = None
             raw["truncation"] = raw["padding"] = None  # would cut or fill in silence
             own = [AddedToken.of(entry) for entry in raw.get("added_tokens") or []]
             self._raw, self.remarks = raw, []
-            self._backends = {Place.START: self._complete(path)}
+            self._backends = {Place.START: self._complete(path, text)}
             self._decoder.encode_special_tokens = True  # what somebody typed is never parsed as one
         except BaseException as error:  # the package raises plain Exception, and panics
             if not isinstance(error, Exception) and not _panics(error):
@@ -64,8 +68,12 @@ class HubTokenizer(Tokenizer):
         if self.bos and self.bos not in self.control:
             raise CheckpointError(f"{path} has no token {self.bos!r}, which tokenizer_config.json names as bos_token")
 
-    def _complete(self, path: Path) -> Any:
+    def _complete(self, path: Path, text: bytes | None) -> Any:
         """The tokenizer of the package; the settings beside the file may add tokens, and make tokens special.
+
+        Args:
+            path: The file.
+            text: Its contents, where they are used as they are.
 
         Raises:
             CheckpointError: An added token has another id there.
@@ -73,7 +81,7 @@ class HubTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         raw, special = self._raw, special_spellings(path.parent)
-        known = Backend.from_str(json.dumps(raw))
+        known = Backend.from_str(json.dumps(raw)) if text is None else Backend.from_buffer(text)
         entries = {entry["content"]: entry for entry in raw.get("added_tokens") or []}
         missing = [token for token in added_tokens(path.parent) if known.token_to_id(token.spelling) is None]
         size = max(known.get_vocab(with_added_tokens=True).values(), default=-1) + 1

@@ -9,15 +9,18 @@ import torch
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import open_folder
+from lit_llama.generate.loading import Loading
 from lit_llama.generate.plan import GenerationPlan, lighter, plan_generation, print_plan, remedy
 from lit_llama.model.adapter import load_adapter
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Held, LLaMAConfig
 from lit_llama.model.kernels.decode import PackedLLaMA, packs
 from lit_llama.model.offload import OffloadedLayer, offload
+from lit_llama.model.paged import PagedBatch
 from tests.conftest import tiny_config, write_adapter
 
 CPU = torch.device("cpu")
+BATCH = PagedBatch(ids=[list(range(20, 50))], starts=[0], tables=[[1]], logits=[3])
 LARGE = LLaMAConfig(
     vocab_size=32000,
     hidden_size=5120,
@@ -74,6 +77,20 @@ def test_the_cache_takes_no_more_than_half_of_what_is_left() -> None:
     assert small.cache == (LARGE.context_length // 32 + 1) * 32 * 2 * 2 * 40 * 5120
 
 
+def test_keys_and_values_in_8_bits_take_little_more_than_half(tiny_folder: Path) -> None:
+    """A plan that counts a cache which is not made, or a flag that is dropped on its way there."""
+    half = planned(LARGE, 64e9, kv_cache="int8").cache / planned(LARGE, 64e9).cache
+    assert half == pytest.approx((128 + 4) / 256)
+    for packed in (True, False):
+        plain, coded = (
+            open_folder(tiny_folder, Loading(precision="32-true", packed=packed, kv_cache=kind)).load().engine.runner
+            for kind in ("auto", "int8")
+        )
+        assert type(plain) is type(coded)
+        assert min(plain.blocks, coded.blocks) * 32 >= 256 * 32, "room for all answers, in less memory"
+        assert coded.logits(BATCH).isfinite().all() and not torch.equal(coded.logits(BATCH), plain.logits(BATCH))
+
+
 def test_a_model_that_is_too_large_is_offloaded(tiny_folder: Path) -> None:
     """All layers of a CPU, which are mapped; and as few as need be elsewhere."""
     config = LLaMAConfig.from_folder(tiny_folder)
@@ -110,11 +127,12 @@ def test_a_model_larger_than_the_memory_answers(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An end in place of an answer, or an answer of another model."""
-    folder = open_folder(write_adapter(tmp_path / "adapter", tiny_folder))
-    plan = folder.plan(precision="32-true", max_sequences=2)
-    whole = folder.load(precision="32-true", max_sequences=2, packed=False)
+    adapter, loading = write_adapter(tmp_path / "adapter", tiny_folder), Loading(precision="32-true", batch_size=2)
+    folder = open_folder(adapter, loading)
+    plan = folder.plan()
+    whole = open_folder(adapter, replace(loading, packed=False)).load()
     monkeypatch.setattr(type(folder), "plan", lambda *_, **__: replace(plan, offloaded=len(whole.model.model.layers)))
-    offloaded = folder.load(precision="32-true", max_sequences=2)
+    offloaded = folder.load()
     said = capsys.readouterr().err
     assert "are read from the disk at each step" in said and "GB" in said
     ids, sampling = whole.tokenizer.encode("Say hi"), Sampling(max_new_tokens=8)

@@ -12,7 +12,7 @@ from lit_llama.generate.chat.session import Answer, message
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
-from lit_llama.generate.overflow import fitted_messages, fitted_text
+from lit_llama.generate.overflow import fitted_messages, fitted_text, room
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
@@ -66,7 +66,7 @@ def test_a_turn_leaves_with_all_that_answers_it(llm: LLM) -> None:
 def test_a_text_loses_its_oldest_tokens_aloud(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     text, sampling = "0123456789 " * 60, Sampling(max_new_tokens=20)
     ids = raw_ids(llm, text, False)
-    fitted = fitted_text(llm, ids, sampling, "drop_oldest")
+    fitted = fitted_text(llm, ids, room(llm, sampling), "drop_oldest")
     assert len(fitted.ids) == 256 - 20 and fitted.dropped == len(ids) - len(fitted.ids)
     assert fitted.ids[fitted.keep :] == ids[-236 + fitted.keep :] and fitted.ids[: fitted.keep] == ids[: fitted.keep]
     with pytest.raises(UserError, match=r"more than the 256 the model reads"):

@@ -6,11 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from lit_llama.errors import ResourceError, UserError
+from lit_llama.generate.answer_text import Stream
 from lit_llama.generate.chat.dialogue import Dialogue, Node, Record
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Overflow, Request, Sampling, Step
-from lit_llama.generate.llm import LLM, Stream
+from lit_llama.generate.llm import LLM
 from lit_llama.generate.overflow import fitted_messages
 from lit_llama.text.conversation import Message
 from lit_llama.text.encode import prompt_ids

@@ -79,6 +79,41 @@ class Constraint:
             raise UserError(f"the {what} cannot be kept to: {' '.join(line.strip() for line in reason[:5])[:300]}")
 
     @classmethod
+    def of(
+        cls,
+        tokens: Callable[[], TokenTable],
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
+    ) -> "Constraint":
+        """One of the constraints below.
+
+        Args:
+            tokens: Gives those of the tokenizer.
+            json_schema: JSON that this schema describes; the empty schema is any JSON.
+            regex: Text that this regular expression matches as a whole.
+            choice: One of these texts.
+            grammar: Text of this grammar, in llguidance's variant of Lark.
+
+        Raises:
+            UserError: It is faulty, has parts that could not be kept to, or not exactly one of the four is given.
+            ResourceError: llguidance is not installed.
+        """
+        makers: dict[str, tuple[Any, Callable[[Any, TokenTable], Constraint]]] = {
+            "json_schema": (json_schema, cls.json_schema),
+            "regex": (regex, cls.regex),
+            "choice": (choice, cls.choice),
+            "grammar": (grammar, cls.lark),
+        }
+        given = [(value, make) for value, make in makers.values() if value is not None]
+        if len(given) != 1:
+            raise UserError(f"a constraint is one of {', '.join(makers)}, found {len(given)} of them")
+        value, make = given[0]
+        return make(value, tokens())
+
+    @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str, tokens: TokenTable) -> "Constraint":
         """JSON that a schema describes; the empty schema is any JSON. White space is at most a line end and an indent.
 

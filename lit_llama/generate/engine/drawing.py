@@ -147,9 +147,9 @@ class Drawing:
                     del asked[sequence]
 
     def _room(self, answer: Answer) -> int:
-        """Tokens that may be guessed."""
+        """Tokens that may be guessed: one more comes behind them, and without room then, the oldest go first."""
         wanted = answer.ticket.request.sampling.max_new_tokens - answer.made - 1
-        return min(wanted, self._answers.longest - len(answer.sequence.ids))
+        return min(wanted, self._answers.longest - len(answer.sequence.ids) - 1)
 
     def _forced(self, answer: Answer, room: int) -> list[int]:
         """Ids that a constraint has follow, appended without being drawn."""

@@ -26,8 +26,8 @@ from lit_llama.model.kernels.decode import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
 
 PROMPT_TOKENS = {"cpu": 96, "gpu": 256}
-"""Prompt tokens beside those of answers. A CPU computes about thirty tokens while it reads the weights once, so
-that a step takes at most about four times as long as without prompts; a GPU some hundreds."""
+"""Prompt tokens beside those of answers that are streamed. A CPU computes about thirty tokens while it reads the
+weights once, so that a step takes at most about four times as long as without prompts; a GPU some hundreds."""
 
 
 class Engine:
@@ -54,7 +54,6 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
             max_sequences=self.config.max_sequences,
             max_waiting=self.config.max_waiting,
-            prompt_tokens=self.config.prompt_tokens or PROMPT_TOKENS["cpu" if runner.device.type == "cpu" else "gpu"],
             window=window,
         )
         guessers: list[Guesser] = [PromptLookups()] if self.config.speculate else []
@@ -63,6 +62,8 @@ class Engine:
         self._adapters: set[str] = set()
         self.default_adapter: str | None = None
         self._computed = 0
+        suits = PROMPT_TOKENS["cpu" if runner.device.type == "cpu" else "gpu"]
+        self._prompt_tokens = self.config.prompt_tokens or suits
         self._lock = threading.RLock()
         self.closed = False
 
@@ -166,7 +167,7 @@ class Engine:
                 raise ticket.error
             if ticket.done:
                 return
-            self.step()
+            self.step(streamed=True)
 
     def abort_all(self) -> None:
         """End every request that is there."""
@@ -226,10 +227,15 @@ class Engine:
         """Whether there is anything to compute."""
         return self._scheduler.busy
 
-    def step(self) -> None:
-        """Compute one step; what comes of it is put into the tickets. Does nothing if no request is there."""
+    def step(self, *, streamed: bool = False) -> None:
+        """Compute one step; what comes of it is put into the tickets. Does nothing if no request is there.
+
+        Args:
+            streamed: Somebody waits for each token, so that prompts must not hold answers up, see
+                `EngineConfig.prompt_tokens`.
+        """
         with self._lock, torch.inference_mode():
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan(self._prompt_tokens if streamed else self.config.prompt_tokens)
             if not plan.parts:
                 return
             try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
@@ -65,16 +65,17 @@ class PackedRunner:
     Args:
         model: The weights.
         cache_bytes: Memory of the cache.
+        kv_cache: How keys and values are held.
     """
 
     exact = True
     device = torch.device("cpu")
 
-    def __init__(self, model: PackedLLaMA, cache_bytes: int) -> None:
+    def __init__(self, model: PackedLLaMA, cache_bytes: int, kv_cache: KVCacheType = "auto") -> None:
         self._model, self.config = model, model.config
-        size = PackedCache.bytes_of_block(model.config, model.dtype)
+        size = PackedCache.bytes_of_block(model.config, model.dtype, kv_cache)
         self.blocks = _blocks(cache_bytes, size)
-        self._cache = PackedCache(model.config, self.blocks, model.dtype)
+        self._cache = PackedCache(model.config, self.blocks, model.dtype, kv_cache)
         self.copy, self.clear = self._cache.copy, self._cache.clear
         self.add_adapter, self.remove_adapter = model.add_adapter, model.remove_adapter
 
@@ -93,21 +94,22 @@ class TorchRunner:
     Args:
         model: In evaluation mode.
         cache_bytes: Memory of the cache.
+        kv_cache: How keys and values are held.
     """
 
     exact = False
 
-    def __init__(self, model: LLaMA, cache_bytes: int) -> None:
+    def __init__(self, model: LLaMA, cache_bytes: int, kv_cache: KVCacheType = "auto") -> None:
         self._model, self.config = model, model.config
         weight = model.model.embed_tokens.weight
         self.device = weight.device
-        self.blocks = _blocks(cache_bytes, PagedCache.bytes_of_block(model.config, weight.dtype))
-        self._cache = PagedCache(model.config, self.blocks, weight.device, weight.dtype)
+        self.blocks = _blocks(cache_bytes, PagedCache.bytes_of_block(model.config, weight.dtype, kv_cache))
+        self._cache = PagedCache(model.config, self.blocks, weight.device, weight.dtype, kv_cache)
         self.copy, self.clear = self._cache.copy, self._cache.clear
 
     def reclaim(self, blocks: Sequence[int]) -> int:
         """Give memory of blocks back to the system."""
-        return _reclaimed([self._cache.keys, self._cache.values], blocks)
+        return _reclaimed(self._cache.parts, blocks)
 
     def logits(self, batch: PagedBatch) -> Tensor:
         """(N, V) in the dtype of the weights."""

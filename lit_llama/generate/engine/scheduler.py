@@ -88,8 +88,6 @@ class Scheduler:
         max_batch_tokens: Tokens of a step, at most; more than `max_sequences`.
         max_sequences: Sequences that run together, at most.
         max_waiting: Sequences that may wait.
-        prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them; more
-            where many wait, see `BACKLOG`.
         window: Tokens that a query sees in every layer, where blocks before them are given back; None for all.
     """
 
@@ -110,11 +108,10 @@ class Scheduler:
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         max_waiting: int = 1 << 20,
-        prompt_tokens: int = 1 << 20,
         window: int | None = None,
     ) -> None:
-        assert max_batch_tokens > max_sequences and prompt_tokens > 0
-        self.pool, self.window, self.prompt_tokens = pool, window, prompt_tokens
+        assert max_batch_tokens > max_sequences
+        self.pool, self.window = pool, window
         self.max_batch_tokens, self.max_sequences, self.max_waiting = max_batch_tokens, max_sequences, max_waiting
         self.waiting: list[Sequence] = []  # by their turn
         self.running: list[Sequence] = []  # by their order
@@ -198,8 +195,13 @@ class Scheduler:
 
     # ---- a step
 
-    def plan(self) -> Plan:
-        """The next step; it is empty only if no sequence waits or runs."""
+    def plan(self, prompt_tokens: int | None = None) -> Plan:
+        """The next step; it is empty only if no sequence waits or runs.
+
+        Args:
+            prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them;
+                more where many wait, see `BACKLOG`. None for all that the step has room for.
+        """
         self.steps += 1
         plan = Plan([], [])
         planned: set[Sequence] = set()
@@ -208,21 +210,22 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if sequence.pending > 1]
         for sequence in [sequence for sequence in self.running if sequence.pending == 1]:
             budget -= self._continue(sequence, budget, plan, planned)
-        if plan.parts:
-            budget = min(budget, self._prompt_budget(prompts, self.max_batch_tokens - budget))
+        if plan.parts and prompt_tokens is not None:
+            continued = self.max_batch_tokens - budget
+            budget = min(budget, max(prompt_tokens + continued, self._backlog(prompts) // self.BACKLOG))
         for sequence in prompts:
             budget -= self._continue(sequence, budget, plan, planned)
         self._admit(budget, plan)
         return plan
 
-    def _prompt_budget(self, prompts: list[Sequence], continued: int) -> int:
-        """Prompt tokens of a step that continues answers by so many tokens."""
+    def _backlog(self, prompts: list[Sequence]) -> int:
+        """Prompt tokens that wait, of which no more are counted than matter."""
         backlog, enough = 0, self.max_batch_tokens * self.BACKLOG
         for sequence in chain(prompts, self.waiting):
             backlog += sequence.pending
             if backlog >= enough:
                 break
-        return max(self.prompt_tokens + continued, backlog // self.BACKLOG)
+        return backlog
 
     def _continue(self, sequence: Sequence, budget: int, plan: Plan, planned: set[Sequence]) -> int:
         """Plan the next tokens of a running sequence, for whose blocks later ones are put off; how many there are."""
@@ -240,14 +243,25 @@ class Scheduler:
         return self._take(sequence, count, plan)
 
     def _admit(self, budget: int, plan: Plan) -> None:
-        """Let waiting sequences run, in their turn, as far as budget and blocks go."""
+        """Let waiting sequences run, in their turn, as far as budget and blocks go.
+
+        One whose next block another one is computing is held back and finds it once it is there; until then, its place
+        among those that run is kept. As it waits only for sequences that run, and those wait for none, it has its turn.
+        """
+        coming = {self._next_block(sequence, len(sequence.ids)) for sequence in self.running} if self.waiting else set()
+        held_back = 0
         for sequence in list(self.waiting):
-            if not budget or len(self.running) >= self.max_sequences:
+            if not budget or len(self.running) + held_back >= self.max_sequences:
                 return
             source = sequence.source
             if source is not None and self._is_coming(source, sequence):
                 continue
             self._reuse(sequence)
+            following = self._next_block(sequence, self._reusable(sequence))
+            if following is not None and following in coming:
+                self._give_back(sequence)
+                held_back += 1
+                continue
             wanted = self._blocks_for(len(sequence.ids) + 1) - len(sequence.blocks) + (sequence.computed > 0)
             if self.running and wanted + len(self.running) > self.pool.available:
                 self._give_back(sequence)
@@ -259,6 +273,7 @@ class Scheduler:
             self._leave(sequence)
             sequence.state = "running"
             insort(self.running, sequence, key=lambda running: running.order)
+            coming.add(self._next_block(sequence, len(sequence.ids)))
             budget -= self._take(sequence, count, plan)
 
     def _is_coming(self, source: Sequence, sequence: Sequence) -> bool:
@@ -267,10 +282,19 @@ class Scheduler:
             return False
         return source.state == "running" or (source.state == "waiting" and source.turn < sequence.turn)
 
+    def _next_block(self, sequence: Sequence, end: int) -> tuple[Hashable, tuple[int, ...]] | None:
+        """Parent and ids of the block behind the known ones of a sequence; None if ids up to `end` do not fill it."""
+        size = self.pool.size
+        start = len(sequence.chain) * size
+        return (self._parent(sequence), tuple(sequence.ids[start : start + size])) if start + size <= end else None
+
+    def _reusable(self, sequence: Sequence) -> int:
+        """Tokens of a sequence that need not be computed where they are known: not those whose logits are wanted."""
+        return len(sequence.ids) - 1 if sequence.scored is None else min(sequence.scored, len(sequence.ids) - 1)
+
     def _reuse(self, sequence: Sequence) -> None:
-        """Take over what is known of a sequence; its last token is computed in any case, as its logits are wanted."""
-        size, source = self.pool.size, sequence.source
-        limit = len(sequence.ids) - 1 if sequence.scored is None else min(sequence.scored, len(sequence.ids) - 1)
+        """Take over what is known of a sequence."""
+        size, source, limit = self.pool.size, sequence.source, self._reusable(sequence)
         if source is not None and source.state == "running" and source.computed >= limit and -1 not in source.blocks:
             sequence.blocks = source.blocks[: self._blocks_for(limit)]
             sequence.chain = source.chain[: limit // size]
@@ -278,9 +302,8 @@ class Scheduler:
             for block in sequence.blocks:
                 self.pool.share(block)
         else:
-            while (len(sequence.blocks) + 1) * size <= limit:
-                start = len(sequence.blocks) * size
-                found = self.pool.find(self._parent(sequence), tuple(sequence.ids[start : start + size]))
+            while (following := self._next_block(sequence, limit)) is not None:
+                found = self.pool.find(*following)
                 if found is None:
                     break
                 self.pool.share(found[0])
@@ -297,8 +320,7 @@ class Scheduler:
         """Put `count` tokens of a sequence into a plan."""
         start, end = sequence.computed, sequence.computed + count
         ids = (sequence.ids + sequence.guesses)[start:end] if sequence.guesses else sequence.ids[start:end]
-        first = len(sequence.ids) - 1 if sequence.scored is None else min(sequence.scored, len(sequence.ids) - 1)
-        plan.parts.append(Part(sequence, ids, start, max(0, end - max(start, first))))
+        plan.parts.append(Part(sequence, ids, start, max(0, end - max(start, self._reusable(sequence)))))
         return count
 
     def _hold(self, sequence: Sequence, count: int, plan: Plan) -> bool:

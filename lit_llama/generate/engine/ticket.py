@@ -24,7 +24,8 @@ class EngineConfig:
         max_waiting: Answers that may wait for their turn.
         prompt_tokens: Tokens of prompts in a step that also continues answers, beside one for each token of those; more
             where many wait. The more they are, the sooner answers begin, and the longer others wait for their next
-            token. None for a number that suits the device.
+            token. None for a number that suits the device where answers are streamed, and elsewhere, where nobody
+            waits for a token, for as many as the step has room for.
         speculate: Guess tokens from the text so far, which changes no answer where the runner is exact.
 
     Raises:

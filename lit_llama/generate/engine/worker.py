@@ -262,7 +262,7 @@ class EngineThread:
                 if ending:
                     return
                 if self._live:
-                    self.engine.step()
+                    self.engine.step(streamed=True)
             except BaseException as error:
                 if not self._recovers(error):
                     return

@@ -82,7 +82,6 @@ def evaluate(
     answers: Sequence[Path] = (),
     judge: Any = None,
     system: str = "",
-    batch_size: int = 32,
     anew: bool = False,
 ) -> Evaluation:
     """Ask models for what is not there yet, and write results.json and report.html into `out_dir`.
@@ -95,7 +94,6 @@ def evaluate(
         answers: Files of answers that count as models, too, before those that are asked.
         judge: Who says which of two answers is better, see judge.py; None for nobody.
         system: System message of prompts that have none.
-        batch_size: Answers that are made together.
         anew: Begin again where rows were made otherwise.
 
     Raises:
@@ -105,8 +103,6 @@ def evaluate(
     """
     if not models and not answers:
         raise UserError("there is nobody to evaluate: give --checkpoint_dir, --answers or both")
-    if batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}, expected 1 or more")
     _check_own(out_dir)
     for model in models:
         if any(task.prompt == "chat" for task in tasks):
@@ -117,16 +113,9 @@ def evaluate(
     given = [
         answered_rows(name, path, read_answers(path), tasks[0]) for name, path in zip(names, answers, strict=False)
     ]
-    models = [
-        Model(name, model.opened, model.precision, model.quantize)
-        for name, model in zip(names[len(answers) :], models, strict=True)
-    ]
+    models = [Model(name, model.opened) for name, model in zip(names[len(answers) :], models, strict=True)]
     with claim(out_dir), full_disk_explained(out_dir, out_dir):
-        made = (
-            evaluate_models(models, tasks, sampling, out_dir, system=system, batch_size=batch_size, anew=anew)
-            if models
-            else []
-        )
+        made = evaluate_models(models, tasks, sampling, out_dir, system=system, anew=anew) if models else []
         rows = [*given, *made]
         details: dict[str, Any] = {"sampling": described(sampling)} if models else {}
         if judge is not None:

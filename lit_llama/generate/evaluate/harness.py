@@ -7,7 +7,6 @@ is the harness's own command, `lm_eval`, in which the model is known; from Pytho
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
@@ -38,29 +37,22 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
 
     Args:
         pretrained: The folder.
-        prompt_style: Ask in this style instead of the folder's own, where the harness applies a chat template.
-        base_dir: The base model of an adapter, where it is not found where the adapter says.
-        precision: Of weights and activations.
-        quantize: How to hold the linear layers.
         batch_size: Without effect: the engine batches what fits.
         max_batch_size: As batch_size.
         device: Without effect but a word, if it is another: the GPU counts where there is one, or the CPU.
+        loading: Fields of `Loading`; `prompt_style` counts where the harness applies a chat template.
     """
 
     def __init__(
         self,
         pretrained: str,
-        prompt_style: str | None = None,
-        base_dir: str | None = None,
-        precision: Any = "auto",
-        quantize: Any = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
+        **loading: Any,
     ) -> None:
         super().__init__()
-        base = None if base_dir is None else Path(base_dir)
-        llm = load(pretrained, prompt_style=prompt_style, base_dir=base, precision=precision, quantize=quantize)
+        llm = load(pretrained, **loading)
         if device is not None and str(device).partition(":")[0] != llm.device.type:
             stderr().print(f"device {device} is asked for; computed on {llm.device}")
         self.llm, self._name = replace(llm, opening=""), pretrained

@@ -19,8 +19,8 @@ from lit_llama.text.samples import Encoder
 from lit_llama.text.styles import Segment
 
 
-def _scored(ids: Sequence[int], start: int) -> Request:
-    return Request(ids, Sampling(max_new_tokens=0), prompt_logprobs=1, scored_from=start)
+def _scored(ids: Sequence[int], start: int, adapter: str | None = None) -> Request:
+    return Request(ids, Sampling(max_new_tokens=0), adapter=adapter, prompt_logprobs=1, scored_from=start)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def score(
         UserError: A text is too long for the model.
         NumericalError: The log-probabilities are not finite.
     """
-    requests = [_scored(ids, start) for ids, start in texts]
+    requests = [_scored(ids, start, llm.adapter) for ids, start in texts]
     for request in requests:
         llm.engine.check_request(request)
     engine, waiting = llm.engine, deque(range(len(requests)))

@@ -2,29 +2,21 @@
 
 import gc
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from lit_llama.device import Precision, pick_device, pick_dtype
+from lit_llama.device import pick_device, pick_dtype
 from lit_llama.errors import UserError
 from lit_llama.folder import sha256_file
 from lit_llama.generate.llm import LLM, Opened, open_folder
-from lit_llama.model.adapter import WEIGHTS_FILE, load_adapter, read_adapter_weights, trained_on
+from lit_llama.generate.loading import Loading
+from lit_llama.generate.models import Updates, updates_of
+from lit_llama.model.adapter import WEIGHTS_FILE, trained_on
 from lit_llama.model.checkpoint import fingerprint
-from lit_llama.model.config import Held, LLaMAConfig
-from lit_llama.model.kernels.decode import Factors, factors_of, packs
-from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
-from lit_llama.text.encode import answer_opening, end_id
 from lit_llama.text.vocabulary import tokenizer_home
-
-_PLAIN = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight")
-"""Tensors of an adapter that the engine adds to a base which others use as well."""
 
 
 @dataclass(frozen=True)
@@ -34,81 +26,56 @@ class Model:
     Attributes:
         name: What it is called in the report.
         opened: All of it but its weights.
-        precision: Of weights and activations.
-        quantize: How its linear layers are held; None as the folder says.
     """
 
     name: str
     opened: Opened
-    precision: Precision
-    quantize: Held | None
 
     @property
     def folder(self) -> Path:
         """Where it is."""
         return self.opened.folder
 
-    @property
-    def adapted(self) -> bool:
-        """Whether it is an adapter on a base."""
-        return self.opened.base != self.opened.folder
 
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers, by fingerprints."""
-        return identity(self.opened, self.precision, self.quantize)
-
-    def load(self, max_sequences: int) -> LLM:
-        """The model alone."""
-        return self.opened.load(precision=self.precision, quantize=self.quantize, max_sequences=max_sequences)
-
-
-def identity(opened: Opened, precision: Precision, quantize: Held | None) -> dict[str, Any]:
+def identity(opened: Opened) -> dict[str, Any]:
     """What decides the answers of a folder, by fingerprints."""
     style = "" if opened.style is None else opened.style.jinja(bos=False)
+    loading = opened.loading
     found: dict[str, Any] = {"weights": fingerprint(opened.base)}
-    adapted = opened.base != opened.folder
-    if adapted:
+    if opened.adapted:
         found["adapter"] = sha256_file(opened.folder / WEIGHTS_FILE)
+    if loading.kv_cache != "auto":
+        found["kv_cache"] = loading.kv_cache
+    if loading.merge_adapter:
+        found["merge_adapter"] = True
     return found | {
         "tokenizer": opened.tokenizer.fingerprint(),
         "prompt_style": hashlib.sha256(style.encode()).hexdigest()[:16],
-        "dtype": str(pick_dtype(precision, pick_device()))[6:],
-        "quantize": quantize or (trained_on(opened.folder) if adapted else None),
+        "dtype": str(pick_dtype(loading.precision, pick_device()))[6:],
+        "quantize": loading.quantize or (trained_on(opened.folder) if opened.adapted else None),
     }
 
 
-def open_models(
-    folders: Sequence[Path],
-    *,
-    prompt_style: str | None = None,
-    base_dir: Path | None = None,
-    precision: Precision = "auto",
-    quantize: Held | None = None,
-) -> list[Model]:
+def open_models(folders: Sequence[Path], loading: Loading | None = None) -> list[Model]:
     """Read all of the folders but their weights.
 
     Args:
         folders: Checkpoints and adapters; the first is what others are compared to.
-        prompt_style: Ask all of them in this style instead of their own.
-        base_dir: Base of the adapters among them.
-        precision: Of weights and activations.
-        quantize: How to hold the linear layers of all of them.
+        loading: How all of them are loaded; `base_dir` is that of the adapters among them.
 
     Raises:
         UserError: A folder is named twice.
         CheckpointError: One of them cannot be used.
     """
+    loading = loading or Loading()
+    plain = replace(loading, base_dir=None, merge_adapter=False)
     names = short_names(folders)
     adapters = [(folder / "adapter_config.json").is_file() for folder in folders]
-    if base_dir is not None and not any(adapters):
-        raise UserError(f"--base_dir {base_dir} is the base of an adapter, but none of the folders is one")
+    if (loading.base_dir is not None or loading.merge_adapter) and not any(adapters):
+        what = f"--base_dir {loading.base_dir} is the base of" if loading.base_dir else "--merge_adapter is for"
+        raise UserError(f"{what} an adapter, but none of the folders is one")
     return [
-        Model(
-            name,
-            open_folder(folder, prompt_style=prompt_style, base_dir=base_dir if adapter else None),
-            precision,
-            quantize,
-        )
+        Model(name, open_folder(folder, loading if adapter else plain))
         for name, folder, adapter in zip(names, folders, adapters, strict=True)
     ]
 
@@ -131,14 +98,13 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(place) for place in places]
 
 
-def loaded(models: Sequence[Model], max_sequences: int) -> Iterator[tuple[Model, LLM]]:
+def loaded(models: Sequence[Model]) -> Iterator[tuple[Model, LLM]]:
     """Load models one after another, those that share a base as one with its adapters where the engine can.
 
     What was given before is let go: it must not be used when the next one is asked for.
 
     Args:
         models: Which.
-        max_sequences: Answers that are made together, at most.
     """
     done: set[str] = set()
     for model in models:
@@ -147,70 +113,42 @@ def loaded(models: Sequence[Model], max_sequences: int) -> Iterator[tuple[Model,
         near = [other for other in models if other.name not in done and _same_base(other, model)]
         shared = [(other, found) for other in near if (found := _shared(other)) is not None] if len(near) > 1 else []
         if len(shared) > 1 and shared[0][0] is model:
-            yield from _together(shared, max_sequences)
+            yield from _together(shared)
             done |= {other.name for other, _ in shared}
         else:
-            yield model, model.load(max_sequences)
+            yield model, model.opened.load()
             done.add(model.name)
         gc.collect()
 
 
 def _same_base(one: Model, other: Model) -> bool:
-    return one.opened.base.resolve() == other.opened.base.resolve() and one.precision == other.precision
+    """Whether two are loaded in one way onto one base."""
+    bases = {model.opened.base.resolve() for model in (one, other)}
+    ways = {replace(model.opened.loading, base_dir=None) for model in (one, other)}
+    return len(bases) == len(ways) == 1
 
 
-class _Shared(NamedTuple):
-    """What makes a model of a base in use.
-
-    Attributes:
-        factors: Updates of an adapter; none for the base itself.
-        remarks: What people should know of it.
-    """
-
-    factors: dict[str, Factors]
-    remarks: tuple[str, ...] = ()
-
-
-def _shared(model: Model) -> _Shared | None:
+def _shared(model: Model) -> Updates | None:
     """What the engine can add to a base in use; None if the model has to be loaded alone."""
-    opened, device = model.opened, pick_device()
-    config = LLaMAConfig.from_folder(opened.base)
-    if model.quantize is not None or device.type != "cpu" or not packs(config, pick_dtype(model.precision, device)):
+    opened = model.opened
+    if (
+        opened.loading.merge_adapter
+        or not opened.plan().packed
+        or tokenizer_home(opened.folder, opened.base) != opened.base
+    ):
         return None
-    if not model.adapted:
-        return _Shared({}, opened.remarks)
-    if trained_on(opened.folder) is not None or tokenizer_home(opened.folder, opened.base) != opened.base:
-        return None
-    if not all(map(_PLAIN.fullmatch, read_adapter_weights(opened.folder))):
-        return None
-    with torch.device("meta"):
-        skeleton = LLaMA(config)
-    placed = load_adapter(skeleton, opened.folder)
-    return _Shared(factors_of(skeleton), (*placed.remarks, *opened.remarks))
+    return updates_of(opened) if opened.adapted else Updates({}, ())
 
 
-def _together(members: Sequence[tuple[Model, _Shared]], max_sequences: int) -> Iterator[tuple[Model, LLM]]:
+def _together(members: Sequence[tuple[Model, Updates]]) -> Iterator[tuple[Model, LLM]]:
     """One base with all its adapters, as one model after another."""
-    first = members[0][0]
-    whole = replace(first.opened, folder=first.opened.base, remarks=())
-    base = whole.load(precision=first.precision, max_sequences=max_sequences)
-    for model, shared in members:
-        if shared.factors:
-            base.engine.add_adapter(model.name, shared.factors)
-            stderr().print(f"{model.folder} on {first.opened.base}, which is loaded already")
-        for remark in shared.remarks:
+    first = members[0][0].opened
+    base = replace(first, folder=first.base, remarks=()).load()
+    for model, updates in members:
+        if model.opened.adapted:
+            base.engine.add_adapter(model.name, updates.factors)
+            stderr().print(f"{model.folder} on {first.base}, which is loaded already")
+        for remark in (*updates.remarks, *model.opened.remarks):
             stderr().print(remark)
-    for model, shared in members:
-        opened = model.opened
-        base.engine.default_adapter = model.name if shared.factors else None
-        end = end_id(opened.tokenizer, opened.style) if opened.style else None
-        yield (
-            model,
-            replace(
-                base,
-                tokenizer=opened.tokenizer,
-                style=opened.style,
-                stop_ids=opened.ends if end is None else opened.ends | {end},
-                opening=answer_opening(opened.tokenizer, opened.style) if opened.style else "",
-            ),
-        )
+    for model, _ in members:
+        yield model, model.opened.on(base, model.name if model.opened.adapted else None)

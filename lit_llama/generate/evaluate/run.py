@@ -16,7 +16,7 @@ from lit_llama.generate.answer import answer_requests, instruction_ids, raw_ids
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.evaluate.likelihood import Likelihood, Text, chat_texts, likelihoods, raw_texts
 from lit_llama.generate.evaluate.metrics import Answer
-from lit_llama.generate.evaluate.models import Model, loaded
+from lit_llama.generate.evaluate.models import Model, identity, loaded
 from lit_llama.generate.evaluate.store import Key, Row, RowStore, described, open_rows
 from lit_llama.generate.evaluate.tasks import Part, Task
 from lit_llama.generate.llm import LLM
@@ -59,7 +59,6 @@ def evaluate_models(
     out_dir: Path,
     *,
     system: str = "",
-    batch_size: int = 32,
     anew: bool = False,
 ) -> list[Rows]:
     """Ask every model for every row that is not there yet.
@@ -73,7 +72,6 @@ def evaluate_models(
         sampling: How answers are drawn.
         out_dir: Where rows are kept.
         system: System message of prompts that have none.
-        batch_size: Answers that are made together.
         anew: Begin again where rows were made otherwise.
 
     Raises:
@@ -92,7 +90,7 @@ def evaluate_models(
         for model in models:
             if there := sum(key in stores[model.name].rows for key in order):
                 stderr().print(f"{model.name}: {there} of {len(order)} rows are there already")
-        for model, llm in loaded(pending, batch_size):
+        for model, llm in loaded(pending):
             for task in tasks:
                 _ask(model, llm, task, sampling, stores[model.name], system, out_dir)
         for store in stores.values():
@@ -113,7 +111,7 @@ def _file_name(name: str, number: int) -> str:
 def _header(model: Model, tasks: Sequence[Task], sampling: Sampling, system: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "model": model.identity(),
+        "model": identity(model.opened),
         "sampling": described(sampling),
         "system": system,
         "tasks": {task.name: task.fingerprint() for task in tasks},

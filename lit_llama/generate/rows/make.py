@@ -6,21 +6,20 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lit_llama.console import shown
-from lit_llama.device import Precision
 from lit_llama.errors import UserError
 from lit_llama.folder import sha256_file
+from lit_llama.generate.loading import Loading
 from lit_llama.generate.rows.columns import Attempt
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE, open_journal
 from lit_llama.generate.rows.recipe import Recipe, read_recipe
 from lit_llama.generate.rows.run import Limits, RowMaker, Tally
 from lit_llama.generate.rows.teacher import Teacher
-from lit_llama.model.config import Held
 from lit_llama.progress import stderr
-from lit_llama.text.prompts import StyleName
 
 PLANNED = 32
 """Attempts that a plan is estimated from, unless it is asked for others."""
@@ -44,15 +43,7 @@ def seconds_of(text: str | None) -> float | None:
     return total
 
 
-def local_teacher(
-    checkpoint_dir: Path,
-    *,
-    base_dir: Path | None = None,
-    prompt_style: StyleName | None = None,
-    precision: Precision = "auto",
-    quantize: Held | None = None,
-    max_sequences: int = 32,
-) -> Teacher:
+def local_teacher(checkpoint_dir: Path, loading: Loading | None = None) -> Teacher:
     """A model of a folder as a teacher.
 
     Raises:
@@ -62,26 +53,25 @@ def local_teacher(
     from lit_llama.generate.rows.teacher import LocalTeacher
     from lit_llama.model.checkpoint import fingerprint
 
-    folder = open_folder(checkpoint_dir, prompt_style=prompt_style, base_dir=base_dir)
+    folder = open_folder(checkpoint_dir, loading)
     folder.check_style()
     identity = fingerprint(folder.base)
-    if folder.base != folder.folder:
+    if folder.adapted:
         weights = sorted(folder.folder.glob("*.safetensors"))
         identity += "".join(f" {sha256_file(path)}" for path in weights)
-    how = [str(value) for value in (precision, quantize, prompt_style) if value not in (None, "auto")]
-    llm = folder.load(precision=precision, quantize=quantize, max_sequences=max_sequences)
-    return LocalTeacher(llm=llm, name=str(checkpoint_dir), identity=" ".join([identity, *how]))
+    way = folder.loading
+    decided = (way.precision, way.quantize, way.prompt_style)
+    how = [str(value) for value in decided if value not in (None, "auto")]
+    how += [f"kv_cache {way.kv_cache}"] if way.kv_cache != "auto" else []
+    how += ["merged"] if way.merge_adapter else []
+    return LocalTeacher(llm=folder.load(), name=str(checkpoint_dir), identity=" ".join([identity, *how]))
 
 
 def open_teacher(
     checkpoint_dir: Path | None,
     endpoint: str | None,
+    loading: Loading | None = None,
     *,
-    base_dir: Path | None = None,
-    prompt_style: StyleName | None = None,
-    precision: Precision = "auto",
-    quantize: Held | None = None,
-    max_sequences: int = 32,
     model: str | None = None,
     key_variable: str = "OPENAI_API_KEY",
     concurrency: int = 8,
@@ -90,21 +80,17 @@ def open_teacher(
     """The teacher that is named: a folder, or an endpoint; parameters as of the door.
 
     Raises:
-        UserError: Not exactly one is named.
+        UserError: Not exactly one is named, or an endpoint with what a folder is loaded with.
     """
     if (checkpoint_dir is None) == (endpoint is None):
         raise UserError(
             "a teacher is one of --checkpoint_dir and --endpoint, found " + ("both" if endpoint else "none")
         )
     if checkpoint_dir is not None:
-        return local_teacher(
-            checkpoint_dir,
-            base_dir=base_dir,
-            prompt_style=prompt_style,
-            precision=precision,
-            quantize=quantize,
-            max_sequences=max_sequences,
-        )
+        return local_teacher(checkpoint_dir, loading)
+    own, default = loading or Loading(), Loading()
+    if told := [field.name for field in fields(Loading) if getattr(own, field.name) != getattr(default, field.name)]:
+        raise UserError(f"--{told[0]} is for a model of --checkpoint_dir, but the teacher is at --endpoint")
     from lit_llama.generate.rows.remote import RemoteTeacher, Waits
 
     assert endpoint is not None

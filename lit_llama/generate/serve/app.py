@@ -18,7 +18,7 @@ from lit_llama.generate.serve.guard import Guard
 from lit_llama.generate.serve.messages import read_messages, read_tools
 from lit_llama.generate.serve.models import Models
 from lit_llama.generate.serve.replies import spelled
-from lit_llama.generate.serve.requests import chat_ids, chat_request, completion_request, template_values, text_ids
+from lit_llama.generate.serve.requests import chat_prompt, chat_request, completion_request, template_values, text_ids
 from lit_llama.generate.serve.service import Service, error_response, json_response, route
 
 
@@ -128,7 +128,7 @@ def _tokenized(body: Mapping[str, Any], models: Models) -> dict[str, Any]:
     fields.end()
     if (text is None) == (messages is None):
         raise refusal("prompt", "and messages are both given or both missing, expected one of them")
-    ids = _ids(llm, text, begin) if text is not None else chat_ids(llm, read_messages(messages), tools, more)
+    ids = _ids(llm, text, begin) if text is not None else chat_prompt(llm, read_messages(messages), tools, more).ids
     found = {"count": len(ids), "max_model_len": models.capacity(llm), "tokens": ids}
     return found | ({"token_strs": [spelled(llm, token)[0] for token in ids]} if strings else {})
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM
 from lit_llama.generate.serve.errors import ApiError
@@ -25,6 +25,7 @@ class Limits:
         max_choices: Answers of a request: its prompts, `n` times each.
         max_waiting: Answers that may wait, beside those that are made together.
         max_seconds: That a request may take.
+        overflow: What becomes of a prompt that is too long with its answer.
         body_seconds: In which a request has to arrive.
     """
 
@@ -34,6 +35,7 @@ class Limits:
     max_waiting: int = 256
     max_seconds: float = 600.0
     body_seconds: float = 30.0
+    overflow: Overflow = "error"
 
 
 @dataclass(frozen=True)

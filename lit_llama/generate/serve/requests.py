@@ -7,14 +7,15 @@ from typing import Any
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.constraint import Constraint
-from lit_llama.generate.engine.request import MAX_SEED, Request, Sampling
+from lit_llama.generate.engine.request import MAX_SEED, Overflow, Request, Sampling
 from lit_llama.generate.llm import LLM
+from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text
 from lit_llama.generate.serve.errors import ApiError, refusal
 from lit_llama.generate.serve.fields import Fields, biases, check_text, kind, token_ids
 from lit_llama.generate.serve.messages import read_messages, read_tool_choice, read_tools
 from lit_llama.generate.serve.models import Models
 from lit_llama.generate.serve.tools import CallReader, call_form, call_grammar
-from lit_llama.text.encode import Cutter, for_style, ids_of, prompt_ids
+from lit_llama.text.encode import Cutter, for_style, ids_of
 from lit_llama.text.places import any_of
 from lit_llama.text.prompts import JinjaStyle
 from lit_llama.text.styles import Segment
@@ -43,6 +44,7 @@ class Asked:
         opening: Text that answers begin with and that is not shown.
         reader: Finds calls in an answer; None where there are none.
         thoughts: Tells thoughts from the rest of an answer; None where all is content.
+        dropped: Oldest turns, or tokens of texts, that were left out of the prompts.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Asked:
     opening: str = ""
     reader: Callable[[], CallReader] | None = None
     thoughts: Callable[[], ThoughtsReader] | None = None
+    dropped: int = 0
 
     @property
     def sampling(self) -> Sampling:
@@ -95,7 +98,8 @@ def chat_request(body: Mapping[str, Any], models: Models) -> Asked:
         raise refusal("response_format", "cannot be combined with tools, whose calls have a form of their own")
     form = call_form(llm, used) if used else None
     _check_size(models, llm, sum(len(message["content"]) for message in messages), "messages")
-    ids = chat_ids(llm, messages, used, more)
+    sampling = _made(default, values)
+    fitted = chat_prompt(llm, messages, used, more, _limit(models, llm, sampling, most), models.limits.overflow)
     constraint = None
     if form is not None:
         grammar = call_grammar(form, used, choice, parallel)
@@ -106,13 +110,14 @@ def chat_request(body: Mapping[str, Any], models: Models) -> Asked:
     return Asked(
         name=name,
         llm=llm,
-        requests=_requests(models, llm, [ids], _made(default, values), most, "messages", constraint=constraint),
+        requests=_requests(models, llm, [fitted], sampling, most, "messages", constraint=constraint),
         chat=True,
         stream=stream,
         include_usage=include_usage,
         opening=llm.opening,
         reader=None if form is None else lambda: CallReader(form, names),
-        thoughts=_thoughts(llm, ids) if schema is None and choice in ("none", "auto") else None,
+        thoughts=_thoughts(llm, fitted.ids) if schema is None and choice in ("none", "auto") else None,
+        dropped=fitted.dropped,
     )
 
 
@@ -143,27 +148,42 @@ def completion_request(body: Mapping[str, Any], models: Models) -> Asked:
     scored = logprobs if echo else None
     if scored is not None and stream:
         raise refusal("stream", "cannot be combined with echo and logprobs, as a prompt is scored at the end")
+    sampling = _made(models.default(name), values)
+    overflow = models.limits.overflow if scored is None else "error"  # all of a text is scored
+    fitted = [fitted_text(llm, ids, _limit(models, llm, sampling, most), overflow) for ids in prompts]
     return Asked(
         name=name,
         llm=llm,
-        requests=_requests(models, llm, prompts, _made(models.default(name), values), most, "prompt", scored=scored),
+        requests=_requests(models, llm, fitted, sampling, most, "prompt", scored=scored),
         chat=False,
         stream=stream,
         include_usage=include_usage,
         echo=echo,
+        dropped=sum(prompt.dropped for prompt in fitted),
     )
 
 
-def chat_ids(
-    llm: LLM, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
-) -> list[int]:
-    """Ids of a conversation in the style of a model.
+def _limit(models: Models, llm: LLM, sampling: Sampling, most: int | None) -> int:
+    """Tokens of a prompt that leave its answer room; half of all where the answer may be as long."""
+    capacity = models.capacity(llm)
+    return max(capacity - (sampling.max_new_tokens if most is None else most), capacity // 2)
+
+
+def chat_prompt(
+    llm: LLM,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    more: Mapping[str, Any],
+    limit: int = 0,
+    overflow: Overflow = "error",
+) -> Fitted:
+    """A conversation in the style of a model, with `drop_oldest` at most `limit` tokens of it.
 
     Raises:
         ApiError: The style cannot say something.
     """
     try:
-        return prompt_ids(llm.tokenizer, llm.require_style(), messages, tools, more)
+        return fitted_messages(llm, messages, limit, overflow, tools, more)
     except UserError as error:
         raise refusal("messages", str(error).split(";")[0].split(", or leave such rows")[0]) from error
 
@@ -190,7 +210,7 @@ def text_ids(llm: LLM, text: str, begin: bool = True) -> list[int]:
 def _check_size(models: Models, llm: LLM, size: int, param: str) -> None:
     """Refuse characters that cannot fit, whatever they are: encoding them takes 200 times as much memory as they do."""
     capacity, longest = models.capacity(llm), llm.longest_token
-    if size > capacity * longest:
+    if models.limits.overflow == "error" and size > capacity * longest:
         raise refusal(
             param,
             f"the prompt has {size} characters, but the model's maximum context length is {capacity} tokens of at most "
@@ -345,7 +365,7 @@ def _constraint(param: str, make: Callable[[], Constraint]) -> Constraint:
 def _requests(
     models: Models,
     llm: LLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Fitted],
     sampling: Sampling,
     most: int | None,
     param: str,
@@ -362,13 +382,15 @@ def _requests(
     if len(prompts) * sampling.n > limits.max_choices:
         found = f"{sampling.n} answers to {len(prompts)} prompts" if len(prompts) > 1 else f"{sampling.n}"
         raise refusal("n", f"asks for {found}, expected at most {limits.max_choices} answers")
+    slides = limits.overflow == "drop_oldest" and scored is None
     requests = []
-    for number, prompt in enumerate(prompts):
+    for number, fitted in enumerate(prompts):
+        prompt = fitted.ids
         if not prompt:
             raise refusal(param, "is empty, expected at least one token")
         room = capacity - len(prompt)
-        if room < (1 if most is None else most):
-            answer = "leaves none for an answer" if most is None else f"and the answer up to {most}"
+        if room < (1 if most is None or slides else most):
+            answer = "leaves none for an answer" if most is None or slides else f"and the answer up to {most}"
             raise refusal(
                 param,
                 f"the prompt has {len(prompt)} tokens {answer}, but the model's maximum context length is {capacity} "
@@ -376,5 +398,6 @@ def _requests(
                 "context_length_exceeded",
             )
         own = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room) if most is None else most)
-        requests.append(llm.request(prompt, own, number=number, constraint=constraint, prompt_logprobs=scored))
+        more = {"overflow": "drop_oldest", "keep": fitted.keep} if slides else {}
+        requests.append(llm.request(prompt, own, number=number, constraint=constraint, prompt_logprobs=scored, **more))
     return requests

@@ -111,6 +111,7 @@ class Service:
         running.submit()
         self.note(asked.choices)
         reply = Reply(asked, running)
+        headers = {"X-Dropped": str(asked.dropped)} if asked.dropped else {}
 
         def after() -> None:
             self.note(-asked.choices)
@@ -118,9 +119,11 @@ class Service:
             self._count(request, body, reply, running)
 
         if asked.stream:
-            return _Events(reply, after, self.limits.max_seconds + 60)
+            return _Events(reply, after, self.limits.max_seconds + 60, headers)
         try:
-            return await self._whole(request, reply)
+            response = await self._whole(request, reply)
+            response.headers.update(headers)
+            return response
         finally:
             after()
 
@@ -212,8 +215,9 @@ class Service:
 class _Events(StreamingResponse):
     """A stream of events that ends what makes them, however it ends."""
 
-    def __init__(self, reply: Reply, after: Callable[[], None], seconds: float) -> None:
-        super().__init__(reply.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, reply: Reply, after: Callable[[], None], seconds: float, headers: Mapping[str, str]) -> None:
+        said = {"Cache-Control": "no-store", **headers}
+        super().__init__(reply.events(), media_type="text/event-stream", headers=said)
         self._after, self._seconds = after, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.fused.kernels import call, compiled
 from lit_llama.model.kernels.mapped import MappedFiles
 from lit_llama.model.kernels.packing import DEPTH, PAIR, Weights, in_turns, packed, packed_matrix
@@ -77,6 +77,7 @@ class _Step(ctypes.Structure):
         ("table_stride", ctypes.c_int64),
         ("cache", ctypes.c_void_p),
         ("cache_blocks", ctypes.c_int64),
+        ("cache_coded", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("tile_start", "tile_updates", "select", "logits", "memory")),
         ("longest", ctypes.c_int64),
         ("rank", ctypes.c_int64),
@@ -144,7 +145,7 @@ class PackedLLaMA:
         tied = _weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
         # A copy, where the model is given up: a part of a mapped file would keep all of it.
         embedding = None if tied else self._keep(rows.to(dtype, copy=consume).contiguous())
-        head = self._pack(_weight_of(model.lm_head, whole=True), None, None if weights == "stored" else 8)
+        head = self._pack([_weight_of(model.lm_head, whole=True)], None, None if weights == "stored" else 8)
         self._model = _Model(
             config.num_hidden_layers,
             config.hidden_size,
@@ -176,23 +177,22 @@ class PackedLLaMA:
     def _matrix(self, layers: Sequence[nn.Module], bits: int | None = None) -> _Matrix:
         """One matrix of layers that read the same inputs: one below the other, or in turns where gate and up are."""
         weights, biases = [_weight_of(layer) for layer in layers], [_bias_of(layer) for layer in layers]
-        weight = in_turns(*weights) if len(layers) == 2 else torch.cat(weights)
         bias = None
         if any(b is not None for b in biases):
             vectors = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
             bias = in_turns(*vectors) if len(layers) == 2 else torch.cat(vectors)
+        made = self._pack(weights, bias, bits)
         if self._consume:
             for layer in layers:
                 _give_up(layer, self._files)
-        del weights
-        return self._pack(weight, bias, bits)
+        return made
 
-    def _pack(self, weight: Tensor, bias: Tensor | None, bits: int | None) -> _Matrix:
-        outputs = len(weight)
+    def _pack(self, weights: Sequence[Tensor], bias: Tensor | None, bits: int | None) -> _Matrix:
+        outputs = sum(map(len, weights))
         if bias is not None:
             bias = nn.functional.pad(bias.float(), (0, -outputs % PAIR))
         bits = bits or {"stored": 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[self._weights]
-        made, steps = packed_matrix(weight, self.dtype, bits)
+        made, steps = packed_matrix(weights, self.dtype, bits)
         at, k = self._keep(made), made.shape[1] * made.shape[3] * (8 // bits if bits <= 8 else 1)
         scales = None if steps is None else self._keep(steps)
         return _Matrix(at, scales, None if bias is None else self._keep(bias), outputs, k, bits)
@@ -299,6 +299,7 @@ class PackedLLaMA:
             width,
             cache.blocks.data_ptr(),
             cache.blocks.shape[1],
+            cache.coded,
             *(x.data_ptr() for x in (tile_start, tile_updates, select, logits)),
             None,
             max(end for _, end in order),
@@ -349,18 +350,22 @@ class PackedCache:
         config: Shape of the model.
         blocks: How many.
         dtype: As of the packed model.
+        kind: How keys and values are held.
     """
 
-    def __init__(self, config: LLaMAConfig, blocks: int, dtype: torch.dtype) -> None:
-        deep = config.head_dim + -config.head_dim % DEPTH
-        shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, 2, BLOCK * deep)
-        self.blocks = untouched_zeros(shape, dtype)  # 0 x NaN of a masked key is NaN
+    def __init__(self, config: LLaMAConfig, blocks: int, dtype: torch.dtype, kind: KVCacheType = "auto") -> None:
+        self.coded = kind == "int8"
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        size = self.bytes_of_block(config, dtype, kind) // heads
+        shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, size)
+        self.blocks = untouched_zeros(shape, torch.int8)  # 0 x NaN of a masked key is NaN
 
     @staticmethod
-    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype) -> int:
+    def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype, kind: KVCacheType = "auto") -> int:
         """Memory that a block takes."""
         deep = config.head_dim + -config.head_dim % DEPTH
-        return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * deep * dtype.itemsize
+        row = deep + torch.float32.itemsize if kind == "int8" else deep * dtype.itemsize
+        return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * row
 
     def copy(self, source: int, destination: int) -> None:
         """Copy a block."""

@@ -3,11 +3,14 @@
 Shapes: a weight is (N, K), N outputs and K inputs; both are filled up with zeros.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lit_llama.model.fused.kernels import call, native
 
 Weights = Literal["stored", "int8", "int4"]
 """How generation holds the weights of matrices: as they are, or in groups of 8-bit or 4-bit codes with a scale."""
@@ -25,33 +28,57 @@ PIECE = 1 << 21
 """Numbers of a weight that are packed at a time: what is made of them on the way takes several floats for each."""
 
 
-def packed_matrix(weight: Tensor, dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor | None]:
-    """A weight (N, K) of any dtype as numbers of a dtype, or as codes of 8 or 4 bits and their scales, all packed.
+def packed_matrix(weights: Sequence[Tensor], dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Weights (N, K) of any dtype as one matrix of a dtype, or its codes of 8 or 4 bits and their scales, all packed.
 
-    Rows are packed piece by piece: beside the result there is never more than a piece.
+    Two weights are packed in turns, as by `in_turns`, more one below the other. Rows are packed piece by piece: beside
+    the result there is never more than a piece.
     """
-    rows = max(PIECE // weight.shape[1] // PAIR, 1) * PAIR
-    parts: list[Tensor] = []
-    for first in range(0, len(weight), rows):
-        piece = weight[first : first + rows]
-        if bits > 8:
-            made = [packed(piece.to(dtype))]
-        else:
-            codes, scales = quantized(piece, bits)
-            made = [packed_codes(codes, bits), packed_scales(scales)]
-        if not parts:
-            blocks = -(-len(weight) // PAIR) * (PAIR // BLOCK)
-            parts = [part.new_empty(blocks, *part.shape[1:]) for part in made]
-        for part, done in zip(parts, made, strict=True):
-            part[first // BLOCK : first // BLOCK + len(done)] = done
-    return parts[0], parts[1] if bits <= 8 else None
+    if len(weights) > 2 and any(len(weight) % BLOCK for weight in weights):
+        weights = [torch.cat([*weights])]
+    step = len(weights) if len(weights) == 2 else 1
+    total = sum(-(-len(weight) // BLOCK) for weight in weights)
+    whole: list[Tensor] = []
+    below = 0
+    for number, weight in enumerate(weights):
+        rows = max(PIECE // weight.shape[1] // PAIR, 1) * PAIR
+        for first in range(0, len(weight), rows):
+            piece = weight[first : first + rows]
+            if bits > 8:
+                parts = [_laid(piece.to(dtype))]
+            else:
+                codes, scales = quantized(piece, bits)
+                parts = [packed_codes(codes, bits), packed_scales(scales)]
+            if not whole:
+                whole = [part.new_empty(total + total % (PAIR // BLOCK), *part.shape[1:]) for part in parts]
+                for tensor in whole:
+                    tensor[total:] = 17 * ZERO[4] if tensor.dtype == torch.uint8 and bits == 4 else 0
+            start = number + first // BLOCK * step if step > 1 else below + first // BLOCK
+            count = -(-len(piece) // BLOCK)
+            for tensor, part in zip(whole, parts, strict=True):
+                _place(part[:count], tensor[start : start + step * count : step])
+        below += -(-len(weight) // BLOCK)
+    return whole[0], whole[1] if bits <= 8 else None
 
 
 def packed(weight: Tensor) -> Tensor:
     """(N, K) -> (N/16, K/words, 16, words): a word is a float, or two of bfloat16."""
+    return _laid(weight).contiguous()
+
+
+def _laid(weight: Tensor) -> Tensor:
+    """As `packed`, a view where nothing has to be filled up."""
     words = 4 // weight.element_size()
-    weight = _filled(weight, DEPTH)
-    return weight.unflatten(1, (-1, words)).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+    return _filled(weight, DEPTH).unflatten(1, (-1, words)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+
+
+def _place(part: Tensor, at: Tensor) -> None:
+    """Copy what `_laid` or a function here made to blocks of a packed tensor."""
+    rows = part.transpose(1, 2)  # of a block
+    if rows.is_contiguous() and native(part) and part[0, 0].nbytes == 4 * BLOCK:
+        call("pack_words", part.dtype, rows, at, *part.shape[:2], at.stride(0) // at[0].numel())
+    else:
+        at.copy_(part)
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
@@ -112,4 +139,5 @@ def _codes(groups: Tensor, scale: Tensor, zero: int) -> Tensor:
 
 
 def _filled(weight: Tensor, multiple: int) -> Tensor:
-    return F.pad(weight, (0, -weight.shape[1] % multiple, 0, -weight.shape[0] % PAIR))
+    missing = -weight.shape[1] % multiple, -weight.shape[0] % PAIR
+    return F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight

@@ -37,6 +37,7 @@ class JinjaStyle(PromptStyle):
     def __init__(self, template: str) -> None:
         self._source = template
         self._marks: dict[tuple[frozenset[str], str, str], set[str]] = {}
+        _SANDBOX.start()
 
     def render(
         self,

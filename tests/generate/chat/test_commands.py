@@ -18,6 +18,7 @@ from lit_llama.generate.chat.session import Answer
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
+from lit_llama.generate.loading import Loading
 from lit_llama.generate.models import load_models
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.paged import BLOCK
@@ -273,7 +274,7 @@ def family(tiny_folder: Path, tmp_path: Path) -> Iterator[dict[str, LLM]]:
         pytest.skip("no compiler for the kernels")
     own = write_adapter(tmp_path / "own", tiny_folder, style="chatml", seed=1)
     other = write_adapter(tmp_path / "other", tiny_folder, seed=2)
-    yield load_models(own, {"friend": other}, precision="32-true")
+    yield load_models(own, {"friend": other}, Loading(precision="32-true"))
 
 
 def test_models_of_one_engine_answer_as_each_would_alone(
@@ -302,11 +303,11 @@ def test_models_that_cannot_share_an_engine_are_refused_by_name(tiny_folder: Pat
     if compiled() is None:
         pytest.skip("no compiler for the kernels")
     whole = write_adapter(tmp_path / "whole", tiny_folder, targets=["q_proj", "embed_tokens"])
-    assert list(load_models(whole, precision="32-true")) == ["whole"]
+    assert list(load_models(whole, None, Loading(precision="32-true"))) == ["whole"]
     with pytest.raises(UserError, match=r"adapter a: .*whole holds more than updates of low rank"):
-        load_models(tiny_folder, {"a": whole}, precision="32-true")
+        load_models(tiny_folder, {"a": whole}, Loading(precision="32-true"))
     plain = write_adapter(tmp_path / "plain", tiny_folder)
     with pytest.raises(UserError, match="is the name of the base already"):
-        load_models(tiny_folder, {tiny_folder.name: plain}, precision="32-true")
+        load_models(tiny_folder, {tiny_folder.name: plain}, Loading(precision="32-true"))
     with pytest.raises(UserError, match="is no adapter"):
-        load_models(tiny_folder, {"a": tiny_folder}, precision="32-true")
+        load_models(tiny_folder, {"a": tiny_folder}, Loading(precision="32-true"))

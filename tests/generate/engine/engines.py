@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_llama.generate.engine.engine import Engine, EngineConfig, Ticket
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner, Runner, TorchRunner
+from lit_llama.model.config import KVCacheType
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA
 from lit_llama.model.paged import PagedBatch
@@ -19,13 +20,15 @@ from lit_llama.model.paged import PagedBatch
 BYTES = PackedCache.bytes_of_block(tiny_model().config, torch.float32)
 
 
-def engine(blocks: int = 60, kind: str = "packed", model: Any = None, **options: Any) -> Engine:
+def engine(
+    blocks: int = 60, kind: str = "packed", model: Any = None, kv_cache: KVCacheType = "auto", **options: Any
+) -> Engine:
     model = model or tiny_model()
     runner: Runner
     if kind == "packed" and compiled() is not None:
-        runner = PackedRunner(PackedLLaMA(model, torch.float32), blocks * BYTES)
+        runner = PackedRunner(PackedLLaMA(model, torch.float32), blocks * BYTES, kv_cache)
     else:
-        runner = TorchRunner(model, blocks * BYTES // 2)  # whose heads are not filled up
+        runner = TorchRunner(model, blocks * BYTES // 2, kv_cache)  # whose heads are not filled up
     return Engine(runner, tokens=380, config=EngineConfig(**options))
 
 

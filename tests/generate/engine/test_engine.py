@@ -3,6 +3,7 @@
 import math
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lit_llama.device import resident_memory
 from lit_llama.errors import NumericalError, ResourceError, UserError
-from lit_llama.generate.engine.engine import EngineConfig
+from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.model.config import LoRAConfig
@@ -59,6 +60,30 @@ def test_answers_are_the_same_bytes_after_having_been_put_off() -> None:
 
 
 @needs_compiler
+def test_answers_with_keys_and_values_in_8_bits_are_the_same_bytes_in_any_company() -> None:
+    """Codes or scales that are left behind where a block is copied, given back, found again or computed in pieces."""
+    asked = [*requests(), Request(prompts(1)[0] * 3, replace(KINDS[1], n=3))]
+    asked += [Request(ids, Sampling(max_new_tokens=70, temperature=1.0)) for ids in prompts(6, longest=30, seed=1)]
+
+    def answered(it: Engine, requests: list[Request]) -> list[dict[int, list[int]]]:
+        tickets = [it.add(request) for request in requests]
+        finish(it)
+        return [
+            {n: [i for step in ticket.steps if step.answer == n for i in step.ids] for n in range(len(ticket.answers))}
+            for ticket in tickets
+        ]
+
+    wanted = [answered(engine(kv_cache="int8", speculate=False), [request])[0] for request in asked]
+    small = engine(blocks=3, kv_cache="int8", max_batch_tokens=24, max_sequences=8)
+    assert 2 * 3 < small.runner.blocks < 4 * 3, "a block of codes takes less than half of one of float32"
+    for _ in range(2):
+        assert answered(small, asked) == wanted
+    counts = small.statistics()
+    assert counts.preemptions > 0 and counts.reused > 0
+    assert [answer[0] for answer in wanted[:8]] != alone(), "it is not the cache in float32"
+
+
+@needs_compiler
 def test_guesses_change_no_answer() -> None:
     ids = [7, 8, 9, 10, 11, 12] * 8
     wanted = [Request(ids, sampling) for sampling in KINDS]
@@ -89,6 +114,17 @@ def test_several_answers_to_one_prompt_compute_it_once() -> None:
     single = it.add(Request(ids, Sampling(max_new_tokens=12, temperature=1.0)))
     finish(it)
     assert taken(single) == made[0]
+
+
+def test_prompts_that_begin_alike_are_computed_once_and_answered_as_alone() -> None:
+    """Rows of a file with one instruction, which all of them compute."""
+    begin = prompts(1, seed=3)[0][:1] * 70
+    asked = [Request([*begin, number, number + 1], sampling) for number, sampling in enumerate(KINDS)]
+    wanted = [answers(engine(speculate=False), [request])[0] for request in asked]
+    it = engine(speculate=False)
+    assert answers(it, asked) == wanted
+    whole = sum(len(request.ids) + len(made) - 1 for request, made in zip(asked, wanted, strict=True))
+    assert it.statistics().computed == whole - (len(asked) - 1) * 64, "of the 70 tokens in common two blocks are full"
 
 
 @pytest.mark.parametrize("kind", ["packed", "torch"])
@@ -247,6 +283,19 @@ def test_a_full_queue_refuses() -> None:
         it.add(Request([1], Sampling(n=2, max_new_tokens=5)))
 
 
+@pytest.mark.parametrize(("streamed", "computed"), [(False, 231), (True, 98)])
+def test_prompts_are_cut_only_where_somebody_waits_for_a_token(streamed: bool, computed: int) -> None:
+    """A file of rows that is answered at the pace of a conversation, or a prompt that holds answers up."""
+    it = engine(speculate=False)
+    going = it.add(Request([1, 2, 3], Sampling(max_new_tokens=30)))
+    it.step()
+    it.add(Request([n % 380 for n in range(230)], Sampling(max_new_tokens=2)))
+    before = it.statistics().computed
+    it.step(streamed=streamed)
+    assert it.statistics().computed - before == computed and len(taken(going)) == 2
+    finish(it)
+
+
 def test_ten_thousand_requests_at_once() -> None:
     it = engine(blocks=150, max_sequences=60, max_batch_tokens=512)
     tickets = [it.add(Request([n % 380], Sampling(max_new_tokens=1))) for n in range(10_000)]
@@ -323,7 +372,7 @@ def test_memory_of_what_nobody_needs_goes_back_to_the_system(kind: str) -> None:
     """Catches memory that is kept, and keys that are lost of an answer that goes on."""
     it = engine(blocks=2000, kind=kind)
     cache: Any = it.runner._cache  # type: ignore[attr-defined]
-    parts = [cache.blocks] if hasattr(cache, "blocks") else [cache.keys, cache.values]
+    parts = [cache.blocks] if hasattr(cache, "blocks") else cache.parts
     whole = sum(part.nbytes for part in parts)
     known, going = requests()[0], requests()[1]
     expected = [answers(it, [request])[0] for request in (known, going)]

@@ -31,15 +31,19 @@ class World:
             max_batch_tokens=budget,
             max_sequences=most,
             max_waiting=50,
-            prompt_tokens=self.random.choice([1, 3, 100]),
             window=self.window,
         )
+        self.prompt_tokens = self.random.choice([1, 3, 100, None])
+        self.prefix = [self.random.randrange(3) for _ in range(14)]
+        self.damaged = False
         self.written: dict[tuple[int, int], object] = {}  # (block, place): the adapter and all ids up to there
         self.live: dict[Sequence, tuple[list[int], int, int]] = {}  # prompt, tokens of the answer, its number
-        self.finished = 0
+        self.finished = self.held_back = 0
 
     def add(self) -> None:
         ids = [self.random.randrange(3) for _ in range(self.random.randrange(1, min(14, self.count * self.size)))]
+        alike = self.random.choice([0, 0, 3, 8, 13])
+        ids = (self.prefix[:alike] + ids[alike:])[: len(ids)]
         new, adapter = self.random.randrange(1, 12), self.random.choice([None, None, "a"])
         scored = self.random.choice([None, None, None, 0, 2])
         sequences = [
@@ -57,7 +61,9 @@ class World:
     def disturb(self) -> None:
         if self.live and self.random.random() < 0.05:
             gone = self.random.choice(list(self.live))
-            self.scheduler.finish(gone, damaged=self.random.random() < 0.3)
+            damaged = self.random.random() < 0.3
+            self.damaged |= damaged
+            self.scheduler.finish(gone, damaged=damaged)
             del self.live[gone]
         for sequence in self.scheduler.running:
             if sequence.pending == 1 and self.random.random() < 0.3:
@@ -67,10 +73,11 @@ class World:
         running, waiting = list(self.scheduler.running), self.scheduler.waiting
         going = [sequence for sequence in running if sequence.pending == 1]
         backlog = sum(sequence.pending for sequence in (*running, *waiting)) - len(going)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.prompt_tokens)
         assert plan.parts or not self.scheduler.busy, "nothing goes on though something waits"
         assert sum(len(part.ids) for part in plan.parts) <= self.scheduler.max_batch_tokens
         self.prompts_hold_nobody_up(plan, going, backlog)
+        self.nobody_computes_what_another_one_does(plan, running)
         if self.random.random() < 0.02:  # interrupted: all of it is computed again
             for part in plan.parts:
                 self.scheduler.restart(part.sequence)
@@ -86,11 +93,30 @@ class World:
         continued = sum(count for sequence, count in parts.items() if sequence in going)
         computed = sum(parts.values()) - continued
         backlog += sum(sequence.pending for sequence in going if sequence.state == "waiting")  # put off just now
-        bound = max(self.scheduler.prompt_tokens + continued, backlog // Scheduler.BACKLOG)
-        assert not continued or computed <= bound
+        if self.prompt_tokens is not None:
+            bound = max(self.prompt_tokens + continued, backlog // Scheduler.BACKLOG)
+            assert not continued or computed <= bound
         assert all(sequence in parts for sequence in going if sequence.state == "running"), "an answer stands still"
         prompts = [sequence for sequence in self.scheduler.running if sequence not in going]
         assert computed or not prompts, "all prompts stand still"
+
+    def nobody_computes_what_another_one_does(self, plan: Plan, before: list[Sequence]) -> None:
+        """Who begins to run has no full block before it that somebody else is computing."""
+        if self.damaged or self.window is not None:  # where blocks of running sequences may be unknown
+            return
+
+        def following(sequence: Sequence, end: int) -> tuple[object, list[int]] | None:
+            block = (len(sequence.chain) + 1) * self.size
+            return (sequence.adapter, sequence.ids[:block]) if block <= end else None
+
+        computing = [following(s, len(s.ids)) for s in before if s.state == "running"]
+        for sequence in [part.sequence for part in plan.parts if part.sequence not in before]:
+            last = len(sequence.ids) - 1
+            own = following(sequence, last if sequence.scored is None else min(sequence.scored, last))
+            assert own is None or own not in computing, "a block is computed twice"
+            computing.append(following(sequence, len(sequence.ids)))
+        starts = [following(s, len(s.ids) - 1) for s in self.scheduler.waiting]
+        self.held_back += any(start is not None and start in computing for start in starts)
 
     def write(self, plan: Plan) -> None:
         for source, destination in plan.copies:
@@ -164,6 +190,7 @@ def test_a_million_events(part: int) -> None:
     worlds = [live(part * 1_000_000 + seed, 1000) for seed in range(250)]
     assert sum(world.finished for world in worlds) > 10_000
     assert sum(world.scheduler.preemptions for world in worlds) > 1_000
+    assert sum(world.held_back for world in worlds) > 1_000
 
 
 def scheduler(blocks: int = 64, size: int = 4, **options: int) -> Scheduler:
@@ -220,6 +247,75 @@ def test_answers_to_one_prompt_share_its_blocks_until_they_differ() -> None:
     assert len(plan.copies) == 2, "the half-filled block is written by all three: one keeps it"
     assert len({sequence.blocks[0] for sequence in (first, *others)}) == 1
     assert len({sequence.blocks[1] for sequence in (first, *others)}) == 3
+
+
+def parts(plan: Plan) -> list[tuple[Sequence, int, int]]:
+    return [(part.sequence, part.start, len(part.ids)) for part in plan.parts]
+
+
+PREFIX = list(range(20, 36))
+
+
+def alike(count: int) -> list[Sequence]:
+    """Prompts of 18 tokens, of which 16 are the same."""
+    return [Sequence(ids=[*PREFIX, number, number]) for number in range(count)]
+
+
+def test_prompts_that_begin_alike_and_come_together_compute_it_once() -> None:
+    """Each row of a file that computes the instruction which all of them begin with."""
+    it = scheduler()
+    first, second, third = alike(3)
+    other, foreign = Sequence(ids=[9, *PREFIX]), Sequence(ids=[*PREFIX, 1], adapter="x")
+    it.max_batch_tokens = 60
+    for sequence in (first, second, third, other, foreign):
+        it.add([sequence], 30)
+    it.max_sequences = 6
+    plan = it.plan()
+    assert parts(plan) == [(first, 0, 18), (other, 0, 17), (foreign, 0, 17)], "another place or adapter is not alike"
+    run(it, plan)
+    assert parts(it.plan())[-2:] == [(second, 16, 2), (third, 16, 2)]
+
+
+def test_a_prompt_waits_for_all_blocks_that_it_has_in_common_with_one_in_pieces() -> None:
+    it = scheduler(max_batch_tokens=7, max_sequences=3)
+    first, second = alike(2)
+    it.add([first], 30)
+    it.add([second], 30)
+    made = []
+    while second.state == "waiting":
+        plan = it.plan()
+        made += parts(plan)
+        run(it, plan)
+    assert made == [(first, 0, 7), (first, 7, 7), (first, 14, 4), (first, 18, 1), (second, 16, 2)]
+
+
+@pytest.mark.parametrize("end", ["abort", "damage", "restart"])
+def test_who_waits_for_a_block_goes_on_without_the_one_that_computes_it(end: str) -> None:
+    """Requests that stand still because the one that they wait for is gone."""
+    it = scheduler(max_batch_tokens=10)
+    first, second, third = alike(3)
+    for sequence in (first, second, third):
+        it.add([sequence], 30)
+    run(it, it.plan())
+    if end == "restart":
+        it.restart(first)
+        assert parts(it.plan()) == [(first, 8, 10)], "what is known of it counts, and its turn comes first"
+        return
+    it.finish(first, damaged=end == "damage")
+    assert parts(it.plan()) == [(second, 0 if end == "damage" else 8, 10)], "and the third waits for the second"
+
+
+def test_who_is_held_back_keeps_its_place_before_later_ones() -> None:
+    """Strangers that take every place which becomes free while a request waits for a block."""
+    it = scheduler(max_batch_tokens=10, max_sequences=2)
+    first, second = alike(2)
+    stranger = Sequence(ids=[1, 2, 3])
+    for sequence in (first, second, stranger):
+        it.add([sequence], 40)
+    run(it, it.plan())
+    run(it, it.plan())
+    plan = it.plan()
+    assert parts(plan) == [(first, 18, 1), (second, 16, 2)] and stranger.state == "waiting"
 
 
 def test_where_blocks_run_out_the_last_one_waits() -> None:
@@ -283,14 +379,14 @@ def test_blocks_before_the_window_are_given_back() -> None:
 
 
 def test_a_long_prompt_goes_in_pieces_only_where_it_would_hold_somebody_up() -> None:
-    it = scheduler(max_batch_tokens=160, prompt_tokens=10)
+    it = scheduler(max_batch_tokens=160)
     first, long = Sequence(ids=[1, 2, 3]), Sequence(ids=list(range(100)))
     it.add([first], 40)
     run(it, it.plan())
     it.add([long], 110)
     pieces = []
     while long.pending > 1:
-        plan = it.plan()
+        plan = it.plan(10)
         counts = {part.sequence: len(part.ids) for part in plan.parts}
         assert counts[first] == 1
         pieces.append(counts[long])
@@ -300,4 +396,14 @@ def test_a_long_prompt_goes_in_pieces_only_where_it_would_hold_somebody_up() -> 
     alone = Sequence(ids=list(range(100, 200)))
     it.finish(long)
     it.add([alone], 110)
-    assert [len(part.ids) for part in it.plan().parts] == [100]
+    assert [len(part.ids) for part in it.plan(10).parts] == [100]
+
+
+def test_a_prompt_takes_the_whole_step_where_nobody_waits_for_a_token() -> None:
+    it = scheduler(blocks=100, max_batch_tokens=160)
+    first, long = Sequence(ids=[1, 2, 3]), Sequence(ids=list(range(300)))
+    it.add([first], 40)
+    run(it, it.plan())
+    it.add([long], 310)
+    plan = it.plan()
+    assert {part.sequence: len(part.ids) for part in plan.parts} == {first: 1, long: 159}

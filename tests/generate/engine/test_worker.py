@@ -30,6 +30,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.asked, self._let = threading.Event(), threading.Semaphore(0)
+        self.sizes: list[int] = []
         self.inner = engine().runner
         self.config, self.blocks, self.device = self.inner.config, self.inner.blocks, self.inner.device
         self.copy, self.clear, self.exact = self.inner.copy, self.inner.clear, self.inner.exact
@@ -38,6 +39,7 @@ class Gate:
         self._let.release(steps)
 
     def logits(self, batch: PagedBatch) -> Tensor:
+        self.sizes.append(sum(map(len, batch.ids)))
         self.asked.set()
         self._let.acquire()
         return self.inner.logits(batch)
@@ -50,6 +52,18 @@ def gated() -> Iterator[tuple[EngineThread, Gate]]:
     yield worker, gate
     gate.let(10_000)
     worker.close()
+
+
+def test_a_prompt_holds_no_stream_up(gated: tuple[EngineThread, Gate]) -> None:
+    worker, gate = gated
+    first = worker.submit(Request([1, 2, 3], Sampling(max_new_tokens=20)))
+    gate.let()
+    stream = iter(first)
+    next(stream)
+    second = worker.submit(Request([n % 380 for n in range(230)], Sampling(max_new_tokens=2)))
+    gate.let(10_000)
+    assert len(ids(second)) == 2
+    assert sum(gate.sizes) > 230 and max(gate.sizes) <= 98
 
 
 @needs_compiler

@@ -19,7 +19,8 @@ from lit_llama.generate.evaluate import run as module
 from lit_llama.generate.evaluate.evaluation import Evaluation, evaluate, gather_tasks
 from lit_llama.generate.evaluate.models import loaded, open_models, short_names
 from lit_llama.generate.evaluate.tasks import Task, file_task
-from lit_llama.generate.llm import load
+from lit_llama.generate.llm import load, open_folder
+from lit_llama.generate.loading import Loading
 from lit_llama.lock import claim
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -50,7 +51,7 @@ def task(put: Put) -> Task:
 
 
 def run(folders: list[Path], task: Task, out: Path, **more: Any) -> Evaluation:
-    return evaluate(open_models(folders, precision="32-true"), [task], SHORT, out, **more)
+    return evaluate(open_models(folders, Loading(precision="32-true")), [task], SHORT, out, **more)
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
@@ -59,20 +60,22 @@ def bytes_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_adapters_that_share_a_base_answer_as_alone(folders: list[Path], precision: Any) -> None:
+@pytest.mark.parametrize(
+    "loading", [Loading(precision="32-true"), Loading(precision="bf16-true"), Loading(quantize="int8")]
+)
+def test_adapters_that_share_a_base_answer_as_alone(folders: list[Path], loading: Loading) -> None:
     """Another rounding of an adapter's update, the style of the base, or the adapter of the model before."""
     from lit_llama.text.formats import Example
 
     examples = [Example("Say hi"), Example("Extract", "two lamps")]
     shared = {}
     engines = set()
-    for model, llm in loaded(open_models(folders, precision=precision), 4):
+    for model, llm in loaded(open_models(folders, loading)):
         shared[model.name] = answer_all(llm, examples, SHORT)
         engines.add(id(llm.engine))
     assert len(engines) == 1, "the base is loaded once"
     for name, folder in zip(short_names(folders), folders, strict=True):
-        assert shared[name] == answer_all(load(folder, precision=precision), examples, SHORT)
+        assert shared[name] == answer_all(open_folder(folder, loading).load(), examples, SHORT)
     assert len({tuple(answer.text for answer in answers) for answers in shared.values()}) == 3
 
 
@@ -121,6 +124,7 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_bytes(folders: list[Pa
         "from lit_llama.generate.engine.request import Sampling\n"
         "from lit_llama.generate.evaluate.evaluation import evaluate\n"
         "from lit_llama.generate.evaluate.models import open_models\n"
+        "from lit_llama.generate.loading import Loading\n"
         "from lit_llama.generate.evaluate.store import RowStore\n"
         "from lit_llama.generate.evaluate.tasks import file_task\n"
         "add, left = RowStore.add, [8]\n"
@@ -130,7 +134,7 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_bytes(folders: list[Pa
         "    left[0] or os.kill(os.getpid(), signal.SIGKILL)\n"
         "RowStore.add = killed\n"
         "folders = [Path(word) for word in sys.argv[3:]]\n"
-        "evaluate(open_models(folders, precision='32-true'), [file_task(Path(sys.argv[1]))],\n"
+        "evaluate(open_models(folders, Loading(precision='32-true')), [file_task(Path(sys.argv[1]))],\n"
         "         Sampling(max_new_tokens=8), Path(sys.argv[2]))\n"
     )
     command = [sys.executable, str(script), str(rows), str(out), *map(str, folders[:2])]
@@ -153,7 +157,7 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_bytes(folders: list[Pa
 
 def test_other_settings_are_refused_until_asked(folders: list[Path], task: Task, tmp_path: Path) -> None:
     run(folders[:1], task, tmp_path / "out")
-    models = open_models(folders[:1], precision="32-true")
+    models = open_models(folders[:1], Loading(precision="32-true"))
     with pytest.raises(UserError, match=r"sampling\.temperature was 0\.0, is 1\.0; sampling\.seed was 1234, is 5"):
         evaluate(models, [task], Sampling(max_new_tokens=8, temperature=1.0, seed=5), tmp_path / "out")
     again = evaluate(models, [task], Sampling(max_new_tokens=4), tmp_path / "out", anew=True)
@@ -176,7 +180,9 @@ def test_answers_of_a_file_count_as_a_model(folders: list[Path], task: Task, tmp
     metrics = {entry["name"]: entry for entry in found}
     assert [entry["value"] for entry in metrics["json_match"]["models"]] == [0.0, pytest.approx(2 / 3)]
     assert metrics["json_match"]["differences"][0]["won"] == 2 and metrics["stopped"]["models"][1]["value"] == 1.0
-    both = evaluate(open_models(folders[:1], precision="32-true"), [task], SHORT, tmp_path / "both", answers=[after])
+    both = evaluate(
+        open_models(folders[:1], Loading(precision="32-true")), [task], SHORT, tmp_path / "both", answers=[after]
+    )
     loss = next(entry for entry in both.results["tasks"][0]["metrics"] if entry["name"] == "loss")
     assert loss["models"][0] is None and loss["models"][1] is not None and loss["differences"] == [None]
     after.write_text(after.read_text().replace("Say hi", "Say no"))
@@ -237,6 +243,8 @@ def test_the_door_says_what_it_found_and_what_it_misses(tiny_folder: Path, tmp_p
         assert result.returncode == 2 and named in result.stderr and result.stdout == "", result
     result = run_here("generate/evaluate.py", "--checkpoint_dir", tiny_folder, "--out_dir", tmp_path / "x")
     assert result.returncode == 2 and "give --data_dir, --tasks or both" in result.stderr
+    result = run_here("generate/evaluate.py", "--checkpoint_dir", tiny_folder, "--plan")
+    assert result.returncode == 0 and f"Plan of {tiny_folder.name}: 2 layers" in result.stdout
     result = run_here("generate/evaluate.py", "--tasks", tasks, "--out_dir", tmp_path / "x")
     assert result.returncode == 2 and "nobody to evaluate" in result.stderr and not (tmp_path / "x").exists()
 

@@ -12,6 +12,8 @@ import pytest
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.loading import Loading
+from lit_llama.generate.rows.make import open_teacher
 from lit_llama.generate.rows.remote import RemoteTeacher, Waits
 from lit_llama.generate.rows.teacher import Ask, Key, Reply
 
@@ -220,3 +222,11 @@ def test_what_is_asked_for_is_said() -> None:
         teacher = RemoteTeacher(f"http://127.0.0.1:{server.server_port}/v1", model="m")
         with pytest.raises(UserError, match="needs --checkpoint_dir"):
             teacher.check(Ask(messages=(), sampling=Sampling(), user_turn=True))
+
+
+def test_what_a_folder_is_loaded_with_is_refused_beside_an_endpoint() -> None:
+    """Rows of a model that was asked for in 4 bits and is not."""
+    with pytest.raises(UserError, match="--quantize is for a model of --checkpoint_dir"):
+        open_teacher(None, "http://localhost:1/v1", Loading(quantize="int4"))
+    with pytest.raises(UserError, match="one of --checkpoint_dir and --endpoint, found none"):
+        open_teacher(None, None)

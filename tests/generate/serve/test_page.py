@@ -353,7 +353,7 @@ def test_two_models_answer_side_by_side(browser: Browser, held: Held, store: Sto
             write(tab, f"Question {turn}")
             tab.until(f"document.querySelectorAll('.message').length === {4 * turn} && {IDLE}")
         boxes = tab.run("[...document.querySelectorAll('.pane')].map(p => p.getBoundingClientRect().toJSON())")
-        assert all(0 <= box["left"] and box["right"] <= width and box["height"] > 150 for box in boxes), boxes
+        assert all(box["left"] >= 0 and box["right"] <= width and box["height"] > 150 for box in boxes), boxes
         assert boxes[0]["bottom"] <= boxes[1]["top"] if width == 390 else boxes[0]["right"] <= boxes[1]["left"]
         (summary,) = store.list()
         dialogue = store.get(summary.id)

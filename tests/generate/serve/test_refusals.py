@@ -194,6 +194,25 @@ def test_bodies_are_bounded(tiny_folder: Path) -> None:
     assert client.ask("POST", CHAT, content=parts()).status_code == 413
 
 
+def test_what_is_too_long_loses_its_oldest_turns_where_the_server_is_told_so(tiny_folder: Path) -> None:
+    """A prompt that is cut without a word, or its system message; an answer that ends at the edge of the context."""
+    client = Client(create_app(service(tiny_folder, Limits(overflow="drop_oldest"))))
+    roles = ("user", "assistant")
+    turns = [{"role": role, "content": f"{role} {n} " + "words " * 8} for n in range(6) for role in roles]
+    messages = [{"role": "system", "content": "Be kind."}, *turns, *HI]
+    assert "context length" in serving(tiny_folder).refused(CHAT, {"messages": messages, "max_tokens": 20})["message"]
+    for stream in (False, True):
+        reply = client.post(CHAT, messages=messages, max_tokens=20, stream=stream)
+        assert reply.status_code == 200 and 1 <= int(reply.headers["X-Dropped"]) <= 6
+    kept = client.post(CHAT, messages=[messages[0], *HI], max_tokens=300, logit_bias={"0": -100, "2": -100})
+    assert "X-Dropped" not in kept.headers
+    assert kept.json()["usage"]["completion_tokens"] == 300, "longer than the model reads"
+    text = client.post(TEXT, prompt=[5] * 300, max_tokens=8)
+    assert text.json()["usage"]["prompt_tokens"] == 248 and text.headers["X-Dropped"] == "52"
+    alone = {"role": "user", "content": "long " * 300}
+    assert client.refused(CHAT, {"messages": [alone]})["code"] == "context_length_exceeded"
+
+
 def test_while_a_model_is_loaded(tiny_folder: Path) -> None:
     service = Service()
     client = Client(create_app(service))

@@ -106,7 +106,7 @@ def test_what_is_refused_before_anything_is_loaded(tiny_folder: Path, monkeypatc
         start(tiny_folder, {}, Settings(port=taken.getsockname()[1]))
     with pytest.raises(ResourceError, match="no address of this machine"):
         listen("host.invalid", 1)
-    for name in ("batch_size", "max_choices", "max_body", "max_length"):
+    for name in ("max_choices", "max_body", "max_length"):
         with pytest.raises(UserError, match=f"--{name} is 0"):
             Settings(**{name: 0})
     with pytest.raises(UserError, match="--port is 70000"):
@@ -118,6 +118,7 @@ def test_what_is_refused_before_anything_is_loaded(tiny_folder: Path, monkeypatc
     [
         (("--batch_size", "0"), 2, "--batch_size is 0"),
         (("--adapters", "a=absent"), 4, "absent"),
+        (("--adapters", "a=absent", "--merge_adapter"), 2, "leave one of the two out"),
         (("--draft_dir", "absent"), 4, "absent"),
     ],
 )

@@ -6,12 +6,48 @@
 
 #include "step.h"
 
-template <typename E> struct Cache {  // of one layer
-    E *start;
-    index_t blocks, G, D;
-    E *keys(index_t block, index_t g) const { return start + ((block * G + g) * 2) * KEYS * D; }
+// Keys and values of one layer: for each block and key/value head those of its tokens, as E or, in the same order, as
+// codes of 8 bits; behind codes, the scales of its keys and of its values.
+template <typename E> struct Cache {
+    char *start;
+    index_t G, D;
+    bool coded;
+    static index_t bytes(index_t D, bool coded) { return 2 * KEYS * (coded ? D + 4 : D * (index_t)sizeof(E)); }
+    char *at(index_t block, index_t g) const { return start + (block * G + g) * bytes(D, coded); }
+    E *keys(index_t block, index_t g) const { return (E *)at(block, g); }
     E *values(index_t block, index_t g) const { return keys(block, g) + KEYS * D; }
+    int8_t *key_codes(index_t block, index_t g) const { return (int8_t *)at(block, g); }
+    int8_t *value_codes(index_t block, index_t g) const { return key_codes(block, g) + KEYS * D; }
+    float *key_scales(index_t block, index_t g) const { return (float *)(key_codes(block, g) + 2 * KEYS * D); }
+    float *value_scales(index_t block, index_t g) const { return key_scales(block, g) + KEYS; }
 };
+
+// A row in codes, of which the largest is 127 steps from zero; gives the scale, which is no number where one of the row
+// is not finite, so that it is not lost.
+static inline float code_row(int8_t *to, const float *x, index_t n) {
+    lanes most = {}, none = {};
+    each_vector(n, [&](index_t j, auto part) {
+        const lanes v = load(x + j, part);
+        most = larger(most, larger(v, -v)), none += v * 0.0f;
+    });
+    const float scale = largest(most) / 127.0f + sum(none), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    each_vector(n, [&](index_t j, auto part) {
+        store_codes(to + j, __builtin_convertvector(nearest(load(x + j, part) * inverse), integers));
+    });
+    return scale;
+}
+// Codes as numbers, all of which E has.
+template <typename E> static inline void widen(E *to, const int8_t *from, index_t n) {
+    for (index_t j = 0; j < n; j += W) {
+#if defined(__AVX512F__)
+        const integers codes = (integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + j)));
+#else
+        integers codes;
+        for (index_t i = 0; i < W; i++) codes[i] = from[j + i];
+#endif
+        store(to + j, (words)__builtin_convertvector(codes, lanes));
+    }
+}
 
 // Norm of a head, and its rotation: component i against i + D/2.
 static inline void turn(float *head, const float *norm, const float *cos, const float *sin, index_t D, float eps) {
@@ -45,12 +81,23 @@ static void place(const Model &m, const Layer &l, const Step &s, const Buffers<E
     float *key = b.wide + t * b.s_wide + (m.heads + g) * D;
     const float *value = key + m.groups * D;
     turn(key, l.k_norm, cos, sin, D, (float)m.eps);
+    const index_t key_place = (j / BLOCK * BLOCK * (P / n) + j % BLOCK) * n, value_place = j / n * BLOCK * n + j % n;
+    if (cache.coded) {
+        alignas(64) int8_t row[256 + W] = {};
+        cache.key_scales(block, g)[j] = code_row(row, key, D);
+        int8_t *keys = cache.key_codes(block, g) + key_place;
+        for (index_t d = 0; d < D; d++) keys[d / n * BLOCK * n + d % n] = row[d];
+        cache.value_scales(block, g)[j] = code_row(row, value, D);
+        int8_t *values = cache.value_codes(block, g) + value_place;
+        for (index_t d = 0; d < D; d++) values[d / BLOCK * BLOCK * KEYS + d % BLOCK * n] = row[d];
+        return;
+    }
     alignas(64) E row[256];
     store_row_of(row, key, D);
-    uint32_t *keys = (uint32_t *)cache.keys(block, g) + j / BLOCK * BLOCK * (P / n) + j % BLOCK;
-    for (index_t d = 0; d < P / n; d++) memcpy(keys + d * BLOCK, row + d * n, sizeof *keys);
+    E *keys = cache.keys(block, g) + key_place;
+    for (index_t d = 0; d < P; d += n) memcpy(keys + d * BLOCK, row + d, sizeof(uint32_t));
     store_row_of(row, value, D);
-    E *values = cache.values(block, g) + j / n * BLOCK * n + j % n;
+    E *values = cache.values(block, g) + value_place;
     for (index_t d = 0; d < P; d++) values[d / BLOCK * BLOCK * KEYS + d % BLOCK * n] = row[d];
 }
 
@@ -80,10 +127,11 @@ struct Part {
 static const index_t SCORES = CHUNK + 16;  // between rows: an odd number of lines, as even ones meet in the cache
 template <typename E> static constexpr index_t CHANCES = CHUNK + 64 / (index_t)sizeof(E);
 
-// Exponentials of one row of scores, of which [from, to) are seen.
+// Exponentials of one row of scores, of which [from, to) are seen; what is kept of them for the sum over values takes
+// the scales of those along, where there are any.
 template <typename E>
 static inline void weights_of_row(E *chances, float *row, index_t from, index_t to, index_t wide, float scale,
-                                  float &row_peak, float &row_total) {
+                                  const float *scales, float &row_peak, float &row_total) {
     std::fill(row, row + from, -__builtin_inff());
     std::fill(row + to, row + wide, -__builtin_inff());
     lanes most[2] = {load(row), load(row + W)};
@@ -95,12 +143,13 @@ static inline void weights_of_row(E *chances, float *row, index_t from, index_t 
     for (index_t j = 0; j < wide; j += W) {
         const lanes p = exponential(load(row + j) * scale - peak);
         total += p;
-        store_row(chances + j, p);
+        store_row(chances + j, scales ? p * load(scales + j) : p);
     }
     row_peak = peak, row_total = sum(total);
 }
 template <typename E>
-static inline void weights_of(const Attending<E> &a, Part &part, float *scores, E *chances, index_t first, index_t wide) {
+static inline void weights_of(const Attending<E> &a, Part &part, float *scores, E *chances, index_t first, index_t wide,
+                              const float *scales) {
     const float scale = 1.0f / std::sqrt((float)a.m.head_dim);
     const index_t share = a.share();
     for (index_t t = a.low, r = 0; t < a.high; t++) {
@@ -111,7 +160,7 @@ static inline void weights_of(const Attending<E> &a, Part &part, float *scores, 
             E *own = chances + r * CHANCES<E>;
             part.peak[r] = -__builtin_inff(), part.total[r] = 0;
             if (from < to)
-                weights_of_row(own, scores + r * SCORES, from, to, wide, scale, part.peak[r], part.total[r]);
+                weights_of_row(own, scores + r * SCORES, from, to, wide, scale, scales, part.peak[r], part.total[r]);
             else
                 std::fill(own, own + wide, E{});
         }
@@ -126,21 +175,38 @@ template <typename E> static void attend_chunk(const Attending<E> &a, const E *q
     const int32_t *table = a.table();
     alignas(64) float scores[TALL * SCORES];
     alignas(64) E chances[TALL * CHANCES<E>];
+    alignas(64) E widened[KEYS * 256];  // keys of a block, or of each block of values as many columns as are multiplied
+    float scales[CHUNK];
+    const bool coded = a.cache.coded;
     for (index_t i = 0; i < count; i++) {
+        const index_t block = table[from + i];
         if (rows <= BLOCK && from + i + 1 < end)
-            prefetch((const char *)a.cache.keys(table[from + i + 1], a.g), 0, 1, 2 * KEYS * P * (index_t)sizeof(E));
-        const Term<E> term{q, P, a.cache.keys(table[from + i], a.g), BLOCK * P, P};
+            prefetch(a.cache.at(table[from + i + 1], a.g), 0, 1, a.cache.bytes(P, coded));
+        if (coded) widen(widened, a.cache.key_codes(block, a.g), KEYS * P);
+        const Term<E> term{q, P, coded ? widened : a.cache.keys(block, a.g), BLOCK * P, P};
         pair_product(scores + i * KEYS, SCORES, &term, 1, rows, NOTHING);
+        if (!coded) continue;
+        const float *key_scales = a.cache.key_scales(block, a.g);
+        for (index_t r = 0; r < rows; r++)
+            for (index_t j = 0; j < KEYS; j += W) {
+                float *score = scores + r * SCORES + i * KEYS + j;
+                store(score, load(score) * load(key_scales + j));
+            }
+        memcpy(scales + i * KEYS, a.cache.value_scales(block, a.g), KEYS * sizeof(float));
     }
-    weights_of(a, part, scores, chances, from * KEYS, count * KEYS);
+    weights_of(a, part, scores, chances, from * KEYS, count * KEYS, coded ? scales : nullptr);
     Term<E> terms[CHUNK / KEYS];
     for (index_t column = 0; column < P; column += PAIR) {
-        for (index_t i = 0; i < count; i++)
-            terms[i] = {chances + i * KEYS, CHANCES<E>, a.cache.values(table[from + i], a.g) + column * KEYS,
-                        BLOCK * KEYS, KEYS};
+        for (index_t i = 0; i < count; i++) {
+            E *own = widened + i * KEYS * PAIR;
+            if (coded) widen(own, a.cache.value_codes(table[from + i], a.g) + column * KEYS, KEYS * PAIR);
+            else own = a.cache.values(table[from + i], a.g) + column * KEYS;
+            terms[i] = {chances + i * KEYS, CHANCES<E>, own, BLOCK * KEYS, KEYS};
+        }
         pair_product(part.y + column, P, terms, count, rows, NOTHING);
     }
 }
+static_assert(CHUNK * PAIR <= KEYS * 256, "the values of a chunk's columns have to fit");
 
 static inline float power_of(float x) { return exponential(all(x))[0]; }
 

@@ -157,7 +157,9 @@ static void attend_all(const Model &m, const Layer &l, const Step &s, const Buff
 template <typename E> static void layer_step(const Model &m, index_t index, const Step &s, const Buffers<E> &b, index_t thread) {
     const Layer &l = m.layer[index];
     const index_t D = m.head_dim, P = deep(D), T = s.tokens;
-    const Cache<E> cache{(E *)s.cache + index * s.cache_blocks * m.groups * 2 * KEYS * P, s.cache_blocks, m.groups, P};
+    const bool coded = s.cache_coded;
+    const index_t layer_bytes = s.cache_blocks * m.groups * Cache<E>::bytes(P, coded);
+    const Cache<E> cache{(char *)s.cache + index * layer_bytes, m.groups, P, coded};
     const auto to_stream = [&](index_t first, index_t count, index_t pair, const float *c, const float *bias) {
         const index_t n = std::min(PAIR, m.hidden - pair * PAIR);
         for (index_t t = 0; t < count; t++) {
@@ -273,6 +275,18 @@ template <typename E> static void decode_memory(const Model *model, const Step *
 // Whether the kernel of the system lets this process use what the code was compiled for; asked before the first step.
 template <typename E> static void decode_allowed(index_t *allowed) { *allowed = tiles_allowed(); }
 
+// A weight of whole blocks of 16 rows, as words of four bytes: (N/16, 16, K) -> (N/16, K, 16), every `step`th block of `to`.
+template <typename E> static void pack_words(const int32_t *from, int32_t *to, index_t blocks, index_t words, index_t step) {
+#pragma omp parallel for schedule(static)
+    for (index_t block = 0; block < blocks; block++) {
+        const int32_t *rows = from + block * BLOCK * words;
+        int32_t *out = to + block * step * BLOCK * words;
+        for (index_t word = 0; word < words; word++)
+            for (index_t row = 0; row < BLOCK; row++) out[word * BLOCK + row] = rows[row * words + word];
+    }
+}
+
 EXPORT(decode)
 EXPORT(decode_allowed)
 EXPORT(decode_memory)
+EXPORT(pack_words)

@@ -120,18 +120,18 @@ static inline void release_tiles() {}
 static const int VECS = (int)(PAIR / W);
 static const int MANY = VECS == 2 ? 8 : 3; // rows at a time, as the registers allow
 
-template <typename E, int M> static inline void rows_product(float *c, index_t sc, const Term<E> *terms, index_t count, index_t row) {
+// The first rows, which read the weights, fetch ahead; the others, which find them in the cache, fetch the next pair.
+template <typename E, int M, bool first>
+static inline void rows_product(float *c, index_t sc, const Term<E> *terms, index_t count, index_t row) {
     lanes totals[M][VECS] = {};
     for (index_t i = 0; i < count; i++) {
         const Term<E> &term = terms[i];
         const uint32_t *left = (const uint32_t *)term.w, *right = (const uint32_t *)(term.w + term.next);
         const uint32_t *x = (const uint32_t *)(term.x + row * term.sx);
-        const index_t words = term.k / per_word<E>, sx = term.sx / per_word<E>;
+        const index_t words = term.k / per_word<E>, sx = term.sx / per_word<E>, pair = 2 * term.next / per_word<E>;
         for (index_t k = 0; k < words; k++, left += BLOCK, right += BLOCK) {
-            if (M == 1) {
-                __builtin_prefetch(left + 1024);
-                __builtin_prefetch(right + 1024);
-            }
+            __builtin_prefetch(left + (first ? 1024 : pair), 0, first ? 3 : 2);
+            __builtin_prefetch(right + (first ? 1024 : pair), 0, first ? 3 : 2);
             lanes b[VECS];
 #pragma GCC unroll 8
             for (int j = 0; j < VECS; j++)
@@ -147,16 +147,17 @@ template <typename E, int M> static inline void rows_product(float *c, index_t s
 #pragma GCC unroll 8
         for (int j = 0; j < VECS; j++) store(c + (row + m) * sc + j * W, totals[m][j]);
 }
-template <typename E, int M = MANY>
-static inline void last_rows(float *c, index_t sc, const Term<E> *terms, index_t count, index_t row, index_t rows) {
+template <typename E, bool first, int M = MANY>
+static inline void some_rows(float *c, index_t sc, const Term<E> *terms, index_t count, index_t row, index_t rows) {
     if constexpr (M > 1)
-        if (rows < M) return last_rows<E, M - 1>(c, sc, terms, count, row, rows);
-    rows_product<E, M>(c, sc, terms, count, row);
+        if (rows < M) return some_rows<E, first, M - 1>(c, sc, terms, count, row, rows);
+    rows_product<E, M, first>(c, sc, terms, count, row);
 }
 template <typename E>
 static inline void pair_product(float *c, index_t sc, const Term<E> *terms, index_t count, index_t rows, Soon = {}) {
-    for (index_t row = 0; row < rows; row += MANY)
-        last_rows<E>(c, sc, terms, count, row, std::min<index_t>(MANY, rows - row));
+    some_rows<E, true>(c, sc, terms, count, 0, std::min<index_t>(MANY, rows));
+    for (index_t row = MANY; row < rows; row += MANY)
+        some_rows<E, false>(c, sc, terms, count, row, std::min<index_t>(MANY, rows - row));
 }
 
 static inline index_t first_of(index_t parts, index_t thread, index_t threads) { return parts * thread / threads; }

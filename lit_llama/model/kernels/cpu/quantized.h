@@ -90,6 +90,7 @@ template <int BITS, int M>
 static inline void rows_of_codes(float *c, const Codes &x, index_t row, const uint8_t *left, const uint8_t *right,
                                  const uint16_t *left_scales, const uint16_t *right_scales, index_t k) {
     constexpr index_t GROUP = Kind<BITS>::GROUP;
+    const index_t ahead = row ? 2 * (right - left) : 4096;  // the first rows read, the others fetch the next pair
     floats totals[M][2] = {};
     for (index_t g = 0; g < k / GROUP; g++) {
         ints sums[M][2];
@@ -97,10 +98,8 @@ static inline void rows_of_codes(float *c, const Codes &x, index_t row, const ui
         const int8_t *codes = x.at + row * x.sk + g * GROUP;
 #pragma GCC unroll 16
         for (index_t i = 0; i < GROUP; i += BITS == 8 ? 4 : 8, left += 64, right += 64) {
-            if (M == 1) {
-                __builtin_prefetch(left + 4096);
-                __builtin_prefetch(right + 4096);
-            }
+            __builtin_prefetch(left + ahead);
+            __builtin_prefetch(right + ahead);
             ints w[2];
             memcpy(&w[0], left, 64);
             memcpy(&w[1], right, 64);

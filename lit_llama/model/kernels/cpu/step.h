@@ -42,8 +42,8 @@ struct Step {
     const index_t *starts;                   // (S + 1) first token of each sequence
     const int32_t *table;                    // (S, blocks) of the cache
     index_t table_stride;
-    void *cache;                             // (layers, blocks, G, 2, 32, deep)
-    index_t cache_blocks;
+    void *cache;                             // (layers, blocks, G, ...), see attention.h
+    index_t cache_blocks, cache_coded;
     const index_t *tile_start;               // (tiles + 1) first token of each tile, at most TALL apart
     const Update *const *tile_updates;       // (tiles) of the adapter: 4 a layer, or null
     const index_t *select;                   // tokens whose logits are wanted

@@ -141,7 +141,7 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
     """
     port, slots = free_port(), 8
     words = [*command("ours", checkpoint_dir, None, "", port, slots), "--max_waiting", "16"]
-    plan = open_folder(checkpoint_dir).plan(Loading(max_sequences=slots))
+    plan = open_folder(checkpoint_dir, Loading(batch_size=slots)).plan()
     with running(words, port, work_dir / "soak.log") as server:
         # Memory of the cache is taken as it is used: all of it before anything is looked at.
         long = {"prompt": ([5, *range(100, 150)] * 200)[: plan.config.context_length - 1], "max_tokens": 1}

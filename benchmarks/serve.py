@@ -6,6 +6,7 @@ python benchmarks/serve.py --soak 600
 
 import asyncio
 import json
+import math
 import signal
 import sys
 import time
@@ -30,8 +31,8 @@ from lit_llama.generate.loading import Loading
 T = TypeVar("T")
 _PARTS = 10
 """Of a soak, after each of which memory is looked at."""
-_WARM = 3
-"""Parts until threads, arenas and the code of matrix products are all there."""
+_WARM = 30.0
+"""Seconds, or a third of a soak, until threads, arenas and the code of matrix products are all there."""
 _MOST_GROWTH = 24e6
 """Bytes that may come to what a program holds after it is warm; a soak of ten minutes has some 3,000 requests."""
 
@@ -156,8 +157,9 @@ def soaked(checkpoint_dir: Path, seconds: float, seed: int, work_dir: Path) -> d
     if any(found.values()) or blocks:
         raise IntegrityError(f"something is left behind: {told}")
     told |= {"MB beside weights and cache": [round(size / 1e6) for size in beside]}
-    if (grown := beside[-1] - max(beside[:_WARM])) > _MOST_GROWTH:
-        raise IntegrityError(f"memory grew by {grown / 1e6:.0f} MB after part {_WARM} of {_PARTS}: {told}")
+    warm = math.ceil(max(_WARM / seconds, 1 / 3) * _PARTS)  # all of a short one
+    if (grown := beside[-1] - max(beside[:warm])) > _MOST_GROWTH:
+        raise IntegrityError(f"memory grew by {grown / 1e6:.0f} MB after part {warm} of {_PARTS}: {told}")
     return told | {"requests": counts.kinds, "seconds": seconds}
 
 

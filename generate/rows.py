@@ -47,13 +47,13 @@ def main(
         patience: How long an endpoint may be down before the run ends; the same command goes on later.
         out_dir: Gets rows.jsonl, rejected.jsonl and report.html. Left out, out/rows/ and the name of the recipe.
         seeds: Rows that the recipe's source `seeds` has, in any format that prepare/records.py reads.
-        documents: Files or folders of text, Markdown or HTML that the recipe's source `documents` has.
+        documents: Files or folders of text, Markdown, HTML or PDF that the recipe's source `documents` has.
         parameters: Of the recipe, as NAME=VALUE.
         test_data: Rows whose prompts must not come out, in any format that prepare/records.py reads.
         preview: Show so many attempts with their prompts and what becomes of them, and write nothing.
         plan: Estimate tokens and time from some attempts, and write nothing.
         max_rows: Rows that are wanted. Left out, what the recipe says.
-        max_tokens: End with so many tokens of answers.
+        max_tokens: Most tokens of answers: no prompt is sent whose longest answer would exceed them.
         max_time: End after this time, such as 90s, 30m or 2h.
         seed: Of all draws.
         loading: How the teacher is loaded.

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lit_llama.errors import LockedError
-from lit_llama.place import check_writable, open_own, refuse_foreign
+from lit_llama.place import check_writable, full_disk_explained, open_own, refuse_foreign
 
 _BEGINNING = "process "
 
@@ -27,6 +27,7 @@ def hold(lock: Path, destination: Path) -> Iterator[None]:
     Raises:
         LockedError: Another process holds it; the message names the process, its machine and since when.
         UserError: Something that is no lock has its name; it is neither followed nor written to.
+        ResourceError: The disk is full.
     """
     while True:
         with os.fdopen(open_own(lock, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace") as file:
@@ -42,12 +43,13 @@ def hold(lock: Path, destination: Path) -> Iterator[None]:
                 ) from error
             if not os.fstat(file.fileno()).st_nlink:
                 continue  # its holder ended between our opening and locking it: this file is no longer there
-            file.seek(0)
-            file.truncate()
             now = datetime.now().astimezone().isoformat(" ", "seconds")
-            file.write(f"{_BEGINNING}{os.getpid()} on {socket.gethostname()} since {now}\n")
-            file.flush()
+            holder = f"{_BEGINNING}{os.getpid()} on {socket.gethostname()} since {now}\n"
             try:
+                with full_disk_explained(destination, lock):
+                    # not through the buffer, which would fail again when the file is closed
+                    os.ftruncate(file.fileno(), 0)
+                    os.pwrite(file.fileno(), holder.encode(), 0)
                 yield
             finally:
                 lock.unlink(missing_ok=True)

@@ -6,35 +6,73 @@ score is called with a candidate and those values: the more, the better, and 0 f
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from lit_llama.generate.rows.rouge import common, words_of
 from lit_llama.text.read.raw import STRICTEST
 from lit_llama.text.split import normalised
 
+_FROM_EVIDENCE = 0.8  # of the words of an answer, in their order; the others are such as "because"
+_COPIED = 0.9  # of the words of an example, in their order
+_KEPT = 0.4  # F-measure of words, as ROUGE-1
+_END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _NAME = re.compile(r"(?<![.!?:]\s)(?<!^)\b[A-ZÀ-Þ][\w'-]+")
 
 
-def evidence_stands_in_documents(row: Mapping[str, Any]) -> bool | str:
-    """Whether the evidence of an answer stands in the passage, word for word, and no question asks for itself."""
-    made, passage = row["made"], normalised(row["documents"]["text"])
-    if normalised(made["evidence"]).strip(" .\"'") not in passage:
-        return "the evidence does not stand in the passage"
-    if normalised(made["answer"]) in normalised(made["question"]):
+def sentence_at_place(row: Mapping[str, Any]) -> str:
+    """The sentence of a passage at the column `place`, counted round and round; "" where there is none.
+
+    Headings, and what ends without a full stop, are no sentences.
+    """
+    parts = (part.strip() for part in _END_OF_SENTENCE.split(row["documents"]["text"]))
+    found = [part for part in parts if len(part) >= 20 and part[-1] in ".!?。！？"]
+    return found[row["place"] % len(found)] if found else ""
+
+
+def evidence_answers_question(row: Mapping[str, Any]) -> bool | str:
+    """Whether a question is one, about the passage, and the words of its answer are those of the column `evidence`."""
+    question, answer = row["made"]["question"], words_of(row["made"]["answer"])
+    asked, passage = words_of(question), set(words_of(row["documents"]["text"]))
+    if not question.rstrip().endswith(("?", "？")):
+        return "it is no question"
+    if not {word for word in asked if len(word) > 3} & passage:
+        return "the question has no word of the passage"
+    if not answer or common(answer, words_of(row["evidence"])) < _FROM_EVIDENCE * len(answer):
+        return "the words of the answer do not stand in the evidence"
+    if " ".join(answer) in " ".join(asked):
         return "the question holds its answer"
     return True
 
 
-def keeps_numbers_and_names(row: Mapping[str, Any]) -> bool | str:
-    """Whether a new wording has the numbers and names of the old one, and no other numbers."""
+def keeps_meaning(row: Mapping[str, Any]) -> bool | str:
+    """Whether a new wording has the numbers and names of the old one, no other numbers, and much of its words."""
     old, new = row["seeds"]["instruction"], row["wording"]
-    if normalised(old) == normalised(new):
+    before, after = words_of(old), words_of(new)
+    if before == after:
         return "nothing was reworded"
     if sorted(_NUMBER.findall(old)) != sorted(_NUMBER.findall(new)):
         return "the numbers are other ones"
     if missing := [name for name in _NAME.findall(old) if name.casefold() not in new.casefold()]:
         return f"{missing[0]} is missing"
+    shared = (Counter(before) & Counter(after)).total()
+    if 2 * shared < _KEPT * (len(before) + len(after)):
+        return f"only {shared} of {len(before)} words are kept among {len(after)}: the meaning may be another one"
+    return True
+
+
+def is_no_example(row: Mapping[str, Any]) -> bool | str:
+    """Whether nothing of the column `made` is a text of the column `examples`, or a longer text with one in it.
+
+    Small models like to give back the examples of their prompt.
+    """
+    made = [words_of(text) for text in row["made"].values() if isinstance(text, str)]
+    for text in (text for example in row["examples"] for text in example.values()):
+        words = words_of(text)
+        if any(len(words) > 2 and common(words, own) >= _COPIED * len(words) for own in made):
+            return f"it is the example {text!r}"
     return True
 
 

@@ -1,218 +1,218 @@
-"""The columns of one attempt, one after another: from its sources to a row, or to the reason why there is none."""
+"""Columns of a recipe: of which kind each is, what it uses, and whether that stands above it."""
 
-import json
-import random
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import blake2b
-from typing import Any
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
-from lit_llama.errors import CheckpointError, UserError
-from lit_llama.generate.engine.request import MAX_SEED
-from lit_llama.generate.rows.names import as_template
-from lit_llama.generate.rows.recipe import Column, Recipe, load_callable
-from lit_llama.generate.rows.schema import Validator
-from lit_llama.generate.rows.sources import Entry
-from lit_llama.generate.rows.teacher import Ask, Reply
-from lit_llama.text.jinja.sandbox import Sandbox
+from lit_llama.errors import UserError
+from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.rows.fields import RESERVED, check_keys, check_name, check_names, word
+from lit_llama.generate.rows.names import expression_names, template_names
 
-Values = dict[str, Any]
-
-
-@dataclass(kw_only=True)
-class Attempt:
-    """An attempt at a row.
-
-    Attributes:
-        number: From 0.
-        values: Of sources and columns, by their names.
-        lineage: Where the entries of each source stand.
-        prompts: Messages that each column put to the teacher.
-        texts: Answers that came.
-        tokens: Of answers.
-        prompt_tokens: Of prompts.
-        seeds: Of each column's draws.
-        row: What it came to.
-        rejected: Name of the filter that rejected it, and why.
-    """
-
-    number: int
-    values: Values = field(default_factory=dict)
-    lineage: dict[str, list[str]] = field(default_factory=dict)
-    prompts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    texts: dict[str, list[str]] = field(default_factory=dict)
-    tokens: int = 0
-    prompt_tokens: int = 0
-    seeds: dict[str, int] = field(default_factory=dict)
-    row: dict[str, Any] | None = None
-    rejected: tuple[str, str] | None = None
+Kind = Literal["sample", "template", "expression", "prompt", "user_turn", "call", "check", "require", "choose"]
+_BESIDE: Mapping[str, tuple[str, ...]] = {"prompt": ("system", "schema", "sampling"), "user_turn": ("sampling",)}
+_SAMPLING = {
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_new_tokens", "max_new_tokens", "stop", "n"),
+}
 
 
-class Rejected(Exception):
-    """An attempt comes to nothing.
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A value that every attempt gets.
 
     Args:
-        by: Name of the filter.
-        why: For people.
+        name: Later columns know it by this.
+        kind: How it comes about.
+        value: What the recipe says of it: a template, an expression, values with weights, or a callable's import path.
+        system: Template of the system message.
+        schema: JSON schema of the answer, which then is a value and no text.
+        sampling: How the answer is drawn.
     """
 
-    def __init__(self, by: str, why: str) -> None:
-        super().__init__(why)
-        self.by = by
+    name: str
+    kind: Kind
+    value: Any
+    system: str = ""
+    schema: Mapping[str, Any] | None = None
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.95, max_new_tokens=512))
 
 
-class Columns:
-    """Runs the columns of a recipe.
+def read_columns(value: Any, place: str, sources: set[str], parameters: Mapping[str, str]) -> list[Column]:
+    """The columns of a recipe, each of which uses only sources and columns above it.
 
     Args:
-        recipe: It.
-        seed: Of all draws.
+        value: The list that the recipe has.
+        place: Of the recipe, for messages.
+        sources: Names of its sources.
+        parameters: Its parameters.
+
+    Raises:
+        UserError: One is wrong, names something that is not there, or is part of a circle.
     """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{place}: columns: found {word(value)}, expected a list of columns")
+    columns: list[Column] = []
+    needs: list[tuple[str, set[str]]] = []
+    for index, settings in enumerate(value):
+        where = f"{place}: columns[{index}]"
+        if isinstance(settings, dict) and isinstance(settings.get("name"), str):
+            where += f" ({settings['name']})"
+        column = _column(settings, where, parameters)
+        if column.name in {*sources, *(other.name for other in columns)}:
+            raise UserError(f"{where}: there is a column or source {column.name} already")
+        columns.append(column)
+        needs.append((where, _needed(column, where)))
+    order = [column.name for column in columns]
+    _check_circles(place, {name: names for name, (_, names) in zip(order, needs, strict=True)})
+    for index, (where, names) in enumerate(needs):
+        known = {*RESERVED, *sources, *order[:index]}
+        if later := sorted(names & {*order[index:]}):
+            raise UserError(f"{where} uses {later[0]}, which stands below it: columns are made in their order")
+        check_names(names, known, where)
+    return columns
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
-        self._recipe, self._seed = recipe, seed
-        self._validators = {c.name: Validator(c.schema) for c in recipe.columns if c.schema is not None}
-        self._callables: dict[str, Callable[..., Any]] = {}
-        for column in recipe.columns:
-            where = f"{recipe.place}: column {column.name}"
-            if column.kind in ("call", "check"):
-                self._callables[column.name] = load_callable(column.value, where)
-            elif column.kind == "choose":
-                self._callables[column.name] = load_callable(column.value["by"], where)
-        self._sandbox = Sandbox("the template", strict=True)
 
-    def asks(self) -> list[Ask]:
-        """What a teacher will have to be able to do."""
-        kinds = [column for column in self._recipe.columns if column.kind in ("prompt", "user_turn")]
-        return [self._ask(column, column.sampling, "", ".") for column in kinds]
+def _column(settings: Any, where: str, parameters: Mapping[str, str]) -> Column:
+    kinds = get_args(Kind)
+    check_keys(settings, ("name", *kinds, "system", "schema", "sampling"), where, "column")
+    if not isinstance(settings.get("name"), str):
+        raise UserError(f"{where}: has no name")
+    check_name(settings["name"], where)
+    given = [kind for kind in kinds if kind in settings]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(f"{where}: found {found}, expected exactly one of {', '.join(kinds)}")
+    kind = cast(Kind, given[0])
+    for key in ("system", "schema", "sampling"):
+        if key in settings and key not in _BESIDE.get(kind, ()):
+            raise UserError(f"{where}: {key} is not for a column that is a {kind}")
+    value = _value(kind, settings[kind], where, parameters)
+    more: dict[str, Any] = {}
+    if "schema" in settings:
+        more["schema"] = _schema(settings["schema"], where)
+    if "sampling" in settings:
+        more["sampling"] = _sampling(settings["sampling"], where)
+    if "system" in settings:
+        if not isinstance(settings["system"], str):
+            raise UserError(f"{where}: system is {word(settings['system'])}, expected a template")
+        more["system"] = settings["system"]
+    return Column(name=settings["name"], kind=kind, value=value, **more)
 
-    def run(self, attempt: Attempt, drawn: Mapping[str, Sequence[Entry]]) -> Generator[tuple[str, Ask], Reply]:
-        """Fill in an attempt; gives each prompt with the name of its column, and wants its reply."""
-        values = attempt.values
-        values["parameters"] = dict(self._recipe.parameters)
-        for source in self._recipe.sources:
-            found = [dict(entry.value) for entry in drawn[source.name]]
-            attempt.lineage[source.name] = [entry.where for entry in drawn[source.name]]
-            values[source.name] = found[0] if source.draw == 1 and found else found
-        try:
-            for column in self._recipe.columns:
-                values[column.name] = yield from self._value(column, attempt)
-            attempt.row = self._row(values)
-        except Rejected as reason:
-            attempt.rejected = (reason.by, str(reason))
 
-    def _value(self, column: Column, attempt: Attempt) -> Generator[tuple[str, Ask], Reply, Any]:
-        values, name = attempt.values, column.name
-        if column.kind in ("prompt", "user_turn"):
-            return (yield from self._answered(column, attempt))
-        if column.kind == "sample":
-            chance = random.Random(f"{self._seed} {name} {attempt.number}")
-            entries, weights = zip(*column.value, strict=True)
-            return chance.choices(entries, weights)[0]
-        if column.kind == "template":
-            return self._rendered(column.value, values, name)
-        if column.kind in ("expression", "require"):
-            found = json.loads(self._rendered(as_template(column.value), values, name))
-            if column.kind == "require" and not found:
-                raise Rejected(name, f"{column.value} is {json.dumps(found, ensure_ascii=False)}")
-            return found
-        if column.kind == "choose":
-            return self._chosen(column, attempt)
-        found = self._called(column, attempt, _visible(values))
-        if column.kind == "check" and (found is False or isinstance(found, str)):
-            raise Rejected(name, found or f"{column.value} says no")
-        return found
+def _value(kind: Kind, value: Any, where: str, parameters: Mapping[str, str]) -> Any:
+    if kind == "sample":
+        return _weights(value, where)
+    if kind == "choose":
+        check_keys(value, ("from", "by", "which"), f"{where}.choose", "choice")
+        if value.get("which", "best") not in ("best", "worst"):
+            raise UserError(f"{where}.choose.which is {value['which']!r}, expected best or worst")
+        if not isinstance(value.get("from"), str):
+            raise UserError(f"{where}.choose: names no column to choose from")
+        path = _path(value.get("by"), f"{where}.choose.by", parameters)
+        return {"from": value["from"], "by": path, "which": value.get("which", "best")}
+    if not isinstance(value, str) or (kind != "user_turn" and not value.strip()):
+        raise UserError(f"{where}: {kind} is {word(value)}, expected text")
+    return _path(value, f"{where}.{kind}", parameters) if kind in ("call", "check") else value
 
-    def _answered(self, column: Column, attempt: Attempt) -> Generator[tuple[str, Ask], Reply, Any]:
-        words = self._rendered(column.value, attempt.values, column.name).strip()
-        system = self._rendered(column.system, attempt.values, column.name).strip() if column.system else ""
-        seed = int.from_bytes(blake2b(f"{self._seed} {column.name}".encode(), digest_size=8).digest(), "big") & MAX_SEED
-        ask = self._ask(column, replace(column.sampling, seed=seed), system, words)
-        attempt.prompts[column.name] = [dict(message) for message in ask.messages]
-        attempt.seeds[column.name] = seed
-        reply = yield column.name, ask
-        attempt.tokens += reply.tokens
-        attempt.prompt_tokens += reply.prompt_tokens
-        attempt.texts[column.name] = list(reply.texts)
-        if reply.error:
-            raise Rejected("failed", reply.error)
-        whole = [text.strip() for text, why in zip(reply.texts, reply.finish_reasons, strict=True) if why == "stop"]
-        if not whole:
-            limit = column.sampling.max_new_tokens
-            raise Rejected("cut", f"{column.name} did not end within max_new_tokens {limit}")
-        if column.name in self._validators:
-            read = [self._validators[column.name].read(text) for text in whole]
-            values = [value for value, wrong in read if not wrong]
-            if not values:
-                raise Rejected("schema", f"{column.name} is {read[0][1]}")
+
+def _weights(value: Any, where: str) -> list[tuple[Any, float]]:
+    pairs: list[tuple[Any, float]] = []
+    if isinstance(value, dict | list):
+        pairs = list(value.items()) if isinstance(value, dict) else [(entry, 1.0) for entry in value]
+    if not pairs:
+        raise UserError(f"{where}: sample is {word(value)}, expected values, or values with their weights")
+    for entry, weight in pairs:
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise UserError(f"{where}: sample: the weight of {entry!r} is {weight!r}, expected a number above 0")
+    return pairs
+
+
+def _path(value: Any, where: str, parameters: Mapping[str, str]) -> str:
+    """The import path of a callable, which is looked up."""
+    if isinstance(value, str) and value.startswith("parameters."):
+        name = value.removeprefix("parameters.")
+        if name not in parameters:
+            raise UserError(f"{where}: there is no parameter {name}")
+        value = parameters[name]
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {word(value)}, expected a callable as package.module:name")
+    load_callable(value, where)
+    return value
+
+
+def load_callable(path: str, where: str) -> Callable[..., Any]:
+    """What stands at `package.module:name`, or at `path/to/file.py:name`.
+
+    Raises:
+        UserError: Nothing does, or it cannot be called.
+    """
+    module, _, name = path.rpartition(":")
+    if not module or not name:
+        raise UserError(f"{where} is {path!r}, expected a callable as package.module:name or file.py:name")
+    try:
+        if module.endswith(".py"):
+            specification = importlib.util.spec_from_file_location(f"recipe_{Path(module).stem}", module)
+            if specification is None or specification.loader is None or not Path(module).is_file():
+                raise UserError(f"{where}: there is no file {module}")
+            found = importlib.util.module_from_spec(specification)
+            specification.loader.exec_module(found)
         else:
-            values = whole
-        return values[0] if column.sampling.n == 1 else values
-
-    def _ask(self, column: Column, sampling: Any, system: str, words: str) -> Ask:
-        user_turn = column.kind == "user_turn"
-        system = words if user_turn else system
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        if not user_turn:
-            messages.append({"role": "user", "content": words})
-        return Ask(messages=tuple(messages), sampling=sampling, schema=column.schema, user_turn=user_turn)
-
-    def _chosen(self, column: Column, attempt: Attempt) -> Any:
-        """The best or worst of several values by a callable's score."""
-        given = attempt.values.get(column.value["from"])
-        candidates = given if isinstance(given, list) else [given]
-        seen = _visible(attempt.values)
-        scores = [float(self._called(column, attempt, candidate, seen) or 0) for candidate in candidates]
-        best, worst = max(scores), min(scores)
-        if column.value["which"] == "worst":
-            if best == worst:
-                raise Rejected(column.name, f"all {len(scores)} answers have the score {best:g}")
-            return candidates[scores.index(worst)]
-        if best <= 0:
-            raise Rejected(column.name, f"none of {len(scores)} answers has a score above 0")
-        return candidates[scores.index(best)]
-
-    def _called(self, column: Column, attempt: Attempt, *arguments: Any) -> Any:
-        path = column.value["by"] if column.kind == "choose" else column.value
-        try:
-            return self._callables[column.name](*arguments)
-        except Exception as error:  # of code that somebody wrote
-            raise UserError(
-                f"{self._recipe.place}: column {column.name}: {path} failed at attempt {attempt.number}: "
-                f"{type(error).__name__}: {error}; mend it and run the same command again, nothing is lost"
-            ) from error
-
-    def _row(self, values: Values) -> dict[str, Any]:
-        output = self._recipe.output
-        if "messages" in output:
-            said = [
-                (message["role"], self._rendered(message["content"], values, "output"))
-                for message in output["messages"]
-            ]
-            return {"messages": [{"role": role, "content": text.strip()} for role, text in said]}
-        return {name: self._rendered(template, values, "output").strip() for name, template in output.items()}
-
-    def _rendered(self, template: str, values: Values, name: str) -> str:
-        if "{" not in template:
-            return template
-        try:
-            (text,), _ = self._sandbox.render(template, {}, [{"messages": [], "names": values}])
-        except CheckpointError as error:
-            raise Rejected("template", f"{name}: {error}") from error
-        return text
+            found = importlib.import_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # of code that somebody wrote
+        raise UserError(f"{where}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        raise UserError(f"{where}: {module} has no callable {name}")
+    return cast(Callable[..., Any], function)
 
 
-def _visible(values: Values) -> Values:
-    """A copy for callables, which may change what they are given."""
-    found: Values = json.loads(json.dumps(values, default=str))
-    return found
+def _schema(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: schema is {word(value)}, expected a JSON schema")
+    from lit_llama.generate.rows.schema import Validator
+
+    try:
+        Validator(value)
+    except UserError as error:
+        if type(error) is not UserError:  # llguidance is missing
+            raise
+        raise UserError(f"{where}: {error}") from error
+    return value
 
 
-def prompt_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What a row asks, and what it answers."""
-    if "messages" in row:
-        asked = "\n".join(message["content"] for message in row["messages"][:-1] if message["role"] != "system")
-        return asked, row["messages"][-1]["content"]
-    if "chosen" in row:
-        return row["prompt"], row["chosen"]
-    return "\n".join(filter(None, (row["instruction"], row.get("input", "")))), row["output"]
+def _sampling(value: Any, where: str) -> Sampling:
+    check_keys(value, sorted(_SAMPLING), f"{where}.sampling", "sampling")
+    default = {
+        item.name: getattr(Column(name="", kind="prompt", value="").sampling, item.name) for item in fields(Sampling)
+    }
+    try:
+        return Sampling(**default | value)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{where}.sampling: {str(error).removeprefix('--')}") from error
+
+
+def _needed(column: Column, where: str) -> set[str]:
+    """Names that a column uses."""
+    if column.kind in ("template", "prompt", "user_turn"):
+        return template_names(column.value, where) | template_names(column.system, f"{where}.system")
+    if column.kind in ("expression", "require"):
+        return expression_names(column.value, where)
+    return {column.value["from"]} if column.kind == "choose" else set()
+
+
+def _check_circles(place: str, needs: Mapping[str, set[str]]) -> None:
+    for start in needs:
+        path = [start]
+        while len(path) <= len(needs):
+            following = sorted(needs[path[-1]] & needs.keys())
+            if start in following:
+                raise UserError(f"{place}: columns: a circle: {' needs '.join([*path, start])}")
+            if not following:
+                break
+            path.append(following[0])

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from lit_llama.errors import DataError
-from lit_llama.generate.rows.columns import Attempt, prompt_and_answer
+from lit_llama.generate.rows.attempt import Attempt, prompt_and_answer
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.rouge import RougeIndex, words_of
 from lit_llama.generate.rows.sources import Entry
@@ -40,7 +41,7 @@ class RowFilters:
 
     def __init__(self, recipe: Recipe, seeds: Iterable[Entry], test_data: Sequence[Path] = ()) -> None:
         self._settings = settings = recipe.filters
-        self._seen: dict[str, str] = {}
+        self._seen: dict[bytes, str] = {}  # by a hash of the row, which may be long
         self._near = NearIndex()
         self._near_of: list[str] = []
         self._rouge = None if settings.rouge is None else RougeIndex(settings.rouge)
@@ -55,13 +56,13 @@ class RowFilters:
 
     def _add_seed(self, entry: Entry) -> None:
         asked = entry.value.get("instruction")
-        if isinstance(asked, str) and self._rouge is not None and not self._settings.rouge_of:
+        if isinstance(asked, str) and self._rouge is not None and not self._settings.compare:
             given = entry.value.get("input")
             self._rouge.add(words_of("\n".join(filter(None, (asked, given if isinstance(given, str) else "")))))
             self._rouge_of.append(entry.where)
         if isinstance(asked, str) and isinstance(entry.value.get("output"), str):
             asked = "\n".join(filter(None, (asked, str(entry.value.get("input") or ""))))
-            self._remember(asked, entry.value["output"], entry.where)
+            self._remember(asked, entry.value["output"], entry.where, asked)
 
     def _add_test(self, path: Path) -> None:
         examples = read_prompts(path)
@@ -102,36 +103,40 @@ class RowFilters:
         return None
 
     def _beside_others(self, attempt: Attempt, prompt: str, answer: str) -> tuple[str, str] | None:
-        asked, whole = normalised(prompt), normalised(f"{prompt}\n{answer}")
+        asked, whole = normalised(prompt), _digest(prompt, answer)
+        compared = self._compared(attempt, prompt)
         if asked in self._test:
             return "leakage", f"the prompt is that of {self._test[asked]}"
         if self._test and (near := self._test_near.nearest(asked)):
             return "leakage", f"the prompt is {near[1]:.0%} that of {self._test_of[near[0]]}"
         if whole in self._seen:
             return "duplicate", f"the row is that of {self._seen[whole]}"
-        if self._rouge is not None and (alike := self._rouge.nearest(words_of(self._compared(attempt, prompt)))):
+        if self._rouge is not None and (alike := self._rouge.nearest(words_of(compared))):
             return "rouge", f"ROUGE-L {alike[1]:.2f} with {self._rouge_of[alike[0]]}"
-        if self._settings.near_duplicates and (near := self._near.nearest(whole)):
+        if self._settings.near_duplicates and (near := self._near.nearest(normalised(f"{compared}\n{answer}"))):
             return "near_duplicate", f"the row is {near[1]:.0%} that of {self._near_of[near[0]]}"
         return None
 
     def _compared(self, attempt: Attempt, prompt: str) -> str:
-        of = self._settings.rouge_of
+        of = self._settings.compare
         return "\n".join(str(attempt.values[name]) for name in of) if of else prompt
 
     def accept(self, attempt: Attempt) -> None:
         """Compare later rows with that of an attempt, too."""
         assert attempt.row is not None
         prompt, answer = prompt_and_answer(attempt.row)
-        where = f"attempt {attempt.number}"
-        self._remember(prompt, answer, where)
+        where, compared = f"attempt {attempt.number}", self._compared(attempt, prompt)
+        self._remember(prompt, answer, where, compared)
         if self._rouge is not None:
-            self._rouge.add(words_of(self._compared(attempt, prompt)))
+            self._rouge.add(words_of(compared))
             self._rouge_of.append(where)
 
-    def _remember(self, prompt: str, answer: str, where: str) -> None:
-        whole = normalised(f"{prompt}\n{answer}")
-        self._seen.setdefault(whole, where)
+    def _remember(self, prompt: str, answer: str, where: str, compared: str) -> None:
+        self._seen.setdefault(_digest(prompt, answer), where)
         if self._settings.near_duplicates:
-            self._near.add(whole)
+            self._near.add(normalised(f"{compared}\n{answer}"))
             self._near_of.append(where)
+
+
+def _digest(prompt: str, answer: str) -> bytes:
+    return blake2b(normalised(f"{prompt}\n{answer}").encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,14 +4,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import encode_json, replace_file
-from lit_llama.generate.rows.columns import Attempt
+from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.teacher import Key, Reply
 from lit_llama.lock import claim
@@ -32,8 +32,8 @@ class Journal:
     Args:
         folder: Where the lines are.
         files: Open files of rows, rejections and answers.
-        kept: Accepted rows that are there.
-        rejected: Rejections that are there.
+        kept: Accepted rows that are there, with what of their metadata a run needs to go on.
+        rejected: Rejections that are there, without what they came from.
         answers: Of the teacher, to attempts that are not decided.
     """
 
@@ -41,8 +41,8 @@ class Journal:
         self,
         folder: Path,
         files: Mapping[str, IO[bytes]],
-        kept: Sequence[dict[str, Any]],
-        rejected: Sequence[dict[str, Any]],
+        kept: list[dict[str, Any]],
+        rejected: list[dict[str, Any]],
         answers: dict[Key, Reply],
     ) -> None:
         self.folder, self.kept, self.rejected, self.answers = folder, kept, rejected, answers
@@ -108,7 +108,8 @@ def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]
                     f"{folder} holds {foreign[0]} and no {STATE_FILE}: it is of something else, name another"
                 )
             replace_file(state, encode_json(dict(identity)))
-        kept, rejected, answers = (_whole(folder / name) for name in (ROWS_FILE, REJECTED_FILE, _ANSWERS_FILE))
+        kept, rejected = _whole(folder / ROWS_FILE, _of_kept), _whole(folder / REJECTED_FILE, _of_rejected)
+        answers = _whole(folder / _ANSWERS_FILE, dict)
         kept, rejected = _contiguous(folder, kept, rejected)
         decided = len(kept) + len(rejected)
         waiting = [line for line in answers if line["attempt"] >= decided]
@@ -144,45 +145,60 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _whole(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; the beginning of one at its end goes.
+def _whole(path: Path, needed: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is needed of the lines of a file; the beginning of one at its end goes.
 
     Raises:
         IntegrityError: A line is none.
     """
     if not path.exists():
         return []
-    data = path.read_bytes()
-    if rest := len(data) - (data.rfind(b"\n") + 1):
-        os.truncate(path, len(data) - rest)
-    found = []
-    for number, line in enumerate(data[: len(data) - rest].split(b"\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise IntegrityError(
-                f"{path}: line {number} is damaged ({error}): mend or remove it with all below"
-            ) from error
+    found, number, whole = list[dict[str, Any]](), 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                found.append(needed(json.loads(line)))
+            except ValueError as error:
+                raise IntegrityError(
+                    f"{path}: line {number} is damaged ({error}): mend or remove it with all below"
+                ) from error
+            except (KeyError, TypeError, AttributeError) as error:
+                raise IntegrityError(f"{path}: line {number} is none of a run; name another folder") from error
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
     return found
+
+
+def _of_kept(line: dict[str, Any]) -> dict[str, Any]:
+    meta = line["metadata"]
+    return {**line, "metadata": {name: meta[name] for name in ("attempt", "tokens", "prompt_tokens", "columns")}}
+
+
+def _of_rejected(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in ("attempt", "filter", "tokens", "prompt_tokens")}
+
+
+def _number(line: dict[str, Any]) -> int:
+    number: int = line.get("metadata", line)["attempt"]
+    return number
 
 
 def _contiguous(
     folder: Path, kept: list[dict[str, Any]], rejected: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Lines up to the first attempt that neither file has, as after a power cut; the others go."""
-    try:
-        numbers = {line["metadata"]["attempt"] for line in kept} | {line["attempt"] for line in rejected}
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{folder} holds lines without the number of their attempt; name another folder"
-        ) from error
+    numbers = {_number(line) for line in (*kept, *rejected)}
     decided = next(number for number in range(len(numbers) + 1) if number not in numbers)
-    whole_kept = [line for line in kept if line["metadata"]["attempt"] < decided]
-    whole_rejected = [line for line in rejected if line["attempt"] < decided]
-    for name, lines, whole in ((ROWS_FILE, kept, whole_kept), (REJECTED_FILE, rejected, whole_rejected)):
-        if len(lines) != len(whole):
-            replace_file(folder / name, b"".join(map(_line, whole)))
-    return whole_kept, whole_rejected
+    found = []
+    for name, lines in ((ROWS_FILE, kept), (REJECTED_FILE, rejected)):
+        found.append([line for line in lines if _number(line) < decided])
+        if len(found[-1]) < len(lines):
+            whole = (folder / name).read_bytes().splitlines(keepends=True)
+            replace_file(folder / name, b"".join(line for line in whole if _number(json.loads(line)) < decided))
+    return found[0], found[1]
 
 
 def kept_line(attempt: Attempt, recipe: Recipe, teacher: str, identity: str) -> dict[str, Any]:

@@ -8,22 +8,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from rich.progress import BarColumn, TaskProgressColumn
 
 from lit_llama.console import shown
 from lit_llama.errors import UserError
 from lit_llama.folder import sha256_file
 from lit_llama.generate.loading import Loading
-from lit_llama.generate.rows.columns import Attempt
+from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE, open_journal
 from lit_llama.generate.rows.recipe import Recipe, read_recipe
 from lit_llama.generate.rows.run import Limits, RowMaker, Tally
 from lit_llama.generate.rows.teacher import Teacher
-from lit_llama.progress import stderr
+from lit_llama.progress import bar, stderr
 
 PLANNED = 32
 """Attempts that a plan is estimated from, unless it is asked for others."""
-_SAID_EVERY = 15.0  # seconds
+_SAID_EVERY = 60.0  # seconds
+_BAR = 48  # columns of a terminal that a bar and its percentage take
 
 
 def seconds_of(text: str | None) -> float | None:
@@ -149,59 +152,79 @@ def make_rows(
             )
         telling = _Telling(maker, limits)
         try:
-            ended = maker.run(journal, limits, telling.tell)
+            with telling:
+                ended = maker.run(journal, limits, telling.tell)
         finally:
             with contextlib.suppress(OSError):
                 write_report(out_dir, maker)
         if ended in ("rows", "sources"):
             journal.finish()
-    telling.end(_ENDED[ended], out_dir)
+    telling.end(_ENDED[ended].format(*maker.left), out_dir)
     return maker.tally
 
 
 _ENDED = {
     "rows": "all rows are there",
-    "tokens": "stopped at the limit of tokens; the same command with a higher one goes on",
+    "tokens": "stopped at the limit of tokens: {0:,} are left, the next answer may take {1:,}; the same command with a "
+    "higher one goes on",
     "time": "stopped at the limit of time; the same command goes on",
     "sources": "the sources are used up",
 }
 
 
 class _Telling:
-    """Tells on stderr how a run goes: a line now and then."""
+    """Tells on stderr how a run goes: a bar on a terminal; elsewhere, as in a log, a line now and then."""
 
     def __init__(self, maker: RowMaker, limits: Limits) -> None:
-        self._maker, self._limits = maker, limits
+        self._maker, self._console = maker, stderr()
+        # It ends with the rows that are wanted, or with the attempts that the sources are good for.
+        self._once = maker.last is not None and maker.last < limits.rows
+        self._wanted = maker.last if maker.last is not None and self._once else limits.rows
         self._start = self._said = time.monotonic()
-        self._before: tuple[int, int] | None = None
+        self._before: tuple[int, int] | None = None  # of interrupted runs: what counts below, and tokens
+        self._bar = bar(self._console, BarColumn(), TaskProgressColumn(), transient=False)
+        self._task = self._bar.add_task("0 rows", total=self._wanted)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    @property
+    def _made(self) -> int:
+        return self._maker.tally.decided if self._once else self._maker.tally.accepted
 
     def tell(self, attempt: Attempt) -> None:
         """An attempt was decided."""
-        tally = self._maker.tally
         if self._before is None:
-            own = attempt.rejected is None
-            self._before = tally.accepted - own, tally.tokens - attempt.tokens
-        if time.monotonic() - self._said >= _SAID_EVERY:
+            own = self._once or attempt.rejected is None
+            self._before = self._made - own, self._maker.tally.tokens - attempt.tokens
+        line = self._line()[: max(20, self._console.width - _BAR)]
+        self._bar.update(self._task, description=line, completed=self._made)
+        if not self._console.is_terminal and time.monotonic() - self._said >= _SAID_EVERY:
             self._said = time.monotonic()
-            stderr().print(self._line())
+            self._console.print(self._line())
 
     def _line(self) -> str:
         tally, elapsed = self._maker.tally, max(time.monotonic() - self._start, 1e-9)
-        accepted, tokens = self._before or (tally.accepted, tally.tokens)
-        made = tally.accepted - accepted
-        rate = (tally.tokens - tokens) / elapsed
-        left = (self._limits.rows - tally.accepted) * elapsed / made if made else None
-        parts = [f"{tally.accepted:,} of {self._limits.rows:,} rows", f"{tally.rejected.total():,} rejected"]
-        parts[1] += f" ({rejections(tally)})" if tally.rejected else ""
-        parts += [f"{tally.tokens:,} tokens", f"{rate:.0f} tokens/s", f"{60 * made / elapsed:.0f} rows/min"]
-        if left:
+        before, tokens = self._before or (self._made, tally.tokens)
+        parts = [f"{tally.decided:,} of {self._wanted:,} attempts"] if self._once else []
+        parts += [f"{tally.accepted:,} rows" if self._once else f"{tally.accepted:,} of {self._wanted:,} rows"]
+        parts += [f"{tally.rejected.total():,} rejected" + (f" ({rejections(tally)})" if tally.rejected else "")]
+        parts += [f"{tally.tokens:,} tokens", f"{(tally.tokens - tokens) / elapsed:.0f} tokens/s"]
+        if before < self._made < self._wanted:
+            left = (self._wanted - self._made) * elapsed / (self._made - before)
             parts.append(f"about {_time(left)} left")
         return ", ".join(parts)
 
     def end(self, why: str, out_dir: Path) -> None:
         """The last line."""
-        stderr().print(f"{self._line()}; {why}")
-        stderr().print(f"rows: {out_dir / ROWS_FILE}; rejected: {out_dir / REJECTED_FILE}; {out_dir / 'report.html'}")
+        self._console.print(f"{self._line()}; {why}")
+        self._console.print(
+            f"rows: {out_dir / ROWS_FILE}; rejected: {out_dir / REJECTED_FILE}; {out_dir / 'report.html'}"
+        )
 
 
 def rejections(tally: Tally) -> str:
@@ -250,6 +273,14 @@ def plan(
 ) -> Mapping[str, Any]:
     """Estimate tokens and time of a run from its first attempts, and print it.
 
+    Args:
+        recipe: How.
+        teacher: Who answers.
+        rows: Accepted rows that are wanted.
+        seed: Of all draws.
+        count: Attempts that are made for it.
+        test_data: Files whose prompts must not be among the rows.
+
     Returns:
         The estimates, None where no attempt was accepted.
     """
@@ -257,23 +288,28 @@ def plan(
     start = time.monotonic()
     maker.run(None, Limits(rows=count, attempts=count))
     elapsed, tally = time.monotonic() - start, maker.tally
-    scale = rows / tally.accepted if tally.accepted else None
-    found = {
-        "attempts": scale and round(scale * tally.decided),
-        "tokens": scale and round(scale * tally.tokens),
-        "prompt_tokens": scale and round(scale * tally.prompt_tokens),
-        "seconds": scale and scale * elapsed,
-    }
     why = f" ({rejections(tally)})" if tally.rejected else ""
     print(f"{tally.decided} attempts: {tally.accepted} accepted, {tally.rejected.total()} rejected{why}")
-    if scale is None:
+    if not tally.accepted:
         print("none was accepted, so nothing can be said of a run: look at some with --preview 5")
-    else:
-        print(
-            f"{rows:,} rows: about {found['attempts']:,} attempts, {found['tokens']:,} tokens of answers and "
-            f"{found['prompt_tokens']:,} of prompts, {_time(scale * elapsed)} on this machine; later rows are rejected "
-            "more often, as there are more that they may repeat"
-        )
+        return dict.fromkeys(("rows", "attempts", "tokens", "prompt_tokens", "seconds"))
+    attempts = rows * tally.decided / tally.accepted
+    if maker.last is not None and maker.last < attempts:
+        rows, attempts = round(maker.last * tally.accepted / tally.decided), maker.last
+    scale = attempts / tally.decided
+    found = {
+        "rows": rows,
+        "attempts": round(attempts),
+        "tokens": round(scale * tally.tokens),
+        "prompt_tokens": round(scale * tally.prompt_tokens),
+        "seconds": scale * elapsed,
+    }
+    until = ", with which the sources are used up" if maker.last == attempts else ""
+    print(
+        f"{rows:,} rows: about {found['attempts']:,} attempts{until}, {found['tokens']:,} tokens of answers and "
+        f"{found['prompt_tokens']:,} of prompts, {_time(scale * elapsed)} on this machine; later rows are rejected "
+        "more often, as there are more that they may repeat"
+    )
     return found
 
 

@@ -198,10 +198,11 @@ class RemoteTeacher:
             return value
         try:
             choices = [(choice["message"], choice.get("finish_reason")) for choice in value["choices"]]
-            texts = [message.get("content") or message.get("refusal") or "" for message, _ in choices]
+            texts = [_text(message.get("content") or message.get("refusal") or "") for message, _ in choices]
             usage = value.get("usage") or {}
-            tokens, prompt = int(usage.get("completion_tokens") or 0), int(usage.get("prompt_tokens") or 0)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            tokens = int(usage.get("completion_tokens") or sum(map(_about, texts)))
+            prompt = int(usage.get("prompt_tokens") or sum(_about(message["content"]) for message in ask.messages))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _Again(f"its JSON is no chat completion: {json.dumps(value)[:_SHOWN]}") from error
         if not texts:
             raise _Again("it gives no choices")
@@ -279,6 +280,22 @@ class RemoteTeacher:
         return found[0]
 
 
+def _text(content: Any) -> str:
+    """An answer as a text, without halves of characters, which cannot be written.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(content, str):
+        raise TypeError(f"content is {type(content).__name__}")
+    return content.encode("utf-8", "replace").decode()
+
+
+def _about(text: str) -> int:
+    """Tokens of a text, estimated rather too high, where an endpoint does not tell: a limit of tokens has to hold."""
+    return -(-len(text.encode("utf-8", "replace")) // 3)
+
+
 class _Closed(BaseException):
     """Nobody waits any more."""
 
@@ -310,7 +327,7 @@ def _read(status: int, headers: dict[str, str], data: bytes, endpoint: str) -> A
         raise UserError(f"{endpoint} answers with status {status}, expected 200; is the address right? {shown}")
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         page = "<html" in text[:1000].lower() or text.lstrip().lower().startswith("<!doctype")
         raise _Again(f"{'an HTML page' if page else 'no JSON'} in place of an answer: {shown}") from error
 

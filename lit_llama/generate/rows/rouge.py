@@ -9,7 +9,7 @@ the rows of its rarest words are looked at (prefix filtering, Chaudhuri, Ganti, 
 import math
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -24,9 +24,9 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(normalised(text))
 
 
-def common(one: Sequence[str], other: Sequence[str]) -> int:
+def common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
     """Length of the longest common subsequence, by the bits of a row of its table (Hyyrö 2004)."""
-    places: dict[str, int] = {}
+    places: dict[Hashable, int] = {}
     for position, word in enumerate(one):
         places[word] = places.get(word, 0) | 1 << position
     full = (1 << len(one)) - 1
@@ -37,7 +37,7 @@ def common(one: Sequence[str], other: Sequence[str]) -> int:
     return len(one) - row.bit_count()
 
 
-def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
+def rouge_l(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
     """The F-measure of two texts by their words; 0 where one has none."""
     return 2 * common(one, other) / (len(one) + len(other)) if one and other else 0.0
 
@@ -54,33 +54,37 @@ class RougeIndex:
 
     def __init__(self, threshold: float) -> None:
         self.threshold, self.compared = threshold, 0
-        self._texts: list[list[str]] = []
+        self._ids: dict[str, int] = {}
+        self._texts, self._ends = array("i"), array("q", [0])  # ids of all words, end to end
         self._lengths = array("i")
-        self._rows: dict[tuple[str, int], array[int]] = {}
+        self._rows: dict[tuple[int, int], array[int]] = {}
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._lengths)
 
     def add(self, words: Sequence[str]) -> None:
         """Take in a text."""
-        for key in _numbered(words):
-            self._rows.setdefault(key, array("i")).append(len(self._texts))
-        self._texts.append(list(words))
-        self._lengths.append(len(words))
+        ids = [self._ids.setdefault(word, len(self._ids)) for word in words]
+        for key in _numbered(ids):
+            self._rows.setdefault(key, array("i")).append(len(self))
+        self._texts.extend(ids)
+        self._ends.append(len(self._texts))
+        self._lengths.append(len(ids))
 
     def nearest(self, words: Sequence[str]) -> tuple[int, float] | None:
         """The text with the highest ROUGE-L of at least the threshold, the first of equals; None without any."""
+        ids = [self._ids.get(word, _UNKNOWN) for word in words]
         best: tuple[float, int] = (0.0, 0)
-        for row in self._candidates(words):
+        for row in self._candidates(ids):
             self.compared += 1
-            best = max(best, (rouge_l(words, self._texts[row]), -row))
+            best = max(best, (rouge_l(ids, self._texts[self._ends[row] : self._ends[row + 1]]), -row))
         return (-best[1], best[0]) if best[0] >= self.threshold else None
 
-    def _candidates(self, words: Sequence[str]) -> list[int]:
+    def _candidates(self, ids: Sequence[int]) -> list[int]:
         """Rows that share enough words to be alike, as far as the rarest words tell."""
-        count, threshold = len(words), self.threshold
+        count, threshold = len(ids), self.threshold
         least = math.ceil(threshold / (2 - threshold) * count - 1e-9)  # shared with the shortest text that can be alike
-        keys = sorted(_numbered(words), key=lambda key: len(self._rows.get(key, ())))[: count - least + 1]
+        keys = sorted(_numbered(ids), key=lambda key: len(self._rows.get(key, ())))[: count - least + 1]
         found = [np.frombuffer(self._rows[key], np.int32) for key in keys if key in self._rows]
         if not count or not found:
             return []
@@ -92,11 +96,15 @@ class RougeIndex:
         return alike
 
 
-def _numbered(words: Sequence[str]) -> list[tuple[str, int]]:
-    """Words with how many of their kind stand before them, so that a set of them counts what occurs twice."""
-    seen: dict[str, int] = {}
+_UNKNOWN = -1
+"""The id of words that no text of an index has."""
+
+
+def _numbered(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Ids with how many of their kind stand before them, so that a set of them counts what occurs twice."""
+    seen: dict[int, int] = {}
     found = []
-    for word in words:
+    for word in ids:
         seen[word] = seen.get(word, 0) + 1
         found.append((word, seen[word]))
     return found

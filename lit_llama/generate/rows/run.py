@@ -4,6 +4,7 @@ An attempt may use rows that were accepted WINDOW attempts before it and earlier
 going: so that the rows are the same whenever a run was interrupted, and however many answers come together.
 """
 
+import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.folder import sha256_file
-from lit_llama.generate.rows.columns import Attempt, Columns
+from lit_llama.generate.rows.attempt import Attempt, Columns
 from lit_llama.generate.rows.filters import RowFilters
 from lit_llama.generate.rows.journal import VERSION, Journal, kept_line, rejected_line
 from lit_llama.generate.rows.recipe import Recipe
@@ -31,7 +32,8 @@ class Limits:
     Args:
         rows: Accepted rows.
         attempts: Attempts; None for any number.
-        tokens: Tokens of answers, those of interrupted runs included; None for any number.
+        tokens: Tokens of answers, those of interrupted runs included; None for any number. No more are asked for: a
+            prompt waits until its longest answer fits in what is left.
         seconds: Of this run; None for any time.
     """
 
@@ -71,6 +73,11 @@ class _Flight:
     steps: Generator[tuple[str, Ask], Reply]
 
 
+def _longest(ask: Ask) -> int:
+    """Tokens that the answers to a prompt have, at most."""
+    return ask.sampling.n * ask.sampling.max_new_tokens
+
+
 class RowMaker:
     """A run of a recipe.
 
@@ -83,6 +90,7 @@ class RowMaker:
     Attributes:
         tally: What came of it so far.
         pools: Sources by their names.
+        left: Tokens that the limit leaves, and those that the next prompt needs; of a run that it ended.
 
     Raises:
         UserError: The teacher cannot do what the recipe asks for.
@@ -104,6 +112,15 @@ class RowMaker:
         self._flights: dict[int, _Flight] = {}
         self._done: dict[int, Attempt] = {}
         self._next = 0
+        self._unsent: list[tuple[Key, Ask]] = []  # a heap: no key is there twice
+        self._sent: dict[Key, int] = {}  # with the tokens that its answers may have
+        self._spent = 0
+        self.left = (0, 0)
+
+    @property
+    def last(self) -> int | None:
+        """Attempts after which a source is used up; None if none ever is."""
+        return min((pool.attempts for pool in self.pools.values() if pool.attempts is not None), default=None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -137,16 +154,19 @@ class RowMaker:
         """
         if journal is not None:
             self._restore(journal)
-        used_up = [pool.attempts for pool in self.pools.values() if pool.attempts is not None]
-        last = min([*used_up, *([] if limits.attempts is None else [limits.attempts])], default=None)
+        last = min((number for number in (self.last, limits.attempts) if number is not None), default=None)
         start = time.monotonic()
         try:
             while not (ended := self._ended(limits, last)):
                 if limits.seconds is not None and time.monotonic() - start >= limits.seconds:
                     return "time"
                 self._begin(last, journal)
+                self._send(limits)
+                if self._unsent and not self._sent and not self._done.get(self.tally.decided):
+                    return "tokens"
                 for key, reply in self.teacher.wait():
-                    if journal is not None and key[0] in self._flights:
+                    del self._sent[key]
+                    if journal is not None:
                         journal.answer(key, reply)
                     self._advance(key, reply, journal)
                 self._decide(journal, limits, decided)
@@ -156,36 +176,35 @@ class RowMaker:
 
     def _restore(self, journal: Journal) -> None:
         """Take over what is decided already."""
-        lines = {line["metadata"]["attempt"]: line for line in journal.kept} | {
-            line["attempt"]: line for line in journal.rejected
-        }
-        for number in range(len(lines)):
-            line = lines[number]
+        lines = {line.get("metadata", line)["attempt"]: line for line in (*journal.kept, *journal.rejected)}
+        journal.kept.clear()
+        journal.rejected.clear()
+        self._next = len(lines)
+        for number in range(self._next):
+            line = lines.pop(number)
             meta = line.get("metadata", line)
             attempt = Attempt(number=number, tokens=meta["tokens"], prompt_tokens=meta["prompt_tokens"])
-            attempt.values = dict(meta["columns"])
             if "metadata" in line:
+                attempt.values = dict(meta["columns"])
                 attempt.row = {key: value for key, value in line.items() if key != "metadata"}
             else:
-                attempt.rejected = (line["filter"], line["reason"])
+                attempt.rejected = (line["filter"], "")
             self._count(attempt)
-        self._next = len(lines)
+        self._spent = self.tally.tokens + sum(reply.tokens for reply in journal.answers.values())
 
     def _ended(self, limits: Limits, last: int | None) -> str:
         tally = self.tally
         if tally.accepted >= limits.rows:
             return "rows"
-        if limits.tokens is not None and tally.tokens >= limits.tokens:
-            return "tokens"
-        if last is not None and tally.decided >= last:
-            return "sources"
-        if limits.attempts is None and tally.barren >= self.recipe.give_up_after:
+        given_up = limits.attempts is None and tally.barren >= self.recipe.give_up_after
+        used_up = last is not None and tally.decided >= last
+        if given_up or (used_up and limits.attempts is None and not tally.accepted):
             why = ", ".join(f"{name} {count:,}" for name, count in tally.rejected.most_common())
             raise DataError(
                 f"the last {tally.barren:,} attempts were all rejected, {tally.accepted:,} of {tally.decided:,} were "
                 f"accepted; rejected by: {why}; rejected.jsonl says why of each"
             )
-        return ""
+        return "sources" if used_up else ""
 
     def _begin(self, last: int | None, journal: Journal | None) -> None:
         while self._next < self.tally.decided + WINDOW and (last is None or self._next < last):
@@ -197,17 +216,29 @@ class RowMaker:
             self._next += 1
             self._advance((attempt.number, ""), None, journal)
 
+    def _send(self, limits: Limits) -> None:
+        """Ask the teacher, the first attempts first, as far as the tokens that are left allow."""
+        while self._unsent:
+            key, ask = self._unsent[0]
+            left = (limits.tokens or 1 << 62) - self._spent - sum(self._sent.values())
+            if _longest(ask) > left:
+                self.left = left, _longest(ask)
+                return
+            heapq.heappop(self._unsent)
+            self._sent[key] = _longest(ask)
+            self.teacher.add(key, ask)
+
     def _advance(self, key: Key, reply: Reply | None, journal: Journal | None) -> None:
         """Go on with an attempt up to its next prompt, or its end; answers of an interrupted run come at once."""
-        flight = self._flights.get(key[0])
-        if flight is None:
-            return
+        flight = self._flights[key[0]]
+        if reply is not None:
+            self._spent += reply.tokens
         try:
             while True:
                 column, ask = flight.steps.send(reply) if reply is not None else next(flight.steps)
                 known = None if journal is None else journal.answers.pop((key[0], column), None)
                 if known is None:
-                    self.teacher.add((key[0], column), ask)
+                    heapq.heappush(self._unsent, ((key[0], column), ask))
                     return
                 reply = known
         except StopIteration:
@@ -226,9 +257,8 @@ class RowMaker:
                     journal.reject(rejected_line(attempt, *of))
             self._count(attempt)
             decided(attempt)
-            if self.tally.accepted >= limits.rows or (limits.tokens or 1 << 62) <= self.tally.tokens:
-                return
-            if self.tally.barren >= self.recipe.give_up_after:
+            given_up = limits.attempts is None and self.tally.barren >= self.recipe.give_up_after
+            if given_up or self.tally.accepted >= limits.rows:
                 return
 
     def _count(self, attempt: Attempt) -> None:
@@ -238,8 +268,9 @@ class RowMaker:
         if attempt.rejected is None:
             assert attempt.row is not None
             self._filters.accept(attempt)
-            value: Mapping[str, Any] = {**attempt.row, **named(attempt.row, attempt.number)}
-            self._accepted.append(Entry(f"attempt {attempt.number}", value))
+            if any(source.accepted for source in self.recipe.sources):
+                value: Mapping[str, Any] = {**attempt.row, **named(attempt.row, attempt.number)}
+                self._accepted.append(Entry(f"attempt {attempt.number}", value))
             tally.accepted += 1
             tally.barren = 0
         else:

@@ -15,6 +15,7 @@ from lit_llama.generate.rows.recipe import Source
 from lit_llama.text.formats import example_of
 from lit_llama.text.read.documents import TEXT_ENDINGS, read_documents
 from lit_llama.text.read.files import expand
+from lit_llama.text.read.pdf import PDF_ENDING, pdf_text
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.rows import read_rows
 
@@ -121,9 +122,11 @@ def named(row: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _passages(source: Source) -> Iterator[Entry]:
-    for path in expand(source.documents or (), (*TEXT_ENDINGS, *PAGES)):
+    for path in expand(source.documents or (), (*TEXT_ENDINGS, *PAGES, PDF_ENDING)):
         if path.suffix.lower() in PAGES:
             text = page_text(_page(path))
+        elif path.suffix.lower() == PDF_ENDING:
+            text = pdf_text(path)
         else:
             text = "".join(raw.value["text"] for raw in read_documents(path, "file") if raw.value is not None)
         for number, passage in enumerate(cut(text, source.length), 1):

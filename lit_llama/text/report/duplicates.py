@@ -28,6 +28,8 @@ _BINS, _BANDS, _PER_BAND = 128, 25, 5
 _SKETCH = 256  # smallest hashes kept of a row; a row with fewer shingles is kept whole
 _LIKELY = 0.6  # of equal bins, five standard deviations below SIMILARITY
 _NEIGHBOURS = 8  # compared in one bucket; buckets of templated rows would cost the square of their size
+_BUCKET = 4 * _NEIGHBOURS  # rows that a new one is compared with in one bucket
+_RECENT = 4096  # rows of a NearIndex between two merges
 _BLOCK = 1024  # rows or pairs at a time: what is made of them stays in the processor's cache
 _NONE = np.uint32(0xFFFFFFFF)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -126,34 +128,68 @@ class NearDuplicates:
 class NearIndex:
     """Rows that come one after another, each compared with all before it: as NearDuplicates, without an end.
 
-    A row costs some 0.3 ms and 4 kB, however many there are.
+    A row costs some 0.3 ms and at most 2 kB, however many there are.
     """
 
     def __init__(self) -> None:
-        self._sketches: list[npt.NDArray[np.uint32]] = []
-        self._minima: list[npt.NDArray[np.uint32]] = []
-        self._buckets: list[dict[int, list[int]]] = [{} for _ in range(_BANDS)]
+        self._sketches, self._ends, self._minima = array("I"), array("q", [0]), array("I")
+        # By the key of a band: rows that are merged, in the order of their keys, and those that came since.
+        self._merged = [(np.zeros(0, np.uint64), np.zeros(0, np.int32)) for _ in range(_BANDS)]
+        self._recent: list[dict[int, list[int]]] = [{} for _ in range(_BANDS)]
+        self._since = 0
 
     def __len__(self) -> int:
-        return len(self._sketches)
+        return len(self._ends) - 1
 
     def add(self, text: str) -> None:
         """Take in a row."""
         sketch, minima = self._hashed(text)
-        for bucket, key in zip(self._buckets, _keys(minima), strict=True):
-            rows = bucket.setdefault(key, [])
-            if len(rows) < 4 * _NEIGHBOURS:  # buckets of templated rows would make every row slower
-                rows.append(len(self._sketches))
-        self._sketches.append(sketch)
-        self._minima.append(minima)
+        for recent, key in zip(self._recent, _keys(minima).tolist(), strict=True):
+            recent.setdefault(key, []).append(len(self))
+        self._sketches.frombytes(sketch.tobytes())
+        self._minima.frombytes(minima.tobytes())
+        self._ends.append(len(self._sketches))
+        self._since += 1
+        if self._since == _RECENT:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Move what came lately from dictionaries to arrays, which take a tenth of the memory."""
+        for band, recent in enumerate(self._recent):
+            keys, rows = self._merged[band]
+            keys = np.append(keys, np.repeat(np.fromiter(recent, np.uint64), [len(found) for found in recent.values()]))
+            rows = np.append(rows, np.fromiter((row for found in recent.values() for row in found), np.int32))
+            order = np.argsort(keys, kind="stable")  # rows of one key stay in their order
+            self._merged[band] = keys[order], rows[order]
+            recent.clear()
+        self._since = 0
 
     def nearest(self, text: str) -> tuple[int, float] | None:
         """The most similar row of those with a Jaccard similarity of SIMILARITY or more, and that; None without any."""
         sketch, minima = self._hashed(text)
-        found = {row for bucket, key in zip(self._buckets, _keys(minima), strict=True) for row in bucket.get(key, ())}
-        likely = [row for row in found if np.count_nonzero(self._minima[row] == minima) >= _LIKELY * _BINS]
-        best = max(((_alike(sketch, self._sketches[row]), -row) for row in likely), default=(0.0, 0))
+        rows = np.fromiter(self._found(_keys(minima)), np.int64)
+        known = np.frombuffer(self._minima, np.uint32).reshape(-1, _BINS)[rows]
+        likely = rows[np.count_nonzero(known == minima, axis=1) >= _LIKELY * _BINS]
+        best = max(((_alike(sketch, self._sketch(row)), -row) for row in likely.tolist()), default=(0.0, 0))
         return (-best[1], best[0]) if best[0] >= SIMILARITY else None
+
+    def _found(self, sought: Keys) -> set[int]:
+        """Rows that share a band: of each the first ones, as buckets of templated rows would make every row slower."""
+        found: set[int] = set()
+        for (keys, rows), recent, key in zip(self._merged, self._recent, sought, strict=True):
+            start = int(np.searchsorted(keys, key))
+            if start < len(keys) and keys[start] == key:
+                end = min(int(np.searchsorted(keys, key, "right")), start + _BUCKET)
+                found.update(rows[start:end].tolist())
+                start = end - start
+            else:
+                start = 0
+            found.update(recent.get(int(key), ())[: _BUCKET - start])
+        return found
+
+    def _sketch(self, row: int) -> npt.NDArray[np.uint32]:
+        # A copy: what is looked at in place cannot grow.
+        return np.array(self._sketches[self._ends[row] : self._ends[row + 1]], np.uint32)
 
     @staticmethod
     def _hashed(text: str) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
@@ -161,15 +197,14 @@ class NearIndex:
         return values, _minima(values, np.zeros(1, np.int64), lengths)[0]
 
 
-def _keys(minima: npt.NDArray[np.uint32]) -> list[int]:
+def _keys(minima: npt.NDArray[np.uint32]) -> Keys:
     """What each band of a row is found by."""
     bands = minima[: _BANDS * _PER_BAND].reshape(_BANDS, _PER_BAND).astype(np.uint64)
     key = np.zeros(_BANDS, np.uint64)
     for column in range(_PER_BAND):
         key = (key ^ bands[:, column]) * _MIX
         key ^= key >> np.uint64(29)
-    found: list[int] = key.tolist()
-    return found
+    return key
 
 
 def _alike(one: npt.NDArray[np.uint32], other: npt.NDArray[np.uint32]) -> float:

@@ -9,8 +9,14 @@ import pytest
 import yaml
 
 from lit_llama.errors import DataError
-from lit_llama.generate.rows.checks import evidence_stands_in_documents, keeps_numbers_and_names, same_as_seed
-from lit_llama.generate.rows.columns import Attempt
+from lit_llama.generate.rows.attempt import Attempt
+from lit_llama.generate.rows.checks import (
+    evidence_answers_question,
+    is_no_example,
+    keeps_meaning,
+    same_as_seed,
+    sentence_at_place,
+)
 from lit_llama.generate.rows.filters import RowFilters
 from lit_llama.generate.rows.recipe import Recipe, Source, read_recipe
 from lit_llama.generate.rows.sources import Entry, Pool, cut, page_text
@@ -84,7 +90,11 @@ def test_filters_that_are_switched_off(recipe: Callable[..., Recipe]) -> None:
     assert (near.judge(attempt(LONG, "Cold weather!", 2)) or [""])[0] == "near_duplicate"
 
 
-def test_near_rows_are_found_by_their_jaccard_similarity() -> None:
+@pytest.mark.parametrize("recent", [1, 7, 4096])
+def test_near_rows_are_found_by_their_jaccard_similarity(recent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows came since the last merge."""
+    monkeypatch.setattr("lit_llama.text.report.duplicates._RECENT", recent)
+
     def jaccard(one: str, other: str) -> float:
         left, right = ({text[at : at + 5] for at in range(len(text) - 4)} for text in (one, other))
         return len(left & right) / len(left | right)
@@ -140,16 +150,68 @@ def test_documents_become_passages(tmp_path: Path) -> None:
     assert list(cut("x" * 250, 100)) == ["x" * 100, "x" * 100, "x" * 50]
 
 
-def test_checks() -> None:
-    row = {"documents": {"text": "The Rhine is 1233 km long.\nIt ends in the sea."}}
-    made = {"evidence": "It ends in  the sea.", "question": "Where does it end?", "answer": "In the sea"}
-    assert evidence_stands_in_documents({**row, "made": made}) is True
-    assert "does not stand" in str(
-        evidence_stands_in_documents({**row, "made": made | {"evidence": "It ends in a lake"}})
+@pytest.mark.parametrize(
+    "question, answer, says",
+    [
+        ("Where does the river end?", "In the sea", True),
+        ("Where does the river end?", "because it ends in the sea", True),  # 5 of 6 words, in their order
+        ("Where does the river end?", "In the lake of Constance", "the words of the answer do not stand"),
+        ("Where does the river end?", "sea the in", "the words of the answer do not stand"),
+        ("The river ends in the sea.", "the sea", "it is no question"),
+        ("Why is it so?", "the sea", "the question has no word of the passage"),
+        ("Does the river end in the sea?", "in the sea", "the question holds its answer"),
+        ("Where does the river end?", "?!", "the words of the answer do not stand"),
+    ],
+)
+def test_a_question_is_answered_by_its_evidence(question: str, answer: str, says: bool | str) -> None:
+    row = {"documents": {"text": "# The Rhine\n\nThe river is 1233 km long. It ends in the sea."}}
+    found = evidence_answers_question(
+        {**row, "evidence": "It ends in the sea.", "made": {"question": question, "answer": answer}}
     )
+    assert found is True if says is True else isinstance(found, str) and found.startswith(str(says))
+
+
+def test_sentences_of_a_passage_take_turns() -> None:
+    text = "# A heading that is long enough\n\nThe first sentence is here. And here, at last,\n\n"
+    text += "Is 3.5 more than the second one? 一二三四五六七八九十一二三四五六七八九十。"
+    found = [sentence_at_place({"documents": {"text": text}, "place": place}) for place in range(4)]
+    assert found[0] == found[3] == "The first sentence is here."
+    assert found[1] == "Is 3.5 more than the second one?" and found[2].startswith("一二")
+    assert sentence_at_place({"documents": {"text": "# Only a heading"}, "place": 3}) == ""
+
+
+def test_checks() -> None:
     old = {"seeds": {"instruction": "How long is the Rhine, 1233 km?", "output": '{"a": 1, "b": 2.0}'}}
-    assert keeps_numbers_and_names(old | {"wording": "The Rhine: is it 1233 km?"}) is True
-    assert keeps_numbers_and_names(old | {"wording": "Is the Rhine 1234 km long?"}) == "the numbers are other ones"
-    assert keeps_numbers_and_names(old | {"wording": "Is it 1233 km long?"}) == "Rhine is missing"
+    assert keeps_meaning(old | {"wording": "The Rhine: is it 1233 km long?"}) is True
+    assert keeps_meaning(old | {"wording": "how long is the rhine, 1233 km"}) == "nothing was reworded"
+    assert keeps_meaning(old | {"wording": "Is the Rhine 1234 km long?"}) == "the numbers are other ones"
+    assert keeps_meaning(old | {"wording": "Is it 1233 km long?"}) == "Rhine is missing"
+    assert "only 2 of 7 words are kept" in str(
+        keeps_meaning(old | {"wording": "Rhine boats weigh 1233 tons, you know"})
+    )
     assert same_as_seed('{"b": 2, "a": 1}', old) == 1 and same_as_seed('{"b": 2}', old) == 0
     assert same_as_seed("so 1,200 it is", {"seeds": {"output": "#### 1200"}}) == 1
+    examples = {"examples": [{"task": "Plan a trip to Rome.", "change": "add one"}]}
+    assert is_no_example(examples | {"made": {"task": "Plan a trip to Oslo and back by train."}}) is True
+    copied = is_no_example(examples | {"made": {"task": "Please, plan a trip to Rome, and pack."}})
+    assert copied == "it is the example 'Plan a trip to Rome.'"
+
+
+def test_columns_that_are_compared_instead_of_the_prompt(tmp_path: Path) -> None:
+    """Catches rows that repeat a long passage and are all taken for near copies of the first."""
+    text = {
+        "columns": [{"name": "question", "template": "x"}],
+        "output": {"alpaca": {"instruction": "{{ question }}", "output": "y"}},
+        "filters": {"compare": ["question"]},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(text))
+    filters = RowFilters(read_recipe(tmp_path / "r.yaml"), [])
+
+    def asked(question: str, answer: str, number: int) -> Attempt:
+        row = {"instruction": question, "input": LONG * 9, "output": answer}
+        return Attempt(number=number, row=row, values={"question": question})
+
+    filters.accept(asked("Which leaves turn red in the autumn of the year?", "most", 0))
+    assert filters.judge(asked("Why do they turn at all?", "Cold air stops the green.", 1)) is None
+    near = filters.judge(asked("Which leaves turn red in the autumn of a year?", "most", 2))
+    assert near is not None and near[0] == "rouge"

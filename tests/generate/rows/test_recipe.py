@@ -80,6 +80,9 @@ def test_a_good_recipe(read: Callable[[Any], Any]) -> None:
         ("filters", {"rouge": 2}, "filters.rouge is 2"),
         ("filters", {"refusals": "no"}, "filters.refusals is 'no', expected bool"),
         ("filters", {"scripts": ["Latn"]}, "filters.scripts has 'Latn'"),
+        ("judge", {"at_lest": 3}, "judge: a judge has no 'at_lest'; did you mean at_least?"),
+        ("judge", {"at_least": 11}, "judge.at_least is 11, expected a score from 1 to 10"),
+        ("judge", {"criterion": "{{ knd }}"}, "(judge): there is no column or source knd; did you mean kind?"),
         ("columns", None, "columns: found nothing"),
     ],
 )

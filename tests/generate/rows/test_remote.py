@@ -1,5 +1,6 @@
 """A teacher behind an API, against an endpoint that does all that endpoints do."""
 
+import contextlib
 import http.server
 import json
 import threading
@@ -208,6 +209,72 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch: p
     ):
         with pytest.raises(UserError, match=says):
             RemoteTeacher(address, key_variable="MY_KEY", model="m")
+
+
+def choice(content: str, usage: str = "null") -> bytes:
+    """A completion of this JSON."""
+    return f'{{"choices": [{{"message": {{"content": {content}}}}}], "usage": {usage}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"null",
+        b"[]",
+        b"3",
+        b"[" * 100_000,
+        b'{"choices": null}',
+        b'{"choices": []}',
+        b'{"choices": ["x"]}',
+        b'{"choices": [{"message": null}]}',
+        choice('[{"type": "text", "text": "x"}]'),
+        choice("7"),
+        choice('"x"', '{"completion_tokens": "many"}'),
+        choice('"x"', '{"completion_tokens": 1e999}'),
+        choice('"x"', "[1]"),
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_json_that_is_no_completion_is_asked_for_again(body: bytes) -> None:
+    """Never another exception: what an endpoint sends is not ours."""
+    with endpoint(answer(200, body), GOOD) as server:
+        assert ask_all(server)[0, "column"].texts == ["fine"] and len(server.bodies) == 2
+
+
+def test_halves_of_characters_are_replaced() -> None:
+    with endpoint(answer(200, choice('"a \\ud83d b"'))) as server:
+        assert ask_all(server)[0, "column"].texts == ["a ? b"]
+
+
+def flood(handler: Any) -> None:
+    """As fast as it goes, for ever."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b" " * (1 << 20))
+
+
+def test_an_answer_without_end_is_not_kept_in_memory() -> None:
+    with endpoint(flood, GOOD) as server:
+        assert ask_all(server)[0, "column"].texts == ["fine"]
+
+
+def test_redirects_are_not_followed() -> None:
+    """The key would go where nobody has sent it."""
+    with endpoint(answer(302, b"", Location="http://127.0.0.1:9/v1/chat/completions")) as server:
+        with pytest.raises(UserError, match="status 302, expected 200; is the address right"):
+            ask_all(server)
+        assert len(server.bodies) == 1
+
+
+def test_tokens_are_estimated_where_the_endpoint_does_not_tell() -> None:
+    """Catches a limit of tokens that an endpoint without usage never reaches."""
+    silent = json.dumps({"choices": [{"message": {"content": "0123456789"}, "finish_reason": "stop"}]}).encode()
+    with endpoint(answer(200, silent)) as server:
+        reply = ask_all(server)[0, "column"]
+        assert (reply.texts, reply.tokens, reply.prompt_tokens) == (["0123456789"], 4, 1)
 
 
 def test_what_is_asked_for_is_said() -> None:

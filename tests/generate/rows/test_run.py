@@ -2,66 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from scripted_teacher import ScriptedTeacher, said
+from scripted_teacher import WINDOW, Make, ScriptedTeacher, echo, made, said
+from scripted_teacher import recipe as recipe  # a fixture
 
 from lit_llama.errors import DataError, IntegrityError, LockedError, UserError
 from lit_llama.generate.rows.journal import open_journal
 from lit_llama.generate.rows.make import make_rows
-from lit_llama.generate.rows.recipe import Recipe, read_recipe
 from lit_llama.generate.rows.run import Limits
 from lit_llama.generate.rows.teacher import Ask, Key, Reply
 from lit_llama.text.read.reading import read_conversations
-
-Make = Callable[..., Recipe]
-SEEDS = [{"instruction": f"seed number {n} of all", "output": f"answer {n}"} for n in range(9)]
-
-
-WINDOW = 8
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr("lit_llama.generate.rows.run.WINDOW", WINDOW)
-
-    def make(**changes: Any) -> Recipe:
-        seeds = tmp_path / "seeds.jsonl"
-        seeds.write_text("".join(json.dumps(row) + "\n" for row in SEEDS))
-        text: dict[str, Any] = {
-            "sources": {"seeds": {"rows": str(seeds), "draw": 3, "accepted": 1}},
-            "columns": [
-                {"name": "kind", "sample": ["red", "blue"]},
-                {"name": "task", "prompt": "{% for s in seeds %}{{ s.instruction }};{% endfor %}{{ kind }}"},
-                {"name": "answer", "prompt": "{{ task }}"},
-            ],
-            "output": {"alpaca": {"instruction": "{{ task }}", "output": "{{ answer }}"}},
-        }
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(text | changes, sort_keys=False))
-        return read_recipe(tmp_path / "mine.yaml")
-
-    return make
-
-
-def echo(key: Key, ask: Ask) -> Reply | str:
-    """Every third task is one of five, so that filters have something to do; all else tells its prompt."""
-    number, column = key
-    words = ask.messages[-1]["content"]
-    if column == "answer":
-        return said("cut", reason="length") if number % 10 == 7 else f"reply {number % 2 * number} to {words}"
-    return f"do this {number % 5}" if number % 3 == 0 else f"w{number} x{number * 7} y{hash_of(words)} z{number}"
-
-
-def hash_of(text: str) -> int:
-    return sum(ord(letter) * place for place, letter in enumerate(text))
-
-
-def made(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "state.json"}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -138,11 +91,41 @@ def test_lines_that_a_power_cut_took_are_made_again(recipe: Make, tmp_path: Path
     assert made(tmp_path / "out") == made(tmp_path / "whole")
 
 
-def test_budgets(recipe: Make, tmp_path: Path) -> None:
-    tally = make_rows(recipe(), ScriptedTeacher(echo), tmp_path / "out", limits=Limits(rows=500, tokens=60))
-    assert 60 <= tally.tokens < 110
-    again = make_rows(recipe(), ScriptedTeacher(echo), tmp_path / "out", limits=Limits(rows=500, tokens=60))
-    assert again == tally  # those of before count
+def test_a_limit_of_tokens_is_never_exceeded(recipe: Make, tmp_path: Path) -> None:
+    """Whatever the limit, no more comes from the teacher, the rows are the first of a longer run, and that goes on."""
+    columns = [
+        {"name": "task", "prompt": "{{ seeds[0].instruction }}", "sampling": {"max_new_tokens": 20}},
+        {"name": "answer", "prompt": "{{ task }}", "sampling": {"max_new_tokens": 4, "n": 2}},
+        {"name": "first", "expression": "answer[0]"},
+    ]
+    output = {"alpaca": {"instruction": "{{ task }}", "output": "{{ first }}"}}
+    mine, came = recipe(columns=columns, output=output, filters={"rouge": None, "near_duplicates": False}), [0]
+
+    def answer(key: Key, ask: Ask) -> Reply:
+        number, column = key
+        found = (
+            said(f"r{number} a", f"r{number} b c") if column == "answer" else said(f"w{number} " * (number % 20 + 1))
+        )
+        assert found.tokens <= ask.sampling.max_new_tokens * ask.sampling.n
+        came[0] += found.tokens
+        return found
+
+    make_rows(mine, ScriptedTeacher(answer), tmp_path / "whole", limits=Limits(rows=30))
+    for limit in (1, 19, 20, 33, 150, 151, 160, 400):
+        came[0], out = 0, tmp_path / str(limit)
+        for order in range(2):  # the second one finds that nothing more can be asked
+            tally = make_rows(mine, ScriptedTeacher(answer, order), out, limits=Limits(rows=30, tokens=limit))
+            assert tally.tokens <= came[0] <= limit and came[0] + 20 + 20 > min(limit, 400)
+        assert (tmp_path / "whole/rows.jsonl").read_bytes().startswith((out / "rows.jsonl").read_bytes())
+        make_rows(mine, ScriptedTeacher(answer, 5), out, limits=Limits(rows=30))
+        assert made(out) == made(tmp_path / "whole")
+
+
+def test_budgets(recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = make_rows(recipe(), ScriptedTeacher(echo), tmp_path / "out", limits=Limits(rows=500, tokens=600))
+    assert 50 <= tally.tokens <= 600
+    said = capsys.readouterr().err
+    assert "stopped at the limit of tokens: " in said and " are left, the next answer may take 512; " in said
     make_rows(recipe(), ScriptedTeacher(echo), tmp_path / "out", limits=Limits(rows=500, seconds=1e-9))
     longer = make_rows(recipe(), ScriptedTeacher(echo), tmp_path / "out", limits=Limits(rows=tally.accepted + 5))
     assert longer.accepted == tally.accepted + 5
@@ -174,7 +157,7 @@ def test_a_folder_of_something_else(recipe: Make, tmp_path: Path) -> None:
 
 def test_words_of_seeds_are_no_templates(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attack = "{{ 7 * 7 }}{% for i in range(10**9) %}x{% endfor %}{{ ''.__class__ }}"
-    monkeypatch.setattr("test_run.SEEDS", [{"instruction": attack, "output": "y"}])
+    monkeypatch.setattr("scripted_teacher.SEEDS", [{"instruction": attack, "output": "y"}])
     seen: list[str] = []
 
     def answer(key: Key, ask: Ask) -> str:
@@ -207,3 +190,45 @@ def test_sources_that_are_used_up_end_the_run(recipe: Make, tmp_path: Path) -> N
         recipe(**changes), ScriptedTeacher(lambda key, ask: f"a{key[0]} b"), tmp_path / "o", limits=Limits(rows=99)
     )
     assert tally.decided == 5 and not (tmp_path / "o/.answers.jsonl").exists()
+    changes["columns"] = [{"name": "task", "template": "{{ seeds[0].title }}"}, {"name": "answer", "template": "x"}]
+    with pytest.raises(DataError, match=r"0 of 5 were accepted; rejected by: template 5"):
+        make_rows(recipe(**changes), ScriptedTeacher(echo), tmp_path / "none", limits=Limits(rows=99))
+    assert "title" in lines(tmp_path / "none/rejected.jsonl")[0]["reason"]
+
+
+def test_a_judge_scores_rows_and_rejects_those_below(recipe: Make, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def answer(key: Key, ask: Ask) -> str:
+        if key[1] != "judge":
+            return echo(key, ask)  # type: ignore[return-value]
+        seen.append(ask.messages[-1]["content"])
+        return json.dumps({"reason": "so", "score": 8 if key[0] % 2 else 7})
+
+    make_rows(recipe(judge={"at_least": 8}), ScriptedTeacher(answer), tmp_path / "out", limits=Limits(rows=10))
+    rows, rejected = lines(tmp_path / "out/rows.jsonl"), lines(tmp_path / "out/rejected.jsonl")
+    assert len(rows) == 10 and all(row["metadata"]["attempt"] % 2 for row in rows)
+    judged = [line for line in rejected if line["filter"] == "judged"]
+    assert judged and all(line["attempt"] % 2 == 0 for line in judged)
+    assert judged[0]["reason"] == "judge.score >= 8 is false" and judged[0]["columns"]["judge"]["reason"] == "so"
+    told = f"Task:\n{rows[0]['instruction']}\n\nAnswer:\n{rows[0]['output']}\n\nHow correct, complete and to the point"
+    assert any(words.startswith(told) for words in seen)
+
+
+def test_a_judge_of_pairs_has_to_prefer_the_chosen_answer_in_both_orders(recipe: Make, tmp_path: Path) -> None:
+    """Catches a judge that always says A, and one that prefers the rejected answer."""
+    texts = {"prompt": "{{ seeds[0].instruction }}", "chosen": "good {{ task }}", "rejected": "bad {{ task }}"}
+    changes: dict[str, Any] = {"columns": [{"name": "task", "prompt": "x"}], "output": {"preference": texts}}
+    changes |= {"judge": {"criterion": "polite"}, "filters": {"rouge": None, "near_duplicates": False}}
+
+    def answer(key: Key, ask: Ask) -> str:
+        if key[1] == "task":
+            return f"n{key[0]}"
+        first = ask.messages[-1]["content"].split("Answer A:\n")[1].startswith("good")
+        assert "Which answer is more polite?" in ask.messages[-1]["content"]
+        better = {0: first, 1: True, 2: not first}[key[0] % 3]
+        return json.dumps({"better": "A" if better else "B"})
+
+    make_rows(recipe(**changes), ScriptedTeacher(answer), tmp_path / "out", limits=Limits(rows=5))
+    assert [row["metadata"]["attempt"] for row in lines(tmp_path / "out/rows.jsonl")] == [0, 3, 6, 9, 12]
+    assert {line["filter"] for line in lines(tmp_path / "out/rejected.jsonl")} == {"judged"}

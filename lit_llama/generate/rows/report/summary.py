@@ -4,11 +4,11 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llama.generate.rows.columns import prompt_and_answer
+from lit_llama.generate.rows.attempt import prompt_and_answer
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE
 from lit_llama.generate.rows.rouge import rouge_l, words_of
 from lit_llama.generate.rows.run import RowMaker
@@ -91,7 +91,13 @@ _ASIDE = frozenset(
 
 def summarise(folder: Path, maker: RowMaker) -> dict[str, Any]:
     """What stands in report.json: nothing of when and how fast, so that equal rows have an equal report."""
-    rows, rejected = _lines(folder / ROWS_FILE), _lines(folder / REJECTED_FILE)
+    rows = list(_lines(folder / ROWS_FILE))
+    sampled = [column.name for column in maker.recipe.columns if column.kind == "sample"]
+    rejected = [
+        {name: line[name] for name in ("attempt", "filter", "reason")}
+        | {"columns": {name: line["columns"][name] for name in sampled if name in line["columns"]}}
+        for line in _lines(folder / REJECTED_FILE)
+    ]
     texts = [prompt_and_answer(row) for row in rows]
     tally, seeds = maker.tally, _seeds(maker)
     return {
@@ -118,9 +124,9 @@ def summarise(folder: Path, maker: RowMaker) -> dict[str, Any]:
     }
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def _seeds(maker: RowMaker) -> list[str]:

@@ -200,8 +200,8 @@ class PromptLookups:
         self._rates, self._answers = Rates(), Answers()
 
     def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
-        """What may follow each answer, as long as it promises to pay: a guess costs a row of a step, which for R answers
-        is R / (FREE + R) of what an id is worth."""
+        """What may follow each answer, as long as it promises to pay: a guess costs a row of a step, which for R
+        answers is R / (FREE + R) of what an id is worth."""
         cost = len(asked) / (FREE + len(asked))
         return [self._guess(one, cost) for one in asked]
 

@@ -20,7 +20,7 @@ export GOMP_SPINCOUNT ?= 2000
 .NOTPARALLEL:
 .SILENT:
 .SUFFIXES:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test attack lint format clean
 
 help: ## List the targets
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,12 @@ demo: $(RUN)/before.jsonl $(RUN)/after.jsonl ## Prepare, fine-tune, merge and co
 
 test: lint $(BASE)/config.json ## Run every check and every test
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# Half an hour; a short part of it is among the tests.
+ATTACK := --kills 500 --flips 500 --swaps 50 --races 100 --terminals 150 --seed 1
+
+attack: $(VENV)/test ## Kill, damage and race the commands for half an hour, and print a table
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(PY) tests/attack/run.py $(ATTACK)
 
 lint: $(VENV)/test ## Check style, types and the direction of imports
 	$(VENV)/bin/ruff check

@@ -27,6 +27,7 @@ def main(
     plan: bool = False,
     plan_memory: str | None = None,
     plan_device: str | None = None,
+    verify: bool = False,
 ) -> None:
     """Train every weight; the result is a model of its own, which needs its base no more.
 
@@ -52,6 +53,7 @@ def main(
         plan_memory: The same for a GPU with this much memory, such as 80GB, that is not here.
         plan_device: The same for a kind of GPU, such as v100, t4, a100 or rtx4090, which decides the precision of auto,
             too. Of several sizes of its memory the smallest counts, unless plan_memory is given.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
     """
     from lit_llama.train.method import Full
     from lit_llama.train.start import start
@@ -72,6 +74,7 @@ def main(
         plan=plan,
         plan_memory=plan_memory,
         plan_device=plan_device,
+        verify=verify,
         own={"dtype": dtype},
     )
 

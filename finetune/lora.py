@@ -32,6 +32,7 @@ def main(
     devices: int | Literal["auto"] = 1,
     num_nodes: int = 1,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    verify: bool = False,
 ) -> None:
     """Train low-rank adapters; the base stays as it is.
 
@@ -63,6 +64,7 @@ def main(
             Under torchrun or srun, which start the processes themselves, leave this and num_nodes out.
         num_nodes: Machines that do; each needs the same folders.
         strategy: Each process holds the whole base (ddp), or a part of its layers (fsdp); auto is ddp where it fits.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
     """
     from lit_llama.train.method import LoRA
     from lit_llama.train.start import start
@@ -85,6 +87,7 @@ def main(
         plan=plan,
         plan_memory=plan_memory,
         plan_device=plan_device,
+        verify=verify,
         own={"adapter_dir": None, "lora": asdict(lora), "quantize": quantize, "strategy": strategy},
     )
 

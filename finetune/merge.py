@@ -23,6 +23,7 @@ def main(
     precision: Precision = "auto",
     onto: Literal["stored", "nf4", "nf4-dq", "int8", "fp8"] | None = None,
     modelfile: bool = False,
+    verify: bool = False,
 ) -> None:
     """Add the update in float32, round once, and compare logits with base + adapter before the folder appears.
 
@@ -37,9 +38,13 @@ def main(
         onto: Add the update to the base as it is stored, or to what quantisation leaves of it. Left out, it is what the
             adapter has seen in its training, as its folder records; anything else gives another model than that.
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
     """
     from lit_llama.convert.merge import merge, merge_into_gguf
+    from lit_llama.model.adapter import verify_folders
 
+    if verify:
+        verify_folders(adapter_dir, base_dir=base_dir)
     if format == "gguf":
         merge_into_gguf(
             adapter_dir,

@@ -4,6 +4,7 @@ python generate/instruct.py --checkpoint_dir out/lora/NAME --prompt "What food d
 python generate/instruct.py --checkpoint_dir out/lora/NAME --data_dir data/NAME
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from lit_llama.cli import CLI
@@ -50,6 +51,7 @@ def main(
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.questions import read_questions
+    from lit_llama.lock import reserve
 
     asked = read_questions(
         prompt,
@@ -65,9 +67,10 @@ def main(
         print_plan(folder.plan())
         return
     drawn = sampling.over(folder.sampling)
-    llm = folder.load()
-    who = identity(folder) if output_file is not None else None
-    answer(llm, asked, drawn, output_file=output_file, system=system, overflow=overflow, identity=who)
+    with nullcontext() if output_file is None else reserve(output_file):
+        llm = folder.load()
+        who = identity(folder) if output_file is not None else None
+        answer(llm, asked, drawn, output_file=output_file, system=system, overflow=overflow, identity=who)
 
 
 if __name__ == "__main__":

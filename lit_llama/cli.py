@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -33,24 +35,103 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # Threads of OpenMP wait for each other by spinning, by default for so long that beside other programs most of the
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    signal.signal(signal.SIGTERM, _end)
+    _settle()
+    try:
+        _guarded(mains)
+    except KeyboardInterrupt:  # another one, in the middle of the last words
+        os._exit(128 + signal.SIGINT)
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _leave)  # threads may still be ending
+
+
+def _guarded(mains: Sequence[Callable[..., Any]]) -> None:
+    """Run, and end as `CLI` says."""
     try:
         _run(mains)
     except Interrupted as error:  # which the user wanted
         _say(error, error.exit_status)
     except UserError as error:
         _fail(error, error.exit_status)
-    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
+        if _reader_is_gone(error):  # as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         _fail(_system(error), ResourceError.exit_status)
     except KeyboardInterrupt:
         _say("Interrupted", 128 + signal.SIGINT)
 
 
+_GONE = (errno.EPIPE, errno.EIO)
+"""Errors of writing to a pipe that nobody reads, and to a terminal that is closed."""
+
+
+def _reader_is_gone(error: OSError) -> bool:
+    """Whether an error is that nobody reads our results any more. A disk that fails has the number of a terminal that
+    is closed."""
+    if error.errno != errno.EIO:
+        return error.errno == errno.EPIPE
+    with contextlib.suppress(OSError, ValueError):
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLHUP | select.POLLERR) for _, event in output.poll(0))
+    return False
+
+
+def _settle() -> None:
+    """Have signals unwind the command, which clears away what is half made, and do without a stderr that is gone."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, _end)
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        encoding, errors = sys.stderr.encoding, sys.stderr.errors
+        sys.stderr = io.TextIOWrapper(
+            _Talk(sys.stderr.fileno()),  # as of `python -u`, a file without a buffer
+            encoding=encoding,
+            errors=errors,
+            line_buffering=True,
+            write_through=True,
+        )
+    said = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if found.exc_type in (KeyboardInterrupt, SystemExit) else said(found)
+
+
+def _leave(number: int, frame: object) -> None:
+    """End at once: nothing has begun yet, or all is done."""
+    os._exit(128 + number)
+
+
+class _Talk(io.RawIOBase):
+    """Stderr, which may go away (`2>&1 | head`, a closed terminal) while the work that is told of goes on."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        left = bytes(data)
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
+        return len(data)
+
+
 def _end(number: int, frame: Any) -> None:
-    """Unwind, which clears away what is half made; the default action of SIGTERM would not.
+    """Unwind, which clears away what is half made; the default action of a signal would not.
 
     While torch is imported, nothing is; and its C++ code drops exceptions that come while it imports NumPy.
     """
@@ -262,3 +343,15 @@ def _say(text: object, status: int) -> None:
     line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
     print(shown(line, sys.stderr), file=sys.stderr)
     sys.exit(status)
+
+
+def _begin() -> None:
+    """End a script quietly if Ctrl-C comes while it is still importing what it needs."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if script.parent.name in ("prepare", "finetune", "generate") and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, _leave)
+
+
+_begin()  # the one thing that an import does: from here on until `CLI`, nothing else could

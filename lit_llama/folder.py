@@ -2,35 +2,33 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import IntegrityError, UserError
-from lit_llama.lock import hold
+from lit_llama.errors import UserError
+from lit_llama.lock import reserve
+from lit_llama.manifest import MANIFEST, remember, sha256_file, write_manifest
 from lit_llama.place import (
     aside,
     check_output,
     check_writable,
     full_disk_explained,
-    is_part,
-    new_folder,
+    kept_aside,
     open_own,
     real,
     refuse_foreign,
     remove_own,
+    temporary_folder,
     unused,
     what_is,
 )
 from lit_llama.place import check_space as check_space  # part of this file for those who write folders
 from lit_llama.place import sync as sync
 
-MANIFEST = "SHA256SUMS"
 _OWN = ".unfinished"  # in a folder that outlives a failure: it is ours
 
 
@@ -40,7 +38,7 @@ def publish(destination: Path, marker: str, *, replace: bool = False, keep: bool
 
     A folder counts as whole only while `marker`, the file that describes it, is there: the marker of older contents
     goes first and the new one comes last, so that whatever interrupts us leaves nothing that looks whole. Other files
-    in an existing destination (raw data, say) stay as they are.
+    in an existing destination (raw data, say) stay as they are. The manifest of what the body wrote is added.
 
     The destination may be a link to a folder, a mount point, or lie on another disk: its links are followed once, at
     the beginning. The temporary folder lies in a destination that is there and beside one that is not, so that the move
@@ -60,35 +58,22 @@ def publish(destination: Path, marker: str, *, replace: bool = False, keep: bool
     """
     check_destination(destination, marker, replace=replace)
     place = real(destination)
-    room = place if place.is_dir() else place.parent
-    room.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(hold(room / f".{place.name}.lock", destination))
-            _clear(room, place.name)
-        except OSError as error:
-            if keep or replace or error.errno not in (errno.ENOSYS, errno.ENOTSUP):  # a disk without locks
-                raise
+    with reserve(destination, required=keep or replace):
         check_destination(destination, marker, replace=replace)  # another run may have ended meanwhile
-        staging = _unfinished(room, place) if keep else new_folder(room / place.name)
-        try:
-            with full_disk_explained(destination, staging):
-                yield staging
-                _move_in(staging, place, marker)
-        finally:
-            if not keep or (staging.is_dir() and {path.name for path in staging.iterdir()} <= {_OWN}):
-                shutil.rmtree(staging, ignore_errors=True)
+        room = place if place.is_dir() else place.parent
+        begun = _unfinished(room, place) if keep else temporary_folder(room / place.name)
+        with begun as staging, full_disk_explained(destination, staging):
+            yield staging
+            if not (staging / MANIFEST).exists():
+                write_manifest(staging, {})
+            _settle_modes(staging)
+            _move_in(staging, place, marker)
+            remember(place)
 
 
-def _clear(room: Path, name: str) -> None:
-    """Remove the temporary folders of processes that are gone: whoever has one holds the lock that we hold now."""
-    for path in room.iterdir():
-        if is_part(path.name, room / name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _unfinished(room: Path, place: Path) -> Path:
-    """The folder that outlives a failure, new or with what an earlier command wrote into it.
+@contextlib.contextmanager
+def _unfinished(room: Path, place: Path) -> Iterator[Path]:
+    """Give the folder that outlives a failure, new or with what an earlier command wrote into it.
 
     Raises:
         UserError: Something foreign has its name.
@@ -97,21 +82,24 @@ def _unfinished(room: Path, place: Path) -> Path:
     staging, beside = room / name, place.parent / name
     if staging != beside and os.path.lexists(beside) and not os.path.lexists(staging):
         _check_ours(beside)  # the destination was made meanwhile
-        with hold(place.parent / f".{place.name}.lock", place):
-            try:
-                beside.rename(staging)
-            except OSError as error:
-                raise UserError(
-                    f"{beside} holds the unfinished work of an earlier command and cannot be moved to {staging} "
-                    f"({error.strerror}): move it there, or remove it to begin anew"
-                ) from error
+        try:
+            beside.rename(staging)
+        except OSError as error:
+            raise UserError(
+                f"{beside} holds the unfinished work of an earlier command and cannot be moved to {staging} "
+                f"({error.strerror}): move it there, or remove it to begin anew"
+            ) from error
     if os.path.lexists(staging):
         _check_ours(staging)
     else:
         staging.mkdir()
     if not (staging / _OWN).exists():
         os.close(open_own(staging / _OWN, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    return staging
+    try:
+        yield staging
+    finally:
+        if staging.is_dir() and {path.name for path in staging.iterdir()} <= {_OWN}:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_ours(staging: Path) -> None:
@@ -126,11 +114,19 @@ def _check_ours(staging: Path) -> None:
         raise refuse_foreign(staging / links[0], what_is(staging / links[0]))
 
 
+def _settle_modes(staging: Path) -> None:
+    """Give every file the mode of a plain new one; some libraries write files that only their owner can read."""
+    mode = (staging / MANIFEST).stat().st_mode & 0o777
+    for path in staging.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def _move_in(staging: Path, place: Path, marker: str) -> None:
     _sync_tree(staging)
     if not os.path.lexists(place):
+        (staging / _OWN).unlink(missing_ok=True)
         staging.rename(place)  # in one step
-        (place / _OWN).unlink(missing_ok=True)
     else:
         (place / marker).unlink(missing_ok=True)
         sync(place)
@@ -143,23 +139,17 @@ def _move_in(staging: Path, place: Path, marker: str) -> None:
 
 def _move(source: Path, target: Path) -> None:
     """Put a file or folder in the place of another, which goes only when the new one is there."""
-    _clear(target.parent, target.name)
-    old = unused(target) if target.is_dir() and not target.is_symlink() else None
-    if old:
-        target.rename(old)
-    try:
-        source.replace(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            if old:
-                old.rename(target)
-            raise
-        copy = unused(target)  # a disk was mounted there meanwhile: better late than never
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
-        _sync_tree(copy)
-        copy.rename(target)
-    if old:
-        shutil.rmtree(old)
+    folder = target.is_dir() and not target.is_symlink()
+    with kept_aside(target) if folder else contextlib.nullcontext():
+        try:
+            source.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            copy = unused(target)  # a disk was mounted there meanwhile: better late than never
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+            _sync_tree(copy)
+            copy.rename(target)
 
 
 class Staging:
@@ -187,12 +177,15 @@ class Staging:
     def recover(self, plan: str) -> None:
         """Take over what an interrupted run with the same plan finished; anything else goes."""
         journal, kept = self.path / self.JOURNAL, [{"plan": plan}]
-        text = journal.read_text("utf-8") if journal.is_file() else ""
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        data = journal.read_bytes() if journal.is_file() else b""
+        lines = [_parsed(line) for line in data.split(b"\n")[:-1]]
         for line in lines[1:] if lines[:1] == kept else []:
-            file = self.path / line["file"]
-            if file.is_file() and sha256_file(file) == line["sha256"]:
-                self.done[line["file"]] = line
+            name = line.get("file")
+            if not isinstance(name, str) or Path(name).name != name:
+                continue  # damaged: what it spoke of is made again
+            file = self.path / name
+            if file.is_file() and sha256_file(file) == line.get("sha256"):
+                self.done[name] = line
                 kept.append(line)
         for path in self.path.iterdir():
             if path.name not in {self.JOURNAL, _OWN, *self.done}:
@@ -202,6 +195,15 @@ class Staging:
         sync(part)
         part.replace(journal)
         sync(self.path)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A line of a journal; an empty one where it is damaged."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def _line(value: Any) -> str:
@@ -232,7 +234,7 @@ def resume(destination: Path, plan: str) -> Iterator[Staging]:
 def check_absent(destination: Path) -> None:
     """Refuse a destination that holds anything: nothing is overwritten or deleted."""
     place = real(destination)
-    own = {f".{place.name}.{name}" for name in ("unfinished", "lock")} | {"lost+found"}  # that is of the disk itself
+    own = {f".{place.name}.unfinished", ".lock", "lost+found"}  # the last is of the disk itself
     if place.exists() and not (place.is_dir() and {path.name for path in place.iterdir()} <= own):
         raise UserError(f"{destination} already exists; name another folder, nothing is ever overwritten")
     check_writable(destination)
@@ -245,32 +247,6 @@ def check_apart(destination: Path, *inputs: Path) -> None:
         given = folder.resolve()
         if made == given or made.is_relative_to(given) or given.is_relative_to(made):
             raise UserError(f"--destination_path {destination} and the input {folder} lie in each other; name another")
-
-
-def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
-    """Write SHA256SUMS, which `sha256sum --check` reads too; hashes that are `known` already are not computed again."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith("."))
-    lines = [f"{known.get(name) or sha256_file(folder / name)}  {name}\n" for name in names]
-    (folder / MANIFEST).write_text("".join(lines), "utf-8")
-
-
-def read_manifest(folder: Path) -> dict[str, str]:
-    """File names and their sha256.
-
-    Raises:
-        IntegrityError: The folder has no manifest, or one that is none.
-    """
-    try:
-        lines = (folder / MANIFEST).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"{folder / MANIFEST} cannot be read, so nothing says what the folder held: {error}"
-        ) from error
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name, digest in sums.items():
-        if Path(name).name != name or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise IntegrityError(f"{folder / MANIFEST} is damaged: {name!r} is no line of a manifest")
-    return sums
 
 
 def check_destination(destination: Path, marker: str, *, replace: bool = False) -> None:
@@ -296,12 +272,6 @@ def encode_json(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """What `encode_json` gives, into a file."""
     path.write_bytes(encode_json(value))
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:

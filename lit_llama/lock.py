@@ -1,17 +1,24 @@
 """One process at a time: a lock file names its holder, and a process that dies lets it go."""
 
 import contextlib
+import errno
 import fcntl
+import functools
+import inspect
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from lit_llama.errors import LockedError
-from lit_llama.place import check_writable, full_disk_explained, open_own, refuse_foreign
+from lit_llama.place import check_writable, full_disk_explained, open_own, real, refuse_foreign, sweep
 
 _BEGINNING = "process "
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -56,9 +63,72 @@ def hold(lock: Path, destination: Path) -> Iterator[None]:
             return
 
 
+_held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
+"""Real paths of the destinations that are ours: what makes a part of one does not wait for the whole."""
+
+
+@contextlib.contextmanager
+def reserve(destination: Path, *, required: bool = True, nested: bool = True) -> Iterator[None]:
+    """Hold the locks of a destination, a file or folder to be made or filled, from before the work to its end.
+
+    One lies beside it, where that can be written, and one in it where it is a folder: another machine or container may
+    have it mounted at another place. What is made for that, and is still empty at the end, goes again.
+
+    Args:
+        destination: What is worked on; a part of the work finds it reserved.
+        required: False to go on where its disk has no locks.
+        nested: Part of the work on a destination may be what this thread has reserved it for.
+
+    Raises:
+        LockedError: Another process works on it.
+        UserError: It cannot be made or written, or something foreign has the name of a lock.
+    """
+    check_writable(destination)
+    place = real(destination)
+    name = os.path.realpath(place)
+    if nested and name in _held.get():
+        yield
+        return
+    made = [path for path in place.parents if not path.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    locks = [place.parent / f".{place.name}.lock"] if os.access(place.parent, os.W_OK | os.X_OK) else []
+    locks += [place / ".lock"] if place.is_dir() else []
+    with contextlib.ExitStack() as stack:
+        try:
+            for lock in locks:
+                stack.enter_context(hold(lock, destination))
+        except OSError as error:
+            if required or error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+                raise
+            locks = []
+        for folder in (place.parent, *([place] if place.is_dir() else [])):
+            sweep(folder)
+        before = _held.set(_held.get() | {name} if locks else _held.get())
+        try:
+            yield
+        finally:
+            _held.reset(before)
+            stack.close()
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()  # which it does only where nothing is inside
+
+
+def reserving(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function hold the locks of its parameter `destination` from its beginning to its end."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def held(*args: P.args, **kwargs: P.kwargs) -> T:
+        with reserve(signature.bind(*args, **kwargs).arguments["destination"], required=False):
+            return function(*args, **kwargs)
+
+    return held
+
+
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be and hold the lock in it; what is still empty at the end goes again.
+    """Make `folder` if need be and reserve it; what is still empty at the end goes again.
 
     Raises:
         LockedError: Another process works in it.
@@ -68,9 +138,9 @@ def claim(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with hold(folder / ".lock", folder):
+        with reserve(folder, nested=False):
             yield
     finally:
         with contextlib.suppress(OSError):
             for path in made:
-                path.rmdir()  # which it does only where nothing is inside
+                path.rmdir()

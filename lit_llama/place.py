@@ -111,11 +111,24 @@ def unused(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
-def new_folder(path: Path) -> Path:
-    """Make a folder at an unused name beside `path`."""
-    folder = unused(path)
-    folder.mkdir()  # which fails at a link, too
-    return folder
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path`; what is still there at the end goes.
+
+    The kernel keeps a lock on the folder itself as long as this process lives, by which `sweep` knows it.
+    """
+    sweep(path.parent)
+    while True:
+        folder = unused(path)
+        folder.mkdir()  # which fails at a link, too
+        with _locked(folder):
+            if not folder.is_dir():
+                continue  # swept between the two
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
 
 
 @contextlib.contextmanager
@@ -125,37 +138,73 @@ def aside(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: The disk is full.
     """
-    _clear_parts(path)
+    sweep(path.parent)
     part = unused(path)
     with full_disk_explained(path, part):
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        while True:
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+            with _locked(part):
+                if not part.is_file():
+                    continue  # swept between the two
+                try:
+                    yield part
+                    sync(part)
+                    part.replace(path)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        part.unlink()
+                    raise
+                return
+
+
+@contextlib.contextmanager
+def kept_aside(path: Path) -> Iterator[Path]:
+    """Move a folder out of the way of what takes its name; it goes at the end, or comes back after an error."""
+    with _locked(path):
+        old = unused(path)
+        path.rename(old)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield part
-            sync(part)
-            part.replace(path)
+            yield old
         except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
+            if not os.path.lexists(path):
+                old.rename(path)
             raise
-        finally:
-            os.close(descriptor)
+        shutil.rmtree(old)
 
 
-def is_part(name: str, path: Path) -> bool:
-    """Whether a name is one that `unused` gives to what is on its way to `path`."""
-    return re.fullmatch(rf"\.{re.escape(path.name)}\.partial-[0-9a-f]{{8}}", name) is not None
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder at an unused name, where its disk has locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:  # swept
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _clear_parts(path: Path) -> None:
-    """Remove files on their way to `path` whose process is gone: it held a lock on them."""
-    for part in [entry for entry in path.parent.iterdir() if is_part(entry.name, path)]:
-        with contextlib.suppress(OSError, UserError):
-            descriptor = open_own(part, os.O_WRONLY)
+_PART = re.compile(r"\..+\.partial-[0-9a-f]{8}", re.DOTALL)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone had on its way to a place in `folder`: nobody holds its lock any more.
+
+    Left alone is what lies there by another user, behind a link, or on a disk without locks.
+    """
+    for part in [path for path in folder.iterdir() if _PART.fullmatch(path.name)]:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+                status = os.fstat(descriptor)
+                plain = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+                if plain and status.st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_own(part)
             finally:
                 os.close(descriptor)
 

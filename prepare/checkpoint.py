@@ -26,6 +26,7 @@ def main(
     base_dir: Path | None = None,
     lora_alpha: float = 16,
     modelfile: bool = False,
+    verify: bool = False,
 ) -> None:
     """Convert weights from one layout into another, tensor by tensor. What `source` is, is found out.
 
@@ -48,10 +49,14 @@ def main(
             become a PEFT adapter folder, or of an adapter folder that does not find its own, with --format gguf.
         lora_alpha: Alpha that a LoRA of lit-llama was trained with, which its file does not hold; 16 in its scripts.
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
     """
     from lit_llama.convert import convert, convert_adapter
+    from lit_llama.model.adapter import verify_folders
     from lit_llama.model.weights import parse_size
 
+    if verify:
+        verify_folders(source if source.is_dir() else None, base_dir if format == "hf" else None, base_dir=base_dir)
     if base_dir is not None and format == "hf":
         convert_adapter(source, base_dir, destination_path, lora_alpha)
         return

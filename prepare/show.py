@@ -15,6 +15,7 @@ def main(
     rows: str = "0-2",
     split: Literal["train", "test"] = "train",
     tokenizer_path: Path | None = None,
+    verify: bool = False,
 ) -> None:
     """Print samples token by token, in colours on a terminal and with brackets elsewhere.
 
@@ -23,9 +24,13 @@ def main(
         rows: Positions in the split, such as 0,17 or 3-5.
         split: train or test.
         tokenizer_path: The tokenizer, if it is no longer where it was when the data were made.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
     """
+    from lit_llama.model.adapter import verify_folders
     from lit_llama.text.report.show import show_rows
 
+    if verify:
+        verify_folders(data_dir)
     show_rows(data_dir, rows, split, tokenizer_path)
 
 

@@ -10,11 +10,15 @@ from conftest import run_here, write_adapter
 from foreign_adapters import edit_config
 from safetensors.torch import load_file, save_file
 
+from lit_llama import manifest
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.generate.llm import load
-from lit_llama.model.adapter import META_FILE, base_of
+from lit_llama.manifest import write_manifest
+from lit_llama.model.adapter import META_FILE, base_of, verify_folders
 from lit_llama.model.adapters.base import base_record
+from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.places import of_sixteen_bits
+from lit_llama.model.weights import read_header
 
 
 @pytest.fixture
@@ -169,3 +173,63 @@ def test_a_quantised_copy_names_the_model_that_it_was_made_from(
     edit_config(adapter, base_model_name_or_path=name)
     with pytest.raises(CheckpointError, match=f"--repo_id {plain or name} "):
         base_of(adapter)
+
+
+def flip(path: Path) -> None:
+    """One bit of the embedding, where no fingerprint looks."""
+    start, header = read_header(path)
+    begin, end = header["model.embed_tokens.weight"]["data_offsets"]
+    data = bytearray(path.read_bytes())
+    data[start + begin + (end - begin) // 4] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def recorded(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter that records its base as a run does; the working folder is where it says."""
+    monkeypatch.chdir(home)
+    adapter = Path("out/lora/mine")
+    (adapter / META_FILE).write_text(json.dumps({"format": 1, "base": base_record(Path("checkpoints/base"))}))
+    return adapter
+
+
+def test_a_bit_of_the_base_that_no_sample_holds_is_found(recorded: Path) -> None:
+    """Catches an adapter that answers on other weights than it was trained on, which no fingerprint tells."""
+    assert base_of(recorded) == Path("checkpoints/base")
+    before = fingerprint(Path("checkpoints/base"))
+    flip(Path("checkpoints/base/model.safetensors"))
+    assert fingerprint(Path("checkpoints/base")) == before, "the test damages what the fingerprint sees"
+    with pytest.raises(IntegrityError, match=r"base/model\.safetensors is damaged: .* when out/lora/mine was trained"):
+        base_of(recorded)
+
+
+def test_a_base_that_was_saved_anew_is_the_same(recorded: Path) -> None:
+    """Catches weights that are refused because the header of their file says more, or they lie in shards."""
+    path = Path("checkpoints/base/model.safetensors")
+    tensors = load_file(path)
+    save_file(tensors, path, {"format": "pt", "saved by": "another program"})
+    assert base_of(recorded) == Path("checkpoints/base")
+    names = sorted(tensors)
+    halves = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, path.with_name(file), {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in halves.items() for name in held}}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    path.unlink()
+    assert base_of(recorded) == Path("checkpoints/base")
+
+
+def test_verifying_reads_what_a_disk_changed_without_a_trace(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a proof that relies on sizes and times: a disk that rots changes neither."""
+    monkeypatch.setattr(manifest, "_checked", {})
+    monkeypatch.setattr(manifest, "_status", lambda path: manifest._Status(path.stat().st_size, 1, 1, 1))
+    write_manifest(recorded, {})
+    verify_folders(recorded)
+    said = capsys.readouterr().err
+    assert "out/lora/mine: all files are as in SHA256SUMS" in said and "checkpoints/base: no SHA256SUMS" in said
+    flip(Path("checkpoints/base/model.safetensors"))
+    assert base_of(recorded) == Path("checkpoints/base"), "nothing has told it"
+    with pytest.raises(IntegrityError, match=r"base/model\.safetensors is damaged"):
+        verify_folders(recorded)

@@ -13,7 +13,7 @@ import pytest
 
 from lit_llama import folder as folder_module
 from lit_llama.errors import CheckpointError, DataError, ResourceError
-from lit_llama.folder import sha256_file
+from lit_llama.manifest import sha256_file
 from lit_llama.text import alpaca
 from lit_llama.text import prepare as prepare_module
 from lit_llama.text.alpaca import DATA_FILE, find_or_download, prepare_alpaca

@@ -105,7 +105,7 @@ def test_a_bad_run_is_one_line_with_its_status(
 ) -> None:
     """Catches a traceback, a status that says something else, training that begins, and a folder made for nothing."""
     damage, flags, status, named = CASES[case]
-    damage(Path(shutil.copytree(data, tmp_path / "data")))
+    damage(Path(shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("SHA256SUMS"))))
     monkeypatch.setattr("lit_llama.train.run.load_model", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -121,7 +121,7 @@ def test_a_bad_run_is_one_line_with_its_status(
 def test_a_plan_refuses_what_its_run_would(case: str, tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Catches a table that promises a run which ends in its first second."""
     damage, flags, status, named = CASES[case]
-    damage(Path(shutil.copytree(data, tmp_path / "data")))
+    damage(Path(shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("SHA256SUMS"))))
     given = ["--checkpoint_dir", tiny_folder, "--data_dir", "data", "--plan", *flags]
     result = run_here("finetune/lora.py", *given, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (status, "") and named in result.stderr, result.stderr

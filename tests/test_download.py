@@ -42,7 +42,7 @@ def test_exactly_the_needed_files_make_a_folder_that_loads(
     made = download(REPO, tmp_path / "deep" / "tiny", endpoint=hub.endpoint)
     assert sorted(hub.fetched()) == sorted(files)
     assert hub.fetched()[0] == "config.json" and hub.fetched()[-1] == "model.safetensors"
-    assert listing(made.parent) == ["tiny"] and listing(made) == sorted([*files, "meta.json"])
+    assert listing(made.parent) == ["tiny"] and listing(made) == sorted([*files, "meta.json", "SHA256SUMS"])
     assert all((made / name).read_bytes() == data for name, data in files.items())
     source = json.loads((made / "meta.json").read_text())["source"]
     hashes = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
@@ -246,7 +246,7 @@ def test_one_gguf_file_comes_alone(hub: FakeHub, tmp_path: Path, capsys: pytest.
     with pytest.raises(CheckpointError, match=r"is one of 2 parts, but owner/tiny has no tiny-00002-of-00002\.gguf"):
         download(REPO, tmp_path / "tiny", file="tiny-00001-of-00002.gguf", endpoint=hub.endpoint)
     made = download(REPO, tmp_path / "tiny", file="q/tiny-Q4_0.gguf", endpoint=hub.endpoint)
-    assert hub.fetched() == ["q/tiny-Q4_0.gguf"] and listing(made) == ["meta.json", "tiny-Q4_0.gguf"]
+    assert hub.fetched() == ["q/tiny-Q4_0.gguf"] and listing(made) == ["SHA256SUMS", "meta.json", "tiny-Q4_0.gguf"]
     assert f"checkpoint.py --source {made}/tiny-Q4_0.gguf --destination_path {tmp_path}/tiny-Q4_0" in (
         capsys.readouterr().err
     )
@@ -261,7 +261,7 @@ def test_a_gguf_model_in_parts_comes_whole(
     hub.repos[REPO] |= {part: b"GGUF" + part.encode() for part in [*parts, "q4/tiny-00001-of-00003.gguf"]}
     made = download(REPO, tmp_path / "tiny", file=parts[named - 1], endpoint=hub.endpoint)
     assert hub.fetched() == parts
-    assert listing(made) == ["meta.json", *(part.removeprefix("q8/") for part in parts)]
+    assert listing(made) == ["SHA256SUMS", "meta.json", *(part.removeprefix("q8/") for part in parts)]
     assert f"--source {made}/tiny-00001-of-00003.gguf --destination_path {made}-hf" in capsys.readouterr().err
 
 
@@ -274,7 +274,7 @@ def test_a_model_for_other_programs_is_downloaded_and_said(
     made = download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     err = capsys.readouterr().err
     assert "note: this project cannot use the model" in err and "for other programs" in err.splitlines()[-1]
-    assert listing(made) == sorted([*hub.repos[REPO], "meta.json"])
+    assert listing(made) == sorted([*hub.repos[REPO], "meta.json", "SHA256SUMS"])
 
 
 def test_a_model_without_template_or_tokenizer_gets_another_advice(

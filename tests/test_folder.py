@@ -16,10 +16,11 @@ from lit_llama.folder import (
     check_destination,
     publish,
     replace_file,
-    sha256_file,
+    resume,
     write_json,
     write_json_lines,
 )
+from lit_llama.manifest import sha256_file
 
 MARKER = "meta.json"
 
@@ -36,7 +37,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-WHOLE = ["a.txt", "meta.json", "train", "train/data.arrow", "z.txt"]
+WHOLE = ["SHA256SUMS", "a.txt", "meta.json", "train", "train/data.arrow", "z.txt"]
 
 
 def test_a_new_folder_appears_with_all_its_contents(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_an_unfinished_destination_is_filled(tmp_path: Path) -> None:
     assert names(destination) == sorted([*WHOLE, "raw.json"])
 
 
-@pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize("failing", range(5))
 def test_whatever_move_fails_no_marker_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """An old marker beside new files, or a new one beside old files: both look whole."""
     destination = tmp_path / "name"
@@ -166,7 +167,7 @@ def test_contents_are_on_disk_before_they_are_moved(tmp_path: Path, monkeypatch:
     first = events.index("move a.txt")
     assert {"sync a.txt", "sync z.txt", "sync data.arrow", "sync train", f"sync {MARKER}"} <= set(events[:first])
     moves = [event for event in events if event.startswith("move")]
-    assert moves[-1] == f"move {MARKER}" and len(moves) == 4
+    assert moves[-1] == f"move {MARKER}" and len(moves) == 5
     assert events.index(f"move {MARKER}") < max(i for i, event in enumerate(events) if event == "sync name")
 
 
@@ -305,3 +306,33 @@ def test_a_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="something else"):
         replace_file(path, b"newer")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_all_files_have_the_mode_of_a_new_one(tmp_path: Path, mask: int) -> None:
+    """Catches weights that a colleague cannot read beside a config.json that he can."""
+    before = os.umask(mask)
+    try:
+        with publish(tmp_path / "name", MARKER) as folder:
+            fill(folder)
+            (folder / "a.txt").chmod(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "name").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"{", b"[1]", b'{"file": "../precious", "sha256": "x"}', b'{"file": 3}'])
+def test_a_damaged_journal_is_begun_anew(tmp_path: Path, damage: bytes) -> None:
+    """Catches a traceback each time that the command is run, and a file outside that is taken for one of ours."""
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(KeyboardInterrupt), resume(tmp_path / "name", "plan") as staging:
+        (staging.path / "whole").write_text("x")
+        staging.finish("whole", {"sha256": sha256_file(staging.path / "whole")})
+        raise KeyboardInterrupt
+    journal = tmp_path / ".name.unfinished" / ".journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + damage + b"\n")
+    with resume(tmp_path / "name", "plan") as staging:
+        assert list(staging.done) == ["whole"]
+        (staging.path / "SHA256SUMS").write_text("")
+    assert (tmp_path / "precious").read_text() == "mine"

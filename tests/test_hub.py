@@ -30,7 +30,7 @@ def test_an_index_says_which_parts_are_needed(hub: FakeHub, files: dict[str, byt
     made = download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     wanted = (set(files) | set(parts) | {"model.safetensors.index.json"}) - {"model.safetensors"}
     assert set(hub.fetched()) == wanted and len(hub.fetched()) == len(wanted)
-    assert set(listing(made)) == wanted | {"meta.json"}
+    assert set(listing(made)) == wanted | {"meta.json", "SHA256SUMS"}
 
 
 def test_a_single_file_counts_before_an_index(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:

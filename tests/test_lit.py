@@ -223,6 +223,9 @@ def test_a_lora_knows_its_base(tmp_path: Path, base: Path) -> None:
     convert_lit_lora(tmp_path / "lora.pth", base, tmp_path / "adapter")
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\x01\x02")
+    with pytest.raises(IntegrityError, match=r"base/model\.safetensors is damaged"):
+        base_of(tmp_path / "adapter")
+    (base / "SHA256SUMS").unlink()
     with pytest.raises(IntegrityError, match="is not the base"):
         base_of(tmp_path / "adapter")
 

@@ -90,6 +90,7 @@ def test_what_matches_no_row_is_an_error(prepare: Prepare, rows: Path, tmp_path:
         prepare(rows, split_from=tmp_path / "none.jsonl")
     keys = tmp_path / "first" / "test_keys.txt"
     keys.rename(tmp_path / "keys")
+    (keys.parent / "SHA256SUMS").unlink()
     with pytest.raises(DataError, match=r"lacks test_keys.txt: prepare it again, or name its test.jsonl"):
         prepare(rows, split_from=tmp_path / "first")
     (tmp_path / "keys").rename(keys)

@@ -53,7 +53,7 @@ def test_torch_files_become_safetensors(tmp_path: Path, parts: int, index: bool)
     assert config["pretraining_tp"] == 1 and config["torch_dtype"] == "float32" and "dtype" not in config
     found = {path.name for path in (tmp_path / "made").iterdir()}
     kept = {"LICENSE.txt", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    assert found == kept | {"config.json", "meta.json", "model.safetensors"}
+    assert found == kept | {"SHA256SUMS", "config.json", "meta.json", "model.safetensors"}
     assert load_model(tmp_path / "made")(IDS).isfinite().all()
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_link_to_a_folder_is_filled(tmp_path: Path, keep: bool, older: str | N
         fill(folder)
     assert link.is_symlink() and tree(link.parent) == ["name"]
     assert tree(big) == sorted(
-        ["meta.json", "train", "train/data.arrow", *(["raw.json"] if older == "raw.json" else [])]
+        ["SHA256SUMS", "meta.json", "train", "train/data.arrow", *(["raw.json"] if older == "raw.json" else [])]
     )
 
 
@@ -65,12 +66,12 @@ def test_a_mount_point_is_filled(disk: Path, tmp_path: Path, keep: bool) -> None
     """Catches a rename across disks, or over a mount point."""
     with publish(disk, MARKER, keep=keep) as folder:
         fill(folder)
-    assert tree(disk) == ["meta.json", "train", "train/data.arrow"]
+    assert tree(disk) == ["SHA256SUMS", "meta.json", "train", "train/data.arrow"]
     (tmp_path / "link").symlink_to(disk / "below")
     (disk / "below").mkdir()
     with publish(tmp_path / "link", MARKER, replace=True) as folder:
         fill(folder)
-    assert tree(disk / "below") == ["meta.json", "train", "train/data.arrow"]
+    assert tree(disk / "below") == ["SHA256SUMS", "meta.json", "train", "train/data.arrow"]
 
 
 def test_nothing_is_moved_from_one_folder_of_another_disk_to_the_next(
@@ -94,7 +95,7 @@ def test_nothing_is_moved_from_one_folder_of_another_disk_to_the_next(
     for replace in (False, True):
         with publish(link, MARKER, replace=replace) as folder:
             fill(folder)
-    assert tree(big) == ["meta.json", "train", "train/data.arrow"]
+    assert tree(big) == ["SHA256SUMS", "meta.json", "train", "train/data.arrow"]
 
 
 def test_a_disk_that_is_mounted_meanwhile_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,10 @@ def test_a_disk_that_is_mounted_meanwhile_loses_nothing(tmp_path: Path, monkeypa
         (tmp_path / "name").mkdir()
         monkeypatch.setattr(Path, "replace", crosses)
     monkeypatch.setattr(Path, "replace", replace)
-    assert tree(tmp_path) == ["name", "name/meta.json", "name/train", "name/train/data.arrow"]
+    assert tree(tmp_path) == [
+        "name",
+        *(f"name/{name}" for name in ("SHA256SUMS", "meta.json", "train", "train/data.arrow")),
+    ]
 
 
 @pytest.mark.parametrize("where", ["name", "parent/name"])
@@ -174,7 +178,7 @@ def test_unfinished_work_moves_into_a_destination_that_was_made_meanwhile(tmp_pa
     check_absent(tmp_path / "name")  # it holds nothing but what is unfinished
     with publish(tmp_path / "name", MARKER, keep=True) as folder:
         fill(folder)
-    assert tree(tmp_path / "name") == ["begun", "meta.json", "train", "train/data.arrow"]
+    assert tree(tmp_path / "name") == ["SHA256SUMS", "begun", "meta.json", "train", "train/data.arrow"]
 
 
 @pytest.mark.parametrize("kind", ["notes", "hard link", "folder", "pipe"])
@@ -256,3 +260,31 @@ def test_free_space_is_that_of_the_place_a_link_leads_to(disk: Path, tmp_path: P
 def test_amounts_are_told_in_units_that_fit() -> None:
     """Catches amounts that round to nothing."""
     assert [amount(size) for size in (0, 812, 1_250_000, 3 * 10**12)] == ["0 bytes", "812 bytes", "1.25 MB", "3.00 TB"]
+
+
+def test_what_a_dead_process_had_on_its_way_goes_and_that_of_the_living_stays(tmp_path: Path) -> None:
+    """Catches 26 GB that stay after a kill because another command comes next, and work of others that is swept."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.place import aside, temporary_folder\n"
+        "with temporary_folder(Path(sys.argv[1]) / 'x') as made, aside(Path(sys.argv[1]) / 'y') as part:\n"
+        "    (made / 'big').write_text('x')\n    print(flush=True)\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    (tmp_path / ".mine.partial-notes").mkdir()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (tmp_path / ".z.partial-0123abcd").symlink_to(theirs)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as living:
+        assert living.stdout is not None and living.stdout.readline()
+        before = tree(tmp_path)
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as killed:
+            assert killed.stdout is not None and killed.stdout.readline()
+            assert len(tree(tmp_path)) == len(before) + 3
+            killed.kill()
+        with publish(tmp_path / "other", MARKER) as folder:
+            assert set(tree(tmp_path)) - set(before) == {".other.lock", folder.name}
+            fill(folder)
+        living.kill()
+    replace_file(tmp_path / "file", b"x")
+    assert set(os.listdir(tmp_path)) == {".mine.partial-notes", ".z.partial-0123abcd", "theirs", "file", "other"}

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, encode_examples, run_here
 
 from lit_llama.errors import UserError
+from lit_llama.manifest import forget
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
@@ -195,6 +196,7 @@ def test_a_tokenizer_that_moved_is_named(data: Path, tmp_path: Path, tiny_folder
     meta = json.loads((data / "meta.json").read_text())
     meta["tokenizer"]["path"] = str(tmp_path / "gone")
     (data / "meta.json").write_text(json.dumps(meta))
+    forget(data, "meta.json")
     result = run_here("prepare/show.py", "--data_dir", data)
     assert result.returncode == 4 and "--tokenizer_path" in result.stderr
     moved = Path(shutil.copytree(tiny_folder, tmp_path / "moved"))

@@ -9,7 +9,7 @@ import pytest
 from conftest import run_here
 from small_runs import ROWS, SHORT, run
 
-from lit_llama.errors import DataError, UserError
+from lit_llama.errors import DataError, IntegrityError, UserError
 from lit_llama.text.prepare import Rules
 from lit_llama.text.records import prepare_records
 from lit_llama.train.config import TrainConfig
@@ -87,5 +87,8 @@ def test_a_split_that_lost_its_rows_is_no_data_without_one(tiny_folder: Path, tm
         file.unlink()
     for file in (without / "test").iterdir():
         file.rename(data / "test" / file.name)
+    with pytest.raises(IntegrityError, match=r"test/data-00000-of-00001\.arrow is damaged"):
+        run(tiny_folder, data, tmp_path / "out", train=SHORT)
+    (data / "SHA256SUMS").unlink()
     with pytest.raises(DataError, match="expected rows with input_ids and labels"):
         run(tiny_folder, data, tmp_path / "out", train=SHORT)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import IntegrityError, ResourceError
-from lit_llama.folder import MANIFEST
+from lit_llama.manifest import MANIFEST
 from lit_llama.train import state
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 from lit_llama.train.state import STATE_FILE, find_states, read_state, save_state

@@ -86,7 +86,8 @@ def from_bin(home: Path) -> None:
 
 def from_merge(home: Path) -> None:
     from_bin(home)
-    (home / "made" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "SHA256SUMS"):
+        (home / "made" / name).unlink()
     (home / "made").rename(home / "old")
     merge(write_adapter(home / "adapter", home / "old"), home / "made", dtype=None, precision="32-true")
 

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_destination
+from lit_llama.lock import reserving
+from lit_llama.manifest import check_folder
 from lit_llama.model.config import PlainType
 from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
@@ -23,6 +25,7 @@ _EXPECTED = (
 )
 
 
+@reserving
 def convert(
     source: Path,
     destination: Path,
@@ -166,6 +169,7 @@ def _absent(source: Path) -> CheckpointError:
     )
 
 
+@reserving
 def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha: float) -> None:
     """Make a PEFT adapter folder of another program's: lit-llama's LoRA .pth, a GGUF adapter, a folder of mlx-lm.
 
@@ -229,6 +233,7 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
 def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
     from lit_llama.convert.gguf.parts import only_model
 
+    check_folder(folder)
     if (opened := _open_layout(folder, rms_norm_eps)) is not None:
         return opened.cast(dtype)
     if (path := only_model(folder)) is not None:  # as prepare/download.py makes it

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -20,7 +19,9 @@ from lit_llama.convert.native import open_folder
 from lit_llama.convert.tokens.fast import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
 from lit_llama.errors import IntegrityError, ResourceError, UserError
-from lit_llama.folder import check_destination, check_space, publish, sha256_file, write_json
+from lit_llama.folder import check_destination, check_space, publish, write_json
+from lit_llama.lock import reserving
+from lit_llama.manifest import check_folder, sha256_file
 from lit_llama.model.adapter import (
     META_FILE,
     base_of,
@@ -32,6 +33,7 @@ from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
+from lit_llama.place import temporary_folder
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.prompts import TEMPLATE_FILE, folder_style
@@ -57,6 +59,7 @@ class Proof:
     top1_agreement: float
 
 
+@reserving
 def merge(
     adapter_dir: Path,
     destination: Path,
@@ -107,6 +110,7 @@ def _write(
         raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
     if dtype not in (None, *get_args(PlainType)):
         raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
+    check_folder(adapter_dir)
     base = base_of(adapter_dir, base_dir)
     onto = _choose(adapter_dir, onto)
     tokenizer = adapter_tokenizer(adapter_dir, base, LLaMAConfig.from_folder(base).vocab_size)
@@ -154,6 +158,7 @@ def _name(onto: Onto) -> str:
     return "as it is stored" if onto == "stored" else f"quantised to {onto}"
 
 
+@reserving
 def merge_into_gguf(
     adapter_dir: Path,
     destination: Path,
@@ -180,8 +185,8 @@ def merge_into_gguf(
     if modelfile:
         check_modelfile(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as held:
-        folder = Path(held) / "merged"
+    with temporary_folder(destination) as held:
+        folder = held / "merged"
         # Rounded once: what is float32 in the file, or packed from it, was never bfloat16 in between.
         kept = dtype if dtype in (None, *get_args(PlainType)) else "float32"
         proof = _write(adapter_dir, folder, kept, precision, onto, base_dir)

@@ -10,6 +10,7 @@ from lit_llama.convert.fp8 import is_fp8, open_fp8
 from lit_llama.convert.meta.join import same
 from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
 from lit_llama.errors import CheckpointError
+from lit_llama.manifest import check_folder
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.names import tidy
 from lit_llama.model.pth.files import read_pth
@@ -44,7 +45,9 @@ def open_folder(folder: Path) -> Source:
 
     Raises:
         CheckpointError: Files are missing or unreadable, or the model is not implemented.
+        IntegrityError: A file is not as it was written.
     """
+    check_folder(folder)
     if is_fp8(folder) and has_safetensors(folder):
         return open_fp8(folder, companions(folder))
     config = LLaMAConfig.from_folder(folder)

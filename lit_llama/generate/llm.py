@@ -29,7 +29,8 @@ from lit_llama.generate.plan import (
     remedy,
     shortfall,
 )
-from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on
+from lit_llama.manifest import check_folder
+from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on, verify_folders
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
@@ -281,6 +282,9 @@ def open_folder(folder: Path | str, loading: Loading | None = None) -> Opened:
     """Read all of a folder but its weights; errors as for `load`."""
     loading = loading or Loading()
     folder = Path(folder)
+    if loading.verify:
+        verify_folders(folder, base_dir=loading.base_dir)
+    check_folder(folder)
     base = _base(folder, loading)
     named = loading.prompt_style
     style = named_style(named) if named else folder_style(folder) or folder_style(base)

@@ -28,6 +28,7 @@ class Loading:
         batch_size: Answers that are made together.
         plan: Say what memory the model needs and whether it fits, and load nothing.
         plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
         packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
             `LLM.model`, as for a look into it.
 
@@ -45,6 +46,7 @@ class Loading:
     batch_size: int = 32
     plan: bool = False
     plan_memory: str | None = None
+    verify: bool = False
     packed: bool = True
 
     def __post_init__(self) -> None:

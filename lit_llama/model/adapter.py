@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.adapters.base import META_FILE as META_FILE
 from lit_llama.model.adapters.base import base_of as base_of
+from lit_llama.model.adapters.base import verify_folders as verify_folders
 from lit_llama.model.adapters.place import OTHER_BASE, Placed, adapted_module, copied_module, place
 from lit_llama.model.adapters.rows import TrainedRows
 from lit_llama.model.adapters.settings import CONFIG_FILE as CONFIG_FILE

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
+from lit_llama.lock import reserving
 from lit_llama.place import aside
 from lit_llama.progress import reading, stderr
 from lit_llama.text.dataset import raw_files
@@ -29,6 +30,7 @@ ROWS, SHARE = 2000, 0.1
 """Rows for testing, but at most this share of all."""
 
 
+@reserving
 def prepare_alpaca(
     destination: Path,
     *,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
-from lit_llama.folder import sha256_file
+from lit_llama.manifest import check_folder, sha256_file
 from lit_llama.text.encode import IGNORE_INDEX
 from lit_llama.text.sharing import beginnings
 
@@ -38,6 +38,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: The folder is missing, unfinished, or of another format.
+        IntegrityError: A file in it is not as it was written.
     """
     path = folder / META_FILE
     if folder.is_file():
@@ -53,6 +54,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} {what}; make it with prepare/records.py --destination_path {shlex.quote(str(folder))}, or with "
             "prepare/alpaca.py for the Alpaca data"
         )
+    check_folder(folder)
     try:
         meta: Any = json.loads(path.read_text("utf-8"))
     except ValueError as error:

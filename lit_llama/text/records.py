@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.errors import DataError, UserError, check_seed
-from lit_llama.folder import sha256_file
+from lit_llama.lock import reserving
+from lit_llama.manifest import check_folder, is_intact, sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.losses import LOST_FILE, keep_long_rows
@@ -43,6 +44,7 @@ StyleChoice = StyleName | Literal["chat_template"]
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
 
+@reserving
 def prepare_records(
     sources: str | Sequence[str],
     destination: Path,
@@ -176,11 +178,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
-    """Whether all files are there with their sizes; somebody may have deleted one."""
+    """Whether all files are there as they were written; somebody may have deleted one."""
     sizes = meta.get("files", {})
-    return bool(sizes) and all(
+    there = bool(sizes) and all(
         (destination / name).is_file() and (destination / name).stat().st_size == size for name, size in sizes.items()
     )
+    return there and is_intact(destination)
 
 
 def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
@@ -218,6 +221,7 @@ def _chosen(style: PromptStyle, folder: Path) -> str:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer that fits the embedding, where the path is a model folder and so has one."""
+    check_folder(_folder_of(path), weights=False)
     tokenizer = Tokenizer.from_path(path)
     rows = read_object(path / "config.json").get("vocab_size")
     if isinstance(rows, int):

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lit_llama.errors import DataError, IntegrityError, UserError
-from lit_llama.folder import publish, sha256_file, write_json
+from lit_llama.folder import publish, write_json
+from lit_llama.manifest import sha256_file
 from lit_llama.text.arrow import Samples
 from lit_llama.text.blocks import Block, ahead, encode_blocks, read_blocks
 from lit_llama.text.conversation import Conversation, Dropped

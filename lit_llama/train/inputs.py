@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
+from lit_llama.manifest import check_folder
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Weights
@@ -29,7 +30,7 @@ class Inputs:
         splits: Rows to train on, and rows to evaluate on.
         data: meta.json of the data folder.
         template: Its prompt style, a Jinja template.
-        base: Path and fingerprint of the checkpoint.
+        base: What a result records of the checkpoint: path, fingerprint, hashes.
         frame: All of the base but its weights.
         identity: Fingerprints of data, base and tokenizer, by which a run that goes on knows them again.
     """
@@ -38,7 +39,7 @@ class Inputs:
     splits: dict[str, Split]
     data: dict[str, Any]
     template: str
-    base: dict[str, str]
+    base: dict[str, Any]
     frame: Frame
     identity: dict[str, str]
 
@@ -59,7 +60,9 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
     Raises:
         DataError: The data is not there, cannot be trained on, or does not fit the checkpoint.
         CheckpointError: The checkpoint cannot be used.
+        IntegrityError: A file of either folder is not as it was written.
     """
+    check_folder(checkpoint_dir)
     config = LLaMAConfig.from_folder(checkpoint_dir)
     meta = read_meta(data_dir)
     tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)

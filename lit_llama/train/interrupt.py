@@ -1,13 +1,15 @@
 """Signals that end a run: the step is finished first."""
 
+import contextlib
 import os
 import signal
 import threading
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what schedulers and `kill` send; what SLURM sends ahead of the end of the time, when asked to."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; what schedulers and `kill` send; a terminal that is closed; what SLURM sends ahead of the end of the time,
+when asked to."""
 
 
 class Interrupt:
@@ -46,5 +48,7 @@ class Interrupt:
         self.received = self.received or signal.Signals(number)
         if self._quiet:
             return
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C stops now\n".encode())
+        # Not by print: the signal may have come in the middle of one. The terminal may be gone.
+        said = f"\n{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C stops now\n"
+        with contextlib.suppress(OSError):
+            os.write(2, said.encode())

@@ -28,6 +28,7 @@ from lit_llama.device import (
 from lit_llama.errors import Interrupted, NumericalError, UserError, check_seed
 from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
+from lit_llama.manifest import forget
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import Quantization
 from lit_llama.model.fused.layer import fuse
@@ -56,6 +57,7 @@ from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
 from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
+    clear,
     find_states,
     read_state,
     save_state,
@@ -115,6 +117,8 @@ def finetune(
 
 def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
     """Read and check everything, then train."""
+    if run.processes.is_first:
+        clear(run.states)
     state = run.processes.first(lambda: run.find_state(resume))
     inputs = read_inputs(run.checkpoint_dir, run.data_dir)
     fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
@@ -178,6 +182,7 @@ def _execute(
             training.restore(state, read_state(state))
         processes.check_same("adapter", training.digest())
         if processes.is_first:
+            forget(run.out_dir, META_FILE)  # of a result that is made longer; the rest of it stays proven
             replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
             f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "

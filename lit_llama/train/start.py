@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import UserError
-from lit_llama.model.adapter import CONFIG_FILE, trained_on
+from lit_llama.model.adapter import CONFIG_FILE, trained_on, verify_folders
 from lit_llama.model.config import Quantization
 from lit_llama.progress import stderr
 from lit_llama.train.config import LoggerName, TrainConfig
@@ -37,6 +37,7 @@ def start(
     plan: bool,
     plan_memory: str | None,
     plan_device: str | None,
+    verify: bool = False,
     own: Mapping[str, Any],
 ) -> None:
     """Print the plan where one is asked for, else train; see `print_plan`, `launch` and `finetune`.
@@ -45,11 +46,14 @@ def start(
         method: What trains; without a start of its own.
         checkpoint_dir: The base; None for that of `adapter_dir`.
         adapter_dir: An adapter to begin with.
+        verify: Read all of what the run begins with, and compare it with its manifests.
         own: The settings that only this method's script has, by the names of its flags.
 
     Raises:
         UserError: There is no base, or one that is an adapter.
     """
+    if verify:
+        verify_folders(checkpoint_dir, adapter_dir, data_dir, base_dir=checkpoint_dir if adapter_dir else None)
     if checkpoint_dir is not None:
         _check_base(checkpoint_dir, method)
     if adapter_dir is not None:

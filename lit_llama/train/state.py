@@ -14,16 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
-from lit_llama.folder import (
-    MANIFEST,
-    check_space,
-    publish,
-    read_manifest,
-    sha256_file,
-    sync,
-    write_json,
-    write_manifest,
-)
+from lit_llama.folder import check_space, publish, sync, write_json
+from lit_llama.manifest import MANIFEST, read_manifest, sha256_file, write_manifest
 from lit_llama.place import remove_own
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 
@@ -49,7 +41,7 @@ def save_state(states: Path, step: int, write: Callable[[Path], Mapping[str, Any
     try:
         states.mkdir(exist_ok=True)
         sync(states.parent)
-        _clear(states)
+        clear(states)
         check_space(states, size)
         with publish(folder, MANIFEST) as part:
             write_json(part / STATE_FILE, write(part))
@@ -61,7 +53,7 @@ def save_state(states: Path, step: int, write: Callable[[Path], Mapping[str, Any
     read_state(folder)
     for old in find_states(states)[:-KEPT]:
         set_aside(old)
-    _clear(states)
+    clear(states)
     return folder
 
 
@@ -83,8 +75,8 @@ def set_aside(folder: Path) -> None:
     folder.rename(old)
 
 
-def _clear(states: Path) -> None:
-    """Remove what was set aside, and what a killed process had begun."""
+def clear(states: Path) -> None:
+    """Remove what was set aside, and what a killed process had begun, from a folder that nobody else writes to."""
     for path in states.glob(".step-*"):
         remove_own(path)
 

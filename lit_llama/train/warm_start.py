@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.manifest import check_folder
 from lit_llama.model.adapter import META_FILE, base_of, load_adapter
 from lit_llama.model.adapters.rows import TrainedRows
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
@@ -141,6 +142,7 @@ def find_base(adapter_dir: Path, checkpoint_dir: Path | None) -> Path:
         CheckpointError: There is none.
         IntegrityError: It is another than the adapter was trained on.
     """
+    check_folder(adapter_dir)
     try:
         base = base_of(adapter_dir, checkpoint_dir)
     except (CheckpointError, IntegrityError) as error:  # here the flag of the base has another name

@@ -17,7 +17,9 @@ from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, Source
 from lit_llama.convert.source import check_shapes as check_model
 from lit_llama.errors import CheckpointError, IntegrityError
-from lit_llama.folder import MANIFEST, check_absent, check_apart, read_manifest, sha256_file
+from lit_llama.folder import check_absent, check_apart
+from lit_llama.lock import reserving
+from lit_llama.manifest import MANIFEST, check_folder, read_manifest
 from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
@@ -30,6 +32,7 @@ ROWS = 32
 """Rows of each tensor that are added again when a merged folder is verified."""
 
 
+@reserving
 def apply(
     base_dir: Path,
     delta_dir: Path,
@@ -67,6 +70,7 @@ def apply(
     write(Work(work_base, work_delta, chosen, +1, dtype), destination, max_shard_size, prompt_style)
 
 
+@reserving
 def make(
     base_dir: Path,
     target_dir: Path,
@@ -102,12 +106,7 @@ def verify(merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | Non
     """
     start = time.perf_counter()
     sums = read_manifest(merged_dir)
-    for name in track(sorted(sums), f"checking {merged_dir}"):
-        path = merged_dir / name
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing")
-        if (found := sha256_file(path)) != sums[name]:
-            raise IntegrityError(f"{path} is damaged: its sha256 is {found}, {MANIFEST} says {sums[name]}")
+    check_folder(merged_dir, whole=True)
     opened = open_folder(merged_dir)
     check_model(opened)
     merged = _side(opened)

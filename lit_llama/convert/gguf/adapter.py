@@ -23,6 +23,7 @@ from lit_llama.convert.gguf.writer import add_key, check_file
 from lit_llama.convert.rotary import in_halves, in_pairs
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder import check_space, publish, write_json
+from lit_llama.manifest import check_folder
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, load_adapter, read_adapter_weights, save_adapter, trained_on
 from lit_llama.model.adapters.base import base_of, base_record
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, PlainType
@@ -57,6 +58,7 @@ def write_adapter(adapter_dir: Path, destination: Path, dtype: str | None = None
     if dtype not in (None, *get_args(PlainType)):
         raise UserError(f"--dtype is {dtype!r}, expected one of {', '.join(get_args(PlainType))} for an adapter")
     kind, file_type = _KINDS[dtype or "float32"]
+    check_folder(adapter_dir)
     base = base_of(adapter_dir, base_dir)
     config = LLaMAConfig.from_folder(base)
     with torch.device("meta"):

@@ -19,6 +19,8 @@ from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, publish, write_json
+from lit_llama.lock import reserve
+from lit_llama.manifest import write_manifest
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
@@ -60,7 +62,12 @@ def download(
     destination = destination or Path("checkpoints") / repo_id.rpartition("/")[2]
     for marker in (META_FILE, SETTINGS_FILE, ADAPTER_FILE):
         check_destination(destination, marker)
-    repo = read_repo(repo_id, revision, endpoint)
+    with reserve(destination):
+        _download(read_repo(repo_id, revision, endpoint), destination, file)
+    return destination
+
+
+def _download(repo: Repo, destination: Path, file: str | None) -> None:
     choice = choose(repo, file)
     with publish(destination, choice.marker, keep=True) as folder, _told(folder):
         files = choice.files
@@ -73,7 +80,6 @@ def download(
         _tidy(repo, files, folder, hashes)
     size = sum(entry.size for entry in files)
     _say(f"{destination}: {len(files)} files, {amount(size)}, checked; {_advice(destination, choice)}")
-    return destination
 
 
 def _say(text: str) -> None:
@@ -205,6 +211,7 @@ def _tidy(repo: Repo, files: Sequence[File], folder: Path, hashes: Mapping[str, 
     write_json(folder / META_FILE, {"format": 1, "source": source})
     for file in reversed(files):
         _part(folder, file).replace(folder / file.name)
+    write_manifest(folder, hashes)
 
 
 def _obstacle(path: Path, folder: Path) -> str | None:

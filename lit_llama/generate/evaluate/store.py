@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.lock import hold
+from lit_llama.lock import reserve
 from lit_llama.place import full_disk_explained, open_own, real
 
 Key = tuple[Any, ...]
@@ -70,7 +70,10 @@ class RowStore:
             row = _value(line)
             if not isinstance(row, dict) or not set(self._key) <= row.keys():
                 break  # what a disk that failed left behind it
-            self.rows[self._key_of(row)] = row
+            try:
+                self.rows[self._key_of(row)] = row
+            except TypeError:  # a list or an object in place of a number
+                break
             whole += len(line) + 1
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -150,7 +153,7 @@ def unfinished(output: Path, header: Mapping[str, Any], key: tuple[str, ...]) ->
     """
     place = real(output)
     path = place.with_name(f".{place.name}.unfinished")
-    with hold(place.with_name(f".{place.name}.lock"), output):
+    with reserve(output):
         with open_rows(path, header, key, anew=True) as store:
             yield store
         path.unlink()
@@ -163,7 +166,7 @@ def _line(value: Any) -> bytes:
 def _value(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8", "surrogatepass"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

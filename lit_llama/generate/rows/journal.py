@@ -16,6 +16,7 @@ from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.teacher import Key, Reply
 from lit_llama.lock import claim
 from lit_llama.place import full_disk_explained
+from lit_llama.progress import stderr
 
 ROWS_FILE, REJECTED_FILE, STATE_FILE = "rows.jsonl", "rejected.jsonl", "state.json"
 _ANSWERS_FILE = ".answers.jsonl"
@@ -109,7 +110,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]
                 )
             replace_file(state, encode_json(dict(identity)))
         kept, rejected = _whole(folder / ROWS_FILE, _of_kept), _whole(folder / REJECTED_FILE, _of_rejected)
-        answers = _whole(folder / _ANSWERS_FILE, dict)
+        answers = _answers(folder / _ANSWERS_FILE)
         kept, rejected = _contiguous(folder, kept, rejected)
         decided = len(kept) + len(rejected)
         waiting = [line for line in answers if line["attempt"] >= decided]
@@ -132,6 +133,8 @@ def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
         before = json.loads((folder / STATE_FILE).read_text("utf-8"))
     except ValueError as error:
         raise IntegrityError(f"{folder / STATE_FILE} is damaged: {error}; name another folder") from error
+    if not isinstance(before, dict):
+        raise IntegrityError(f"{folder / STATE_FILE} is damaged: it holds no object; name another folder")
     for key, value in identity.items():
         if before.get(key) != value:
             what, there = key.replace("_", " "), f"{_short(before.get(key))}, now {_short(value)}"
@@ -161,7 +164,7 @@ def _whole(path: Path, needed: Callable[[dict[str, Any]], dict[str, Any]]) -> li
             whole += len(line)
             try:
                 found.append(needed(json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise IntegrityError(
                     f"{path}: line {number} is damaged ({error}): mend or remove it with all below"
                 ) from error
@@ -184,6 +187,21 @@ def _of_rejected(line: dict[str, Any]) -> dict[str, Any]:
 def _number(line: dict[str, Any]) -> int:
     number: int = line.get("metadata", line)["attempt"]
     return number
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    """Answers that are kept for attempts to come; damaged ones are set aside, as they can be asked for again."""
+    try:
+        found = _whole(path, dict)
+        for line in found:
+            Reply(**line["reply"])
+            hash((line["attempt"] + 0, line["column"]))
+    except (IntegrityError, KeyError, TypeError) as error:
+        damaged = path.with_name(f"{path.name}.damaged")
+        path.replace(damaged)
+        stderr().print(f"{path} is damaged ({error}): set aside as {damaged.name}, its answers are asked for again")
+        return []
+    return found
 
 
 def _contiguous(

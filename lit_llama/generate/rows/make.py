@@ -14,13 +14,13 @@ from rich.progress import BarColumn, TaskProgressColumn
 
 from lit_llama.console import shown
 from lit_llama.errors import UserError
-from lit_llama.folder import sha256_file
 from lit_llama.generate.loading import Loading
 from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE, open_journal
 from lit_llama.generate.rows.recipe import Recipe, read_recipe
 from lit_llama.generate.rows.run import Limits, RowMaker, Tally
 from lit_llama.generate.rows.teacher import Teacher
+from lit_llama.manifest import sha256_file
 from lit_llama.progress import bar, stderr
 
 PLANNED = 32

@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.manifest import MANIFEST, check_folder, hashes
 from lit_llama.model.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.places import of_sixteen_bits, repository
-from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE
+from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, weight_files
 from lit_llama.progress import stderr
 
 META_FILE, _MODEL_FILE, _CHECKPOINTS = "meta.json", "config.json", "checkpoints"
@@ -29,7 +31,7 @@ def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
         IntegrityError: It is another one.
     """
     settings = read_settings(adapter_dir)
-    expected, absolute = _recorded(adapter_dir)
+    expected = _recorded(adapter_dir)
     if base_dir is not None:
         if not (base_dir / _MODEL_FILE).is_file():
             raise CheckpointError(f"--base_dir {base_dir} is no checkpoint folder: it has no {_MODEL_FILE}")
@@ -37,46 +39,99 @@ def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
         return base_dir
     named = Path(settings.base) if settings.base else None
     refusal: UserError | None = None
-    for place in _places(adapter_dir, settings, absolute):
+    for place in _places(adapter_dir, settings, expected.absolute):
         try:
             _check(place, adapter_dir, expected)
         except UserError as error:
             refusal = refusal or error
             continue
         if place != named:
-            proof = "its weights have the recorded fingerprint" if expected else "no fingerprint proves it"
+            proof = "its weights have the recorded fingerprint" if expected.fingerprint else "no fingerprint proves it"
             stderr().print(f"base model {settings.base!r} of {adapter_dir}: taken from {place}; {proof}", markup=False)
         return place
     raise refusal or _absent(adapter_dir, settings.base)
 
 
-def base_record(base: Path) -> dict[str, str]:
+def verify_folders(*folders: Path | None, base_dir: Path | None = None) -> None:
+    """Read every byte of folders, and of the bases of adapters among them, and say that all is as it was written.
+
+    Args:
+        folders: Of models, adapters or data.
+        base_dir: As for `base_of`.
+
+    Raises:
+        CheckpointError: The base of an adapter is not there.
+        IntegrityError: A file is not as its manifest or the adapter on it says.
+    """
+    for folder in filter(None, folders):
+        _verify(folder)
+        if (folder / CONFIG_FILE).is_file():
+            base = base_of(folder, base_dir)
+            _verify(base)
+            if (expected := _recorded(folder)).files:
+                hashes(dict.fromkeys(set(weight_files(base).values())), whole=True)
+                _check(base, folder, expected)
+
+
+def _verify(folder: Path) -> None:
+    proven = check_folder(folder, whole=True)
+    said = f"all files are as in {MANIFEST}" if proven else f"no {MANIFEST}, so nothing says what its files should be"
+    stderr().print(f"{folder}: {said}")
+
+
+def base_record(base: Path) -> dict[str, Any]:
     """What an adapter records of its base: the path as it was given, which moves along with both folders, the place on
-    this machine, and what proves it."""
-    return {"path": str(base), "absolute": str(base.resolve()), "fingerprint": fingerprint(base)}
+    this machine, and what proves it: its fingerprint, and the size and sha256 of each file of weights."""
+    paths = sorted(set(weight_files(base).values()))
+    found = hashes(dict.fromkeys(paths))
+    files = {path.name: {"size": path.stat().st_size, "sha256": found[path]} for path in paths}
+    return {"path": str(base), "absolute": str(base.resolve()), "fingerprint": fingerprint(base), "files": files}
 
 
-def _recorded(adapter_dir: Path) -> tuple[str | None, str | None]:
-    """The fingerprint of the base and its place while the adapter was trained, as far as meta.json says them."""
+class _Expected(NamedTuple):
+    """What meta.json of an adapter says of its base."""
+
+    fingerprint: str | None = None
+    absolute: str | None = None
+    files: Mapping[str, Mapping[str, Any]] = {}
+
+
+def _recorded(adapter_dir: Path) -> _Expected:
+    """What proves the base, and its place while the adapter was trained, as far as meta.json says them."""
     meta = adapter_dir / META_FILE
     if not meta.is_file():
-        return None, None
+        return _Expected()
     try:
         known = json.loads(meta.read_text("utf-8"))
         if "source" in known and "base" not in known:  # downloaded: its author gave no fingerprint
-            return None, None
-        absolute = known["base"].get("absolute")
-        return str(known["base"]["fingerprint"]), absolute if isinstance(absolute, str) else None
+            return _Expected()
+        base = known["base"]
+        absolute = base.get("absolute")
+        files = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in base.get("files", {}).items()}
+        return _Expected(str(base["fingerprint"]), absolute if isinstance(absolute, str) else None, files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
 
 
-def _check(base: Path, adapter_dir: Path, expected: str | None) -> None:
-    if expected is not None and fingerprint(base) != expected:
+def _check(base: Path, adapter_dir: Path, expected: _Expected) -> None:
+    check_folder(base)
+    if expected.fingerprint is not None and fingerprint(base) != expected.fingerprint:
         raise IntegrityError(
             f"{base} is not the base that {adapter_dir} was trained on: its weights have another fingerprint; "
             "bring back the original weights and name their folder with --base_dir, or train again"
         )
+    # Weights that were saved anew, in other shards or with other notes in their headers, are told by the fingerprint.
+    paths = {path.name: path for path in set(weight_files(base).values())} if expected.files else {}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    if sizes != {name: file["size"] for name, file in expected.files.items()}:
+        return
+    found = hashes({paths[name]: file["sha256"] for name, file in expected.files.items()})
+    for name, file in expected.files.items():
+        if found[paths[name]] != file["sha256"]:
+            raise IntegrityError(
+                f"{paths[name]} is damaged: its sha256 is {found[paths[name]][:16]}..., it was "
+                f"{file['sha256'][:16]}... when {adapter_dir} was trained on it; bring back the original weights"
+            )
 
 
 def _places(adapter_dir: Path, settings: AdapterSettings, absolute: str | None) -> Iterator[Path]:

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lit_llama.place import temporary_folder
 from lit_llama.progress import stderr
 
 HERE = Path(__file__).parent
@@ -104,16 +104,16 @@ def _built(compiler: str) -> Path:
     if library.exists():
         return library
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as folder:
+    with temporary_folder(library) as folder:
         _run_all(folder, *([compiler, *FLAGS, "-c", str(path)] for path in units))
         # Without -fopenmp, which would link a second runtime, whose threads would fight with torch's.
         objects = [f"{path.stem}.o" for path in units]
         _run_all(folder, [compiler, "-shared", *objects, "-o", library.name])
-        (Path(folder) / library.name).replace(library)  # whole, or not at all
+        (folder / library.name).replace(library)  # whole, or not at all
     return library
 
 
-def _run_all(folder: str, *commands: list[str]) -> None:
+def _run_all(folder: Path, *commands: list[str]) -> None:
     """Run them side by side in a folder.
 
     Raises:

@@ -155,6 +155,20 @@ def test_a_folder_of_something_else(recipe: Make, tmp_path: Path) -> None:
         make_rows(recipe(), ScriptedTeacher(echo), out, limits=limits)
 
 
+@pytest.mark.parametrize(
+    "damage", [b"{broken", b"\xff", b"3", b'{"attempt": 9}', b'{"attempt": 9, "column": "x", "reply": {"y": 1}}']
+)
+def test_damaged_answers_are_set_aside(recipe: Make, tmp_path: Path, damage: bytes) -> None:
+    """Catches a traceback each time that the command is run, because of answers that can be asked for again."""
+    out = tmp_path / "out"
+    make_rows(recipe(), ScriptedTeacher(echo), out, limits=Limits(rows=2))
+    rows = (out / "rows.jsonl").read_bytes()
+    (out / ".answers.jsonl").write_bytes(damage + b"\n")
+    make_rows(recipe(), ScriptedTeacher(echo), out, limits=Limits(rows=3))
+    assert (out / ".answers.jsonl.damaged").read_bytes() == damage + b"\n"
+    assert (out / "rows.jsonl").read_bytes().startswith(rows) and not (out / ".answers.jsonl").exists()
+
+
 def test_words_of_seeds_are_no_templates(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attack = "{{ 7 * 7 }}{% for i in range(10**9) %}x{% endfor %}{{ ''.__class__ }}"
     monkeypatch.setattr("scripted_teacher.SEEDS", [{"instruction": attack, "output": "y"}])

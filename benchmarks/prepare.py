@@ -237,11 +237,10 @@ def _unchanged(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], o
 
 def _texts(row: Row) -> tuple[str, str]:
     """Prompt and answer, as our style renders them."""
-    from lit_llama.text.formats import Example
     from lit_llama.text.prompts import named_style
 
     style = named_style("alpaca")
-    content = style.user(Example(row["instruction"], row["input"]))
+    content = style.user(row["instruction"], row["input"])
     prompt = style.render([{"role": "user", "content": content}], answer=True)
     return "".join(segment.text for segment in prompt), row["output"]
 

@@ -50,10 +50,10 @@ def main(
     from lit_llama.generate.evaluate.models import identity
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.plan import print_plan
-    from lit_llama.generate.questions import read_questions
+    from lit_llama.generate.questions import choose_questions
     from lit_llama.lock import reserve
 
-    asked = read_questions(
+    asked = choose_questions(
         prompt,
         input,
         data_dir=data_dir,

@@ -26,8 +26,7 @@ from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.arrow import Samples, SplitWriter, finish
-from lit_llama.text.conversation import Conversation
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation
 from lit_llama.text.prompts import StyleName, named_style
 from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.styles import PromptStyle
@@ -106,17 +105,11 @@ def samples_of(encoded: Encoded) -> list[Sample]:
 
 
 def encode_examples(
-    examples: Iterable[Example], style: PromptStyle, tokenizer: Tokenizer, **options: Any
+    examples: Iterable[Conversation], style: PromptStyle, tokenizer: Tokenizer, **options: Any
 ) -> tuple[list[Sample], Encoded]:
     """Samples of instructions and their answers."""
-    rows = []
-    for example in examples:
-        asked = {"role": "user", "content": example.instruction}
-        asked |= {"input": example.input} if example.input else {}
-        messages = (asked, {"role": "assistant", "content": example.response})
-        rows.append(Conversation(messages, example.row, f"row {example.row}"))
     encoder = Encoder(tokenizer, style, **{"max_seq_length": 10_000, **options})
-    encoded = encoder.encode(encoder.render(rows))
+    encoded = encoder.encode(encoder.render(list(examples)))
     return samples_of(encoded), encoded
 
 

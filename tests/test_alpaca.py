@@ -18,7 +18,7 @@ from lit_llama.text import alpaca
 from lit_llama.text import prepare as prepare_module
 from lit_llama.text.alpaca import DATA_FILE, find_or_download, prepare_alpaca
 from lit_llama.text.dataset import Split, read_meta
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.prepare import Rules
 from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.split import shuffle_split

@@ -18,7 +18,7 @@ from lit_llama.generate.answer import (
     answer_requests,
     answer_rows,
     continue_text,
-    instruction_ids,
+    question_ids,
     raw_ids,
 )
 from lit_llama.generate.engine.engine import Engine
@@ -29,15 +29,15 @@ from lit_llama.generate.llm import LLM, load, open_folder
 from lit_llama.generate.loading import Loading
 from lit_llama.generate.questions import read_questions
 from lit_llama.text.encode import prompt_ids
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 
 pytestmark = pytest.mark.usefixtures("one_core")
 EXAMPLES = [
-    Example("Say hi"),
-    Example("Extract the order as JSON: item, quantity.", "two blue lamps", '{"item": "blue lamp", "quantity": 2}', 1),
-    Example("Zoë's naïve café", "北京 😀", "", 2),
-    Example("a", "", "", 3),
-    Example("Write a response that appropriately completes the request. " * 3, "", "", 4),
+    instruct("Say hi"),
+    instruct("Extract the order as JSON: item, quantity.", "two blue lamps", '{"item": "blue lamp", "quantity": 2}', 1),
+    instruct("Zoë's naïve café", "北京 😀", "", 2),
+    instruct("a", "", "", 3),
+    instruct("Write a response that appropriately completes the request. " * 3, "", "", 4),
 ]
 Rows = Callable[[list[dict[str, str]]], Path]
 Put = Callable[[str, bytes | str], Path]
@@ -74,7 +74,7 @@ def test_answers_are_in_order_and_the_same_in_any_batch(
     together = open_folder(tiny_folder, Loading(precision="32-true", batch_size=batch_size)).load()
     found = answer_all(replace(together, stop_ids=llm.stop_ids), EXAMPLES, sampling)
     for number, (example, answer) in enumerate(zip(EXAMPLES, found, strict=True)):
-        prompt = instruction_ids(llm, example)
+        prompt = question_ids(llm, example)
         assert answer_requests(llm, [llm.request(prompt, sampling, number=number)]) == [[answer]]
     assert len({answer.text for answer in found}) == len(EXAMPLES)
     assert {answer.stopped for answer in found} == {True, False}
@@ -84,7 +84,7 @@ def test_an_answer_holds_neither_prompt_nor_stop_token(llm: LLM, tiny_folder: Pa
     """A text that repeats the prompt, spells the stop token, or lost its last word."""
     from tokenizers import Tokenizer
 
-    prompt = instruction_ids(llm, EXAMPLES[0])
+    prompt = question_ids(llm, EXAMPLES[0])
     steps = list(llm.stream(prompt, Sampling(max_new_tokens=20)))
     ids = [token for step, _ in steps for token in step]
     answer = answer_all(llm, EXAMPLES[:1], Sampling(max_new_tokens=20))[0]
@@ -177,7 +177,7 @@ def test_without_an_output_file_each_row_is_a_line_on_stdout(
     assert [row["instruction"] for row in found] == ["Say é", "x"] and "北京" in captured.out
     assert [row["output"] for row in found] == ["hi", ""]
     assert [row["answer"] for row in found] == [
-        a.text for a in answer_all(llm, [Example("Say é", "北京"), Example("x")], Sampling(max_new_tokens=12))
+        a.text for a in answer_all(llm, [instruct("Say é", "北京"), instruct("x")], Sampling(max_new_tokens=12))
     ]
     assert measures["rows"] == 2 and "rows 2, stopped" in captured.err and "exact_match 0.0%" in captured.err
 
@@ -261,13 +261,13 @@ def test_a_system_message_heads_prompts_that_have_none(llm: LLM, put: Put, capsy
         {"messages": [own[1], {"role": "assistant", "content": "a"}, own[1]]},
     ]
     asked = questions(input_file=put("rows.jsonl", "\n".join(map(json.dumps, rows))))
-    texts = [llm.tokenizer.decode(instruction_ids(llm, row, "Be brief")) for row in asked]
+    texts = [llm.tokenizer.decode(question_ids(llm, row, "Be brief")) for row in asked]
     assert [text.count("Be brief") for text in texts] == [1, 0, 1] and "Be rude" in texts[1]
     brief = {"role": "system", "content": "Be brief"}
     turns = ([brief, own[1]], own, [brief, *rows[2]["messages"]])
     for row, messages in zip(asked, turns, strict=True):
         wanted = prompt_ids(llm.tokenizer, llm.require_style(), messages)  # type: ignore[arg-type]
-        assert instruction_ids(llm, row, "Be brief") == wanted
+        assert question_ids(llm, row, "Be brief") == wanted
     answer_rows(llm, asked, LIMITED, system="Be brief")
     captured = capsys.readouterr()
     told = [json.loads(line) for line in captured.out.splitlines()]
@@ -403,7 +403,7 @@ def test_an_unusable_output_is_found_before_the_answers(
 def test_a_row_too_long_for_the_model_is_named_before_the_answers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest row, which is answered last, ending a run of hours."""
     monkeypatch.setattr(Engine, "step", lambda _: pytest.fail("answered first"))
-    rows = [Example("a", row=0), Example("word " * 300, row=1)]
+    rows = [instruct("a", row=0), instruct("word " * 300, row=1)]
     with pytest.raises(DataError, match=r"row 1: the prompt has \d+ tokens.*--max_new_tokens 5.*256"):
         answer_all(llm, rows, Sampling(max_new_tokens=5))
 

@@ -11,7 +11,7 @@ import torch
 from conftest import Sample, run_here, write_splits
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 
 
 def no_data(data: Path) -> None:

@@ -26,7 +26,7 @@ from lit_llama.text.dataset import (
     shared_micro_batches,
     step_plan,
 )
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 
 
 def draw_samples(count: int, seed: int = 0) -> list[Sample]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import DataError
-from lit_llama.text.conversation import Conversation
+from lit_llama.text.message import Conversation
 from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.reading import Reader, read_conversations

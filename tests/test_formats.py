@@ -11,14 +11,22 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import DataError
-from lit_llama.text.conversation import Conversation
-from lit_llama.text.formats import Example, read_prompts, read_text
+from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prepare import raw_row
+from lit_llama.text.read.questions import read_questions, read_text
 from lit_llama.text.read.reading import read_conversations
 
 Put = Callable[[str, bytes | str], Path]
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-WANTED = [Example("a"), Example("b", "c", "d", 1)]
+
+
+def parts(row: Conversation) -> tuple[str, str, str]:
+    """Instruction, input and response."""
+    assert row.instruction is not None
+    return row.instruction["content"], row.instruction.get("input", ""), row.response
+
+
+WANTED = [instruct("a"), instruct("b", "c", "d", 1)]
 
 
 def turns(*words: str, start: str = "user") -> list[dict[str, str]]:
@@ -28,7 +36,7 @@ def turns(*words: str, start: str = "user") -> list[dict[str, str]]:
     return [{"role": role, "content": word} for role, word in zip(roles, words, strict=False)]
 
 
-def refused(path: Path, read: Callable[[Path], Any] = read_prompts) -> str:
+def refused(path: Path, read: Callable[[Path], Any] = read_questions) -> str:
     """The message of the error, which always names the file."""
     with pytest.raises(DataError) as caught:
         read(path)
@@ -48,7 +56,7 @@ def refused(path: Path, read: Callable[[Path], Any] = read_prompts) -> str:
 )
 def test_prompts_need_no_answer_and_come_in_any_format(name: str, content: str, put: Put) -> None:
     """Catches asking for the answer that is to be generated, and a blank line counted as a row."""
-    assert read_prompts(put(name, content)) == WANTED
+    assert read_questions(put(name, content)) == WANTED
 
 
 def test_a_chat_is_asked_with_all_turns_before_its_last_answer(put: Put) -> None:
@@ -61,12 +69,10 @@ def test_a_chat_is_asked_with_all_turns_before_its_last_answer(put: Put) -> None
         turns("a"),
     ]
     path = put("chats.jsonl", "\n".join(json.dumps({"messages": chat}) for chat in chats))
-    assert read_prompts(path) == [
-        Example("", "", "d", 0, tuple(chats[0][:3])),
-        Example("", "", "b", 1, tuple(chats[1][:2])),
-        Example("", "", "", 2, tuple(chats[2])),
-        Example("a", "", "b", 3),
-        Example("a", "", "", 4),
+    assert read_questions(path) == [
+        *(Conversation(tuple(chat), row, f"row {row}") for row, chat in enumerate(chats[:3])),
+        instruct("a", "", "b", 3),
+        instruct("a", "", "", 4),
     ]
 
 
@@ -76,9 +82,9 @@ def test_held_out_rows_are_asked_as_they_were_trained(put: Put) -> None:
     rows = [[{"role": "user", "content": t, "input": t}, {"role": "assistant", "content": t + "!"}] for t in texts]
     rows += [turns(*texts[:4]), turns(*texts[:3], start="system")]
     path = put("test.jsonl", "".join(json.dumps(raw_row(row), ensure_ascii=False) + "\n" for row in rows))
-    found = read_prompts(path)
-    assert [(e.instruction, e.input, e.response) for e in found[:5]] == [(t, t, t + "!") for t in texts]
-    assert [(*e.turns, {"role": "assistant", "content": e.response}) for e in found[5:]] == [*map(tuple, rows[5:])]
+    found = read_questions(path)
+    assert [list(entry.messages) for entry in found] == rows
+    assert [entry.instruction is not None for entry in found] == [True] * 5 + [False] * 2
 
 
 def test_held_out_rows_keep_all_that_was_trained(put: Put) -> None:
@@ -96,9 +102,8 @@ def test_held_out_rows_keep_all_that_was_trained(put: Put) -> None:
         ([asked, {**answer, "reasoning_content": "Let me see."}], ()),
     ]
     path = put("test.jsonl", "".join(json.dumps(raw_row(row, tools)) + "\n" for row, tools in rows))
-    for (row, tools), found in zip(rows, read_prompts(path), strict=True):
-        before = list(found.turns) or [{"role": "user", "content": found.instruction, "input": found.input}]
-        assert (before, found.response, found.tools) == (row[:-1], row[-1]["content"], tools)
+    for (row, tools), found in zip(rows, read_questions(path), strict=True):
+        assert (list(found.prompt), found.response, found.tools) == (row[:-1], row[-1]["content"], tools)
     found = [entry for entry in read_conversations([str(path)]) if isinstance(entry, Conversation)]
     assert [(list(entry.messages), entry.tools) for entry in found] == rows
 
@@ -129,10 +134,10 @@ def test_the_shared_alpaca_file_is_read_whole(alpaca_file: Path, tmp_path: Path)
     """Catches a changed character or a lost row in real data: compared with plain json, and with csv of the same."""
     raw = json.loads(alpaca_file.read_bytes())
     wanted = [(row["instruction"], row["input"], row["output"]) for row in raw]
-    assert [(row.instruction, row.input, row.response) for row in read_prompts(alpaca_file)] == wanted
+    assert [parts(row) for row in read_questions(alpaca_file)] == wanted
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("instruction", "input", "output"), *wanted])
-    assert [(row.instruction, row.input, row.response) for row in read_prompts(tmp_path / "a.csv")] == wanted
+    assert [parts(row) for row in read_questions(tmp_path / "a.csv")] == wanted
 
 
 json_values = st.recursive(
@@ -159,7 +164,7 @@ def test_arbitrary_json_is_read_whole_or_raises_a_data_error(put: Put, value: An
     """Catches a traceback for an odd type in an odd place, and a row that is left out."""
     path = put("a.json", json.dumps(value))
     try:
-        found = read_prompts(path)
+        found = read_questions(path)
     except DataError as error:
         assert str(path) in str(error)
     else:

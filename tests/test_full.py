@@ -18,8 +18,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.text.dataset import Split, epoch_order
-from lit_llama.text.encode import IGNORE_INDEX
-from lit_llama.text.formats import Example
+from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.loop import evaluate
 from lit_llama.train.loss import TokenLoss
@@ -82,7 +81,7 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
     rows = [row for row in ROWS if row not in held]
     answers = answer_all(
         load(out, precision="32-true"),
-        [Example(row["instruction"], row["input"], row["output"]) for row in rows],
+        [instruct(row["instruction"], row["input"], row["output"]) for row in rows],
         Sampling(max_new_tokens=60),
     )
     assert [answer.text for answer in answers] == [row["output"] for row in rows]

@@ -15,7 +15,7 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 from lit_llama.errors import CheckpointError, DataError, ResourceError, UserError
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA
 from lit_llama.train.run import finetune

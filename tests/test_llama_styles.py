@@ -13,8 +13,8 @@ from test_styles import transformers_tokenizer
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.encode import IGNORE_INDEX, answer_opening, end_id, prompt_ids
-from lit_llama.text.formats import Example
+from lit_llama.text.encode import answer_opening, end_id, prompt_ids
+from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.text.prompts import StyleName, named_style
 from lit_llama.text.styles import Segment
 from lit_llama.text.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def test_llama_2_and_mistral_learn_the_ids_of_the_whole_text(response: str, llam
     ours, model = Tokenizer.from_path(llama_tokenizer), sentencepiece.SentencePieceProcessor(str(llama_tokenizer))
     for style, closing in (("llama-2", " "), ("mistral", "")):
         [sample], _ = encode_examples(
-            [Example("hi", "", response)], named_style(style), ours, max_seq_length=99, mask_inputs=True
+            [instruct("hi", "", response)], named_style(style), ours, max_seq_length=99, mask_inputs=True
         )
         assert sample.input_ids == [1, *model.encode(f"[INST] hi [/INST] {response}{closing}"), 2]
         prompt = prompt_ids(ours, named_style(style), chat("hi"))
@@ -161,7 +161,7 @@ def test_plain_text_has_the_ids_of_the_whole_text(llama_tokenizer: Path, llama3:
     ours, model = Tokenizer.from_path(llama_tokenizer), sentencepiece.SentencePieceProcessor(str(llama_tokenizer))
     for tokenizer in (ours, Tokenizer.from_path(llama3)):
         [sample], _ = encode_examples(
-            [Example("Once upon", "", " a time")], named_style("plain"), tokenizer, max_seq_length=99, mask_inputs=True
+            [instruct("Once upon", "", " a time")], named_style("plain"), tokenizer, max_seq_length=99, mask_inputs=True
         )
         assert tokenizer.decode(sample.input_ids) == "Once upon a time"
         prompt = prompt_ids(tokenizer, named_style("plain"), chat("Once upon"))

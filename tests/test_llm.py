@@ -13,7 +13,6 @@ from conftest import CHATML, write_adapter
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.llm import load
 from lit_llama.model.lora import adapters
-from lit_llama.text.formats import Example
 from lit_llama.text.prompts import named_style
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -77,8 +76,7 @@ def test_the_adapter_is_asked_in_the_style_it_was_trained_in(base: Path, adapter
     alpaca = named_style("alpaca")
     assert load(adapter).style == alpaca
     style = load(base).require_style()
-    example = Example("Say hi", "to Zoë")
-    assert style.user(example) == "Say hi\n\nto Zoë" != alpaca.user(example)
+    assert style.user("Say hi", "to Zoë") == "Say hi\n\nto Zoë" != alpaca.user("Say hi", "to Zoë")
 
 
 def test_an_adapter_without_a_template_has_that_of_its_base(base: Path, tmp_path: Path) -> None:

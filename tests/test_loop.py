@@ -22,8 +22,7 @@ from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_o
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
 from lit_llama.text.dataset import Split
-from lit_llama.text.encode import IGNORE_INDEX
-from lit_llama.text.formats import Example
+from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.loop import Trainer, evaluate
@@ -49,7 +48,7 @@ def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_pat
     assert [step for step, _ in series["loss"]] == list(range(1, 81))
     llm = load(out, precision="32-true")
     trained = [row for row in ROWS if row not in held_out(data)]
-    examples = [Example(row["instruction"], row["input"], row["output"]) for row in trained]
+    examples = [instruct(row["instruction"], row["input"], row["output"]) for row in trained]
     answers = answer_all(llm, examples, Sampling(max_new_tokens=60))
     assert [answer.text for answer in answers] == [row["output"] for row in trained]
     assert all(answer.stopped for answer in answers)

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.losses import FIRST, LOST_FILE, Losses
+from lit_llama.text.message import Conversation, Dropped
 
 
 def test_every_row_is_named_in_order_and_memory_holds_the_first(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_llama.errors import DataError
-from lit_llama.text.conversation import Conversation
+from lit_llama.text.message import Conversation
 from lit_llama.text.read.messages import ROLES
 from lit_llama.text.read.reading import read_conversations
 

@@ -11,8 +11,7 @@ from test_samples import WORDS, answer_ids, chat, encode, rows_of, text_rows
 from test_samples import tokenizer as tokenizer  # a fixture
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.conversation import Conversation, Dropped
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped
 from lit_llama.text.samples import Encoder
 from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Vicuna
 from lit_llama.text.tokenizer import Tokenizer

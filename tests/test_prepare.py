@@ -21,9 +21,9 @@ from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.folder import publish
 from lit_llama.text import blocks, losses
 from lit_llama.text.dataset import Split, read_meta
-from lit_llama.text.encode import IGNORE_INDEX
-from lit_llama.text.formats import read_prompts
+from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.prepare import Rules
+from lit_llama.text.read.questions import read_questions
 from lit_llama.text.records import prepare_records
 from lit_llama.text.split import hash_side, shuffle_split
 from lit_llama.text.texts import Texts
@@ -132,7 +132,7 @@ def test_the_sides_are_those_of_the_rule(
     tokenizer = Tokenizer.from_path(tiny_folder)
     for name, order in zip(("train", "test"), orders, strict=True):
         assert answers(tmp_path / "data", name, tokenizer) == [f"answer {n}" * (1 + n % 3) for n in order]
-    held_out = read_prompts(tmp_path / "data" / "test.jsonl")
+    held_out = read_questions(tmp_path / "data" / "test.jsonl")
     assert [example.response for example in held_out] == [f"answer {n}" for n in orders[1]]
     made = datasets.load_from_disk(str(tmp_path / "data"))
     assert {name: len(made[name]) for name in made} == {"train": len(orders[0]), "test": len(orders[1])}
@@ -181,7 +181,7 @@ def test_divided_sources_stay_as_they_are_divided(prepare: Prepare, tmp_path: Pa
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     meta = prepare(tmp_path / "in", split="given")
     assert {name: counts["rows"] for name, counts in meta["splits"].items()} == {"train": 9, "test": 9}
-    assert all(example.instruction.startswith("test") for example in read_prompts(tmp_path / "data" / "test.jsonl"))
+    assert all(example.asked.startswith("test") for example in read_questions(tmp_path / "data" / "test.jsonl"))
     with pytest.raises(DataError, match=r"train\.jsonl:line 1: --split given, but the sources do not say"):
         prepare(tmp_path / "in" / "train.jsonl", split="given")
 
@@ -197,7 +197,7 @@ def test_plain_text_comes_in_windows(prepare: Prepare, tmp_path: Path) -> None:
     books = {n for n in range(30) if hash_side(data[n]["text"], 0.2, 1) == "test"}
     assert "".join(windows).replace(" ", "") == "".join(data[n]["text"] for n in sorted(books)).replace(" ", "")
     with pytest.raises(DataError, match="plain text asks nothing"):
-        read_prompts(tmp_path / "data" / "test.jsonl")
+        read_questions(tmp_path / "data" / "test.jsonl")
 
 
 def test_a_split_without_rows_says_where_they_went(prepare: Prepare, rows: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.encode import prompt_ids
-from lit_llama.text.formats import Example
 from lit_llama.text.prompts import (
     JinjaStyle,
     StyleName,
@@ -186,12 +185,12 @@ def test_a_template_that_trims_and_asks_for_contents_equals_transformers(tiny: A
 def test_alpaca_is_what_lit_llama_wrote() -> None:
     """Catches a changed blank or newline: adapters tuned by lit-llama would meet an unknown prompt."""
     style = named_style("alpaca")
-    assert text_of(style, chat(style.user(Example("Add.", "1 2"))), answer=True) == (
+    assert text_of(style, chat(style.user("Add.", "1 2")), answer=True) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
     )
-    assert text_of(style, chat(style.user(Example("Sing.\n"))), answer=True) == (
+    assert text_of(style, chat(style.user("Sing.\n", "")), answer=True) == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSing.\n\n\n### Response:"

@@ -17,7 +17,7 @@ import pytest
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.manifest import sha256_file
-from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.message import Conversation, Dropped
 from lit_llama.text.read.reading import Reader, read_conversations
 
 Put = Callable[[str, bytes | str], Path]

@@ -13,8 +13,8 @@ from tokenizer_files import in_transformers
 from tokenizer_zoo import SHAPES, TEMPLATES, THINKING, TOOLS, WORDS, write_shape
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.conversation import Conversation, Message
-from lit_llama.text.encode import IGNORE_INDEX, for_style, prompt_ids
+from lit_llama.text.encode import for_style, prompt_ids
+from lit_llama.text.message import IGNORE_INDEX, Conversation, Message
 from lit_llama.text.prompts import JinjaStyle, style_of
 from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.styles import PromptStyle

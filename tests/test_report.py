@@ -9,7 +9,7 @@ from conftest import encode_examples
 from pages import Page, check_alone, in_chromium
 
 from lit_llama.text.dataset import step_plan
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 from lit_llama.text.prompts import named_style
 from lit_llama.text.report.findings import Findings
 from lit_llama.text.report.page import differences, histogram
@@ -32,11 +32,11 @@ NOTHING_LOST = {
 def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool = True, **changes: Any) -> Any:
     """A report with something of everything in it; gives what stands in report.json."""
     examples = [
-        Example(f"Say {number}, please", "", f"Number {number}! " * (number % 9 + 1), number) for number in range(rows)
+        instruct(f"Say {number}, please", "", f"Number {number}! " * (number % 9 + 1), number) for number in range(rows)
     ]
-    examples += [Example("Say 3, please", "", "Number 3! " * 4, rows), Example("SAY 4, please", "", "No.", rows + 1)]
+    examples += [instruct("Say 3, please", "", "Number 3! " * 4, rows), instruct("SAY 4, please", "", "No.", rows + 1)]
     if hostile:
-        examples += [Example(HOSTILE, HOSTILE, HOSTILE + " 北京 😀\nnew line", rows + 2)]
+        examples += [instruct(HOSTILE, HOSTILE, HOSTILE + " 北京 😀\nnew line", rows + 2)]
     tokenizer, style = Tokenizer.from_path(tokenizer_folder), named_style("chatml")
     samples, encoded = encode_examples(examples, style, tokenizer, max_seq_length=300, mask_inputs=True)
     assert not encoded.dropped
@@ -45,7 +45,12 @@ def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool
         trained = sum(label != -100 for label in sample.labels[1:])
         split = "test" if example.row % 5 == 0 else "train"
         findings.add(
-            *(example.row, f"{HOSTILE if hostile else 'a.json'}:row {example.row}", split, style.user(example)),
+            *(
+                example.row,
+                f"{HOSTILE if hostile else 'a.json'}:row {example.row}",
+                split,
+                style.joined(example.prompt[0])["content"],
+            ),
             *(example.response, len(sample.input_ids), trained),
         )
     file = HOSTILE if hostile else "a.json"
@@ -68,7 +73,7 @@ def build(folder: Path, tokenizer_folder: Path, *, rows: int = 60, hostile: bool
         shown_sample(tokenizer, s.input_ids, s.labels, row=s.row, where=f"{file}:row {s.row}", split="train")
         for s in samples[-3:]
     ]
-    text_of = {example.row: (style.user(example), example.response) for example in examples}
+    text_of = {example.row: (style.joined(example.prompt[0])["content"], example.response) for example in examples}
     found = findings.result(text_of.__getitem__)
     plan = step_plan(findings.lengths_of("train"), batch_size=16, micro_batch_tokens=2048, seed=42)
     folder.mkdir(exist_ok=True)

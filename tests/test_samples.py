@@ -11,8 +11,8 @@ import pytest
 from conftest import CORPUS, Sample, samples_of
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.conversation import Conversation, Message
-from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
+from lit_llama.text.encode import prompt_ids
+from lit_llama.text.message import IGNORE_INDEX, Conversation, Message
 from lit_llama.text.places import Place
 from lit_llama.text.prompts import JinjaStyle, named_style
 from lit_llama.text.samples import Encoded, Encoder

@@ -13,8 +13,7 @@ from conftest import ROOT, encode_examples, run_here
 
 from lit_llama.errors import UserError
 from lit_llama.manifest import forget
-from lit_llama.text.encode import IGNORE_INDEX
-from lit_llama.text.formats import Example
+from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.text.prompts import named_style
 from lit_llama.text.report.show import ShownSample, coloured_text, parse_rows, plain_text, shown_sample, visible
 from lit_llama.text.tokenizer import Tokenizer
@@ -31,7 +30,7 @@ TEXTS = [
 def sample_of(tokenizer: Tokenizer, answer: str, *, mask_inputs: bool = True) -> ShownSample:
     style = named_style("alpaca")
     [sample], _ = encode_examples(
-        [Example("Do 北", "", answer)], style, tokenizer, max_seq_length=4096, mask_inputs=mask_inputs
+        [instruct("Do 北", "", answer)], style, tokenizer, max_seq_length=4096, mask_inputs=mask_inputs
     )
     return shown_sample(tokenizer, sample.input_ids, sample.labels, row=0, where="here", split="train")
 

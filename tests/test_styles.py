@@ -18,8 +18,8 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.llm import load
-from lit_llama.text.encode import IGNORE_INDEX, prompt_ids
-from lit_llama.text.formats import Example
+from lit_llama.text.encode import prompt_ids
+from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.text.prompts import StyleName, folder_style, named_style
 from lit_llama.text.styles import Segment
 from lit_llama.text.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ def test_vicuna_learns_the_ids_of_the_whole_text(llama_tokenizer: Path) -> None:
     ours, model = Tokenizer.from_path(llama_tokenizer), sentencepiece.SentencePieceProcessor(str(llama_tokenizer))
     for response in ("hello", " two blanks", "\nline", "你好", "(1)", "'s"):
         [sample], _ = encode_examples(
-            [Example("hi", "", response)], named_style("vicuna"), ours, max_seq_length=999, mask_inputs=True
+            [instruct("hi", "", response)], named_style("vicuna"), ours, max_seq_length=999, mask_inputs=True
         )
         whole = model.encode(f"{SYSTEM} USER: hi ASSISTANT: {response}")
         assert sample.input_ids == [1, *whole, 2]
@@ -183,7 +183,7 @@ def test_the_whole_of_ziyas_way(ziya: Path) -> None:
         assert [ids.count(i) for i in (1, 2, 32000, 32001)] == [1, 0, 1, 1]
     assert ours.decode(ids) == f"<human>:{evil}\n<bot>:"
     [sample], _ = encode_examples(
-        [Example(evil, "", evil)], named_style("ziya"), ours, max_seq_length=999, mask_inputs=True
+        [instruct(evil, "", evil)], named_style("ziya"), ours, max_seq_length=999, mask_inputs=True
     )
     assert [sample.input_ids.count(i) for i in (1, 2, 32000, 32001)] == [1, 1, 1, 1]
     assert ours.decode([i for i in sample.labels if i != IGNORE_INDEX]) == evil

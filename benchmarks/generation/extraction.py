@@ -14,13 +14,14 @@ from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.text.encode import prompt_ids
-from lit_llama.text.formats import Example, read_prompts
+from lit_llama.text.message import Conversation
+from lit_llama.text.read.questions import read_questions
 
 
 def main(folder: Path, rows_file: Path) -> None:
     """Load and serve."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    llm, examples = load(folder), read_prompts(rows_file)
+    llm, examples = load(folder), read_questions(rows_file)
 
     def extract(rows: int, together: int, guess: bool, schema: bool) -> Result:
         """Greedy answers to the first rows, so many at a time: their tokens, and how many are the right JSON."""
@@ -44,18 +45,17 @@ def main(folder: Path, rows_file: Path) -> None:
     serve({"extract": extract})
 
 
-def _request(llm: LLM, example: Example, schema: bool) -> Request:
+def _request(llm: LLM, question: Conversation, schema: bool) -> Request:
     style = llm.require_style()
-    turns = example.turns or ({"role": "user", "content": style.user(example)},)
-    ids = prompt_ids(llm.tokenizer, style, turns, example.tools)
+    ids = prompt_ids(llm.tokenizer, style, question.prompt, question.tools)
     sampling = Sampling(max_new_tokens=96, stop_ids=llm.stop_ids)
-    constraint = llm.constraint(json_schema=_schema(example)) if schema else None
+    constraint = llm.constraint(json_schema=_schema(question)) if schema else None
     return Request(ids, sampling, constraint=constraint)
 
 
-def _schema(example: Example) -> dict[str, object]:
+def _schema(question: Conversation) -> dict[str, object]:
     """An object of the fields that the instruction names: texts or numbers."""
-    text = example.instruction or str(example.turns[-1]["content"])
+    text = str(question.prompt[-1]["content"])
     found = re.search(r"as JSON: ([^.]+)\.", text)
     names = [name.strip() for name in found[1].split(",")] if found else []
     value = {"anyOf": [{"type": "string"}, {"type": "number"}]}

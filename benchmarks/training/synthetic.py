@@ -19,7 +19,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.quantize import is_quantized, quantized
 from lit_llama.text.dataset import Batch, collate
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train.loss import TokenLoss
 
 _LLAMA = {"num_key_value_heads": 32, "num_attention_heads": 32, "head_dim": 128, "hidden_size": 4096}

@@ -26,9 +26,8 @@ from lit_llama.generate.llm import LLM, report
 from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text, room
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
-from lit_llama.text.conversation import Message
 from lit_llama.text.encode import Cutter, ids_of, prompt_ids
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation, headed
 from lit_llama.text.styles import Segment
 
 
@@ -64,13 +63,15 @@ def raw_ids(llm: LLM, text: str, control_tokens: bool) -> list[int]:
     return ids if bos == ids[:1] else bos + ids
 
 
-def answer_one(llm: LLM, example: Example, sampling: Sampling, system: str = "", overflow: Overflow = "error") -> None:
-    """Stream the answer to an instruction to stdout.
+def answer_one(
+    llm: LLM, question: Conversation, sampling: Sampling, system: str = "", overflow: Overflow = "error"
+) -> None:
+    """Stream the answer to a question to stdout.
 
     Raises:
         UserError: It is too long for the model.
     """
-    fitted = _fitted(llm, example, sampling, system, overflow)
+    fitted = _fitted(llm, question, sampling, system, overflow)
     if fitted.dropped:
         stderr().print(f"the conversation is too long for the model: {fitted.dropped} oldest turns are left out")
     _print_answers(llm, fitted, sampling, overflow, llm.opening)
@@ -118,45 +119,35 @@ def _slid(dropped: int) -> str:
     return f"; the oldest {dropped} tokens were left out on the way" if dropped else ""
 
 
-def instruction_ids(llm: LLM, example: Example, system: str = "") -> list[int]:
-    """Ids of the prompt for an instruction, in the style the model was trained with.
+def question_ids(llm: LLM, question: Conversation, system: str = "") -> list[int]:
+    """Ids of the prompt of a question, in the style the model was trained with.
 
     Args:
         llm: Who is asked.
-        example: What is asked.
-        system: Message that it begins with, unless it has one.
+        question: Turns up to the answer.
+        system: Message that they begin with, unless they have one.
     """
-    return prompt_ids(llm.tokenizer, llm.require_style(), _messages(llm, example, system), example.tools)
+    return prompt_ids(llm.tokenizer, llm.require_style(), headed(question.prompt, system), question.tools)
 
 
-def _messages(llm: LLM, example: Example, system: str) -> tuple[Message, ...]:
-    """What is asked, as a conversation."""
-    return _headed(example.turns or ({"role": "user", "content": llm.require_style().user(example)},), system)
-
-
-def _fitted(llm: LLM, example: Example, sampling: Sampling, system: str, overflow: Overflow) -> Fitted:
-    """The prompt for an instruction, without turns for which there is no room."""
-    return fitted_messages(llm, _messages(llm, example, system), room(llm, sampling), overflow, example.tools)
-
-
-def _headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
-    """Turns that begin with a system message: their own, or this one."""
-    return turns if not system or turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
+def _fitted(llm: LLM, question: Conversation, sampling: Sampling, system: str, overflow: Overflow) -> Fitted:
+    """The prompt of a question, without turns for which there is no room."""
+    return fitted_messages(llm, headed(question.prompt, system), room(llm, sampling), overflow, question.tools)
 
 
 def answer_all(
     llm: LLM,
-    examples: Sequence[Example],
+    questions: Sequence[Conversation],
     sampling: Sampling,
     system: str = "",
     overflow: Overflow = "error",
     store: RowStore | None = None,
 ) -> list[Answer]:
-    """Answer every example `sampling.n` times, in the order given.
+    """Answer every question `sampling.n` times, in the order given.
 
     Args:
         llm: Who is asked.
-        examples: What.
+        questions: What.
         sampling: How tokens are drawn.
         system: Message that prompts begin with, unless they have one.
         store: Keeps answers as they come; those that are in it are not made again.
@@ -164,18 +155,18 @@ def answer_all(
     Raises:
         DataError: A prompt is too long for the model; found before the first answer.
     """
-    prompts = [_fitted(llm, example, sampling, system, overflow) for example in examples]
+    prompts = [_fitted(llm, question, sampling, system, overflow) for question in questions]
     if cut := [prompt.dropped for prompt in prompts if prompt.dropped]:
         stderr().print(f"{len(cut)} of {len(prompts)} prompts are too long: {sum(cut)} oldest turns are left out")
     requests = [
         llm.request(prompt.ids, sampling, number=row, overflow=overflow, keep=prompt.keep)
         for row, prompt in enumerate(prompts)
     ]
-    for example, request in zip(examples, requests, strict=True):
+    for question, request in zip(questions, requests, strict=True):
         try:
             llm.engine.check_request(request)
         except UserError as error:
-            raise DataError(f"row {example.row}: {error}") from error
+            raise DataError(f"row {question.row}: {error}") from error
     console = stderr()
     with bar(console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         known = {} if store is None else {row: _kept(found) for (row,), found in store.rows.items()}
@@ -255,7 +246,7 @@ def answer_requests(
 
 def answer(
     llm: LLM,
-    asked: Example | Sequence[Example],
+    asked: Conversation | Sequence[Conversation],
     sampling: Sampling,
     *,
     output_file: Path | None = None,
@@ -264,7 +255,7 @@ def answer(
     identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Answer one question, streamed to stdout, or rows; see `answer_one` and `answer_rows`."""
-    if isinstance(asked, Example):
+    if isinstance(asked, Conversation):
         answer_one(llm, asked, sampling, system, overflow)
     else:
         answer_rows(llm, asked, sampling, output_file=output_file, system=system, overflow=overflow, identity=identity)
@@ -272,7 +263,7 @@ def answer(
 
 def answer_rows(
     llm: LLM,
-    examples: Sequence[Example],
+    questions: Sequence[Conversation],
     sampling: Sampling,
     *,
     output_file: Path | None = None,
@@ -286,7 +277,7 @@ def answer_rows(
 
     Args:
         llm: Who is asked.
-        examples: What.
+        questions: What.
         sampling: How tokens are drawn.
         output_file: Where the lines go; None for stdout.
         system: Message that prompts begin with, unless they have one.
@@ -303,23 +294,23 @@ def answer_rows(
     """
     if output_file is not None:  # what cannot be made is better known before the answers
         check_output(output_file)
-    if system and (own := sum(bool(example.turns) and example.turns[0]["role"] == "system" for example in examples)):
-        stderr().print(f"{own} of {len(examples)} rows have a system message of their own, which they keep")
+    if system and (own := sum(question.messages[0]["role"] == "system" for question in questions)):
+        stderr().print(f"{own} of {len(questions)} rows have a system message of their own, which they keep")
     start = time.perf_counter()
-    asked = [example for example in examples for _ in range(sampling.n)]
-    with _journal(examples, sampling, output_file, system, overflow, identity) as store:
+    asked = [question for question in questions for _ in range(sampling.n)]
+    with _journal(questions, sampling, output_file, system, overflow, identity) as store:
         known = 0 if store is None else sum(answer.tokens for row in store.rows.values() for answer in _kept(row))
-        answers = answer_all(llm, examples, sampling, system, overflow, store)
+        answers = answer_all(llm, questions, sampling, system, overflow, store)
         rows = [
-            _asked(example, system) | _answered(example, answer) | ({"sample": number} if sampling.n > 1 else {})
-            for example, answer, number in zip(asked, answers, cycle(range(sampling.n)), strict=False)
+            _asked(question, system) | _answered(question, answer) | ({"sample": number} if sampling.n > 1 else {})
+            for question, answer, number in zip(asked, answers, cycle(range(sampling.n)), strict=False)
         ]
         if output_file is not None:
             write_json_lines(output_file, rows)
     for row in rows if output_file is None else ():
         print(shown(json.dumps(row, ensure_ascii=False), sys.stdout))
     control = llm.tokenizer.control
-    measures = measure(asked, answers, control) | {"rows": len(examples)}
+    measures = measure(asked, answers, control) | {"rows": len(questions)}
     if sampling.n > 1:
         measures["answers"] = len(answers)
     stderr().print(", ".join(f"{name} {_shown(value)}" for name, value in measures.items()))
@@ -333,20 +324,20 @@ def answer_rows(
     return measures
 
 
-def _check_failed(asked: Sequence[Example], answers: Sequence[Answer]) -> None:
+def _check_failed(asked: Sequence[Conversation], answers: Sequence[Answer]) -> None:
     """Raise for answers that failed."""
-    failed = [(example, answer.error) for example, answer in zip(asked, answers, strict=True) if answer.error]
+    failed = [(question, answer.error) for question, answer in zip(asked, answers, strict=True) if answer.error]
     if failed:
-        example, first = failed[0]
+        question, first = failed[0]
         raise NumericalError(
             f"{len(failed)} of {len(answers)} answers failed, their finish_reason is error; the others are there. The "
-            f"first of them, row {example.row}: {first}"
+            f"first of them, row {question.row}: {first}"
         )
 
 
 @contextlib.contextmanager
 def _journal(
-    examples: Sequence[Example],
+    questions: Sequence[Conversation],
     sampling: Sampling,
     output_file: Path | None,
     system: str,
@@ -357,7 +348,7 @@ def _journal(
     if output_file is None or identity is None or (output_file.exists() and not output_file.is_file()):
         yield None
         return
-    rows = json.dumps([_asked(example, system) for example in examples]).encode()
+    rows = json.dumps([_asked(question, system) for question in questions]).encode()
     asked = hashlib.sha256(rows).hexdigest()[:16]
     header = {"model": dict(identity), "sampling": described(sampling), "rows": asked}
     header |= {} if overflow == "error" else {"overflow": overflow}
@@ -365,20 +356,21 @@ def _journal(
         if store.begun_anew:
             stderr().print(f"{store.path} was of other settings or rows: it is begun anew")
         elif store.rows:
-            stderr().print(f"{len(store.rows)} of {len(examples)} rows were answered before, and are kept")
+            stderr().print(f"{len(store.rows)} of {len(questions)} rows were answered before, and are kept")
         yield store
 
 
-def _asked(example: Example, system: str) -> dict[str, Any]:
-    if example.turns:
-        tools = {"tools": list(example.tools)} if example.tools else {}
-        return {"messages": list(_headed(example.turns, system))} | tools
-    return ({"system": system} if system else {}) | {"instruction": example.instruction, "input": example.input}
+def _asked(question: Conversation, system: str) -> dict[str, Any]:
+    if (alone := question.instruction) is None:
+        tools = {"tools": list(question.tools)} if question.tools else {}
+        return {"messages": list(headed(question.prompt, system))} | tools
+    asked = {"instruction": alone["content"], "input": alone.get("input", "")}
+    return ({"system": system} if system else {}) | asked
 
 
-def _answered(example: Example, answer: Answer) -> dict[str, Any]:
+def _answered(question: Conversation, answer: Answer) -> dict[str, Any]:
     return {
-        "output": example.response,
+        "output": question.response,
         "answer": answer.text,
         "stopped": answer.stopped,
         "finish_reason": answer.finish_reason,

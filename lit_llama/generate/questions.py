@@ -5,10 +5,11 @@ from pathlib import Path
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.text.dataset import TEST_FILE, read_meta
-from lit_llama.text.formats import Example, read_prompts
+from lit_llama.text.message import Conversation, instruct
+from lit_llama.text.read.questions import read_questions
 
 
-def read_questions(
+def choose_questions(
     prompt: str,
     input: str,
     *,
@@ -16,7 +17,7 @@ def read_questions(
     input_file: Path | None,
     output_file: Path | None,
     limit: int | None,
-) -> Example | list[Example]:
+) -> Conversation | list[Conversation]:
     """Read what is to be answered, before a model is loaded.
 
     Args:
@@ -39,7 +40,7 @@ def read_questions(
                 raise UserError(f"--{flag} is of answers to rows, expected --data_dir or --input_file with it")
         if not prompt.strip():
             raise UserError("--prompt is empty, expected an instruction")
-        return Example(prompt, input)
+        return instruct(prompt, input)
     if data_dir and input_file:
         raise UserError("--data_dir and --input_file are both given, expected one of them")
     for flag, given in (("prompt", prompt != EXAMPLE_PROMPT), ("input", input != "")):
@@ -51,12 +52,12 @@ def read_questions(
     return _rows(data_dir, input_file)[:limit]
 
 
-def _rows(data_dir: Path | None, input_file: Path | None) -> list[Example]:
+def _rows(data_dir: Path | None, input_file: Path | None) -> list[Conversation]:
     if data_dir is not None and read_meta(data_dir).get("splits", {}).get("test", {}).get("rows") == 0:
         raise DataError(f"{data_dir} has no test split to answer: it was prepared with --test_split_size 0")
     path = data_dir / TEST_FILE if data_dir is not None else input_file
     assert path is not None
-    examples = read_prompts(path)
+    examples = read_questions(path)
     if not examples:
         raise DataError(f"{path} holds no rows to answer")
     return examples

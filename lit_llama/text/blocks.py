@@ -9,7 +9,7 @@ from itertools import count, islice
 from typing import TypeVar
 
 from lit_llama import progress
-from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.message import Conversation, Dropped
 from lit_llama.text.read.reading import Reader
 from lit_llama.text.render import Rendered
 from lit_llama.text.samples import Encoded, Encoder

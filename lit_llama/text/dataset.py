@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lit_llama.errors import DataError
 from lit_llama.manifest import check_folder, sha256_file
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.sharing import beginnings
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"

@@ -7,15 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.conversation import Message
 from lit_llama.text.jinja.teller import Told
+from lit_llama.text.message import Message
 from lit_llama.text.places import LEADING, TRAILING, Place, any_of
 from lit_llama.text.prompts import JinjaStyle, answer_end, trained_ends
 from lit_llama.text.styles import PromptStyle, Segment
 from lit_llama.text.tokenizer import Tokenizer
-
-IGNORE_INDEX = -100
-"""Label of a position without loss, as in torch and transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ def rendered(
     Args:
         tokenizer: As `for_style` gives it.
         style: How it is rendered.
-        messages: The turns so far.
+        messages: The turns so far; an `input` becomes part of its instruction.
         answer: End where the assistant has to begin.
         tools: The functions that the assistant may call.
         keep: The last answer has its thoughts, whatever the style.
@@ -83,6 +80,7 @@ def rendered(
     Raises:
         UserError: The style cannot say something, or a name in a call or a tool spells a control token.
     """
+    messages = list(map(style.joined, messages))
     _refuse_controls(tokenizer, messages, tools)
     eos = tokenizer.eos
     if not isinstance(style, JinjaStyle):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from lit_llama.text.conversation import Conversation, Dropped
+from lit_llama.text.message import Conversation, Dropped
 
 LOST_FILE = "lost.jsonl"
 """In a data folder: {"where", "what": "dropped" | "cut", "reason"} of every such row, in the order of the rows."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import META_FILE, TEST_FILE, TEST_KEYS_FILE, read_meta
+from lit_llama.text.message import Conversation, Message
 from lit_llama.text.read.reading import Reader
 from lit_llama.text.split import normalised
 

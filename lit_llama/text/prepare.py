@@ -13,11 +13,11 @@ import numpy.typing as npt
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
 from lit_llama.text.blocks import Block, encode_blocks, rare_collections, read_blocks
-from lit_llama.text.conversation import Conversation, Message
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
 from lit_llama.text.encode import begins
 from lit_llama.text.losses import Losses, Tally, keep_long_rows
 from lit_llama.text.members import Members, opening, opening_key
+from lit_llama.text.message import Conversation, Message
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
 from lit_llama.text.render import OnError, TrainOn, TypedEnds

@@ -7,10 +7,9 @@ from itertools import pairwise
 from typing import Literal
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.conversation import Conversation, Dropped, Message
 from lit_llama.text.encode import Cutter, Run, rendered
-from lit_llama.text.formats import Example
 from lit_llama.text.jinja.teller import Told
+from lit_llama.text.message import Conversation, Dropped, Message
 from lit_llama.text.places import Place, any_of
 from lit_llama.text.prompts import JinjaStyle
 from lit_llama.text.styles import PromptStyle, Segment
@@ -187,7 +186,7 @@ class Renderer:
 
     def _told(self, conversation: Conversation) -> Told:
         """A conversation in the style."""
-        messages = [self._joined(message) for message in conversation.messages]
+        messages = list(conversation.messages)
         if self._train_on == "last":
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             messages = [
@@ -270,14 +269,6 @@ class Renderer:
         if not (runs and runs[-1].control is not None and len(runs) > 1):
             runs.append(Run(eos, True, control[eos]))
         return runs
-
-    def _joined(self, message: Message) -> Message:
-        """An instruction and its input are one content, put together as the style has it."""
-        if "input" not in message:
-            return message
-        example = Example(message["content"], message["input"])
-        joined = {key: value for key, value in message.items() if key != "input"}
-        return joined | {"content": self._style.user(example)}
 
 
 def _trained(conversation: Conversation) -> set[int]:

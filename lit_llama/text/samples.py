@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.arrow import Samples
-from lit_llama.text.conversation import Conversation, Dropped, Message
-from lit_llama.text.encode import IGNORE_INDEX, Run, begins, for_style
+from lit_llama.text.encode import Run, begins, for_style
+from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, Message
 from lit_llama.text.prompts import JinjaStyle
 from lit_llama.text.render import Note, OnError, Rendered, Renderer, TrainOn, TypedEnds
 from lit_llama.text.styles import PromptStyle

@@ -18,8 +18,8 @@ from lit_llama.folder import publish, write_json
 from lit_llama.manifest import sha256_file
 from lit_llama.text.arrow import Samples
 from lit_llama.text.blocks import Block, ahead, encode_blocks, read_blocks
-from lit_llama.text.conversation import Conversation, Dropped
 from lit_llama.text.dataset import META_FILE
+from lit_llama.text.message import Conversation, Dropped
 from lit_llama.text.read.reading import Reader
 from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.special import read_object

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lit_llama.text.arrow import Samples, SplitWriter, finish, read_samples
 from lit_llama.text.dataset import SPLITS
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 
 SplitRule = Literal["auto", "hash", "shuffle", "given", "from"]
 Pair = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]

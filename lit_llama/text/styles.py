@@ -7,8 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.text.conversation import Message
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,16 @@ class PromptStyle:
         """Those of a tokenizer's added words that open turns, so that nobody else may spell them."""
         return {*self.tokens} & {*words}
 
-    def user(self, example: Example) -> str:
+    def user(self, instruction: str, input: str) -> str:
         """Content of the user message for an instruction and its input, which stands below it."""
-        return f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
+        return f"{instruction}\n\n{input}" if input else instruction
+
+    def joined(self, message: Message) -> Message:
+        """The message with its input, if it has one, in its content."""
+        if "input" not in message:
+            return message
+        rest = {key: value for key, value in message.items() if key != "input"}
+        return rest | {"content": self.user(message["content"], message["input"])}
 
     def render(
         self,
@@ -293,9 +299,9 @@ class Alpaca(TurnStyle):
     )
     _INPUT = "\n\n### Input:\n"
 
-    def user(self, example: Example) -> str:
+    def user(self, instruction: str, input: str) -> str:
         """The instruction, and its input under a heading."""
-        return example.instruction + (self._INPUT + example.input if example.input else "")
+        return instruction + (self._INPUT + input if input else "")
 
     def _opening(self, first: bool, content: str) -> str:
         if not first:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_llama.text.conversation import Message
+from lit_llama.text.message import Message
 
 ThoughtsRule = Literal["template", "keep", "drop"]
 """What becomes of them: the style's template decides, every answer is trained with its own, or none is."""

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.generate.answer import Answer, answer_requests, instruction_ids
+from lit_llama.generate.answer import Answer, answer_requests, question_ids
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engines import torch_engine
 from lit_llama.generate.llm import LLM, make_llm
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.text.dataset import TEST_FILE
-from lit_llama.text.formats import Example, read_prompts
+from lit_llama.text.message import Conversation
 from lit_llama.text.prompts import folder_style
+from lit_llama.text.read.questions import read_questions
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import special_ids
 
@@ -135,18 +136,18 @@ def test_prompts(llm: LLM, path: Path, count: int) -> list[Prompt]:
     return [found[number] for number in sorted(found)]
 
 
-def _read(path: Path) -> Sequence[Example | str]:
+def _read(path: Path) -> Sequence[Conversation | str]:
     """The rows of test.jsonl: what they ask, or plain texts."""
     try:
         with path.open(encoding="utf-8") as file:
             plain = "text" in json.loads(file.readline())
             file.seek(0)
-            return [json.loads(line)["text"] for line in file] if plain else read_prompts(path)
+            return [json.loads(line)["text"] for line in file] if plain else read_questions(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _prompt(llm: LLM, number: int, row: Example | str) -> Prompt | None:
+def _prompt(llm: LLM, number: int, row: Conversation | str) -> Prompt | None:
     tokenizer = llm.tokenizer
     if isinstance(row, str):
         ids = tokenizer.encode(row[: 40 * (OPENING + MAX_NEW_TOKENS)])
@@ -154,7 +155,5 @@ def _prompt(llm: LLM, number: int, row: Example | str) -> Prompt | None:
         text, reference = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + MAX_NEW_TOKENS])
         ids = [*([tokenizer.control[tokenizer.bos]] if tokenizer.bos else []), *ids[:cut]]
     else:
-        ids, reference = instruction_ids(llm, row), row.response
-        turns = [f"{turn['role']}: {turn['content']}" for turn in row.turns]
-        text = "\n\n".join(turns or filter(None, (row.instruction, row.input)))
+        ids, text, reference = question_ids(llm, row), row.asked, row.response
     return Prompt(number, text, reference, ids) if 0 < len(ids) < llm.config.context_length else None

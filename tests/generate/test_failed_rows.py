@@ -10,15 +10,15 @@ import pytest
 from torch import Tensor
 
 from lit_llama.errors import NumericalError
-from lit_llama.generate.answer import answer_all, answer_rows, instruction_ids
+from lit_llama.generate.answer import answer_all, answer_rows, question_ids
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.model.paged import PagedBatch
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation, instruct
 
 pytestmark = pytest.mark.usefixtures("one_core")
-ROWS = [Example(text, "", "reference", row) for row, text in enumerate(["Say hi", "a", "Zoë's naïve café"])]
+ROWS = [instruct(text, "", "reference", row) for row, text in enumerate(["Say hi", "a", "Zoë's naïve café"])]
 SAMPLING = Sampling(max_new_tokens=10, temperature=1.0, n=2)
 
 
@@ -41,8 +41,8 @@ class Poisoned:
         return logits
 
 
-def poisoned(llm: LLM, row: Example) -> LLM:
-    runner: Any = Poisoned(llm.engine.runner, instruction_ids(llm, row))
+def poisoned(llm: LLM, row: Conversation) -> LLM:
+    runner: Any = Poisoned(llm.engine.runner, question_ids(llm, row))
     return replace(llm, engine=Engine(runner, tokens=llm.tokenizer.size, config=llm.engine.config))
 
 

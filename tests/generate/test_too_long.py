@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.generate.answer import answer_one, answer_rows, continue_text, instruction_ids, raw_ids
+from lit_llama.generate.answer import answer_one, answer_rows, continue_text, question_ids, raw_ids
 from lit_llama.generate.chat.session import Answer, message
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.overflow import fitted_messages, fitted_text, room
 from lit_llama.text.encode import prompt_ids
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prompts import named_style
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -82,21 +82,21 @@ def test_an_answer_longer_than_the_context_is_refused_or_slides_aloud(
 ) -> None:
     sampling = Sampling(max_new_tokens=300)
     with pytest.raises(UserError, match=r"more than the 256 the model reads"):
-        answer_one(llm, Example("Say hi"), sampling)
-    answer_one(llm, Example("Say hi"), sampling, "Be brief", "drop_oldest")
+        answer_one(llm, instruct("Say hi"), sampling)
+    answer_one(llm, instruct("Say hi"), sampling, "Be brief", "drop_oldest")
     said = capsys.readouterr().err
     keep = fitted_messages(llm, turns(0), 256, "drop_oldest").keep
-    prompt = len(instruction_ids(llm, Example("Say hi"), "Be brief"))
+    prompt = len(question_ids(llm, instruct("Say hi"), "Be brief"))
     assert "300 tokens in" in said
     half = (256 - keep) - (256 - keep) // 2
     assert f"the oldest {half * -(-(prompt + 300 - 256) // half)} tokens were left out on the way" in said
 
 
 def test_rows_that_are_too_long_are_counted(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [Example("", "", "", 0, turns(8)), Example("Say hi", "", "", 1), Example("", "", "", 2, turns(9))]
+    rows = [Conversation(turns(8), 0), instruct("Say hi", "", "", 1), Conversation(turns(9), 2)]
     with pytest.raises(DataError, match="row 0: the prompt has"):
         answer_rows(llm, rows, Sampling(max_new_tokens=20))
-    dropped = [fitted_messages(llm, row.turns, 236, "drop_oldest").dropped for row in (rows[0], rows[2])]
+    dropped = [fitted_messages(llm, row.prompt, 236, "drop_oldest").dropped for row in (rows[0], rows[2])]
     answer_rows(llm, rows, Sampling(max_new_tokens=20), output_file=tmp_path / "out.jsonl", overflow="drop_oldest")
     said = capsys.readouterr().err
     assert f"2 of 3 prompts are too long: {sum(dropped)} oldest turns are left out" in said

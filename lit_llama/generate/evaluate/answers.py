@@ -8,11 +8,11 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.store import Key, Row
 from lit_llama.generate.evaluate.tasks import METRICS, Item, Task, usual_metrics
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.read.rows import read_rows
 
 
-def read_answers(path: Path) -> list[tuple[Example, Row]]:
+def read_answers(path: Path) -> list[tuple[Conversation, Row]]:
     """Questions and answers of a file.
 
     Raises:
@@ -29,7 +29,7 @@ def read_answers(path: Path) -> list[tuple[Example, Row]]:
     return found
 
 
-def _answer(row: Mapping[str, Any], number: int, where: str) -> tuple[Example, Row]:
+def _answer(row: Mapping[str, Any], number: int, where: str) -> tuple[Conversation, Row]:
     for key, kind, expected in (("answer", str, "text"), ("stopped", bool | None, "true or false")):
         if not isinstance(row.get(key), kind):
             raise DataError(f"{where}: {key} is {row.get(key)!r}, expected {expected}")
@@ -40,20 +40,23 @@ def _answer(row: Mapping[str, Any], number: int, where: str) -> tuple[Example, R
     if not all(isinstance(text, str) for text in texts) or not isinstance(turns, list | tuple):
         raise DataError(f"{where}: expected instruction, input and output as text, or messages and output")
     instruction, given, output = texts
-    example = Example(instruction, given, output, number, tuple(turns), tuple(row.get("tools") or ()))
-    return example, {"answer": row["answer"], "stopped": row.get("stopped")}
+    question = instruct(instruction, given, output, number)
+    if turns:
+        answer = ({"role": "assistant", "content": output},) if output else ()
+        question = Conversation((*turns, *answer), number, where, tools=tuple(row.get("tools") or ()))
+    return question, {"answer": row["answer"], "stopped": row.get("stopped")}
 
 
-def answered_task(name: str, answers: Sequence[tuple[Example, Row]]) -> Task:
+def answered_task(name: str, answers: Sequence[tuple[Conversation, Row]]) -> Task:
     """The questions of a file of answers, with all measures of answers that fit."""
-    items = tuple(Item(example) for example, _ in answers)
+    items = tuple(Item(question) for question, _ in answers)
     metrics = [metric for metric in usual_metrics(items) if METRICS[metric].part == "answer"]
     if any(row["stopped"] is None for _, row in answers):
         metrics.remove("stopped")
     return Task(name=name, items=items, metrics=tuple(metrics))
 
 
-def answered_rows(name: str, path: Path, answers: Sequence[tuple[Example, Row]], task: Task) -> Rows:
+def answered_rows(name: str, path: Path, answers: Sequence[tuple[Conversation, Row]], task: Task) -> Rows:
     """The answers of a file as the rows of a model.
 
     Raises:
@@ -62,21 +65,21 @@ def answered_rows(name: str, path: Path, answers: Sequence[tuple[Example, Row]],
     if len(answers) < len(task.items):
         raise DataError(f"{path} holds {len(answers)} answers, but {task.name} has {len(task.items)} rows")
     rows: dict[Key, Row] = {}
-    for number, (item, (example, row)) in enumerate(zip(task.items, answers, strict=False)):
-        if _asked(example) != _asked(item.example):
+    for number, (item, (question, row)) in enumerate(zip(task.items, answers, strict=False)):
+        if _asked(question) != _asked(item.question):
             raise DataError(
-                f"{path}: answer {number} is to {_asked(example)[0][:60]!r}, but row {number} of {task.name} asks "
-                f"{_asked(item.example)[0][:60]!r}: expected answers to the same rows in the same order"
+                f"{path}: answer {number} is to {_asked(question)[0][:60]!r}, but row {number} of {task.name} asks "
+                f"{_asked(item.question)[0][:60]!r}: expected answers to the same rows in the same order"
             )
         rows[task.name, "answer", number] = row
     return Rows(name, path, rows, frozenset({"answer"}))
 
 
-def _asked(example: Example) -> tuple[str, str, str]:
-    if example.turns:
-        users = [turn for turn in example.turns if turn["role"] != "system"]
-        return "\n".join(str(turn["content"]) for turn in users), "", example.response
-    return example.instruction, example.input, example.response
+def _asked(question: Conversation) -> tuple[str, str, str]:
+    if (alone := question.instruction) is not None:
+        return alone["content"], alone.get("input", ""), question.response
+    users = [turn for turn in question.prompt if turn["role"] != "system"]
+    return "\n".join(str(turn["content"]) for turn in users), "", question.response
 
 
 def check_one_task(paths: Sequence[Path], tasks: Sequence[Task]) -> None:

@@ -18,7 +18,7 @@ from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.store import RowStore, open_rows
 from lit_llama.generate.evaluate.tasks import Task
 from lit_llama.progress import stderr
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation
 
 FILE = "judged.jsonl"
 Verdict = Literal["first", "second", "tie", "unclear"]
@@ -111,7 +111,7 @@ class Judge:
                 if known is not None and known["answers"] == texts:
                     continue
                 first, second = texts if order == 0 else reversed(texts)
-                question = judge_prompt(task.items[row].example, first, second)
+                question = judge_prompt(task.items[row].question, first, second)
                 future = pool.submit(self._verdict, client, question, texts[0] == texts[1])
                 waiting[future] = {"task": task.name, "row": row, "model": model.name, "order": order, "answers": texts}
             try:
@@ -193,14 +193,10 @@ def judged(forward: Verdict, backward: Verdict) -> Literal["won", "lost", "tied"
     return "lost" if forward == "first" and backward == "second" else "tied"
 
 
-def judge_prompt(example: Example, first: str, second: str) -> str:
+def judge_prompt(question: Conversation, first: str, second: str) -> str:
     """What the judge reads; the reference is in it where there is one."""
-    if example.turns:
-        question = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in example.turns)
-    else:
-        question = "\n\n".join(text for text in (example.instruction, example.input) if text)
-    reference = f"\n<correct_answer>\n{example.response}\n</correct_answer>\n" if example.response else ""
-    return _PROMPT.format(question=question, reference=reference, first=first, second=second)
+    reference = f"\n<correct_answer>\n{question.response}\n</correct_answer>\n" if question.response else ""
+    return _PROMPT.format(question=question.asked, reference=reference, first=first, second=second)
 
 
 def make_judge(url: str | None, model: str | None, key: str | None) -> Judge | None:

@@ -6,15 +6,14 @@ All of it goes through the engine, so that a prompt which several texts stand be
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.ticket import Ticket
 from lit_llama.generate.llm import LLM
-from lit_llama.text.conversation import Conversation
-from lit_llama.text.encode import IGNORE_INDEX, Cutter, ids_of
-from lit_llama.text.formats import Example
+from lit_llama.text.encode import Cutter, ids_of
+from lit_llama.text.message import IGNORE_INDEX, Conversation, headed
 from lit_llama.text.samples import Encoder
 from lit_llama.text.styles import Segment
 
@@ -63,7 +62,7 @@ class Likelihood:
     greedy: bool
 
 
-def chat_texts(llm: LLM, example: Example, answers: Sequence[str], system: str = "") -> list[Text]:
+def chat_texts(llm: LLM, question: Conversation, answers: Sequence[str], system: str = "") -> list[Text]:
     """Answers behind one prompt in the model's style, with the tokens that end them: ids as in training.
 
     Raises:
@@ -71,13 +70,9 @@ def chat_texts(llm: LLM, example: Example, answers: Sequence[str], system: str =
         UserError: The style cannot say something.
     """
     style = llm.require_style()
-    turns = example.turns or ({"role": "user", "content": style.user(example)},)
-    if system and turns[0]["role"] != "system":
-        turns = ({"role": "system", "content": system}, *turns)
+    turns, where = headed(question.prompt, system), f"row {question.row}"
     conversations = [
-        Conversation(
-            (*turns, {"role": "assistant", "content": answer}), example.row, f"row {example.row}", tools=example.tools
-        )
+        replace(question, messages=(*turns, {"role": "assistant", "content": answer}), where=where)
         for answer in answers
     ]
     encoder = Encoder(llm.tokenizer, style, max_seq_length=llm.config.context_length, train_on="last", overflow="error")

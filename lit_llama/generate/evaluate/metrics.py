@@ -13,7 +13,7 @@ import regex
 
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import FinishReason
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Answer:
         return "stop" if self.stopped else "length"
 
 
-def measure(examples: Sequence[Example], answers: Sequence[Answer], control: Collection[str] = ()) -> dict[str, Any]:
+def measure(
+    questions: Sequence[Conversation], answers: Sequence[Answer], control: Collection[str] = ()
+) -> dict[str, Any]:
     """Shares of answers that stop by themselves, that equal the reference, and that are the same JSON as it.
 
     One that failed is none of them; how many did is added where there are any.
@@ -52,12 +54,12 @@ def measure(examples: Sequence[Example], answers: Sequence[Answer], control: Col
     and NaN, are no JSON.
 
     Args:
-        examples: With their references.
+        questions: With their references.
         answers: To each of them.
         control: Spellings of control tokens. The share of answers that spell one as text is added where there are any:
             such an answer did not end where it should, even if it equals a reference that spells it, too.
     """
-    pairs = _pairs(examples, answers)
+    pairs = _pairs(questions, answers)
     measures: dict[str, Any] = {"rows": len(answers), "stopped": _mean([answer.stopped for answer in answers])}
     if failed := sum(answer.error is not None for answer in answers):
         measures["failed"] = failed
@@ -185,17 +187,17 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
     return len(one) - row.bit_count()
 
 
-def notes(examples: Sequence[Example], answers: Sequence[Answer], control: Collection[str] = ()) -> list[str]:
+def notes(questions: Sequence[Conversation], answers: Sequence[Answer], control: Collection[str] = ()) -> list[str]:
     """What the measures do not tell by themselves, for people."""
     said = []
-    pairs = _pairs(examples, answers)
+    pairs = _pairs(questions, answers)
     by_form = sum(one.strip() != other.strip() and _nfc(one) == _nfc(other) for one, other in pairs)
     if by_form:
         said.append(
             f"{by_form} of the exact matches spell letters otherwise than the reference (é as one character or two): "
             "they are equal after Unicode's normalisation NFC"
         )
-    texts, references = [answer.text for answer in answers], [example.response for example in examples]
+    texts, references = [answer.text for answer in answers], [question.response for question in questions]
     found = [token for token in control if any(token in text for text in texts)]
     if found:
         counts = [sum(any(token in text for token in found) for text in side) for side in (texts, references)]
@@ -207,10 +209,10 @@ def notes(examples: Sequence[Example], answers: Sequence[Answer], control: Colle
     return said
 
 
-def _pairs(examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[str, str]]:
+def _pairs(questions: Sequence[Conversation], answers: Sequence[Answer]) -> list[tuple[str, str]]:
     """Each reference that there is, and the answer."""
-    both = zip(examples, answers, strict=True)
-    return [(example.response, answer.text) for example, answer in both if example.response]
+    both = zip(questions, answers, strict=True)
+    return [(question.response, answer.text) for question, answer in both if question.response]
 
 
 def _nfc(text: str) -> str:

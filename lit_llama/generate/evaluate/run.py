@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeR
 
 from lit_llama.errors import DataError, NumericalError, UserError
 from lit_llama.folder import encode_json, replace_file
-from lit_llama.generate.answer import answer_requests, instruction_ids, raw_ids
+from lit_llama.generate.answer import answer_requests, question_ids, raw_ids
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.evaluate.likelihood import Likelihood, Text, chat_texts, likelihoods, raw_texts
 from lit_llama.generate.evaluate.metrics import Answer
@@ -21,7 +21,7 @@ from lit_llama.generate.evaluate.store import Key, Row, RowStore, described, ope
 from lit_llama.generate.evaluate.tasks import Part, Task
 from lit_llama.generate.llm import LLM
 from lit_llama.progress import bar, stderr
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation
 
 ROWS, TIMING_FILE = "rows", "timing.json"
 FORMAT = 1
@@ -172,10 +172,10 @@ def _answers(llm: LLM, task: Task, missing: Sequence[int], sampling: Sampling, s
 
 
 def _request(llm: LLM, task: Task, row: int, sampling: Sampling, system: str) -> Request:
-    example = task.items[row].example
+    example = task.items[row].question
     try:
         if task.prompt == "chat":
-            ids = instruction_ids(llm, example, system)
+            ids = question_ids(llm, example, system)
         else:
             ids = raw_ids(llm, raw_prompt(example), False)
         request = llm.request(ids, sampling, number=row)
@@ -185,25 +185,25 @@ def _request(llm: LLM, task: Task, row: int, sampling: Sampling, system: str) ->
     return request
 
 
-def raw_prompt(example: Example) -> str:
+def raw_prompt(question: Conversation) -> str:
     """The text of a row that no style is put around.
 
     Raises:
         DataError: It is a chat.
     """
-    if example.turns:
+    if question.instruction is None:
         raise DataError("it is a chat, which `prompt: raw` has no words for; expected prompt: chat")
-    return f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
+    return question.asked
 
 
-def _of_row(error: UserError, example: Example) -> UserError:
+def _of_row(error: UserError, question: Conversation) -> UserError:
     kind = DataError if type(error) is UserError else type(error)
     text = str(error)
-    return kind(text if text.startswith(f"row {example.row}:") else f"row {example.row}: {text}")
+    return kind(text if text.startswith(f"row {question.row}:") else f"row {question.row}: {text}")
 
 
 def _references(llm: LLM, task: Task, missing: Sequence[int], sampling: Sampling, system: str, keep: Keep) -> int:
-    texts = [_texts(llm, task, row, [task.items[row].example.response], system)[0] for row in missing]
+    texts = [_texts(llm, task, row, [task.items[row].question.response], system)[0] for row in missing]
 
     def take(number: int, found: Likelihood) -> None:
         row = {"text": round(found.text, _DIGITS), "ends": round(found.ends, _DIGITS)}
@@ -232,7 +232,7 @@ def _choices(llm: LLM, task: Task, missing: Sequence[int], sampling: Sampling, s
 
 def _texts(llm: LLM, task: Task, row: int, answers: Sequence[str], system: str) -> list[Text]:
     """Answers to a row behind its prompt."""
-    example = task.items[row].example
+    example = task.items[row].question
     try:
         if task.prompt == "chat":
             texts = chat_texts(llm, example, answers, system)

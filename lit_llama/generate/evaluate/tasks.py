@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.evaluate.metrics import compiled, is_json, json_keys
 from lit_llama.text.dataset import TEST_FILE, read_meta
-from lit_llama.text.formats import Example, example_of, read_text
+from lit_llama.text.message import Conversation, instruct
+from lit_llama.text.read.questions import question_of, read_text
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.rows import read_rows
 
@@ -68,14 +69,14 @@ class Item:
     """A row to be answered or scored.
 
     Args:
-        example: What is asked, with its reference ("" if there is none).
+        question: What is asked, with its reference ("" if there is none).
         choices: Texts of which one is right; none where an answer is wanted.
         right: Which of them.
         wanted: Texts that an answer has to hold.
         group: Part of its task that it is counted in, too.
     """
 
-    example: Example
+    question: Conversation
     choices: tuple[str, ...] = ()
     right: int = 0
     wanted: tuple[str, ...] = ()
@@ -132,7 +133,7 @@ class Task:
         chosen = [bool(item.choices) for item in self.items]
         of_choices = METRICS[metric].part == "choices"
         if any(found != of_choices for found in chosen):
-            row = self.items[[found != of_choices for found in chosen].index(True)].example.row
+            row = self.items[[found != of_choices for found in chosen].index(True)].question.row
             wanted = (
                 f"needs choices, but row {row} has none" if of_choices else f"is of answers, but row {row} has choices"
             )
@@ -146,16 +147,16 @@ class Task:
             except UserError as error:
                 raise UserError(f"task {self.name}: {error}") from error
         for item in self.items:
-            where = f"row {item.example.row}"
-            if needs_reference and not item.example.response:
+            where = f"row {item.question.row}"
+            if needs_reference and not item.question.response:
                 raise DataError(f"{about} needs a reference, but {where} has none (output, response or completion)")
-            if metric in ("json_match", "json_fields") and not is_json(item.example.response):
+            if metric in ("json_match", "json_fields") and not is_json(item.question.response):
                 raise DataError(
-                    f"{about} needs JSON, but the reference of {where} is none: {item.example.response[:40]!r}"
+                    f"{about} needs JSON, but the reference of {where} is none: {item.question.response[:40]!r}"
                 )
-            if metric == "json_fields" and not json_keys(item.example.response):
+            if metric == "json_fields" and not json_keys(item.question.response):
                 raise DataError(f"{about} needs an object with fields, but the reference of {where} is none")
-            if metric == "contains" and not (item.wanted or item.example.response):
+            if metric == "contains" and not (item.wanted or item.question.response):
                 raise DataError(f"{about} needs `contains` or a reference, but {where} has neither")
 
 
@@ -170,7 +171,7 @@ def usual_metrics(items: Sequence[Item]) -> tuple[str, ...]:
     """The measures of rows for which nobody asked for others: all that fit."""
     if items and all(item.choices for item in items):
         return ("accuracy", "accuracy_norm", "probability")
-    references = [item.example.response for item in items]
+    references = [item.question.response for item in items]
     metrics = ["contains"] if items and all(item.wanted for item in items) else []
     if references and all(references):
         metrics.append("exact_match")
@@ -321,7 +322,7 @@ def _item(row: Any, number: int, where: str) -> Item:
         raise DataError(f"{where}: contains is {wanted!r}, expected a text or a list of texts")
     plain = {key: value for key, value in row.items() if key not in ("contains", "group")}
     try:
-        return Item(example_of(plain, number), wanted=tuple(wanted), group=_group(row, where))
+        return Item(question_of(plain, number), wanted=tuple(wanted), group=_group(row, where))
     except RowError as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -348,8 +349,8 @@ def _choice(row: Mapping[str, Any], number: int, where: str) -> Item:
         raise DataError(
             f"{where}: answer is {answer!r}, expected 0 to {last}, A to {chr(65 + last)}, or one of choices"
         )
-    example = Example(row[asked[0]], row.get("input") or "", choices[right], number)
-    return Item(example, tuple(choices), right, group=_group(row, where))
+    question = instruct(row[asked[0]], row.get("input") or "", choices[right], number)
+    return Item(question, tuple(choices), right, group=_group(row, where))
 
 
 def _group(row: Mapping[str, Any], where: str) -> str:

@@ -12,7 +12,7 @@ from lit_llama.generate.rows.attempt import Attempt, prompt_and_answer
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.rouge import RougeIndex, words_of
 from lit_llama.generate.rows.sources import Entry
-from lit_llama.text.formats import read_prompts
+from lit_llama.text.read.questions import read_questions
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.report.duplicates import NearIndex
 from lit_llama.text.report.findings import refused
@@ -65,14 +65,15 @@ class RowFilters:
             self._remember(asked, entry.value["output"], entry.where, asked)
 
     def _add_test(self, path: Path) -> None:
-        examples = read_prompts(path)
-        if not examples:
+        questions = read_questions(path)
+        if not questions:
             raise DataError(f"{path} holds no rows that could leak")
-        for example in examples:
-            asked = example.turns[-1]["content"] if example.turns else f"{example.instruction}\n{example.input}"
-            self._test.setdefault(normalised(asked), f"{path}: row {example.row + 1}")
+        for question in questions:
+            last = question.prompt[-1]
+            asked = f"{last['content']}\n{last.get('input', '')}"
+            self._test.setdefault(normalised(asked), f"{path}: row {question.row + 1}")
             self._test_near.add(normalised(asked))
-            self._test_of.append(f"{path}: row {example.row + 1}")
+            self._test_of.append(f"{path}: row {question.row + 1}")
 
     def judge(self, attempt: Attempt) -> tuple[str, str] | None:
         """The name of the filter that rejects the row of an attempt, and why; None if it is kept."""

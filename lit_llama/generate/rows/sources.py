@@ -12,12 +12,13 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.generate.rows.recipe import Source
-from lit_llama.text.formats import example_of
 from lit_llama.text.read.documents import TEXT_ENDINGS, read_documents
 from lit_llama.text.read.files import expand
 from lit_llama.text.read.pdf import PDF_ENDING, pdf_text
+from lit_llama.text.read.questions import question_of
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.rows import read_rows
+from lit_llama.text.styles import PromptStyle
 
 PAGES = (".html", ".htm")
 _UNREAD = {"script", "style", "template", "noscript", "svg", "head", "nav", "footer"}
@@ -105,20 +106,12 @@ def _rows(source: Source) -> Iterator[Entry]:
 def named(row: Mapping[str, Any], number: int) -> dict[str, Any]:
     """A row of instructions under the names of Alpaca and of chats; nothing of one that is something else."""
     try:
-        example = example_of(row, number)
+        question = question_of(row, number)
     except RowError:
         return {}
-    if example.turns:
-        last = example.turns[-1]["content"]
-        return {"instruction": last, "input": "", "output": example.response, "messages": list(example.turns)}
-    asked = example.instruction + (f"\n\n{example.input}" if example.input else "")
-    messages = [{"role": "user", "content": asked}]
-    return {
-        "instruction": example.instruction,
-        "input": example.input,
-        "output": example.response,
-        "messages": messages,
-    }
+    last = question.prompt[-1]
+    asked = {"instruction": last["content"], "input": last.get("input", ""), "output": question.response}
+    return asked | {"messages": list(map(PromptStyle().joined, question.prompt))}
 
 
 def _passages(source: Source) -> Iterator[Entry]:

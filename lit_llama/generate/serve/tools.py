@@ -15,8 +15,8 @@ from typing import Any
 from lit_llama.errors import UserError
 from lit_llama.generate.llm import LLM
 from lit_llama.generate.serve.errors import refusal
-from lit_llama.text.conversation import Message
 from lit_llama.text.encode import for_style, rendered
+from lit_llama.text.message import Message
 from lit_llama.text.places import any_of
 from lit_llama.text.prompts import JinjaStyle, answer_end
 from lit_llama.text.styles import PromptStyle

@@ -25,6 +25,10 @@ HERE = Path(__file__).parent
 SOURCES = (HERE, HERE.parent / "kernels" / "cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+E4M3 = 448.0
+"""Largest number of eight bits, four of them for the exponent."""
+TINY = 1e-30
+"""Rows of 8-bit floats with nothing above it are zero."""
 Argument = Tensor | int | float | ctypes.Structure | ctypes.c_int64
 
 

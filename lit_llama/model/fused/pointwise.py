@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_llama.model.fused.kernels import call, native
-
-E4M3 = 448.0
-"""The largest number of eight bits, four of them for the exponent."""
-TINY = 1e-30
-"""Rows with nothing above it are zero."""
+from lit_llama.model.fused.kernels import E4M3, TINY, call, native
 
 
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lit_llama.text.conversation import Message
+from lit_llama.text.message import Message
 
 MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters, which no template spells
 _BLANKS = re.compile(r"\s*")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
-from lit_llama.text.conversation import Message
+from lit_llama.text.message import Message
 from lit_llama.text.styles import Segment
 from lit_llama.text.thoughts import Thoughts, none_behind, opens
 

@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.conversation import Message
 from lit_llama.text.jinja.masks import MARK, Piece, align, mask
 from lit_llama.text.jinja.sandbox import Sandbox
 from lit_llama.text.jinja.teller import AROUND, BLOCK, Rendered, Teller, Told
+from lit_llama.text.message import Message
 from lit_llama.text.styles import PromptStyle, Segment
 from lit_llama.text.thoughts import thoughts_of
 

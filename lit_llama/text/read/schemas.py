@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from lit_llama.text.conversation import Message
+from lit_llama.text.message import Message
 from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing
 from lit_llama.text.read.messages import (
     OASST_FIELDS,

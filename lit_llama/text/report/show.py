@@ -13,7 +13,7 @@ from lit_llama.console import visible as visible
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, UserError
 from lit_llama.progress import stdout
 from lit_llama.text.dataset import Split, read_meta
-from lit_llama.text.encode import IGNORE_INDEX
+from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.streamer import Streamer
 from lit_llama.text.tokenizer import Tokenizer
 

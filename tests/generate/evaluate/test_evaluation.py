@@ -65,9 +65,9 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 )
 def test_adapters_that_share_a_base_answer_as_alone(folders: list[Path], loading: Loading) -> None:
     """Another rounding of an adapter's update, the style of the base, or the adapter of the model before."""
-    from lit_llama.text.formats import Example
+    from lit_llama.text.message import instruct
 
-    examples = [Example("Say hi"), Example("Extract", "two lamps")]
+    examples = [instruct("Say hi"), instruct("Extract", "two lamps")]
     shared = {}
     engines = set()
     for model, llm in loaded(open_models(folders, loading)):

@@ -8,7 +8,7 @@ from lit_llama.generate.evaluate.report.page import render_page
 from lit_llama.generate.evaluate.report.summary import summarise
 from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.tasks import Item, Task
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m{{ 7 * 7 }}"
 
@@ -32,7 +32,7 @@ class Tags(HTMLParser):
 
 
 def page() -> str:
-    items = tuple(Item(Example(f"q{n} {HOSTILE}", "", "right", n)) for n in range(4))
+    items = tuple(Item(instruct(f"q{n} {HOSTILE}", "", "right", n)) for n in range(4))
     task = Task(name=f"t{HOSTILE}", items=items, metrics=("exact_match", "stopped", "characters"))
     answers = [("wrong", "right"), ("right", HOSTILE), ("right", "right"), ("x", "y")]
     models = [

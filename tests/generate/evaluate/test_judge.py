@@ -14,7 +14,7 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.evaluate.judge import Judge, judge_prompt, judged, make_judge
 from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.tasks import Item, Task
-from lit_llama.text.formats import Example
+from lit_llama.text.message import Conversation, instruct
 
 Reply = Callable[[str, int], tuple[int, str]]
 
@@ -64,7 +64,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Reply], Endpoin
 
 
 ANSWERS = [("bad", "good"), ("good", "bad"), ("good", "good"), ("bad", "bad too"), ("odd", "strange")]
-TASK = Task(name="t", items=tuple(Item(Example(f"question {n}", row=n)) for n in range(5)), metrics=("stopped",))
+TASK = Task(name="t", items=tuple(Item(instruct(f"question {n}", row=n)) for n in range(5)), metrics=("stopped",))
 
 
 def rows() -> list[Rows]:
@@ -118,9 +118,9 @@ def test_what_passes_is_asked_again_and_the_rest_named(serve: Callable[[Reply], 
 
 def test_a_question_holds_its_reference_and_its_turns() -> None:
     turns = ({"role": "user", "content": "one {first}"}, {"role": "assistant", "content": "two"})
-    prompt = judge_prompt(Example("", "", "wanted", turns=turns), "{second}", "b")
+    prompt = judge_prompt(Conversation((*turns, {"role": "assistant", "content": "wanted"})), "{second}", "b")
     assert "user: one {first}\n\nassistant: two" in prompt and "wanted" in prompt and "\n{second}\n" in prompt
-    assert "correct_answer" not in judge_prompt(Example("a"), "b", "c")
+    assert "correct_answer" not in judge_prompt(instruct("a"), "b", "c")
 
 
 def test_flags_that_make_no_judge_are_refused() -> None:

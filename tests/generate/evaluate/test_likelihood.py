@@ -10,15 +10,14 @@ import torch
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.generate.evaluate.likelihood import chat_texts, likelihoods, raw_texts
 from lit_llama.generate.llm import LLM, load
-from lit_llama.text.conversation import Conversation
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 from lit_llama.text.samples import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_core")
 EXAMPLES = [
-    Example("Say hi", "", "hello"),
-    Example("Extract", "two lamps", '{"item": "blue lamp"}'),
-    Example("naïve 北京 " * 12, "", "北京 😀"),
+    instruct("Say hi", "", "hello"),
+    instruct("Extract", "two lamps", '{"item": "blue lamp"}'),
+    instruct("naïve 北京 " * 12, "", "北京 😀"),
 ]
 
 
@@ -45,9 +44,7 @@ def test_the_loss_of_references_is_that_of_training(llm: LLM, theirs: Any) -> No
     texts = [chat_texts(llm, example, [example.response])[0] for example in EXAMPLES]
     encoder = Encoder(llm.tokenizer, llm.require_style(), max_seq_length=256)
     for example, text, found in zip(EXAMPLES, texts, likelihoods(llm, texts), strict=True):
-        asked = {"role": "user", "content": llm.require_style().user(example)}
-        answer = {"role": "assistant", "content": example.response}
-        batch = encoder.encode(encoder.render([Conversation((asked, answer), 0, "row 0")])).batch
+        batch = encoder.encode(encoder.render([example])).batch
         ids, labels = batch.input_ids.tolist(), batch.labels.tolist()
         count = sum(label != -100 for label in labels)
         assert found.tokens == count and text.ends == 1
@@ -91,6 +88,6 @@ def test_a_model_of_nan_is_named(tiny_folder: Path) -> None:
 
 def test_what_cannot_be_scored_is_named(llm: LLM) -> None:
     with pytest.raises(DataError, match=r"row 7.*tokens"):
-        chat_texts(llm, Example("a", row=7), ["word " * 300])
+        chat_texts(llm, instruct("a", row=7), ["word " * 300])
     with pytest.raises(DataError, match="the prompt is empty, and the model has no token that begins a text"):
         raw_texts(llm, "", ["a"])

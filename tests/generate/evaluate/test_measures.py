@@ -9,11 +9,11 @@ import pytest
 from lit_llama.errors import UserError
 from lit_llama.generate.evaluate import metrics
 from lit_llama.generate.evaluate.metrics import Answer, measure, notes, regex_match
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 
 
 def measured(reference: str, text: str) -> dict[str, Any]:
-    return measure([Example("x", "", reference)], [Answer(text, True, 3)])
+    return measure([instruct("x", "", reference)], [Answer(text, True, 3)])
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_references_that_are_no_json_have_no_json_measure(reference: str) -> Non
 def test_plain_text_references_have_no_json_measure() -> None:
     """A share of 0 % where there is nothing to compare."""
     assert measured("two lamps", "two lamps ") == {"rows": 1, "stopped": 1.0, "exact_match": 1.0}
-    mixed = measure([Example("x", "", "{}"), Example("x", "", "no")], [Answer("{}", True, 1), Answer("no", True, 1)])
+    mixed = measure([instruct("x", "", "{}"), instruct("x", "", "no")], [Answer("{}", True, 1), Answer("no", True, 1)])
     assert "json_match" not in mixed and mixed["exact_match"] == 1.0
 
 
 def test_rows_without_reference_count_only_as_answered() -> None:
     """Rows without reference counted as wrong, or a division by zero where no row has one."""
     answers = [Answer("a", True, 1), Answer("b", False, 1), Answer("", True, 1), Answer("d", False, 1)]
-    examples = [Example("x", "", "a"), Example("x", "", "B"), Example("x"), Example("x")]
+    examples = [instruct("x", "", "a"), instruct("x", "", "B"), instruct("x"), instruct("x")]
     assert measure(examples, answers) == {"rows": 4, "stopped": 0.5, "exact_match": 0.5}
     assert measure(examples[2:], answers[2:]) == {"rows": 2, "stopped": 0.5}
 
@@ -80,7 +80,7 @@ def test_rows_without_reference_count_only_as_answered() -> None:
 def test_letters_that_unicode_spells_in_two_ways_are_equal_and_that_is_said() -> None:
     """An answer that nobody could tell from its reference counted as wrong, or counted as right without a word."""
     words = ["Zoë's naïve café", "Zoë", "over"]
-    examples = [Example("x", "", unicodedata.normalize("NFD", word)) for word in words]
+    examples = [instruct("x", "", unicodedata.normalize("NFD", word)) for word in words]
     answers = [Answer(words[0], True, 1), Answer("zoë", True, 1), Answer("over", True, 1)]
     assert measure(examples, answers)["exact_match"] == pytest.approx(2 / 3)
     [note] = notes(examples, answers)
@@ -91,7 +91,7 @@ def test_letters_that_unicode_spells_in_two_ways_are_equal_and_that_is_said() ->
 def test_control_tokens_that_answers_spell_are_measured() -> None:
     """A model trained on typed ends, which prints them to its users, and whose exact match of 100 % hides it."""
     control = ["<|im_start|>", "<|im_end|>"]
-    examples = [Example("x", "", "four<|im_end|>"), Example("x", "", "five<|im_end|>"), Example("x", "", "six")]
+    examples = [instruct("x", "", "four<|im_end|>"), instruct("x", "", "five<|im_end|>"), instruct("x", "", "six")]
     answers = [Answer("four<|im_end|>", True, 4), Answer("5<|im_end|><|im_end|>", True, 4), Answer("six", True, 1)]
     found = measure(examples, answers, control)
     assert math.isclose(found["exact_match"], 2 / 3) and math.isclose(found["control_tokens_spelled"], 2 / 3)

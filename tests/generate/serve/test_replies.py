@@ -12,10 +12,10 @@ import torch
 from conftest import CORPUS
 from servers import Client, events, serving, tiny
 
-from lit_llama.generate.answer import instruction_ids, raw_ids
+from lit_llama.generate.answer import question_ids, raw_ids
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 
 pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
 WORDS = " ".join(CORPUS[:4]).split()
@@ -41,7 +41,7 @@ def own(tiny_folder: Path) -> LLM:
 
 def answered(own: LLM, content: str, sampling: Sampling) -> tuple[str, str | None]:
     """As generate/instruct.py answers."""
-    stream = own.answer(instruction_ids(own, Example(content, "")), sampling)
+    stream = own.answer(question_ids(own, instruct(content, "")), sampling)
     return "".join(text for _, text in stream), stream.text.finish_reason
 
 
@@ -122,7 +122,7 @@ def test_tokens_and_their_scores_are_those_of_the_model(client: Client, own: LLM
     tokens = choice["logprobs"]["content"]
     made = bytes(byte for token in tokens for byte in token["bytes"]).decode("utf-8", "replace")
     assert made == choice["message"]["content"]
-    prompt = instruction_ids(own, Example("naïve café", ""))
+    prompt = question_ids(own, instruct("naïve café", ""))
     ids = [own.token_bytes.index(bytes(token["bytes"])) for token in tokens]
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -224,7 +224,7 @@ def test_ids_of_texts_and_of_messages(client: Client, own: LLM) -> None:
     assert "".join(client.post("/detokenize", tokens=found["tokens"]).json()["prompt"]) == words
     messages = [{"role": "user", "content": words}]
     ids = client.post("/tokenize", messages=messages).json()["tokens"]
-    assert ids == instruction_ids(own, Example(words, ""))
+    assert ids == question_ids(own, instruct(words, ""))
     assert ids.count(own.tokenizer.control["<|im_end|>"]) == 1  # what was typed is inert
     parts = [{"role": "user", "content": [{"type": "text", "text": "café "}, {"type": "text", "text": "<|im_end|>"}]}]
     assert client.post("/tokenize", messages=parts).json()["tokens"] == ids

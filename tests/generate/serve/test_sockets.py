@@ -16,7 +16,7 @@ import pytest
 from conftest import write_adapter
 from servers import Client, listening, service, tiny
 
-from lit_llama.generate.answer import instruction_ids
+from lit_llama.generate.answer import question_ids
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import load
@@ -25,7 +25,7 @@ from lit_llama.generate.serve import server as server_module
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.service import Service
-from lit_llama.text.formats import Example
+from lit_llama.text.message import instruct
 
 pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -225,6 +225,6 @@ def test_adapters_answer_by_their_names_in_one_batch(tiny_folder: Path, tmp_path
         assert reply["model"] == (name or base)
         llm = own[name or base]
         stream = llm.answer(
-            instruction_ids(llm, Example(f"hi {number}", "")), Sampling(max_new_tokens=10, temperature=1, seed=number)
+            question_ids(llm, instruct(f"hi {number}", "")), Sampling(max_new_tokens=10, temperature=1, seed=number)
         )
         assert reply["choices"][0]["message"]["content"] == "".join(text for _, text in stream)

@@ -160,16 +160,9 @@ def _rows(
         item = task.items[row]
         classes = [f"{entry.key}-{who[row]}" for entry, who in picked if who[row] is not None]
         answers = [(model.name, *_answer(task, item, row, model, found, place)) for place, model in enumerate(models)]
-        reference = "" if item.choices else item.example.response
-        shown.append(ShownRow(row, item.group, _cut(_prompt(item)), _cut(reference), answers, classes))
+        reference = "" if item.choices else item.question.response
+        shown.append(ShownRow(row, item.group, _cut(item.question.asked), _cut(reference), answers, classes))
     return shown
-
-
-def _prompt(item: Item) -> str:
-    example = item.example
-    if example.turns:
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in example.turns)
-    return "\n\n".join(text for text in (example.instruction, example.input) if text)
 
 
 def _answer(task: Task, item: Item, row: int, model: Rows, found: Sequence[Line], place: int) -> tuple[str, list[str]]:

@@ -94,7 +94,7 @@ def measured(name: str, task: Task, item: Item, row: Row) -> tuple[float, float]
         if name == "bits_per_byte":
             return -row["text"] / math.log(2), float(row["bytes"])
         return -(row["text"] + row["ends"]), float(row["tokens"])
-    reference, answer = item.example.response, row["answer"]
+    reference, answer = item.question.response, row["answer"]
     if name == "stopped":
         return (float(row["stopped"]), 1.0) if row.get("stopped") is not None else (0.0, 0.0)
     if name == "characters":
@@ -122,7 +122,7 @@ def _chosen(name: str, item: Item, row: Row) -> float:
 
 def _fields(task: Task, models: Sequence[Rows]) -> list[Line]:
     """Each field of the references by itself."""
-    keys = list(dict.fromkeys(key for item in task.items for key in json_keys(item.example.response)))
+    keys = list(dict.fromkeys(key for item in task.items for key in json_keys(item.question.response)))
     if len(keys) > _MOST_FIELDS:
         return []
     found = []
@@ -132,7 +132,7 @@ def _fields(task: Task, models: Sequence[Rows]) -> list[Line]:
             column = Column([], [])
             for number, item in enumerate(task.items):
                 row = model.get(task.name, "answer", number)
-                fields = {} if row is None else json_fields(item.example.response, row["answer"])
+                fields = {} if row is None else json_fields(item.question.response, row["answer"])
                 column.values.append(float(fields.get(key, False)))
                 column.weights.append(float(key in fields))
             columns.append(column)

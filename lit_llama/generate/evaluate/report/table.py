@@ -58,10 +58,10 @@ def print_rows(tasks: Sequence[Task], models: Sequence[Rows], count: int) -> Non
             show_lines=True,
         )
         for row in shown:
-            example = task.items[row].example
-            asked = example.input or example.instruction or (example.turns[-1]["content"] if example.turns else "")
+            question = task.items[row].question
+            asked = question.prompt[-1].get("input") or question.prompt[-1]["content"]
             answers = [(model.get(task.name, "answer", row) or {}).get("answer", "–") for model in models]
-            texts = [textwrap.shorten(text, _SHORT) for text in (asked, example.response, *answers)]
+            texts = [textwrap.shorten(text, _SHORT) for text in (asked, question.response, *answers)]
             table.add_row(*map(harmless, texts))
         stdout(width=_WIDTH).print(table, soft_wrap=False)
 

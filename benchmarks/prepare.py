@@ -200,22 +200,19 @@ def _ours(file: Path, tokenizer_path: Path, folder: Path, near_duplicates: int =
     import datasets  # noqa: F401
     import jinja2  # noqa: F401
 
-    from lit_llama.text.prepare import Rules
+    from lit_llama.text.config import PrepareConfig
     from lit_llama.text.records import prepare_records
 
-    rules = Rules(
+    config = PrepareConfig(
+        source=str(file),
+        destination_path=folder,
+        tokenizer_path=tokenizer_path,
+        prompt_style="alpaca",
         max_seq_length=MAX_SEQ_LENGTH,
-        mask_inputs=True,
-        train_on="all",
-        overflow="drop",
         split="hash",
-        test_split_size=0.05,
-        seed=42,
         near_duplicates=near_duplicates,
     )
-    return lambda: prepare_records(
-        [str(file)], folder, tokenizer_path=tokenizer_path, prompt_style="alpaca", rules=rules
-    )
+    return lambda: prepare_records(config)
 
 
 def _ours_without_near_duplicates(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:

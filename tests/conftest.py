@@ -26,8 +26,9 @@ from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.arrow import Samples, SplitWriter, finish
+from lit_llama.text.config import StyleName
 from lit_llama.text.message import Conversation
-from lit_llama.text.prompts import StyleName, named_style
+from lit_llama.text.prompts import named_style
 from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.tokenizer import Tokenizer

@@ -1,7 +1,6 @@
 """Training runs of seconds: twenty rows, a tiny model, and the command as its door gives it."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from conftest import run_here
 from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.prepare import Rules
-from lit_llama.train.config import TrainConfig
+from lit_llama.text.config import PrepareConfig
+from lit_llama.train.config import Resume, RunConfig, TrainConfig
 from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA
 from lit_llama.train.metrics import METRICS_FILE
@@ -51,17 +50,10 @@ def prepare(folder: Path, tokenizer_dir: Path, rows: list[dict[str, str]], **cha
     """A data folder out of rows in Alpaca's format; four of them are for testing."""
     folder.mkdir()
     (folder / "rows.json").write_text(json.dumps(rows))
-    rules = Rules(
-        max_seq_length=changes.pop("max_seq_length", 256),
-        mask_inputs=True,
-        train_on="all",
-        overflow="error",
-        split="shuffle",
-        test_split_size=4,
-        seed=0,
-    )
-    options: dict[str, Any] = {"data_file_name": "rows.json", "prompt_style": "alpaca"} | changes
-    prepare_alpaca(folder, tokenizer_path=tokenizer_dir, rules=rules, **options)
+    settings: dict[str, Any] = {"max_seq_length": 256, "overflow": "error", "split": "shuffle", "test_split_size": 4}
+    settings |= {"prompt_style": "alpaca", "seed": 0} | changes
+    config = PrepareConfig(destination_path=folder, tokenizer_path=tokenizer_dir, **settings)
+    prepare_alpaca(config, "rows.json")
     return folder
 
 
@@ -72,23 +64,12 @@ def run(
     lora: LoRAConfig = LORA,
     train: TrainConfig = SHORT,
     seed: int = 0,
-    resume: str | Path = "never",
+    resume: Resume = "never",
 ) -> Path:
     """finetune as the door of LoRA calls it."""
-    paths = {"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)}
-    settings = {"lora": asdict(lora), "train": asdict(train), "precision": "32-true", "quantize": None, "seed": seed}
-    settings |= {"adapter_dir": None, "loggers": None, "devices": 1, "num_nodes": 1, "strategy": "auto"}
-    finetune(
-        LoRA(lora),
-        checkpoint,
-        data,
-        out,
-        train=train,
-        precision="32-true",
-        seed=seed,
-        resume=resume,
-        arguments=paths | settings,
-    )
+    folders: dict[str, Any] = {"checkpoint_dir": checkpoint, "data_dir": data, "out_dir": out}
+    config = RunConfig(**folders, lora=lora, train=train, precision="32-true", seed=seed, resume=resume)
+    finetune(LoRA(lora), config)
     return out
 
 

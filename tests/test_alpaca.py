@@ -17,9 +17,9 @@ from lit_llama.manifest import sha256_file
 from lit_llama.text import alpaca
 from lit_llama.text import prepare as prepare_module
 from lit_llama.text.alpaca import DATA_FILE, find_or_download, prepare_alpaca
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.dataset import Split, read_meta
 from lit_llama.text.message import IGNORE_INDEX
-from lit_llama.text.prepare import Rules
 from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.split import shuffle_split
 from lit_llama.text.tokenizer import Tokenizer
@@ -41,15 +41,10 @@ def prepare(tiny_folder: Path) -> Callable[..., dict[str, Any]]:
     """prepare_alpaca with small defaults."""
 
     def run(folder: Path, **changes: Any) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "tokenizer_path": tiny_folder,
-            "data_file_name": "rows.json",
-            "prompt_style": "alpaca",
-        }
-        rules = {"test_split_size": 8, "max_seq_length": 200, "seed": 42, "mask_inputs": True, "overflow": "drop"}
-        rules |= {"train_on": "all", "split": "shuffle"}
-        changed = {name: changes.pop(name) for name in list(changes) if name in rules}
-        return prepare_alpaca(folder, rules=Rules(**(rules | changed)), **(options | changes))
+        name = changes.pop("data_file_name", "rows.json")
+        settings: dict[str, Any] = {"tokenizer_path": tiny_folder, "prompt_style": "alpaca", "split": "shuffle"}
+        settings |= {"test_split_size": 8, "max_seq_length": 200} | changes
+        return prepare_alpaca(PrepareConfig(destination_path=folder, **settings), name)
 
     return run
 

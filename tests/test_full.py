@@ -1,7 +1,7 @@
 """Full fine-tuning: it learns, goes on exactly, steps as torch does, and leaves a model that others read."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.text.dataset import Split, epoch_order
 from lit_llama.text.message import IGNORE_INDEX, instruct
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.loop import evaluate
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Full
@@ -42,19 +42,9 @@ def run(
     checkpoint: Path, data: Path, out: Path, train: TrainConfig = SHORT, resume: str = "never", **changes: Any
 ) -> Path:
     """finetune as the door of full fine-tuning calls it."""
-    precision, dtype = changes.get("precision", "32-true"), changes.get("dtype")
-    settings = {"train": asdict(train), "precision": precision, "dtype": dtype, "seed": 0, "loggers": None}
-    finetune(
-        Full(dtype),
-        checkpoint,
-        data,
-        out,
-        train=train,
-        precision=precision,
-        seed=0,
-        resume=resume,
-        arguments={"checkpoint_dir": str(checkpoint), "data_dir": str(data), "out_dir": str(out)} | settings,
-    )
+    folders: dict[str, Any] = {"checkpoint_dir": checkpoint, "data_dir": data, "out_dir": out}
+    settings: dict[str, Any] = {"precision": "32-true", "resume": resume, "seed": 0, "strategy": "ddp"} | changes
+    finetune(Full(changes.get("dtype")), RunConfig(**folders, train=train, **settings))
     return out
 
 

@@ -16,6 +16,7 @@ from lit_llama.errors import CheckpointError, DataError, ResourceError, UserErro
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.message import IGNORE_INDEX
+from lit_llama.train.config import RunConfig
 from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA
 from lit_llama.train.run import finetune
@@ -141,7 +142,9 @@ def test_an_absent_logger_is_said_before_anything_is_made(
 ) -> None:
     """Catches a run that stops after minutes of loading because a package is missing."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    options: dict[str, Any] = {"train": SHORT, "precision": "32-true", "seed": 0, "arguments": {}}
+    config = RunConfig(
+        checkpoint_dir=tiny_folder, data_dir=data, out_dir=tmp_path / "out", train=SHORT, loggers="wandb"
+    )
     with pytest.raises(ResourceError, match=r"lit_llama\[wandb\]"):
-        finetune(LoRA(LORA), tiny_folder, data, tmp_path / "out", loggers=["wandb"], **options)
+        finetune(LoRA(LORA), config)
     assert not (tmp_path / "out").exists()

@@ -13,9 +13,10 @@ from test_styles import transformers_tokenizer
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.config import StyleName
 from lit_llama.text.encode import answer_opening, end_id, prompt_ids
 from lit_llama.text.message import IGNORE_INDEX, instruct
-from lit_llama.text.prompts import StyleName, named_style
+from lit_llama.text.prompts import named_style
 from lit_llama.text.styles import Segment
 from lit_llama.text.tokenizer import Tokenizer
 

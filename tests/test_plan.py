@@ -22,7 +22,7 @@ from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset import Split
 from lit_llama.train.cards import CARDS
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import LoRA
@@ -61,9 +61,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(data: Path, config: LLaMAConfig, **changes: Any) -> Plan:
-    settings: dict[str, Any] = {"precision": "16-mixed", "train": TrainConfig(), "memory": "32GB"}
+    memory = changes.pop("memory", "32GB")
+    settings: dict[str, Any] = {"precision": "16-mixed", "seed": 0} | changes
     splits = {name: Split(data, name) for name in ("train", "test")}
-    return make_plan(LoRA(LoRAConfig()), config, splits, seed=0, **(settings | changes))
+    return make_plan(LoRA(LoRAConfig()), RunConfig(**settings), config, splits, memory=memory)
 
 
 @pytest.mark.parametrize(

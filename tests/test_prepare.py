@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from conftest import ROOT
 from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.folder import publish
 from lit_llama.text import blocks, losses
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.dataset import Split, read_meta
 from lit_llama.text.message import IGNORE_INDEX
-from lit_llama.text.prepare import Rules
 from lit_llama.text.read.questions import read_questions
 from lit_llama.text.records import prepare_records
 from lit_llama.text.split import hash_side, shuffle_split
@@ -65,10 +64,8 @@ def prepare(tiny_folder: Path, tmp_path: Path) -> Prepare:
     """prepare_records with small defaults, into the folder `data`."""
 
     def run(*sources: Path | str, folder: Path = tmp_path / "data", **changes: Any) -> dict[str, Any]:
-        names = {field.name for field in fields(Rules)}
-        rules = RULES | {name: changes.pop(name) for name in list(changes) if name in names}
-        options = {"tokenizer_path": tiny_folder, "prompt_style": "chatml", "rules": Rules(**rules)} | changes
-        return prepare_records([*map(str, sources)], folder, **options)
+        settings = {"tokenizer_path": tiny_folder, "prompt_style": "chatml"} | RULES | changes
+        return prepare_records(PrepareConfig(source=[*map(str, sources)], destination_path=folder, **settings))
 
     return run
 
@@ -253,7 +250,7 @@ from pathlib import Path
 from lit_llama import folder
 from lit_llama.text import arrow, sides
 from lit_llama.text.report import report
-from lit_llama.text.prepare import Rules
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.records import prepare_records
 
 step, at, rules, source, destination, tokenizer = sys.argv[1:]
@@ -267,8 +264,8 @@ def dying(*arguments):
     return original(*arguments)
 
 setattr(owner, step, dying)
-options = {"tokenizer_path": Path(tokenizer), "prompt_style": "chatml", "rules": Rules(**eval(rules))}
-prepare_records([source], Path(destination), **options)
+settings = {"source": source, "destination_path": Path(destination), "tokenizer_path": Path(tokenizer)}
+prepare_records(PrepareConfig(**settings, prompt_style="chatml", **eval(rules)))
 """
 
 
@@ -350,7 +347,7 @@ def test_memory_does_not_grow_with_what_was_written(tmp_path: Path) -> None:
 PEAK = """
 import json, re, sys
 from pathlib import Path
-from lit_llama.text.prepare import Rules
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.records import prepare_records
 
 folder, rows, split, tokenizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -358,10 +355,18 @@ with (folder / "rows.jsonl").open("w") as file:
     for n in range(rows):
         answer = "yes and no " * 9 if n % 4 else ""
         file.write(json.dumps({"instruction": f"{n // 99} {n % 99} ?", "output": answer}) + "\\n")
-rules = Rules(max_seq_length=100, mask_inputs=True, train_on="all", overflow="drop", split=split, test_split_size=0.1,
-              seed=1, near_duplicates=0)
-options = {"tokenizer_path": tokenizer, "prompt_style": "plain", "rules": rules}
-prepare_records([str(folder / "rows.jsonl")], folder / "data", **options)
+config = PrepareConfig(
+    source=str(folder / "rows.jsonl"),
+    destination_path=folder / "data",
+    tokenizer_path=tokenizer,
+    prompt_style="plain",
+    max_seq_length=100,
+    split=split,
+    test_split_size=0.1,
+    seed=1,
+    near_duplicates=0,
+)
+prepare_records(config)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 

@@ -16,9 +16,9 @@ from test_prepare import rows as rows  # a fixture
 
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text import records
+from lit_llama.text.config import NEAR_DUPLICATES
 from lit_llama.text.dataset import read_meta
 from lit_llama.text.prompts import named_style
-from lit_llama.text.report.duplicates import NEAR_DUPLICATES
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_whatever_changed_is_made_anew(
     renamed = rows if rows.exists() else rows.with_name("others.jsonl")
     made = prepare(renamed, **options)
     fresh = prepare(renamed, folder=tmp_path / "fresh" / "data", **options)
-    told = {"report.json", "report.html", "meta.json"}  # of where the folder is
+    told = {"report.json", "report.html", "meta.json", "SHA256SUMS"}  # of where the folder is
     found, wanted = bytes_of(tmp_path / "data"), bytes_of(tmp_path / "fresh" / "data")
     assert {n: b for n, b in found.items() if n not in told} == {n: b for n, b in wanted.items() if n not in told}
     assert {**made, "files": 0} == {**fresh, "files": 0} and made == read_meta(tmp_path / "data")

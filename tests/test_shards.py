@@ -185,7 +185,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from lit_llama.text import blocks, shards
-from lit_llama.text.prepare import Rules
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.records import prepare_records
 
 at, rules, source, destination, tokenizer = sys.argv[1:]
@@ -198,8 +198,8 @@ def dying(*arguments):
     return original(*arguments)
 
 shards._Writer.add = dying
-options = {"tokenizer_path": Path(tokenizer), "prompt_style": "chatml", "rules": Rules(**eval(rules))}
-prepare_records([source], Path(destination), shard="1/3", **options)
+settings = {"source": source, "destination_path": Path(destination), "tokenizer_path": Path(tokenizer)}
+prepare_records(PrepareConfig(**settings, prompt_style="chatml", shard="1/3", **eval(rules)))
 """
 
 

@@ -10,7 +10,7 @@ from conftest import run_here
 from small_runs import ROWS, SHORT, run
 
 from lit_llama.errors import DataError, IntegrityError, UserError
-from lit_llama.text.prepare import Rules
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.records import prepare_records
 from lit_llama.train.config import TrainConfig
 
@@ -21,11 +21,11 @@ USUAL = TrainConfig(learning_rate=1e-3)
 def prepared(folder: Path, tokenizer: Path, rows: int, **changes: Any) -> Path:
     """A data folder of so many rows, by the defaults of prepare/records.py."""
     (folder / "rows.json").write_text(json.dumps(ROWS[:rows]))
-    rules: dict[str, Any] = {"split": "auto", "test_split_size": None, "seed": 42} | changes
-    made = Rules(max_seq_length=2048, mask_inputs=True, train_on="all", overflow="drop", **rules)
-    prepare_records(
-        str(folder / "rows.json"), folder / "data", tokenizer_path=tokenizer, prompt_style="alpaca", rules=made
+    source, made = str(folder / "rows.json"), folder / "data"
+    config = PrepareConfig(
+        source=source, destination_path=made, tokenizer_path=tokenizer, prompt_style="alpaca", **changes
     )
+    prepare_records(config)
     return folder / "data"
 
 

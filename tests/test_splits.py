@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from raw_rows import Put
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.dataset import Split
-from lit_llama.text.prepare import Rules
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.read.sources import Division
 from lit_llama.text.records import prepare_records
@@ -29,10 +29,9 @@ def prepare(tiny_folder: Path, tmp_path: Path) -> Prepare:
     """prepare_records with the defaults of the door, into the folder `data`."""
 
     def run(*sources: Path, folder: str = "data", **changes: Any) -> dict[str, Any]:
-        rules: dict[str, Any] = {"split": "auto", "test_split_size": None, "seed": 42} | changes
-        made = Rules(max_seq_length=400, mask_inputs=True, train_on="all", overflow="drop", **rules)
-        options: dict[str, Any] = {"tokenizer_path": tiny_folder, "prompt_style": "chatml", "rules": made}
-        return prepare_records([*map(str, sources)], tmp_path / folder, **options)
+        settings: dict[str, Any] = {"max_seq_length": 400, "prompt_style": "chatml", "source": [*map(str, sources)]}
+        settings |= {"destination_path": tmp_path / folder, "tokenizer_path": tiny_folder}
+        return prepare_records(PrepareConfig(**settings, **changes))
 
     return run
 
@@ -100,12 +99,18 @@ def test_rows_move_from_test_to_train_as_well(prepare: Prepare, put: Put, tmp_pa
 def test_windows_of_one_row_stay_together(prepare: Prepare, put: Put, tmp_path: Path, tiny_folder: Path) -> None:
     """Catches parts of one document on both sides, where rows are divided a second time."""
     rows = [{"text": f"{word} " * 300} for word in ("red", "blue", "green")]
-    rules = Rules(max_seq_length=50, mask_inputs=False, train_on="all", overflow="split", split="auto",
-                  test_split_size=1e-9, seed=1)  # fmt: skip
-    path = put("a.jsonl", lines(rows))
-    meta = prepare_records(
-        [str(path)], tmp_path / "data", tokenizer_path=tiny_folder, prompt_style="plain", rules=rules
+    config = PrepareConfig(
+        source=str(put("a.jsonl", lines(rows))),
+        destination_path=tmp_path / "data",
+        tokenizer_path=tiny_folder,
+        prompt_style="plain",
+        max_seq_length=50,
+        mask_inputs=False,
+        overflow="split",
+        test_split_size=1e-9,
+        seed=1,
     )
+    meta = prepare_records(config)
     words = {word for row in held_out(tmp_path / "data") for word in row["text"].split()}
     assert len([word for word in ("red", "blue", "green") if word in words]) == 1
     assert sizes(meta)[1] > 3

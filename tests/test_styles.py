@@ -18,9 +18,10 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.llm import load
+from lit_llama.text.config import StyleName
 from lit_llama.text.encode import prompt_ids
 from lit_llama.text.message import IGNORE_INDEX, instruct
-from lit_llama.text.prompts import StyleName, folder_style, named_style
+from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.styles import Segment
 from lit_llama.text.tokenizer import Tokenizer
 

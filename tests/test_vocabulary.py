@@ -15,10 +15,10 @@ from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.llm import load
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.prepare import Rules
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity, special_ids
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.method import LoRA
 from lit_llama.train.run import finetune
 
@@ -32,24 +32,22 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def prepare(tokenizer_path: Path, data: Path) -> dict[str, Any]:
-    rules = Rules(
+    config = PrepareConfig(
+        destination_path=data,
+        tokenizer_path=tokenizer_path,
+        prompt_style="chatml",
         max_seq_length=200,
-        mask_inputs=True,
-        train_on="all",
-        overflow="drop",
         split="shuffle",
         test_split_size=2,
         seed=1,
     )
-    return prepare_alpaca(
-        data, tokenizer_path=tokenizer_path, data_file_name="rows.json", prompt_style="chatml", rules=rules
-    )
+    return prepare_alpaca(config, "rows.json")
 
 
 def train(checkpoint: Path, data: Path, out: Path) -> None:
-    options: dict[str, Any] = {"precision": "32-true", "seed": 1, "resume": "never", "arguments": {}}
-    settings = TrainConfig(max_steps=1, batch_size=2)
-    finetune(LoRA(LoRAConfig(r=2)), checkpoint, data, out, train=settings, **options)
+    settings: dict[str, Any] = {"precision": "32-true", "train": TrainConfig(max_steps=1, batch_size=2)}
+    config = RunConfig(checkpoint_dir=checkpoint, data_dir=data, out_dir=out, lora=LoRAConfig(r=2), **settings)
+    finetune(LoRA(config.lora), config)
 
 
 @pytest.fixture

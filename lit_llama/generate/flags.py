@@ -1,12 +1,12 @@
 """Flags of sampling and of loading: typed once in `Sampling` and `Loading`, and given to every door that generates."""
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
 
 from lit_llama.errors import UserError
+from lit_llama.flags import config_flags, entries, expanded
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.loading import Loading
 
@@ -113,7 +113,7 @@ def sampling_flags(
             raise UserError(f"--{_SAMPLES} is {values[_SAMPLES]}, expected 1 or more")
         return Asked(given, default)
 
-    return _expanded("sampling", _flags(default, samples), _help(default, folders), asked)
+    return expanded("sampling", _flags(default, samples), _help(default, folders), asked)
 
 
 def loading_flags(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -122,45 +122,7 @@ def loading_flags(*, without: Sequence[str] = ()) -> Callable[[Callable[..., Non
     Args:
         without: Fields of `Loading` that it does not offer.
     """
-    kinds, default = get_type_hints(Loading), Loading()
-    flags = {
-        entry.name: inspect.Parameter(
-            entry.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=getattr(default, entry.name),
-            annotation=kinds[entry.name],
-        )
-        for entry in fields(Loading)
-        if entry.name not in (*without, "packed")
-    }
-    return _expanded("loading", flags, _entries(Loading), lambda values: Loading(**values))
-
-
-def _expanded(
-    place: str,
-    flags: Mapping[str, inspect.Parameter],
-    help_of: Mapping[str, str],
-    make: Callable[[Mapping[str, Any]], object],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a function flags in place of one of its parameters, which is made of them, and their help."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        def run(**arguments: Any) -> None:
-            made = make({name: arguments.pop(name) for name in flags})
-            function(**arguments, **{place: made})
-
-        signature = inspect.signature(function)
-        parameters: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            parameters += flags.values() if parameter.name == place else [parameter]
-        lines = "\n".join(f"    {name}: {help_of[name]}" for name in flags)
-        run.__doc__ = re.sub(rf"(?m)^ {{4}}{place}: .*$", lambda _: lines, inspect.getdoc(function) or "")
-        run.__name__, run.__qualname__, run.__module__ = function.__name__, function.__qualname__, function.__module__
-        run.__wrapped__ = function  # type: ignore[attr-defined]
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return run
-
-    return decorate
+    return config_flags("loading", Loading, without=(*without, "packed"))
 
 
 _FIELDS = {_SAMPLES: "n"}
@@ -179,19 +141,13 @@ def _flags(default: Sampling, samples: bool) -> dict[str, inspect.Parameter]:
 
 def _help(default: Sampling, folders: bool) -> dict[str, str]:
     """A line of help for each flag of sampling."""
-    texts = _entries(Sampling)
+    texts = entries(Sampling)
     texts["stop"] = "An answer ends before any of these texts."
     texts[_SAMPLES] = "Answers to each prompt, drawn apart."
     first = "what generation_config.json says, else " if folders else ""
     for name in _FOLDERS:
         texts[name] += f" Left out: {first}{_shown(getattr(default, name)) or 'none'}."
     return texts
-
-
-def _entries(kind: type) -> dict[str, str]:
-    """What the docstring of a configuration says of each field, in a line."""
-    entries = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(kind) or "")
-    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _shown(value: Any) -> str:

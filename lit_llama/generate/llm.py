@@ -37,9 +37,10 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
+from lit_llama.text.config import StyleName
 from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
 from lit_llama.text.places import Place
-from lit_llama.text.prompts import StyleName, folder_style, named_style
+from lit_llama.text.prompts import folder_style, named_style
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.token_bytes import token_bytes
 from lit_llama.text.tokenizer import Tokenizer

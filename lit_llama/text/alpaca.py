@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
-from lit_llama.lock import reserving
+from lit_llama.lock import reserve
 from lit_llama.place import aside
 from lit_llama.progress import reading, stderr
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.dataset import raw_files
-from lit_llama.text.prepare import Rules
 from lit_llama.text.prompts import folder_style, named_style
-from lit_llama.text.read.files import UTF8, Dialect
+from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.raw import listed
 from lit_llama.text.read.rows import read_rows
-from lit_llama.text.records import StyleChoice, prepare_records
+from lit_llama.text.records import prepare_records
 from lit_llama.text.tokenizer import Tokenizer
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"
@@ -30,20 +30,17 @@ ROWS, SHARE = 2000, 0.1
 """Rows for testing, but at most this share of all."""
 
 
-@reserving
 def prepare_alpaca(
-    destination: Path,
-    *,
-    tokenizer_path: Path,
-    data_file_name: str,
-    prompt_style: StyleChoice,
-    rules: Rules,
-    dialect: Dialect = UTF8,
-    plan: Mapping[str, int] | None = None,
+    config: PrepareConfig, data_file_name: str = DATA_FILE, *, plan: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Make the data folder `destination` out of the raw file in it; the parameters are those of prepare/alpaca.py.
+    """Make the data folder of a configuration out of the raw file in it, whatever its sources.
 
     Without a size of the test split it has ROWS, as in lit-llama, or SHARE of the rows where these are fewer.
+
+    Args:
+        config: How rows become samples, and where they go.
+        data_file_name: Of the raw file; that of the published Alpaca data is downloaded where it is missing.
+        plan: See `prepare_records`.
 
     Returns:
         What stands in meta.json.
@@ -53,34 +50,35 @@ def prepare_alpaca(
         CheckpointError: The tokenizer is missing or unusable.
         ResourceError: The raw file is not there and cannot be downloaded.
     """
+    destination = config.destination_path
     if destination.is_file():
         raise DataError(
             f"--destination_path {destination} is a file, expected the folder that holds the Alpaca data; for a file "
             f"of your own use python prepare/records.py --source {shlex.quote(str(destination))} --destination_path "
             f"{shlex.quote(f'data/{destination.stem}')}"
         )
-    if rules.test_split_size is None:
-        rules = replace(rules, test_split_size=ROWS, test_limit=SHARE)
+    with reserve(destination, required=False):
+        return _prepare(config, data_file_name, plan)
+
+
+def _prepare(config: PrepareConfig, data_file_name: str, plan: Mapping[str, int] | None) -> dict[str, Any]:
+    destination, tokenizer_path = config.destination_path, config.tokenizer_path
     if not (destination / data_file_name).is_file():
         Tokenizer.from_path(tokenizer_path)  # better known to be missing before anything is fetched
     source = find_or_download(destination, data_file_name)
     folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
-    if prompt_style == "alpaca" and (own := folder_style(folder)) not in (None, named_style("alpaca")):
+    if config.prompt_style == "alpaca" and (own := folder_style(folder)) not in (None, named_style("alpaca")):
         assert own
         stderr().print(
             f"prompt style alpaca, although {folder} has a chat template of its own ({own.name}): prepare/records.py "
             "takes that, or name another with --prompt_style",
         )
+    config = replace(config, source=[str(source)])
+    if config.test_split_size is None:
+        config = replace(config, test_split_size=ROWS, test_limit=SHARE)
+    dialect = Dialect(config.encoding)
     try:
-        meta = prepare_records(
-            [str(source)],
-            destination,
-            tokenizer_path=tokenizer_path,
-            prompt_style=prompt_style,
-            rules=rules,
-            dialect=dialect,
-            plan=plan,
-        )
+        meta = prepare_records(config, plan=plan)
     except DataError as error:
         if _is_chat(source, dialect):
             raise DataError(f"{error}. {_chats(source, tokenizer_path)}") from error

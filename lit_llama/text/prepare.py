@@ -3,7 +3,7 @@
 import json
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lit_llama.errors import DataError
 from lit_llama.folder import publish, write_json
 from lit_llama.text.blocks import Block, encode_blocks, rare_collections, read_blocks
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.dataset import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
 from lit_llama.text.encode import begins
 from lit_llama.text.losses import Losses, Tally, keep_long_rows
@@ -20,103 +21,50 @@ from lit_llama.text.members import Members, opening, opening_key
 from lit_llama.text.message import Conversation, Message
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.read.reading import Reader
-from lit_llama.text.render import OnError, TrainOn, TypedEnds
-from lit_llama.text.report.findings import NEAR_DUPLICATES, Findings
+from lit_llama.text.report.findings import Findings
 from lit_llama.text.report.report import write_report
 from lit_llama.text.report.show import ShownSample, shown_sample
-from lit_llama.text.samples import Encoded, Encoder, Overflow
+from lit_llama.text.samples import Encoded, Encoder
 from lit_llama.text.shards import Shards
-from lit_llama.text.sides import Sides, SplitRule, trained_tokens
+from lit_llama.text.sides import Sides, trained_tokens
 from lit_llama.text.split import hash_side, shuffle_split
-from lit_llama.text.splits import SHARE, far_from, held_rows, side_few, usable
+from lit_llama.text.splits import Choice, far_from, held_rows, side_few, usable
 from lit_llama.text.styles import PromptStyle
 from lit_llama.text.texts import Texts
-from lit_llama.text.thoughts import ThoughtsRule
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import identity
 
 Tools = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How rows become samples; what a data folder says of itself.
-
-    Args:
-        max_seq_length: Most tokens of a sample.
-        mask_inputs: Only answers carry loss.
-        train_on: Every answer of a conversation, or the last one.
-        overflow: What becomes of longer rows.
-        split: By a hash of the question, by shuffling, as the sources are divided, or as other data is; auto is as the
-            sources are divided where they are, and else by hash.
-        test_split_size: Rows for testing: below 1 their share, else (shuffle) their number; 0 for none, None for the
-            usual share.
-        seed: Of the split.
-        near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
-        thoughts: What becomes of the thoughts of answers.
-        typed_ends: Whether an answer keeps a spelled control token that it ends in, as text.
-        rendered: Texts hold control tokens, spelled.
-        test_limit: Largest share of the rows that a number of rows for testing may come to.
-    """
-
-    max_seq_length: int
-    mask_inputs: bool
-    train_on: TrainOn
-    overflow: Overflow
-    split: SplitRule
-    test_split_size: float | None
-    seed: int
-    near_duplicates: int = NEAR_DUPLICATES
-    thoughts: ThoughtsRule = "template"
-    typed_ends: TypedEnds = "keep"
-    rendered: bool = False
-    test_limit: float = 1.0
-
-    @property
-    def tests(self) -> bool:
-        """Whether there are to be rows for testing."""
-        return self.split in ("given", "from") or self.test_split_size != 0
-
-    @property
-    def share(self) -> float:
-        """The size of the test split, as a share or a number."""
-        return SHARE if self.test_split_size is None else self.test_split_size
-
-
 def prepare(
     reader: Reader,
-    destination: Path,
     *,
+    config: PrepareConfig,
+    choice: Choice,
     tokenizer: Tokenizer,
-    tokenizer_path: Path,
     style: PromptStyle,
-    rules: Rules,
-    on_error: OnError = "stop",
     key: str = "",
     made_of: Mapping[str, Any] | None = None,
     members: Members | None = None,
     shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
-    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Make the data folder `destination`.
+    """Make the data folder `config.destination_path`, or replace it; other files in it stay.
 
     Args:
         reader: The raw rows.
-        destination: Folder to make or to replace; other files in it stay.
+        config: How rows become samples.
+        choice: How they are divided into train and test.
         tokenizer: Of the model to be tuned.
-        tokenizer_path: Where it is, for people.
         style: How conversations are rendered.
-        rules: How rows become samples.
-        on_error: A row that the style cannot render stops the command, or is dropped with its reason.
         key: Identity of everything that decides the contents.
         made_of: What that key stands for, each thing by its name.
         members: Which rows are for testing, where the split is "from" other data.
         shards: Encoded rows; without them all rows are encoded here.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
         commands: For the report: what made this folder.
-        remarks: What has to be said of the split.
 
     Returns:
         What stands in meta.json.
@@ -124,9 +72,9 @@ def prepare(
     Raises:
         DataError: Rows that cannot be used, or a split without rows.
     """
-    encoder = new_encoder(tokenizer, style, rules, on_error)
+    encoder, destination = new_encoder(tokenizer, style, config), config.destination_path
     made = publish(destination, META_FILE, replace=True)
-    with rare_collections(), made as folder, _Work(folder, rules, members) as work:
+    with rare_collections(), made as folder, _Work(folder, config, choice, members) as work:
         blocks = read_blocks(reader)
         for block, encoded in shards.encoded(blocks) if shards else encode_blocks(blocks, encoder):
             work.add(block, encoded)
@@ -140,14 +88,15 @@ def prepare(
             "source": {"file": _name(reader.files), "files": reader.files, "rows": reader.rows},
             "schemas": dict(reader.schemas),
             "fields": reader.log.meta(),
-            "tokenizer": identity(tokenizer) | {"path": str(tokenizer_path)},
+            "tokenizer": identity(tokenizer) | {"path": str(config.tokenizer_path)},
             "prompt_style": style.name,
-            **asdict(rules),
+            **config.rules(),
+            **choice.rules(),
             "kept": reader.rows - work.losses.dropped_rows,
             **work.losses.meta(),
             "in_parts": work.parts,
             "notes": {what: asdict(tally) for what, tally in work.notes.items()},
-            "remarks": [*reader.remarks, *remarks, *work.remarks],
+            "remarks": [*reader.remarks, *choice.remarks, *work.remarks],
             "turns_cut": reader.cut_turns,
             "splits": {name: dict(counts) for name, counts in work.sides.counts.items()},
             "near_duplicates_checked": findings["near_duplicates_checked"],
@@ -158,7 +107,7 @@ def prepare(
         (folder / TEMPLATE_FILE).write_text(style.jinja(bos=begins(tokenizer, style)), "utf-8")
         lengths = work.findings.lengths_of("train")
         plan = dict(plan or {}) | ({"batch_size": min(plan["batch_size"], len(lengths))} if plan else {})
-        steps = step_plan(lengths, seed=rules.seed, **plan) if plan else None
+        steps = step_plan(lengths, seed=config.seed, **plan) if plan else None
         samples = work.shown(tokenizer)
         write_report(folder, meta, findings, samples, name=destination.name, plan=steps, commands=commands)
         meta["files"] = {
@@ -168,30 +117,30 @@ def prepare(
     return meta
 
 
-def new_encoder(tokenizer: Tokenizer, style: PromptStyle, rules: Rules, on_error: OnError) -> Encoder:
-    """What makes samples by these rules."""
+def new_encoder(tokenizer: Tokenizer, style: PromptStyle, config: PrepareConfig) -> Encoder:
+    """Encoder of a configuration."""
     return Encoder(
         tokenizer,
         style,
-        max_seq_length=rules.max_seq_length,
-        mask_inputs=rules.mask_inputs,
-        train_on=rules.train_on,
-        overflow=rules.overflow,
-        on_error=on_error,
-        thoughts=rules.thoughts,
-        spelled=rules.rendered,
-        typed_ends=rules.typed_ends,
+        max_seq_length=config.max_seq_length,
+        mask_inputs=config.mask_inputs,
+        train_on=config.train_on,
+        overflow=config.overflow,
+        on_error=config.on_error,
+        thoughts=config.thoughts,
+        spelled=config.rendered,
+        typed_ends=config.typed_ends,
     )
 
 
 class _Work:
     """The contents of a data folder in the making."""
 
-    def __init__(self, folder: Path, rules: Rules, members: Members | None) -> None:
-        self._rules, self._folder, self._members = rules, folder, members
-        self._drawn = rules.split == "shuffle"
+    def __init__(self, folder: Path, config: PrepareConfig, choice: Choice, members: Members | None) -> None:
+        self._config, self._choice, self._members = config, choice, members
+        self._drawn = choice.split == "shuffle"
         self.sides = Sides(folder, drawn=self._drawn)
-        self.findings = Findings(near_duplicates=rules.near_duplicates)
+        self.findings = Findings(near_duplicates=config.near_duplicates)
         self.losses = Losses(folder)
         self.parts = 0
         self.notes: dict[str, Tally] = {}
@@ -236,7 +185,7 @@ class _Work:
                 self._hold_out(messages, conversation.tools, opened)
 
     def _side(self, conversation: Conversation) -> str:
-        if self._rules.split == "given":
+        if self._choice.split == "given":
             if conversation.split is None:
                 raise DataError(
                     f"{conversation.where}: --split given, but the sources do not say whether this row is for training "
@@ -247,7 +196,7 @@ class _Work:
             return ""
         if self._members:
             return self._members.side(conversation)
-        return hash_side(opening(conversation.messages), self._rules.share, self._rules.seed)
+        return hash_side(opening(conversation.messages), self._choice.test_split_size, self._config.seed)
 
     def _hold_out(self, messages: Sequence[Message], tools: Tools, opened: str | None) -> None:
         self._test.write(json.dumps(raw_row(messages, tools), ensure_ascii=False) + "\n")
@@ -266,27 +215,30 @@ class _Work:
             self._members.check()
         if self._drawn:
             self._deal(rows)
-        elif self._rules.split == "hash" and self._rules.tests:
+        elif self._choice.split == "hash" and self._choice.tests:
             self._balance()
         self._close()
         for name, counts in self.sides.counts.items():
-            if not counts.samples and (name == "train" or self._rules.tests):
+            if not counts.samples and (name == "train" or self._choice.tests):
                 raise self._nothing(name, rows)
         self.sides.close()
 
     def _deal(self, rows: int) -> None:
         """Shuffle all rows into both splits."""
-        size, remark = held_rows(rows, self._rules.share, self._rules.test_limit)
-        drawn, moved = usable(shuffle_split(rows, size, self._rules.seed), self._rows)
+        size, remark = held_rows(rows, self._choice.test_split_size, self._config.test_limit)
+        drawn, moved = usable(shuffle_split(rows, size, self._config.seed), self._rows)
         self.remarks += filter(None, (remark, moved))
         self._assign(self.sides.deal(dict(zip(SPLITS, drawn, strict=True))))
 
     def _balance(self) -> None:
         """Give both splits samples where the hash gave one of them none."""
-        counts, share = {name: counts.samples for name, counts in self.sides.counts.items()}, self._rules.share
+        counts, share = (
+            {name: counts.samples for name, counts in self.sides.counts.items()},
+            self._choice.test_split_size,
+        )
         if all(counts.values()):
             self.remarks += filter(None, [far_from(share, counts)])
-        elif any(counts.values()) and (found := side_few(self._rows, self._said, share, self._rules.seed)):
+        elif any(counts.values()) and (found := side_few(self._rows, self._said, share, self._config.seed)):
             self.remarks.append(found.remark)
             for file in (self._test, self._keys):
                 file.seek(0)
@@ -310,8 +262,8 @@ class _Work:
         lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
         kept = len(set(self._rows))
         if len(self.losses.too_long) > rows / 2:
-            hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._rules.max_seq_length)}"
-        elif kept and self._rules.split in ("hash", "shuffle"):
+            hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._config.max_seq_length)}"
+        elif kept and self._choice.split in ("hash", "shuffle"):
             what = "there is one usable row" if kept == 1 else f"the {kept} usable rows are all the same"
             hint = f"; {what}, which cannot be for training and for testing both: --test_split_size 0 trains on all"
         else:

@@ -7,16 +7,15 @@ equal to one of the built-in styles is rendered by it, any other by sandboxed Ji
 from collections.abc import Collection, Iterable
 from copy import copy
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from lit_llama.errors import CheckpointError
+from lit_llama.text.config import StyleName
 from lit_llama.text.jinja.template import TEMPLATE_FILE as TEMPLATE_FILE
 from lit_llama.text.jinja.template import JinjaStyle as JinjaStyle
 from lit_llama.text.places import any_of
 from lit_llama.text.special import SETTINGS_FILE, read_object
 from lit_llama.text.styles import Alpaca, ChatML, Llama2, Llama3, Mistral, Plain, PromptStyle, Segment, Vicuna, Ziya
-
-StyleName = Literal["alpaca", "chatml", "ziya", "vicuna", "llama-2", "llama-3", "mistral", "plain"]
 
 _STYLES: dict[str, PromptStyle] = {
     style.name: style for style in (Alpaca(), ChatML(), Ziya(), Vicuna(), Llama2(), Llama3(), Mistral(), Plain())

@@ -3,27 +3,27 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lit_llama.errors import DataError, UserError, check_seed
-from lit_llama.lock import reserving
+from lit_llama.errors import UserError
+from lit_llama.lock import reserve
 from lit_llama.manifest import check_folder, is_intact, sha256_file
 from lit_llama.progress import stderr
+from lit_llama.text.config import PrepareConfig, StyleChoice
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.losses import LOST_FILE, keep_long_rows
 from lit_llama.text.members import read_members
 from lit_llama.text.merges import MERGES_FILES
-from lit_llama.text.prepare import Rules, new_encoder, prepare
-from lit_llama.text.prompts import TEMPLATE_FILE, StyleName, folder_style, named_style
-from lit_llama.text.read.documents import Documents
-from lit_llama.text.read.files import UTF8, Dialect
-from lit_llama.text.read.reading import OnError, read_conversations
+from lit_llama.text.prepare import new_encoder, prepare
+from lit_llama.text.prompts import TEMPLATE_FILE, folder_style, named_style
+from lit_llama.text.read.files import Dialect
+from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.report.findings import unchecked
 from lit_llama.text.report.look import look_at
 from lit_llama.text.report.notes import noted
@@ -40,34 +40,17 @@ FIELDS_SAID = {
     "written_as_text": "fields that were no text, written as JSON text",
     "left_out": "fields left out, as asked",
 }
-StyleChoice = StyleName | Literal["chat_template"]
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
 
-@reserving
-def prepare_records(
-    sources: str | Sequence[str],
-    destination: Path,
-    *,
-    tokenizer_path: Path,
-    prompt_style: StyleChoice | None,
-    rules: Rules,
-    fields: Mapping[str, str] = {},
-    on_error: OnError = "stop",
-    tree: Literal["best", "all"] = "best",
-    weights: Sequence[float] | None = None,
-    documents: Documents | None = None,
-    dialect: Dialect = UTF8,
-    split_from: Path | None = None,
-    shard: str | None = None,
-    shards: str | Sequence[str] | None = None,
-    plan: Mapping[str, int] | None = None,
-    as_text: bool = False,
-    ignore_fields: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Make the data folder `destination`; the parameters are those of prepare/records.py and prepare/text.py.
+def prepare_records(config: PrepareConfig, *, plan: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Make the data folder of a configuration.
 
     Nothing is done where the folder was made of the same bytes, tokenizer, style and rules by this same code.
+
+    Args:
+        config: What is read, how rows become samples, and where they go.
+        plan: For the report: batch_size and micro_batch_tokens to count steps with.
 
     Returns:
         What stands in meta.json; with `shard`, in shard.json.
@@ -76,28 +59,32 @@ def prepare_records(
         DataError: Rows that cannot be used, or too few of them.
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
     """
-    _check(rules)
-    ignore_fields = [name for given in ignore_fields for name in given.split(",")]  # as of a command line
-    sources, shards = ([given] if isinstance(given, str) else given or () for given in (sources, shards))
-    part = Part.parse(shard) if shard else None
-    if part and shards:
-        raise UserError("--shard makes one shard and --shards takes all together: give one of them")
+    with reserve(config.destination_path, required=False):
+        return _prepare(config, plan)
+
+
+def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str, Any]:
+    destination, tokenizer_path, prompt_style = config.destination_path, config.tokenizer_path, config.prompt_style
+    ignore_fields = [name for given in config.ignore_fields or () for name in given.split(",")]  # of a command line
+    shards = [config.shards] if isinstance(config.shards, str) else config.shards or ()
+    part = Part.parse(config.shard) if config.shard else None
+    dialect = Dialect(config.encoding, config.quoting, config.escape)
     read = partial(
         read_conversations,
-        fields=fields,
-        on_error=on_error,
-        tree=tree,
-        seed=rules.seed,
-        documents=documents,
-        as_text=as_text,
+        fields=config.fields or {},
+        on_error=config.on_error,
+        tree=config.tree,
+        seed=config.seed,
+        documents=config.documents,
+        as_text=config.as_text,
         ignore_fields=ignore_fields,
     )
-    reader = read(sources, weights=weights, dialect=dialect)
-    choice = choose(rules.split, rules.test_split_size, reader.division, other=split_from is not None)
-    rules = replace(rules, split=choice.split, test_split_size=choice.test_split_size)
-    if documents == "file" and len(reader.identity()) == 1 and rules.tests:
+    reader = read(config.sources, weights=config.weights, dialect=dialect)
+    split_from = config.split_from
+    choice = choose(config.split, config.test_split_size, reader.division, other=split_from is not None)
+    if config.documents == "file" and len(reader.identity()) == 1 and choice.tests:
         raise UserError(
-            f"{sources[0]} is one document, which cannot be for training and for testing: name more files, use "
+            f"{config.sources[0]} is one document, which cannot be for training and for testing: name more files, use "
             "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
     members = (
@@ -110,22 +97,22 @@ def prepare_records(
         "tokenizer": _tokenizer_files(tokenizer_path),
         "version of this program": _code(),
         "version of a package": _packages(),
-        "--documents": documents,
+        "--documents": config.documents,
         "--prompt_style": prompt_style,
-        **{f"--{name}": value for name, value in asdict(rules).items()},
+        **{f"--{name}": value for name, value in (config.rules() | choice.rules()).items()},
         "--split_from": members.identity() if members else None,
-        "--fields": dict(fields),
-        "--ignore_fields": list(ignore_fields),
-        "--as_text": as_text,
-        "--on_error": on_error,
-        "--tree": tree,
-        "--weights": list(weights or []),
+        "--fields": config.fields or {},
+        "--ignore_fields": ignore_fields,
+        "--as_text": config.as_text,
+        "--on_error": config.on_error,
+        "--tree": config.tree,
+        "--weights": config.weights or [],
         **{f"--{name}": value for name, value in asdict(dialect).items()},
         "plan of steps": dict(plan or {}),
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     meta = read_object(destination / (SHARD_FILE if part else META_FILE))
-    if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == shard:
+    if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == config.shard:
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
     if changes := _changes(meta.get("made_of", {}), made_of):
@@ -138,36 +125,25 @@ def prepare_records(
     if prompt_style is None:
         stderr().print(_chosen(style, _folder_of(tokenizer_path)), markup=False)
     if part:
-        encoder = new_encoder(tokenizer, style, rules, on_error)
+        encoder = new_encoder(tokenizer, style, config)
         made = write_shard(reader, encoder, destination, part, key=key, made_of=made_of)
         _shard_summary(destination, made, part)
         return made
     meta = prepare(
         reader,
-        destination,
+        config=config,
+        choice=choice,
         tokenizer=tokenizer,
-        tokenizer_path=tokenizer_path,
         style=style,
-        rules=rules,
-        on_error=on_error,
         key=key,
         made_of=made_of,
         members=members,
         shards=together,
         plan=plan,
         commands=_next_commands(destination, tokenizer_path),
-        remarks=choice.remarks,
     )
     _summary(destination, meta, tokenizer)
     return meta
-
-
-def _check(rules: Rules) -> None:
-    check_seed(rules.seed)
-    if rules.max_seq_length < 3:
-        raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
-    if rules.near_duplicates < 0:
-        raise UserError(f"--near_duplicates is {rules.near_duplicates}, expected a number of rows, or 0 for none")
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

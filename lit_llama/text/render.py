@@ -7,18 +7,16 @@ from itertools import pairwise
 from typing import Literal
 
 from lit_llama.errors import CheckpointError, UserError
+from lit_llama.text.config import OnError, ThoughtsRule, TrainOn, TypedEnds
 from lit_llama.text.encode import Cutter, Run, rendered
 from lit_llama.text.jinja.teller import Told
 from lit_llama.text.message import Conversation, Dropped, Message
 from lit_llama.text.places import Place, any_of
 from lit_llama.text.prompts import JinjaStyle
 from lit_llama.text.styles import PromptStyle, Segment
-from lit_llama.text.thoughts import ThoughtsRule, with_thoughts_inside, without_thoughts
+from lit_llama.text.thoughts import with_thoughts_inside, without_thoughts
 from lit_llama.text.tokenizer import Tokenizer
 
-OnError = Literal["stop", "skip"]
-TrainOn = Literal["all", "last"]
-TypedEnds = Literal["keep", "strip"]
 Note = Literal["thoughts_left_out", "typed_ends", "looks_rendered", "opened", "joined"]
 """Of a row: its answer is trained without its thoughts; ends in an end that somebody typed; is a text that was rendered
 before; is trained behind what the template ends a prompt in, and does not write before an answer; or begins with what

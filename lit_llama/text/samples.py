@@ -10,22 +10,20 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.arrow import Samples
+from lit_llama.text.config import OnError, Overflow, ThoughtsRule, TrainOn, TypedEnds
 from lit_llama.text.encode import Run, begins, for_style
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, Message
 from lit_llama.text.prompts import JinjaStyle
-from lit_llama.text.render import Note, OnError, Rendered, Renderer, TrainOn, TypedEnds
+from lit_llama.text.render import Note, Rendered, Renderer
 from lit_llama.text.styles import PromptStyle
-from lit_llama.text.thoughts import ThoughtsRule
 from lit_llama.text.tokenizer import Tokenizer
 
-Overflow = Literal["drop", "truncate_prompt", "truncate_response", "split", "error"]
 Pieces = list[tuple[Conversation, Samples]]
 
 

@@ -6,7 +6,6 @@ import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,6 @@ from lit_llama.text.arrow import Samples, SplitWriter, finish, read_samples
 from lit_llama.text.dataset import SPLITS
 from lit_llama.text.message import IGNORE_INDEX
 
-SplitRule = Literal["auto", "hash", "shuffle", "given", "from"]
 Pair = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 SHOWN = 6
 """Most of the first samples of a split that are remembered for the report."""

@@ -3,20 +3,23 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import UserError
+from lit_llama.text.config import SplitChoice
 from lit_llama.text.read.raw import listed
 from lit_llama.text.read.sources import Division
-from lit_llama.text.sides import SplitRule
 from lit_llama.text.split import few_sides, hash_number
 
 SHARE = 0.05
 """Of the rows for testing, where nobody says how many."""
 _FAR = 3  # times the share that was asked for; a dominant question takes all its rows along
 
+SplitRule = Literal["hash", "shuffle", "given", "from"]
+"""How rows are divided: by a hash of the question, by shuffling, as the sources are, or as other data is."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -34,8 +37,17 @@ class Choice:
     test_split_size: float
     remarks: Sequence[str] = ()
 
+    @property
+    def tests(self) -> bool:
+        """Whether there are to be rows for testing."""
+        return self.split in ("given", "from") or self.test_split_size != 0
 
-def choose(split: SplitRule, test_split_size: float | None, division: Division, *, other: bool) -> Choice:
+    def rules(self) -> dict[str, Any]:
+        """The rule and the size by the names of their settings."""
+        return {"split": self.split, "test_split_size": self.test_split_size}
+
+
+def choose(split: SplitChoice, test_split_size: float | None, division: Division, *, other: bool) -> Choice:
     """The rule for sources that may be divided into train and test by themselves.
 
     Args:

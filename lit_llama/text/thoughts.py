@@ -6,7 +6,6 @@ from typing import Literal
 
 from lit_llama.text.message import Message
 
-ThoughtsRule = Literal["template", "keep", "drop"]
 """What becomes of them: the style's template decides, every answer is trained with its own, or none is."""
 
 _TAGS = "think|thinking|thought|thoughts|reasoning"

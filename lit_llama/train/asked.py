@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import check_destination
-from lit_llama.model.config import Quantization
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
-from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
+from lit_llama.train.config import RUN_FILE, RunConfig, TrainConfig
 from lit_llama.train.inputs import Inputs
 from lit_llama.train.method import Method
 from lit_llama.train.processes import Processes
@@ -34,18 +33,33 @@ LENGTH = ("epochs", "max_steps", "patience")
 
 @dataclass(frozen=True)
 class Run:
-    """What was asked for; see `finetune`."""
+    """A run as it goes on: the configuration, fitted to the data and the machine, and what was asked for.
+
+    Args:
+        method: Which weights train, and how they are written.
+        config: Settings that hold.
+        arguments: Settings as they were given, which run.yaml keeps.
+        processes: Those that share the work.
+    """
 
     method: Method
-    checkpoint_dir: Path
-    data_dir: Path
-    out_dir: Path
-    train: TrainConfig
-    quantize: Quantization | None
-    seed: int
+    config: RunConfig
     arguments: Mapping[str, Any]
-    loggers: Sequence[LoggerName]
     processes: Processes
+
+    @property
+    def out_dir(self) -> Path:
+        """Where the result goes."""
+        return self.config.out_dir
+
+    @property
+    def train(self) -> TrainConfig:
+        """Course of the training."""
+        return self.config.train
+
+    def with_train(self, train: TrainConfig) -> "Run":
+        """The run with another course of the training."""
+        return replace(self, config=replace(self.config, train=train))
 
     @property
     def command(self) -> str:
@@ -69,7 +83,7 @@ class Run:
             UserError: It is a file, or one of those that the run reads.
         """
         check_destination(self.out_dir, self.method.marker, replace=True)
-        for flag, folder in (("--checkpoint_dir", self.checkpoint_dir), ("--data_dir", self.data_dir)):
+        for flag, folder in (("--checkpoint_dir", self.config.base), ("--data_dir", self.config.data_dir)):
             if self.out_dir.resolve() == folder.resolve():
                 raise UserError(f"--out_dir {self.out_dir} is {flag}; name another, nothing is written over")
 

@@ -1,16 +1,24 @@
 """Settings of a training run. Imports no torch, so that `--help` stays quick."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from fractions import Fraction
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from lit_llama.errors import UserError
+from lit_llama.device import TrainingPrecision
+from lit_llama.errors import UserError, check_seed
+from lit_llama.model.config import LoRAConfig, Quantization
 
 RUN_FILE = "run.yaml"
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 Checkpointing = Literal["none", "selective", "full"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+StoredDtype = Literal["bfloat16", "float16", "float32"]
+Resume = Literal["never", "auto"] | Path
+Devices = int | Literal["auto"]
 
 CPU_TOKENS, GPU_TOKENS = 2048, 8192
 """Per forward pass: from there on more of them hardly gain speed, and take memory."""
@@ -146,3 +154,112 @@ def _expect(holds: bool, name: str, value: object, expected: str) -> None:
 
 FULL = TrainConfig(learning_rate=2e-5)
 """What full fine-tuning begins with: as every weight moves, each moves less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: what trains, on what, how, where.
+
+    Args:
+        checkpoint_dir: Base model, a folder in Hugging Face layout; needed unless adapter_dir names it.
+        adapter_dir: Adapter to go on with, from here or from PEFT: its values, r, alpha and targets, on its base. The
+            result is an adapter of its own in out_dir.
+        data_dir: Data folder made by prepare/.
+        out_dir: Folder to make for the adapter, report.html, metrics.csv, run.yaml and states/.
+        lora: Shape of the adapter.
+        train: Course of the training.
+        precision: Of the frozen base and the activations; auto is bf16-true where the hardware is fast at it, 16-mixed
+            on a GPU without bfloat16. In the mixed ones only matrix products have 16 bits. The adapter itself is
+            always float32.
+        quantize: Hold the linear layers of the frozen base in 4 bits (nf4; nf4-dq, a little smaller yet) or 8 (int8),
+            which saves most of their memory and costs time; or train with products of 8-bit floats (fp8), faster on
+            GPUs that have them and less exact. Merging and generating hold it the same way by themselves.
+        dtype: Store the model in this dtype; left out, in that of the base. States are always stored as they train.
+        seed: Of the adapter's start, the order of the samples and dropout.
+        resume: Continue the run in out_dir from its newest state (auto), or from the state folder named, such as
+            OUT/states/step-000100. The result is that of a run that was never stopped. With more train.epochs or
+            train.max_steps than before a run is lengthened, a finished one as well.
+        loggers: Also tell others: tensorboard, wandb or mlflow, or several of them: [tensorboard,wandb].
+        plan: Say what the run needs and whether it fits, and train nothing; config.json and the data are enough.
+        plan_memory: The same for a GPU with this much memory, such as 16GB, that is not here.
+        plan_device: The same for a kind of GPU, such as v100, t4, a100 or rtx4090, which decides the precision of auto,
+            too. Of several sizes of its memory the smallest counts, unless plan_memory is given.
+        devices: GPUs of this machine that share the samples of each step, or auto for all of them; without GPUs, as
+            many processes on the CPU. The steps are those of one process, and any number of them can continue a run.
+            Under torchrun or srun, which start the processes themselves, leave this and num_nodes out.
+        num_nodes: Machines that do; each needs the same folders.
+        strategy: Each process holds the whole base (ddp), or a part of its layers (fsdp); auto is ddp where it fits.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
+
+    Raises:
+        UserError: The seed is out of range.
+    """
+
+    checkpoint_dir: Path | None = None
+    adapter_dir: Path | None = None
+    data_dir: Path = Path("data/alpaca")
+    out_dir: Path = Path("out/lora/alpaca")
+    lora: LoRAConfig = LoRAConfig()
+    train: TrainConfig = TrainConfig()
+    precision: TrainingPrecision = "auto"
+    quantize: Quantization | None = None
+    dtype: StoredDtype | None = None
+    seed: int = 1337
+    resume: Resume = "never"
+    loggers: LoggerName | list[LoggerName] | None = None
+    plan: bool = False
+    plan_memory: str | None = None
+    plan_device: str | None = None
+    devices: Devices = 1
+    num_nodes: int = 1
+    strategy: Strategy = "auto"
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    @property
+    def base(self) -> Path:
+        """The checkpoint that is trained.
+
+        Raises:
+            UserError: Nothing names it.
+        """
+        if self.checkpoint_dir is None:
+            raise UserError(
+                "--checkpoint_dir is missing: the base model, a folder in Hugging Face layout; or give --adapter_dir, "
+                "an adapter to go on with, which names its base"
+            )
+        return self.checkpoint_dir
+
+    @property
+    def only_planned(self) -> bool:
+        """Whether nothing is to be trained."""
+        return self.plan or self.plan_memory is not None or self.plan_device is not None
+
+    @property
+    def all_loggers(self) -> Sequence[LoggerName]:
+        """Those of `loggers`, one, several or none."""
+        return [self.loggers] if isinstance(self.loggers, str) else self.loggers or ()
+
+    def settings(self, own: Sequence[str]) -> dict[str, Any]:
+        """Settings as run.yaml has them.
+
+        Args:
+            own: Names of those that not every method has.
+        """
+        names = ("checkpoint_dir", "data_dir", "out_dir", *own, "train", "precision", "seed", "loggers", "devices")
+        values = {name: getattr(self, name) for name in (*names, "num_nodes")}
+        values["loggers"] = list(self.all_loggers) or None
+        return {name: _as_written(value) for name, value in values.items()}
+
+
+def _as_written(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def usual_steps() -> dict[str, int]:
+    """Settings with which a data folder counts the steps of a run on a CPU: batch_size and micro_batch_tokens."""
+    return {"batch_size": TrainConfig.batch_size, "micro_batch_tokens": CPU_TOKENS}

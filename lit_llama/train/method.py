@@ -35,6 +35,10 @@ class Method(Protocol):
         """The file that makes a folder a result: it is written last."""
 
     @property
+    def own(self) -> tuple[str, ...]:
+        """Names of the settings of a run that other methods have not."""
+
+    @property
     def uniform(self) -> bool:
         """Whether every layer is treated alike."""
 
@@ -95,7 +99,7 @@ class LoRA:
     start_flag: str = "--adapter_dir"
     result: str = "adapter"
     marker: str = CONFIG_FILE
-
+    own: tuple[str, ...] = ("adapter_dir", "lora", "quantize", "strategy")
     whole: bool = False
 
     @property
@@ -144,6 +148,7 @@ class Full:
     start_flag: str = "--checkpoint_dir"
     result: str = "model"
     marker: str = SETTINGS_FILE
+    own: tuple[str, ...] = ("dtype",)
     uniform: bool = True
     whole: bool = True
 

@@ -7,7 +7,6 @@ from typing import get_args
 
 from lit_llama.device import (
     Numerics,
-    TrainingPrecision,
     gpu_numerics,
     numerics,
     parse_memory,
@@ -17,7 +16,7 @@ from lit_llama.device import (
 )
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.text.dataset import Split, collate, largest_group
-from lit_llama.train.config import Checkpointing, TrainConfig
+from lit_llama.train.config import Checkpointing, RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape, Sizes
 from lit_llama.train.loss import CHUNK
 from lit_llama.train.method import Method
@@ -227,13 +226,10 @@ class Plan:
 
 def make_plan(
     method: Method,
+    run: RunConfig,
     config: LLaMAConfig,
     splits: Mapping[str, Split],
     *,
-    train: TrainConfig,
-    precision: TrainingPrecision,
-    quantize: Quantization | None = None,
-    seed: int,
     memory: str | None = None,
     processes: Processes = ALONE,
 ) -> Plan:
@@ -241,44 +237,41 @@ def make_plan(
 
     Args:
         method: What trains.
+        run: Its settings.
         config: Shape of the base.
         splits: The data.
-        train: Course of the training.
-        precision: Of base and computation.
-        quantize: How the base's linear layers are stored, if not in the dtype of `precision`.
-        seed: Of the order of the samples.
         memory: Of a GPU that is not here, such as 16GB; None plans for this machine.
         processes: Those that share the work.
 
     Raises:
         UserError: `memory` is no amount.
-        ResourceError: This machine does not compute in `precision`.
+        ResourceError: This machine does not compute in the precision of the run.
     """
     if memory is None:
         device = pick_device()
-        numbers = numerics(precision, device, whole=method.whole)
+        numbers = numerics(run.precision, device, whole=method.whole)
         program = resident_memory() if device.type == "cpu" else CUDA_BYTES
         # Each process has a GPU to itself; of a CPU's memory those of one machine have a share each.
         shares = processes.here if device.type == "cpu" else 1
         there = Memory(total=total_memory(device) // shares, program=program)
     else:
-        numbers = gpu_numerics(precision, whole=method.whole)
+        numbers = gpu_numerics(run.precision, whole=method.whole)
         there = Memory(total=parse_memory(memory), program=CUDA_BYTES)
     plan = Plan(
         config=config,
         splits=splits,
         method=method,
-        train=train,
+        train=run.train,
         numerics=numbers,
-        quantize=quantize,
-        seed=seed,
+        quantize=run.quantize,
+        seed=run.seed,
         memory=there,
         processes=processes,
     )
-    if train.micro_batch_tokens != "auto":
+    if run.train.micro_batch_tokens != "auto":
         return plan
     tokens = processes.first(lambda: _comfortable(plan))
-    return plan.changed(train.activation_checkpointing, tokens, quantize)
+    return plan.changed(run.train.activation_checkpointing, tokens, run.quantize)
 
 
 def _comfortable(plan: Plan) -> int:

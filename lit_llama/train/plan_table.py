@@ -3,82 +3,57 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import Literal
 
 import torch
 from rich import box
 from rich.table import Table
 
-from lit_llama.device import TrainingPrecision
-from lit_llama.errors import ResourceError, check_seed
-from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.errors import ResourceError
+from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
 from lit_llama.train.cards import find_card
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import RunConfig
 from lit_llama.train.inputs import fitting, read_splits
 from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
-from lit_llama.train.processes import Processes, Strategy, described
+from lit_llama.train.processes import Processes, described
 from lit_llama.train.shards import spread
 
 _ENDED = "out.of.memory|can't allocate memory|ALLOC_FAILED"
 """What torch's errors say when memory ends: the allocators, and the libraries of a GPU, which take some themselves."""
 
 
-def print_plan(
-    method: Method,
-    checkpoint_dir: Path,
-    data_dir: Path,
-    *,
-    train: TrainConfig,
-    precision: TrainingPrecision,
-    quantize: Quantization | None,
-    seed: int,
-    memory: str | None,
-    card: str | None = None,
-    devices: int | Literal["auto"] = 1,
-    num_nodes: int = 1,
-    strategy: Strategy = "auto",
-) -> None:
-    """Print the plan of a run on stdout; of the checkpoint only config.json is read. See `make_plan`.
+def print_plan(method: Method, run: RunConfig) -> None:
+    """Print the plan of a run on stdout; of the checkpoint only config.json is read.
 
     Args:
-        memory: Of the GPU to plan for; None for that of this machine, or of `card`.
-        card: Its kind, such as v100, where it is not here.
+        method: What trains.
+        run: Its settings; with those of a plan it is one for a GPU that is not here.
 
     Raises:
         ResourceError: It does not fit.
         UserError: Devices or a strategy that cannot be.
     """
-    here, machines = layout(devices, num_nodes)
-    kind = find_card(card) if card is not None else None
-    if kind:
-        kind.check(precision, quantize)
+    here, machines = layout(run.devices, run.num_nodes)
+    memory = run.plan_memory
+    if run.plan_device is not None:
+        kind = find_card(run.plan_device)
+        kind.check(run.precision, run.quantize)
         stderr().print(f"planned for {kind.describe(memory)}")
         memory = kind.memory(memory)
-        precision = "16-mixed" if precision == "auto" and not kind.bfloat16 else precision
-    elif memory is not None and precision == "auto":
+        run = replace(run, precision="16-mixed") if run.precision == "auto" and not kind.bfloat16 else run
+    elif memory is not None and run.precision == "auto":
         stderr().print("planned for a GPU with bfloat16; --plan_device names another, such as v100 or t4")
-    config = LLaMAConfig.from_folder(checkpoint_dir)
-    check_seed(seed)
-    splits = read_splits(checkpoint_dir, config, data_dir, read_meta(data_dir))
-    train, remarks = fitting(train, splits, data_dir)
-    plan = make_plan(
-        method,
-        config,
-        splits,
-        train=train,
-        precision=precision,
-        quantize=quantize,
-        seed=seed,
-        memory=memory,
-        processes=Processes(size=here * machines, here=here),
-    )
-    plan = spread(plan, strategy)
+    config = LLaMAConfig.from_folder(run.base)
+    splits = read_splits(run.base, config, run.data_dir, read_meta(run.data_dir))
+    train, remarks = fitting(run.train, splits, run.data_dir)
+    processes = Processes(size=here * machines, here=here)
+    plan = make_plan(method, replace(run, train=train), config, splits, memory=memory, processes=processes)
+    plan = spread(plan, run.strategy)
     console = stdout()
     if not console.is_terminal:  # a file has no edge
         console.width = 160

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 T = TypeVar("T")
-Strategy = Literal["auto", "ddp", "fsdp"]
 _PATIENCE = 2.0
 """Seconds that a process with an error gives to the others: the launcher ends it when one of them has said it all."""
 

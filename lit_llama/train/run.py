@@ -4,11 +4,11 @@ import hashlib
 import platform
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.device import (
     Numerics,
-    TrainingPrecision,
     cores,
     describe,
     keep_few_products,
@@ -25,12 +24,11 @@ from lit_llama.device import (
     return_freed_memory,
     seed_everything,
 )
-from lit_llama.errors import Interrupted, NumericalError, UserError, check_seed
+from lit_llama.errors import Interrupted, NumericalError, UserError
 from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.manifest import forget
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.config import Quantization
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.neftune import add_noise
@@ -39,7 +37,7 @@ from lit_llama.text.dataset import META_FILE
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.report.look import look_at
 from lit_llama.train.asked import Run
-from lit_llama.train.config import RUN_FILE, LoggerName, TrainConfig
+from lit_llama.train.config import RUN_FILE, RunConfig
 from lit_llama.train.curve import draw_curve
 from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
@@ -51,7 +49,7 @@ from lit_llama.train.optim import check_optimizer
 from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
-from lit_llama.train.processes import Strategy, join
+from lit_llama.train.processes import join
 from lit_llama.train.recompute import recompute_activations
 from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
@@ -70,33 +68,15 @@ BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
 
 
-def finetune(
-    method: Method,
-    checkpoint_dir: Path,
-    data_dir: Path,
-    out_dir: Path,
-    *,
-    train: TrainConfig,
-    precision: TrainingPrecision,
-    quantize: Quantization | None = None,
-    seed: int,
-    resume: str | Path = "never",
-    arguments: dict[str, Any],
-    loggers: Sequence[LoggerName] = (),
-    devices: int | Literal["auto"] = 1,
-    num_nodes: int = 1,
-    strategy: Strategy = "auto",
-) -> None:
-    """Train and write the folder of the result; the parameters are those of the scripts in finetune/.
+def finetune(method: Method, config: RunConfig) -> None:
+    """Train and write the folder of the result.
 
     run.yaml, meta.json, metrics.csv, the report and states/ grow during the run; the folder is a result once the
     method's marker is there, at the end.
 
     Args:
         method: Which weights train, and how they are written.
-        resume: "never", "auto", or a state folder of this run.
-        arguments: The whole configuration, saved as run.yaml.
-        devices: Processes on each machine; more than one only where `launch` has started them.
+        config: The run; more than one process only where `launch` has started them.
 
     Raises:
         UserError: Settings, checkpoint, data or states that do not fit each other.
@@ -106,40 +86,31 @@ def finetune(
         Interrupted: A signal came; the state is saved.
     """
     start = time.perf_counter()
-    check_seed(seed)
-    check_loggers(loggers)
-    with join(devices, num_nodes) as processes:
-        run = Run(method, checkpoint_dir, data_dir, out_dir, train, quantize, seed, arguments, loggers, processes)
+    check_loggers(config.all_loggers)
+    with join(config.devices, config.num_nodes) as processes:
+        run = Run(method, config, config.settings(method.own), processes)
         processes.first(run.check_out_dir)
-        with claim(out_dir) if processes.is_first else nullcontext():
-            _run(run, precision, strategy, resume, start)
+        with claim(config.out_dir) if processes.is_first else nullcontext():
+            _run(run, start)
 
 
-def _run(run: Run, precision: TrainingPrecision, strategy: Strategy, resume: str | Path, start: float) -> None:
+def _run(run: Run, start: float) -> None:
     """Read and check everything, then train."""
     if run.processes.is_first:
         clear(run.states)
-    state = run.processes.first(lambda: run.find_state(resume))
-    inputs = read_inputs(run.checkpoint_dir, run.data_dir)
-    fitted, remarks = fitting(run.train, inputs.splits, run.data_dir)
-    run = replace(run, train=fitted)
+    state = run.processes.first(lambda: run.find_state(run.config.resume))
+    inputs = read_inputs(run.config.base, run.config.data_dir)
+    fitted, remarks = fitting(run.train, inputs.splits, run.config.data_dir)
+    run = run.with_train(fitted)
     for remark in remarks if run.processes.is_first else ():
         stderr().print(remark)
-    plan = make_plan(
-        run.method,
-        inputs.config,
-        inputs.splits,
-        train=run.train,
-        precision=precision,
-        quantize=run.quantize,
-        seed=run.seed,
-        processes=run.processes,
+    plan = spread(
+        make_plan(run.method, run.config, inputs.config, inputs.splits, processes=run.processes), run.config.strategy
     )
-    plan = spread(plan, strategy)
     run = replace(run, processes=plan.processes)
     check_optimizer(run.train.optimizer, plan.numerics.device)
     identity = run.identity(inputs, plan.numerics)
-    run = replace(run, train=plan.train)  # with what the plan has made of auto
+    run = run.with_train(plan.train)  # with what the plan has made of auto
     run.processes.check_same("checkpoint, data or setting", identity)
     if run.processes.first(lambda: run.has_ended(state, identity, len(inputs.train))):
         return
@@ -160,9 +131,9 @@ def _execute(
     (keep_freed_memory if plan.roomy else return_freed_memory)()
     keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
-    seed_everything(run.seed)
+    seed_everything(run.config.seed)
     loaded = "cpu" if processes.sharded else device
-    model = load_model(run.checkpoint_dir, loaded, numerics.rest, run.quantize, numerics.linear)
+    model = load_model(run.config.base, loaded, numerics.rest, run.config.quantize, numerics.linear)
     where = run.method.apply(model)
     run.method.begin(model)
     add_noise(model, run.train.neftune_noise_alpha)
@@ -176,7 +147,9 @@ def _execute(
     steps = run.train.steps(len(inputs.train))
     with _log(run, model, steps, bool(len(inputs.test))) as log:
         groups = run.method.groups(model, run.train.weight_decay)
-        trainer = Trainer(model, groups, inputs.train, inputs.test, run.train, run.seed, log.say, numerics, processes)
+        trainer = Trainer(
+            model, groups, inputs.train, inputs.test, run.train, run.config.seed, log.say, numerics, processes
+        )
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:
             training.restore(state, read_state(state))
@@ -185,8 +158,8 @@ def _execute(
             forget(run.out_dir, META_FILE)  # of a result that is made longer; the rest of it stays proven
             replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
-            f"{training.trainable:,} trainable parameters {where}, base in {run.quantize or numerics} on {device}; "
-            f"{len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
+            f"{training.trainable:,} trainable parameters {where}, base in {run.config.quantize or numerics} on "
+            f"{device}; {len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
             f"{time.perf_counter() - start:.1f} s"
         )
         training.go()
@@ -229,7 +202,7 @@ class _Training:
 
     def meta(self, steps: int) -> dict[str, Any]:
         """What the folder of the result says of itself after so many steps."""
-        base = self.inputs.base | ({"quantize": self.run.quantize} if self.run.quantize else {})
+        base = self.inputs.base | ({"quantize": self.run.config.quantize} if self.run.config.quantize else {})
         made = {
             "door": self.run.method.door,
             "trainable": self.trainable,
@@ -332,7 +305,7 @@ def _log(run: Run, model: LLaMA, steps: int, tested: bool) -> Log:
     """What a run of so many steps tells, if this is the process that tells it."""
     if not run.processes.is_first:
         return Silence()
-    return Log(run.out_dir, steps, sampler=_sampler(run, model) if tested else None, loggers=run.loggers)
+    return Log(run.out_dir, steps, sampler=_sampler(run, model) if tested else None, loggers=run.config.all_loggers)
 
 
 def _sampler(run: Run, model: LLaMA) -> Sampler | None:
@@ -344,7 +317,7 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
         return None
     prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:
-        return Sampler.from_folders(model, run.checkpoint_dir, run.data_dir, prompts, tokens)
+        return Sampler.from_folders(model, run.config.base, run.config.data_dir, prompts, tokens)
     except UserError as error:
         stderr().print(f"no sample answers: {error}")
         return None

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from lit_llama.errors import UserError
 from lit_llama.model.llama import LLaMA
+from lit_llama.train.config import Strategy
 from lit_llama.train.plan import Plan
-from lit_llama.train.processes import Strategy
 
 
 def shard(model: LLaMA, device: torch.device, size: int) -> None:

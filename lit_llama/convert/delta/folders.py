@@ -23,7 +23,7 @@ from lit_llama.manifest import MANIFEST, check_folder, read_manifest
 from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
-from lit_llama.text.prompts import StyleName
+from lit_llama.text.config import StyleName
 from lit_llama.text.special import read_object
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.text.vocabulary import check_vocabulary, holds_tokenizer

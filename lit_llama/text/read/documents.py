@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.errors import DataError
+from lit_llama.text.config import Documents
 from lit_llama.text.read.files import UTF8, Dialect, Remark, decoded, open_bytes
 from lit_llama.text.read.raw import LONGEST, RawRow
 
-Documents = Literal["file", "paragraph", "line"]
 TEXT_ENDINGS = (".txt", ".text", ".md")
 
 

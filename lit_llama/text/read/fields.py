@@ -8,7 +8,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-from lit_llama.text.read.oasst import Tree
+from lit_llama.text.config import Tree
 from lit_llama.text.read.raw import RowError, check_text, kind, missing
 
 Row = Mapping[str, Any]

@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.config import Quoting
 
 BLOCK = 1 << 20  # bytes read at a time
 PACKED = (".gz", ".zst")
@@ -26,7 +26,6 @@ FORMATS = (
     "JSON (.json, .jsonl, .ndjson), CSV (.csv, .tsv), Parquet (.parquet), each also as .gz or .zst, or a workbook "
     "(.xlsx, .xls, .ods)"
 )
-Quoting = Literal["double", "none"]
 Remark = Callable[[str], None]
 """Takes a sentence about what was read otherwise than it stands; the same one may come several times."""
 

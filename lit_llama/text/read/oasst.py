@@ -1,11 +1,11 @@
 """Trees of messages, as OpenAssistant collected them: every message may have several replies."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
+from lit_llama.text.config import Tree
 from lit_llama.text.read.raw import RawRow, RowError, kind, shown
 
-Tree = Literal["best", "all"]
 Node = dict[str, Any]
 _FLAT = ("message_id", "role", "text")  # and parent_id, which the first message of a tree may lack
 

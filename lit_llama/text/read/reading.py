@@ -8,19 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.config import Documents, OnError, Tree
 from lit_llama.text.message import Conversation, Dropped
-from lit_llama.text.read.documents import Documents
 from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.files import UTF8, Dialect, plain_suffix
-from lit_llama.text.read.oasst import Tree, join_messages
+from lit_llama.text.read.oasst import join_messages
 from lit_llama.text.read.raw import RawRow, RowError
 from lit_llama.text.read.schemas import FIELDS, complete, recognise
 from lit_llama.text.read.sources import Division, Part, resolve
-
-OnError = Literal["stop", "skip"]
 
 
 class Reader:

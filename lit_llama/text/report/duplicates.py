@@ -20,8 +20,6 @@ from lit_llama.text.report.characters import code_points
 
 SHINGLE = 5  # characters
 SIMILARITY = 0.8
-NEAR_DUPLICATES = 200_000
-"""Rows up to which near-duplicates are looked for unless somebody says otherwise: 340 MB."""
 BYTES = 1700
 """Memory for each of them at the most: sketch, minima, and what is sorted in the end."""
 _BINS, _BANDS, _PER_BAND = 128, 25, 5

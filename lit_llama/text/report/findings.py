@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_llama.text.config import NEAR_DUPLICATES
 from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.report.duplicates import BYTES, SIMILARITY, NearDuplicates, earliest
-from lit_llama.text.report.duplicates import NEAR_DUPLICATES as NEAR_DUPLICATES
 from lit_llama.text.report.pairs import LISTED, Lister, Mask, TextOf, conflicting, duplicates, leakage
 from lit_llama.text.split import normalised
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextvars import Context
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,7 @@ def test_two_runs_do_not_write_into_one_folder(hub: FakeHub, tmp_path: Path) -> 
     with publish(tmp_path / "tiny", "config.json", keep=True) as folder:
         (folder / "kept.part").write_text("x")
         with pytest.raises(ResourceError, match=r"another run is at work on .*tiny"):
-            download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
+            Context().run(download, REPO, tmp_path / "tiny", endpoint=hub.endpoint)
         assert listing(folder) == [".unfinished", "kept.part"]
 
 

@@ -13,6 +13,7 @@ from small_runs import short_run as short_run  # a fixture
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import CheckpointError, DataError, ResourceError, UserError
+from lit_llama.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.message import IGNORE_INDEX
@@ -78,6 +79,7 @@ def test_a_split_without_a_trained_token_is_refused(tiny_folder: Path, data: Pat
     samples[name] = [Sample([5, 6, 7], [5, IGNORE_INDEX, IGNORE_INDEX])] * 8  # the first is never predicted
     for split in ("train", "test"):
         shutil.rmtree(folder / split)
+    (folder / MANIFEST).unlink()
     write_splits(folder, samples)
     with pytest.raises(DataError, match=f"no token of the {name} split carries a loss"):
         run(tiny_folder, folder, tmp_path / "out")
@@ -112,6 +114,7 @@ def test_missing_parts_are_named(
     checkpoint, copied = tmp_path / "checkpoint", tmp_path / "data"
     shutil.copytree(tiny_folder, checkpoint)
     shutil.copytree(data, copied)
+    (copied / MANIFEST).unlink()
     damage(checkpoint, copied)
     with pytest.raises(error, match=str(tmp_path)):
         run(checkpoint, copied, tmp_path / "out")
@@ -132,6 +135,7 @@ def test_what_the_adapter_folder_needs_is_read_before_training(tiny_folder: Path
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
     (folder / "chat_template.jinja").unlink()
+    (folder / MANIFEST).unlink()
     with pytest.raises(DataError, match=r"chat_template\.jinja does not exist"):
         run(tiny_folder, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

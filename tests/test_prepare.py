@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def prepare(tiny_folder: Path, tmp_path: Path) -> Prepare:
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """All files below a folder but what is on its way there, and when they were written."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "/.data." not in str(path))
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "/." not in str(path))
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -308,7 +309,7 @@ def test_two_runs_at_once_do_not_mix(prepare: Prepare, rows: Path, tmp_path: Pat
     whole = contents(tmp_path / "data")
     with publish(tmp_path / "data", "meta.json", replace=True):
         with pytest.raises(ResourceError, match=r"another run is at work on .*data"):
-            prepare(rows, seed=3)
+            Context().run(prepare, rows, seed=3)
         assert prepare(rows) == meta, "what is there already can be used meanwhile"
         assert contents(tmp_path / "data") == whole
         (next(tmp_path.glob("data/.data.partial-*")) / "meta.json").write_bytes(whole["meta.json"][1])

@@ -13,6 +13,7 @@ from lit_llama.convert.merge import merge
 from lit_llama.convert.source import Source, write_folder
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.llm import load
+from lit_llama.manifest import MANIFEST
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.alpaca import prepare_alpaca
 from lit_llama.text.config import PrepareConfig
@@ -108,6 +109,7 @@ def test_every_stage_refuses_a_tokenizer_that_is_too_large(converted: Path, alpa
     raw = json.loads((converted / "tokenizer.json").read_text())
     raw["added_tokens"].append(token | {"rstrip": False, "normalized": False})
     (converted / "tokenizer.json").write_text(json.dumps(raw))
+    (converted / MANIFEST).unlink()
     stages: list[Callable[[], object]] = [
         lambda: load(converted),
         lambda: load(adapter),
@@ -145,6 +147,7 @@ def test_a_converted_folder_records_its_tokenizer(converted: Path) -> None:
     meta = json.loads((converted / "meta.json").read_text())
     assert meta["tokenizer"] == identity(tokenizer) == {"fingerprint": tokenizer.fingerprint(), "size": 384}
     load(converted)
+    (converted / MANIFEST).unlink()
     exchange_tokens(converted)
     with pytest.raises(IntegrityError, match=r"meta\.json records the tokenizer of this folder with 384.*converted"):
         load(converted)
@@ -175,6 +178,7 @@ def test_an_adapter_keeps_to_the_tokenizer_of_its_data(converted: Path, tmp_path
     load(adapter)
     merge(adapter, tmp_path / "merged", dtype=None, precision="32-true")
     assert json.loads((tmp_path / "merged" / "meta.json").read_text())["tokenizer"]["size"] == 384
+    (converted / MANIFEST).unlink()
     (converted / "meta.json").unlink()  # records the tokenizer, too
     exchange_tokens(converted)
     message = r"adapter/meta\.json records the tokenizer checkpoints/first with 384.*converted.*another vocabulary"
@@ -286,6 +290,7 @@ def test_training_says_what_is_ignored_and_keeps_the_record(
     edit(converted / "generation_config.json", eos_token_id=[2, 300])
     train(converted, data, tmp_path / "out")
     assert "generation_config.json: ignoring eos_token_id 300 (the word '" in capsys.readouterr().err
+    (converted / MANIFEST).unlink(missing_ok=True)
     exchange_tokens(converted)
     with pytest.raises(IntegrityError, match="another vocabulary"):
         train(converted, data, tmp_path / "again")

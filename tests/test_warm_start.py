@@ -15,6 +15,7 @@ from small_runs import LORA, TWELVE, Killed, outcome, run, stop_after
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import CheckpointError, UserError
+from lit_llama.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, read_adapter_config
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
@@ -80,6 +81,7 @@ def test_another_adapter_under_the_same_name_is_refused(first: Path, data: Path,
     start, out = Path(shutil.copytree(first, tmp_path / "start")), tmp_path / "out"
     assert run_here("finetune/lora.py", "--adapter_dir", start, *flags(data, out)).returncode == 0
     (out / CONFIG_FILE).unlink()
+    (start / MANIFEST).unlink()
     save_file({name: value * 2 for name, value in load_file(start / WEIGHTS_FILE).items()}, start / WEIGHTS_FILE)
     again = run_here("finetune/lora.py", "--config", out / RUN_FILE, "--resume", "auto")
     assert again.returncode == 2 and "the adapter (fingerprint) was" in again.stderr
@@ -164,6 +166,7 @@ def test_a_base_is_needed(door: str, given: list[object], message: str, first: P
 def test_a_base_that_was_quantised_is_quantised_again(first: Path, data: Path, tmp_path: Path) -> None:
     """Catches an adapter that goes on on another base than it has learned to work with, and nothing said."""
     start = Path(shutil.copytree(first, tmp_path / "start"))
+    (start / MANIFEST).unlink()
     meta = json.loads((start / META_FILE).read_text())
     meta["base"]["quantize"] = "int8"
     (start / META_FILE).write_text(json.dumps(meta))
@@ -175,6 +178,7 @@ def test_a_base_that_was_quantised_is_quantised_again(first: Path, data: Path, t
 def test_another_prompt_style_is_remarked(first: Path, data: Path, tmp_path: Path) -> None:
     """Catches a result that is asked in another way than its first half was trained, without a word."""
     start = Path(shutil.copytree(first, tmp_path / "start"))
+    (start / MANIFEST).unlink()
     (start / "chat_template.jinja").write_text("{{ messages }}")
     planned = run_here("finetune/lora.py", "--adapter_dir", start, *flags(data, tmp_path / "out"), "--plan")
     assert "has another prompt style than" in planned.stderr.replace("\n", " ")

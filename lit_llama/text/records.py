@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lit_llama.errors import UserError
 from lit_llama.lock import reserve
 from lit_llama.manifest import check_folder, is_intact, sha256_file
 from lit_llama.progress import stderr
-from lit_llama.text.config import PrepareConfig, StyleChoice
+from lit_llama.text.config import ENCODING, PrepareConfig, StyleChoice
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.losses import LOST_FILE, keep_long_rows
 from lit_llama.text.members import read_members
@@ -46,7 +46,8 @@ _SHOWN = 8  # places of dropped rows that are spelled on stderr
 def prepare_records(config: PrepareConfig, *, plan: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Make the data folder of a configuration.
 
-    Nothing is done where the folder was made of the same bytes, tokenizer, style and rules by this same code.
+    Nothing is done where the folder was made of the same bytes, tokenizer, style and rules by the same version of the
+    encoding.
 
     Args:
         config: What is read, how rows become samples, and where they go.
@@ -95,7 +96,7 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
     made_of: dict[str, Any] = {
         "sources": [list(source) for source in reader.identity()],
         "tokenizer": _tokenizer_files(tokenizer_path),
-        "version of this program": _code(),
+        "version of the encoding": ENCODING,
         "version of a package": _packages(),
         "--documents": config.documents,
         "--prompt_style": prompt_style,
@@ -218,16 +219,6 @@ def _tokenizer_files(path: Path) -> dict[str, str]:
     )
     files = {name: sha256_file(folder / name) for name in beside if (folder / name).is_file()}
     return files | {"tokenizer": sha256_file(path) if path.is_file() else ""}
-
-
-@cache
-def _code() -> str:
-    """Hash of the files of this package, so that no folder outlives a change of the rules in them."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in (".py", ".jinja", ".css"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _packages() -> dict[str, str]:

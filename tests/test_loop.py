@@ -18,6 +18,7 @@ from lit_llama.errors import IntegrityError
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import load
+from lit_llama.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
@@ -73,6 +74,7 @@ def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Pa
         STATES_DIR,
         "loss.png",
         "chat_template.jinja",
+        MANIFEST,
     }
     meta = json.loads((short_run / META_FILE).read_text())
     where = {"path": str(tiny_folder), "absolute": str(tiny_folder.resolve())}
@@ -223,7 +225,8 @@ def test_a_data_folder_without_test_rows_trains_and_says_so(
 ) -> None:
     """Catches a run that ends, or is silent, because a file for people is missing."""
     shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "test.jsonl").unlink()
+    for name in ("test.jsonl", MANIFEST):
+        (tmp_path / "data" / name).unlink()
     out = run(tiny_folder, tmp_path / "data", tmp_path / "out", train=replace(SHORT, max_steps=1, sample_prompts=4))
     assert "no sample answers: " in capsys.readouterr().err and (out / CONFIG_FILE).exists()
 

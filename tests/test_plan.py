@@ -28,7 +28,7 @@ from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import LoRA
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.plan_table import advice, explained, short
-from lit_llama.train.processes import Processes
+from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.warm_up import largest_batch, warm_up
 
 CPU = torch.device("cpu")
@@ -61,10 +61,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(data: Path, config: LLaMAConfig, **changes: Any) -> Plan:
-    memory = changes.pop("memory", "32GB")
+    memory, processes = changes.pop("memory", "32GB"), changes.pop("processes", ALONE)
     settings: dict[str, Any] = {"precision": "16-mixed", "seed": 0} | changes
     splits = {name: Split(data, name) for name in ("train", "test")}
-    return make_plan(LoRA(LoRAConfig()), RunConfig(**settings), config, splits, memory=memory)
+    return make_plan(LoRA(LoRAConfig()), RunConfig(**settings), config, splits, memory=memory, processes=processes)
 
 
 @pytest.mark.parametrize(

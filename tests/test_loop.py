@@ -1,5 +1,6 @@
 """Whole training runs on the tiny model: they learn, repeat, and leave a folder that says what they did."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -78,7 +79,9 @@ def test_a_run_leaves_a_folder_that_describes_itself(tiny_folder: Path, data: Pa
     }
     meta = json.loads((short_run / META_FILE).read_text())
     where = {"path": str(tiny_folder), "absolute": str(tiny_folder.resolve())}
-    assert meta["base"] == where | {"fingerprint": fingerprint(tiny_folder)}
+    weights = tiny_folder / "model.safetensors"
+    whole = {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "size": weights.stat().st_size}
+    assert meta["base"] == where | {"fingerprint": fingerprint(tiny_folder), "files": {weights.name: whole}}
     assert meta["data"] == json.loads((data / META_FILE).read_text()) and meta["steps"] == 5
     assert base_of(short_run) == tiny_folder
     assert (short_run / "chat_template.jinja").read_text() == (data / "chat_template.jinja").read_text()

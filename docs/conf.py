@@ -20,7 +20,9 @@ python_maximum_signature_line_length = 100
 highlight_language = "none"
 html_theme = "furo"
 html_title = "lit_llama"
-html_extra_path = ["redirect"]
+html_extra_path = ["site/index.html"]  # leads to the first page
+html_static_path = ["site/site.css"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 html_show_sphinx = False
 
@@ -28,9 +30,10 @@ html_show_sphinx = False
 def add_navigation(app: "Sphinx", docname: str, source: list[str]) -> None:
     """Make the table of docs/index.md the navigation, so that the order of pages is told in one place."""
     if docname == root_doc:
-        pages = re.findall(r"^\| \[[^\]]+\]\(([\w-]+)\.md\)", source[0], flags=re.MULTILINE)
-        others = ["../README", "../benchmarks/README", "../CONTRIBUTING"]
-        lines = ["", "```{toctree}", ":hidden:", "", others[0], *pages, *others[1:], "```", ""]
+        pages = re.findall(r"^\| \[([^\]]+)\]\(([\w-]+)\.md\)", source[0], flags=re.MULTILINE)
+        around = ("README", "../README"), ("Measurements", "../benchmarks/README"), ("Contributing", "../CONTRIBUTING")
+        entries = [f"{title} <{page}>" for title, page in (around[0], *pages, *around[1:])]
+        lines = ["", "```{toctree}", ":hidden:", "", *entries, "```", ""]
         source[0] += "\n".join(lines)
 
 

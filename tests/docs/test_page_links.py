@@ -37,5 +37,6 @@ def test_the_navigation_lists_every_page_once() -> None:
     source = [(ROOT / "docs" / "index.md").read_text("utf-8")]
     settings["add_navigation"](None, settings["root_doc"], source)
     lines = source[0].partition("```{toctree}\n:hidden:\n\n")[2].splitlines()
-    listed = [name((ROOT / "docs" / f"{line}.md").resolve()) for line in lines[: lines.index("```")]]
+    entries = [line.removesuffix(">").partition(" <")[2] for line in lines[: lines.index("```")]]
+    listed = [name((ROOT / "docs" / f"{entry}.md").resolve()) for entry in entries]
     assert sorted(listed) == sorted(name(page) for page in PAGES if page.name != "index.md")

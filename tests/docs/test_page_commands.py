@@ -1,11 +1,13 @@
 """Commands of the README and of docs/: each script exists, and its own parser takes every flag and value."""
 
+import dataclasses
 import functools
+import inspect
 import json
 import re
 import runpy
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,18 @@ def mains(script: str) -> tuple[Callable[..., Any], ...]:
     return tuple(taken)
 
 
+def keys(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
+    """The parameters of a function, and the fields of those that are groups, such as train.epochs."""
+    for parameter in inspect.signature(function).parameters.values():
+        yield prefix + parameter.name
+        if dataclasses.is_dataclass(kind := parameter.annotation):
+            yield from keys(kind, f"{prefix}{parameter.name}.")
+
+
 @functools.cache
 def flags(script: str) -> frozenset[str]:
     """The flags of a script, those of groups and of all its commands included."""
-    names = [key for main in mains(script) for key in lit_llama.cli._names(main)]
+    names = [key for main in mains(script) for key in keys(main)]
     return frozenset(f"--{key}" for key in [*names, "help", "config", "print_config"])
 
 

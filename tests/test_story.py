@@ -1,4 +1,4 @@
-"""From Meta's files to a chat with a model of one's own: the commands of docs/deltas.md in their order, at tiny size."""
+"""From Meta's files to a chat with a model of one's own: the commands of docs/deltas.md in order, at tiny size."""
 
 import csv
 import json

@@ -20,7 +20,7 @@ export GOMP_SPINCOUNT ?= 2000
 .NOTPARALLEL:
 .SILENT:
 .SUFFIXES:
-.PHONY: help demo test attack lint format clean
+.PHONY: help demo test docs attack lint format clean
 
 help: ## List the targets
 	awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,10 @@ demo: $(RUN)/before.jsonl $(RUN)/after.jsonl ## Prepare, fine-tune, merge and co
 
 test: lint $(BASE)/config.json ## Run every check and every test
 	$(PY) -m pytest -n 2 --dist worksteal
+
+docs: $(VENV)/docs ## Render README.md, docs/ and the API reference into build/docs
+	PYTHONPATH=. $(PY) -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
+	echo "open build/docs/index.html" >&2
 
 # Half an hour; a short part of it is among the tests.
 ATTACK := --kills 500 --flips 500 --swaps 50 --races 100 --terminals 150 --seed 1
@@ -62,6 +66,10 @@ $(VENV)/core: pyproject.toml constraints.txt
 
 $(VENV)/test: $(VENV)/core
 	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/core
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
 # ---- the demo

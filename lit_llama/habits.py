@@ -120,12 +120,16 @@ def _rows(program: str) -> Iterator[str]:
 _INTRODUCTION = """\
 # Coming from another program
 
-    python finetune/lora.py --config YOURS.yaml
+```bash
+python finetune/lora.py --config YOURS.yaml
+```
 
 answers for every key that it does not know with what to say here, and so does each script for each flag:
 
-    $ python finetune/lora.py --micro_batch_size 4
-    error: --micro_batch_size: here --train.micro_batch_tokens, tokens per forward pass; the batch is --train.batch_size
+```console
+$ python finetune/lora.py --micro_batch_size 4
+error: --micro_batch_size: here --train.micro_batch_tokens, tokens per forward pass; the batch is --train.batch_size
+```
 
 Dashes or underscores make no difference, nor does a group before the name (`--train.lr`, `--lr`). Below is all of
 it, program by program.

@@ -296,7 +296,7 @@ def test_a_gpu_that_cannot_be_planned_for(
 
 def test_the_page_names_every_gpu() -> None:
     """Catches a list that was true once."""
-    said = (ROOT / "docs" / "training.md").read_text("utf-8")
+    said = (ROOT / "docs" / "memory.md").read_text("utf-8")
     assert [name for name in CARDS if not re.search(rf"\b{name}\b", said)] == []
 
 

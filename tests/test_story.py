@@ -1,4 +1,4 @@
-"""From Meta's files to a chat with a model of one's own: the commands of the README, in their order, at tiny size."""
+"""From Meta's files to a chat with a model of one's own: the commands of docs/deltas.md in order, at tiny size."""
 
 import csv
 import json
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_door, run_here
+from conftest import ROOT, run_door, run_here
+from markdown_pages import commands
 from meta_files import write, write_checklist
 from plain import Sizes, State, native, random_state, write_sentencepiece
 from safetensors.torch import load_file
@@ -86,6 +87,7 @@ class Story:
         (home / DATA).mkdir(parents=True)
         (home / DATA / "rows.json").write_text(json.dumps(ROWS_OF_DATA * 2, ensure_ascii=False), "utf-8")
         self.said: dict[str, str] = {}
+        self.commands: list[tuple[str, ...]] = []
         self.run("prepare/checkpoint.py", "--source", META, "--destination_path", BASE)
         sides = ("--base_dir", BASE, "--delta_dir", DELTA)
         self.run("prepare/delta.py", "apply", *sides, "--destination_path", ZIYA)
@@ -100,6 +102,7 @@ class Story:
     def run(self, *arguments: object) -> None:
         done = run_here(*arguments, cwd=self.home)
         assert done.returncode == 0, done.stderr
+        self.commands.append(tuple(map(str, arguments)))
         self.said[" ".join(map(str, arguments[: 1 + ("delta" in str(arguments[0]))]))] = done.stderr
 
 
@@ -190,3 +193,14 @@ def assert_bits(found: State, wanted: State) -> None:
     for name, value in wanted.items():
         assert found[name].dtype == torch.float16
         assert torch.equal(found[name].view(torch.int16), value.view(torch.int16)), name
+
+
+def test_the_page_tells_this_story(story: Story) -> None:
+    """Catches a page whose commands, or whose folders, are not those that were run here."""
+    told = [command.words[1:] for command in commands(ROOT / "docs" / "deltas.md")]
+    last = told.index(("generate/chat.py", "--checkpoint_dir", MERGED))
+    told = [words for words in told[:last] if words[0] != "prepare/download.py"]
+    assert len(told) == len(story.commands) == 6
+    for words, run in zip(told, story.commands, strict=True):
+        assert words[0] == run[0] and set(words) <= set(run) | {"true"}, words
+        assert set(run) & {"apply", "verify"} <= set(words), words

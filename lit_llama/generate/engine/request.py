@@ -219,7 +219,6 @@ class Step:
         logprobs: Of each of them, where asked for.
         finish_reason: None while the answer goes on.
         answer: Which of the `n` answers, from 0.
-        prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first.
         dropped: Tokens of prompt and answer that the model does not see any more from the next step on, beside those
             before.
         prompt_logprobs: With the last step of a scored prompt: of each of its tokens, None for the first and for those

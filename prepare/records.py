@@ -3,6 +3,10 @@
 python prepare/records.py --source chats.jsonl --destination_path data/chats --tokenizer_path checkpoints/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 from typing import Literal
 

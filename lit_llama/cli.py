@@ -23,7 +23,7 @@ from lit_llama import signals
 from lit_llama.console import guarded, shown
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.habits import answer, explain
-from lit_llama.memory import amount, ran_out, remedy
+from lit_llama.memory import amount, check_addresses, ran_out, remedy
 
 
 def CLI(*mains: Callable[..., Any]) -> None:
@@ -161,6 +161,8 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
     import jsonargparse
 
     words = sys.argv[1:]
+    if "--help" not in words:
+        check_addresses()
     _check_groups(mains, words)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)

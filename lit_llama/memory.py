@@ -2,11 +2,19 @@
 
 import errno
 import re
+import resource
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from lit_llama.errors import ResourceError
+
+_BESIDE_TORCH = 512 << 20
+"""Addresses that a process takes which has torch's libraries in it, and does little."""
 
 _SAID = re.compile(
     r"can(?:'|no)t allocate memory|out.of.memory|not enough memory|ALLOC_FAILED|bad_?alloc\b|failed to map segment"
-    r"|can't start new thread|memory allocation .*failed|Cannot mmap",
+    r"|unable to allocate|can't start new thread|memory allocation .*failed|could not create a (?:primitive|memory)",
     re.IGNORECASE,
 )
 """Words of allocators, of the libraries of a GPU, of the loader of shared libraries, and of what maps files."""
@@ -42,7 +50,7 @@ def amount(size: int) -> str:
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
-    return f"{size} bytes"
+    return f"{size} byte" + ("" if size == 1 else "s")
 
 
 def amounts(*sizes: int) -> tuple[str, ...]:
@@ -54,6 +62,29 @@ def amounts(*sizes: int) -> tuple[str, ...]:
 def remedy(door: str) -> str:
     """What to lower at a door, such as finetune/lora.py."""
     return _REMEDIES.get(door, "close other programs, or take a machine with more memory")
+
+
+def check_addresses() -> None:
+    """See that the libraries of torch fit into the addresses that a process may have here (`ulimit -v`).
+
+    Where they do not, C++ ends the process in the middle of an import, and no error tells why.
+
+    Raises:
+        ResourceError: There are fewer.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    spec = find_spec("torch") if limit != resource.RLIM_INFINITY else None
+    if spec is None or not spec.submodule_search_locations:
+        return
+    package = Path(spec.submodule_search_locations[0])
+    libraries = [*package.glob("lib/*.so*"), *package.parent.glob("nvidia/*/lib/*.so*")]
+    least = sum(path.stat().st_size for path in libraries) + _BESIDE_TORCH
+    if limit < least:
+        there, needed = amounts(limit, least)
+        raise ResourceError(
+            f"a process may have {there} of addresses here, expected {needed} or more, which Python and torch take: "
+            "raise the limit (ulimit -v unlimited)"
+        )
 
 
 def ran_out(error: BaseException) -> bool:

@@ -38,6 +38,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # Threads of OpenMP wait for each other by spinning, by default for so long that beside other programs most of the
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ["RUST_BACKTRACE"] = "0"  # of an allocation that fails, it allocates more, and waits for itself for ever
     try:
         try:
             signals.unwind()

@@ -3,6 +3,10 @@
 python finetune/full.py --checkpoint_dir checkpoints/NAME --data_dir data/NAME --out_dir out/full/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -3,6 +3,10 @@
 python finetune/lora.py --checkpoint_dir checkpoints/NAME --data_dir data/NAME --out_dir out/lora/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from lit_llama.cli import CLI
 from lit_llama.flags import config_flags
 from lit_llama.train.config import RunConfig

@@ -4,6 +4,10 @@ python finetune/merge.py --adapter_dir out/lora/NAME --destination_path checkpoi
 python finetune/merge.py --adapter_dir out/lora/NAME --destination_path NAME.gguf --format gguf --dtype q8_0
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 from typing import Literal
 

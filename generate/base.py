@@ -3,6 +3,10 @@
 python generate/base.py --checkpoint_dir checkpoints/NAME --prompt "Hello, my name is"
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -4,6 +4,10 @@ python generate/chat.py --checkpoint_dir checkpoints/NAME
 python generate/chat.py --checkpoint_dir checkpoints/NAME --adapters poet=out/lora/poet sql=out/lora/sql
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -4,6 +4,10 @@ python generate/evaluate.py --checkpoint_dir checkpoints/NAME out/lora/NAME --da
 python generate/evaluate.py --checkpoint_dir checkpoints/NAME out/lora/NAME --tasks regression
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 import os
 from pathlib import Path
 

@@ -4,6 +4,10 @@ python generate/instruct.py --checkpoint_dir out/lora/NAME --prompt "What food d
 python generate/instruct.py --checkpoint_dir out/lora/NAME --data_dir data/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from contextlib import nullcontext
 from pathlib import Path
 

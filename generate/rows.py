@@ -4,6 +4,10 @@ python generate/rows.py --recipe self-instruct --seeds seeds.jsonl --checkpoint_
 python generate/rows.py --recipe self-instruct --seeds seeds.jsonl --checkpoint_dir checkpoints/NAME --max_rows 500
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -4,6 +4,10 @@ python generate/serve.py --checkpoint_dir out/lora/NAME
 python generate/serve.py --checkpoint_dir checkpoints/NAME --adapters poet=out/lora/poet sql=out/lora/sql
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -8,10 +8,10 @@ What a notebook needs, imported only when it is named:
     tokenizer = lit_llama.Tokenizer.from_path(Path("checkpoints/NAME"))
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # a type checker takes it for True; typing itself takes a while, in which Ctrl-C is loud
 if TYPE_CHECKING:
+    from typing import Any
+
     from lit_llama.generate.engine.request import Sampling
     from lit_llama.generate.llm import LLM, load
     from lit_llama.model.checkpoint import load_model
@@ -45,7 +45,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    from importlib import import_module
+
     if name in _HOMES:
         return getattr(import_module(f"lit_llama.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lit_llama' has no attribute {name!r}")

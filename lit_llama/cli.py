@@ -13,14 +13,17 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TextIO, get_args, get_origin
 
-from lit_llama.console import shown
+from lit_llama import signals
+from lit_llama.console import guarded, shown
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.habits import answer, explain
+from lit_llama.memory import amount, check_addresses, ran_out, remedy
 
 
 def CLI(*mains: Callable[..., Any]) -> None:
@@ -35,31 +38,43 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # Threads of OpenMP wait for each other by spinning, by default for so long that beside other programs most of the
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    _settle()
+    os.environ["RUST_BACKTRACE"] = "0"  # of an allocation that fails, it allocates more, and waits for itself for ever
     try:
-        _guarded(mains)
+        try:
+            signals.unwind()
+            _settle()
+            _ended(mains)
+        finally:
+            signals.leave()  # threads may still be ending
     except KeyboardInterrupt:  # another one, in the middle of the last words
         os._exit(128 + signal.SIGINT)
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _leave)  # threads may still be ending
 
 
-def _guarded(mains: Sequence[Callable[..., Any]]) -> None:
+def _ended(mains: Sequence[Callable[..., Any]]) -> None:
     """Run, and end as `CLI` says."""
     try:
         _run(mains)
-    except Interrupted as error:  # which the user wanted
-        _say(error, error.exit_status)
-    except UserError as error:
-        _fail(error, error.exit_status)
-    except OSError as error:
-        if _reader_is_gone(error):  # as in `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        _fail(_system(error), ResourceError.exit_status)
     except KeyboardInterrupt:
         _say("Interrupted", 128 + signal.SIGINT)
+    except Exception as error:
+        if isinstance(error, Interrupted):  # which the user wanted
+            _say(error, error.exit_status)
+        if isinstance(error, OSError) and _reader_is_gone(error):  # as in `... | head`
+            _Output(sys.stdout.fileno()).discard()
+            sys.exit(0)
+        if ran_out(error) and not isinstance(error, ResourceError):  # which says more of it
+            _fail(f"out of memory{_tried(error)}; {remedy(_door(mains[0]))}", ResourceError.exit_status)
+        if isinstance(error, UserError):
+            _fail(error, error.exit_status)
+        if isinstance(error, OSError):
+            _fail(_system(error), ResourceError.exit_status)
+        raise
+
+
+def _tried(error: Exception) -> str:
+    """How much was asked for, where an error of running out of memory says it."""
+    found = re.search(r"allocate ([\d.,]+ ?[KMGT]?i?B(?:ytes)?)\b", str(error), re.IGNORECASE)
+    return f", asking for {found[1]} more" if found else ""
 
 
 _GONE = (errno.EPIPE, errno.EIO)
@@ -79,32 +94,27 @@ def _reader_is_gone(error: OSError) -> bool:
 
 
 def _settle() -> None:
-    """Have signals unwind the command, which clears away what is half made, and do without a stderr that is gone."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, _end)
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Have no text act on a terminal, and do without a stderr that is gone."""
     if sys.stderr is sys.__stderr__ and sys.stderr is not None:
-        encoding, errors = sys.stderr.encoding, sys.stderr.errors
-        sys.stderr = io.TextIOWrapper(
-            _Talk(sys.stderr.fileno()),  # as of `python -u`, a file without a buffer
-            encoding=encoding,
-            errors=errors,
-            line_buffering=True,
-            write_through=True,
-        )
+        sys.stderr = _stream(_Talk(sys.stderr.fileno()), sys.stderr)  # as of `python -u`, a file without a buffer
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout.flush()
+        sys.stdout = _stream(io.BufferedWriter(_Output(sys.stdout.fileno())), sys.stdout)
+    if sys.stdout is not None and sys.stderr is not None:
+        sys.stdout, sys.stderr = guarded(sys.stdout), guarded(sys.stderr)
     said = sys.unraisablehook
     sys.unraisablehook = lambda found: None if found.exc_type in (KeyboardInterrupt, SystemExit) else said(found)
 
 
-def _leave(number: int, frame: object) -> None:
-    """End at once: nothing has begun yet, or all is done."""
-    os._exit(128 + number)
+def _stream(inner: Any, like: TextIO) -> TextIO:
+    """A text stream over one of bytes, with the settings of another; one without a buffer keeps nothing back."""
+    through = isinstance(inner, _Talk) or bool(getattr(like, "write_through", False))
+    lines = isinstance(inner, _Talk) or like.line_buffering
+    return io.TextIOWrapper(inner, like.encoding, like.errors, line_buffering=bool(lines), write_through=through)
 
 
-class _Talk(io.RawIOBase):
-    """Stderr, which may go away (`2>&1 | head`, a closed terminal) while the work that is told of goes on."""
+class _Output(io.RawIOBase):
+    """Stdout, whose errors say that it is what cannot be written."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -119,33 +129,41 @@ class _Talk(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as error:
+            if error.errno not in _GONE:
+                with contextlib.suppress(OSError):
+                    error.filename = f"stdout ({os.readlink(f'/proc/self/fd/{self._descriptor}')})"
+                self.discard()  # what is still to be written would fail once more, when Python ends
+            raise
+
+    def discard(self) -> None:
+        """Let go of all that is written from now on."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
+
+
+class _Talk(_Output):
+    """Stderr, which may go away (`2>&1 | head`, a closed terminal) while the work that is told of goes on."""
+
+    def write(self, data: Any) -> int:
         left = bytes(data)
         try:
             while left:
-                left = left[os.write(self._descriptor, left) :]
+                left = left[super().write(left) :]
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
+            self.discard()
         return len(data)
-
-
-def _end(number: int, frame: Any) -> None:
-    """Unwind, which clears away what is half made; the default action of a signal would not.
-
-    While torch is imported, nothing is; and its C++ code drops exceptions that come while it imports NumPy.
-    """
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch" and frame.f_code.co_name == "<module>":
-            os._exit(128 + number)
-        frame = frame.f_back
-    sys.exit(128 + number)
 
 
 def _run(mains: Sequence[Callable[..., Any]]) -> None:
     import jsonargparse
 
     words = sys.argv[1:]
+    if "--help" not in words:
+        check_addresses()
     _check_groups(mains, words)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
@@ -329,10 +347,25 @@ def _system(error: OSError) -> str:
     if error.strerror is None:  # raised by a library
         return str(error)
     places = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    places = places or _open_file(error)
     if error.errno == errno.ENOSPC and not places:
         free = {folder: shutil.disk_usage(folder).free for folder in (os.getcwd(), tempfile.gettempdir())}
-        return "a disk is full: " + ", ".join(f"{folder} has {size:,} bytes free" for folder, size in free.items())
+        return "a disk is full: " + ", ".join(f"{folder} has {amount(size)} free" for folder, size in free.items())
     return ": ".join([*places[:1], error.strerror]) + (f" ({places[1]})" if places[1:] else "")
+
+
+def _open_file(error: OSError) -> list[str]:
+    """The file that failed where its error does not name one, as those of reading, writing and closing do not: the one
+    that was open, or else named, nearest to the failure."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        held = list(frame.f_locals.values())
+        held += list(getattr(frame.f_locals.get("self"), "__dict__", {}).values())
+        names = [value.name for value in held if isinstance(value, io.IOBase) and hasattr(value, "name")]
+        paths = [str(value) for value in held if isinstance(value, Path)]
+        if found := [name for name in names if isinstance(name, str)] or paths[-1:]:
+            return found[:1]
+    return []
 
 
 def _fail(error: object, status: int) -> None:
@@ -343,15 +376,3 @@ def _say(text: object, status: int) -> None:
     line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
     print(shown(line, sys.stderr), file=sys.stderr)
     sys.exit(status)
-
-
-def _begin() -> None:
-    """End a script quietly if Ctrl-C comes while it is still importing what it needs."""
-    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    if script.parent.name in ("prepare", "finetune", "generate") and (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):
-        signal.signal(signal.SIGINT, _leave)
-
-
-_begin()  # the one thing that an import does: from here on until `CLI`, nothing else could

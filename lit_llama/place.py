@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_llama.errors import ResourceError, UserError
+from lit_llama.memory import amount, amounts
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAID_FULL = re.compile("No space left|Disk quota exceeded|File too large|code: 28\\b")  # by libraries without an errno
@@ -223,9 +224,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = free_space(folder)
     wanted = needed + needed // 50
     if free < wanted:
-        there, asked = amount(free), amount(wanted)
-        if there == asked:
-            there, asked = f"{free:,} bytes", f"{wanted:,} bytes"
+        there, asked = amounts(free, wanted)
         raise ResourceError(f"{folder}: its disk has {there} free, {asked} are needed; make room or name another disk")
 
 
@@ -235,14 +234,6 @@ def free_space(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def amount(size: int) -> str:
-    """Bytes for people, such as "812 bytes" and "1.25 GB"."""
-    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} bytes"
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """Talk and progress on stderr, tables on stdout. Texts are literal: brackets in a path are no markup."""
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, JustifyMethod, OverflowMethod, RenderableType
+from rich.file_proxy import FileProxy
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,17 +19,50 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
 
-from lit_llama.console import harmless, unbroken
+from lit_llama.console import guarded, harmless, own, unbroken
 
 T = TypeVar("T")
 
 
-class _Literal(Console):
-    """A console on which no text is markup, and none acts on the terminal."""
+class Screen(Console):
+    """A console on which no text is markup, and none acts on the terminal, whatever it is part of."""
+
+    def __init__(self, *, stderr: bool = False, **options: Any) -> None:
+        # The guard there would spell what rich moves the cursor with.
+        behind = own(sys.stderr if stderr else sys.stdout)
+        super().__init__(file=behind, stderr=stderr, markup=False, emoji=False, highlight=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """See Console: each of its texts is made harmless, and has no link."""
+        for text, style, control in super().render(renderable, options):
+            if control or not self.is_terminal:
+                yield Segment(text, style, control)
+            else:
+                yield Segment(harmless(text), style.update_link(None) if style and style.link else style)
+
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        **options: Any,
+    ) -> Text:
+        """See Console: rich takes some control characters away, which are to be seen, and does not measure others."""
+        text = harmless(text) if self.is_terminal else text
+        return super().render_str(text, style=style, justify=justify, overflow=overflow, **options)
+
+
+class _Literal(Screen):
+    """A console for lines, which wrap as the terminal does."""
 
     def __init__(self, *, stderr: bool, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        super().__init__(stderr=stderr, width=width, soft_wrap=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does; into a pipe or a file a text goes byte for byte, on a terminal no word is broken."""
@@ -52,13 +87,25 @@ def stdout(width: int | None = None) -> Console:
 
 def bar(console: Console, *columns: ProgressColumn, transient: bool = True) -> Progress:
     """Progress on a terminal, nothing elsewhere: a description that is no markup, then these columns."""
-    return Progress(
+    return _Bar(
         TextColumn("{task.description}", markup=False),
         *columns,
         console=console,
         transient=transient,
         disable=not console.is_terminal,
     )
+
+
+class _Bar(Progress):
+    """Progress that leaves what others print meanwhile harmless: rich takes their streams, and would obey colours."""
+
+    def start(self) -> None:
+        """See Progress."""
+        super().start()
+        if isinstance(sys.stdout, FileProxy):
+            sys.stdout = guarded(cast(TextIO, sys.stdout))
+        if isinstance(sys.stderr, FileProxy):
+            sys.stderr = guarded(cast(TextIO, sys.stderr))
 
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:

@@ -3,6 +3,10 @@
 python prepare/alpaca.py --destination_path data/alpaca --tokenizer_path checkpoints/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -6,6 +6,10 @@ python prepare/checkpoint.py --source out/lora/NAME --format gguf --destination_
 python prepare/checkpoint.py --source lora.pth --base_dir checkpoints/llama-7b --destination_path out/lora/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 from typing import Literal
 

@@ -4,6 +4,10 @@ python prepare/delta.py apply --base_dir checkpoints/llama-13b --delta_dir check
     --destination_path checkpoints/ziya-13b
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 from typing import Literal
 

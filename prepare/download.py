@@ -3,6 +3,10 @@
 python prepare/download.py --repo_id HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 
 from lit_llama.cli import CLI

@@ -3,6 +3,10 @@
 python prepare/records.py --source chats.jsonl --destination_path data/chats --tokenizer_path checkpoints/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from lit_llama.cli import CLI
 from lit_llama.flags import config_flags
 from lit_llama.text.config import PrepareConfig

@@ -3,6 +3,10 @@
 python prepare/show.py --data_dir data/alpaca --rows 0,17
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from pathlib import Path
 from typing import Literal
 

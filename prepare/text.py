@@ -3,6 +3,10 @@
 python prepare/text.py --source books --destination_path data/books --tokenizer_path checkpoints/NAME
 """
 
+from lit_llama import signals
+
+signals.begin(__name__)
+
 from typing import Literal
 
 from lit_llama.cli import CLI

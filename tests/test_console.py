@@ -13,7 +13,7 @@ from typing import BinaryIO
 import pytest
 
 from lit_llama import progress
-from lit_llama.console import Results, harmless, shown, unbroken
+from lit_llama.console import Pieces, Results, guarded, harmless, shown, unbroken
 
 HOSTILE = "a[/b] [red]x[/red] :smile: \x1b[31m \x9b2J \u202eevil\u200b\x07 {task}"
 SPELLED = "a[/b] [red]x[/red] :smile: ⟨U+001B⟩[31m ⟨U+009B⟩2J ⟨U+202E⟩evil⟨U+200B⟩⟨U+0007⟩ {task}"
@@ -83,6 +83,59 @@ def test_an_answer_does_not_act_on_the_terminal_but_keeps_its_letters(monkeypatc
     found = on_terminal(monkeypatch, "stdout", 80, work)
     assert found == f"{family} {persian}\n{family}a⟨U+200D⟩⟨U+200C⟩b⟨U+001B⟩]0;x⟨U+0007⟩"
     assert harmless("plain") == "plain"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "👩‍👧 👨🏽‍🚀 🏳️‍🌈 ❤️‍🔥 1️⃣ ℹ️ ✔︎",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0915\u094d\u200d\u0937 \u0915\u094d\u200c\u0937",
+        "葛\U000e0100",
+    ],
+)
+def test_joiners_stay_where_they_change_what_is_seen(text: str) -> None:
+    """Catches torn families and flags, and words of Persian and Hindi with holes, in one piece or letter by letter."""
+    pieces = Pieces()
+    assert harmless(text) == text == "".join(map(pieces.take, text)) + pieces.end()
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("pass\u200dword", "pass⟨U+200D⟩word"),
+        ("да\u200cнет", "да⟨U+200C⟩нет"),
+        ("👩\u200d", "👩⟨U+200D⟩"),
+        ("👩\u200dx", "👩⟨U+200D⟩x"),
+        ("👩\u200d\u200d👧", "👩⟨U+200D⟩⟨U+200D⟩👧"),
+        ("👩\u200d\n", "👩⟨U+200D⟩\n"),
+        ("中\u200d文", "中⟨U+200D⟩文"),
+        ("😀\ufe0f\ufe01\U000e0110", "😀\ufe0f⟨U+FE01⟩⟨U+E0110⟩"),
+        ("a\ufe0fb", "a⟨U+FE0F⟩b"),
+        ("\U000e0041\u3164\u115f\u034f", "⟨U+E0041⟩⟨U+3164⟩⟨U+115F⟩⟨U+034F⟩"),
+        ("\x1b[31m", "⟨U+001B⟩[31m"),
+        ("a\u2028b\u00ad\x7f\x85", "a⟨U+2028⟩b⟨U+00AD⟩⟨U+007F⟩⟨U+0085⟩"),
+    ],
+)
+def test_what_hides_is_spelled_however_it_is_cut(text: str, seen: str) -> None:
+    """Catches hidden text between letters or behind a pictograph, and a sequence that is cut across pieces."""
+    for cut in range(len(text) + 1):
+        pieces = Pieces()
+        assert pieces.take(text[:cut]) + pieces.take(text[cut:]) + pieces.end() == seen == harmless(text)
+
+
+def test_a_guarded_terminal_still_moves_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bars that are spelled in place of drawn where a door has put the guard before stderr."""
+
+    def work() -> None:
+        monkeypatch.setattr(sys, "stderr", guarded(sys.stderr))
+        for _ in progress.track([1, 2], HOSTILE):
+            print(HOSTILE, file=sys.stderr)
+        progress.stderr().print(HOSTILE)
+
+    found = on_terminal(monkeypatch, "stderr", 400, work)
+    assert "\x1b[2K" in found and "\x1b[?25l" in found and "⟨U+000D⟩" not in found
+    assert "\x1b[31m \x9b" not in found and found.count(SPELLED) >= 4
 
 
 @pytest.mark.parametrize("width", [20, 33, 40, 80])

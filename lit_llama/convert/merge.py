@@ -22,6 +22,7 @@ from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, write_json
 from lit_llama.lock import reserving
 from lit_llama.manifest import check_folder, sha256_file
+from lit_llama.memory import amount, amounts
 from lit_llama.model.adapter import (
     META_FILE,
     base_of,
@@ -194,7 +195,7 @@ def merge_into_gguf(
         write_gguf(source, destination, dtype, name=model_name(destination.name))
     if modelfile:
         write_modelfile(destination)
-    size = f"{destination.stat().st_size / 1e9:.2f} GB"
+    size = amount(destination.stat().st_size)
     stderr().print(f"{destination}: {size}, ready for llama.cpp and Ollama")
     return proof
 
@@ -212,7 +213,8 @@ def _check_memory(merged: Merged, precision: Precision, onto: Onto) -> None:
     largest = max(math.prod(shape) for _, shape in merged.specs.values())
     needed = max(values * dtype.itemsize + merged.added_bytes, 3 * 4 * largest)
     there = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
-    said = f"comparing the models takes {needed / 1e9:.2f} GB of the {there / 1e9:.2f} that the {device.type} has free"
+    wanted, free = amounts(needed, there)
+    said = f"comparing the models takes {wanted} of the {free} that the {device.type} has free"
     if needed <= there:
         stderr().print(said)
         return

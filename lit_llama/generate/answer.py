@@ -102,7 +102,7 @@ def _print_answers(llm: LLM, prompt: Fitted, sampling: Sampling, overflow: Overf
                 results.write(piece)
                 if text.finish_reason is not None:
                     break
-            print(flush=True)
+            results.end()
             ending = ended(text.finish_reason, sampling) + _slid(text.dropped)
             report(text.tokens, time.perf_counter() - start, llm.device, ending)
     finally:

@@ -30,6 +30,7 @@ from lit_llama.generate.plan import (
     shortfall,
 )
 from lit_llama.manifest import check_folder
+from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on, verify_folders
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import KVCacheType, LLaMAConfig
@@ -389,5 +390,5 @@ def report(tokens: int, seconds: float, device: torch.device, ending: str = "") 
     """
     stderr().print(
         f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s; "
-        f"peak memory {peak_memory(device) / 1e9:.2f} GB{ending}"
+        f"peak memory {amount(peak_memory(device))}{ending}"
     )

@@ -21,6 +21,7 @@ from lit_llama.device import (
     total_memory,
 )
 from lit_llama.errors import ResourceError
+from lit_llama.memory import amount, amounts
 from lit_llama.model.config import Held, KVCacheType, LLaMAConfig, Quantization
 from lit_llama.model.kernels.decode import PackedCache, packs
 from lit_llama.model.kernels.packing import Weights
@@ -225,7 +226,7 @@ def lighter(plan: GenerationPlan) -> Iterator[GenerationPlan]:
 
 def remedy(plan: GenerationPlan) -> str:
     """What to do where a model does not fit, or only with layers elsewhere."""
-    ways = [f"--quantize {other.held} ({_gb(other.least)} GB)" for other in lighter(plan)]
+    ways = [f"--quantize {other.held} ({amount(other.least)})" for other in lighter(plan)]
     return f"it fits with {', or '.join(ways)}" if ways else "take a smaller model, or a machine with more memory"
 
 
@@ -239,15 +240,16 @@ def numbers(plan: GenerationPlan) -> str:
 def shortfall(plan: GenerationPlan) -> str:
     """The numbers that decide, against each other."""
     whole = replace(plan, offloaded=0)
-    return f"the model needs {_gb(whole.least)} GB, there are {_gb(plan.total)} GB on the {plan.device.type}"
+    needed, there = amounts(whole.least, plan.total)
+    return f"the model needs {needed}, there are {there} on the {plan.device.type}"
 
 
 def offloading(plan: GenerationPlan) -> str:
     """Where the layers are that are not on the device."""
-    size = _gb(plan.layer * plan.offloaded)
+    size = amount(plan.layer * plan.offloaded)
     if plan.device.type == "cpu":
-        return f"its {plan.offloaded} layers ({size} GB) are read from the disk at each step, which is slow"
-    return f"{plan.offloaded} of its {plan.config.num_hidden_layers} layers ({size} GB) come from the CPU's memory"
+        return f"its {plan.offloaded} layers ({size}) are read from the disk at each step, which is slow"
+    return f"{plan.offloaded} of its {plan.config.num_hidden_layers} layers ({size}) come from the CPU's memory"
 
 
 def table(plan: GenerationPlan, name: str = "") -> Table:

@@ -1,6 +1,5 @@
 """The plan of a run as people read it: a table, one line, and what to do where the run does not fit."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from lit_llama.errors import ResourceError
+from lit_llama.memory import amount, amounts, ran_out
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
@@ -22,9 +22,6 @@ from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.processes import Processes, described
 from lit_llama.train.shards import spread
-
-_ENDED = "out.of.memory|can't allocate memory|ALLOC_FAILED"
-"""What torch's errors say when memory ends: the allocators, and the libraries of a GPU, which take some themselves."""
 
 
 def print_plan(method: Method, run: RunConfig) -> None:
@@ -123,8 +120,9 @@ def short(plan: Plan) -> str:
 def does_not_fit(plan: Plan) -> str:
     """The one number that decides, against what there is."""
     least = plan.resting > plan.memory.total
-    need = f"{_gb(plan.resting)} GB before the first step" if least else f"{_gb(plan.peak)} GB"
-    return f"the run needs {need}, there are {_gb(plan.memory.total)} GB on the {plan.numerics.device.type}"
+    needed, there = amounts(plan.resting if least else plan.peak, plan.memory.total)
+    when = " before the first step" if least else ""
+    return f"the run needs {needed}{when}, there are {there} on the {plan.numerics.device.type}"
 
 
 def advice(plan: Plan) -> str:
@@ -145,7 +143,7 @@ def explained(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's has no class
-        if isinstance(error, RuntimeError) and not re.search(_ENDED, str(error), re.IGNORECASE):
+        if not ran_out(error):
             raise
         found = ", or ".join(_change(plan, other) for other in lighter(plan)[:3])
         way_out = f"try {found}" if found else "take a smaller base, or a larger machine"
@@ -161,7 +159,7 @@ def _change(plan: Plan, other: Plan) -> str:
         flags.append(f"--train.activation_checkpointing {other.train.activation_checkpointing}")
     if other.quantize != plan.quantize:
         flags.append(f"--quantize {other.quantize}")
-    return f"{' '.join(flags)} ({_gb(other.peak)} GB)"
+    return f"{' '.join(flags)} ({amount(other.peak)})"
 
 
 def _settings(plan: Plan) -> str:

@@ -28,6 +28,7 @@ from lit_llama.errors import Interrupted, NumericalError, UserError
 from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.lock import claim
 from lit_llama.manifest import forget
+from lit_llama.memory import amount
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
@@ -178,7 +179,7 @@ def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
         log.say(line)
     log.say(
         f"{run.out_dir}: {run.method.result}, report.html, metrics.csv, loss.png, run.yaml; "
-        f"{time.perf_counter() - start:.1f} s, peak memory {training.trainer.memory() / 1e9:.2f} GB"
+        f"{time.perf_counter() - start:.1f} s, peak memory {amount(training.trainer.memory())}"
     )
     log.say(f"next: {run.method.next(run.out_dir)}")
 

@@ -1,15 +1,18 @@
-"""Terminals that are closed, Ctrl-C twice, and readers that go away: no traceback, and the work goes on or is kept."""
+"""Terminals that are closed, Ctrl-C twice, readers that go away, and signals from the very start of a process: no
+traceback, and the work goes on or is kept."""
 
 import errno
 import os
 import pty
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 from killed_runs import ended
-from world import Command, Result, World, straight
+from world import ROOT, Command, Result, World, straight
 
 
 def attack(world: World, trials: int, seed: int) -> Result:
@@ -20,10 +23,11 @@ def attack(world: World, trials: int, seed: int) -> Result:
         ("closed terminal", _close, {129}),
         ("Ctrl-C twice", _interrupt, {130}),
         ("closed pipe", _pipe, {0}),
+        ("signal at any moment", _early, {129, 130, 143}),
     ]
     while result.trials < trials:
         command = world.commands[result.trials % len(world.commands)]
-        name, disturb, expected = ways[result.trials // len(world.commands) % len(ways)]
+        name, disturb, expected = ways[result.trials % len(ways)]
         wanted, calls = known[command.name]
         status, said = disturb(command, draw.randint(1, calls), draw)
         result.trials += 1
@@ -78,6 +82,33 @@ def _pipe(command: Command, at: int, draw: random.Random) -> tuple[int, str]:
     said = os.read(reading, draw.randint(1, 200)).decode(errors="replace")
     os.close(reading)
     return ended(pid), said
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS = 3.0
+"""In which the first signal of `_early` comes; a command takes about as long on an idle machine."""
+
+
+def _early(command: Command, at: int, draw: random.Random) -> tuple[int, str]:
+    """Begin a process as a user does, and send it one or two signals at random moments, most of them among its imports.
+
+    Before the first line of a script runs, Python itself answers to signals: what it says of its own files then, and
+    that it dies of the signal, is not the doing of the command.
+    """
+    script, *flags = map(str, command.words)
+    words = [sys.executable, str(ROOT / script), *flags]
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    for pause in (_SECONDS * draw.random() ** 2, draw.choice((0.0, 0.01, 0.3)))[: draw.randint(1, 2)]:
+        time.sleep(pause)
+        process.send_signal(draw.choice(_SIGNALS))
+    said = process.communicate()[0].decode(errors="replace")
+    if str(ROOT) not in said.replace(str(ROOT / ".venv"), ""):
+        said = said.replace("Traceback", "")
+    if process.returncode == 1 and "KeyboardInterrupt" in said and "Traceback" not in said:
+        return 128 + signal.SIGINT, said
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode, said
 
 
 def _on_terminal(command: Command, at: int) -> tuple[int, int, int]:

@@ -14,13 +14,14 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
 
 from lit_llama.convert.gguf.parts import model_name
-from lit_llama.convert.hub.repository import Choice, File, Repo, amount, choose, explained, read_parts, read_repo
+from lit_llama.convert.hub.repository import Choice, File, Repo, choose, explained, read_parts, read_repo
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, publish, write_json
 from lit_llama.lock import reserve
 from lit_llama.manifest import write_manifest
+from lit_llama.memory import amount, amounts
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
@@ -110,8 +111,9 @@ def _check_space(files: Sequence[File], folder: Path, destination: Path) -> None
     needed = sum(file.size for file in files) - _present(files, folder)
     free = shutil.disk_usage(folder).free
     if needed > free:
+        wanted, there = amounts(needed, free)
         raise ResourceError(
-            f"{destination} needs {needed:,} more bytes, only {free:,} are free on its disk: free some, or name a "
+            f"{destination} needs {wanted} more, only {there} are free on its disk: free some, or name a "
             "folder on another disk with --destination_path"
         )
 
@@ -166,9 +168,9 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(folder).free
-            missing = file.size - part.stat().st_size
+            missing, there = amounts(file.size - part.stat().st_size, free)
             raise ResourceError(
-                f"the disk is full: {file.name} needs {missing:,} more bytes, {free:,} are free; free some and run the "
+                f"the disk of {part} is full: it needs {missing} more, {there} are free; free some and run the "
                 "same command again, it goes on where it stopped"
             ) from error
         if error.errno is None:  # http_get counted the bytes

@@ -27,6 +27,7 @@ from huggingface_hub.hf_api import RepoSibling
 from lit_llama.convert.gguf.parts import first_parts, part_names
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, ResourceError, UserError
+from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE
 from lit_llama.progress import stderr
@@ -232,11 +233,6 @@ def _described(path: str, files: Sequence[File]) -> str:
     """Name and size of a file, or of a model in parts by its first."""
     parts = f"{len(files)} parts, " if len(files) > 1 else ""
     return f"{path} ({parts}{amount(sum(file.size for file in files))})"
-
-
-def amount(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def read_parts(repo: Repo, index: Path, name: str) -> tuple[File, ...]:

@@ -1,7 +1,6 @@
 """Answers as they come: plain text into a pipe, Markdown on a terminal, on which no word of them acts."""
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +10,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
+from lit_llama import progress
 from lit_llama.console import Results, harmless
 from lit_llama.text.thoughts import thoughts_of
 
@@ -131,13 +131,13 @@ class Plain:
 
     def end(self, stopped: bool) -> None:
         """See Screen."""
-        print(" ..." if stopped else "", flush=True)
+        self._results.end(" ...\n" if stopped else "\n")
 
     def show(self, text: str, opened: bool = False) -> None:
         """See Screen."""
         results = Results()
         results.write(text)
-        print(flush=True)
+        results.end()
 
 
 class Terminal:
@@ -148,7 +148,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+        self._console = console or progress.Screen()
         self._live: Live | None = None
 
     def begin(self, opened: bool) -> None:

@@ -3,17 +3,22 @@
 import contextlib
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.formatted_text import OneStyleAndTextTuple
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.layout.utils import explode_text_fragments
 from prompt_toolkit.output.defaults import create_output
 
-from lit_llama.console import harmless
+from lit_llama.console import harmless, own, visible
 from lit_llama.errors import UserError
 from lit_llama.generate.chat.chat import Chat
 from lit_llama.generate.chat.commands import COMMANDS, HELP, Leave, take
@@ -125,13 +130,14 @@ class Editor:
         history: History = InMemoryHistory() if folder is None else _Lasting(folder)
         self._chat = chat
         self._session: PromptSession[str] = PromptSession(
-            output=create_output(stdout=sys.stderr),
+            output=create_output(stdout=own(sys.stderr)),
             history=history,
             completer=Names(chat),
             complete_while_typing=False,
             key_bindings=_keys(),
             bottom_toolbar=lambda: harmless(_status(chat)),
             enable_history_search=True,
+            input_processors=[Spelled()],
         )
 
     def read(self) -> str:
@@ -141,7 +147,10 @@ class Editor:
     def edit(self, text: str) -> str:
         """A text as the user changes it."""
         alone: PromptSession[str] = PromptSession(
-            output=create_output(stdout=sys.stderr), history=InMemoryHistory(), key_bindings=_keys()
+            output=create_output(stdout=own(sys.stderr)),
+            history=InMemoryHistory(),
+            key_bindings=_keys(),
+            input_processors=[Spelled()],
         )
         return alone.prompt("edit> ", default=text)
 
@@ -162,6 +171,24 @@ def _keys() -> KeyBindings:
         event.current_buffer.insert_text("\n")
 
     return keys
+
+
+class Spelled(Processor):
+    """Shows what is edited, pasted or an earlier message, so that no character of it acts on the terminal."""
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        """See prompt_toolkit."""
+        fragments = explode_text_fragments(transformation_input.fragments)
+        text = "".join(fragment[1] for fragment in fragments)
+        if harmless(text) == text:
+            return Transformation(transformation_input.fragments)
+        shown: list[OneStyleAndTextTuple] = [(fragment[0], visible(fragment[1])) for fragment in fragments]
+        ends = [*accumulate((len(fragment[1]) for fragment in shown), initial=0)]  # the beginning of each
+        return Transformation(
+            [*shown],
+            source_to_display=lambda at: ends[at] if at < len(ends) else ends[-1] + at + 1 - len(ends),
+            display_to_source=lambda at: max(0, bisect_right(ends, at) - 1) + max(0, at - ends[-1]),
+        )
 
 
 class _Lasting(FileHistory):
@@ -200,7 +227,8 @@ class Names(Completer):
                 if command.name.startswith(word):
                     yield Completion(command.name, -len(word), display_meta=command.does)
         elif word in _FILES:
-            yield from self._paths.get_completions(Document(rest), complete_event)
+            for found in self._paths.get_completions(Document(rest), complete_event):
+                yield Completion(found.text, found.start_position, display=harmless(found.display_text))
         else:
             for name in self._names(word):
                 if name.startswith(rest):

@@ -8,12 +8,11 @@ it, greedy or seeded, and not only their distribution.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from lit_llama.generate.engine.cache import BlockPool, OutOfBlocks
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.generate.engine.speculative import Asked
+from lit_llama.memory import ran_out
 from lit_llama.model.paged import BLOCK, PagedBatch
 
 
@@ -98,7 +97,9 @@ class DraftModel:
             return guesses
         try:
             self._run(self._begin(asked), guesses)
-        except (MemoryError, torch.OutOfMemoryError):  # it is of use only where there is room for it
+        except (MemoryError, RuntimeError) as error:  # it is of use only where there is room for it
+            if not ran_out(error):
+                raise
             for key in list(self._drafts):
                 self.forget(key)
             return [[] for _ in asked]

@@ -22,6 +22,7 @@ from lit_llama.generate.engine.speculative import Guesser, PromptLookups
 from lit_llama.generate.engine.ticket import Answer, Statistics
 from lit_llama.generate.engine.ticket import EngineConfig as EngineConfig
 from lit_llama.generate.engine.ticket import Ticket as Ticket
+from lit_llama.memory import ran_out
 from lit_llama.model.kernels.decode import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
 
@@ -243,8 +244,10 @@ class Engine:
                     self.runner.copy(source, destination)
                 parts = sorted(plan.parts, key=lambda part: part.sequence.adapter or "")
                 logits = self.runner.logits(_batch(parts))
-            except (MemoryError, torch.OutOfMemoryError):
+            except (MemoryError, RuntimeError) as error:
                 self._restart(plan)
+                if not ran_out(error):
+                    raise
                 self._answers.fail(
                     self._answers.live[max((part.sequence for part in plan.parts), key=lambda s: s.order)],
                     ResourceError("there was not enough memory for this request; the others go on"),

@@ -133,7 +133,7 @@ def _run_all(folder: Path, *commands: list[str]) -> None:
 def _share_threads() -> bool:
     """Let what is loaded next use the OpenMP runtime that torch has loaded; False if there is none."""
     maps = Path("/proc/self/maps").read_text("utf-8", "replace")
-    runtime = next((line.split(None, 5)[5] for line in maps.splitlines() if "libgomp" in line), None)
+    runtime = next((line.split(None, 5)[5] for line in maps.split("\n") if "libgomp" in line), None)
     if runtime is not None:
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
     return runtime is not None

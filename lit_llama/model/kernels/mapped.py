@@ -14,7 +14,8 @@ class MappedFiles:
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
         if sys.platform.startswith("linux"):
-            for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            # By newlines alone, which are escaped in names of files there, as no other end of a line is.
+            for line in Path("/proc/self/maps").read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n"):
                 span, _, _, _, inode, *_ = line.split(None, 5)
                 start, _, end = span.partition("-")
                 if inode != "0":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lit_llama.memory import amount
 from lit_llama.text.report.render import render
 from lit_llama.train.metrics import Series, smooth
 from lit_llama.train.report.chart import Chart, Line, chart, figure
@@ -80,8 +81,8 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in GB, or MB where that is more exact."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+    """Bytes for people."""
+    return amount(int(count))
 
 
 def short_percent(share: float) -> str:

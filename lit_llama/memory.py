@@ -1,0 +1,112 @@
+"""Amounts of memory and of disk in words, which errors say that memory ran out, and what takes less, door by door."""
+
+import errno
+import re
+import resource
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from lit_llama.errors import ResourceError
+
+_BESIDE_TORCH = 512 << 20
+"""Addresses that a process takes which has torch's libraries in it, and does little."""
+
+_SAID = re.compile(
+    r"can(?:'|no)t allocate memory|out.of.memory|not enough memory|ALLOC_FAILED|bad_?alloc\b|failed to map segment"
+    r"|unable to allocate|can't start new thread|memory allocation .*failed|could not create a (?:primitive|memory)",
+    re.IGNORECASE,
+)
+"""Words of allocators, of the libraries of a GPU, of the loader of shared libraries, and of what maps files."""
+_TALKERS = ("safetensors", "pyarrow", "datasets", "tokenizers", "_sentencepiece")
+"""Packages whose own errors are of no class that tells."""
+
+_GENERATING = "lower --batch_size or --max_new_tokens, or hold less: --quantize int8, --kv_cache int8"
+_PLANS = "; --plan true says what is needed"
+_TUNING = "lower --train.micro_batch_tokens, set --train.activation_checkpointing full"
+_ROWS = "encode it in parts, --shard 0/4 to 3/4, or leave out the search for near duplicates, --near_duplicates 0"
+_REMEDIES = {
+    "prepare/alpaca.py": "leave out the search for near duplicates, --near_duplicates 0, or take prepare/records.py, "
+    "which encodes in parts, --shard 0/4 to 3/4",
+    "prepare/checkpoint.py": "take smaller files, --max_shard_size 1GB, or a machine with more memory",
+    "prepare/delta.py": "take smaller files, --max_shard_size 1GB, or a machine with more memory",
+    "prepare/records.py": _ROWS,
+    "prepare/show.py": "show fewer rows, --rows 0-2",
+    "prepare/text.py": _ROWS,
+    "finetune/full.py": f"{_TUNING}, or take finetune/lora.py{_PLANS}",
+    "finetune/lora.py": f"{_TUNING}, or hold the base in 4 bits, --quantize nf4{_PLANS}",
+    "finetune/merge.py": "compare in fewer bits, --precision bf16-true, or take a machine with more memory",
+    "generate/base.py": _GENERATING + _PLANS,
+    "generate/chat.py": _GENERATING + _PLANS,
+    "generate/evaluate.py": _GENERATING + _PLANS,
+    "generate/instruct.py": _GENERATING + _PLANS,
+    "generate/rows.py": "lower --batch_size, or hold less: --quantize int8, --kv_cache int8" + _PLANS,
+    "generate/serve.py": "lower --batch_size, or hold less: --quantize int8, --kv_cache int8" + _PLANS,
+}
+
+
+def amount(size: int) -> str:
+    """Bytes for people, such as "812 bytes" and "1.25 GB"."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} byte" + ("" if size == 1 else "s")
+
+
+def amounts(*sizes: int) -> tuple[str, ...]:
+    """Sizes that are compared: in bytes where different ones would look the same."""
+    found = tuple(map(amount, sizes))
+    return found if len(set(found)) == len(set(sizes)) else tuple(f"{size:,} bytes" for size in sizes)
+
+
+def remedy(door: str) -> str:
+    """What to lower at a door, such as finetune/lora.py."""
+    return _REMEDIES.get(door, "close other programs, or take a machine with more memory")
+
+
+def check_addresses() -> None:
+    """See that the libraries of torch fit into the addresses that a process may have here (`ulimit -v`).
+
+    Where they do not, C++ ends the process in the middle of an import, and no error tells why.
+
+    Raises:
+        ResourceError: There are fewer.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    spec = find_spec("torch") if limit != resource.RLIM_INFINITY else None
+    if spec is None or not spec.submodule_search_locations:
+        return
+    package = Path(spec.submodule_search_locations[0])
+    libraries = [*package.glob("lib/*.so*"), *package.parent.glob("nvidia/*/lib/*.so*")]
+    least = sum(path.stat().st_size for path in libraries) + _BESIDE_TORCH
+    if limit < least:
+        there, needed = amounts(limit, least)
+        raise ResourceError(
+            f"a process may have {there} of addresses here, expected {needed} or more, which Python and torch take: "
+            "raise the limit (ulimit -v unlimited)"
+        )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, which may be the cause of an error that says something else."""
+    return any(map(_says_so, _causes(error)))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and what was being handled meanwhile."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        yield found
+        seen.add(id(found))
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    # Words count only of those who speak for themselves: the errors of our own quote texts of others.
+    known = isinstance(error, RuntimeError | ImportError | OSError | SystemError) or type(error) is Exception
+    return (known or type(error).__module__.startswith(_TALKERS)) and bool(_SAID.search(str(error)))

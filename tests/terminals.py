@@ -1,0 +1,72 @@
+"""Scripts on a terminal of their own, and which bytes that arrive there act."""
+
+import errno
+import os
+import pty
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EVIL = "\x1b]0;owned\x07 \x1b[5;7m \x9b2J \r \x08 \x7f \u202e \u2066 \u061c \u200e a\u200bb a\u200db \ufeff"
+"""Sets a title, blinks, clears, goes back, turns the direction, and hides letters."""
+OWN = re.compile(r"\x1b\[[0-9;]*[mAKJ]|\x1b\[\?25[lh]|\r")
+"""Colours, cursor up, erase, hide and show the cursor: what rich writes itself; blinking is not among it."""
+ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u061c\ufeff]")
+
+
+def on_terminal(
+    script: str, flags: Sequence[object], typed: str = "", before: Callable[[], object] = lambda: None
+) -> tuple[int, str]:
+    """Run a script in a fork of this process, on a terminal; gives its status and all that arrives there.
+
+    Args:
+        script: Such as finetune/lora.py.
+        flags: Its command line.
+        typed: On the keyboard.
+        before: What the fork does first.
+    """
+    pid, terminal = pty.fork()
+    if not pid:
+        _become(script, flags, before)
+    if typed:
+        os.write(terminal, typed.encode())
+    said = b""
+    try:
+        while part := os.read(terminal, 1 << 16):
+            said += part
+    except OSError as error:
+        if error.errno != errno.EIO:  # all have closed it
+            raise
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode("utf-8", "surrogateescape")
+
+
+def _become(script: str, flags: Sequence[object], before: Callable[[], object]) -> None:
+    status = 70
+    try:
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            stream = os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", errors="backslashreplace")
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        os.environ.update({"TERM": "xterm", "COLUMNS": "400"})
+        before()
+        sys.argv = [script, *map(str, flags)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def acts(said: str) -> list[str]:
+    """What arrived on a terminal and acts there, but for what rich writes and the ends of lines."""
+    found = said.replace("\r\n", "\n")
+    return ACTING.findall(OWN.sub("", found)) + re.findall(r"\x1b\[5;7m", found)

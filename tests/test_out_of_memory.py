@@ -1,0 +1,109 @@
+"""Memory that ends at every door: status 5, one line that says what to lower, no traceback, and nothing half made."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model, write_adapter, write_tokenizer
+from safetensors.torch import save_file
+from small_runs import ROWS, flags_of
+
+ROOT = Path(__file__).parent.parent
+DOORS = sorted(
+    str(path.relative_to(ROOT)) for room in ("prepare", "finetune", "generate") for path in (ROOT / room).glob("*.py")
+)
+LIMIT = """
+import os, resource, sys
+
+def limit(event, arguments):
+    if event == "import" and arguments[0] == os.environ.get("AT"):
+        del os.environ["AT"]
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        most = held + (int(os.environ["MORE"]) << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+sys.addaudithook(limit)
+"""
+"""Python runs it before a script: where the script imports something, it may have so many MiB more, and no others."""
+
+
+def limited(folder: Path, script: str, at: str, more: int, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Run a script whose addresses end."""
+    (folder / "sitecustomize.py").write_text(LIMIT)
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "AT": at, "MORE": str(more), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def check(found: subprocess.CompletedProcess[str]) -> None:
+    """It ended as it should, and its last line says why."""
+    assert found.returncode == 5, f"{found.returncode}: {found.stderr[-2000:]}"
+    assert "Traceback" not in found.stderr, found.stderr[-2000:]
+    assert re.fullmatch(r"error: .*(out of memory|needs|take|model).*", found.stderr.rstrip("\n").split("\n")[-1])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of 150 MB, an adapter on it, data, and rows of 80 MB."""
+    home = tmp_path_factory.mktemp("large")
+    (home / "base").mkdir()
+    model = tiny_model(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12)
+    write_tokenizer(home / "base")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, home / "base/model.safetensors")
+    (home / "base/config.json").write_text(json.dumps(model.config.to_dict("float32")))
+    del model
+    write_adapter(home / "adapter", home / "base")
+    (home / "few.json").write_text(json.dumps(ROWS))
+    rows = [{**row, "instruction": row["instruction"] + "x" * 4000} for row in ROWS * 1000]
+    (home / "rows.json").write_text(json.dumps(rows))
+    made = ["--destination_path", home / "data", "--tokenizer_path", home / "base", "--prompt_style", "alpaca"]
+    command = [sys.executable, ROOT / "prepare/records.py", "--source", home / "few.json", *made]
+    subprocess.run([*map(str, command)], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    return home
+
+
+@pytest.mark.parametrize("more", [30, 90])
+def test_preparing_rows(more: int, large: Path, tmp_path: Path) -> None:
+    """Catches a traceback of json, numpy or pyarrow, and rows that are called damaged."""
+    flags = ["--source", large / "rows.json", "--tokenizer_path", large / "base", "--prompt_style", "alpaca"]
+    made = tmp_path / "data"
+    found = limited(tmp_path, "prepare/records.py", "lit_llama.text.records", more, *flags, "--destination_path", made)
+    check(found)
+    assert "--shard" in found.stderr and not made.exists()
+
+
+@pytest.mark.parametrize("more", [60, 200, 330])
+def test_training(more: int, large: Path, tmp_path: Path) -> None:
+    """Catches a traceback of torch's allocator, and a base that is called damaged as it cannot be mapped."""
+    flags = flags_of(large / "base", large / "data", tmp_path / "out")
+    check(limited(tmp_path, "finetune/lora.py", "lit_llama.train.run", more, *flags))
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("more", [60, 150, 250])
+def test_merging(more: int, large: Path, tmp_path: Path) -> None:
+    """Catches the same."""
+    flags = ["--adapter_dir", large / "adapter", "--destination_path", tmp_path / "merged"]
+    check(limited(tmp_path, "finetune/merge.py", "lit_llama.convert.merge", more, *flags))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("form", "name"), [("hf", "made"), ("gguf", "made.gguf"), ("meta", "made")])
+def test_converting(form: str, name: str, large: Path, tmp_path: Path) -> None:
+    """Catches the same."""
+    flags = ["--source", large / "base", "--destination_path", tmp_path / name, "--format", form]
+    more = ["--dtype", "float32"] if form == "hf" else []
+    check(limited(tmp_path, "prepare/checkpoint.py", "lit_llama.convert", 60, *flags, *more))
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("more", [60, 150, 300])
+def test_generating(more: int, large: Path, tmp_path: Path) -> None:
+    """Catches the same, in the thread of the engine, too."""
+    flags = ["--checkpoint_dir", large / "base", "--prompt", "a", "--prompt_style", "alpaca", "--max_new_tokens", 4]
+    check(limited(tmp_path, "generate/instruct.py", "lit_llama.generate.llm", more, *flags))

@@ -24,6 +24,7 @@ from lit_llama.console import guarded, shown
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.habits import answer, explain
 from lit_llama.memory import amount, check_addresses, ran_out, remedy
+from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
 
 
 def CLI(*mains: Callable[..., Any]) -> None:
@@ -164,6 +165,7 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
     words = sys.argv[1:]
     if "--help" not in words:
         check_addresses()
+    _bound_yaml()
     _check_groups(mains, words)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
@@ -178,6 +180,20 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
         raise UserError(_about(str(error), mains, words)) from error
     finally:
         sys.stdout.flush()  # here and not at exit, so that a broken pipe is found where it is handled
+
+
+def _bound_yaml() -> None:
+    """Have the parser look at the size and depth of what it reads as YAML, files and values alike, before it does."""
+    import jsonargparse
+    import yaml
+
+    load = jsonargparse.get_loader("yaml")
+
+    def bounded(text: str) -> Any:
+        check_yaml(text)
+        return load(text)
+
+    jsonargparse.set_loader("yaml", bounded, (yaml.YAMLError, ObjectError))
 
 
 def _lenient(parser: type[Any]) -> type[Any]:
@@ -298,16 +314,28 @@ def _door(main: Callable[..., Any]) -> str:
 
 
 def _files(words: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The configuration files of a command line that can be read, with what they hold."""
-    import yaml
+    """The configuration files of a command line, with what they hold."""
+    for path in _values("--config", words):
+        if isinstance(settings := _loaded("--config", path), dict):
+            yield path, settings
 
+
+def _values(flag: str, words: Sequence[str]) -> Iterator[str]:
+    """What stands behind a flag."""
     for number, word in enumerate(words):
-        option, equals, path = word.partition("=")
-        if option == "--config" and (path := path if equals else "".join(words[number + 1 : number + 2])):
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-                settings = yaml.safe_load(Path(path).read_text("utf-8"))
-                if isinstance(settings, dict):
-                    yield path, settings
+        option, equals, value = word.partition("=")
+        if option == flag and (value := value if equals else "".join(words[number + 1 : number + 2])):
+            yield value
+
+
+def _loaded(flag: str, path: str) -> Any:
+    """What a configuration file holds; the parser finds one that is not there."""
+    try:
+        return load_yaml(read_text(Path(path)))
+    except ObjectError as error:
+        raise UserError(f"{flag} {path} {error}") from error
+    except (OSError, ValueError):
+        return None
 
 
 def _strangers(settings: Mapping[str, Any], known: Collection[str], door: str, prefix: str = "") -> Iterator[str]:
@@ -325,6 +353,9 @@ def _strangers(settings: Mapping[str, Any], known: Collection[str], door: str, p
 def _check_groups(mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> None:
     """Refuse a value in place of a group of settings, over which the parser stumbles."""
     known = [name for main in mains for name in _names(main)]
+    for group in dict.fromkeys(name.partition(".")[0] for name in known if "." in name):
+        for path in _values(f"--{group}", words):  # which may be a file of its own
+            _loaded(f"--{group}", path)
     for path, settings in _files(words):
         for key, value in settings.items():
             inside = [name for name in known if name.startswith(f"{key}.")]
@@ -372,7 +403,13 @@ def _fail(error: object, status: int) -> None:
     _say(f"error: {error}", status)
 
 
+_LONGEST = 4000
+"""Characters of a message."""
+
+
 def _say(text: object, status: int) -> None:
     line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
+    if len(line) > _LONGEST:  # a value may have any length
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(shown(line, sys.stderr), file=sys.stderr)
     sys.exit(status)

@@ -3,12 +3,14 @@
 import gzip
 import io
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.read import files
 from lit_llama.text.read.files import Dialect, decoded, expand, open_bytes, unchanged
 
 
@@ -251,3 +253,16 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         os.utime(path, ns=(1, 1))
     with pytest.raises(DataError, match="does not exist"), unchanged(path):
         path.unlink()
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_what_unpacks_without_end_is_refused(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a disk that is filled with rows out of a few bytes; text that is much alike is read."""
+    monkeypatch.setattr(files, "FREE", 100_000)
+    row = b'{"instruction": "a", "output": "b"}\n' * 20_000
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(gzip.compress(row, 9) if ending == ".gz" else pa.compress(row, "zstd", asbytes=True))
+    monkeypatch.setattr(files, "RATIO", 50)
+    assert re.search(r"unpacks to more than 1\d\d,\d{3} bytes, and has [\d,]+: it is packed to fill", refused(path))
+    monkeypatch.setattr(files, "RATIO", 50_000)
+    assert read(path) == row.decode()

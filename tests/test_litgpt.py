@@ -132,7 +132,7 @@ def test_other_shapes_are_refused(tmp_path: Path, shape: dict[str, Any], message
     assert nothing_left(tmp_path / "made")
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("- 1", "no"), ("{", "is not YAML")])
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("- 1", "no"), ("{", "is no YAML")])
 def test_a_missing_shape_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     """Catches a traceback."""
     folder = write_litgpt(tmp_path / "litgpt", tiny_model())

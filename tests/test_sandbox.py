@@ -169,13 +169,13 @@ def test_a_dead_process_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         return box.render(json.dumps(text), {}, [{"messages": [], "around": ("", "")}])[0][0]
 
     assert render("a") == '"a"'
-    assert box._process
-    os.kill(box._process.pid, signal.SIGKILL)
-    box._process.wait()
+    assert box._bounded.process
+    os.kill(box._bounded.process.pid, signal.SIGKILL)
+    box._bounded.process.wait()
     assert render("b") == '"b"'
-    first = box._process
+    first = box._bounded.process
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert render("c") == '"c"' and box._process is not first
+    assert render("c") == '"c"' and box._bounded.process is not first
     first.kill()
     first.wait()
 
@@ -221,7 +221,7 @@ def test_nothing_of_the_process_is_left(tmp_path: Path) -> None:
     code = (
         "from lit_llama.text.jinja import template\n"
         "template.JinjaStyle('{{ messages[0].content }}').render([{'role': 'user', 'content': 'a'}])\n"
-        "print(template._SANDBOX._process.pid)"
+        "print(template._SANDBOX._bounded.process.pid)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stderr

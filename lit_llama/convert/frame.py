@@ -1,6 +1,5 @@
 """All of a checkpoint folder but the values of its weights, into which another model of the same shape is written."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class Frame:
         """Read all but the weights."""
         weights = Weights(folder)
         return cls(
-            config=json.loads((folder / CONFIG_FILE).read_text("utf-8")),
+            config=read_object(folder / CONFIG_FILE),
             files=read_companions(folder),
             specs={name: weights.spec(name) for name in weights},
             tokenizer=tokenizer,

@@ -1,6 +1,5 @@
 """Adapter + its base -> a plain checkpoint, proven to say the same."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.tokens.fast import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
-from lit_llama.errors import IntegrityError, ResourceError, UserError
+from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_destination, check_space, publish, write_json
 from lit_llama.lock import reserving
 from lit_llama.manifest import check_folder, sha256_file
@@ -34,6 +33,7 @@ from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
+from lit_llama.objects import read_object
 from lit_llama.place import temporary_folder
 from lit_llama.progress import stderr
 from lit_llama.text.encode import prompt_ids
@@ -118,7 +118,7 @@ def _write(
     merged = Merged(base, adapter_dir, onto, dtype)
     for remark in merged.remarks:
         stderr().print(remark)
-    raw = json.loads((base / "config.json").read_text("utf-8"))
+    raw = read_object(base / "config.json", CheckpointError)
     if merged.unties:
         raw["tie_word_embeddings"] = False
     _check_memory(merged, precision, onto)

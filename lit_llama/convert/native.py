@@ -1,6 +1,5 @@
 """A Hugging Face folder -> a Source: weights as safetensors or as torch's .bin files, everything else as it is."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.names import tidy
 from lit_llama.model.pth.files import read_pth
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Stored, Weights, check_names, read_index
+from lit_llama.objects import read_object
 
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _BIN_SHARD = re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin")
@@ -51,7 +51,7 @@ def open_folder(folder: Path) -> Source:
     if is_fp8(folder) and has_safetensors(folder):
         return open_fp8(folder, companions(folder))
     config = LLaMAConfig.from_folder(folder)
-    raw = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    raw = read_object(folder / SETTINGS_FILE, CheckpointError)
     safe = has_safetensors(folder)
     places, remarks = _locate(folder) if safe else _locate_bin(folder)
     notes: dict[str, Any] = ({} if safe else {"weights": "torch .bin"}) | ({"remarks": remarks} if remarks else {})

@@ -22,6 +22,7 @@ from lit_llama.model.adapters.tensors import WEIGHTS_FILE as WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig, Quantization
 from lit_llama.model.lora import adapters
 from lit_llama.model.weights import check_names
+from lit_llama.objects import as_object, read_text
 
 
 def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model: str) -> None:
@@ -150,9 +151,9 @@ def trained_on(folder: Path) -> Quantization | None:
     """
     meta = folder / META_FILE
     try:
-        record = json.loads(meta.read_text("utf-8")) if meta.is_file() else {}
+        record = as_object(read_text(meta)) if meta.is_file() else {}
         method = record.get("base", {}).get("quantize")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
     if method is not None and method not in get_args(Quantization):
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """Shapes and settings of the models and of their adapters. Imports no torch, so that `--help` stays quick."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
 from lit_llama.model.patterns import check_pattern, matches_whole
 from lit_llama.model.places import describe_quantization, wrong_place
+from lit_llama.objects import ObjectError, as_object, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +160,15 @@ class LLaMAConfig:
         if not path.is_file():
             raise wrong_place(folder)
         try:
-            raw = json.loads(path.read_text("utf-8"))
+            raw = as_object(read_text(path))
             if raw.get("quantization_config") or raw.get("compression_config"):
                 raise CheckpointError(describe_quantization(raw, folder))
             return cls.from_dict(raw)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        except (ValueError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+        except ObjectError as error:
+            raise CheckpointError(f"{path} {error}") from error
+        except (ValueError, AttributeError, TypeError, ArithmeticError) as error:
             raise CheckpointError(f"{path} is not a model configuration: {error}") from error
 
     def to_dict(self, dtype: str) -> dict[str, Any]:

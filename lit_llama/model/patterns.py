@@ -6,15 +6,16 @@ nothing of the library at its head, as that process runs it.
 """
 
 import json
-import os
 import re
 import resource
 import signal
-import subprocess
 import sys
-from functools import lru_cache
-from threading import Lock
-from typing import Literal
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lit_llama.bounded import Bounded
 
 SECONDS = 2.0
 _LONGEST = 10_000
@@ -58,59 +59,21 @@ def _matches(how: Literal["fullmatch", "match"], pattern: str, text: str) -> boo
         raise CheckpointError(str(error)) from error
     if _PLAIN.fullmatch(pattern) and len(text) <= _LONGEST:
         return getattr(re, how)(pattern, text) is not None
-    found = _PROCESS.ask(json.dumps([how, pattern, text, SECONDS]))
-    if found is None:
+    found = _process().ask(json.dumps([how, pattern, text, SECONDS]))
+    if not isinstance(found, str):
         shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
         raise CheckpointError(
             f"the regular expression {shown!r} does not find out within {SECONDS:g} s whether it means {text[:80]!r}: "
             "name the modules instead"
         )
-    return found
+    return bool(json.loads(found))
 
 
-class _Process:
-    """Started when it is needed; a new one where the last has ended, or belongs to a process that this came from."""
+@cache
+def _process() -> "Bounded":
+    from lit_llama.bounded import Bounded
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
-
-    def ask(self, request: str) -> bool | None:
-        """The answer to a request; None if there is none."""
-        with self._lock:
-            process = self._started()
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.write(f"{request}\n")
-                process.stdin.flush()
-                if (line := process.stdout.readline()).endswith("\n"):
-                    return bool(json.loads(line))
-            except BrokenPipeError:
-                pass
-            except BaseException:  # Ctrl-C: the reply would be taken for that of the next request
-                process.kill()
-                process.wait()
-                raise
-            process.wait()
-            return None
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="ascii",
-                start_new_session=True,  # Ctrl-C is meant for the caller
-            )
-            self._owner = os.getpid()
-        return self._process
-
-
-_PROCESS = _Process()
+    return Bounded(Path(__file__))
 
 
 def _main() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.names import tidy
+from lit_llama.objects import as_object, read_text
 from lit_llama.progress import track
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -227,9 +228,9 @@ def read_index(index: Path) -> dict[str, Path]:
         CheckpointError: It is no index, or names something that is no plain file beside it.
     """
     try:
-        names = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        names = dict(as_object(read_text(index))["weight_map"])
         files = set(names.values())
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
     folder = index.parent
     plain = {name for name in files if isinstance(name, str) and name and Path(name).name == name and "\0" not in name}

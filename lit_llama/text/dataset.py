@@ -4,7 +4,6 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 """
 
 import hashlib
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from lit_llama.errors import DataError
 from lit_llama.manifest import check_folder, sha256_file
+from lit_llama.objects import read_object
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.sharing import beginnings
 
@@ -55,15 +55,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
             "prepare/alpaca.py for the Alpaca data"
         )
     check_folder(folder)
-    try:
-        meta: Any = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict):
-        raise DataError(f"{path}: expected an object; prepare the data again")
+    meta = read_object(path, DataError, "prepare the data again")
     if meta.get("format") != FORMAT:
         raise DataError(f"{path}: format is {meta.get('format')}, expected {FORMAT}; prepare the data again")
-    return dict(meta)
+    return meta
 
 
 def _made_of(raw: Path) -> str:

@@ -1,11 +1,11 @@
 """What the files beside a tokenizer say of its tokens: which were added, and which begin, end or fill a text."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_llama import objects
 from lit_llama.errors import CheckpointError
 from lit_llama.text.bounds import MAX_ID
 
@@ -37,15 +37,7 @@ class AddedToken:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object that stands in a model folder, empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a JSON object: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object but {str(value)[:60]!r}; download it again")
-    return value
+    return objects.read_object(path, CheckpointError, "download it again") if path.is_file() else {}
 
 
 def spelling_of(token: Any) -> str:

@@ -1,6 +1,5 @@
 """What is asked of a run: its settings, the state that it goes on from, and what must not change meanwhile."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import Any
 from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import check_destination
+from lit_llama.objects import read_object
 from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.train.config import RUN_FILE, RunConfig, TrainConfig
@@ -155,7 +155,10 @@ class Run:
     def _recorded_steps(self, unknown: int) -> int:
         """Steps of the result, as its meta.json has them."""
         meta = self.out_dir / META_FILE
-        return int(json.loads(meta.read_text("utf-8")).get("steps", unknown)) if meta.is_file() else unknown
+        steps = read_object(meta, IntegrityError).get("steps", unknown) if meta.is_file() else unknown
+        if type(steps) is not int:
+            raise IntegrityError(f"{meta}: steps is {steps!r}, expected how many there were")
+        return steps
 
     def _say_ended(self, record: Mapping[str, Any] | None) -> bool:
         waited = record is not None and Best.from_state(record["best"]).exhausted(self.train)

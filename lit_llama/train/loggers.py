@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from lit_llama.errors import ResourceError
+from lit_llama.errors import IntegrityError, ResourceError
+from lit_llama.objects import read_yaml
 from lit_llama.train.config import RUN_FILE, LoggerName
 
 PROJECT = "lit_llama"
@@ -47,7 +48,7 @@ def _imports(module: str) -> bool:
 def open_loggers(names: Sequence[LoggerName], folder: Path) -> list[Logger]:
     """Loggers for the run in `folder`, which are told its run.yaml."""
     path = folder / RUN_FILE
-    settings = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
+    settings = read_yaml(path, IntegrityError) if path.exists() else {}
     made: dict[str, type[Any]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
     return [made[name](folder, settings) for name in names]
 

@@ -4,7 +4,6 @@ OUT/states/step-000123/ holds the trained weights in the layout of the result, o
 SHA256SUMS over them. It is written aside, synced to the disk and renamed, so that it is there whole or not at all.
 """
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_space, publish, sync, write_json
 from lit_llama.manifest import MANIFEST, read_manifest, sha256_file, write_manifest
+from lit_llama.objects import read_object
 from lit_llama.place import remove_own
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 
@@ -97,7 +97,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             raise IntegrityError(f"{path} is missing")
         if sha256_file(path) != digest:
             raise IntegrityError(f"{path} is damaged: its sha256 is not that in {MANIFEST}")
-    return dict(json.loads((folder / STATE_FILE).read_text("utf-8")))
+    return read_object(folder / STATE_FILE, IntegrityError)
 
 
 def choose_state(states: list[Path], resume: str | Path, out_dir: Path, command: str) -> Path | None:

@@ -20,6 +20,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.weights import Weights, weight_files
 from lit_llama.model.whole import Whole
+from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr
 from lit_llama.text.prompts import TEMPLATE_FILE
 
@@ -158,9 +159,9 @@ def find_base(adapter_dir: Path, checkpoint_dir: Path | None) -> Path:
 def _recorded_base(adapter_dir: Path) -> str | None:
     path = adapter_dir / META_FILE
     try:
-        meta = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        meta = as_object(read_text(path)) if path.is_file() else {}
         found = meta.get("base", {}).get("fingerprint")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not say which base the adapter belongs to: {error!r}") from error
     return found if isinstance(found, str) else None
 

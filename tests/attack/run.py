@@ -1,6 +1,7 @@
 """Attack what the commands write, and print a table of what came of it; the status is 1 where anything went wrong.
 
 PYTHONPATH=.:tests python tests/attack/run.py --kills 500 --flips 500 --swaps 50 --races 100 --terminals 100 --seed 1
+PYTHONPATH=.:tests python tests/attack/run.py --fuzz 5000 --seed 1
 """
 
 import argparse
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import damage
+import fuzz
 import kills
 import races
 import terminals
@@ -22,6 +24,7 @@ ATTACKS = {
     "swaps": damage.swaps,
     "races": races.attack,
     "terminals": terminals.attack,
+    "fuzz": fuzz.attack,
 }
 """One line an attack: another file of this folder adds its own."""
 

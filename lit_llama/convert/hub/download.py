@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.places import describe_quantization, holds_fp8, of_sixteen_bits, repository
+from lit_llama.objects import as_object, read_text
 from lit_llama.place import remove_own
 from lit_llama.progress import reading, stderr
 from lit_llama.text.prompts import folder_style
@@ -224,7 +224,7 @@ def _obstacle(path: Path, folder: Path) -> str | None:
         folder: The folder or repository that it belongs to.
     """
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = as_object(read_text(path))
         if raw.get("quantization_config"):
             return describe_quantization(raw, folder)
         LLaMAConfig.from_dict(raw)

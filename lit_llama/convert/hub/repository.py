@@ -4,7 +4,6 @@ Every name and number here comes from the network and is checked before it becom
 """
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE
+from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr
 
 TIMEOUT = 20  # seconds without an answer
@@ -247,8 +247,8 @@ def read_parts(repo: Repo, index: Path, name: str) -> tuple[File, ...]:
         CheckpointError: It is no index, or names what the repository does not hold.
     """
     try:
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        named = set(as_object(read_text(index))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{repo.repo_id}: {name} is not an index of weights: {error!r}") from error
     ending = ".safetensors" if name == INDEX_FILE else ".bin"
     for file in named:

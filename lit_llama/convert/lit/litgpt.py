@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lit_llama.convert.meta.join import same
 from lit_llama.convert.native import companions
@@ -27,6 +26,7 @@ from lit_llama.convert.source import (
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.weights import Stored
+from lit_llama.objects import ObjectError, load_yaml, read_text
 from lit_llama.text.special import read_object
 from lit_llama.text.tokenizer import Tokenizer
 
@@ -123,11 +123,11 @@ def open_litgpt(path: Path, tensors: Mapping[str, Stored]) -> Source:
 
 def _read_shape(path: Path) -> dict[str, Any]:
     try:
-        shape = yaml.safe_load(path.read_text("utf-8"))
+        shape = load_yaml(read_text(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; litgpt writes it beside {FILE}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not YAML: {error}") from error
+    except ObjectError as error:
+        raise CheckpointError(f"{path} {error}") from error
     if not isinstance(shape, dict):
         raise CheckpointError(f"{path} is not a mapping of names to values")
     for name, allowed in _FIXED.items():

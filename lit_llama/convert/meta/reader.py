@@ -5,7 +5,6 @@ does it. meta_writer.py writes it.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from lit_llama.convert.tokens.files import Vocabulary, read_vocabulary
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.pth.files import read_pth
+from lit_llama.objects import as_object, read_text
 from lit_llama.progress import track
 
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -144,9 +144,9 @@ def read_params(path: Path) -> dict[str, Any]:
         what = "is empty, as after a failed download" if path.is_file() else "does not exist"
         raise CheckpointError(f"{path} {what}; Meta publishes it beside the shards: download it again")
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = as_object(read_text(path))
         params = dict(raw.get("model", raw))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not a JSON object: {error}") from error
     for name in _SIZES:
         if type(params.get(name)) is not int or params[name] < 1:

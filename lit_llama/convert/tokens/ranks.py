@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_llama.convert.tokens.fast import merges
 from lit_llama.errors import CheckpointError
+from lit_llama.text.bounds import read_bounded
 from lit_llama.text.hub_tokenizer import HubTokenizer
 from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
 from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -38,7 +39,7 @@ def from_ranks(path: Path) -> SentencePieces:
     Raises:
         CheckpointError: It does something that pieces with scores do not.
     """
-    raw = json.loads(path.read_text("utf-8"))
+    raw = json.loads(read_bounded(path))
     model = raw["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or model.get("dropout"):
         raise CheckpointError(

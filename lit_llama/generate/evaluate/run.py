@@ -1,6 +1,5 @@
 """Evaluating models: every row answered and scored once, kept as it comes, and a report of all of them at the end."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from lit_llama.generate.evaluate.models import Model, identity, loaded
 from lit_llama.generate.evaluate.store import Key, Row, RowStore, described, open_rows
 from lit_llama.generate.evaluate.tasks import Part, Task
 from lit_llama.generate.llm import LLM
+from lit_llama.objects import as_object, read_text
 from lit_llama.progress import bar, stderr
 from lit_llama.text.message import Conversation
 
@@ -264,7 +264,6 @@ def note_time(out_dir: Path, name: str, part: Part, tokens: int, seconds: float)
 def read_timing(out_dir: Path) -> dict[str, Any]:
     """Tokens and seconds by model and part; nothing where nothing usable is noted."""
     try:
-        found = json.loads((out_dir / TIMING_FILE).read_text("utf-8"))
+        return as_object(read_text(out_dir / TIMING_FILE))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.evaluate.metrics import compiled, is_json, json_keys
+from lit_llama.objects import ObjectError, load_yaml
 from lit_llama.text.dataset import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.read.questions import question_of, read_text
@@ -213,17 +214,15 @@ def read_tasks(name: str, limit: int | None = None) -> list[Task]:
         UserError: The file is no list of tasks, or one of them has an unknown key.
         DataError: Rows cannot be read.
     """
-    import yaml
-
     if name == REGRESSION:
         source = files("lit_llama.generate.evaluate") / "regression.yaml"
         where, text = REGRESSION, source.read_text("utf-8")
     else:
         where, text = name, read_text(Path(name))
     try:
-        listed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+        listed = load_yaml(text)
+    except ObjectError as error:
+        raise DataError(f"{where} {error}") from error
     listed = listed.get("tasks") if isinstance(listed, dict) and listed.keys() == {"tasks"} else listed
     if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
         raise DataError(f"{where} is no list of tasks, expected `- name: ...` with rows, data_dir or items for each")

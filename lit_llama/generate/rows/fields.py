@@ -6,12 +6,13 @@ from dataclasses import fields
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.objects import ObjectError, load_yaml
 
 RESERVED = ("parameters", "row")
 """Names that no column or source may have."""
 
 
-def load_yaml(text: str, place: str) -> dict[str, Any]:
+def load_recipe(text: str, place: str) -> dict[str, Any]:
     """Read a recipe's text."""
     import yaml
 
@@ -25,9 +26,9 @@ def load_yaml(text: str, place: str) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{place} is no YAML: {' '.join(str(error).split())}") from error
+        value = load_yaml(text, Loader)
+    except ObjectError as error:
+        raise UserError(f"{place} {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{place} holds {word(value)}, expected a recipe with columns and output")
     return value

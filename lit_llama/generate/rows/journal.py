@@ -15,6 +15,7 @@ from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.teacher import Key, Reply
 from lit_llama.lock import claim
+from lit_llama.objects import read_object
 from lit_llama.place import full_disk_explained
 from lit_llama.progress import stderr
 
@@ -129,12 +130,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]
 
 
 def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
-    try:
-        before = json.loads((folder / STATE_FILE).read_text("utf-8"))
-    except ValueError as error:
-        raise IntegrityError(f"{folder / STATE_FILE} is damaged: {error}; name another folder") from error
-    if not isinstance(before, dict):
-        raise IntegrityError(f"{folder / STATE_FILE} is damaged: it holds no object; name another folder")
+    before = read_object(folder / STATE_FILE, IntegrityError, "it is damaged: name another folder")
     for key, value in identity.items():
         if before.get(key) != value:
             what, there = key.replace("_", " "), f"{_short(before.get(key))}, now {_short(value)}"

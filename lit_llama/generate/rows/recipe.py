@@ -11,9 +11,19 @@ from typing import Any, Literal, get_args
 
 from lit_llama.errors import UserError
 from lit_llama.generate.rows.columns import Column, read_columns
-from lit_llama.generate.rows.fields import RESERVED, check_keys, check_name, check_names, count, group, load_yaml, word
+from lit_llama.generate.rows.fields import (
+    RESERVED,
+    check_keys,
+    check_name,
+    check_names,
+    count,
+    group,
+    load_recipe,
+    word,
+)
 from lit_llama.generate.rows.judge import Judge, judge_columns
 from lit_llama.generate.rows.names import template_names
+from lit_llama.objects import ObjectError, read_text
 
 Output = Literal["alpaca", "messages", "preference"]
 _KEYS = ("rows", "give_up_after", "parameters", "sources", "columns", "output", "judge", "filters")
@@ -127,7 +137,7 @@ def read_recipe(
         UserError: Something is wrong; the message names the place in the recipe.
     """
     text, place = _text(str(recipe))
-    value = load_yaml(text, place)
+    value = load_recipe(text, place)
     check_keys(value, _KEYS, place, "recipe")
     given = _parameters(value.get("parameters"), parameters or {}, place)
     sources = _sources(value.get("sources"), place, None if seeds is None else str(seeds), documents)
@@ -169,9 +179,9 @@ def _text(recipe: str) -> tuple[str, str]:
         hint = f"; did you mean {close[0]}?" if close else f"; those that ship are {', '.join(shipped())}"
         raise UserError(f"{recipe} is no recipe and no file{hint}")
     try:
-        return path.read_text("utf-8"), recipe
-    except UnicodeDecodeError as error:
-        raise UserError(f"{recipe} is not UTF-8 at byte {error.start}") from error
+        return read_text(path), recipe
+    except ObjectError as error:
+        raise UserError(f"{recipe} {error}") from error
 
 
 def _parameters(value: Any, given: Mapping[str, str], place: str) -> dict[str, str]:

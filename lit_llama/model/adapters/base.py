@@ -1,6 +1,5 @@
 """The base model of an adapter: found where its folder says, beside it, or in the Hub's cache, and proven."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from lit_llama.model.adapters.settings import CONFIG_FILE, AdapterSettings, read
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.places import of_sixteen_bits, repository
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, weight_files
+from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr
 
 META_FILE, _MODEL_FILE, _CHECKPOINTS = "meta.json", "config.json", "checkpoints"
@@ -102,14 +102,14 @@ def _recorded(adapter_dir: Path) -> _Expected:
     if not meta.is_file():
         return _Expected()
     try:
-        known = json.loads(meta.read_text("utf-8"))
+        known = as_object(read_text(meta))
         if "source" in known and "base" not in known:  # downloaded: its author gave no fingerprint
             return _Expected()
         base = known["base"]
         absolute = base.get("absolute")
         files = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in base.get("files", {}).items()}
         return _Expected(str(base["fingerprint"]), absolute if isinstance(absolute, str) else None, files)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
 
 
@@ -170,8 +170,8 @@ def _candidates(adapter_dir: Path, settings: AdapterSettings, absolute: str | No
 def _may_be(place: Path, named: str) -> bool:
     """Whether a folder that was downloaded came from the repository of this name, where both are known."""
     try:
-        source = json.loads((place / META_FILE).read_text("utf-8"))["source"]["repo_id"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        source = as_object(read_text(place / META_FILE))["source"]["repo_id"]
+    except (OSError, ValueError, KeyError, TypeError):
         return True
     return repository(named) is None or not isinstance(source, str) or source.lower() == named.lower()
 

@@ -1,6 +1,5 @@
 """The settings of a PEFT adapter, and which modules they name."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.config import LINEARS, LoRAConfig
 from lit_llama.model.patterns import check_pattern, matches_start, matches_whole
 from lit_llama.model.places import foreign_adapter, no_adapter
+from lit_llama.objects import ObjectError, as_json, read_text
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -120,12 +120,12 @@ def read_settings(folder: Path) -> AdapterSettings:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = as_json(read_text(path))
     except FileNotFoundError as error:
         why = no_adapter(path.parent)
         raise CheckpointError(why or f"{path} does not exist; finetune/lora.py writes adapter folders") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except ObjectError as error:
+        raise CheckpointError(f"{path} {error}") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         if foreign := foreign_adapter(path.parent, {entry.name for entry in path.parent.iterdir()}):
             raise CheckpointError(f"{path.parent} {foreign}")

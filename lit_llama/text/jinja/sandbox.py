@@ -1,14 +1,11 @@
 """The process that renders foreign templates: started when it is needed, ended when it takes too long."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
+from lit_llama.bounded import Bounded
 from lit_llama.errors import CheckpointError
 
 SECONDS = 2.0
@@ -25,14 +22,11 @@ class Sandbox:
 
     def __init__(self, name: str, *, strict: bool = False) -> None:
         self._name, self._strict = name, strict
-        self._lock = Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
+        self._bounded = Bounded(Path(__file__).with_name("renderer.py"))
 
     def start(self) -> None:
         """Start the process, where it is not there: it takes a tenth of a second, in which the caller may go on."""
-        with self._lock:
-            self._started()
+        self._bounded.start()
 
     def render(self, source: str, names: dict[str, Any], chats: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         """Render a template.
@@ -54,46 +48,18 @@ class Sandbox:
         words = sum(_letters(chat["messages"]) for chat in chats) + _letters([*names.values()])
         request = {"source": source, "names": names, "chats": chats, "room": _ROOM + 4 * words, "seconds": SECONDS}
         request["strict"] = self._strict
-        with self._lock:
-            reply = self._ask(json.dumps(request))
+        reply = self._ask(json.dumps(request))
         if "error" in reply:
             raise CheckpointError(f"{self._name} cannot be rendered: {reply['error']}")
         return reply["texts"], reply["tags"]
 
     def _ask(self, request: str) -> dict[str, Any]:
-        process = self._started()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if line.endswith("\n"):
-                reply: dict[str, Any] = json.loads(line)
-                return reply
-        except BrokenPipeError:
-            pass
-        except BaseException:  # Ctrl-C: the reply would be taken for that of the next request
-            process.kill()
-            process.wait()
-            raise
-        status = process.wait()
-        slow = status == -signal.SIGALRM
-        return {"error": f"it takes longer than {SECONDS:g} s" if slow else f"its process ended with status {status}"}
-
-    def _started(self) -> subprocess.Popen[str]:
-        """The process; a new one if the last has ended, or belongs to the process that this one was forked from."""
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("renderer.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="ascii",
-                start_new_session=True,  # Ctrl-C is meant for the caller
-            )
-            self._owner = os.getpid()
-        return self._process
+        answer = self._bounded.ask(request)
+        if isinstance(answer, str):
+            reply: dict[str, Any] = json.loads(answer)
+            return reply
+        slow = answer == -signal.SIGALRM
+        return {"error": f"it takes longer than {SECONDS:g} s" if slow else f"its process ended with status {answer}"}
 
 
 def _letters(value: Any) -> int:

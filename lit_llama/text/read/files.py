@@ -14,11 +14,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.text.config import Quoting
 
 BLOCK = 1 << 20  # bytes read at a time
+FREE, RATIO = 256 << 20, 500
+"""Bytes that any file may unpack to, and how many times its own size a larger one may: text is packed to a tenth, and
+what is all alike to a hundredth."""
 PACKED = (".gz", ".zst")
 WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *WORKBOOKS)
@@ -241,7 +245,7 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
             file = stack.enter_context(path.open("rb", buffering=0))
             stream: io.BufferedReader = io.BufferedReader(file, BLOCK)
             if packed := stream.peek(4).startswith((_GZIP, _ZSTD)):
-                stream = stack.enter_context(_unpacked(stream))
+                stream = stack.enter_context(io.BufferedReader(_Unpacked(_unpacking(stream), path), BLOCK))
             start = stream.peek(64)[:64]
             if packed and start.startswith((_GZIP, _ZSTD)):
                 raise DataError(f"{path} is packed twice; unpack it once")
@@ -255,12 +259,43 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
         raise DataError(f"{path} is packed, and damaged or cut off: {error}; fetch it again") from error
 
 
-def _unpacked(stream: io.BufferedReader) -> io.BufferedReader:
+def _unpacking(stream: io.BufferedReader) -> Any:
     if stream.peek(4).startswith(_GZIP):
-        return io.BufferedReader(gzip.GzipFile(fileobj=stream), BLOCK)
+        return gzip.GzipFile(fileobj=stream)
     import pyarrow as pa
 
-    return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), BLOCK)
+    return pa.CompressedInputStream(stream, "zstd")
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a packed file, as far as they are in proportion to it."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._path = stream, path
+        self._most, self._size = most_unpacked(path), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._size += len(data)
+        if self._size > self._most:
+            raise DataError(
+                f"{self._path} unpacks to more than {self._most:,} bytes, and has {self._path.stat().st_size:,}: it is "
+                "packed to fill memory or disk, and no text; if it is meant so, unpack it yourself"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def most_unpacked(path: Path) -> int:
+    """Bytes that a packed file may unpack to."""
+    return max(FREE, RATIO * path.stat().st_size)
 
 
 def _sniff(path: Path, start: bytes) -> None:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError, UserError
-from lit_llama.text.read.files import ENDINGS, plain_suffix
-from lit_llama.text.read.pages import check_pages
-from lit_llama.text.read.raw import RawRow, shown
+from lit_llama.text.read.files import ENDINGS, most_unpacked, plain_suffix
+from lit_llama.text.read.parquet import BATCH, batches, check_parquet, open_parquet
+from lit_llama.text.read.raw import LONGEST, RawRow, shown
 
-BATCH = 500  # rows turned into objects at a time
-BUFFER = 1 << 20  # bytes read at a time of each column
 MAGIC = b"PAR1"
 _CALLS = {"tool_calls", "function_call", "tools", "function", "arguments", "parameters"}
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:#[\w.\[\]:%+-]+)?", re.ASCII)
@@ -27,13 +25,9 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
         DataError: It is none, damaged, or of a kind that Arrow cannot read.
     """
     with _explained(path):
-        import pyarrow.parquet
-
-        # Without its buffers and threads Arrow is as fast here, and holds no row group in memory.
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
-            check_pages(path, file.metadata)
-            batches = file.iter_batches(BATCH, use_threads=False)
-            yield from _rows(batches, file.schema_arrow.names, str(path))
+        check_parquet(path, LONGEST, most_unpacked(path))
+        with open_parquet(path) as file:
+            yield from _rows(batches(file), file.schema_arrow.names, str(path))
 
 
 @contextlib.contextmanager
@@ -65,12 +59,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _rows(batches: Iterator[Any], names: list[str], name: str) -> Iterator[RawRow]:
+def _rows(tables: Iterator[Any], names: list[str], name: str) -> Iterator[RawRow]:
     """Rows of record batches or tables."""
     if twice := next((column for column in names if names.count(column) > 1), None):
         raise DataError(f"{name}: the column {shown(twice)} stands there twice; rename one")
     row = 0
-    for batch in batches:
+    for batch in tables:
         for value in _values(batch):
             where = f"{name}:row {row}"
             yield RawRow(where, value) if isinstance(value, dict) else RawRow.bad(where, value)

@@ -8,12 +8,12 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_llama.convert.source import SETTINGS_FILE
+from lit_llama.errors import IntegrityError
 from lit_llama.folder import encode_json, replace_file
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE
 from lit_llama.model.config import LoRAConfig
+from lit_llama.objects import read_object, read_yaml
 from lit_llama.train.config import FULL, RUN_FILE, TrainConfig
 from lit_llama.train.metrics import Series, read_metrics, smooth
 from lit_llama.train.report.page import render_page
@@ -34,8 +34,8 @@ def write_run_report(folder: Path) -> None:
 
     Read are run.yaml, metrics.csv and, where they are there, timing.csv, samples.jsonl and meta.json.
     """
-    settings = yaml.safe_load((folder / RUN_FILE).read_text("utf-8")) if (folder / RUN_FILE).exists() else {}
-    meta = json.loads((folder / META_FILE).read_text("utf-8")) if (folder / META_FILE).exists() else {}
+    settings = read_yaml(folder / RUN_FILE, IntegrityError) if (folder / RUN_FILE).exists() else {}
+    meta = read_object(folder / META_FILE, IntegrityError) if (folder / META_FILE).exists() else {}
     series = read_metrics(folder)
     report = run_report(folder, settings, meta, series, _read_samples(folder / SAMPLES_FILE))
     replace_file(folder / REPORT_JSON, encode_json(report))

@@ -101,7 +101,7 @@ def test_rows_that_are_too_long_are_counted(llm: LLM, tmp_path: Path, capsys: py
     said = capsys.readouterr().err
     assert f"2 of 3 prompts are too long: {sum(dropped)} oldest turns are left out" in said
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert all(line["answer"] for line in lines) and len(lines[0]["messages"]) == len(rows[0].turns)
+    assert all(line["answer"] for line in lines) and len(lines[0]["messages"]) == len(rows[0].prompt)
     answer_rows(llm, rows[1:2], Sampling(max_new_tokens=300), overflow="drop_oldest")
     assert "1 answers became too long for the model and went on without" in capsys.readouterr().err
 

@@ -95,7 +95,7 @@ def test_what_is_measured_is_what_was_answered(folders: list[Path], task: Task, 
     ]
     for place, folder in enumerate(folders[:2]):
         llm = load(folder, precision="32-true")
-        answers = answer_all(llm, [item.example for item in task.items], SHORT)
+        answers = answer_all(llm, [item.question for item in task.items], SHORT)
         rows = found.models[place]
         assert [rows.rows[task.name, "answer", row]["answer"] for row in range(3)] == [a.text for a in answers]
         assert metrics["stopped"]["models"][place]["value"] == pytest.approx(sum(a.stopped for a in answers) / 3)

@@ -23,7 +23,7 @@ SHORT = {
 def commands() -> list[list[str]]:
     """The commands of the road, without `python`."""
     section = PAGE.read_text("utf-8").split("## From 30 seeds to a tuned model")[1].split("\n## ")[0]
-    block = "\n".join(line for line in section.splitlines() if line.startswith("    "))
+    block = section.split("```bash\n")[1].split("```")[0]
     found = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
     assert [command[:2] for command in found] == [["python", door] for door in DOORS]
     return [command[1:] for command in found]

@@ -23,7 +23,7 @@ from lit_llama import signals
 from lit_llama.console import guarded, shown
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.habits import answer, explain
-from lit_llama.memory import amount, check_addresses, ran_out, remedy
+from lit_llama.memory import amount, check_addresses, ran_out, remedy, wanted
 from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
 
 
@@ -64,18 +64,12 @@ def _ended(mains: Sequence[Callable[..., Any]]) -> None:
             _Output(sys.stdout.fileno()).discard()
             sys.exit(0)
         if ran_out(error) and not isinstance(error, ResourceError):  # which says more of it
-            _fail(f"out of memory{_tried(error)}; {remedy(_door(mains[0]))}", ResourceError.exit_status)
+            _fail(f"out of memory{wanted(error)}; {remedy(_door(mains[0]))}", ResourceError.exit_status)
         if isinstance(error, UserError):
             _fail(error, error.exit_status)
         if isinstance(error, OSError):
             _fail(_system(error), ResourceError.exit_status)
         raise
-
-
-def _tried(error: Exception) -> str:
-    """How much was asked for, where an error of running out of memory says it."""
-    found = re.search(r"allocate ([\d.,]+ ?[KMGT]?i?B(?:ytes)?)\b", str(error), re.IGNORECASE)
-    return f", asking for {found[1]} more" if found else ""
 
 
 _GONE = (errno.EPIPE, errno.EIO)

@@ -1,6 +1,7 @@
 """Amounts of memory and of disk in words, which errors say that memory ran out, and what takes less, door by door."""
 
 import errno
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -11,16 +12,20 @@ from lit_llama.errors import ResourceError
 
 _BESIDE_TORCH = 512 << 20
 """Addresses that a process takes which has torch's libraries in it, and does little."""
+_OF_A_THREAD = 72 << 20
+"""Addresses of a thread: its stack, and the arena that glibc reserves for it."""
 
 _SAID = re.compile(
     r"can(?:'|no)t allocate memory|out.of.memory|not enough memory|ALLOC_FAILED|bad_?alloc\b|failed to map segment"
-    r"|unable to allocate|can't start new thread|memory allocation .*failed|could not create a (?:primitive|memory)",
+    r"|unable to allocate|can't start new thread|ThreadPoolBuildError|memory allocation .*failed"
+    r"|could not create a (?:primitive|memory)",
     re.IGNORECASE,
 )
 """Words of allocators, of the libraries of a GPU, of the loader of shared libraries, and of what maps files."""
-_TALKERS = ("safetensors", "pyarrow", "datasets", "tokenizers", "_sentencepiece")
+_TALKERS = ("safetensors", "pyarrow", "datasets", "tokenizers", "pyo3_runtime", "_sentencepiece")
 """Packages whose own errors are of no class that tells."""
 
+_ALONE = "lower --max_new_tokens, or hold less: --quantize int8, --kv_cache int8"
 _GENERATING = "lower --batch_size or --max_new_tokens, or hold less: --quantize int8, --kv_cache int8"
 _PLANS = "; --plan true says what is needed"
 _TUNING = "lower --train.micro_batch_tokens, set --train.activation_checkpointing full"
@@ -36,8 +41,8 @@ _REMEDIES = {
     "finetune/full.py": f"{_TUNING}, or take finetune/lora.py{_PLANS}",
     "finetune/lora.py": f"{_TUNING}, or hold the base in 4 bits, --quantize nf4{_PLANS}",
     "finetune/merge.py": "compare in fewer bits, --precision bf16-true, or take a machine with more memory",
-    "generate/base.py": _GENERATING + _PLANS,
-    "generate/chat.py": _GENERATING + _PLANS,
+    "generate/base.py": _ALONE + _PLANS,
+    "generate/chat.py": _ALONE + _PLANS,
     "generate/evaluate.py": _GENERATING + _PLANS,
     "generate/instruct.py": _GENERATING + _PLANS,
     "generate/rows.py": "lower --batch_size, or hold less: --quantize int8, --kv_cache int8" + _PLANS,
@@ -87,9 +92,34 @@ def check_addresses() -> None:
         )
 
 
+def check_room(needed: int) -> None:
+    """See that there are addresses for what a library takes that ends the process where it gets none, as Rust does.
+
+    Args:
+        needed: Bytes, beside those for a thread on each core.
+
+    Raises:
+        MemoryError: There are fewer.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    held = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+    if limit - held < needed + (os.cpu_count() or 1) * _OF_A_THREAD:
+        raise MemoryError
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether memory ran out, which may be the cause of an error that says something else."""
     return any(map(_says_so, _causes(error)))
+
+
+def wanted(error: BaseException) -> str:
+    """How much was asked for when memory ran out, behind a comma, where an error says it."""
+    for cause in filter(_says_so, _causes(error)):
+        if found := re.search(r"allocate ([\d.,]+ ?[KMGT]?i?B(?:ytes)?)\b", str(cause), re.IGNORECASE):
+            return f", asking for {found[1]} more"
+    return ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

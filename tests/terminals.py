@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 EVIL = "\x1b]0;owned\x07 \x1b[5;7m \x9b2J \r \x08 \x7f \u202e \u2066 \u061c \u200e a\u200bb a\u200db \ufeff"
 """Sets a title, blinks, clears, goes back, turns the direction, and hides letters."""
 OWN = re.compile(r"\x1b\[[0-9;]*[mAKJ]|\x1b\[\?25[lh]|\r")
-"""Colours, cursor up, erase, hide and show the cursor: what rich writes itself; blinking is not among it."""
+"""Colours, cursor up, erase, hide and show the cursor: what rich writes on its own account, which never blinks."""
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u061c\ufeff]")
 
 

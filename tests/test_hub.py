@@ -118,10 +118,10 @@ def test_an_answer_that_is_no_description_is_told(hub: FakeHub, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("present", "words"),
     [
-        ({"a-Q4_0.gguf": 1, "b/c.gguf": 2}, ["GGUF files only", "--file", "a-Q4_0.gguf (0.00 MB), b/c.gguf"]),
+        ({"a-Q4_0.gguf": 1, "b/c.gguf": 2}, ["GGUF files only", "--file", "a-Q4_0.gguf (1 byte), b/c.gguf"]),
         (
             {f"b/c-{number:05}-of-00003.gguf": 10_000 for number in (1, 2, 3)},
-            ["It has b/c-00001-of-00003.gguf (3 parts, 0.03 MB)"],
+            ["It has b/c-00001-of-00003.gguf (3 parts, 30.00 kB)"],
         ),
         ({"original/consolidated.00.pth": 1, "original/params.json": 1}, ["Meta's own", "prepare/checkpoint.py"]),
         ({"README.md": 1, "config.json": 1}, ["no model.safetensors or pytorch_model.bin", "README.md"]),

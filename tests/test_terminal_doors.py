@@ -30,7 +30,7 @@ def subcommand(door: str) -> list[str]:
 
 @pytest.mark.parametrize("door", DOORS)
 def test_a_command_line_and_a_config_do_not_act(door: str, tmp_path: Path) -> None:
-    """Catches errors of argparse and of jsonargparse, and our own, that quote flags, values, keys and file names."""
+    """Catches errors of argparse, of jsonargparse and our own that quote flags, values, keys and names of files."""
     config = tmp_path / f"config{NAME}.yaml"
     config.write_text(json.dumps({f"key{EVIL}": EVIL}))
     for flags in (

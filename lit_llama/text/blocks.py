@@ -1,5 +1,6 @@
 """Rows a block at a time: read, rendered and encoded at once, each by a thread of its own."""
 
+import contextlib
 import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,8 +81,12 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
     The tokenizer needs no Python: while it encodes, rows are read before it and written behind it.
     """
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         made = pool.submit(next, items, None)
         while (item := made.result()) is not None:
             made = pool.submit(next, items, None)
             yield item
+    finally:
+        with contextlib.suppress(RuntimeError):  # after an error this may end in that very thread
+            pool.shutdown()

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError
+from lit_llama.memory import check_room
 from lit_llama.text.merges import MERGES_FILES, from_merges
 from lit_llama.text.places import Place
 from lit_llama.text.quick.byte_level import ByteLevel
@@ -25,6 +26,7 @@ from lit_llama.text.special import (
     named_tokens,
 )
 
+_OF_A_CHARACTER = 64  # bytes, of what is told of its token meanwhile
 _MANY = 8_000  # texts, from which on looking for a quicker way pays
 _FEW = 200  # added words, up to which it pays to look for them before taking a quicker way
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -73,6 +75,7 @@ class Tokenizer:
         Raises:
             DataError: A text holds a lone surrogate.
         """
+        check_room(_OF_A_CHARACTER * sum(map(len, texts)))
         try:
             return self._encode_batch(list(texts), place)
         except (TypeError, RuntimeError, UnicodeEncodeError) as error:
@@ -84,6 +87,7 @@ class Tokenizer:
         Raises:
             DataError: A text holds a lone surrogate.
         """
+        check_room(_OF_A_CHARACTER * sum(map(len, texts)))
         self._flat += len(texts)
         if places is None or not self._placed:
             return self._flat_at(texts, Place.START)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -12,10 +12,11 @@ from rich import box
 from rich.table import Table
 
 from lit_llama.device import TrainingPrecision
-from lit_llama.errors import ResourceError, check_seed
+from lit_llama.errors import ResourceError, UserError, check_seed
 from lit_llama.model.config import LLaMAConfig, Quantization
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
+from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.cards import find_card
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.inputs import fitting, read_splits
@@ -66,6 +67,9 @@ def print_plan(
     config = LLaMAConfig.from_folder(checkpoint_dir)
     check_seed(seed)
     splits = read_splits(checkpoint_dir, config, data_dir, read_meta(data_dir))
+    tokenizer = None
+    with suppress(UserError):  # config.json is enough; but where there is a tokenizer, the run will hold it
+        tokenizer = Tokenizer.from_path(checkpoint_dir)
     train, remarks = fitting(train, splits, data_dir)
     plan = make_plan(
         method,
@@ -78,6 +82,7 @@ def print_plan(
         memory=memory,
         processes=Processes(size=here * machines, here=here),
     )
+    del tokenizer
     plan = spread(plan, strategy)
     console = stdout()
     if not console.is_terminal:  # a file has no edge
@@ -101,7 +106,9 @@ def table(plan: Plan) -> Table:
     kept, passing, largest = plan.kept, plan.passing, plan.largest
     kind = _name(plan.numerics.rest) if plan.method.whole else "float32"
     notes = {
-        "program": "python and torch" if device == "cpu" else "CUDA context and libraries (assumed)",
+        "program": "python, torch and what else the run loads"
+        if device == "cpu"
+        else "CUDA context and libraries (assumed)",
         "weights": f"frozen, {plan.quantize or _name(plan.numerics.linear)}",
         "trained": f"{plan.sizes.trained:,} values, {kind}",
         "gradients": kind,
@@ -111,12 +118,14 @@ def table(plan: Plan) -> Table:
         "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens"
         if plan.evaluates
         else "none: no test split",
-        "saving": "optimizer" if plan.method.whole else "adapter and optimizer",
+        "answers": "the cache and a step of the sample prompts" if passing["answers"] else "none",
+        "saving": "a matrix" if plan.method.whole else "the adapter",
     }
     for name, size in {"program": plan.memory.program, **kept, **passing}.items():
-        found.add_row(name, _gb(size), notes[name] + (" (one of these three at a time)" if name == "saving" else ""))
+        found.add_row(name, _gb(size), notes[name] + (" (one of these at a time)" if name == "saving" else ""))
     found.add_section()
-    found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}")
+    what = ", as resident pages of the process (VmHWM)" if device == "cpu" else ""
+    found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}{what}")
     if plan.roomy and plan.holes:
         found.add_row("at most", _gb(plan.peak + plan.holes), "as freed memory is kept for the next step, for speed")
     if plan.merging:
@@ -140,7 +149,8 @@ def short(plan: Plan) -> str:
         f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
         f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
         f"({sum(plan.largest.lengths):,} tokens; logits {_gb(plan.logits)} of it), "
-        f"evaluation {_gb(plan.passing['evaluation'])}, saving {_gb(plan.passing['saving'])}{merging}"
+        f"evaluation {_gb(plan.passing['evaluation'])}, answers {_gb(plan.passing['answers'])}, "
+        f"saving {_gb(plan.passing['saving'])}{merging}"
         f"{described(plan.processes)}"
     )
 

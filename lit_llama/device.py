@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "bf16-true", "32-true"]
 _UNITS = {"": 1, "M": 10**6, "MB": 10**6, "MiB": 2**20, "G": 10**9, "GB": 10**9, "GiB": 2**30}
 
+PRODUCTS = 32
+"""Matrix products whose code is kept: those of about two shapes of a micro-batch."""
+PRODUCT_BYTES = 650_000
+"""Memory of the code of one, in both places that keep it; as measured."""
+
 TrainingPrecision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true"]
 
 
@@ -235,12 +240,14 @@ def _glibc() -> Any:
 
 
 def keep_few_products() -> None:
-    """Ask oneDNN to keep the code of few matrix products; call it before the first one.
+    """Ask oneDNN and torch's layer above it to keep the code of few matrix products; call it before the first one.
 
-    It makes code for each shape of a product, and keeps that of 1024: several hundred MB after as many micro-batches of
-    different lengths. Making it anew takes less time than can be measured. A setting of the user stays.
+    They make code for each shape of a product, about 0.3 MB each, and both keep that of 1024: several hundred MB after
+    as many micro-batches of different lengths, or steps of generation. Making it anew takes less time than can be
+    measured. A setting of the user stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(PRODUCTS))
 
 
 def total_memory(device: "torch.device") -> int:
@@ -288,6 +295,11 @@ def peak_memory(device: "torch.device") -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:  # VmHWM is of this program alone, while getrusage counts what the one held that has started it
+        status = Path("/proc/self/status").read_text("ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # no Linux
+        pass
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -52,6 +52,10 @@ class NumericalError(UserError):
     exit_status = 70
 
 
+class WeightsNotFiniteError(NumericalError, CheckpointError):
+    """A file of weights that holds values that are not finite; the message names tensor and file."""
+
+
 class Interrupted(UserError):
     """A signal ended the run, and its state is saved.
 

@@ -127,3 +127,27 @@ def test_a_loss_that_jumps_is_remarked(
         rf"{', '.join(map(str, sorted(rows)))} of the train split",
         said,
     )
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_of_which_every_step_is_skipped_has_no_result(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Catches an adapter that is published although nothing was learned, and a status of 0; also where the run is gone
+    on with."""
+    poison(monkeypatch, ())
+    out = tmp_path / "out"
+    for resume in ("never", "auto"):
+        with pytest.raises(NumericalError, match=rf"none of the {steps} steps changed a weight: .*--verify") as caught:
+            run(tiny_folder, data, out, train=replace(WHOLE, max_steps=steps), resume=resume)
+        assert caught.value.exit_status == 70
+        assert not (out / CONFIG_FILE).exists()
+
+
+def test_an_epoch_of_which_every_step_is_skipped_ends_the_run(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a patience longer than an epoch, after which no row is left that could be finite."""
+    poison(monkeypatch, ())
+    with pytest.raises(NumericalError, match=r"step 2: .* 2 steps in a row were not finite"):
+        run(tiny_folder, data, tmp_path / "out", train=replace(WHOLE, batch_size=10, epochs=4, micro_batch_tokens=4096))

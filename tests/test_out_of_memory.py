@@ -4,11 +4,15 @@ import errno
 import json
 import os
 import re
+import resource
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+import torch
 from conftest import tiny_model, write_adapter, write_tokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file

@@ -155,7 +155,7 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
         raise _absent(source)
     if rms_norm_eps is not None and opened.kind != "lit-llama":
         raise UserError(f"--rms_norm_eps: {source} ({opened.kind}) says its epsilon itself, leave the flag out")
-    return opened
+    return opened.checked()
 
 
 def _absent(source: Path) -> CheckpointError:

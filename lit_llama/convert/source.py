@@ -16,7 +16,16 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.weights import DTYPES, MAX_SHARD_SIZE, Spec, Stored, byte_size, check_names, write_weights
+from lit_llama.model.weights import (
+    DTYPES,
+    MAX_SHARD_SIZE,
+    Spec,
+    Stored,
+    byte_size,
+    check_finite,
+    check_names,
+    write_weights,
+)
 from lit_llama.progress import stderr
 from lit_llama.text.merges import MERGES_FILES
 from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -95,6 +104,16 @@ class Source:
         for name, shape in self.specs.values():
             counts[name] = counts.get(name, 0) + math.prod(shape)
         return str(DTYPES[max(counts, key=lambda name: counts[name])]).removeprefix("torch.")
+
+    def checked(self) -> "Source":
+        """The same model, of which no tensor is read whose values are not finite, see `check_finite`."""
+
+        def read(name: str) -> Tensor:
+            value = self.read(name)
+            check_finite(value, name, self.stored[name].path if name in self.stored else self.path)
+            return value
+
+        return replace(self, read=read)
 
     def cast(self, dtype: str | None) -> "Source":
         """The same model with every tensor rounded to `dtype`, such as "float16"; None keeps what is stored.

@@ -124,11 +124,7 @@ class GenerationPlan:
     @property
     def step(self) -> int:
         """Bytes that come and go with a step: activations, logits, and layers that are brought."""
-        config = self.config
-        heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        activations = STEP_TOKENS * (4 * config.hidden_size + heads + 2 * config.intermediate_size) * 4
-        logits = 3 * self.max_sequences * config.vocab_size * 4
-        return activations + logits + (2 * self.layer if self.offloaded else 0)
+        return step_bytes(self.config, self.max_sequences) + (2 * self.layer if self.offloaded else 0)
 
     @property
     def least(self) -> int:
@@ -146,6 +142,13 @@ class GenerationPlan:
     def fits(self) -> bool:
         """Whether there is memory enough, with what is brought from elsewhere."""
         return self.least <= COMFORT * self.total
+
+
+def step_bytes(config: LLaMAConfig, sequences: int) -> int:
+    """Bytes of the activations of a step, and of the logits of so many sequences."""
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    activations = STEP_TOKENS * (4 * config.hidden_size + heads + 2 * config.intermediate_size) * 4
+    return activations + 3 * sequences * config.vocab_size * 4
 
 
 def _cache(config: LLaMAConfig, dtype: torch.dtype, tokens: int, kv_cache: KVCacheType) -> int:

@@ -61,6 +61,7 @@ def load_model(
     linear_dtype: torch.dtype | None = None,
     stored_from: int | None = None,
     source: TensorSource | None = None,
+    mapped: bool = True,
 ) -> LLaMA:
     """Build the model of a checkpoint folder, frozen and in evaluation mode.
 
@@ -73,6 +74,8 @@ def load_model(
             follows the embedding.
         stored_from: Decoder layers from this one on stay as they are stored, mapped from their files, see offload.py.
         source: Tensors in place of those of the folder.
+        mapped: Weights that stay as they are stored may stay in their files, mapped; else they are read, one at a
+            time, and the files are let go.
 
     Raises:
         ResourceError: The quantisation cannot be had here.
@@ -81,6 +84,11 @@ def load_model(
     """
     folder = Path(folder)
     weights = _Stored(folder) if source is None else source
+
+    def whole(name: str) -> torch.Tensor:
+        """A tensor of which a copy is made anyway, or that is not to be mapped."""
+        return weights.read(name) if isinstance(weights, Weights) else weights[name]
+
     config = weights.config
     with torch.device("meta"):
         model = LLaMA(config)
@@ -91,7 +99,7 @@ def load_model(
     if tied:
         expected.pop("lm_head.weight")
     check_names(folder, set(expected), dict.fromkeys(names))
-    check_no_delta(folder, (weights[name] for name in weights if name.endswith("norm.weight")))
+    check_no_delta(folder, (whole(name) for name in weights if name.endswith("norm.weight")))
     state: dict[str, torch.Tensor] = {}
     for name in track(names, f"loading {folder}"):
         stored, shape = weights.spec(name)
@@ -103,12 +111,13 @@ def load_model(
         elif quantize and is_quantized(name):
             module = name.removesuffix(".weight")
             bias = dict(model.get_submodule(module).named_parameters()).get("bias")
-            layer = quantized(weights[name].to(device), bias, quantize)
+            layer = quantized(whole(name).to(device), bias, quantize)
             model.set_submodule(module, layer)
             state[f"{module}.packed"] = layer.packed
         else:
             wanted_dtype = linear_dtype or dtype if name in linear else dtype
-            state[name] = weights[name].to(device=device, dtype=wanted_dtype)
+            kept = mapped and wanted_dtype in (None, DTYPES[stored])
+            state[name] = (weights[name] if kept else whole(name)).to(device=device, dtype=wanted_dtype)
             if wanted_dtype == torch.float16 and not state[name].isfinite().all():
                 raise CheckpointError(
                     f"{folder}: {name} has values beyond float16; use --precision 32-true or bf16-true"

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_llama.errors import CheckpointError, UserError
+from lit_llama.errors import CheckpointError, UserError, WeightsNotFiniteError
 from lit_llama.model.names import tidy
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import track
@@ -33,6 +33,43 @@ MAX_SHARD_SIZE = 5_000_000_000
 """Most bytes of a weight file, unless one tensor is larger."""
 
 
+SPANS, SPAN = 32, 128
+"""Of a large tensor, so many spans of so many values are looked at whenever it is read, evenly over all of it."""
+_PART = 1 << 22
+"""Values that are looked at at a time where all are."""
+
+
+def check_finite(tensor: Tensor, name: str, path: Path, *, whole: bool = False) -> None:
+    """Refuse a tensor whose values are not finite, before it spoils whatever is computed with it.
+
+    Args:
+        tensor: Of any dtype, as it was read; small ones are looked at whole, of others a sample that costs next to
+            nothing beside reading them.
+        name: Its name in the file.
+        path: The file.
+        whole: Look at all of it.
+
+    Raises:
+        WeightsNotFiniteError: A value is infinite or not a number.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    flat = tensor.detach().reshape(-1)
+    if whole or len(flat) <= SPANS * SPAN:
+        parts: Iterable[Tensor] = flat.split(_PART)
+    else:
+        parts = [flat.as_strided((SPANS, SPAN), ((len(flat) - SPAN) // (SPANS - 1), 1), flat.storage_offset())]
+    # A sum is finite where all values are, in numbers of more range than theirs; it is quicker than a look at each.
+    wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
+    if all(math.isfinite(part.sum(dtype=wide).item()) for part in parts):
+        return
+    bad = int((~flat.float().isfinite()).sum())
+    raise WeightsNotFiniteError(
+        f"{path}: {bad:,} of the {len(flat):,} values of {name} are not finite (NaN or infinite), so nothing that is "
+        "computed with them is; download or convert it again, or take the save before it"
+    )
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies.
@@ -43,6 +80,7 @@ class Stored:
         dtype: Of its elements, little-endian.
         shape: Its shape.
         stride: In elements per dimension; None if row follows row.
+        name: In the file, where values are to be refused that are not finite; else it is read bit by bit.
     """
 
     path: Path
@@ -50,6 +88,7 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
+    name: str = field(default="", compare=False)
 
     @property
     def size(self) -> int:
@@ -63,7 +102,7 @@ class Stored:
         """Copy rows start to stop (of the first dimension), or the whole tensor, into memory.
 
         Raises:
-            CheckpointError: The file ends before them.
+            CheckpointError: The file ends before them, or they are not finite, see `check_finite`.
         """
         shape, offset = self.shape, self.offset
         stride = self.stride or _contiguous(shape)
@@ -82,6 +121,8 @@ class Stored:
                 view = view[count:]
         if view:
             raise CheckpointError(f"{self.path} is cut off: it ends {len(view)} bytes before the end of a tensor")
+        if self.name:
+            check_finite(storage, self.name, self.path)
         return storage.as_strided(shape, stride).contiguous()
 
 
@@ -105,6 +146,7 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         files = weight_files(folder)
         self._open = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         for path in sorted(set(files.values())):
             try:
                 self._open[path] = safe_open(path, framework="pt")  # the package checks the whole header
@@ -118,7 +160,22 @@ class Weights(Mapping[str, Tensor]):
         self.remarks = (*_about_index(folder), *tidied.remarks)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open[self.files[name]].get_tensor(self._stored[name])
+        found: Tensor = self._open[self.files[name]].get_tensor(self._stored[name])
+        check_finite(found, name, self.files[name])
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own: pages of a mapped file count as memory of the process, too, for as long as
+        anything of the file is held."""
+        path, stored = self.files[name], self._stored[name]
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        start, header = self._headers[path]
+        entry = header[stored]
+        if entry["dtype"] not in DTYPES:
+            return self[name]
+        place = Stored(path, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]), name=name)
+        return place.read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -147,7 +204,7 @@ class Weights(Mapping[str, Tensor]):
                 if entry["dtype"] not in DTYPES:
                     raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}, expected {', '.join(DTYPES)}")
                 offset = start + entry["data_offsets"][0]
-                places[name] = Stored(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                places[name] = Stored(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), name=name)
         return places
 
 

@@ -55,6 +55,7 @@ class Sizes(NamedTuple):
         plain: Bytes of the frozen weights when they are not quantised.
         trained: Values that are trained.
         trained_bytes: Bytes of these.
+        largest: Bytes of the largest matrix, not quantised.
     """
 
     base: int
@@ -62,6 +63,7 @@ class Sizes(NamedTuple):
     plain: int
     trained: int
     trained_bytes: int
+    largest: int
 
 
 class Shape(NamedTuple):
@@ -94,13 +96,14 @@ class Build:
         with torch.device("meta"):
             model = LLaMA(self.config)
         names = linear_weights(model)
-        base = layers = plain = 0
+        base = layers = plain = largest = 0
         stored = QUANTIZED_BYTES[self.quantize] if self.quantize else 0
         if self.quantize == "fp8" and self.fused and self.numerics.device.type == "cuda":
             stored *= 2  # as it is, and turned around
         for name, value in model.named_parameters():
             itemsize = (self.numerics.linear if name in names else self.numerics.rest).itemsize
             plain += value.numel() * itemsize
+            largest = max(largest, value.numel() * itemsize)
             size = value.numel() * itemsize
             if self.quantize and is_quantized(name):
                 size = round(value.numel() * stored)
@@ -113,8 +116,8 @@ class Build:
             base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
-            return Sizes(0, 0, 0, trained, plain)
-        return Sizes(base, layers, plain, trained, 4 * trained)
+            return Sizes(0, 0, 0, trained, plain, largest)
+        return Sizes(base, layers, plain, trained, 4 * trained, largest)
 
     def training_peak(self, shape: Shape) -> int:
         """Most bytes that a forward and backward pass holds beside the parameters and their gradients."""

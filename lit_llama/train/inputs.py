@@ -31,6 +31,7 @@ class Inputs:
         data: meta.json of the data folder.
         template: Its prompt style, a Jinja template.
         base: What a result records of the checkpoint: path, fingerprint, hashes.
+        tokenizer: That of the base.
         frame: All of the base but its weights.
         identity: Fingerprints of data, base and tokenizer, by which a run that goes on knows them again.
     """
@@ -40,6 +41,7 @@ class Inputs:
     data: dict[str, Any]
     template: str
     base: dict[str, Any]
+    tokenizer: Tokenizer
     frame: Frame
     identity: dict[str, str]
 
@@ -80,6 +82,7 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
         data=meta,
         template=template,
         base=base,
+        tokenizer=tokenizer,
         frame=Frame.read(checkpoint_dir, tokenizer),
         identity=identity,
     )

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llama.device import Numerics, peak_memory, seed_micro_batch
+from lit_llama.device import Numerics, peak_memory, seed_micro_batch, trim_freed_memory
 from lit_llama.errors import DataError, NumericalError
+from lit_llama.model.fused.layer import give_back
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset import Batch, Split, epoch_order, shared_micro_batches
 from lit_llama.train.config import TrainConfig
@@ -30,7 +31,12 @@ from lit_llama.train.stopping import Best
 from lit_llama.train.warm_up import largest_batch, warm_up
 
 PATIENCE = 5
-"""Steps in a row that may be skipped because they are not finite; the last of them ends the run."""
+"""Steps in a row that may be skipped because they are not finite; the last of them ends the run. So does an epoch."""
+LOOK_AT = (
+    "Begin anew with a lower --train.learning_rate, or with --precision 32-true; --verify looks at every weight of the "
+    "base, and prepare/show.py at the rows"
+)
+"""What to do where nothing can be learned."""
 WINDOW, FEW, FAR = 100, 20, 6
 """A loss further above the median of the last WINDOW steps than FAR median deviations is remarked, after FEW steps."""
 
@@ -101,7 +107,7 @@ class Trainer:
         self.optimizer = build_optimizer(groups, config, self._device)
         self.scaler, self.best = numerics.scaler(), Best()
         self.kept = [p.detach().clone() for p in self._parameters] if config.keep == "best" else []
-        self._loss_of = TokenLoss(model, numerics)
+        self._model, self._loss_of = model, TokenLoss(model, numerics)
 
     def rows(self, step: int) -> list[int]:
         """Rows of the training split that make up a step (from 0); the last of an epoch takes what is left."""
@@ -187,13 +193,25 @@ class Trainer:
     def _skip(self, loss: float, norm: float, rows: Sequence[int]) -> None:
         """Remark a step that is left out, or end the run."""
         self.progress.skipped += 1
+        patience = min(PATIENCE, self._per_epoch) if self._per_epoch > 1 else PATIENCE
         what = f"step {self.progress.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {_name_rows(rows)}"
-        if self.progress.skipped >= PATIENCE:
+        if self.progress.skipped >= patience:
             raise NumericalError(
-                f"{what}. {PATIENCE} steps in a row were not finite; nothing of them is kept. Begin anew with a lower "
-                "--train.learning_rate, or with --precision 32-true"
+                f"{what}. {patience} steps in a row were not finite; nothing of them is kept. {LOOK_AT}"
             )
         self._say(f"{what}. The step is skipped")
+
+    def check_learned(self) -> None:
+        """Refuse an end at which no step has changed a weight: the result would be what the run began with.
+
+        Raises:
+            NumericalError: All steps were skipped.
+        """
+        if self.progress.step and not self.progress.losses:
+            raise NumericalError(
+                f"none of the {self.progress.step} steps changed a weight: loss or gradients were not finite in all of "
+                f"them, and so they were skipped; there is no result. {LOOK_AT}"
+            )
 
     def bytes(self) -> int:
         """Size of the weights that train, of the best of them, and of what the optimizer remembers."""
@@ -234,6 +252,13 @@ class Trainer:
         warm_up(self._loss_of, Tensor.backward, batch)
         del place
 
+    def rest(self) -> None:
+        """Give back the memory that steps keep for each other, before something else takes its own, and what that has
+        left before they go on: a CPU's heap would hold both."""
+        if self._device.type == "cpu":
+            give_back(self._model)
+            trim_freed_memory()
+
     def compare(self, test_loss: float) -> None:
         """Remember the weights if none were better."""
         better = self.best.update(self.progress.step, test_loss, self.config.min_delta)
@@ -268,25 +293,38 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
     if not progress.begun:
         log.status("trying the largest micro-batch")
         trainer.try_largest()
-        log.status("evaluating on the test split" if trainer.evaluates else "training")
-        evaluated = log.evaluated(0, trainer.evaluate()) if trainer.evaluates else {}
+        trainer.rest()
+        evaluated = _test(trainer, log) if trainer.evaluates else {}
         log.step({"step": 0, "memory": trainer.memory(), **evaluated})
         progress.begun = True
         log.status("saving")
         save()
+        trainer.rest()
     while not trainer.ended:
         metrics = trainer.step()
         if trainer.evaluates and (progress.step == trainer.steps or progress.step % config.eval_interval == 0):
-            log.status("evaluating on the test split")
-            metrics |= log.evaluated(progress.step, trainer.evaluate())
+            trainer.rest()
+            metrics |= _test(trainer, log)
             trainer.compare(metrics["test_loss"])
         log.step(metrics | {"memory": trainer.memory()})
         stopped = trainer.stopped(interrupt)
         if trainer.ended or progress.step % config.save_interval == 0 or stopped:
             log.status("saving")
+            trainer.rest()
             save()
+            trainer.rest()
         if stopped:
             return
+
+
+def _test(trainer: Trainer, log: Log) -> dict[str, float]:
+    """Evaluate, and answer the sample prompts."""
+    log.status("evaluating on the test split")
+    loss = trainer.evaluate()
+    trainer.rest()
+    metrics = log.evaluated(trainer.progress.step, loss)
+    trainer.rest()
+    return metrics
 
 
 @torch.no_grad()

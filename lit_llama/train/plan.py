@@ -11,10 +11,11 @@ from lit_llama.device import (
     numerics,
     parse_memory,
     pick_device,
-    resident_memory,
     total_memory,
 )
+from lit_llama.generate.plan import step_bytes
 from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.model.paged import PagedCache
 from lit_llama.text.dataset import Split, collate, largest_group
 from lit_llama.train.config import Checkpointing, RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape, Sizes
@@ -22,6 +23,8 @@ from lit_llama.train.loss import CHUNK
 from lit_llama.train.method import Method
 from lit_llama.train.optim import state_bytes
 from lit_llama.train.processes import ALONE, Processes
+from lit_llama.train.program import program_memory
+from lit_llama.train.sampler import MAX_NEW_TOKENS, cache_blocks
 
 CUDA_BYTES = 500 * 10**6
 """What a CUDA context and its libraries take; an assumption, as it differs from GPU to GPU."""
@@ -155,9 +158,21 @@ class Plan:
             "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made
             if self.evaluates
             else 0,
-            # A file is written from the CPU's memory, whole; but a model one tensor at a time.
-            "saving": self.kept["optimizer"] + (0 if self.method.whole else self.kept["trained"]) if on_cpu else 0,
+            "answers": self._answers if on_cpu else 0,
+            # A file is written out of the tensors as they are; but the copy of an adapter has PEFT's names and shapes.
+            "saving": (0 if self.method.whole else self.sizes.trained_bytes) + self.sizes.largest if on_cpu else 0,
         }
+
+    @property
+    def _answers(self) -> int:
+        """Bytes of the engine that answers the sample prompts on a CPU: its cache and the activations of a step."""
+        count = min(self.train.sample_prompts, len(self.splits["test"]))
+        if not count or self.processes.sharded:
+            return 0
+        longest = min(int(self.splits["test"].lengths.max()) + MAX_NEW_TOKENS, self.config.context_length)
+        blocks = cache_blocks([longest] * count, self.tokens_at_once)
+        cache = blocks * PagedCache.bytes_of_block(self.config, self.numerics.rest)
+        return cache + step_bytes(self.config, count)
 
     def _pass(self, name: str, shape: Shape, peak: Callable[[Shape], int]) -> int:
         """A peak, found once for all plans that were made out of each other."""
@@ -175,8 +190,15 @@ class Plan:
     @property
     def peak(self) -> int:
         """Most bytes at any time."""
-        loading = self.sizes.base if self.processes.sharded and self.numerics.device.type == "cpu" else 0
-        return max(self.memory.program + loading, self.resting + max(self.passing.values()))
+        return max(self.memory.program + self.loading, self.resting + max(self.passing.values()))
+
+    @property
+    def loading(self) -> int:
+        """Bytes on a CPU when the last weight is read: the base, beside a matrix as it is stored and as it is put."""
+        if self.numerics.device.type != "cpu":
+            return 0
+        frozen = self.sizes.trained_bytes if self.method.whole else self.sizes.base
+        return frozen + 2 * self.sizes.largest
 
     @property
     def fits(self) -> bool:
@@ -250,7 +272,8 @@ def make_plan(
     if memory is None:
         device = pick_device()
         numbers = numerics(run.precision, device, whole=method.whole)
-        program = resident_memory() if device.type == "cpu" else CUDA_BYTES
+        on_cpu = device.type == "cpu"
+        program = program_memory(method.whole, run.train, numbers, run.quantize) if on_cpu else CUDA_BYTES
         # Each process has a GPU to itself; of a CPU's memory those of one machine have a share each.
         shares = processes.here if device.type == "cpu" else 1
         there = Memory(total=total_memory(device) // shares, program=program)

@@ -1,7 +1,7 @@
 """The plan of a run as people read it: a table, one line, and what to do where the run does not fit."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -9,11 +9,12 @@ import torch
 from rich import box
 from rich.table import Table
 
-from lit_llama.errors import ResourceError
+from lit_llama.errors import ResourceError, UserError
 from lit_llama.memory import amount, amounts, ran_out
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset import read_meta
+from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.cards import find_card
 from lit_llama.train.config import RunConfig
 from lit_llama.train.inputs import fitting, read_splits
@@ -47,9 +48,13 @@ def print_plan(method: Method, run: RunConfig) -> None:
         stderr().print("planned for a GPU with bfloat16; --plan_device names another, such as v100 or t4")
     config = LLaMAConfig.from_folder(run.base)
     splits = read_splits(run.base, config, run.data_dir, read_meta(run.data_dir))
+    tokenizer = None
+    with suppress(UserError):  # config.json is enough; but where there is a tokenizer, the run will hold it
+        tokenizer = Tokenizer.from_path(run.base)
     train, remarks = fitting(run.train, splits, run.data_dir)
     processes = Processes(size=here * machines, here=here)
     plan = make_plan(method, replace(run, train=train), config, splits, memory=memory, processes=processes)
+    del tokenizer
     plan = spread(plan, run.strategy)
     console = stdout()
     if not console.is_terminal:  # a file has no edge
@@ -73,7 +78,9 @@ def table(plan: Plan) -> Table:
     kept, passing, largest = plan.kept, plan.passing, plan.largest
     kind = _name(plan.numerics.rest) if plan.method.whole else "float32"
     notes = {
-        "program": "python and torch" if device == "cpu" else "CUDA context and libraries (assumed)",
+        "program": "python, torch and what else the run loads"
+        if device == "cpu"
+        else "CUDA context and libraries (assumed)",
         "weights": f"frozen, {plan.quantize or _name(plan.numerics.linear)}",
         "trained": f"{plan.sizes.trained:,} values, {kind}",
         "gradients": kind,
@@ -83,12 +90,14 @@ def table(plan: Plan) -> Table:
         "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens"
         if plan.evaluates
         else "none: no test split",
-        "saving": "optimizer" if plan.method.whole else "adapter and optimizer",
+        "answers": "the cache and a step of the sample prompts" if passing["answers"] else "none",
+        "saving": "a matrix" if plan.method.whole else "the adapter",
     }
     for name, size in {"program": plan.memory.program, **kept, **passing}.items():
-        found.add_row(name, _gb(size), notes[name] + (" (one of these three at a time)" if name == "saving" else ""))
+        found.add_row(name, _gb(size), notes[name] + (" (one of these at a time)" if name == "saving" else ""))
     found.add_section()
-    found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}")
+    what = ", as resident pages of the process (VmHWM)" if device == "cpu" else ""
+    found.add_row("peak", _gb(plan.peak), f"of {_gb(plan.memory.total)} on the {device}{what}")
     if plan.roomy and plan.holes:
         found.add_row("at most", _gb(plan.peak + plan.holes), "as freed memory is kept for the next step, for speed")
     if plan.merging:
@@ -112,7 +121,8 @@ def short(plan: Plan) -> str:
         f"program {_gb(plan.memory.program)}, frozen weights {_gb(plan.kept['weights'])}, trained ones with gradients "
         f"and optimizer {_gb(kept)}, activations {_gb(plan.passing['training'])} "
         f"({sum(plan.largest.lengths):,} tokens; logits {_gb(plan.logits)} of it), "
-        f"evaluation {_gb(plan.passing['evaluation'])}, saving {_gb(plan.passing['saving'])}{merging}"
+        f"evaluation {_gb(plan.passing['evaluation'])}, answers {_gb(plan.passing['answers'])}, "
+        f"saving {_gb(plan.passing['saving'])}{merging}"
         f"{described(plan.processes)}"
     )
 

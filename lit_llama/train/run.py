@@ -23,6 +23,7 @@ from lit_llama.device import (
     pick_device,
     return_freed_memory,
     seed_everything,
+    trim_freed_memory,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError
 from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
@@ -37,6 +38,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.dataset import META_FILE
 from lit_llama.text.prompts import TEMPLATE_FILE
 from lit_llama.text.report.look import look_at
+from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, RunConfig
 from lit_llama.train.curve import draw_curve
@@ -129,12 +131,12 @@ def _execute(
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
     if processes.is_first:  # for a state, and for the result beside it
         check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
-    (keep_freed_memory if plan.roomy else return_freed_memory)()
+    return_freed_memory()  # what is read for a moment is not there beside the next
     keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
     seed_everything(run.config.seed)
     loaded = "cpu" if processes.sharded else device
-    model = load_model(run.config.base, loaded, numerics.rest, run.config.quantize, numerics.linear)
+    model = load_model(run.config.base, loaded, numerics.rest, run.config.quantize, numerics.linear, mapped=False)
     where = run.method.apply(model)
     run.method.begin(model)
     add_noise(model, run.train.neftune_noise_alpha)
@@ -143,10 +145,13 @@ def _execute(
     recompute_activations(model, run.train.activation_checkpointing)
     if processes.sharded:
         shard(model, device, processes.size)
+    trim_freed_memory()
+    if plan.roomy:
+        keep_freed_memory()
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
     steps = run.train.steps(len(inputs.train))
-    with _log(run, model, steps, bool(len(inputs.test))) as log:
+    with _log(run, model, inputs, steps) as log:
         groups = run.method.groups(model, run.train.weight_decay)
         trainer = Trainer(
             model, groups, inputs.train, inputs.test, run.train, run.config.seed, log.say, numerics, processes
@@ -170,6 +175,7 @@ def _execute(
 
 def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
     """Make the folder of the run a result."""
+    training.trainer.rest()
     draw_curve(run.out_dir)
     # Replaced is the result of a run that was made longer; and what a killed process left on the way is cleared away.
     with publish(run.out_dir, run.method.marker, replace=True) as folder:
@@ -234,6 +240,7 @@ class _Training:
                 interrupt.received,
                 f"Stopped{by} after step {step} of {steps}; saved. Continue with: {self.run.command}",
             )
+        self.trainer.check_learned()
         self.trainer.take_best()
 
     def digest(self) -> str:
@@ -302,14 +309,19 @@ class _Training:
         self.log.say(f"continuing from {state}")
 
 
-def _log(run: Run, model: LLaMA, steps: int, tested: bool) -> Log:
+def _log(run: Run, model: LLaMA, inputs: Inputs, steps: int) -> Log:
     """What a run of so many steps tells, if this is the process that tells it."""
     if not run.processes.is_first:
         return Silence()
-    return Log(run.out_dir, steps, sampler=_sampler(run, model) if tested else None, loggers=run.config.all_loggers)
+    return Log(
+        run.out_dir,
+        steps,
+        sampler=_sampler(run, model, inputs.tokenizer) if len(inputs.test) else None,
+        loggers=run.config.all_loggers,
+    )
 
 
-def _sampler(run: Run, model: LLaMA) -> Sampler | None:
+def _sampler(run: Run, model: LLaMA, tokenizer: Tokenizer) -> Sampler | None:
     """What answers the prompts of the report."""
     if not run.train.sample_prompts:
         return None
@@ -318,7 +330,7 @@ def _sampler(run: Run, model: LLaMA) -> Sampler | None:
         return None
     prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:
-        return Sampler.from_folders(model, run.config.base, run.config.data_dir, prompts, tokens)
+        return Sampler.from_folders(model, tokenizer, run.config.base, run.config.data_dir, prompts, tokens)
     except UserError as error:
         stderr().print(f"no sample answers: {error}")
         return None

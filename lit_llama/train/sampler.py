@@ -57,14 +57,19 @@ class Sampler:
 
     @classmethod
     def from_folders(
-        cls, model: LLaMA, checkpoint_dir: Path, data_dir: Path, count: int, micro_batch_tokens: int
+        cls,
+        model: LLaMA,
+        tokenizer: Tokenizer,
+        checkpoint_dir: Path,
+        data_dir: Path,
+        count: int,
+        micro_batch_tokens: int,
     ) -> "Sampler":
-        """Ask `count` rows of the test split in the style of the data folder.
+        """Ask `count` rows of the test split in the style of the data folder; `tokenizer` is that of the checkpoint.
 
         Raises:
             DataError: No row of test.jsonl can be asked.
         """
-        tokenizer = Tokenizer.from_path(checkpoint_dir)
         ends = special_ids(checkpoint_dir, tokenizer).ends
         llm = make_llm(model, tokenizer, folder_style(data_dir), ends)
         return cls(llm, test_prompts(llm, data_dir / TEST_FILE, count), micro_batch_tokens)
@@ -102,8 +107,8 @@ class Sampler:
         """
         config, tokenizer = model.config, self._speaker.tokenizer
         limits = [min(MAX_NEW_TOKENS, config.context_length - len(prompt.ids)) for prompt in self.prompts]
-        longest = max(len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
-        blocks = -(-max(self._limit, longest) // BLOCK) + 1
+        lengths = [len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True)]
+        blocks = cache_blocks(lengths, self._limit)
         size = PagedCache.bytes_of_block(config, model.model.embed_tokens.weight.dtype)
         llm = replace(self._speaker, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
         requests = [
@@ -115,6 +120,13 @@ class Sampler:
             if answer.error is not None:
                 raise answer.error
         return answers
+
+
+def cache_blocks(lengths: Sequence[int], micro_batch_tokens: int) -> int:
+    """Blocks of a cache for sequences that grow to such lengths: of all of them, or of as many tokens as a micro-batch
+    has, but never less than the longest needs. One more is the engine's own."""
+    needed = [-(-length // BLOCK) for length in lengths]
+    return max(*needed, min(sum(needed), -(-micro_batch_tokens // BLOCK))) + 1
 
 
 def test_prompts(llm: LLM, path: Path, count: int) -> list[Prompt]:

@@ -28,7 +28,7 @@ from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_toke
 from lit_llama.convert.tokens.spm import from_metadata
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
-from lit_llama.model.weights import Stored
+from lit_llama.model.weights import Stored, check_finite
 
 BLOCK = 2**24
 """Values that are dequantised, or quantised, at once: 64 MiB in float32."""
@@ -63,7 +63,7 @@ class GGUFTensor:
             known = ", ".join(kind.name for kind in (*_PLAIN, *_PACKED))
             raise CheckpointError(f"{name} is of type {extent.kind.name}, implemented are {known}")
         count = math.prod(extent.shape[:-1])
-        stored = Stored(path, extent.offset, _PLAIN.get(extent.kind, torch.uint8), (count, extent.shape[-1]))
+        stored = Stored(path, extent.offset, _PLAIN.get(extent.kind, torch.uint8), (count, extent.shape[-1]), name=name)
         if extent.kind in _PACKED:
             stored = Stored(path, extent.offset, torch.uint8, (count, extent.size // count))
         return cls(name, extent, stored)
@@ -87,6 +87,8 @@ class GGUFTensor:
             if self.extent.kind in _PACKED:
                 with np.errstate(all="ignore"):  # what is not finite is told below
                     part = torch.from_numpy(quants.dequantize(part.numpy(), self.extent.kind))
+            if part.is_floating_point():
+                check_finite(part, self.name, self.rows.path, whole=True)
             out[start : start + step] = part
             if not out[start : start + step].isfinite().all():
                 raise CheckpointError(f"{self.name} has values that are not finite in {str(dtype)[6:]}")

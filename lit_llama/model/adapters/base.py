@@ -10,9 +10,9 @@ from lit_llama.manifest import MANIFEST, check_folder, hashes
 from lit_llama.model.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.places import of_sixteen_bits, repository
-from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, weight_files
+from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights, check_finite, weight_files
 from lit_llama.objects import as_object, read_text
-from lit_llama.progress import stderr
+from lit_llama.progress import stderr, track
 
 META_FILE, _MODEL_FILE, _CHECKPOINTS = "meta.json", "config.json", "checkpoints"
 
@@ -62,6 +62,7 @@ def verify_folders(*folders: Path | None, base_dir: Path | None = None) -> None:
     Raises:
         CheckpointError: The base of an adapter is not there.
         IntegrityError: A file is not as its manifest or the adapter on it says.
+        WeightsNotFiniteError: A value of the weights is infinite or not a number.
     """
     for folder in filter(None, folders):
         _verify(folder)
@@ -77,6 +78,10 @@ def _verify(folder: Path) -> None:
     proven = check_folder(folder, whole=True)
     said = f"all files are as in {MANIFEST}" if proven else f"no {MANIFEST}, so nothing says what its files should be"
     stderr().print(f"{folder}: {said}")
+    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        weights = Weights(folder)
+        for name in track(list(weights), f"looking at all values of {folder}"):
+            check_finite(weights.read(name), name, weights.files[name], whole=True)
 
 
 def base_record(base: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError
 from lit_llama.model.names import plain_name
 from lit_llama.model.pth.files import read_pth
-from lit_llama.model.weights import DTYPES, describe_wrong_file
+from lit_llama.model.weights import DTYPES, check_finite, describe_wrong_file
 
 WEIGHTS_FILE, BIN_FILE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -70,8 +70,8 @@ def read_adapter_file(folder: Path) -> AdapterFile:
         tensors[name], stored_names[name] = value, stored
     if not tensors:
         raise CheckpointError(f"{path} is empty: it holds no tensor")
-    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{path}: {bad[0]} has values that are not finite")
+    for name, value in tensors.items():
+        check_finite(value, name, path, whole=True)
     odd = [(stored, name) for name, stored in stored_names.items() if stored != PREFIX + name]
     said = [f"{path}: {len(odd)} names are as a wrapper saves them: {raw} is read as {name}" for raw, name in odd[:1]]
     return AdapterFile(path, tensors, tuple(said))

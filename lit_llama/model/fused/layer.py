@@ -43,25 +43,14 @@ def fuse(model: LLaMA, leave: Leave = "none") -> int:
     for index, layer in enumerate(layers):
         if isinstance(layer, DecoderLayer) and fusable(layer):
             layers[index] = FusedLayer(layer, leave, room)
-    count = sum(isinstance(layer, FusedLayer) for layer in layers)
-    if count == len(layers) and model.lm_head.weight.device.type == "cpu":
-        _leave_files(model)
-    return count
+    return sum(isinstance(layer, FusedLayer) for layer in layers)
 
 
-def _leave_files(model: LLaMA) -> None:
-    """Copy the few weights that are not in joined matrices: as long as one of them is mapped from a file, all of the
-    file that was read stays in memory."""
-    joined = {id(parameter) for layer in model.model.layers for parameter in _joined_weights(layer)}
-    for parameter in model.parameters():
-        if not parameter.requires_grad and id(parameter) not in joined:
-            parameter.data = parameter.data.clone()
-
-
-def _joined_weights(layer: nn.Module) -> list[Tensor]:
-    assert isinstance(layer, FusedLayer)
-    bases = [base for joined in layer.joined for base in joined.bases]
-    return [base.weight if isinstance(base, nn.Linear) else base.packed for base in bases]
+def give_back(model: LLaMA) -> None:
+    """Let go of the memory that fused layers keep from step to step, until the next step takes it again."""
+    for layer in model.model.layers:
+        if isinstance(layer, FusedLayer):
+            layer.room.give_back()
 
 
 def can_share(model: LLaMA) -> bool:

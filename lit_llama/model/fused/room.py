@@ -24,6 +24,7 @@ class Room:
 
     def __init__(self, pieces: int) -> None:
         self._pieces, self._size = pieces, 0
+        self._held = False
         self._free: list[Tensor] = []
 
     def take(self, like: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -36,9 +37,11 @@ class Room:
     def _piece(self, like: Tensor, size: int) -> Tensor:
         if like.device.type != "cpu" or isinstance(like, FakeTensor):
             return like.new_empty(size)
-        if size > self._size and len(self._free) == self._pieces * bool(self._size):
+        if (size > self._size or not self._held) and len(self._free) == self._pieces * self._held:
             self._free.clear()  # first of all, so that its memory can be had again
-            self._size = -(-(size + size // SLACK) // ALIGNED) * ALIGNED
+            if size > self._size:
+                self._size = -(-(size + size // SLACK) // ALIGNED) * ALIGNED
+            self._held = True
             block = like.new_empty(self._pieces * self._size)
             # By .data autograd takes each for itself: what is written into one does not spoil what another keeps.
             self._free = [piece.data for piece in block.split(self._size)]
@@ -46,5 +49,11 @@ class Room:
 
     def give(self, piece: Tensor) -> None:
         """Take it back: nobody needs what is in it."""
-        if piece.numel() == self._size and len(self._free) < self._pieces:
+        if self._held and piece.numel() == self._size and len(self._free) < self._pieces:
             self._free.append(piece)
+
+    def give_back(self) -> None:
+        """Let go of all of it, unless a part is still needed; the next piece brings it back, as large as it was."""
+        if self._held and len(self._free) == self._pieces:
+            self._free.clear()
+            self._held = False

@@ -1,0 +1,78 @@
+"""Run by test_planned_memory.py in a process of its own: runs of a small model, and the memory that each one took.
+
+Every run is a fork of this process, which has imported what a door imports and nothing else: its peak is its own.
+"""
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lit_llama.model.config import LoRAConfig
+from lit_llama.train import run as run_module
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.method import Full, LoRA, Method
+from lit_llama.train.plan import Plan, make_plan
+
+
+def high_water() -> int:
+    """VmHWM: most bytes that were resident at a time."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
+    """One run; gives what its plan said and what it took."""
+    planned: list[Plan] = []
+
+    def remembered(*arguments: Any, **options: Any) -> Plan:
+        planned.append(make_plan(*arguments, **options))
+        return planned[-1]
+
+    run_module.make_plan = remembered
+    if setting.get("returns"):
+        run_module.keep_freed_memory = lambda: None
+    train = TrainConfig(**{"max_steps": 1, "batch_size": 8, "sample_prompts": 0} | setting.get("train", {}))
+    lora = LoRAConfig(**setting.get("lora", {}))
+    method: Method = Full() if setting.get("full") else LoRA(lora)
+    run_module.finetune(
+        method,
+        folder / "model",
+        folder / "data",
+        folder / setting["name"],
+        train=train,
+        precision=setting.get("precision", "bf16-true"),
+        quantize=setting.get("quantize"),
+        seed=0,
+        arguments={"train": asdict(train)},
+    )
+    [plan] = planned
+    return {
+        "planned": plan.peak,
+        "most": plan.peak + plan.holes,
+        "measured": high_water(),
+        "program": plan.memory.program,
+        "roomy": plan.roomy,
+    }
+
+
+def main(folder: Path, settings: list[dict[str, Any]]) -> None:
+    """Every setting in a fork; prints a line of JSON for each."""
+    for setting in settings:
+        process = os.fork()
+        if not process:
+            try:
+                found = finetune(folder, setting)
+                print(json.dumps({"name": setting["name"]} | found), flush=True)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if os.waitpid(process, 0)[1]:
+            sys.exit(f"{setting['name']} failed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

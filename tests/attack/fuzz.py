@@ -202,9 +202,9 @@ def _outcome(case: _Case, folder: Path) -> tuple[str, str]:
 
 
 def judge(error: UserError) -> tuple[str, str]:
-    """Whether a message of ours can be printed as a line, and says something."""
+    """Whether a message of ours says something."""
     line = " ".join(str(error).split())
-    if not line or not line.encode("utf-8", "surrogateescape"):
+    if not line.encode("utf-8", "backslashreplace"):
         return "silence", repr(error)
     return "refused", line
 

@@ -1,80 +1,45 @@
-"""Rows that are kept as they come."""
+"""The rows of an evaluation in their file: what a damaged disk left of them."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lit_llama.errors import LockedError, ResourceError, UserError
-from lit_llama.generate.evaluate.store import open_rows, unfinished
+from lit_llama.generate.evaluate.store import RowStore
 
-KEY = ("row",)
-
-
-def test_a_torn_line_goes_and_the_rest_stays(tmp_path: Path) -> None:
-    """A row that was half written, taken for one; or all rows lost with it."""
-    path, header = tmp_path / "rows.jsonl", {"a": 1}
-    with open_rows(path, header, KEY) as store:
-        for row in (2, 0, 1):
-            store.add({"row": row, "text": "é\n\ud800"})
-    whole = path.read_bytes()
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
-        with open_rows(path, header, KEY) as store:
-            assert [*store.rows] == [(2,), (0,), (1,)][: max(0, whole[:cut].count(b"\n") - 1)]
-            for row in (2, 0, 1):
-                if (row,) not in store.rows:
-                    store.add({"row": row, "text": "é\n\ud800"})
-            assert path.read_bytes() == whole
-            store.sort([(0,), (1,), (2,)])
-        assert [json.loads(line).get("row") for line in path.read_bytes().splitlines()] == [None, 0, 1, 2]
+HEADER = {"model": "m"}
+ROWS: list[dict[str, Any]] = [{"task": "a", "index": index, "answer": "x"} for index in range(4)]
+KEY = ("task", "index")
 
 
-def test_rows_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"{broken", b"[1]", b"{}", b'{"task": [], "index": 1}', b"\xff\xfe", b"null"])
+def test_rows_behind_a_damaged_line_are_kept_aside(tmp_path: Path, damage: bytes) -> None:
+    """Catches rows of hours that go in silence, and a file that is never read again."""
     path = tmp_path / "rows.jsonl"
-    with open_rows(path, {"model": {"weights": "a", "dtype": "x"}}, KEY) as store:
-        store.add({"row": 0})
-    other = {"model": {"weights": "b", "dtype": "x"}}
-    with (
-        pytest.raises(UserError, match=r'made otherwise: model\.weights was "a", is "b"') as caught,
-        open_rows(path, other, KEY),
-    ):
-        pass
-    assert "dtype" not in str(caught.value)
-    with open_rows(path, other, KEY, anew=True) as store:
-        assert store.begun_anew and not store.rows
-    path.write_text("my notes")
-    with pytest.raises(UserError, match="no file of an evaluation"), open_rows(path, other, KEY, anew=True):
-        pass
-    assert path.read_text() == "my notes"
+    store = RowStore(path, HEADER, KEY)
+    for row in ROWS:
+        store.add(row)
+    store.close()
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    lines[3] = damage + b"\n"
+    path.write_bytes(b"".join(lines))
+    store = RowStore(path, HEADER, KEY)
+    assert [*store.rows.values()] == ROWS[:2]
+    assert (tmp_path / "rows.jsonl.damaged").read_bytes() == b"".join(lines)
+    for row in ROWS[2:]:
+        store.add(row)
+    store.close()
+    assert path.read_bytes() == whole
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_rows(tmp_path / "rows.jsonl", {}, KEY) as store:
-
-        class Full:
-            def write(self, _: bytes) -> None:
-                raise OSError(28, "No space left on device")
-
-            close = flush = lambda self: None
-
-        store._file.close()
-        store._file = Full()  # type: ignore[assignment]
-        with pytest.raises(ResourceError, match=r"rows\.jsonl cannot be written: No space left"):
-            store.add({"row": 0})
-        assert not store.rows
-
-
-def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
-    """Two runs whose rows are mixed, and what is unfinished left behind when it is finished."""
-    output = tmp_path / "out.jsonl"
-    with unfinished(output, {}, KEY) as store:
-        store.add({"row": 0})
-        with pytest.raises(LockedError, match="another run is at work"), unfinished(output, {}, KEY):
-            pass
-    assert [*tmp_path.iterdir()] == []
-    with pytest.raises(KeyError), unfinished(output, {}, KEY) as store:
-        store.add({"row": 0})
-        raise KeyError
-    with unfinished(output, {}, KEY) as store:
-        assert [*store.rows] == [(0,)]
+def test_a_line_that_a_kill_has_torn_is_no_damage(tmp_path: Path) -> None:
+    """Catches a copy and a warning after each kill."""
+    path = tmp_path / "rows.jsonl"
+    store = RowStore(path, HEADER, KEY)
+    store.add(ROWS[0])
+    store.close()
+    path.write_bytes(path.read_bytes() + b'{"task": "a", "ind')
+    store = RowStore(path, HEADER, KEY)
+    store.close()
+    assert [*store.rows.values()] == ROWS[:1] and [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]

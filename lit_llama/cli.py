@@ -199,7 +199,10 @@ def _lenient(parser: type[Any]) -> type[Any]:
                 if getattr(action, "_typehint", None) is bool:
                     action.nargs, action.const = "?", True
             words = sys.argv[1:] if args is None else args
-            return super().parse_args(_gathered(words, self._actions), *more, **kwargs)
+            try:
+                return super().parse_args(_gathered(words, self._actions), *more, **kwargs)
+            except OverflowError as error:
+                raise UserError(f"a value is beyond all numbers that are computed with: {error}") from error
 
     return Parser
 
@@ -345,18 +348,26 @@ def _strangers(settings: Mapping[str, Any], known: Collection[str], door: str, p
 
 
 def _check_groups(mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> None:
-    """Refuse a value in place of a group of settings, over which the parser stumbles."""
+    """Refuse a value in place of a group of settings, and null for a value: the parser stumbles over both."""
     known = [name for main in mains for name in _names(main)]
     for group in dict.fromkeys(name.partition(".")[0] for name in known if "." in name):
         for path in _values(f"--{group}", words):  # which may be a file of its own
             _loaded(f"--{group}", path)
+    needed = {name for main in mains for name, value in inspect.signature(main).parameters.items() if _needed(value)}
     for path, settings in _files(words):
         for key, value in settings.items():
+            if value is None and key in needed:
+                raise UserError(f"{key} in {path} is null, expected a value")
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside and not isinstance(value, Mapping | str):
                 raise UserError(
                     f"{key} in {path} is {value!r}, expected settings of its own, such as {inside[0].split('.')[1]}"
                 )
+
+
+def _needed(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is never None, which the parser lets through where a file says null."""
+    return parameter.default is not None and type(None) not in get_args(parameter.annotation)
 
 
 def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:

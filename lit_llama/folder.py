@@ -265,8 +265,8 @@ def _sync_tree(folder: Path) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """UTF-8, indented, keys in the order given."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """UTF-8, indented, keys in the order given. A byte of a file name that is none stands there as an escape."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -276,7 +276,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file beside `path` and move it there: a reader sees the old one or the new one."""
-    replace_file(path, text.encode())
+    replace_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -301,5 +301,5 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

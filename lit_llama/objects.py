@@ -5,8 +5,9 @@ exhaust the stack of a parser that calls itself for each. Both are found among t
 """
 
 import json
+import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,53 @@ def as_json(text: str | bytes) -> Any:
     return value
 
 
+Form = type[Any] | tuple[type[Any], ...] | Mapping[str, Any]
+"""What a value has to be: of a type, where float means any finite number; or an object with such values, of which
+`*` stands for all other names."""
+
+
+def check_form(value: Any, form: Form, place: str, failure: type[UserError]) -> None:
+    """Compare a JSON value with its form; what is null or not there is left to whoever reads it.
+
+    Args:
+        value: The value.
+        form: What it has to be.
+        place: Its file, and the names that lead to it.
+        failure: What to raise.
+    """
+    if value is None:
+        return
+    if not isinstance(form, Mapping):
+        kinds = form if isinstance(form, tuple) else (form,)
+        if not any(_is_of(value, kind) for kind in kinds):
+            words = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
+            raise failure(f"{place} is {_short(value)}, expected {words}")
+        return
+    if not isinstance(value, dict):
+        raise failure(f"{place} is {_short(value)}, expected an object")
+    for name, inner in value.items():
+        if name in form or "*" in form:
+            check_form(inner, form.get(name, form.get("*")), f"{place}: {name}", failure)
+
+
+_WORDS: Mapping[type[Any], str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _is_of(value: Any, kind: type[Any]) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind in (int, float) and isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, kind) and (kind is not float or math.isfinite(value))
+
+
 def _inside(value: Any) -> Iterator[Any]:
     if isinstance(value, dict | list):
         yield from (inner for inner in (value.values() if isinstance(value, dict) else value))
@@ -170,6 +218,8 @@ def check_yaml(text: str) -> None:
             found += sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.ScalarEvent):
             found += 1
+            if "\0" in event.value:
+                raise ObjectError(f"holds a character of the code 0 on line {_line(event)}")
             if event.anchor:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.CollectionStartEvent):

@@ -42,11 +42,21 @@ def real(destination: Path) -> Path:
 
 def check_writable(destination: Path) -> None:
     """Raise UserError unless something can be made at `destination`, or in it where it is a folder."""
+    if not all(map(_is_text, (str(destination), str(real(destination))))):
+        raise UserError(f"{destination} is no text in UTF-8, which Arrow and safetensors need; name another place")
     folder = real(destination)
     while not folder.is_dir():
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{destination} cannot be written: no leave to write into {folder}; name another place")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is text: bytes that are none stand in it as lone surrogates."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def check_output(path: Path) -> None:

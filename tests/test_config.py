@@ -317,3 +317,29 @@ def test_configurations_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("rms_norm_eps", value) for value in (-1, 1, True, "1e-6", float("nan"), float("inf"), 10**400)),
+        *(("rope_theta", value) for value in (True, 0, -1.0, "10000", float("inf"), [1])),
+        *((name, value) for name in ("hidden_size", "vocab_size") for value in (0, -64, 64.0, True, "64", 2**31)),
+        *(("num_attention_heads", value) for value in (0, -4, 4.0, None, [4])),
+        *(("num_key_value_heads", value) for value in (3, -2, 2.5, True, "2")),
+        *(("eos_token_id", value) for value in ("</s>", [1, "x"], 1.5, True, 2**40)),
+        *((name, value) for name in ("bos_token_id", "pad_token_id") for value in ("<s>", 1.5, False)),
+        *(("rope_scaling", {"rope_type": "linear", "factor": value}) for value in (True, "2", float("inf"), 10**400)),
+    ],
+)
+def test_nonsense_is_refused_by_its_name(tmp_path: Path, field: str, value: object) -> None:
+    """Catches a model that computes with true as 1, or with a negative epsilon, and ends of a text that never come."""
+    path = tmp_path / "config.json"
+    raw = tiny_config().to_dict("float32")
+    path.write_text(json.dumps(raw))
+    assert LLaMAConfig.from_folder(tmp_path) == tiny_config()
+    path.write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(CheckpointError) as caught:
+        LLaMAConfig.from_folder(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert field.removesuffix("_scaling") in str(caught.value) or "factor" in str(caught.value)

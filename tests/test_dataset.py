@@ -222,6 +222,16 @@ def other_columns(folder: Path) -> None:
     datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(folder)
 
 
+def other_offsets(folder: Path) -> None:
+    """The place where the second sample begins lies far beyond the file."""
+    [path] = folder.glob("*.arrow")
+    samples = [len(sample.input_ids) for sample in TEST]
+    begins = np.cumsum([0, *samples]).astype(np.int32).tobytes()
+    data = path.read_bytes()
+    assert begins[:8] in data
+    path.write_bytes(data.replace(begins[:8], begins[:4] + (2**30).to_bytes(4, "little")))
+
+
 def other_lengths(folder: Path) -> None:
     remove(folder)
     datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1]]}).save_to_disk(folder)
@@ -235,7 +245,12 @@ def other_lengths(folder: Path) -> None:
         other_columns,
         other_lengths,
         lambda folder: (folder / "state.json").write_text("{}"),
+        lambda folder: (folder / "state.json").write_text('{"_data_files": ["x"]}'),
+        lambda folder: (folder / "state.json").write_text("[]"),
         lambda folder: (folder / "dataset_info.json").write_text("{"),
+        lambda folder: (folder / "dataset_info.json").write_text('{"features": "x"}'),
+        lambda folder: (folder / "dataset_info.json").write_text('{"features": {"input_ids": {"_type": []}}}'),
+        other_offsets,
     ],
 )
 def test_a_spoiled_split_is_refused(spoil: Callable[[Path], object], tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from lit_llama.errors import CheckpointError, IntegrityError
-from lit_llama.objects import ObjectError, as_json, as_object, load_yaml, read_object, read_text, read_yaml
+from lit_llama.errors import CheckpointError, DataError, IntegrityError
+from lit_llama.objects import ObjectError, as_json, as_object, check_form, load_yaml, read_object, read_text, read_yaml
 
 LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 30))])
 SELF = {
@@ -90,6 +90,27 @@ def test_files_are_named(tmp_path: Path) -> None:
         read_yaml(path, IntegrityError)
     with pytest.raises(ObjectError, match="has 3 bytes, expected at most 2"):
         read_text(path, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"steps": True}, "x: steps is True, expected a whole number"),
+        ({"steps": 1.5}, "x: steps is 1.5, expected a whole number"),
+        ({"steps": 10**30}, "x: steps is 1000"),
+        ({"rate": float("nan")}, "x: rate is nan, expected a number"),
+        ({"rate": "1"}, "x: rate is '1', expected a number"),
+        ({"splits": []}, r"x: splits is \[\], expected an object"),
+        ({"splits": {"a": {"rows": "9"}}}, "x: splits: a: rows is '9', expected a whole number"),
+        ([], r"x is \[\], expected an object"),
+    ],
+)
+def test_a_value_of_another_form_is_named_with_its_place(value: object, said: str) -> None:
+    """Catches a traceback far from the file, and true that is counted with."""
+    form = {"steps": int, "rate": float, "splits": {"*": {"rows": int}}}
+    check_form({"steps": None, "rate": 1, "splits": {"a": {"rows": 9, "more": []}}, "other": []}, form, "x", DataError)
+    with pytest.raises(DataError, match=said):
+        check_form(value, form, "x", DataError)
 
 
 @pytest.mark.parametrize("way", ["--config", "--train"])

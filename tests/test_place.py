@@ -1,6 +1,7 @@
 """Destinations that are links or mount points, foreign things at names of our own, and full disks."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.folder import check_absent, publish, replace_file, resume, write_json_lines
+from lit_llama.folder import check_absent, publish, replace_file, resume, write_json, write_json_lines
 from lit_llama.lock import claim, hold
-from lit_llama.place import amount, check_output, check_space, free_space, full_disk_explained
+from lit_llama.place import amount, check_output, check_space, check_writable, free_space, full_disk_explained
 
 MARKER = "meta.json"
 
@@ -288,3 +289,13 @@ def test_what_a_dead_process_had_on_its_way_goes_and_that_of_the_living_stays(tm
         living.kill()
     replace_file(tmp_path / "file", b"x")
     assert set(os.listdir(tmp_path)) == {".mine.partial-notes", ".z.partial-0123abcd", "theirs", "file", "other"}
+
+
+def test_a_name_that_is_no_text_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Catches a traceback of Arrow at the end of the work, which cannot open such a name; reading one is well."""
+    bad = tmp_path / os.fsdecode(b"o\xfe")
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        check_writable(bad / "x")
+    bad.mkdir()
+    write_json(bad / "a.json", {"path": str(bad)})
+    assert json.loads((bad / "a.json").read_text("utf-8")) == {"path": str(bad)}

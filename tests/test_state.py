@@ -1,17 +1,21 @@
 """State folders on the disk: the order in which they are written, and which of them go."""
 
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lit_llama.errors import IntegrityError, ResourceError
-from lit_llama.manifest import MANIFEST
+from lit_llama.manifest import MANIFEST, write_manifest
 from lit_llama.train import state
+from lit_llama.train.loop import Progress
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
-from lit_llama.train.state import STATE_FILE, find_states, read_state, save_state
+from lit_llama.train.state import STATE_FILE, find_states, read_record, read_state, save_state
+from lit_llama.train.stopping import Best
 
 
 def write(folder: Path) -> Mapping[str, Any]:
@@ -93,3 +97,42 @@ def test_a_file_that_is_not_in_the_manifest_is_no_part_of_a_state(tmp_path: Path
     (folder / MANIFEST).write_text("".join(line for line in lines if "weights" not in line))
     with pytest.raises(IntegrityError, match="does not name weights"):
         read_state(folder)
+
+
+RECORD: dict[str, Any] = {
+    "progress": asdict(Progress(step=3, losses=[1.0])),
+    "best": Best().state(),
+    "scaler": {},
+    "identity": {"--seed": 1},
+    "environment": {"torch": "2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"progress": []}, "progress is "),
+        ({"progress": None}, "has no progress"),
+        ({"progress": RECORD["progress"] | {"step": "3"}}, "progress: step is '3', expected a whole number"),
+        ({"progress": RECORD["progress"] | {"step": 10**30}}, "progress: step is 1000"),
+        ({"progress": RECORD["progress"] | {"begun": 1}}, "progress: begun is 1, expected true or false"),
+        ({"progress": {"step": 3}}, "progress has step, expected step, trained_tokens"),
+        ({"best": RECORD["best"] | {"step": None}}, "best has no step"),
+        ({"best": RECORD["best"] | {"loss": float("nan")}}, "best: loss is nan"),
+        ({"identity": "x"}, "identity is 'x', expected an object"),
+    ],
+)
+def test_a_state_of_another_form_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    """Catches a traceback in a run that goes on, over a state whose hashes are right."""
+
+    def save(record: dict[str, Any]) -> None:
+        (tmp_path / STATE_FILE).write_text(json.dumps(record))
+        (tmp_path / OPTIMIZER_FILE).touch()
+        write_manifest(tmp_path, {})
+
+    save(RECORD)
+    assert read_record(tmp_path) == RECORD
+    (tmp_path / MANIFEST).unlink()
+    save(RECORD | change)
+    with pytest.raises(IntegrityError, match=rf"state\.json.*{said}"):
+        read_record(tmp_path)

@@ -13,6 +13,16 @@ from lit_llama.model.patterns import check_pattern, matches_whole
 from lit_llama.model.places import describe_quantization, wrong_place
 from lit_llama.objects import ObjectError, as_object, read_text
 
+_LARGEST = 1 << 31
+"""Sizes and ids are below."""
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number, which true and false are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -41,6 +51,14 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in ("rope_type", "truncate") and not (value is None or _is_number(value)):
+                raise CheckpointError(
+                    f"rotary scaling of type {self.rope_type}: {entry.name} cannot be {value!r:.60}: it is a number"
+                )
+        if not isinstance(self.truncate, bool):
+            raise CheckpointError(f"rotary scaling: truncate is {self.truncate!r:.60}, expected true or false")
         for name, right in {
             "rope_type": self.rope_type in ROPE_KEYS and self.rope_type != "default",
             "factor": 1 <= self.factor < math.inf,
@@ -111,10 +129,23 @@ class LLaMAConfig:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type is int and not (isinstance(value, int) and value >= 1):
-                raise CheckpointError(f"{entry.name} is {value!r}, expected a positive whole number")
+            if entry.type is int and not (type(value) is int and 1 <= value < _LARGEST):
+                raise CheckpointError(
+                    f"{entry.name} is {value!r:.60}, expected a positive whole number below {_LARGEST}"
+                )
             if entry.type is bool and not isinstance(value, bool):
                 raise CheckpointError(f"{entry.name} is {value!r}, expected true or false")
+        if not (_is_number(self.rms_norm_eps) and 0 <= self.rms_norm_eps < 1):
+            raise CheckpointError(
+                f"rms_norm_eps is {self.rms_norm_eps!r:.60}, expected a number from 0 to 1, such as 1e-6"
+            )
+        if not (_is_number(self.rope_theta) and self.rope_theta > 0):
+            raise CheckpointError(f"rope_theta is {self.rope_theta!r:.60}, expected a number above 0, such as 10000")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for index in ids if isinstance(ids, tuple) else [] if ids is None else [ids]:
+                if type(index) is not int or abs(index) >= _LARGEST:
+                    raise CheckpointError(f"{name} holds {index!r:.60}, expected the id of a token")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -122,7 +153,7 @@ class LLaMAConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}, rotary embedding needs an even number")
-        if self.sliding_window is not None and not (isinstance(self.sliding_window, int) and self.sliding_window >= 1):
+        if self.sliding_window is not None and not (type(self.sliding_window) is int and self.sliding_window >= 1):
             raise CheckpointError(
                 f"sliding_window is {self.sliding_window!r}, expected a positive whole number or none"
             )

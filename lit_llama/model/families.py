@@ -147,6 +147,9 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{name} is {raw[name]!r}, only {allowed[0]!r} is implemented")
     if missing := [name for name in _SHAPE if name not in raw]:
         raise CheckpointError(f"missing {', '.join(missing)}")
+    for name in _SHAPE:
+        if type(raw[name]) is not int or raw[name] < 1:
+            raise CheckpointError(f"{name} is {raw[name]!r:.60}, expected a positive whole number")
     own = {name: raw.get(name, default) for name, default in family.defaults.items()}
     heads, bias, eos = raw["num_attention_heads"], own.get("attention_bias") or False, own["eos_token_id"]
     theta, scaling = _read_rope(raw, own["max_position_embeddings"])
@@ -225,7 +228,12 @@ def _read_rope(raw: Mapping[str, Any], context: int) -> tuple[float, dict[str, A
     scalings = [_read_scaling(name, rope, context) for name, rope in ropes.items()]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise CheckpointError(f"rope_scaling {ropes['rope_scaling']} contradicts rope_parameters")
-    thetas = {source["rope_theta"] for source in (raw, *ropes.values()) if source.get("rope_theta") is not None}
+    thetas = set[float]()
+    for source in (raw, *ropes.values()):
+        if (theta := source.get("rope_theta")) is not None:
+            if isinstance(theta, bool) or not isinstance(theta, int | float):
+                raise CheckpointError(f"rope_theta is {theta!r:.60}, expected a number such as 10000")
+            thetas.add(theta)
     if len(thetas) > 1:
         raise CheckpointError(f"rope_theta is given twice: {' and '.join(map(str, sorted(thetas)))}")
     return float(thetas.pop()) if thetas else 10000.0, scalings[0] if scalings else None

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lit_llama.errors import DataError
 from lit_llama.manifest import check_folder, sha256_file
-from lit_llama.objects import read_object
+from lit_llama.objects import Form, check_form, read_object
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.sharing import beginnings
 
@@ -28,6 +28,16 @@ _WRITTEN = (META_FILE, TEST_FILE, "lost.jsonl", "report.json", "dataset_dict.jso
 _PROSE = (".txt", ".text", ".md")
 _RAW = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx")
 FORMAT = 1
+_COUNTS = {"rows": int, "tokens": int, "trained_tokens": int}
+META_FORM: Form = {
+    "splits": {"*": _COUNTS},
+    "tokenizer": {"path": str, "fingerprint": str, "size": int},
+    "source": {"files": list, "file": str},
+    "key": str,
+    "prompt_style": str,
+    "test_rows_also_in_train": int,
+}
+"""Of meta.json, as far as it is read again."""
 PART = 1 << 20
 """Values of a column that are looked at at once."""
 Ids = npt.NDArray[np.int32]
@@ -56,6 +66,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         )
     check_folder(folder)
     meta = read_object(path, DataError, "prepare the data again")
+    check_form(meta, META_FORM, str(path), DataError)
     if meta.get("format") != FORMAT:
         raise DataError(f"{path}: format is {meta.get('format')}, expected {FORMAT}; prepare the data again")
     return meta
@@ -101,8 +112,9 @@ class Split:
 
         try:
             table = datasets.load_from_disk(str(folder / name)).data
+            table.validate(full=True)  # Arrow believes the offsets of a file
             self._ids, self._labels = _Column(table.column("input_ids")), _Column(table.column("labels"))
-        except (OSError, ValueError, LookupError) as error:  # IndexError: no rows at all
+        except Exception as error:  # whatever the library comes across in damaged files; IndexError: no rows at all
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
         self.lengths = self._ids.lengths
         if not (len(self) or empty) or not np.array_equal(self.lengths, self._labels.lengths):

@@ -18,7 +18,7 @@ from lit_llama.train.inputs import Inputs
 from lit_llama.train.method import Method
 from lit_llama.train.processes import Processes
 from lit_llama.train.schedule import learning_rate
-from lit_llama.train.state import STATES_DIR, check_same, choose_state, find_states, is_whole, read_state, step_of
+from lit_llama.train.state import STATES_DIR, check_same, choose_state, find_states, is_whole, read_record, step_of
 from lit_llama.train.stopping import Best
 
 FREE = (
@@ -132,14 +132,14 @@ class Run:
                     f"{self.method.start_flag} {shlex.quote(str(self.out_dir))} --out_dir ANOTHER"
                 )
             return self.is_finished and self._say_ended(None)
-        record = read_state(state)
+        record = read_record(state)
         check_same(state, record["identity"], identity, [f"--train.{name}" for name in LENGTH])
         before = {name: record["identity"].get(f"--train.{name}", getattr(self.train, name)) for name in LENGTH}
         was = replace(self.train, **before)
         if self.is_finished:  # whether that was the end, its last state says, also where an earlier one is named
             newest = find_states(self.states)[-1]
             with suppress(IntegrityError):
-                record = record if newest == state else read_state(newest)
+                record = record if newest == state else read_record(newest)
             if record["progress"]["step"] == steps or Best.from_state(record["best"]).exhausted(self.train):
                 return self._say_ended(record)
         done = record["progress"]["step"]

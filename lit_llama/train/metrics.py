@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lit_llama.errors import IntegrityError
 from lit_llama.place import full_disk_explained, open_own
 
 METRICS_FILE, TIMING_FILE = "metrics.csv", "timing.csv"
@@ -104,16 +105,23 @@ def rows_of(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """Each column of metrics.csv and timing.csv as pairs of step and value."""
+    """Each column of metrics.csv and timing.csv as pairs of step and value.
+
+    Raises:
+        IntegrityError: A file has other columns, or what is no number in them.
+    """
     series: dict[str, Series] = {name: [] for columns in COLUMNS.values() for name in columns}
     for file_name, columns in COLUMNS.items():
         if not (folder / file_name).exists():
             continue
-        with (folder / file_name).open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                for name in columns if file_name == METRICS_FILE else columns[1:]:
-                    if row[name]:
-                        series[name].append((int(row["step"]), float(row[name])))
+        try:
+            with (folder / file_name).open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    for name in columns if file_name == METRICS_FILE else columns[1:]:
+                        if row[name]:
+                            series[name].append((int(row["step"]), float(row[name])))
+        except (ValueError, LookupError, TypeError, csv.Error) as error:
+            raise IntegrityError(f"{folder / file_name} is not as the run wrote it: {error}; bring it back") from error
     return series
 
 

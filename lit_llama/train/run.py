@@ -60,7 +60,7 @@ from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
     clear,
     find_states,
-    read_state,
+    read_record,
     save_state,
     set_aside,
     step_of,
@@ -158,7 +158,7 @@ def _execute(
         )
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:
-            training.restore(state, read_state(state))
+            training.restore(state, read_record(state))
         processes.check_same("adapter", training.digest())
         if processes.is_first:
             forget(run.out_dir, META_FILE)  # of a result that is made longer; the rest of it stays proven

@@ -15,13 +15,21 @@ from safetensors import SafetensorError
 from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.folder import check_space, publish, sync, write_json
 from lit_llama.manifest import MANIFEST, read_manifest, sha256_file, write_manifest
-from lit_llama.objects import read_object
+from lit_llama.objects import check_form, read_object
 from lit_llama.place import remove_own
 from lit_llama.train.optimizer_state import OPTIMIZER_FILE
 
 STATES_DIR, STATE_FILE = "states", "state.json"
 KEPT = 2
 """States that stay, the newest among them."""
+_FORM: Mapping[str, Any] = {
+    "progress": {"step": int, "trained_tokens": int, "tokens": int, "skipped": int, "losses": list, "begun": bool},
+    "best": {"loss": float, "step": int, "waited": int},
+    "scaler": dict,
+    "identity": dict,
+    "environment": dict,
+}
+"""Of state.json: all of it has to be there but the lowest loss, which may not have been measured."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -98,6 +106,25 @@ def read_state(folder: Path) -> dict[str, Any]:
         if sha256_file(path) != digest:
             raise IntegrityError(f"{path} is damaged: its sha256 is not that in {MANIFEST}")
     return read_object(folder / STATE_FILE, IntegrityError)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `read_state` gives, proven to say all that a run goes on with.
+
+    Raises:
+        IntegrityError: A file is missing or has other bytes, or state.json is of another form.
+    """
+    record = read_state(folder)
+    if missing := [name for name in _FORM if record.get(name) is None]:
+        raise IntegrityError(f"{folder / STATE_FILE} has no {', '.join(missing)}")
+    check_form(record, _FORM, str(folder / STATE_FILE), IntegrityError)
+    for name in ("progress", "best"):
+        if (found := set(record[name])) != _FORM[name].keys():
+            names = ", ".join(_FORM[name])
+            raise IntegrityError(f"{folder / STATE_FILE}: {name} has {', '.join(sorted(found))}, expected {names}")
+        if missing := [key for key, value in record[name].items() if value is None and key != "loss"]:
+            raise IntegrityError(f"{folder / STATE_FILE}: {name} has no {missing[0]}")
+    return record
 
 
 def choose_state(states: list[Path], resume: str | Path, out_dir: Path, command: str) -> Path | None:

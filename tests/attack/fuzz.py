@@ -53,7 +53,7 @@ from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.tokenizer import Tokenizer
 from lit_llama.train.inputs import read_inputs
 from lit_llama.train.report.run_report import write_run_report
-from lit_llama.train.state import read_state
+from lit_llama.train.state import read_record
 
 SECONDS = 20
 """Of the processor, for one case; the slowest take about one."""
@@ -147,6 +147,8 @@ def _run(cases: Sequence[_Case], folder: Path) -> list[tuple[str, str]]:
         os.close(reading)
         try:
             _work(cases, folder, writing)
+        except BaseException:
+            os.write(writing, pickle.dumps(("no case", traceback.format_exc()[-600:])))
         finally:
             os._exit(0)
     os.close(writing)
@@ -200,9 +202,9 @@ def _outcome(case: _Case, folder: Path) -> tuple[str, str]:
 
 
 def judge(error: UserError) -> tuple[str, str]:
-    """Whether a message of ours can be printed as a line, and says something."""
+    """Whether a message of ours says something."""
     line = " ".join(str(error).split())
-    if not line or not line.encode("utf-8", "surrogateescape"):
+    if not line.encode("utf-8", "backslashreplace"):
         return "silence", repr(error)
     return "refused", line
 
@@ -347,7 +349,7 @@ def _journals(world: World, home: Path) -> Iterator[Target]:
     def read(at: Path) -> None:
         (at / MANIFEST).unlink()
         write_manifest(at, {})
-        read_state(at)
+        read_record(at)
 
     yield Target("state", state, ["state.json"], read, 5)
     made = home / "journal"
@@ -470,7 +472,7 @@ def _door(door: str, *words: object) -> None:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             sys.__stderr__ = sys.stderr = _text_file(2)
             os.chdir(ROOT)
-            sys.argv = [door, *(os.fsdecode(str(word).encode("utf-8", "surrogateescape")) for word in words)]
+            sys.argv = [door, *(os.fsdecode(str(word).encode("utf-8", "surrogatepass")) for word in words)]
             runpy.run_path(str(ROOT / door), run_name="__main__")
             status = 0
         except SystemExit as stop:

@@ -11,6 +11,8 @@ from lit_llama.errors import UserError
 GREEDY_BELOW = 1e-5
 """Temperatures below are 0: logits divided by less would overflow, and no other token had a chance anyway."""
 MAX_SEED = (1 << 63) - 1
+MAX_ANSWERS = 65_536
+"""Of a prompt: each is a sequence of its own in the engine."""
 MAX_STOPS, MAX_STOP_LENGTH = 1000, 1000
 
 Overflow = Literal["error", "drop_oldest"]
@@ -83,7 +85,7 @@ class Sampling:
         self._whole("max_new_tokens", "0 (only for a prompt that is scored) or more", 0)
         self._whole("min_new_tokens", f"0 to --max_new_tokens {self.max_new_tokens}", 0, self.max_new_tokens)
         self._whole("seed", f"0 to {MAX_SEED}", 0, MAX_SEED)
-        self._whole("n", "1 or more", 1)
+        self._whole("n", f"1 to {MAX_ANSWERS}", 1, MAX_ANSWERS)
         if self.logprobs is not None:
             self._whole("logprobs", "0 (of the tokens alone) or more", 0)
         for name in ("banned_ids", "stop_ids"):

@@ -12,6 +12,7 @@ from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.lock import reserve
 from lit_llama.place import full_disk_explained, open_own, real
+from lit_llama.progress import stderr
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]
@@ -75,8 +76,18 @@ class RowStore:
             except TypeError:  # a list or an object in place of a number
                 break
             whole += len(line) + 1
+        if whole < len(content) - len(content.rpartition(b"\n")[2]):
+            self._set_aside(content)
         self._file.truncate(whole)
         self._file.seek(whole)
+
+    def _set_aside(self, content: bytes) -> None:
+        """Keep what stood there under another name, and say so: the rows from the damaged one on are made again."""
+        from lit_llama.folder import replace_file
+
+        damaged = self.path.with_name(f"{self.path.name}.damaged")
+        replace_file(damaged, content)
+        stderr().print(f"{self.path} is damaged: set aside as {damaged.name}, what is missing is made again")
 
     def add(self, row: Row) -> None:
         """Append a row; a kill after it does not lose it.

@@ -15,7 +15,7 @@ from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.teacher import Key, Reply
 from lit_llama.lock import claim
-from lit_llama.objects import read_object
+from lit_llama.objects import as_object, read_object
 from lit_llama.place import full_disk_explained
 from lit_llama.progress import stderr
 
@@ -23,6 +23,7 @@ ROWS_FILE, REJECTED_FILE, STATE_FILE = "rows.jsonl", "rejected.jsonl", "state.js
 _ANSWERS_FILE = ".answers.jsonl"
 _SYNC_SECONDS = 2.0
 VERSION = 1
+Line = dict[str, Any]
 
 
 class Journal:
@@ -98,7 +99,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]
     Raises:
         LockedError: Another process is at work there.
         UserError: It holds rows of something else.
-        IntegrityError: Its lines are not those of a run.
+        IntegrityError: Its state.json is damaged.
     """
     with claim(folder), contextlib.ExitStack() as stack:
         state = folder / STATE_FILE
@@ -111,7 +112,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]
                 )
             replace_file(state, encode_json(dict(identity)))
         kept, rejected = _whole(folder / ROWS_FILE, _of_kept), _whole(folder / REJECTED_FILE, _of_rejected)
-        answers = _answers(folder / _ANSWERS_FILE)
+        answers = _whole(folder / _ANSWERS_FILE, _of_answer, ordered=False)
         kept, rejected = _contiguous(folder, kept, rejected)
         decided = len(kept) + len(rejected)
         waiting = [line for line in answers if line["attempt"] >= decided]
@@ -144,11 +145,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _whole(path: Path, needed: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+def _whole(
+    path: Path, needed: Callable[[dict[str, Any]], dict[str, Any]], *, ordered: bool = True
+) -> list[dict[str, Any]]:
     """What is needed of the lines of a file; the beginning of one at its end goes.
 
-    Raises:
-        IntegrityError: A line is none.
+    A file with a damaged line is set aside, and goes on with the lines before it: what stood behind them is made again.
     """
     if not path.exists():
         return []
@@ -159,45 +161,57 @@ def _whole(path: Path, needed: Callable[[dict[str, Any]], dict[str, Any]]) -> li
                 break
             whole += len(line)
             try:
-                found.append(needed(json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise IntegrityError(
-                    f"{path}: line {number} is damaged ({error}): mend or remove it with all below"
-                ) from error
-            except (KeyError, TypeError, AttributeError) as error:
-                raise IntegrityError(f"{path}: line {number} is none of a run; name another folder") from error
+                found.append(needed(as_object(line)))
+                if ordered and len(found) > 1 and _number(found[-2]) >= _number(found[-1]):
+                    last = _number(found.pop())
+                    raise ValueError(f"attempt {last} stands behind {_number(found[-1])}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                _set_aside(path, f"line {number} is none of a run: {error}", path.read_bytes()[: whole - len(line)])
+                return found
     if whole < path.stat().st_size:
         os.truncate(path, whole)
     return found
 
 
+def _set_aside(path: Path, problem: str, whole: bytes = b"") -> None:
+    """Keep a damaged file under another name, with what of it is whole in its place, and say so."""
+    damaged = path.with_name(f"{path.name}.damaged")
+    replace_file(damaged, path.read_bytes())
+    replace_file(path, whole)
+    stderr().print(f"{path} is damaged ({problem}): set aside as {damaged.name}, what is missing is made again")
+
+
 def _of_kept(line: dict[str, Any]) -> dict[str, Any]:
     meta = line["metadata"]
+    _check_counts(meta)
+    if not isinstance(meta["columns"], dict):
+        raise ValueError("columns is no object")
     return {**line, "metadata": {name: meta[name] for name in ("attempt", "tokens", "prompt_tokens", "columns")}}
 
 
 def _of_rejected(line: dict[str, Any]) -> dict[str, Any]:
+    _check_counts(line)
+    if not isinstance(line["filter"], str):
+        raise ValueError("filter is no text")
     return {name: line[name] for name in ("attempt", "filter", "tokens", "prompt_tokens")}
+
+
+def _of_answer(line: dict[str, Any]) -> dict[str, Any]:
+    Reply(**line["reply"])
+    if type(line["attempt"]) is not int or not isinstance(line["column"], str):
+        raise ValueError("it does not say which attempt and column it is for")
+    return line
+
+
+def _check_counts(line: Mapping[str, Any]) -> None:
+    for name in ("attempt", "tokens", "prompt_tokens"):
+        if type(line[name]) is not int or not 0 <= line[name] < 2**63:
+            raise ValueError(f"{name} is {line[name]!r:.40}, expected 0 or more")
 
 
 def _number(line: dict[str, Any]) -> int:
     number: int = line.get("metadata", line)["attempt"]
     return number
-
-
-def _answers(path: Path) -> list[dict[str, Any]]:
-    """Answers that are kept for attempts to come; damaged ones are set aside, as they can be asked for again."""
-    try:
-        found = _whole(path, dict)
-        for line in found:
-            Reply(**line["reply"])
-            hash((line["attempt"] + 0, line["column"]))
-    except (IntegrityError, KeyError, TypeError) as error:
-        damaged = path.with_name(f"{path.name}.damaged")
-        path.replace(damaged)
-        stderr().print(f"{path} is damaged ({error}): set aside as {damaged.name}, its answers are asked for again")
-        return []
-    return found
 
 
 def _contiguous(

@@ -179,12 +179,18 @@ def read_dataset(dataset: Any, name: str, split: str | None = None) -> Iterator[
     """
     name = f"{name}/{split}" if split else name
     try:
-        tables = dataset.with_format("arrow").iter(BATCH)
+        tables = map(_proven, dataset.with_format("arrow").iter(BATCH))
         yield from _rows(tables, dataset.column_names, name)
     except DataError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise DataError(f"{name} cannot be read: {_first_line(error)}; fetch it again") from error
+
+
+def _proven(table: Any) -> Any:
+    """A table whose offsets lie within it: a damaged file may say otherwise, and Arrow believes it."""
+    table.validate(full=True)
+    return table
 
 
 def hash_dataset(dataset: Any) -> str:

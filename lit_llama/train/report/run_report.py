@@ -13,7 +13,8 @@ from lit_llama.errors import IntegrityError
 from lit_llama.folder import encode_json, replace_file
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE
 from lit_llama.model.config import LoRAConfig
-from lit_llama.objects import read_object, read_yaml
+from lit_llama.objects import Form, check_form, read_object, read_yaml
+from lit_llama.text.dataset import META_FORM
 from lit_llama.train.config import FULL, RUN_FILE, TrainConfig
 from lit_llama.train.metrics import Series, read_metrics, smooth
 from lit_llama.train.report.page import render_page
@@ -29,6 +30,18 @@ _DEFAULTS: dict[str, Any] = {"lora": asdict(LoRAConfig()), "train": asdict(Train
 Json = dict[str, Any]
 
 
+_SETTINGS_FORM: Form = {
+    "train": {"batch_size": int, "max_grad_norm": float, "learning_rate": float, "optimizer": str},
+    "lora": dict,
+}
+_META_FORM: Form = {
+    "run": {"door": str, "vocab_size": int, "trainable": int, "device": str, "dtype": str, "torch": str},
+    "base": {"path": str, "fingerprint": str},
+    "data": META_FORM,
+    "steps": int,
+}
+
+
 def write_run_report(folder: Path) -> None:
     """Write report.json and report.html of a run that has begun; each is replaced at once, so it can be looked at.
 
@@ -36,6 +49,8 @@ def write_run_report(folder: Path) -> None:
     """
     settings = read_yaml(folder / RUN_FILE, IntegrityError) if (folder / RUN_FILE).exists() else {}
     meta = read_object(folder / META_FILE, IntegrityError) if (folder / META_FILE).exists() else {}
+    check_form(settings, _SETTINGS_FORM, str(folder / RUN_FILE), IntegrityError)
+    check_form(meta, _META_FORM, str(folder / META_FILE), IntegrityError)
     series = read_metrics(folder)
     report = run_report(folder, settings, meta, series, _read_samples(folder / SAMPLES_FILE))
     replace_file(folder / REPORT_JSON, encode_json(report))

@@ -150,9 +150,26 @@ def test_a_folder_of_something_else(recipe: Make, tmp_path: Path) -> None:
         make_rows(recipe(filters={"rouge": 0.5}), ScriptedTeacher(echo), out, limits=limits)
     with open_journal(out, {}), pytest.raises(LockedError, match="another run is at work"):
         make_rows(recipe(), ScriptedTeacher(echo), out, limits=limits)
-    (out / "rows.jsonl").write_bytes(b"{broken\n")
-    with pytest.raises(IntegrityError, match=r"rows.jsonl: line 1 is damaged"):
+    (out / "state.json").write_bytes(b"{broken\n")
+    with pytest.raises(IntegrityError, match=r"state.json is not JSON.*name another folder"):
         make_rows(recipe(), ScriptedTeacher(echo), out, limits=limits)
+
+
+@pytest.mark.parametrize("file", ["rows.jsonl", "rejected.jsonl"])
+@pytest.mark.parametrize(
+    "damage", [b"{broken", b"[1]", b"{}", b'{"attempt": "x"}', b'{"metadata": {"attempt": -1}}', b"\xff", b"again"]
+)
+def test_damaged_rows_are_set_aside_and_made_again(recipe: Make, tmp_path: Path, file: str, damage: bytes) -> None:
+    """Catches a command that fails for ever over a line, rows that are lost in silence, and rows that come twice."""
+    out, limits = tmp_path / "out", Limits(rows=4)
+    make_rows(recipe(), ScriptedTeacher(echo), out, limits=limits)
+    whole, path = (out / "rows.jsonl").read_bytes(), out / file
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1:2] = lines[:1] if damage == b"again" and lines else [damage + b"\n"]
+    path.write_bytes(b"".join(lines))
+    make_rows(recipe(), ScriptedTeacher(echo), out, limits=limits)
+    assert (out / f"{file}.damaged").read_bytes() == b"".join(lines)
+    assert (out / "rows.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,8 @@ def test_sizes_are_those_of_the_model() -> None:
     joined = [(c.hidden_size, heads + groups, 24), (heads, c.hidden_size, 8)]  # in, out, ranks
     joined += [(c.hidden_size, 2 * c.intermediate_size, 16), (c.intermediate_size, c.hidden_size, 8)]
     room = c.num_hidden_layers * sum(rank * (ins + outs + rank) for ins, outs, rank in joined)  # beside the weights
-    assert build.sizes() == (2 * (weights + room), 2 * layers, 2 * weights, trained, 4 * trained)
+    largest = 2 * c.vocab_size * c.hidden_size
+    assert build.sizes() == (2 * (weights + room), 2 * layers, 2 * weights, trained, 4 * trained, largest)
     assert replace(build, quantize="nf4").sizes().base < 2 * weights
 
 

@@ -18,8 +18,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from lit_llama.console import shown
+from lit_llama.console import as_typed, shown, verbose
 from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.flags import plain
 from lit_llama.habits import answer, explain
 
 
@@ -36,11 +37,13 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     _settle()
+    before = verbose()
     try:
         _guarded(mains)
     except KeyboardInterrupt:  # another one, in the middle of the last words
         os._exit(128 + signal.SIGINT)
     finally:
+        verbose(before)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _leave)  # threads may still be ending
 
@@ -147,6 +150,8 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
 
     words = sys.argv[1:]
     _check_groups(mains, words)
+    door = _door(mains[0])
+    called = as_typed(door)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
         jsonargparse.auto_cli(
@@ -154,6 +159,7 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
             as_positional=False,
             exit_on_error=False,
             allow_abbrev=False,
+            prog=None if called == door else called,  # None is the name of the script
             parser_class=_lenient(jsonargparse.ArgumentParser),
         )
     except jsonargparse.ArgumentError as error:
@@ -172,6 +178,9 @@ def _lenient(parser: type[Any]) -> type[Any]:
                     action.nargs, action.const = "?", True
             words = sys.argv[1:] if args is None else args
             return super().parse_args(_gathered(words, self._actions), *more, **kwargs)
+
+        def format_help(self) -> str:
+            return as_typed(super().format_help())
 
     return Parser
 
@@ -238,22 +247,6 @@ def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
     return [f"{option}={json.dumps([*chain.from_iterable(lists)])}"]
 
 
-_WRONG = re.compile(
-    r'(?s:.*)Parser key "(?P<key>[\w.]+)":\s.*?(?:Given value|Got value): (?P<value>[^\n]*)\Z', re.DOTALL
-)
-
-
-def _plain(message: str) -> str:
-    """What a parameter may be, in one line, where the parser lists what each of its types has against a value."""
-    if not (found := _WRONG.search(message)):
-        return message
-    kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
-    names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
-    spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
-    return f"--{found['key']} is {found['value']}, expected {spelled}" if spelled else message
-
-
-_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}
 _UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '?(?P<key>[-\w.]+)")
 
 
@@ -270,7 +263,7 @@ def _about(message: str, mains: Sequence[Callable[..., Any]], words: Sequence[st
             if key in keys:
                 return explain(door, keys, known, path)
         return explain(door, [key], known, "a --config")
-    return _plain(message)
+    return plain(message)
 
 
 def _door(main: Callable[..., Any]) -> str:
@@ -340,7 +333,7 @@ def _fail(error: object, status: int) -> None:
 
 
 def _say(text: object, status: int) -> None:
-    line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
+    line = re.sub(r"\s*\n\s*", " ", as_typed(str(text)).strip())  # of other programs; blanks may be part of a path
     print(shown(line, sys.stderr), file=sys.stderr)
     sys.exit(status)
 

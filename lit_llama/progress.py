@@ -1,4 +1,7 @@
-"""Talk and progress on stderr, tables on stdout. Texts are literal: brackets in a path are no markup."""
+"""Talk and progress on stderr, tables on stdout. Texts are literal: brackets in a path are no markup.
+
+Talk and progress are silent until a door or a caller asks for them, see `console.verbose`.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lit_llama.console import harmless, unbroken
+from lit_llama.console import as_typed, harmless, is_heard, keep_line, unbroken
 
 T = TypeVar("T")
 
@@ -27,11 +30,26 @@ class _Literal(Console):
     """A console on which no text is markup, and none acts on the terminal."""
 
     def __init__(self, *, stderr: bool, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        quiet = stderr and not is_heard()
+        super().__init__(
+            stderr=stderr,
+            width=width,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
+            quiet=quiet,
+            force_terminal=False if quiet else None,  # so that nothing begins to draw a bar
+        )
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does; into a pipe or a file a text goes byte for byte, on a terminal no word is broken."""
         if len(objects) == 1 and isinstance(text := objects[0], str):
+            text = as_typed(text)
+            if self.stderr:
+                keep_line(text)
+            if self.quiet:
+                return
             if not self.is_terminal:
                 self.file.write(f"{text}\n")
                 self.file.flush()

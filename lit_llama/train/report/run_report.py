@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lit_llama.console import as_typed
 from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.folder import encode_json, replace_file
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE
@@ -77,8 +78,11 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
         "commands": [
-            *_way_on(folder, door, verdict["finished"]),
-            *commands(folder, settings, door, _test_rows(meta) != 0),
+            entry | {"command": as_typed(entry["command"])}
+            for entry in (
+                *_way_on(folder, door, verdict["finished"]),
+                *commands(folder, settings, door, _test_rows(meta) != 0),
+            )
         ],
     }
 

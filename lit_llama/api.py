@@ -5,9 +5,11 @@ handlers of signals, environment. What a user can cause is a `UserError`. Import
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +35,10 @@ _NOT_OF = {"lora": ("dtype",), "full": ("adapter_dir", "lora", "quantize", "stra
 
 @contextmanager
 def _call(verbose: bool | None) -> Iterator[Talk]:
+    """Begin a call: what it says is kept, the process is put back."""
+    with warnings.catch_warnings():  # in a kernel without ipywidgets tqdm warns of that once, for bars nobody asked for
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import_module("tqdm.auto")
     with talking(verbose) as talk, process_kept():
         yield talk
 

@@ -13,7 +13,6 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.device import Precision
-from lit_llama.errors import UserError
 from lit_llama.model.config import GGUFType
 
 
@@ -44,25 +43,19 @@ def main(
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
         verify: Hash every file that is read, however large, before the work; small ones always are.
     """
-    from lit_llama.convert.merge import merge, merge_into_gguf
-    from lit_llama.model.adapter import verify_folders
+    from lit_llama.api import merge
 
-    if verify:
-        verify_folders(adapter_dir, base_dir=base_dir)
-    if format == "gguf":
-        merge_into_gguf(
-            adapter_dir,
-            destination_path,
-            dtype=dtype,
-            precision=precision,
-            onto=onto,
-            base_dir=base_dir,
-            modelfile=modelfile,
-        )
-        return
-    if modelfile:
-        raise UserError("--modelfile is for a model with --format gguf")
-    merge(adapter_dir, destination_path, dtype=dtype, precision=precision, onto=onto, base_dir=base_dir)
+    merge(
+        adapter_dir,
+        destination_path,
+        base_dir=base_dir,
+        format=format,
+        dtype=dtype,
+        precision=precision,
+        onto=onto,
+        modelfile=modelfile,
+        verify=verify,
+    )
 
 
 if __name__ == "__main__":

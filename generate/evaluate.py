@@ -8,7 +8,6 @@ from lit_llama import signals
 
 signals.begin(__name__)
 
-import os
 from pathlib import Path
 
 from lit_llama.cli import CLI
@@ -54,8 +53,7 @@ def main(
         anew: Begin again where the folder holds rows that were made otherwise.
         loading: How all of them are loaded.
     """
-    from lit_llama.generate.evaluate.evaluation import evaluate, gather_tasks, place_of_report
-    from lit_llama.generate.evaluate.judge import make_judge
+    from lit_llama.api import evaluate
     from lit_llama.generate.evaluate.models import open_models
     from lit_llama.generate.evaluate.report.table import print_results, print_rows
     from lit_llama.generate.plan import print_plan
@@ -64,20 +62,22 @@ def main(
         for model in open_models(checkpoint_dir or [], loading):
             print_plan(model.opened.plan(), model.name)
         return
-    found = gather_tasks(data_dir, tasks or [], answers or [], limit)
-    judge = make_judge(judge_url, judge_model, os.environ.get("OPENAI_API_KEY"))
-    evaluation = evaluate(
-        open_models(checkpoint_dir or [], loading),
-        found,
-        sampling.alone(),
-        out_dir or place_of_report(data_dir, tasks or [], answers or []),
+    made = evaluate(
+        checkpoint_dir or [],
+        data_dir,
+        out_dir,
+        tasks=tasks or [],
         answers=answers or [],
-        judge=judge,
         system=system,
+        limit=limit,
+        judge_url=judge_url,
+        judge_model=judge_model,
         anew=anew,
+        sampling=sampling.alone(),
+        loading=loading,
     )
-    print_results(evaluation.results)
-    print_rows(evaluation.tasks, evaluation.models, show)
+    print_results(made.results)
+    print_rows(made.evaluation.tasks, made.evaluation.models, show)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,14 @@
 What a notebook needs, imported only when it is named:
 
     import lit_llama
-    llm = lit_llama.load(Path("out/lora/demo"))             # model, tokenizer and prompt style of a folder
+    data = lit_llama.prepare("rows.jsonl", "data/mine", "checkpoints/NAME")    # raw rows -> a data folder
+    run = lit_llama.finetune("checkpoints/NAME", data, "out/lora/mine")        # -> an adapter folder, with its losses
+    with lit_llama.load(run) as llm:                                           # model, tokenizer and prompt style
+        print(llm.generate("What food do llamas eat?"))
+
+`merge`, `convert`, `download`, `evaluate` and `generate_rows` are there as well; docs/python.md shows all of them. They
+are silent: `lit_llama.verbose()` has them say what they do. Underneath, token ids and logits:
+
     model = lit_llama.load_model(Path("checkpoints/NAME"))      # token ids (T,) -> logits (T, V)
     tokenizer = lit_llama.Tokenizer.from_path(Path("checkpoints/NAME"))
 """
@@ -12,44 +19,69 @@ TYPE_CHECKING = False  # a type checker takes it for True; typing itself takes a
 if TYPE_CHECKING:
     from typing import Any
 
+    from lit_llama.api import convert, download, evaluate, finetune, generate_rows, load, merge, prepare
+    from lit_llama.console import verbose
+    from lit_llama.errors import UserError
     from lit_llama.generate.engine.request import Sampling
-    from lit_llama.generate.llm import LLM, load
+    from lit_llama.generate.llm import LLM
     from lit_llama.model.checkpoint import load_model
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
     from lit_llama.model.llama import LLaMA
     from lit_llama.model.lora import apply_lora
+    from lit_llama.text.config import PrepareConfig
     from lit_llama.text.tokenizer import Tokenizer
+    from lit_llama.train.config import RunConfig, TrainConfig
 
 __all__ = [
     "LLM",
     "LLaMA",
     "LLaMAConfig",
     "LoRAConfig",
+    "PrepareConfig",
+    "RunConfig",
     "Sampling",
     "Tokenizer",
+    "TrainConfig",
+    "UserError",
     "apply_lora",
+    "convert",
+    "download",
+    "evaluate",
+    "finetune",
+    "generate_rows",
     "load",
     "load_model",
+    "merge",
+    "prepare",
+    "verbose",
 ]
 
-_HOMES = {
+_FACE = ("download", "evaluate", "finetune", "generate_rows", "load", "merge", "prepare")
+_HOMES = dict.fromkeys(_FACE, "api") | {
     "LLaMA": "model.llama",
     "LLaMAConfig": "model.config",
     "LoRAConfig": "model.config",
+    "PrepareConfig": "text.config",
+    "RunConfig": "train.config",
     "Sampling": "generate.engine.request",
     "LLM": "generate.llm",
     "Tokenizer": "text.tokenizer",
+    "TrainConfig": "train.config",
+    "UserError": "errors",
     "apply_lora": "model.lora",
-    "load": "generate.llm",
     "load_model": "model.checkpoint",
+    "verbose": "console",
 }
 
 
 def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
+    if name == "convert":  # also a package, which would come in the way of the function; so it is one itself
+        return import_module("lit_llama.convert")
     if name in _HOMES:
-        return getattr(import_module(f"lit_llama.{_HOMES[name]}"), name)
+        globals()[name] = found = getattr(import_module(f"lit_llama.{_HOMES[name]}"), name)
+        return found
     raise AttributeError(f"module 'lit_llama' has no attribute {name!r}")
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, get_args, get_origin
 
 from lit_llama import signals
-from lit_llama.console import guarded, shown
+from lit_llama.console import as_typed, guarded, shown, verbose
 from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.flags import plain
 from lit_llama.habits import answer, explain
 from lit_llama.memory import amount, check_addresses, ran_out, remedy, wanted
 from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
@@ -40,6 +41,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ["RUST_BACKTRACE"] = "0"  # of an allocation that fails, it allocates more, and waits for itself for ever
+    before = verbose()
     try:
         try:
             signals.unwind()
@@ -49,6 +51,8 @@ def CLI(*mains: Callable[..., Any]) -> None:
             signals.leave()  # threads may still be ending
     except KeyboardInterrupt:  # another one, in the middle of the last words
         os._exit(128 + signal.SIGINT)
+    finally:
+        verbose(before)
 
 
 def _ended(mains: Sequence[Callable[..., Any]]) -> None:
@@ -161,6 +165,8 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
         check_addresses()
     _bound_yaml()
     _check_groups(mains, words)
+    door = _door(mains[0])
+    called = as_typed(door)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
         jsonargparse.auto_cli(
@@ -168,6 +174,7 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
             as_positional=False,
             exit_on_error=False,
             allow_abbrev=False,
+            prog=None if called == door else called,  # None is the name of the script
             parser_class=_lenient(jsonargparse.ArgumentParser),
         )
     except jsonargparse.ArgumentError as error:
@@ -203,6 +210,9 @@ def _lenient(parser: type[Any]) -> type[Any]:
                 return super().parse_args(_gathered(words, self._actions), *more, **kwargs)
             except OverflowError as error:
                 raise UserError(f"a value is beyond all numbers that are computed with: {error}") from error
+
+        def format_help(self) -> str:
+            return as_typed(super().format_help())
 
     return Parser
 
@@ -269,22 +279,6 @@ def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
     return [f"{option}={json.dumps([*chain.from_iterable(lists)])}"]
 
 
-_WRONG = re.compile(
-    r'(?s:.*)Parser key "(?P<key>[\w.]+)":\s.*?(?:Given value|Got value): (?P<value>[^\n]*)\Z', re.DOTALL
-)
-
-
-def _plain(message: str) -> str:
-    """What a parameter may be, in one line, where the parser lists what each of its types has against a value."""
-    if not (found := _WRONG.search(message)):
-        return message
-    kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
-    names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
-    spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
-    return f"--{found['key']} is {found['value']}, expected {spelled}" if spelled else message
-
-
-_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}
 _UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '?(?P<key>[-\w.]+)")
 
 
@@ -301,7 +295,7 @@ def _about(message: str, mains: Sequence[Callable[..., Any]], words: Sequence[st
             if key in keys:
                 return explain(door, keys, known, path)
         return explain(door, [key], known, "a --config")
-    return _plain(message)
+    return plain(message)
 
 
 def _door(main: Callable[..., Any]) -> str:
@@ -413,7 +407,7 @@ _LONGEST = 4000
 
 
 def _say(text: object, status: int) -> None:
-    line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
+    line = re.sub(r"\s*\n\s*", " ", as_typed(str(text)).strip())  # of other programs; blanks may be part of a path
     if len(line) > _LONGEST:  # a value may have any length
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(shown(line, sys.stderr), file=sys.stderr)

@@ -10,11 +10,14 @@ and between Arabic letters, as RFC 5892 allows them in names. There they change 
 text that nobody sees, and are spelled, as is a second variation selector.
 """
 
+import contextlib
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
 _PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
@@ -211,3 +214,79 @@ class Results:
         if isinstance(self._stream, Guarded):
             self._stream.finish()
             self._stream.flush()
+
+
+# ---- whether anything is said, and how commands are called
+
+
+@dataclass
+class Talk:
+    """What one call says on its way.
+
+    Attributes:
+        aloud: Whether it goes to stderr as well; None where `verbose` decides.
+        lines: Lines so far.
+    """
+
+    aloud: bool | None = None
+    lines: list[str] = field(default_factory=list)
+
+
+_talk: ContextVar[Talk | None] = ContextVar("talk", default=None)
+_process = {"verbose": False, "command": False}
+
+
+def verbose(on: bool = True) -> bool:
+    """Have everything in this process say on stderr what it does; a library is silent until then.
+
+    Args:
+        on: False for silence again.
+
+    Returns:
+        Whether it was so before.
+    """
+    before, _process["verbose"] = _process["verbose"], on
+    return before
+
+
+def is_heard() -> bool:
+    """Whether what is said, and progress, goes to stderr."""
+    talk = _talk.get()
+    return _process["verbose"] if talk is None or talk.aloud is None else talk.aloud
+
+
+def keep_line(text: str) -> None:
+    """Note a line for whoever has begun `talking`, heard or not."""
+    if (talk := _talk.get()) is not None:
+        talk.lines.append(text)
+
+
+@contextlib.contextmanager
+def talking(aloud: bool | None = None) -> Iterator[Talk]:
+    """Gather what is said inside, in this thread.
+
+    Args:
+        aloud: Whether it goes to stderr as well; None leaves that to `verbose`, and to a call around this one.
+    """
+    outer = _talk.get()
+    talk = Talk(outer.aloud if aloud is None and outer else aloud)
+    token = _talk.set(talk)
+    try:
+        yield talk
+    finally:
+        _talk.reset(token)
+        if outer is not None:
+            outer.lines += talk.lines
+
+
+def call_as_command() -> None:
+    """Name other commands as `lit-llama prepare records` from here on, in place of scripts."""
+    _process["command"] = True
+
+
+def as_typed(text: str) -> str:
+    """A text in which scripts of this project are named as the user has called this one."""
+    return _SCRIPT.sub(r"lit-llama \1 \2", text) if _process["command"] else text
+
+
+_SCRIPT = re.compile(r"(?<![\w./-])(?:python )?(prepare|finetune|generate)/([a-z]+)\.py\b")

@@ -7,7 +7,8 @@ import os
 import random
 import re
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -175,6 +176,21 @@ def seed_everything(seed: int) -> None:
 
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def process_kept() -> Iterator[None]:
+    """Put back, at the end, the generators of random numbers and the number of threads, which belong to the caller."""
+    import torch
+
+    python, threads = random.getstate(), torch.get_num_threads()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        torch.set_num_threads(threads)
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:

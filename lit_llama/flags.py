@@ -79,3 +79,21 @@ def entries(kind: type) -> dict[str, str]:
     """What the docstring of a configuration says of each field, in a line."""
     found = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(kind) or "")
     return {name: " ".join(text.split()) for name, text in found}
+
+
+_WRONG = re.compile(
+    r'(?s:.*)Parser key "(?P<key>[\w.]+)":\s.*?(?:Given value|Got value): (?P<value>[^\n]*)\Z', re.DOTALL
+)
+
+
+def plain(message: str) -> str:
+    """What a parameter may be, in one line, where the parser lists what each of its types has against a value."""
+    if not (found := _WRONG.search(message)):
+        return message
+    kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
+    names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
+    spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
+    return f"--{found['key']} is {found['value']}, expected {spelled}" if spelled else message
+
+
+_KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}

@@ -1,4 +1,7 @@
-"""Talk and progress on stderr, tables on stdout. Texts are literal: brackets in a path are no markup."""
+"""Talk and progress on stderr, tables on stdout. Texts are literal: brackets in a path are no markup.
+
+Talk and progress are silent until a door or a caller asks for them, see `console.verbose`.
+"""
 
 import contextlib
 import sys
@@ -23,7 +26,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from lit_llama.console import guarded, harmless, own, unbroken
+from lit_llama.console import as_typed, guarded, harmless, is_heard, keep_line, own, unbroken
 
 T = TypeVar("T")
 
@@ -62,11 +65,20 @@ class _Literal(Screen):
     """A console for lines, which wrap as the terminal does."""
 
     def __init__(self, *, stderr: bool, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, soft_wrap=True)
+        quiet = stderr and not is_heard()
+        # Without a terminal nothing begins to draw a bar.
+        super().__init__(
+            stderr=stderr, width=width, soft_wrap=True, quiet=quiet, force_terminal=False if quiet else None
+        )
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does; into a pipe or a file a text goes byte for byte, on a terminal no word is broken."""
         if len(objects) == 1 and isinstance(text := objects[0], str):
+            text = as_typed(text)
+            if self.stderr:
+                keep_line(text)
+            if self.quiet:
+                return
             if not self.is_terminal:
                 self.file.write(f"{text}\n")
                 self.file.flush()

@@ -55,26 +55,21 @@ def main(
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
         verify: Hash every file that is read, however large, before the work; small ones always are.
     """
-    from lit_llama.convert import convert, convert_adapter
-    from lit_llama.model.adapter import verify_folders
-    from lit_llama.model.weights import parse_size
+    from lit_llama.api import convert
 
-    if verify:
-        verify_folders(source if source.is_dir() else None, base_dir if format == "hf" else None, base_dir=base_dir)
-    if base_dir is not None and format == "hf":
-        convert_adapter(source, base_dir, destination_path, lora_alpha)
-        return
     convert(
         source,
         destination_path,
-        layout=format,
+        format=format,
         dtype=dtype,
-        max_shard_size=parse_size(max_shard_size),
+        max_shard_size=max_shard_size,
         num_shards=num_shards,
-        rms_norm_eps=rms_norm_eps,
         resize_vocab=resize_vocab,
+        rms_norm_eps=rms_norm_eps,
         base_dir=base_dir,
+        lora_alpha=lora_alpha,
         modelfile=modelfile,
+        verify=verify,
     )
 
 

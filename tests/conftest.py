@@ -19,6 +19,7 @@ import pytest
 import torch
 from fake_hub import CHUNK, REPO, FakeHub
 
+from lit_llama.console import verbose
 from lit_llama.folder import write_json
 from lit_llama.model.adapter import save_adapter
 from lit_llama.model.checkpoint import fingerprint, load_model
@@ -37,6 +38,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; what th
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+verbose()  # tests read what is said
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHATML = (

@@ -1,8 +1,13 @@
-"""Foreign weights -> the Hugging Face layout, and back."""
+"""Foreign weights -> the Hugging Face layout, and back.
 
+The package can be called: `lit_llama.convert` is also the name of a function, that of `lit_llama.api`.
+"""
+
+import sys
 import time
 from pathlib import Path
-from typing import Literal, get_args
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
@@ -268,3 +273,15 @@ def _open_layout(folder: Path, rms_norm_eps: float | None) -> Source | None:
     if meta.has_shards(folder / "original"):
         return meta.open_meta(folder)
     return None
+
+
+class _Callable(ModuleType):
+    """Module that is a function as well."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        from lit_llama.api import convert as face
+
+        return face(*arguments, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable

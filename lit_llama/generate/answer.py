@@ -194,7 +194,11 @@ def _kept(row: Row) -> list[Answer]:
 
 
 def answer_requests(
-    llm: LLM, requests: Sequence[Request], done: Callable[[int, list[Answer]], object] = lambda *_: None
+    llm: LLM,
+    requests: Sequence[Request],
+    done: Callable[[int, list[Answer]], object] = lambda *_: None,
+    *,
+    opening: str | None = None,
 ) -> list[list[Answer]]:
     """Answer requests, all at once: of each its `n` answers.
 
@@ -202,6 +206,7 @@ def answer_requests(
         llm: Who is asked.
         requests: Made by `LLM.request`.
         done: Called with the number of a request and its answers, when it is answered.
+        opening: Text that is left out where answers begin with it; None for that of the style.
 
     Returns:
         One that failed has its error, and the others go on.
@@ -209,7 +214,8 @@ def answer_requests(
     engine, waiting = llm.engine, deque(range(len(requests)))
     made: dict[int, list[Answer]] = {}
     tickets: dict[int, Ticket] = {}  # of those in the engine, which are few: each step looks at all of them
-    texts = [[llm.text_behind(r.ids, r.sampling, llm.opening) for _ in range(r.sampling.n)] for r in requests]
+    unseen = llm.opening if opening is None else opening
+    texts = [[llm.text_behind(r.ids, r.sampling, unseen) for _ in range(r.sampling.n)] for r in requests]
     parts: list[list[list[str]]] = [[[] for _ in own] for own in texts]
     try:
         while tickets or waiting:

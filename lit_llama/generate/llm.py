@@ -1,11 +1,11 @@
 """A checkpoint folder or an adapter folder -> everything needed to talk to it; the folder says which it is."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args, overload
 
 import torch
 
@@ -29,6 +29,7 @@ from lit_llama.generate.plan import (
     remedy,
     shortfall,
 )
+from lit_llama.generate.text_model import Messages, TextModel, TextStream
 from lit_llama.manifest import check_folder
 from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on, verify_folders
@@ -49,7 +50,7 @@ from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLM:
+class LLM(TextModel):
     """An engine with its tokenizer, its prompt style, and the ids that end its answers.
 
     Attributes:
@@ -59,6 +60,8 @@ class LLM:
         opening: Text of the style that answers begin with and that is not shown.
         model: What the engine runs, where its weights were not packed.
         adapter: Name of the adapter that answers, where the engine has several models; None for its own.
+        defaults: How its publisher samples it, where a call does not say.
+        remarks: What people should know of it, such as that it is larger than the memory.
     """
 
     engine: Engine
@@ -70,6 +73,8 @@ class LLM:
     opening: str = ""
     model: LLaMA | None = None
     adapter: str | None = None
+    defaults: FolderSampling = field(default_factory=FolderSampling)
+    remarks: tuple[str, ...] = ()
 
     def request(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Request:
         """A request of the engine for a prompt, which ends at what ends a text here.
@@ -118,19 +123,38 @@ class LLM:
         """
         return Constraint.of(lambda: self.token_table, **form)
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> "Stream":
-        """Continue one prompt, once; gives new ids and the text that became certain with them.
+    @overload
+    def stream(self, prompt: str | Messages, sampling: Sampling | None = None, **more: Any) -> TextStream: ...
+
+    @overload
+    def stream(self, prompt: Sequence[int], sampling: Sampling, *, opening: str = "", **more: Any) -> Stream: ...
+
+    def stream(
+        self,
+        prompt: str | Messages | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        opening: str = "",
+        **more: Any,
+    ) -> Stream | TextStream:
+        """Answer one prompt, once, as it is made.
 
         Args:
-            prompt: Ids.
-            sampling: How tokens are drawn, and where the text ends.
-            opening: Text that is left out at the beginning.
-            more: Of the Request, such as its number.
+            prompt: An instruction or messages, as for `generate` and `chat`, which give pieces of text; or ids to be
+                continued, which give new ids and the text that became certain with them.
+            sampling: How tokens are drawn, and where the text ends; needed for ids.
+            opening: Of ids, text that is left out at the beginning.
+            more: Of a text, as for `generate`; of ids, fields of the Request, such as its number.
         """
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+            return self.stream_text(cast("str | Messages", prompt), sampling, **more)
+        if sampling is None:
+            raise UserError("a prompt of ids needs a Sampling beside it")
+        prompt = cast("Sequence[int]", prompt)
         request = self.request(prompt, replace(sampling, n=1), **more)
         return Stream(self.engine.stream(request), self.text_behind(prompt, sampling, opening))
 
-    def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> "Stream":
+    def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Stream:
         """As `stream`, for a prompt in the folder's style: the text is the answer without its opening."""
         return self.stream(prompt, sampling, opening=self.opening, **more)
 
@@ -227,18 +251,20 @@ class Opened:
         what = f"{self.folder} on {self.base}" if self.adapted else str(self.folder)
         stderr().print(f"{what}: {numbers(plan)} on {plan.device}, loaded in {time.perf_counter() - start:.1f} s")
         if plan.offloaded:
-            stderr().print(f"{shortfall(plan)}; {offloading(plan)}; {remedy(plan)}")
+            remarks.insert(0, f"{shortfall(plan)}; {offloading(plan)}; {remedy(plan)}")
         elif not plan.fits:
-            stderr().print(f"warning: {shortfall(plan)}; {remedy(plan)}")
-        for remark in (*remarks, *self.remarks):
+            remarks.insert(0, f"warning: {shortfall(plan)}; {remedy(plan)}")
+        remarks += self.remarks
+        for remark in remarks:
             stderr().print(remark)
         if draft is not None:
             speculate(llm.engine, draft.load().engine, draft.tokenizer.size, plan.max_sequences)
-        return llm
+        return replace(llm, defaults=self.sampling, remarks=tuple(remarks))
 
     def on(self, llm: LLM, adapter: str | None) -> LLM:
         """An LLM of the same engine that is asked and ends as this folder says, with an adapter that the engine has."""
-        return replace(llm, adapter=adapter, **_texts(self.tokenizer, self.style, self.ends))
+        own: dict[str, Any] = {"defaults": self.sampling, "remarks": self.remarks}
+        return replace(llm, adapter=adapter, **own, **_texts(self.tokenizer, self.style, self.ends))
 
     def _model(self, plan: GenerationPlan) -> tuple[LLaMA, list[str]]:
         """The model as a plan has it, its adapter on it, and what people should know of the files."""

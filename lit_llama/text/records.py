@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lit_llama.console import as_typed
 from lit_llama.errors import UserError
 from lit_llama.lock import reserve
 from lit_llama.manifest import check_folder, is_intact, sha256_file
@@ -166,11 +167,11 @@ def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
 def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
     """What to do with the folder."""
     data, base = (shlex.quote(str(path)) for path in (destination, tokenizer_path))
-    show = f"python prepare/show.py --data_dir {data}"
-    if not tokenizer_path.is_dir():
-        return [show]
-    out = shlex.quote(f"out/lora/{destination.name}")
-    return [show, f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}"]
+    commands = [f"python prepare/show.py --data_dir {data}"]
+    if tokenizer_path.is_dir():
+        out = shlex.quote(f"out/lora/{destination.name}")
+        commands.append(f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}")
+    return [as_typed(command) for command in commands]
 
 
 def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:

@@ -10,13 +10,11 @@ CURVE_FILE = "loss.png"
 
 def draw_curve(folder: Path) -> Path:
     """Draw training and test loss over the steps into loss.png."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # and not pyplot, whose backend is a notebook's own matter
 
     series = read_metrics(folder)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*series["loss"], strict=True), color="#9db8d9", linewidth=1, label="train, each step")
     axes.plot(*zip(*smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
     if series["test_loss"]:  # not where the data has no test split
@@ -30,5 +28,4 @@ def draw_curve(folder: Path) -> Path:
     path = folder / CURVE_FILE
     with aside(path) as part:
         figure.savefig(part, dpi=150, format="png")
-    pyplot.close(figure)
     return path

@@ -26,14 +26,31 @@ from lit_llama.train.shards import spread
 
 
 def print_plan(method: Method, run: RunConfig) -> None:
-    """Print the plan of a run on stdout; of the checkpoint only config.json is read.
+    """Print the plan of a run on stdout.
+
+    Raises:
+        ResourceError: It does not fit.
+        UserError: As `plan_run`.
+    """
+    plan, remarks = plan_run(method, run)
+    console = stdout()
+    if not console.is_terminal:  # a file has no edge
+        console.width = 160
+    console.print(table(plan), soft_wrap=False)
+    for remark in remarks:
+        stderr().print(remark)
+    if not plan.fits:
+        raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
+
+
+def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
+    """The plan of a run, and remarks on how it is fitted to its data; of the checkpoint only config.json is read.
 
     Args:
         method: What trains.
         run: Its settings; with those of a plan it is one for a GPU that is not here.
 
     Raises:
-        ResourceError: It does not fit.
         UserError: Devices or a strategy that cannot be.
     """
     here, machines = layout(run.devices, run.num_nodes)
@@ -55,15 +72,7 @@ def print_plan(method: Method, run: RunConfig) -> None:
     processes = Processes(size=here * machines, here=here)
     plan = make_plan(method, replace(run, train=train), config, splits, memory=memory, processes=processes)
     del tokenizer
-    plan = spread(plan, run.strategy)
-    console = stdout()
-    if not console.is_terminal:  # a file has no edge
-        console.width = 160
-    console.print(table(plan), soft_wrap=False)
-    for remark in remarks:
-        stderr().print(remark)
-    if not plan.fits:
-        raise ResourceError(f"{does_not_fit(plan)}; {advice(plan)}")
+    return spread(plan, run.strategy), list(remarks)
 
 
 def table(plan: Plan) -> Table:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lit_llama.console import is_heard
 from lit_llama.device import (
     Numerics,
     cores,
@@ -21,6 +22,7 @@ from lit_llama.device import (
     keep_few_products,
     keep_freed_memory,
     pick_device,
+    process_kept,
     return_freed_memory,
     seed_everything,
     trim_freed_memory,
@@ -71,8 +73,8 @@ BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
 
 
-def finetune(method: Method, config: RunConfig) -> None:
-    """Train and write the folder of the result.
+def finetune(method: Method, config: RunConfig, *, owns_process: bool = False) -> Plan:
+    """Train and write the folder of the result; generators and threads of the process are put back at the end.
 
     run.yaml, meta.json, metrics.csv, the report and states/ grow during the run; the folder is a result once the
     method's marker is there, at the end.
@@ -80,6 +82,10 @@ def finetune(method: Method, config: RunConfig) -> None:
     Args:
         method: Which weights train, and how they are written.
         config: The run; more than one process only where `launch` has started them.
+        owns_process: Tune the allocators of the process for the run, for good, as a command does.
+
+    Returns:
+        What the run was planned to need.
 
     Raises:
         UserError: Settings, checkpoint, data or states that do not fit each other.
@@ -93,11 +99,11 @@ def finetune(method: Method, config: RunConfig) -> None:
     with join(config.devices, config.num_nodes) as processes:
         run = Run(method, config, config.settings(method.own), processes)
         processes.first(run.check_out_dir)
-        with claim(config.out_dir) if processes.is_first else nullcontext():
-            _run(run, start)
+        with process_kept(), claim(config.out_dir) if processes.is_first else nullcontext():
+            return _run(run, start, owns_process)
 
 
-def _run(run: Run, start: float) -> None:
+def _run(run: Run, start: float, owns_process: bool) -> Plan:
     """Read and check everything, then train."""
     if run.processes.is_first:
         clear(run.states)
@@ -116,13 +122,20 @@ def _run(run: Run, start: float) -> None:
     run = run.with_train(plan.train)  # with what the plan has made of auto
     run.processes.check_same("checkpoint, data or setting", identity)
     if run.processes.first(lambda: run.has_ended(state, identity, len(inputs.train))):
-        return
+        return plan
     with explained(plan):
-        _execute(run, inputs, identity, plan, state, start)
+        _execute(run, inputs, identity, plan, state, start, owns_process)
+    return plan
 
 
 def _execute(
-    run: Run, inputs: Inputs, identity: Mapping[str, Any], plan: Plan, state: Path | None, start: float
+    run: Run,
+    inputs: Inputs,
+    identity: Mapping[str, Any],
+    plan: Plan,
+    state: Path | None,
+    start: float,
+    owns_process: bool,
 ) -> None:
     """Build, train and publish."""
     numerics, device, processes = plan.numerics, plan.numerics.device, run.processes
@@ -131,8 +144,9 @@ def _execute(
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
     if processes.is_first:  # for a state, and for the result beside it
         check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
-    return_freed_memory()  # what is read for a moment is not there beside the next
-    keep_few_products()
+    if owns_process:
+        return_freed_memory()  # what is read for a moment is not there beside the next
+        keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
     seed_everything(run.config.seed)
     loaded = "cpu" if processes.sharded else device
@@ -146,7 +160,7 @@ def _execute(
     if processes.sharded:
         shard(model, device, processes.size)
     trim_freed_memory()
-    if plan.roomy:
+    if owns_process and plan.roomy:
         keep_freed_memory()
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
@@ -227,7 +241,7 @@ class _Training:
             Interrupted: A signal came first.
         """
         try:
-            with Interrupt(quiet=not self.run.processes.is_first) as interrupt:
+            with Interrupt(quiet=not (self.run.processes.is_first and is_heard())) as interrupt:
                 fit(self.trainer, self.log, self.save, interrupt)
         except KeyboardInterrupt:
             states = find_states(self.run.states)

@@ -1,4 +1,4 @@
-"""What every script in finetune/ does: plan the run, or start its processes and be one of them."""
+"""Beginning of a run: what it starts from, then its plan, or its processes and this one among them."""
 
 import shlex
 from dataclasses import replace
@@ -16,6 +16,29 @@ from lit_llama.train.warm_start import find_base, read_start, remark_on_style
 def start(method: Method, config: RunConfig) -> None:
     """Print the plan where one is asked for, else train; see `print_plan`, `launch` and `finetune`.
 
+    A command's own: it may start itself again for each device, and the process is tuned for the run.
+
+    Args:
+        method: What trains; without a start of its own.
+        config: The run; without a base where an adapter names it.
+
+    Raises:
+        UserError: As `begin`.
+    """
+    method, config = begin(method, config)
+    if config.only_planned:
+        from lit_llama.train.plan_table import print_plan
+
+        return print_plan(method, config)
+    launch(config.devices, config.num_nodes)
+    from lit_llama.train.run import finetune
+
+    finetune(method, config, owns_process=True)
+
+
+def begin(method: Method, config: RunConfig) -> tuple[Method, RunConfig]:
+    """Complete a method and a run by the adapter that they go on with, where there is one.
+
     Args:
         method: What trains; without a start of its own.
         config: The run; without a base where an adapter names it.
@@ -29,15 +52,8 @@ def start(method: Method, config: RunConfig) -> None:
     if base is not None:
         _check_base(base, method)
     if adapter is not None:
-        method, config = _begin_with(adapter, method, config)
-    if config.only_planned:
-        from lit_llama.train.plan_table import print_plan
-
-        return print_plan(method, config)
-    launch(config.devices, config.num_nodes)
-    from lit_llama.train.run import finetune
-
-    finetune(method, config)
+        return _begin_with(adapter, method, config)
+    return method, config
 
 
 def _check_base(folder: Path, method: Method) -> None:

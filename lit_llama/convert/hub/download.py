@@ -7,11 +7,14 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
+from huggingface_hub.utils.tqdm import tqdm
 
+from lit_llama.console import is_heard
 from lit_llama.convert.gguf.parts import model_name
 from lit_llama.convert.hub.repository import Choice, File, Repo, choose, explained, read_parts, read_repo
 from lit_llama.convert.native import open_folder
@@ -160,6 +163,7 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
                 headers=headers,
                 expected_size=file.size,
                 displayed_filename=file.name,
+                tqdm_class=None if is_heard() else _NoBar,
             )
     except ValueError as error:
         if isinstance(error, UserError):
@@ -180,6 +184,13 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
         if part.is_file() and not part.stat().st_size and file.size:
             part.unlink()
     return _verify(part, file, repo)
+
+
+class _NoBar(tqdm):
+    """The bar of a library that is silent."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
 
 
 def _verify(path: Path, file: File, repo: Repo) -> str:

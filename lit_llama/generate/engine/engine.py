@@ -137,7 +137,7 @@ class Engine:
     def abort(self, ticket: Ticket, answer: int | None = None) -> None:
         """End a request, or one of its answers, whatever its state; what goes on ends with the reason `abort`."""
         with self._lock:
-            for own in ticket.answers if answer is None else [ticket.answers[answer]]:
+            for own in () if self.closed else ticket.answers if answer is None else [ticket.answers[answer]]:
                 if own.sequence in self._answers.live:
                     self._answers.end(own, (), (), "abort")
 
@@ -179,8 +179,16 @@ class Engine:
     def close(self) -> None:
         """Abort everything and take nothing in any more."""
         with self._lock:
-            self.abort_all()
+            if not self.closed:
+                self.abort_all()
             self.closed = True
+
+    def release(self) -> None:
+        """Close, and let go of model and cache, whose memory is free as soon as nobody else holds them."""
+        with self._lock:
+            self.close()
+            for held in ("runner", "_answers", "_drawing", "_scheduler"):
+                self.__dict__.pop(held, None)
 
     # ---- adapters
 
@@ -226,7 +234,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to compute."""
-        return self._scheduler.busy
+        return not self.closed and self._scheduler.busy
 
     def step(self, *, streamed: bool = False) -> None:
         """Compute one step; what comes of it is put into the tickets. Does nothing if no request is there.
@@ -236,6 +244,8 @@ class Engine:
                 `EngineConfig.prompt_tokens`.
         """
         with self._lock, torch.inference_mode():
+            if self.closed:
+                return
             plan = self._scheduler.plan(self._prompt_tokens if streamed else self.config.prompt_tokens)
             if not plan.parts:
                 return

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_llama.console import is_heard
 from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.text.read.files import ENDINGS, most_unpacked, plain_suffix
 from lit_llama.text.read.parquet import BATCH, batches, check_parquet, open_parquet
@@ -136,6 +137,19 @@ def is_hub_id(source: str) -> bool:
     return bool(_REPO.fullmatch(source))
 
 
+@contextlib.contextmanager
+def _bars(datasets: Any) -> Iterator[None]:
+    """Bars of the datasets library, only where anybody hears what goes on."""
+    silenced = not is_heard() and not datasets.are_progress_bars_disabled()
+    if silenced:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silenced:
+            datasets.enable_progress_bars()
+
+
 def open_hub(source: str) -> Mapping[str | None, Any]:
     """Splits of a data set of the Hub, downloaded or from the cache.
 
@@ -150,7 +164,8 @@ def open_hub(source: str) -> Mapping[str | None, Any]:
     address, _, split = source.partition("#")
     repo, _, configuration = address.partition(":")
     try:
-        loaded = datasets.load_dataset(repo, configuration or None, split=split or None)
+        with _bars(datasets):
+            loaded = datasets.load_dataset(repo, configuration or None, split=split or None)
     except DatasetNotFoundError as error:
         raise UserError(
             f"{source} is neither a file or folder here (working folder: {Path.cwd()}) nor a data set of the Hub that "

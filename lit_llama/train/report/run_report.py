@@ -8,6 +8,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from lit_llama.console import as_typed
 from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.errors import IntegrityError
 from lit_llama.folder import encode_json, replace_file
@@ -92,8 +93,11 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
         "commands": [
-            *_way_on(folder, door, verdict["finished"]),
-            *commands(folder, settings, door, _test_rows(meta) != 0),
+            entry | {"command": as_typed(entry["command"])}
+            for entry in (
+                *_way_on(folder, door, verdict["finished"]),
+                *commands(folder, settings, door, _test_rows(meta) != 0),
+            )
         ],
     }
 

@@ -1,0 +1,218 @@
+"""Texts in, texts out: what an LLM offers to whoever thinks in words, not in ids."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast, overload
+
+from lit_llama.errors import NumericalError, UserError
+from lit_llama.generate.answer_text import Stream
+from lit_llama.generate.engine.request import FinishReason, Overflow, Sampling
+from lit_llama.generate.flags import Asked
+from lit_llama.settings import check_names, names_of
+from lit_llama.text.message import Conversation, headed, instruct
+
+if TYPE_CHECKING:
+    from lit_llama.generate.evaluate.metrics import Answer
+    from lit_llama.generate.llm import LLM
+
+Messages = Sequence[Mapping[str, Any]]
+"""Turns of a conversation: {"role": "system" | "user" | "assistant" | "tool", "content": text} each."""
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class TextStream:
+    """An answer as it comes: iterating gives pieces of its text.
+
+    Attributes:
+        text: All pieces so far.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.text = ""
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How it ended: stop, or length where it was cut off at max_new_tokens; None while it goes on."""
+        return self._stream.text.finish_reason
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._stream.text.tokens
+
+    def close(self) -> None:
+        """End the answer where it is."""
+        self._stream.close()
+
+    def _run(self) -> Iterator[str]:
+        for _, piece in self._stream:
+            self.text += piece
+            if piece:
+                yield piece
+
+
+class TextModel:
+    """Methods of an LLM that take and give texts.
+
+    Where a call does not say how tokens are drawn, the folder's generation_config.json does, and where that is silent,
+    too, the most likely token is taken.
+    """
+
+    @overload
+    def generate(self, prompt: str, sampling: Sampling | None = None, **more: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], sampling: Sampling | None = None, **more: Any) -> list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], sampling: Sampling | None = None, **more: Any) -> str | list[str]:
+        """Answer an instruction, or several at once.
+
+        Args:
+            prompt: One or a list; each is put to the model in the style that it was trained with.
+            sampling: How tokens are drawn; single settings of `Sampling`, such as temperature=0.7, come first.
+            more: system, raw and overflow as for `answers`, and settings of `Sampling`.
+
+        Raises:
+            UserError: A prompt is too long for the model, or a setting out of its range.
+            CheckpointError: The folder does not say how it is asked; raw=True continues a text.
+            NumericalError: The model gives numbers that are not finite.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [answer.text for answer in _checked(self.answers(prompts, sampling, **more))]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def chat(self, messages: Messages | str, sampling: Sampling | None = None, **more: Any) -> str:
+        """Answer the last of several messages; errors as for `generate`.
+
+        Args:
+            messages: {"role": ..., "content": ...} each, from the first on; or one message of the user.
+            sampling: As for `generate`.
+            more: As for `generate`, and tools, the functions that may be called, as chat templates take them.
+        """
+        return _checked(self.answers([messages], sampling, **more))[0].text
+
+    def answers(
+        self,
+        prompts: Sequence[str | Messages],
+        sampling: Sampling | None = None,
+        *,
+        system: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
+        raw: bool = False,
+        overflow: Overflow = "error",
+        **settings: Any,
+    ) -> "list[Answer]":
+        """Answer several prompts at once; of each answer its text, whether it stopped, and its number of tokens.
+
+        Draws depend on the seed and the place of a prompt in the list, so that one that stands there twice gets two.
+
+        Args:
+            prompts: Instructions, or messages of conversations.
+            sampling: As for `generate`.
+            system: System message of prompts that have none of their own.
+            tools: Functions that may be called.
+            raw: Continue the prompts as they stand, without any style around them.
+            overflow: Beyond what the model reads: error refuses; drop_oldest leaves out the oldest turns or tokens.
+            settings: Of `Sampling`.
+
+        Returns:
+            In the order of the prompts. One that failed has its `error`, and the others go on.
+        """
+        from lit_llama.generate.answer import answer_all, answer_requests, raw_ids
+        from lit_llama.generate.overflow import fitted_text, room
+
+        llm = cast("LLM", self)
+        drawn = _drawn(llm, sampling, settings)
+        if not raw:
+            asked = [_conversation(prompt, tools, row) for row, prompt in enumerate(prompts)]
+            return answer_all(llm, asked, drawn, system, overflow)
+        requests = []
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UserError("raw continues texts, but a prompt is a conversation; leave raw out")
+            fitted = fitted_text(llm, raw_ids(llm, prompt, False), room(llm, drawn), overflow)
+            requests.append(llm.request(fitted.ids, drawn, number=row, overflow=overflow, keep=fitted.keep))
+        for request in requests:
+            llm.engine.check_request(request)
+        return [answer for made in answer_requests(llm, requests, opening="") for answer in made]
+
+    def stream_text(
+        self,
+        prompt: str | Messages,
+        sampling: Sampling | None = None,
+        *,
+        system: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
+        raw: bool = False,
+        overflow: Overflow = "error",
+        **settings: Any,
+    ) -> TextStream:
+        """Answer one prompt as it is made; parameters and errors as for `answers`, the latter at once."""
+        from lit_llama.generate.answer import raw_ids
+        from lit_llama.generate.overflow import fitted_messages, fitted_text, room
+
+        llm = cast("LLM", self)
+        drawn = _drawn(llm, sampling, settings)
+        if raw and isinstance(prompt, str):
+            fitted = fitted_text(llm, raw_ids(llm, prompt, False), room(llm, drawn), overflow)
+            return TextStream(llm.stream(fitted.ids, drawn, overflow=overflow, keep=fitted.keep))
+        asked = _conversation(prompt, tools, 0)
+        fitted = fitted_messages(llm, headed(asked.prompt, system), room(llm, drawn), overflow, asked.tools)
+        return TextStream(llm.answer(fitted.ids, drawn, overflow=overflow, keep=fitted.keep))
+
+    def close(self) -> None:
+        """End what is being answered, and let go of the model; nothing can be asked any more."""
+        cast("LLM", self).engine.release()
+        object.__setattr__(self, "model", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _drawn(llm: "LLM", sampling: Sampling | None, settings: Mapping[str, Any]) -> Sampling:
+    """The sampling of single settings first, then of `sampling`, or else of the folder."""
+    if llm.engine.closed:
+        raise UserError("the model is closed; load it again")
+    check_names(settings, names_of(Sampling), "a setting of Sampling")
+    asked = Asked(settings, sampling or Sampling())
+    drawn = asked.alone() if sampling else asked.over(llm.defaults)
+    if drawn.n != 1:
+        raise UserError(f"n is {drawn.n}, expected 1: for several answers, name the prompt as often in a list")
+    return drawn
+
+
+def _conversation(prompt: str | Messages, tools: Sequence[Mapping[str, Any]], row: int) -> Conversation:
+    """A prompt as a conversation whose last turn is to be answered."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError("the prompt is empty, expected an instruction")
+        return Conversation(instruct(prompt).messages, row, tools=tuple(tools))
+    for number, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise UserError(
+                f"message {number} is {str(message)[:80]}, expected a role ({', '.join(_ROLES)}) and content"
+            )
+        if not isinstance(message.get("content", ""), str):
+            raise UserError(f"the content of message {number} is {str(message['content'])[:80]}, expected text")
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        found = prompt[-1]["role"] if prompt else "none"
+        raise UserError(f"the last message is of the role {found}, expected one that can be answered: user or tool")
+    return Conversation(tuple({"content": ""} | dict(message) for message in prompt), row, tools=tuple(tools))
+
+
+def _checked(answers: "list[Answer]") -> "list[Answer]":
+    """Answers of which none failed."""
+    for number, answer in enumerate(answers):
+        if answer.error is not None:
+            raise NumericalError(f"answer {number} failed: {answer.error}")
+    return answers

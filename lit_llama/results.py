@@ -1,0 +1,127 @@
+"""What the functions of the package give back: folders that other functions take, with what is to be known of them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_llama.convert.merge import Proof
+    from lit_llama.generate.evaluate.evaluation import Evaluation
+    from lit_llama.train.plan import Plan
+
+Place = str | os.PathLike[str]
+"""A path, or a result, which stands for its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A folder, or a file, that a function made; every function takes it in place of a path.
+
+    Attributes:
+        folder: What was made.
+        remarks: What people should know of it; empty where nothing is to be said.
+        log: Lines that a command would have shown on the way.
+    """
+
+    folder: Path
+    remarks: tuple[str, ...] = ()
+    log: tuple[str, ...] = field(default=(), repr=False)
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Result):
+    """A data folder.
+
+    Attributes:
+        meta: What stands in its meta.json; of a shard, in shard.json.
+    """
+
+    meta: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Samples of each split."""
+        return {name: counts["rows"] for name, counts in self.meta.get("splits", {}).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned(Result):
+    """A run: an adapter folder, or a checkpoint folder.
+
+    Attributes:
+        losses: Training loss of each optimizer step, by its number.
+        test_losses: Test loss by the number of steps before the evaluation.
+        plan: What the run was planned to need; `plan.fits` says whether that is there.
+    """
+
+    losses: Mapping[int, float] = field(default_factory=dict, repr=False)
+    test_losses: Mapping[int, float] = field(default_factory=dict)
+    plan: "Plan" = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Result):
+    """A merged checkpoint folder, or GGUF file.
+
+    Attributes:
+        proof: How far its logits are from those of base and adapter.
+    """
+
+    proof: "Proof"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Result):
+    """An evaluation, in a folder with report.html and results.json.
+
+    Attributes:
+        evaluation: Models, tasks, rows, and all that stands in results.json.
+    """
+
+    evaluation: "Evaluation" = field(repr=False)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """All that stands in results.json: also intervals, and differences between models."""
+        return self.evaluation.results
+
+    @property
+    def measures(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The estimate of each metric, by task, model and metric; of one without rows, nothing."""
+        names = [model["name"] for model in self.results["models"]]
+        return {
+            task["name"]: {
+                name: {
+                    metric["name"]: metric["models"][number]["value"]
+                    for metric in task["metrics"]
+                    if metric["models"][number] is not None
+                }
+                for number, name in enumerate(names)
+            }
+            for task in self.results["tasks"]
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedRows(Result):
+    """Training rows that a model made, in a folder with rows.jsonl, rejected.jsonl and report.html.
+
+    Attributes:
+        accepted: Rows that are there.
+        rejected: Attempts by the name of the filter that rejected them.
+    """
+
+    accepted: int
+    rejected: Mapping[str, int]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows."""
+        text = (self.folder / "rows.jsonl").read_text("utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]

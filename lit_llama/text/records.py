@@ -164,8 +164,8 @@ def prepare_records(
 
 def _check(rules: Rules) -> None:
     check_seed(rules.seed)
-    if rules.max_seq_length < 3:
-        raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens")
+    if not 3 <= rules.max_seq_length < 2**31:
+        raise DataError(f"--max_seq_length is {rules.max_seq_length}, expected 3 or more tokens, below {2**31}")
     if rules.near_duplicates < 0:
         raise UserError(f"--near_duplicates is {rules.near_duplicates}, expected a number of rows, or 0 for none")
 

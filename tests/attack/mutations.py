@@ -17,7 +17,7 @@ HOSTILE: tuple[Any, ...] = (
         " ",
         "x",
         "\0",
-        "../../etc/passwd",
+        "../x/y",
         "/dev/zero",
         "\ud800",
         "é" * 3000,

@@ -294,7 +294,7 @@ def read_index(index: Path) -> dict[str, Path]:
     for file in files:
         # The name comes from data: it may only be a plain file beside the index, and stay there.
         if file not in plain or not _lies_in(folder, file):
-            missing = sorted(f for f in plain if not (folder / f).exists())
+            missing = sorted(f for f in plain if not _lies_in(folder, f))
             hint = f"; missing are {', '.join(missing)}: download them again" if file in missing else ""
             raise CheckpointError(f"{index} names {file!r}, which is no file in {folder}{hint}")
     return {name: folder / file for name, file in names.items()}
@@ -303,7 +303,7 @@ def read_index(index: Path) -> dict[str, Path]:
 def _lies_in(folder: Path, file: str) -> bool:
     """A regular file, whose target may only leave the folder as the cache of the Hub links it: to a blob of its own."""
     path = folder / file
-    if not path.is_file():
+    if len(file.encode("utf-8", "replace")) > 255 or not path.is_file():  # longer than any name of a file
         return False
     target = path.resolve()
     home = folder.resolve()

@@ -112,8 +112,8 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.max_seq_length < 3:
-            raise DataError(f"--max_seq_length is {self.max_seq_length}, expected 3 or more tokens")
+        if not 3 <= self.max_seq_length < 2**31:
+            raise DataError(f"--max_seq_length is {self.max_seq_length}, expected 3 or more tokens, below {2**31}")
         if self.near_duplicates < 0:
             raise UserError(f"--near_duplicates is {self.near_duplicates}, expected a number of rows, or 0 for none")
         if self.shard and self.shards:

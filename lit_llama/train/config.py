@@ -85,7 +85,7 @@ class TrainConfig:
     keep: Literal["best", "last"] = "last"
 
     def __post_init__(self) -> None:
-        _expect(0 < self.epochs < math.inf, "epochs", self.epochs, "more than 0")
+        _expect(0 < self.epochs <= 1e6, "epochs", self.epochs, "more than 0 and at most 1000000")
         for name in ("batch_size", "eval_interval", "save_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         tokens = self.micro_batch_tokens

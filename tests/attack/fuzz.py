@@ -176,6 +176,7 @@ def _work(cases: Sequence[_Case], folder: Path, pipe: int) -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    os.chdir(folder.parent)  # where a destination without a folder goes
     for case in cases:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + SECONDS, resource.RLIM_INFINITY))
@@ -471,7 +472,6 @@ def _door(door: str, *words: object) -> None:
             os.dup2(writing, 2)
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             sys.__stderr__ = sys.stderr = _text_file(2)
-            os.chdir(ROOT)
             sys.argv = [door, *(os.fsdecode(str(word).encode("utf-8", "surrogatepass")) for word in words)]
             runpy.run_path(str(ROOT / door), run_name="__main__")
             status = 0

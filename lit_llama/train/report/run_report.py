@@ -121,7 +121,9 @@ def _speed(series: Mapping[str, Series]) -> Json:
     """Tokens per second over the whole run, trained ones and all, and how many they were."""
     timed = dict(series["seconds"])
     seconds = sum(timed.values())
-    counts = {name: sum(int(value) for _, value in series[name]) for name in ("trained_tokens", "tokens")}
+    counts = {
+        name: sum(int(value) for _, value in series[name] if isfinite(value)) for name in ("trained_tokens", "tokens")
+    }
     return counts | {f"{name}_per_second": count / seconds if seconds else 0.0 for name, count in counts.items()}
 
 

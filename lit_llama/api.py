@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -409,7 +409,7 @@ def evaluate(
     """
     drawing, ways = names_of(Sampling), names_of(Loading)
     check_names(settings, [*drawing, *ways], "a setting of Sampling or Loading")
-    drawn = settled(Sampling, asdict(sampling or Sampling()) | _picked(settings, drawing))
+    drawn = replace(sampling or Sampling(), **_picked(settings, drawing))
     way = settled(Loading, asdict(loading or Loading()) | _picked(settings, ways))
     folders, files = [Path(place) for place in _listed(checkpoint_dir)], [Path(place) for place in _listed(answers)]
     named, data = [os.fspath(place) for place in _listed(tasks)], _path(data_dir)

@@ -12,8 +12,20 @@ from typing import BinaryIO
 
 import pytest
 
-from lit_llama import progress
-from lit_llama.console import Pieces, Results, guarded, harmless, shown, unbroken
+from lit_llama import console, progress
+from lit_llama.console import (
+    Pieces,
+    Results,
+    as_typed,
+    guarded,
+    harmless,
+    is_heard,
+    keep_line,
+    shown,
+    talking,
+    unbroken,
+    verbose,
+)
 
 HOSTILE = "a[/b] [red]x[/red] :smile: \x1b[31m \x9b2J \u202eevil\u200b\x07 {task}"
 SPELLED = "a[/b] [red]x[/red] :smile: ⟨U+001B⟩[31m ⟨U+009B⟩2J ⟨U+202E⟩evil⟨U+200B⟩⟨U+0007⟩ {task}"
@@ -178,3 +190,33 @@ def test_a_full_disk_names_the_places_it_can_be(capsys: pytest.CaptureFixture[st
         CLI(main)
     err = capsys.readouterr().err
     assert err.startswith(f"error: a disk is full: {Path.cwd()} has ") and "Errno" not in err
+
+
+def test_scripts_are_named_as_the_user_has_called_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of the user's that is taken for a script, or a hint that cannot be typed."""
+    text = "python prepare/records.py --x; finetune/merge.py; /a/prepare/text.py, my-finetune/lora.py, prepare/x"
+    assert as_typed(text) == text
+    monkeypatch.setitem(console._process, "command", True)
+    assert as_typed(text) == (
+        "lit-llama prepare records --x; lit-llama finetune merge; /a/prepare/text.py, my-finetune/lora.py, prepare/x"
+    )
+
+
+def test_a_thread_and_a_call_have_talk_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call in one thread that has another one speak, or be silent."""
+    import threading
+
+    monkeypatch.setitem(console._process, "verbose", False)
+    heard: list[bool] = []
+    with talking(True) as talk:
+        thread = threading.Thread(target=lambda: heard.append(is_heard()))
+        thread.start()
+        thread.join()
+        keep_line("one")
+        with talking() as inner:
+            heard.append(is_heard())
+            keep_line("two")
+        with talking(False):
+            heard.append(is_heard())
+    assert heard == [False, True, False] and talk.lines == ["one", "two"] and inner.lines == ["two"]
+    assert not is_heard() and verbose() is False and is_heard()

@@ -185,10 +185,9 @@ def _drawn(llm: "LLM", sampling: Sampling | None, settings: Mapping[str, Any]) -
         raise UserError("the model is closed; load it again")
     check_names(settings, names_of(Sampling), "a setting of Sampling")
     asked = Asked(settings, sampling or Sampling())
-    drawn = asked.alone() if sampling else asked.over(llm.defaults)
-    if drawn.n != 1:
-        raise UserError(f"n is {drawn.n}, expected 1: for several answers, name the prompt as often in a list")
-    return drawn
+    if (n := asked.alone().n) != 1:
+        raise UserError(f"n is {n}, expected 1: for several answers, name the prompt as often in a list")
+    return asked.alone() if sampling else asked.over(llm.defaults)
 
 
 def _conversation(prompt: str | Messages, tools: Sequence[Mapping[str, Any]], row: int) -> Conversation:

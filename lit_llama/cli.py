@@ -350,7 +350,7 @@ def _check_groups(mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> 
     needed = {name for main in mains for name, value in inspect.signature(main).parameters.items() if _needed(value)}
     for path, settings in _files(words):
         for key, value in settings.items():
-            if value is None and key in needed:
+            if value is None and key in needed and not any(name.startswith(f"{key}.") for name in known):
                 raise UserError(f"{key} in {path} is null, expected a value")
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside and not isinstance(value, Mapping | str):

@@ -142,7 +142,7 @@ def test_the_adapter_stops_where_its_base_does(base: Path, tmp_path: Path) -> No
 def test_broken_settings_are_named(base: Path) -> None:
     """A traceback out of the JSON module."""
     (base / "generation_config.json").write_text("[1")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json is not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not JSON"):
         load(base)
     (base / "generation_config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not a JSON object"):

@@ -200,8 +200,8 @@ def _ours(file: Path, tokenizer_path: Path, folder: Path, near_duplicates: int =
     import datasets  # noqa: F401
     import jinja2  # noqa: F401
 
-    from lit_llama.text.config import PrepareConfig
-    from lit_llama.text.records import prepare_records
+    from lit_llama.text.dataset.config import PrepareConfig
+    from lit_llama.text.dataset.records import prepare_records
 
     config = PrepareConfig(
         source=str(file),
@@ -220,7 +220,7 @@ def _ours_without_near_duplicates(file: Path, tokenizer_path: Path, folder: Path
 
 
 def _ours_without_report(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
-    from lit_llama.text import prepare
+    from lit_llama.text.dataset import prepare
 
     module: Any = prepare
     module.Findings.add = lambda *_: None
@@ -234,7 +234,7 @@ def _unchanged(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], o
 
 def _texts(row: Row) -> tuple[str, str]:
     """Prompt and answer, as our style renders them."""
-    from lit_llama.text.prompts import named_style
+    from lit_llama.text.prompts.folder_style import named_style
 
     style = named_style("alpaca")
     content = style.user(row["instruction"], row["input"])
@@ -297,7 +297,7 @@ def _chat_template(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[
     """What TRL's SFTTrainer does with prompt and completion: both rendered and encoded, then the prompt alone."""
     from transformers import AutoTokenizer
 
-    from lit_llama.text.prompts import named_style
+    from lit_llama.text.prompts.folder_style import named_style
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_path)
     tokenizer.chat_template = named_style("alpaca").jinja(bos=False)

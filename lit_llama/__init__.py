@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
     from lit_llama.model.llama import LLaMA
     from lit_llama.model.lora import apply_lora
-    from lit_llama.text.config import PrepareConfig
-    from lit_llama.text.tokenizer import Tokenizer
+    from lit_llama.text.dataset.config import PrepareConfig
+    from lit_llama.text.tokenizer.base import Tokenizer
     from lit_llama.train.config import RunConfig, TrainConfig
 
 __all__ = [

@@ -21,7 +21,7 @@ from lit_llama.generate.loading import Loading
 from lit_llama.model.config import GGUFType, LoRAConfig, Onto
 from lit_llama.results import Evaluated, Finetuned, GeneratedRows, Merged, Place, Prepared, Result
 from lit_llama.settings import check_choice, check_names, names_of, settled, written
-from lit_llama.text.config import PrepareConfig
+from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.train.config import FULL, RunConfig, TrainConfig, usual_steps
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def prepare(
     folders = {"source": source, "destination_path": destination_path, "tokenizer_path": tokenizer_path}
     config = settled(PrepareConfig, folders | settings)
     with _call(verbose) as talk:
-        from lit_llama.text.records import prepare_records
-        from lit_llama.text.report.report import REPORT_JSON
+        from lit_llama.text.dataset.records import prepare_records
+        from lit_llama.text.inspect.report import REPORT_JSON
 
         meta = prepare_records(config, plan=usual_steps())
         remarks = [*meta.get("remarks", ()), *_looked_at(config.destination_path / REPORT_JSON)]
@@ -505,6 +505,6 @@ def _picked(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 def _looked_at(report: Path) -> list[str]:
     """The grave warnings of a report, where there is one."""
-    from lit_llama.text.report.look import look_at
+    from lit_llama.text.inspect.report import look_at
 
     return look_at(report) if report.is_file() else []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
-from lit_llama.text.config import StyleName
+from lit_llama.text.dataset.config import StyleName
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 

@@ -31,7 +31,7 @@ def main(
         verify: Hash every file that is read, however large, before the work; small ones always are.
     """
     from lit_llama.model.adapter import verify_folders
-    from lit_llama.text.report.show import show_rows
+    from lit_llama.text.inspect.show import show_rows
 
     if verify:
         verify_folders(data_dir)

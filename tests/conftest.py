@@ -26,13 +26,13 @@ from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.text.arrow import Samples, SplitWriter, finish
-from lit_llama.text.config import StyleName
+from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.dataset.encoder import Encoded, Encoder
+from lit_llama.text.dataset.writer import Samples, SplitWriter, finish
 from lit_llama.text.message import Conversation
-from lit_llama.text.prompts import named_style
-from lit_llama.text.samples import Encoded, Encoder
-from lit_llama.text.styles import PromptStyle
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.tokenizer.base import Tokenizer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; what the tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,8 +9,8 @@ from conftest import run_here
 
 from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
-from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.config import PrepareConfig
+from lit_llama.text.dataset.alpaca import prepare_alpaca
+from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.train.config import Resume, RunConfig, TrainConfig
 from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA

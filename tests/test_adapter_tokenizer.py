@@ -13,7 +13,7 @@ from lit_llama.convert import convert
 from lit_llama.convert.merge import merge, merge_into_gguf
 from lit_llama.errors import CheckpointError
 from lit_llama.generate.llm import load
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
 
 END = "<|done|>"
 

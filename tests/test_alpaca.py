@@ -14,15 +14,15 @@ import pytest
 from lit_llama import folder as folder_module
 from lit_llama.errors import CheckpointError, DataError, ResourceError
 from lit_llama.manifest import sha256_file
-from lit_llama.text import alpaca
-from lit_llama.text import prepare as prepare_module
-from lit_llama.text.alpaca import DATA_FILE, find_or_download, prepare_alpaca
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.dataset import Split, read_meta
+from lit_llama.text.dataset import alpaca
+from lit_llama.text.dataset import prepare as prepare_module
+from lit_llama.text.dataset.alpaca import DATA_FILE, find_or_download, prepare_alpaca
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.folder import Split, read_meta
+from lit_llama.text.dataset.split import shuffle_split
 from lit_llama.text.message import IGNORE_INDEX
-from lit_llama.text.prompts import folder_style, named_style
-from lit_llama.text.split import shuffle_split
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.tokenizer.base import Tokenizer
 
 Rows = list[dict[str, str]]
 WriteRows = Callable[[Rows], Path]

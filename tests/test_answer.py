@@ -28,8 +28,8 @@ from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.generate.llm import LLM, load, open_folder
 from lit_llama.generate.loading import Loading
 from lit_llama.generate.questions import read_questions
-from lit_llama.text.encode import prompt_ids
 from lit_llama.text.message import instruct
+from lit_llama.text.prompts.encode import prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_core")
 EXAMPLES = [

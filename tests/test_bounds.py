@@ -11,10 +11,10 @@ from conftest import write_tokenizer
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.bounds import MAX_ID, check_model
-from lit_llama.text.patterns import check_pattern, shortest
-from lit_llama.text.special import encode_varint
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.bounds import MAX_ID, check_model
+from lit_llama.text.tokenizer.patterns import check_pattern, shortest
+from lit_llama.text.tokenizer.special import encode_varint
 
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 ENDS, REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -13,7 +13,7 @@ import pytest
 from conftest import Sample, write_splits
 
 from lit_llama.errors import DataError
-from lit_llama.text.dataset import (
+from lit_llama.text.dataset.folder import (
     FORMAT,
     Split,
     collate,

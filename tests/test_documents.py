@@ -8,12 +8,12 @@ import pytest
 from conftest import run_here
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.config import Documents
-from lit_llama.text.dataset import Split, read_meta
+from lit_llama.text.dataset.config import Documents
+from lit_llama.text.dataset.folder import Split, read_meta
 from lit_llama.text.read import documents as module
 from lit_llama.text.read import files
 from lit_llama.text.read.documents import read_documents
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
 
 TEXT = "\ufeffOne\u2028 line.\nTwo  lines \r\n \t\n\n  Three\x0b 北京\x85😀\n\nlast"
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import run_here
 
-from lit_llama.text.config import ENCODING
-from lit_llama.text.dataset import SPLITS, Split, read_meta
+from lit_llama.text.dataset.config import ENCODING
+from lit_llama.text.dataset.folder import SPLITS, Split, read_meta
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

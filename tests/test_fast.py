@@ -16,9 +16,9 @@ from plain import write_sentencepiece
 from lit_llama.convert.tokens.fast import complete, fast_tokenizer
 from lit_llama.convert.tokens.files import read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
-from lit_llama.text.hub_tokenizer import HubTokenizer
-from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.hub import HubTokenizer
+from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 PATTERN = (  # of meta-llama/llama3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_llama.text.report import duplicates
-from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
-from lit_llama.text.report.duplicates import SIMILARITY, NearDuplicates, earliest, partners
-from lit_llama.text.report.findings import PERCENTILES, REFUSALS, Findings, lengths, refused
-from lit_llama.text.split import normalised
+from lit_llama.text.dataset.split import normalised
+from lit_llama.text.inspect import duplicates
+from lit_llama.text.inspect.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.inspect.duplicates import SIMILARITY, NearDuplicates, earliest, partners
+from lit_llama.text.inspect.findings import PERCENTILES, REFUSALS, Findings, lengths, refused
 
 Row = tuple[str, str, str]  # split, prompt, answer
 
@@ -288,7 +288,7 @@ def test_no_rows_at_all() -> None:
 def test_the_same_rows_give_the_same_findings_in_another_process() -> None:
     """Python's hash of strings, which differs from run to run."""
     program = (
-        "import json, random; from lit_llama.text.report.findings import Findings\n"
+        "import json, random; from lit_llama.text.inspect.findings import Findings\n"
         "f = Findings(); d = random.Random(4)\n"
         "for i in range(300): f.add(i, f'r:{i}', 'train', str(d.randrange(200)), str(d.randrange(9)) * 30, 9, 5)\n"
         "print(json.dumps(f.result()))"

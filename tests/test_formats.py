@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import DataError
+from lit_llama.text.dataset.prepare import raw_row
 from lit_llama.text.message import Conversation, instruct
-from lit_llama.text.prepare import raw_row
 from lit_llama.text.read.questions import read_questions, read_text
 from lit_llama.text.read.reading import read_conversations
 

@@ -17,7 +17,7 @@ from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import write_folder
 from lit_llama.convert.tokens.bpe import tokenizer_json
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer import Tokenizer as Ours
+from lit_llama.text.tokenizer.base import Tokenizer as Ours
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

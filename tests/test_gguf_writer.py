@@ -23,7 +23,7 @@ from lit_llama.convert.source import Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
 
 IDS = torch.arange(2, 50)
 FAMILIES: dict[str, dict[str, Any]] = {

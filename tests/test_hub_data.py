@@ -10,7 +10,7 @@ from conftest import ROOT
 from fake_data_hub import data_hub
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.text.dataset import read_meta
+from lit_llama.text.dataset.folder import read_meta
 
 
 def rows(first: str, count: int) -> bytes:

@@ -93,7 +93,7 @@ def test_llama_cpp_cuts_text_as_we_do(tmp_path: Path, name: str) -> None:
 @pytest.mark.real
 def test_a_real_vocabulary_gives_the_same_tokens(tmp_path: Path, real_folder: Path) -> None:
     """49152 tokens and 48900 merges, with a model of no size; catches whatever a tiny vocabulary hides."""
-    from lit_llama.text.tokenizer import Tokenizer as Ours
+    from lit_llama.text.tokenizer.base import Tokenizer as Ours
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((real_folder / name).read_bytes())

@@ -13,12 +13,12 @@ from test_styles import transformers_tokenizer
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.config import StyleName
-from lit_llama.text.encode import answer_opening, end_id, prompt_ids
+from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.message import IGNORE_INDEX, instruct
-from lit_llama.text.prompts import named_style
-from lit_llama.text.styles import Segment
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.encode import answer_opening, end_id, prompt_ids
+from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.styles import Segment
+from lit_llama.text.tokenizer.base import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

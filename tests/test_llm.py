@@ -13,8 +13,8 @@ from conftest import CHATML, write_adapter
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.llm import load
 from lit_llama.model.lora import adapters
-from lit_llama.text.prompts import named_style
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.tokenizer.base import Tokenizer
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lit_llama.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig
-from lit_llama.text.dataset import Split
+from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig

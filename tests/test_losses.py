@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lit_llama.text.losses import FIRST, LOST_FILE, Losses
+from lit_llama.text.dataset.reject_log import FIRST, LOST_FILE, Losses
 from lit_llama.text.message import Conversation, Dropped
 
 

@@ -10,7 +10,7 @@ from test_prepare import prepare as prepare  # a fixture
 from test_prepare import rows as rows  # a fixture
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.dataset import read_meta
+from lit_llama.text.dataset.folder import read_meta
 
 
 def questions(folder: Path) -> list[str]:

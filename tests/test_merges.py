@@ -10,7 +10,7 @@ from tokenizer_files import in_transformers
 from tokenizer_zoo import write_shape
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
 
 
 @pytest.fixture

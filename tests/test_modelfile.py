@@ -10,8 +10,8 @@ from gguf_files import SHAPE, write_model
 from lit_llama.convert import convert
 from lit_llama.convert.gguf.modelfile import go_template, modelfile
 from lit_llama.errors import UserError
-from lit_llama.text.config import StyleName
-from lit_llama.text.prompts import named_style, style_of
+from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.prompts.folder_style import named_style, style_of
 
 TEMPLATES: dict[StyleName, str | None] = {
     "chatml": (

@@ -82,7 +82,9 @@ def test_preparing_rows(more: int, large: Path, tmp_path: Path) -> None:
     """Catches a traceback of json, numpy or pyarrow, and rows that are called damaged."""
     flags = ["--source", large / "rows.json", "--tokenizer_path", large / "base", "--prompt_style", "alpaca"]
     made = tmp_path / "data"
-    found = limited(tmp_path, "prepare/records.py", "lit_llama.text.records", more, *flags, "--destination_path", made)
+    found = limited(
+        tmp_path, "prepare/records.py", "lit_llama.text.dataset.records", more, *flags, "--destination_path", made
+    )
     check(found)
     assert "--shard" in found.stderr and not made.exists()
 

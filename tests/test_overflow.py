@@ -11,10 +11,10 @@ from test_samples import WORDS, answer_ids, chat, encode, rows_of, text_rows
 from test_samples import tokenizer as tokenizer  # a fixture
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped
-from lit_llama.text.samples import Encoder
-from lit_llama.text.styles import Alpaca, ChatML, PromptStyle, Vicuna
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.styles import Alpaca, ChatML, PromptStyle, Vicuna
+from lit_llama.text.tokenizer.base import Tokenizer
 
 
 def lengths(tokenizer: Tokenizer, rows: Sequence[Conversation], style: PromptStyle | None = None) -> list[int]:

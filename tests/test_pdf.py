@@ -12,7 +12,7 @@ from conftest import run_here
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.rows.recipe import Source
 from lit_llama.generate.rows.sources import Pool
-from lit_llama.text.read.pdf import pdf_text
+from lit_llama.text.read.documents import pdf_text
 
 PAGES = [
     [

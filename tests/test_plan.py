@@ -20,7 +20,7 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.folder import write_json
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.text.dataset import Split
+from lit_llama.text.dataset.folder import Split
 from lit_llama.train.cards import CARDS
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape

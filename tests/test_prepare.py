@@ -19,15 +19,16 @@ from conftest import ROOT
 
 from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.folder import publish
-from lit_llama.text import blocks, losses
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.dataset import Split, read_meta
+from lit_llama.text.dataset import blocks
+from lit_llama.text.dataset import reject_log as losses
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.folder import Split, read_meta
+from lit_llama.text.dataset.prepare import Texts
+from lit_llama.text.dataset.records import prepare_records
+from lit_llama.text.dataset.split import hash_side, shuffle_split
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.read.questions import read_questions
-from lit_llama.text.records import prepare_records
-from lit_llama.text.split import hash_side, shuffle_split
-from lit_llama.text.texts import Texts
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
 
 Prepare = Callable[..., dict[str, Any]]
 LONG = "many words " * 60
@@ -249,10 +250,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from lit_llama import folder
-from lit_llama.text import arrow, sides
-from lit_llama.text.report import report
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.records import prepare_records
+from lit_llama.text.dataset import writer as sides
+from lit_llama.text.dataset import writer as arrow
+from lit_llama.text.inspect import report
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.records import prepare_records
 
 step, at, rules, source, destination, tokenizer = sys.argv[1:]
 owner = {"add": arrow.SplitWriter, "close": sides.Sides, "write_json": report, "_move": folder}[step]
@@ -348,8 +350,8 @@ def test_memory_does_not_grow_with_what_was_written(tmp_path: Path) -> None:
 PEAK = """
 import json, re, sys
 from pathlib import Path
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.records import prepare_records
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.records import prepare_records
 
 folder, rows, split, tokenizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 with (folder / "rows.jsonl").open("w") as file:

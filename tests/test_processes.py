@@ -26,7 +26,7 @@ from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora, parameter_groups
-from lit_llama.text.dataset import SPLITS, Split
+from lit_llama.text.dataset.folder import SPLITS, Split
 from lit_llama.train.launch import layout
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import METRICS_FILE, read_metrics

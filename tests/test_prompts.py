@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.encode import prompt_ids
-from lit_llama.text.prompts import (
+from lit_llama.text.prompts.encode import prompt_ids
+from lit_llama.text.prompts.folder_style import (
     JinjaStyle,
     StyleName,
     answer_end,
@@ -22,8 +22,8 @@ from lit_llama.text.prompts import (
     style_of,
     trained_ends,
 )
-from lit_llama.text.styles import PromptStyle, Segment
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.styles import PromptStyle, Segment
+from lit_llama.text.tokenizer.base import Tokenizer
 
 Chat = list[dict[str, str]]
 BOS, EOS = "<|im_start|>", "<|im_end|>"

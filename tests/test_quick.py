@@ -18,12 +18,12 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import DataError
-from lit_llama.text.places import Place
-from lit_llama.text.quick import words
-from lit_llama.text.quick.byte_level import _CL100K, ByteLevel, byte_level, merges_by_id
-from lit_llama.text.quick.words import Words, splits_at_spaces
-from lit_llama.text.special import without_prefix
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer import words
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.byte_level import _CL100K, ByteLevel, byte_level, merges_by_id
+from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.special import without_prefix
+from lit_llama.text.tokenizer.words import Words, splits_at_spaces
 
 CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),

@@ -15,10 +15,10 @@ from test_prepare import prepare as prepare  # a fixture
 from test_prepare import rows as rows  # a fixture
 
 from lit_llama.errors import CheckpointError, DataError, UserError
-from lit_llama.text import records
-from lit_llama.text.config import NEAR_DUPLICATES
-from lit_llama.text.dataset import read_meta
-from lit_llama.text.prompts import named_style
+from lit_llama.text.dataset import records
+from lit_llama.text.dataset.config import NEAR_DUPLICATES
+from lit_llama.text.dataset.folder import read_meta
+from lit_llama.text.prompts.folder_style import named_style
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from tokenizer_files import in_transformers
 from tokenizer_zoo import SHAPES, TEMPLATES, THINKING, TOOLS, WORDS, write_shape
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.encode import for_style, prompt_ids
+from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Message
-from lit_llama.text.prompts import JinjaStyle, style_of
-from lit_llama.text.samples import Encoded, Encoder
-from lit_llama.text.styles import PromptStyle
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.encode import for_style, prompt_ids
+from lit_llama.text.prompts.folder_style import JinjaStyle, style_of
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.tokenizer.base import Tokenizer
 
 FUZZ = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LETTERS = ["Four", "four", "instruction", " a", "  ", "\n", "\n\n", ".", "é", "e\u0301", "北京", "😀", "1", "'s", "<"]
@@ -103,8 +103,8 @@ def test_a_very_long_conversation_is_trained_as_a_short_one(zoo: dict[str, Path]
 
 def test_text_comes_back_behind_a_prompt(zoo: dict[str, Path]) -> None:
     """Catches an answer that is shown without the blank that it begins with, or with one of the tokenizer's own."""
-    from lit_llama.text.places import Place
-    from lit_llama.text.streamer import Streamer
+    from lit_llama.text.tokenizer.places import Place
+    from lit_llama.text.tokenizer.stream import Streamer
 
     for name, folder in zoo.items():
         ours = Tokenizer.from_path(folder)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.jinja import sandbox
-from lit_llama.text.jinja.sandbox import Sandbox
-from lit_llama.text.jinja.template import JinjaStyle
+from lit_llama.text.prompts import sandbox
+from lit_llama.text.prompts.sandbox import Sandbox
+from lit_llama.text.prompts.template import JinjaStyle
 
 READ = "open('CANARY').read()"
 ESCAPES = [

@@ -15,8 +15,8 @@ from test_prepare import LONG, RULES, Prepare, bytes_of
 from test_prepare import prepare as prepare  # a fixture
 
 from lit_llama.errors import DataError, IntegrityError, UserError
-from lit_llama.text import blocks
-from lit_llama.text.dataset import read_meta
+from lit_llama.text.dataset import blocks
+from lit_llama.text.dataset.folder import read_meta
 
 
 def row(number: int) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def test_the_tokenizer_does_nothing_where_shards_have_done_it(
     prepare: Prepare, rows: Path, shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches rows that are encoded twice, and an unchanged shard that is made again."""
-    monkeypatch.setattr("lit_llama.text.samples.Encoder.encode", None)
-    monkeypatch.setattr("lit_llama.text.samples.Encoder.render", None)
+    monkeypatch.setattr("lit_llama.text.dataset.encoder.Encoder.encode", None)
+    monkeypatch.setattr("lit_llama.text.dataset.encoder.Encoder.render", None)
     before = bytes_of(shards[1])
     assert prepare(rows, folder=shards[1], shard="1/3")["shard"] == "1/3" and bytes_of(shards[1]) == before
     assert prepare(rows, shards=[str(shards[0].with_name("shard-*"))])["kept"] > 100
@@ -130,7 +130,7 @@ def test_shards_of_other_data_tokenizer_or_code_are_named(
     with pytest.raises(DataError, match="shard-0 was made with another tokenizer: make it again"):
         prepare(rows, shards=given, tokenizer_path=other)
     with monkeypatch.context() as patch:
-        patch.setattr("lit_llama.text.records.ENCODING", -1)
+        patch.setattr("lit_llama.text.dataset.records.ENCODING", -1)
         with pytest.raises(DataError, match="shard-0 was made with another version of the encoding"):
             prepare(rows, shards=given)
     whole = rows.read_text()
@@ -184,9 +184,10 @@ def test_a_damaged_shard_is_refused(name: str, prepare: Prepare, rows: Path, sha
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lit_llama.text import blocks, shards
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.records import prepare_records
+from lit_llama.text.dataset import blocks
+from lit_llama.text.dataset import shards
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.records import prepare_records
 
 at, rules, source, destination, tokenizer = sys.argv[1:]
 original, calls, blocks.ROWS = shards._Writer.add, [], 16

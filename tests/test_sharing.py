@@ -15,9 +15,9 @@ from lit_llama.model.fused.layer import can_share, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.neftune import add_noise
-from lit_llama.text.dataset import Batch, collate
+from lit_llama.text.dataset.folder import Batch, collate
+from lit_llama.text.dataset.sharing import LEAST, beginnings
 from lit_llama.text.message import IGNORE_INDEX
-from lit_llama.text.sharing import LEAST, beginnings
 from lit_llama.train.loss import TokenLoss
 
 Sample = tuple[np.ndarray, np.ndarray]

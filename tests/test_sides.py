@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import Sample
 
-from lit_llama.text import arrow, sides
-from lit_llama.text.arrow import Samples
-from lit_llama.text.sides import Sides, trained_tokens
+from lit_llama.text.dataset import writer as arrow
+from lit_llama.text.dataset import writer as sides
+from lit_llama.text.dataset.writer import Samples, Sides, trained_tokens
 
 
 def draw(rows: int, seed: int = 0) -> list[Sample]:

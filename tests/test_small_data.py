@@ -10,8 +10,8 @@ from conftest import run_here
 from small_runs import ROWS, SHORT, run
 
 from lit_llama.errors import DataError, IntegrityError, UserError
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.records import prepare_records
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.records import prepare_records
 from lit_llama.train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_core")

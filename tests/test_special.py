@@ -7,7 +7,14 @@ import pytest
 import sentencepiece
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.special import AddedToken, added_tokens, as_controls, named_tokens, read_object, spelling_of
+from lit_llama.text.tokenizer.special import (
+    AddedToken,
+    added_tokens,
+    as_controls,
+    named_tokens,
+    read_object,
+    spelling_of,
+)
 
 
 def write(folder: Path, **files: object) -> Path:

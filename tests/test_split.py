@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch.utils.data import random_split
 
 from lit_llama.errors import DataError
-from lit_llama.text.split import hash_side, normalised, shuffle_split
+from lit_llama.text.dataset.split import hash_side, normalised, shuffle_split
 
 
 @pytest.mark.parametrize(("rows", "test_rows"), [(2, 1), (3, 2), (10, 1), (10, 9), (999, 200), (4097, 2000)])
@@ -74,6 +74,8 @@ def test_seeds_draw_different_sides_and_no_other_row_matters() -> None:
     assert abs(agreeing - 2000) < 4 * math.sqrt(1000)
     assert sides(QUESTIONS[::-1], 0.5, 1) == first[::-1]
     assert {hash_side("a", 0.5, seed) for seed in (-1, 0, 2**80, 7, 8, 9, 10)} == {"train", "test"}
-    program = "from lit_llama.text.split import hash_side; print([hash_side(str(n), 0.5, 3) for n in range(50)])"
+    program = (
+        "from lit_llama.text.dataset.split import hash_side; print([hash_side(str(n), 0.5, 3) for n in range(50)])"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == str([hash_side(str(n), 0.5, 3) for n in range(50)])

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from raw_rows import Put
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.dataset import Split
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.folder import Split
+from lit_llama.text.dataset.records import prepare_records
+from lit_llama.text.dataset.split import choose, far_from, few_sides, hash_side, held_rows, usable
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.read.sources import Division
-from lit_llama.text.records import prepare_records
-from lit_llama.text.split import few_sides, hash_side
-from lit_llama.text.splits import choose, far_from, held_rows, usable
 
 Prepare = Callable[..., dict[str, Any]]
 Row = dict[str, Any]

@@ -10,8 +10,8 @@ import sentencepiece
 
 from lit_llama.convert.tokens.spm import from_metadata, padding
 from lit_llama.errors import CheckpointError
-from lit_llama.text.pieces import Kind, Piece, SentencePieces
-from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from lit_llama.text.tokenizer.pieces import Kind, Piece, SentencePieces
+from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 ODD = [
     "",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.text.stops import StopFinder
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.stream import StopFinder
 
 
 def expected(text: str, stops: Sequence[str]) -> tuple[str, bool]:

@@ -18,12 +18,12 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.llm import load
-from lit_llama.text.config import StyleName
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.message import IGNORE_INDEX, instruct
-from lit_llama.text.prompts import folder_style, named_style
-from lit_llama.text.styles import Segment
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.encode import prompt_ids
+from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.prompts.styles import Segment
+from lit_llama.text.tokenizer.base import Tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

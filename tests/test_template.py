@@ -10,11 +10,11 @@ from test_prompts import CHATS, FUZZ, Chat, chat, chats, same_ids, text_of
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.encode import prompt_ids
-from lit_llama.text.jinja.template import JinjaStyle
-from lit_llama.text.prompts import answer_end, folder_style, trained_ends
-from lit_llama.text.styles import Segment
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.encode import prompt_ids
+from lit_llama.text.prompts.folder_style import answer_end, folder_style, trained_ends
+from lit_llama.text.prompts.styles import Segment
+from lit_llama.text.prompts.template import JinjaStyle
+from lit_llama.text.tokenizer.base import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be {{ brief }}."}
 CONTROL = [

@@ -11,9 +11,9 @@ from conftest import CORPUS
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import CheckpointError, DataError
-from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from lit_llama.text.streamer import Streamer
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.stream import Streamer
 
 KINDS = ["tokenizer.json", "trained tokenizer.model", "llama tokenizer.model"]
 SCRIPTS = [

@@ -9,11 +9,11 @@ import pytest
 import sentencepiece
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.hub_tokenizer import HubTokenizer
-from lit_llama.text.places import Place
-from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from lit_llama.text.streamer import Streamer
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.hub import HubTokenizer
+from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.stream import Streamer
 
 Beside = Callable[..., Path]
 TEXTS = ["Hello.", "the order as JSON", " two  blanks", "naïve café, 北京 😀", "", "### Response:"]

@@ -15,10 +15,10 @@ from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.llm import load
 from lit_llama.manifest import MANIFEST
 from lit_llama.model.config import LoRAConfig
-from lit_llama.text.alpaca import prepare_alpaca
-from lit_llama.text.config import PrepareConfig
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import check_recorded, check_vocabulary, identity, special_ids
+from lit_llama.text.dataset.alpaca import prepare_alpaca
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, identity, special_ids
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.method import LoRA
 from lit_llama.train.run import finetune

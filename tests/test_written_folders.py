@@ -20,8 +20,8 @@ from lit_llama.convert import convert
 from lit_llama.convert.delta.folders import apply
 from lit_llama.convert.merge import merge
 from lit_llama.convert.tokens.files import FILE
-from lit_llama.text.pieces import SentencePieces
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.pieces import SentencePieces
 
 TEXTS = (" Hello", "Hello", "  two", "a\n\n b", " ", "\n", "Zoë's naïve café", "北京 😀", "1 + 23 = 24")
 

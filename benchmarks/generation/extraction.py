@@ -13,8 +13,8 @@ from benchmarks.generation.worker import Result, serve
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM, load
-from lit_llama.text.encode import prompt_ids
 from lit_llama.text.message import Conversation
+from lit_llama.text.prompts.encode import prompt_ids
 from lit_llama.text.read.questions import read_questions
 
 

@@ -77,7 +77,7 @@ def load_rows(path: str | Path) -> Rows:
 
 def dump(data_dir: Path, held_out_dir: Path, path: Path, *, steps: int, batch_size: int, seed: int) -> None:
     """Take the training splits of two data folders, and the order in which finetune/lora.py takes the first's rows."""
-    from lit_llama.text.dataset import Split, epoch_order
+    from lit_llama.text.dataset.folder import Split, epoch_order
 
     train, held_out = (Split(folder, "train") for folder in (data_dir, held_out_dir))
     order: list[list[int]] = []

@@ -14,12 +14,12 @@ from lit_llama.convert.tokens.fast import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import check_space, write_json
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights
-from lit_llama.text.encode import end_id
-from lit_llama.text.prompts import TEMPLATE_FILE, style_of
-from lit_llama.text.special import ADDED_FILE, NAMES_FILE, SETTINGS_FILE, read_object
-from lit_llama.text.styles import PromptStyle
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import tokenizer_home
+from lit_llama.text.prompts.encode import end_id
+from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, style_of
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.special import ADDED_FILE, NAMES_FILE, SETTINGS_FILE, read_object
+from lit_llama.text.tokenizer.vocabulary import tokenizer_home
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_PARTS = (

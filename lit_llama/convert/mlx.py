@@ -21,7 +21,7 @@ from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapt, adaptable
 from lit_llama.model.weights import check_names, describe_wrong_file
-from lit_llama.text.special import read_object
+from lit_llama.text.tokenizer.special import read_object
 
 WEIGHTS_FILE = "adapters.safetensors"
 _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}

@@ -27,9 +27,9 @@ from lit_llama.model.weights import (
     write_weights,
 )
 from lit_llama.progress import stderr
-from lit_llama.text.merges import MERGES_FILES
-from lit_llama.text.tokenizer import TOKENIZER_FILES, Tokenizer
-from lit_llama.text.vocabulary import identity
+from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
+from lit_llama.text.tokenizer.merges import MERGES_FILES
+from lit_llama.text.tokenizer.vocabulary import identity
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """torch.float16 -> F16."""

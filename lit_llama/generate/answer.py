@@ -26,9 +26,9 @@ from lit_llama.generate.llm import LLM, report
 from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text, room
 from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
-from lit_llama.text.encode import Cutter, ids_of, prompt_ids
 from lit_llama.text.message import Conversation, headed
-from lit_llama.text.styles import Segment
+from lit_llama.text.prompts.encode import Cutter, ids_of, prompt_ids
+from lit_llama.text.prompts.styles import Segment
 
 
 def continue_text(

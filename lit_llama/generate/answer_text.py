@@ -3,10 +3,9 @@
 from collections.abc import Collection, Generator, Iterator
 
 from lit_llama.generate.engine.request import FinishReason, Sampling, Step
-from lit_llama.text.places import Place
-from lit_llama.text.stops import StopFinder
-from lit_llama.text.streamer import Streamer
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.stream import StopFinder, Streamer
 
 
 class AnswerText:

@@ -7,7 +7,7 @@ from typing import Any
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.flags import DRAWING, FolderSampling
-from lit_llama.text.special import read_object
+from lit_llama.text.tokenizer.special import read_object
 
 FILE = "generation_config.json"
 _NAMES = {

@@ -39,14 +39,14 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.config import StyleName
-from lit_llama.text.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
-from lit_llama.text.places import Place
-from lit_llama.text.prompts import folder_style, named_style
-from lit_llama.text.styles import PromptStyle
-from lit_llama.text.token_bytes import token_bytes
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
+from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.prompts.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
+from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.stream import token_bytes
+from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
 
 
 @dataclass(frozen=True, kw_only=True)

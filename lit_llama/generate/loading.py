@@ -7,7 +7,7 @@ from typing import get_args
 from lit_llama.device import Precision
 from lit_llama.errors import UserError
 from lit_llama.model.config import Held, KVCacheType
-from lit_llama.text.config import StyleName
+from lit_llama.text.dataset.config import StyleName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.llm import LLM
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.prompts.encode import prompt_ids
 
 Messages = Sequence[Mapping[str, Any]]
 

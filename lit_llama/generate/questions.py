@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.flags import EXAMPLE_PROMPT
-from lit_llama.text.dataset import TEST_FILE, read_meta
+from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.read.questions import read_questions
 

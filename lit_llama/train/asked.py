@@ -12,7 +12,7 @@ from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder import check_destination
 from lit_llama.objects import read_object
 from lit_llama.progress import stderr
-from lit_llama.text.dataset import META_FILE
+from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.train.config import RUN_FILE, RunConfig, TrainConfig
 from lit_llama.train.inputs import Inputs
 from lit_llama.train.method import Method

@@ -13,11 +13,11 @@ from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.dataset import SPLITS, Split, data_fingerprint, read_meta
-from lit_llama.text.prompts import TEMPLATE_FILE
+from lit_llama.text.dataset.folder import SPLITS, Split, data_fingerprint, read_meta
+from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
 from lit_llama.text.read.questions import read_text
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import check_recorded, check_vocabulary, special_ids
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, special_ids
 from lit_llama.train.config import TrainConfig
 
 

@@ -16,7 +16,7 @@ from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.fused.layer import can_share
 from lit_llama.model.fused.pointwise import cross_entropy
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset import Batch
+from lit_llama.text.dataset.folder import Batch
 
 CHUNK = 512
 """Trained tokens whose logits are held at a time."""

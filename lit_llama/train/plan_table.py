@@ -13,8 +13,8 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.memory import amount, amounts, ran_out
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr, stdout
-from lit_llama.text.dataset import read_meta
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.dataset.folder import read_meta
+from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.cards import find_card
 from lit_llama.train.config import RunConfig
 from lit_llama.train.inputs import fitting, read_splits

@@ -37,10 +37,10 @@ from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.neftune import add_noise
 from lit_llama.progress import stderr
-from lit_llama.text.dataset import META_FILE
-from lit_llama.text.prompts import TEMPLATE_FILE
-from lit_llama.text.report.look import look_at
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.dataset.folder import META_FILE
+from lit_llama.text.inspect.report import look_at
+from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, RunConfig
 from lit_llama.train.curve import draw_curve

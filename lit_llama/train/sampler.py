@@ -13,12 +13,12 @@ from lit_llama.generate.engines import torch_engine
 from lit_llama.generate.llm import LLM, make_llm
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedCache
-from lit_llama.text.dataset import TEST_FILE
+from lit_llama.text.dataset.folder import TEST_FILE
 from lit_llama.text.message import Conversation
-from lit_llama.text.prompts import folder_style
+from lit_llama.text.prompts.folder_style import folder_style
 from lit_llama.text.read.questions import read_questions
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import special_ids
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.vocabulary import special_ids
 
 SAMPLES_FILE = "samples.jsonl"
 MAX_NEW_TOKENS = 128

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_llama.text.dataset import Batch, Split, collate, largest_group
+from lit_llama.text.dataset.folder import Batch, Split, collate, largest_group
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.loss import TokenLoss
 

@@ -48,9 +48,9 @@ from lit_llama.generate.rows.recipe import read_recipe
 from lit_llama.manifest import MANIFEST, check_folder, write_manifest
 from lit_llama.model.adapter import read_adapter_config, read_adapter_weights
 from lit_llama.model.checkpoint import load_model
-from lit_llama.text.prompts import folder_style
+from lit_llama.text.prompts.folder_style import folder_style
 from lit_llama.text.read.reading import read_conversations
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.inputs import read_inputs
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.state import read_record

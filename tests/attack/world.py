@@ -26,7 +26,7 @@ import lit_llama.convert.delta.folders
 import lit_llama.convert.gguf.writer
 import lit_llama.convert.merge
 import lit_llama.generate.answer
-import lit_llama.text.records
+import lit_llama.text.dataset.records
 import lit_llama.train.run
 import lit_llama.train.start  # noqa: F401
 from lit_llama.manifest import check_folder

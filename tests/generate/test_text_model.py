@@ -11,7 +11,7 @@ from conftest import CHATML
 import lit_llama
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.llm import LLM
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.prompts.encode import prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_core")
 

@@ -12,9 +12,9 @@ from tokenizer_zoo import SHAPES, write_shape
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM, load
-from lit_llama.text.places import Place
-from lit_llama.text.token_bytes import token_bytes
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.stream import token_bytes
 
 TEXTS = ["Zoë's naïve café, 北京 \U0001f600", '{"a": [1, true]}\n\t  x', "<SQL> select </SQL>", "ÿ\u0301 🇨🇿"]
 

@@ -13,9 +13,9 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.overflow import fitted_messages, fitted_text, room
-from lit_llama.text.encode import prompt_ids
 from lit_llama.text.message import Conversation, instruct
-from lit_llama.text.prompts import named_style
+from lit_llama.text.prompts.encode import prompt_ids
+from lit_llama.text.prompts.folder_style import named_style
 
 pytestmark = pytest.mark.usefixtures("one_core")
 LONG = "many more words " * 6

@@ -23,10 +23,10 @@ from lit_llama.manifest import MANIFEST, check_folder, read_manifest
 from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
-from lit_llama.text.config import StyleName
-from lit_llama.text.special import read_object
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import check_vocabulary, holds_tokenizer
+from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.special import read_object
+from lit_llama.text.tokenizer.vocabulary import check_vocabulary, holds_tokenizer
 
 ROWS = 32
 """Rows of each tensor that are added again when a merged folder is verified."""

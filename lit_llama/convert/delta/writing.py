@@ -22,11 +22,11 @@ from lit_llama.manifest import write_manifest
 from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import DTYPES, Spec, byte_size, plan_shards, write_index, write_shard
 from lit_llama.progress import stderr, track
-from lit_llama.text.config import StyleName
-from lit_llama.text.encode import begins
-from lit_llama.text.prompts import TEMPLATE_FILE, folder_style, named_style
-from lit_llama.text.tokenizer import Tokenizer
-from lit_llama.text.vocabulary import identity
+from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.prompts.encode import begins
+from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, folder_style, named_style
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.vocabulary import identity
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from lit_llama.convert.gguf.scan import scan
 from lit_llama.errors import UserError
 from lit_llama.place import aside
 from lit_llama.progress import stderr
-from lit_llama.text.jinja.template import JinjaStyle
-from lit_llama.text.prompts import style_of
-from lit_llama.text.styles import PromptStyle
+from lit_llama.text.prompts.folder_style import style_of
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.prompts.template import JinjaStyle
 
 _BOS, _USER, _ANSWER, _AGAIN, _SYSTEM = (chr(0xE000 + index) for index in range(5))  # no style writes these
 _ENDS = ("eos", "eot", "eom")

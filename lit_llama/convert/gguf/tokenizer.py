@@ -11,9 +11,10 @@ from lit_llama.convert.tokens.listed import padding
 from lit_llama.convert.tokens.ranks import from_ranks
 from lit_llama.errors import CheckpointError
 from lit_llama.progress import stderr
-from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
-from lit_llama.text.prompts import TEMPLATE_FILE
-from lit_llama.text.special import (
+from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
+from lit_llama.text.tokenizer.special import (
     ADDED_FILE,
     NAMES_FILE,
     SETTINGS_FILE,
@@ -22,7 +23,6 @@ from lit_llama.text.special import (
     read_object,
     spelling_of,
 )
-from lit_llama.text.tokenizer import Tokenizer
 
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 _GENERATION, _CONFIG = "generation_config.json", "config.json"

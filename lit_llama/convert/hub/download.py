@@ -31,8 +31,8 @@ from lit_llama.model.places import describe_quantization, holds_fp8, of_sixteen_
 from lit_llama.objects import as_object, read_text
 from lit_llama.place import remove_own
 from lit_llama.progress import reading, stderr
-from lit_llama.text.prompts import folder_style
-from lit_llama.text.special import read_object
+from lit_llama.text.prompts.folder_style import folder_style
+from lit_llama.text.tokenizer.special import read_object
 
 
 def download(

@@ -27,8 +27,8 @@ from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.weights import Stored
 from lit_llama.objects import ObjectError, load_yaml, read_text
-from lit_llama.text.special import read_object
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.special import read_object
 
 FILE, SHAPE_FILE = "lit_model.pth", "model_config.yaml"
 PARTS = ("q_proj", "k_proj", "v_proj")

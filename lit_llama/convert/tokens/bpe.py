@@ -6,7 +6,7 @@ from typing import Any
 from lit_llama.convert.tokens import cuts, listed
 from lit_llama.convert.tokens.cuts import BYTES
 from lit_llama.errors import CheckpointError
-from lit_llama.text.pieces import Kind
+from lit_llama.text.tokenizer.pieces import Kind
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import write_json
-from lit_llama.text.special import SETTINGS_FILE, added_tokens, read_object
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.special import SETTINGS_FILE, added_tokens, read_object
 
 Token = TypeVar("Token", str, bytes)
 _SPACE = "\u2581"

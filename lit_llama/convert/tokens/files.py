@@ -17,7 +17,7 @@ from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_toke
 from lit_llama.errors import CheckpointError
 from lit_llama.folder import encode_json
 from lit_llama.progress import stderr
-from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 FILE = "tokenizer.model"
 _FETCH = (

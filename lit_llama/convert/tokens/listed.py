@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.pieces import Kind
+from lit_llama.text.tokenizer.pieces import Kind
 
 _PREFIX = "tokenizer.ggml."
 _TOKENS, _TYPES, _SCORES, _MERGES = (f"{_PREFIX}{name}" for name in ("tokens", "token_type", "scores", "merges"))

@@ -13,10 +13,10 @@ from typing import Any
 
 from lit_llama.convert.tokens.fast import merges
 from lit_llama.errors import CheckpointError
-from lit_llama.text.bounds import read_bounded
-from lit_llama.text.hub_tokenizer import HubTokenizer
-from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
-from lit_llama.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from lit_llama.text.tokenizer.bounds import read_bounded
+from lit_llama.text.tokenizer.hub import HubTokenizer
+from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
+from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _TEXTS = [

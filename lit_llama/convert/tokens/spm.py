@@ -6,7 +6,7 @@ from typing import Any
 from lit_llama.convert.tokens import listed
 from lit_llama.convert.tokens.listed import padding
 from lit_llama.errors import CheckpointError
-from lit_llama.text.pieces import SPACE, Kind, Piece, SentencePieces
+from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> SentencePieces:

@@ -13,9 +13,9 @@ from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Overflow, Request, Sampling, Step
 from lit_llama.generate.llm import LLM
 from lit_llama.generate.overflow import fitted_messages
-from lit_llama.text.encode import prompt_ids
 from lit_llama.text.message import Message
-from lit_llama.text.thoughts import opens
+from lit_llama.text.prompts.encode import prompt_ids
+from lit_llama.text.prompts.thoughts import opens
 
 SETTINGS = (
     "temperature",

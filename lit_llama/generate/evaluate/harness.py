@@ -15,8 +15,8 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.evaluate.likelihood import score
 from lit_llama.generate.llm import load
 from lit_llama.progress import stderr
-from lit_llama.text.encode import Cutter, for_style, ids_of, rendered
-from lit_llama.text.styles import Segment
+from lit_llama.text.prompts.encode import Cutter, for_style, ids_of, rendered
+from lit_llama.text.prompts.styles import Segment
 
 try:
     import lm_eval.models  # noqa: F401 - the harness itself does so only where no model is registered yet

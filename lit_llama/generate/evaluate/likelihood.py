@@ -12,10 +12,10 @@ from lit_llama.errors import DataError, NumericalError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.ticket import Ticket
 from lit_llama.generate.llm import LLM
-from lit_llama.text.encode import Cutter, ids_of
+from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, headed
-from lit_llama.text.samples import Encoder
-from lit_llama.text.styles import Segment
+from lit_llama.text.prompts.encode import Cutter, ids_of
+from lit_llama.text.prompts.styles import Segment
 
 
 def _scored(ids: Sequence[int], start: int, adapter: str | None = None) -> Request:

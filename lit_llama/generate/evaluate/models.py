@@ -16,7 +16,7 @@ from lit_llama.manifest import sha256_file
 from lit_llama.model.adapter import WEIGHTS_FILE, trained_on
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.progress import stderr
-from lit_llama.text.vocabulary import tokenizer_home
+from lit_llama.text.tokenizer.vocabulary import tokenizer_home
 
 
 @dataclass(frozen=True)

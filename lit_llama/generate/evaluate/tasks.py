@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.evaluate.metrics import compiled, is_json, json_keys
 from lit_llama.objects import ObjectError, load_yaml
-from lit_llama.text.dataset import TEST_FILE, read_meta
+from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.read.questions import question_of, read_text
 from lit_llama.text.read.raw import RowError

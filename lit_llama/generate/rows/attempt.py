@@ -15,7 +15,7 @@ from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.schema import Validator
 from lit_llama.generate.rows.sources import Entry
 from lit_llama.generate.rows.teacher import Ask, Reply
-from lit_llama.text.jinja.sandbox import Sandbox
+from lit_llama.text.prompts.sandbox import Sandbox
 
 Values = dict[str, Any]
 

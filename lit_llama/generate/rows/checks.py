@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.generate.rows.rouge import common, words_of
+from lit_llama.text.dataset.split import normalised
 from lit_llama.text.read.raw import STRICTEST
-from lit_llama.text.split import normalised
 
 _FROM_EVIDENCE = 0.8  # of the words of an answer, in their order; the others are such as "because"
 _COPIED = 0.9  # of the words of an example, in their order

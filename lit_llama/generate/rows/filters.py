@@ -12,11 +12,11 @@ from lit_llama.generate.rows.attempt import Attempt, prompt_and_answer
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.rouge import RougeIndex, words_of
 from lit_llama.generate.rows.sources import Entry
+from lit_llama.text.dataset.split import normalised
+from lit_llama.text.inspect.characters import SCRIPTS, TROUBLE, count_characters
+from lit_llama.text.inspect.duplicates import NearIndex
+from lit_llama.text.inspect.findings import refused
 from lit_llama.text.read.questions import read_questions
-from lit_llama.text.report.characters import SCRIPTS, TROUBLE, count_characters
-from lit_llama.text.report.duplicates import NearIndex
-from lit_llama.text.report.findings import refused
-from lit_llama.text.split import normalised
 
 _MEDIA = re.compile(
     r"https?://|www\.\w|\b(?:(?:this|the following|attached|given|above|below) (?:image|picture|photo|photograph|video"

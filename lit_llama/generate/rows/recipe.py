@@ -263,7 +263,7 @@ def _templates(output: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _check_filters(filters: Filters, columns: Sequence[Column], place: str) -> None:
-    from lit_llama.text.report.characters import SCRIPTS
+    from lit_llama.text.inspect.characters import SCRIPTS
 
     if filters.rouge is not None and not 0 < filters.rouge <= 1:
         raise UserError(f"{place}: filters.rouge is {filters.rouge}, expected a number above 0 and at most 1, or null")

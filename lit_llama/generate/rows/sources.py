@@ -12,13 +12,12 @@ from typing import Any
 
 from lit_llama.errors import DataError
 from lit_llama.generate.rows.recipe import Source
-from lit_llama.text.read.documents import TEXT_ENDINGS, read_documents
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.read.documents import PDF_ENDING, TEXT_ENDINGS, pdf_text, read_documents
 from lit_llama.text.read.files import expand
-from lit_llama.text.read.pdf import PDF_ENDING, pdf_text
 from lit_llama.text.read.questions import question_of
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.rows import read_rows
-from lit_llama.text.styles import PromptStyle
 
 PAGES = (".html", ".htm")
 _UNREAD = {"script", "style", "template", "noscript", "svg", "head", "nav", "footer"}

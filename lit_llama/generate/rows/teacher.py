@@ -10,8 +10,8 @@ from lit_llama.generate.engine.constraint import Constraint
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM
-from lit_llama.text.encode import Cutter, for_style, ids_of, prompt_ids, rendered
 from lit_llama.text.message import Message
+from lit_llama.text.prompts.encode import Cutter, for_style, ids_of, prompt_ids, rendered
 
 Key = tuple[int, str]
 """Number of the attempt, and name of the column."""

@@ -15,12 +15,12 @@ from typing import Any
 from lit_llama.errors import UserError
 from lit_llama.generate.llm import LLM
 from lit_llama.generate.serve.errors import refusal
-from lit_llama.text.encode import for_style, rendered
 from lit_llama.text.message import Message
-from lit_llama.text.places import any_of
-from lit_llama.text.prompts import JinjaStyle, answer_end
-from lit_llama.text.styles import PromptStyle
-from lit_llama.text.tokenizer import Tokenizer
+from lit_llama.text.prompts.encode import for_style, rendered
+from lit_llama.text.prompts.folder_style import JinjaStyle, answer_end
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.places import any_of
 
 _NAMES = ("probed_function_one", "probed_function_two")
 _ID = "a1B2c3D4e"

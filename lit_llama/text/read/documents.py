@@ -1,12 +1,96 @@
-"""Plain text files -> documents: a whole file, paragraphs between blank lines, or lines."""
+"""Documents: plain text files and the words of PDF files."""
 
+import logging
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lit_llama.errors import DataError
-from lit_llama.text.config import Documents
-from lit_llama.text.read.files import UTF8, Dialect, Remark, decoded, open_bytes
+from lit_llama.errors import DataError, UserError
+from lit_llama.text.dataset.config import Documents
+from lit_llama.text.read.files import UTF8, Dialect, Remark, check_file, decoded, open_bytes
 from lit_llama.text.read.raw import LONGEST, RawRow
+
+PDF_ENDING = ".pdf"
+_ENDS = re.compile(r"[.!?:。！？][\"'”’)]?$")
+
+
+def pdf_text(path: Path) -> str:
+    """The text of a PDF file, its lines joined to paragraphs with a blank line between them.
+
+    Raises:
+        UserError: The package that reads PDF files is not installed.
+        DataError: The file is damaged or protected by a password, has no text, or more than LONGEST characters.
+    """
+    check_file(path)
+    try:
+        import pypdf
+        from pypdf.errors import DependencyError, PdfReadError
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{path}: PDF files are read by a package that is not installed: pip install 'lit_llama[pdf]', or save "
+            "the document as text"
+        ) from error
+    pages, size = list[str](), 0
+    with _quiet(), path.open("rb") as file:
+        try:
+            reader = pypdf.PdfReader(file)
+            if reader.is_encrypted and not reader.decrypt(""):  # some have a password only for who changes them
+                raise _protected(path)
+            for page in reader.pages:
+                pages.append(page.extract_text())
+                if (size := size + len(pages[-1])) > LONGEST:
+                    raise DataError(f"{path} has more than {LONGEST:,} characters; cut the file")
+        except DataError:
+            raise
+        except DependencyError as error:  # a cipher that needs one more package
+            raise _protected(path) from error
+        except Exception as error:  # a damaged file makes pypdf stumble anywhere
+            what = str(error) if isinstance(error, PdfReadError) else f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{path} cannot be read as PDF: {' '.join(what.split()) or 'it is damaged'}; save it again, or as text"
+            ) from error
+    text = "\n\n".join(paragraph for page in pages for paragraph in _paragraphs(page))
+    if not text:
+        raise DataError(f"{path} holds no text, its pages may be pictures: make text of it by OCR, or leave it out")
+    return text.encode("utf-8", "replace").decode()  # a damaged font gives halves of characters
+
+
+def _protected(path: Path) -> DataError:
+    return DataError(f"{path} is protected by a password: save it without one, or as text")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what pypdf says of oddities that it copes with."""
+    logger = logging.getLogger("pypdf")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _paragraphs(page: str) -> Iterator[str]:
+    """Paragraphs of a page, whose lines end where its column does.
+
+    One ends at a blank line, or at a line that is shorter than the others and ends a sentence, as the last of a
+    paragraph does, or is much shorter, as a heading is. A word that a hyphen divides is whole again.
+    """
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    width, begun = max(map(len, lines), default=0), ""
+    for line in lines:
+        if begun.endswith("-") and line[:1].islower():
+            begun = begun[:-1] + line
+        else:
+            begun = f"{begun} {line}".strip()
+        if begun and (not line or len(line) < (3 / 4 if _ENDS.search(line) else 1 / 2) * width):
+            yield begun
+            begun = ""
+    if begun:
+        yield begun
+
 
 TEXT_ENDINGS = (".txt", ".text", ".md")
 

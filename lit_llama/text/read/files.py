@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.config import Quoting
+from lit_llama.text.dataset.config import Quoting
 
 BLOCK = 1 << 20  # bytes read at a time
 FREE, RATIO = 256 << 20, 500

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lit_llama.text.config import Tree
+from lit_llama.text.dataset.config import Tree
 from lit_llama.text.read.raw import RawRow, RowError, kind, shown
 
 Node = dict[str, Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.config import Documents, OnError, Tree
+from lit_llama.text.dataset.config import Documents, OnError, Tree
 from lit_llama.text.message import Conversation, Dropped
 from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.files import UTF8, Dialect, plain_suffix

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lit_llama.text.message import Message
-from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing
+from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing, suggest
 from lit_llama.text.read.messages import (
     OASST_FIELDS,
     Turns,
@@ -21,7 +21,6 @@ from lit_llama.text.read.messages import (
 )
 from lit_llama.text.read.oasst import Node, branches
 from lit_llama.text.read.raw import RowError, kind, listed, missing
-from lit_llama.text.read.suggest import suggest
 from lit_llama.text.read.tools import read_tools
 
 _AFTER: dict[str, tuple[str, ...]] = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.read.csv_rows import rows_under
 from lit_llama.text.read.files import WORKBOOKS, Remark, check_file
-from lit_llama.text.read.header import rows_under
 from lit_llama.text.read.raw import RawRow, listed
 
 MOST = 1 << 31

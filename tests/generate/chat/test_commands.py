@@ -22,7 +22,7 @@ from lit_llama.generate.loading import Loading
 from lit_llama.generate.models import load_models
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.paged import BLOCK
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.prompts.encode import prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_core")
 

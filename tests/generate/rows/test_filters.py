@@ -20,7 +20,7 @@ from lit_llama.generate.rows.checks import (
 from lit_llama.generate.rows.filters import RowFilters
 from lit_llama.generate.rows.recipe import Recipe, Source, read_recipe
 from lit_llama.generate.rows.sources import Entry, Pool, cut, page_text
-from lit_llama.text.report.duplicates import SIMILARITY, NearIndex
+from lit_llama.text.inspect.duplicates import SIMILARITY, NearIndex
 
 LONG = "Explain in some detail why the leaves of most trees turn red and yellow in the autumn of the year"
 
@@ -93,7 +93,7 @@ def test_filters_that_are_switched_off(recipe: Callable[..., Recipe]) -> None:
 @pytest.mark.parametrize("recent", [1, 7, 4096])
 def test_near_rows_are_found_by_their_jaccard_similarity(recent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows came since the last merge."""
-    monkeypatch.setattr("lit_llama.text.report.duplicates._RECENT", recent)
+    monkeypatch.setattr("lit_llama.text.inspect.duplicates._RECENT", recent)
 
     def jaccard(one: str, other: str) -> float:
         left, right = ({text[at : at + 5] for at in range(len(text) - 4)} for text in (one, other))

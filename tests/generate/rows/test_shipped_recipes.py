@@ -13,7 +13,7 @@ from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.recipe import Recipe, read_recipe, shipped
 from lit_llama.generate.rows.run import Limits, RowMaker
 from lit_llama.generate.rows.teacher import LocalTeacher
-from lit_llama.text.split import normalised
+from lit_llama.text.dataset.split import normalised
 
 SEEDS = [
     ("What is the capital of Australia?", "", "Canberra"),

@@ -15,7 +15,7 @@ from conftest import ROOT
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.rows.teacher import Ask, LocalTeacher, opening_ids
-from lit_llama.text.encode import prompt_ids
+from lit_llama.text.prompts.encode import prompt_ids
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from lit_llama.generate.evaluate.report.summary import Line, Outcome, lines, out
 from lit_llama.generate.evaluate.report.table import compared, estimated, number
 from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.tasks import Item, Task
-from lit_llama.text.report.render import render
+from lit_llama.html.render import render
 
 MOST_ROWS = 400
 """Rows of a task on the page; all are in rows/."""

@@ -5,8 +5,8 @@ from pathlib import Path
 from lit_llama.folder import encode_json, replace_file, replace_text
 from lit_llama.generate.rows.report.summary import NGRAM, summarise
 from lit_llama.generate.rows.run import RowMaker
-from lit_llama.text.report.page import histogram
-from lit_llama.text.report.render import render
+from lit_llama.html.render import render
+from lit_llama.text.inspect.page import histogram
 
 
 def write_report(folder: Path, maker: RowMaker) -> None:

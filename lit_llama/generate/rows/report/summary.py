@@ -12,7 +12,7 @@ from lit_llama.generate.rows.attempt import prompt_and_answer
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE
 from lit_llama.generate.rows.rouge import rouge_l, words_of
 from lit_llama.generate.rows.run import RowMaker
-from lit_llama.text.report.findings import lengths
+from lit_llama.text.inspect.findings import lengths
 
 NGRAM = 4
 _COMPARED, _AMONG = 100, 1000

@@ -1,0 +1,92 @@
+"""Rows a block at a time: read, rendered and encoded at once, each by a thread of its own."""
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TypeVar
+
+from lit_llama import progress
+from lit_llama.text.dataset.encoder import Encoded, Encoder
+from lit_llama.text.dataset.render import Rendered
+from lit_llama.text.message import Conversation, Dropped
+from lit_llama.text.read.reading import Reader
+
+T = TypeVar("T")
+_YOUNG = 100_000  # objects after which Python looks for circles among them
+ROWS = 2000
+"""Rows of a block, enough for the tokenizer to use all cores."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows that follow each other.
+
+    Args:
+        number: From 0, the same in every run over the same data.
+        conversations: What can be encoded.
+        dropped: What cannot be.
+    """
+
+    number: int
+    conversations: list[Conversation]
+    dropped: list[Dropped]
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let Python look for circles of objects rarely: rows form none, and a tenth of the time would go there."""
+    before = gc.get_threshold()
+    gc.set_threshold(_YOUNG, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def read_blocks(reader: Reader) -> Iterator[Block]:
+    """All rows of a reader."""
+    rows = iter(progress.count(reader, "encoding"))
+    for number in count():
+        if not (some := list(islice(rows, ROWS))):
+            return
+        conversations = [row for row in some if isinstance(row, Conversation)]
+        yield Block(number, conversations, [row for row in some if isinstance(row, Dropped)])
+
+
+def encode_blocks(blocks: Iterable[Block], encoder: Encoder) -> Iterator[tuple[Block, Encoded]]:
+    """Each block, and the samples that it comes to.
+
+    Raises:
+        UserError: What `Encoder` says of a row.
+    """
+    return ahead(_encoded(ahead(_rendered(blocks, encoder)), encoder))
+
+
+def _rendered(blocks: Iterable[Block], encoder: Encoder) -> Iterator[tuple[Block, Rendered]]:
+    for block in blocks:
+        yield block, encoder.render(block.conversations)
+
+
+def _encoded(rendered: Iterable[tuple[Block, Rendered]], encoder: Encoder) -> Iterator[tuple[Block, Encoded]]:
+    for block, part in rendered:
+        yield block, encoder.encode(part)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made by another thread while the one before is worked on.
+
+    The tokenizer needs no Python: while it encodes, rows are read before it and written behind it.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        made = pool.submit(next, items, None)
+        while (item := made.result()) is not None:
+            made = pool.submit(next, items, None)
+            yield item
+    finally:
+        with contextlib.suppress(RuntimeError):  # after an error this may end in that very thread
+            pool.shutdown()

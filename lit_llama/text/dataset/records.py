@@ -1,0 +1,286 @@
+"""Any instruction or chat data -> a data folder, unless that is there already; and what to tell people of it."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lit_llama.console import as_typed
+from lit_llama.errors import UserError
+from lit_llama.lock import reserve
+from lit_llama.manifest import check_folder, is_intact, sha256_file
+from lit_llama.progress import stderr
+from lit_llama.text.dataset.config import ENCODING, PrepareConfig, StyleChoice
+from lit_llama.text.dataset.folder import META_FILE
+from lit_llama.text.dataset.held_out import read_members
+from lit_llama.text.dataset.prepare import new_encoder, prepare
+from lit_llama.text.dataset.reject_log import LOST_FILE, keep_long_rows
+from lit_llama.text.dataset.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
+from lit_llama.text.dataset.split import choose
+from lit_llama.text.inspect.findings import unchecked
+from lit_llama.text.inspect.report import REPORT_HTML, REPORT_JSON, look_at, noted
+from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, folder_style, named_style
+from lit_llama.text.prompts.styles import PromptStyle
+from lit_llama.text.read.files import Dialect
+from lit_llama.text.read.reading import read_conversations
+from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
+from lit_llama.text.tokenizer.merges import MERGES_FILES
+from lit_llama.text.tokenizer.special import read_object
+from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary
+
+FIELDS_SAID = {
+    "unused": "fields that nothing uses (--fields gives them a place)",
+    "written_as_text": "fields that were no text, written as JSON text",
+    "left_out": "fields left out, as asked",
+}
+_SHOWN = 8  # places of dropped rows that are spelled on stderr
+
+
+def prepare_records(config: PrepareConfig, *, plan: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Make the data folder of a configuration.
+
+    Nothing is done where the folder was made of the same bytes, tokenizer, style and rules by the same version of the
+    encoding.
+
+    Args:
+        config: What is read, how rows become samples, and where they go.
+        plan: For the report: batch_size and micro_batch_tokens to count steps with.
+
+    Returns:
+        What stands in meta.json; with `shard`, in shard.json.
+
+    Raises:
+        DataError: Rows that cannot be used, or too few of them.
+        CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
+    """
+    with reserve(config.destination_path, required=False):
+        return _prepare(config, plan)
+
+
+def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str, Any]:
+    destination, tokenizer_path, prompt_style = config.destination_path, config.tokenizer_path, config.prompt_style
+    ignore_fields = [name for given in config.ignore_fields or () for name in given.split(",")]  # of a command line
+    shards = [config.shards] if isinstance(config.shards, str) else config.shards or ()
+    part = Part.parse(config.shard) if config.shard else None
+    dialect = Dialect(config.encoding, config.quoting, config.escape)
+    read = partial(
+        read_conversations,
+        fields=config.fields or {},
+        on_error=config.on_error,
+        tree=config.tree,
+        seed=config.seed,
+        documents=config.documents,
+        as_text=config.as_text,
+        ignore_fields=ignore_fields,
+    )
+    reader = read(config.sources, weights=config.weights, dialect=dialect)
+    split_from = config.split_from
+    choice = choose(config.split, config.test_split_size, reader.division, other=split_from is not None)
+    if config.documents == "file" and len(reader.identity()) == 1 and choice.tests:
+        raise UserError(
+            f"{config.sources[0]} is one document, which cannot be for training and for testing: name more files, use "
+            "--documents paragraph or line, or --test_split_size 0 to train on it alone"
+        )
+    members = (
+        read_members(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        if split_from
+        else None
+    )
+    made_of: dict[str, Any] = {
+        "sources": [list(source) for source in reader.identity()],
+        "tokenizer": _tokenizer_files(tokenizer_path),
+        "version of the encoding": ENCODING,
+        "version of a package": _packages(),
+        "--documents": config.documents,
+        "--prompt_style": prompt_style,
+        **{f"--{name}": value for name, value in (config.rules() | choice.rules()).items()},
+        "--split_from": members.identity() if members else None,
+        "--fields": config.fields or {},
+        "--ignore_fields": ignore_fields,
+        "--as_text": config.as_text,
+        "--on_error": config.on_error,
+        "--tree": config.tree,
+        "--weights": config.weights or [],
+        **{f"--{name}": value for name, value in asdict(dialect).items()},
+        "plan of steps": dict(plan or {}),
+    }
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    meta = read_object(destination / (SHARD_FILE if part else META_FILE))
+    if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == config.shard:
+        stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
+        return meta
+    if changes := _changes(meta.get("made_of", {}), made_of):
+        stderr().print(f"{destination}: made anew, since {changes}")
+    if not part and (destination / SHARD_FILE).exists():
+        raise UserError(f"--destination_path {destination} is a shard; name another folder for the data")
+    together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
+    tokenizer = _read_tokenizer(tokenizer_path)
+    style = _style(prompt_style, tokenizer_path)
+    if prompt_style is None:
+        stderr().print(_chosen(style, _folder_of(tokenizer_path)), markup=False)
+    if part:
+        encoder = new_encoder(tokenizer, style, config)
+        made = write_shard(reader, encoder, destination, part, key=key, made_of=made_of)
+        _shard_summary(destination, made, part)
+        return made
+    meta = prepare(
+        reader,
+        config=config,
+        choice=choice,
+        tokenizer=tokenizer,
+        style=style,
+        key=key,
+        made_of=made_of,
+        members=members,
+        shards=together,
+        plan=plan,
+        commands=_next_commands(destination, tokenizer_path),
+    )
+    _summary(destination, meta, tokenizer)
+    return meta
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is not as it was when a folder was made; "" if nothing is known of that."""
+    changed = [name for name in now if before and now[name] != before.get(name)]
+    flags = [f"{name} is {now[name]}, not {before.get(name)}" for name in changed if name.startswith("--")]
+    return ", ".join(flags + [f"the {name} changed" for name in changed if not name.startswith("--")])
+
+
+def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
+    """Whether all files are there as they were written; somebody may have deleted one."""
+    sizes = meta.get("files", {})
+    there = bool(sizes) and all(
+        (destination / name).is_file() and (destination / name).stat().st_size == size for name, size in sizes.items()
+    )
+    return there and is_intact(destination)
+
+
+def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
+    """What to do with the folder."""
+    data, base = (shlex.quote(str(path)) for path in (destination, tokenizer_path))
+    commands = [f"python prepare/show.py --data_dir {data}"]
+    if tokenizer_path.is_dir():
+        out = shlex.quote(f"out/lora/{destination.name}")
+        commands.append(f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}")
+    return [as_typed(command) for command in commands]
+
+
+def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
+    """The style of a name; without one that of the model folder, or Alpaca's where the folder has none."""
+    if name not in (None, "chat_template"):
+        return named_style(name)
+    folder = _folder_of(tokenizer_path)
+    style = folder_style(folder)
+    if style is None and name is not None:
+        raise UserError(f"--prompt_style chat_template: {folder} has no {TEMPLATE_FILE}; name a built-in style")
+    return style or named_style("alpaca")
+
+
+def _folder_of(tokenizer_path: Path) -> Path:
+    return tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+
+
+def _chosen(style: PromptStyle, folder: Path) -> str:
+    """Which style is taken where none is named."""
+    if folder_style(folder) is None:
+        return f"prompt style alpaca, as {folder} has no chat template; --prompt_style names another"
+    which = "" if style.name == "chat_template" else f", which is {style.name}"
+    return f"prompt style: the chat template of {folder}{which}; --prompt_style names another"
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that fits the embedding, where the path is a model folder and so has one."""
+    check_folder(_folder_of(path), weights=False)
+    tokenizer = Tokenizer.from_path(path)
+    rows = read_object(path / "config.json").get("vocab_size")
+    if isinstance(rows, int):
+        check_vocabulary(path, rows, tokenizer)
+    if path.is_dir():
+        check_recorded(path, tokenizer, path)
+    for remark in tokenizer.remarks:
+        stderr().print(remark)
+    return tokenizer
+
+
+def _tokenizer_files(path: Path) -> dict[str, str]:
+    """Sha256 of all that says how texts are encoded and rendered."""
+    folder = path if path.is_dir() else path.parent
+    beside = (
+        *(*TOKENIZER_FILES, *MERGES_FILES, TEMPLATE_FILE),
+        *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    )
+    files = {name: sha256_file(folder / name) for name in beside if (folder / name).is_file()}
+    return files | {"tokenizer": sha256_file(path) if path.is_file() else ""}
+
+
+def _packages() -> dict[str, str]:
+    """Versions of what encodes and renders: another may give other tokens."""
+    found = {}
+    for name in ("tokenizers", "sentencepiece", "tiktoken", "jinja2"):
+        with suppress(PackageNotFoundError):  # not all are needed
+            found[name] = version(name)
+    return found
+
+
+def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Where every row went, and what there is now, on stderr."""
+    say = stderr().print
+    name, rows, dropped = meta["source"]["file"], meta["source"]["rows"], meta["dropped"]
+    lost = sum(tally["rows"] for tally in dropped.values())
+    say(f"{name}: {rows} rows = {meta['kept']} kept (of them {meta['cut']['rows']} cut) + {lost} dropped")
+    for reason, tally in dropped.items():
+        shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
+        shown += ", ..." if tally["rows"] > _SHOWN else ""
+        say(f"  dropped, {reason}: {tally['rows']} ({shown}; all of them in {LOST_FILE})")
+    if lost - meta["dropped_by_choice"] > rows / 10:
+        hint = keep_long_rows(meta["too_long"], meta["max_seq_length"]) or "the reasons stand above"
+        say(f"  more than a tenth is dropped: {hint}")
+    for remark in meta["remarks"]:
+        say(f"  {remark}")
+    for what, fields in meta["fields"].items():
+        if fields:
+            named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
+            say(f"  {FIELDS_SAID[what]}: {named}")
+    if meta["turns_cut"]:
+        say(f"  {meta['turns_cut']} last turns without an answer were left off")
+    if meta["in_parts"]:
+        say(f"  {meta['in_parts']} rows became several samples")
+    for what, tally in meta["notes"].items():
+        shown = ", ".join(place.removeprefix(f"{name}:") for place in tally["first"][:_SHOWN])
+        shown += ", ..." if tally["rows"] > _SHOWN else ""
+        say(f"  {tally['rows']} rows {noted(what, meta)} ({shown})", markup=False)
+    if given := meta.get("split_from"):
+        also = f", {given['dropped']} of them dropped" if given["dropped"] else ""
+        say(f"  split as in {given['path']}: {given['rows']} rows ask its {given['questions']} test questions{also}")
+    if not meta["near_duplicates_checked"]:
+        samples = sum(counts["rows"] for counts in meta["splits"].values())
+        say(f"  near-duplicates were not looked for: {unchecked(samples, meta['near_duplicates'])}")
+    for name, counts in meta["splits"].items():
+        if not counts["rows"]:
+            say(f"  {name}: no rows, as --test_split_size is 0: finetune trains without evaluation")
+            continue
+        share = counts["trained_tokens"] / counts["tokens"]
+        say(
+            f"  {name}: {counts['rows']} rows, {counts['tokens']:,} tokens, {share:.0%} of them trained, "
+            f"longest {counts['longest']}"
+        )
+    what = "answers only" if meta["mask_inputs"] else "prompts and answers (--mask_inputs true for answers only)"
+    schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
+    say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
+    for line in look_at(destination / REPORT_JSON):
+        say(f"  {line}")
+    say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {shlex.quote(str(destination))}")
+
+
+def _shard_summary(destination: Path, made: Mapping[str, Any], part: Part) -> None:
+    stderr().print(
+        f"{destination}: shard {part}, {made['rows']} of {made['of_rows']} rows encoded, {made['tokens']:,} tokens; "
+        f"when all {part.of} are made, run the same command with --shards and the folders of all"
+    )

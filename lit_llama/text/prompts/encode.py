@@ -1,0 +1,232 @@
+"""Segments -> runs of text and control tokens, and the ids of a prompt: the same for training and for generation."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from lit_llama.errors import CheckpointError, UserError
+from lit_llama.text.message import Message
+from lit_llama.text.prompts.folder_style import JinjaStyle, answer_end, trained_ends
+from lit_llama.text.prompts.styles import PromptStyle, Segment
+from lit_llama.text.prompts.teller import Told
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.places import LEADING, TRAILING, Place, any_of
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring pieces that are encoded together: a text, or one control token.
+
+    Attributes:
+        text: What is encoded.
+        trained: Whether it is of an answer.
+        control: Id of the control token.
+        place: Where the text stands.
+        muted: It is of an answer that carries no loss.
+    """
+
+    text: str
+    trained: bool
+    control: int | None = None
+    place: Place = Place.START
+    muted: bool = False
+
+
+def for_style(tokenizer: Tokenizer, style: PromptStyle) -> Tokenizer:
+    """The tokenizer, in which the words that open turns in a style are control tokens.
+
+    Raises:
+        CheckpointError: It would cut a token of the style into pieces that no model has learned.
+    """
+    marks = style.marks(tokenizer.words, tokenizer.bos_token, tokenizer.eos) if tokenizer.words else ()
+    tokenizer = tokenizer.guarded(marks)
+    if missing := [token for token in style.tokens if token not in tokenizer.control]:
+        raise CheckpointError(
+            f"the prompt style {style.name} needs the tokens {', '.join(missing)}, which this tokenizer has not: name "
+            "another with --prompt_style, or use the tokenizer of a model that was trained in it, with the "
+            "added_tokens.json and tokenizer_config.json beside it"
+        )
+    return tokenizer
+
+
+def begins(tokenizer: Tokenizer, style: PromptStyle) -> bool:
+    """Whether a built-in style puts the token that begins a text before its first turn."""
+    return bool(tokenizer.bos_token if style.begins else tokenizer.bos if style.begins is None else "")
+
+
+def rendered(
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    messages: Sequence[Message],
+    *,
+    answer: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+    keep: bool = False,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Told:
+    """A conversation in a style, with the end of each answer among what is trained.
+
+    Args:
+        tokenizer: As `for_style` gives it.
+        style: How it is rendered.
+        messages: The turns so far; an `input` becomes part of its instruction.
+        answer: End where the assistant has to begin.
+        tools: The functions that the assistant may call.
+        keep: The last answer has its thoughts, whatever the style.
+        more: Values by name that a chat template may ask for, and built-in styles do not.
+
+    Raises:
+        UserError: The style cannot say something, or a name in a call or a tool spells a control token.
+    """
+    messages = list(map(style.joined, messages))
+    _refuse_controls(tokenizer, messages, tools)
+    eos = tokenizer.eos
+    if not isinstance(style, JinjaStyle):
+        bos = tokenizer.bos_token if begins(tokenizer, style) else ""
+        return Told(style.render(messages, bos=bos, eos=eos, answer=answer, tools=tools))
+    told = style.tell(messages, bos=tokenizer.bos_token, eos=eos, answer=answer, tools=tools, keep=keep, more=more)
+    usual = _usual_end(style, tokenizer.bos_token, eos, tuple(tokenizer.control)) if _calls(messages) else None
+    return replace(told, segments=trained_ends(told.segments, tokenizer.control, usual))
+
+
+@lru_cache(16)  # of the same style for every row
+def _usual_end(style: PromptStyle, bos: str, eos: str, control: tuple[str, ...]) -> str | None:
+    return answer_end(style, bos, eos, control)
+
+
+def _calls(messages: Sequence[Message]) -> bool:
+    return any("tool_calls" in message for message in messages)
+
+
+def _refuse_controls(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError if what a template writes unseen spells a control token: tools, and names within calls."""
+    if not tools and not _calls(messages):
+        return
+    pattern = any_of(tokenizer.control)
+
+    def check(value: Any, what: str, values: bool) -> None:
+        if isinstance(value, str) and values and (found := pattern.search(value)):
+            raise UserError(f"{what} spell the control token {found.group()}, which would end or open a turn")
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                check(key, what, True)
+                check(inner, what, values)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                check(inner, what, values)
+
+    check(list(tools), "the tools", True)
+    for message in messages:
+        check(message.get("tool_calls"), "names in tool_calls", False)
+        for call in message.get("tool_calls") or ():
+            check({key: inner for key, inner in call.items() if key != "function"}, "names in tool_calls", True)
+        check([message.get("name"), message.get("tool_call_id")], "names of messages", True)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+    """Ids of a conversation up to where the assistant has to begin; arguments as for `rendered`.
+
+    Raises:
+        CheckpointError: The tokenizer has not the tokens of the style.
+        UserError: The style cannot say something.
+    """
+    tokenizer = for_style(tokenizer, style)
+    told = rendered(tokenizer, style, messages, answer=True, tools=tools, more=more)
+    return ids_of(tokenizer, Cutter(tokenizer).runs(told.segments))
+
+
+def ids_of(tokenizer: Tokenizer, runs: Sequence[Run]) -> list[int]:
+    """Ids of runs."""
+    return [i for run in runs for i in ([run.control] if run.control is not None else _ids(tokenizer, run))]
+
+
+def _ids(tokenizer: Tokenizer, run: Run) -> list[int]:
+    return tokenizer.encode(run.text, run.place)
+
+
+def end_id(tokenizer: Tokenizer, style: PromptStyle) -> int | None:
+    """The token that ends an answer in this style, which need not be the model's own end; None if it does not say."""
+    end = answer_end(style, tokenizer.bos_token, tokenizer.eos, tokenizer.control)
+    return None if end is None else tokenizer.control[end]
+
+
+def place_behind(tokenizer: Tokenizer, prompt: Sequence[int]) -> Place:
+    """Where an answer stands: behind the text of its prompt, or behind an added token."""
+    return Place.AFTER if prompt and prompt[-1] in tokenizer.added.values() else Place.MORE
+
+
+def answer_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:
+    """Text that a decoded answer begins with and that is of the style, not of the answer: a blank, mostly."""
+    question, reply = ({"role": role, "content": "."} for role in ("user", "assistant"))
+    try:
+        segments = rendered(for_style(tokenizer, style), style, [question, reply]).segments
+    except UserError:
+        return ""
+    first = next((segment for segment in segments if segment.trained), None)
+    if first is None or not first.template or (isinstance(style, JinjaStyle) and first.text.strip()):
+        return ""
+    return first.text
+
+
+class Cutter:
+    """Cuts segments into runs: what a tokenizer encodes as one text, and control tokens between them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._control, self._strips = tokenizer.control, tokenizer.strips
+        self._pattern = any_of(tokenizer.control)
+        self._pieces = lru_cache(4096)(self._cut)  # templates come again and again
+
+    def runs(self, segments: Iterable[Segment]) -> list[Run]:
+        """Split template text at control tokens, and join what stands between them.
+
+        A text that goes on after another is marked as such: both together have the ids that they have as one text, as
+        far as the tokenizer does not join the end of a prompt to the beginning of its answer.
+        """
+        runs: list[Run] = []
+        for segment in segments:
+            pieces: Iterable[tuple[str, int | None]] = [(segment.text, None)]
+            for piece, control in self._pieces(segment.text) if segment.template else pieces:
+                if control is None:
+                    self._add(runs, piece, segment)
+                    continue
+                if self._strips.get(piece, _NEITHER)[0]:
+                    self._trim(runs)
+                runs.append(Run(piece, segment.trained, control, muted=segment.muted))
+        return runs
+
+    def _cut(self, template: str) -> list[tuple[str, int | None]]:
+        """Texts and control tokens of a template, in their order."""
+        pieces = enumerate(self._pattern.split(template))
+        return [(piece, self._control[piece] if index % 2 else None) for index, piece in pieces if piece]
+
+    def _add(self, runs: list[Run], text: str, segment: Segment) -> None:
+        last = runs[-1] if runs else None
+        if last and last.control is not None and self._strips.get(last.text, _NEITHER)[1]:
+            text = LEADING.sub("", text, count=1)
+        if not text:
+            return
+        if last and last.control is None and (last.trained, last.muted) == (segment.trained, segment.muted):
+            runs[-1] = Run(last.text + text, last.trained, None, last.place, last.muted)
+            return
+        place = Place.START if not last else Place.MORE if last.control is None else Place.AFTER
+        runs.append(Run(text, segment.trained, place=place, muted=segment.muted))
+
+    def _trim(self, runs: list[Run]) -> None:
+        """Take the blanks away from the end of a text."""
+        while runs and runs[-1].control is None:
+            text = TRAILING.sub("", runs[-1].text)
+            if text:
+                runs[-1] = replace(runs[-1], text=text)
+                return
+            runs.pop()
+
+
+_NEITHER = (False, False)

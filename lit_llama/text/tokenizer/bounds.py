@@ -1,0 +1,205 @@
+"""What a foreign tokenizer may ask for: ids, growth of a text and repeated steps, bounded before anything is built.
+
+A tokenizer.json is a small program, and a tokenizer.model holds one as well: a few replacements make gigabytes of a
+line, one id fills the memory with an empty vocabulary. What published tokenizers do lies far below these bounds.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import CheckpointError
+from lit_llama.text.tokenizer.patterns import check_pattern, shortest
+
+MAX_ID = 1 << 21  # eight times the largest vocabulary in use; a wrong id must not fill the memory
+LARGEST = 256 << 20  # bytes of a file; the largest in use has 40 MB
+_GROWTH = 64  # characters that one may become; NFKC has 18
+_STEPS, _DEPTH, _TEXT = 64, 8, 64
+_WORD = 1000  # characters of a word, of which WordPiece tries every part
+_INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+
+
+def check_tokenizer(raw: Mapping[str, Any]) -> None:
+    """Look at the contents of a tokenizer.json.
+
+    Raises:
+        CheckpointError: It asks for more memory or time than a tokenizer does; the message names the part.
+    """
+    model = raw["model"]
+    vocabulary = model.get("vocab") or {}
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary)]  # Unigram's is a list
+    for index in [max(ids, default=0), *(token["id"] for token in raw.get("added_tokens") or [])]:
+        check_id(index)
+    if (word := model.get("max_input_chars_per_word") or 0) > _WORD:
+        raise CheckpointError(f"model.max_input_chars_per_word is {word}, expected at most {_WORD}")
+    _check_texts("model", {name: value for name, value in model.items() if name not in ("vocab", "merges")})
+    for part in _INNER:
+        steps = list(_steps(part, raw.get(part)))
+        if len(steps) > _STEPS:
+            raise CheckpointError(f"{part} has {len(steps)} steps, expected at most {_STEPS}")
+        for step in steps:
+            _check_step(part, step)
+        grown = _growth([step for step in steps if step.get("type") == "Replace"])
+        if grown > _GROWTH:
+            raise CheckpointError(f"{part} makes up to {grown:,.0f} characters of one, expected at most {_GROWTH}")
+    for step in _processors(raw.get("post_processor")):
+        pieces = [*(step.get("single") or []), *(step.get("pair") or [])]
+        known = step.get("special_tokens") or {}
+        most = max((len(token["ids"]) for token in known.values()), default=0) if isinstance(known, dict) else 0
+        if len(pieces) > _STEPS or most > _STEPS:
+            raise CheckpointError(f"post_processor puts more than {_STEPS} tokens around a text")
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a tokenizer's file.
+
+    Raises:
+        CheckpointError: It is larger than any tokenizer.
+    """
+    if (size := path.stat().st_size) > LARGEST:
+        raise CheckpointError(f"{path} has {size:,} bytes, a tokenizer at most {LARGEST:,}: it is something else")
+    return path.read_bytes()
+
+
+def check_id(index: object) -> None:
+    """Raise CheckpointError unless this can be the id of a token."""
+    if type(index) is not int or not 0 <= index < MAX_ID:
+        raise CheckpointError(f"a token has the id {index!r}, expected a number from 0 to {MAX_ID}")
+
+
+def check_map(blob: bytes) -> None:
+    """Look at sentencepiece's table of replacements: a trie, then texts that end in a zero byte each.
+
+    Raises:
+        CheckpointError: A text is longer than any character could mean.
+    """
+    texts = blob[4 + int.from_bytes(blob[:4], "little") :]
+    longest = max(map(len, texts.split(b"\0")), default=0)
+    if longest > 4 * _GROWTH:
+        raise CheckpointError(f"the table of characters makes {longest:,} bytes of one, expected at most {4 * _GROWTH}")
+
+
+def check_model(path: Path, model: bytes) -> None:
+    """Look at the contents of the tokenizer.model at `path`.
+
+    Of ModelProto the fields 3 and 5 are what is done to a text before and after, with a table of characters as field 2.
+
+    Raises:
+        CheckpointError: A table is out of bounds, or it is no such file.
+    """
+    try:
+        for number, value in _fields(model):
+            for inner, blob in _fields(value) if number in (3, 5) else ():
+                if inner == 2:
+                    check_map(blob)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a protobuf message that hold bytes, by their numbers."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            value |= (byte & 0x7F) << shift
+            position, shift = position + 1, shift + 7
+            if byte < 0x80 or shift > 70:
+                return value
+
+    try:
+        while position < len(data):
+            tag = varint()
+            if tag & 7 == 2:
+                size = varint()
+                yield tag >> 3, data[position : position + size]
+                position += size
+            elif tag & 7 == 0:
+                varint()
+            else:
+                position += {1: 8, 5: 4}[tag & 7]
+    except (IndexError, KeyError) as error:
+        raise CheckpointError("it is damaged: it is no message of protobuf") from error
+
+
+def _steps(part: str, step: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The steps of a part in order, sequences unfolded."""
+    if not isinstance(step, dict):
+        return
+    if depth > _DEPTH:
+        raise CheckpointError(f"{part} is nested more than {_DEPTH} deep")
+    inner = step.get(_INNER[part])
+    if isinstance(inner, list):
+        for each in inner:
+            yield from _steps(part, each, depth + 1)
+    else:
+        yield step
+
+
+def _processors(step: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    if isinstance(step, dict) and depth <= _DEPTH:
+        yield step
+        for each in step.get("processors") or []:
+            yield from _processors(each, depth + 1)
+
+
+def _check_step(part: str, step: Mapping[str, Any]) -> None:
+    pattern = step.get("pattern")
+    if isinstance(pattern, dict) and isinstance(pattern.get("Regex"), str):
+        try:
+            check_pattern(pattern["Regex"])
+        except CheckpointError as error:
+            raise CheckpointError(f"{part}: {error}") from error
+    if isinstance(pattern, dict) and pattern.get("String") == "":
+        raise CheckpointError(f"{part} looks for an empty text")
+    if step.get("type") == "Precompiled" and isinstance(blob := step.get("precompiled_charsmap"), str):
+        check_map(base64.b64decode(blob))
+    else:
+        _check_texts(part, {name: value for name, value in step.items() if name != "pattern"})
+    for name in ("start", "stop"):
+        if isinstance(number := step.get(name), int) and number > _TEXT:
+            raise CheckpointError(f"{part}.{name} is {number}, expected at most {_TEXT}")
+
+
+def _check_texts(part: str, values: Mapping[str, Any]) -> None:
+    """What is put before or around every word."""
+    for name, value in values.items():
+        if isinstance(value, str) and len(value) > _TEXT:
+            raise CheckpointError(f"{part}.{name} has {len(value):,} characters, expected at most {_TEXT}")
+
+
+def _growth(steps: list[Mapping[str, Any]]) -> float:
+    """How many characters these replacements make of one, at most.
+
+    What each of them finds, or puts in, is sent through those behind it. Of a regular expression the shortest text that
+    it finds is taken, as often as it fits.
+    """
+    most = scale = 1.0
+    for first, step in enumerate(steps):
+        begin, is_regex = _pattern(step)
+        if is_regex:
+            scale *= max(1.0, _scale(step))
+            begin = step.get("content") or ""
+        text = begin * 4
+        for later in steps[first + is_regex :]:
+            found, is_regex = _pattern(later)
+            if not is_regex and len(text) <= 4 * _GROWTH * len(begin):
+                text = text.replace(found, later.get("content") or "")
+        most = max(most, len(text) / (4 * len(begin) or 1))
+    return most * scale
+
+
+def _pattern(step: Mapping[str, Any]) -> tuple[str, bool]:
+    pattern = step["pattern"]
+    return (pattern["Regex"], True) if "Regex" in pattern else (pattern["String"], False)
+
+
+def _scale(step: Mapping[str, Any]) -> float:
+    """Characters of a replacement for each that it takes away."""
+    least = shortest(_pattern(step)[0])
+    content = len(step.get("content") or "")
+    return content / least if least else content + 1

@@ -1,0 +1,146 @@
+"""What the files beside a tokenizer say of its tokens: which were added, and which begin, end or fill a text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_llama import objects
+from lit_llama.errors import CheckpointError
+from lit_llama.text.tokenizer.bounds import MAX_ID
+
+SETTINGS_FILE, ADDED_FILE, NAMES_FILE = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that stands beside a tokenizer's own; a special one is no text.
+
+    Attributes:
+        lstrip: It takes away the blanks before it.
+        rstrip: It takes away the blanks behind it.
+    """
+
+    spelling: str
+    id: int
+    special: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], *, special: bool = False) -> "AddedToken":
+        """Read an entry of tokenizer.json's added_tokens; `special` whatever the entry says of that."""
+        flags = {name: entry.get(name) is True for name in ("lstrip", "rstrip")}
+        return cls(entry["content"], entry["id"], special or entry.get("special") is True, **flags)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that stands in a model folder, empty if the file is not there."""
+    return objects.read_object(path, CheckpointError, "download it again") if path.is_file() else {}
+
+
+def spelling_of(token: Any) -> str:
+    """A token is written as text, or as an object with its content; "" for anything else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def named_tokens(folder: Path, role: str) -> list[tuple[Path, str]]:
+    """The files that name a token such as "eos_token", and its spelling in each."""
+    found = [(folder / file, read_object(folder / file).get(role)) for file in (SETTINGS_FILE, NAMES_FILE)]
+    return [(path, spelling_of(value)) for path, value in found if value is not None]
+
+
+def added_tokens(folder: Path) -> list[AddedToken]:
+    """The tokens of added_tokens.json and of added_tokens_decoder in tokenizer_config.json, by id.
+
+    A token of added_tokens.json is special if one of the files names it as such, as in transformers.
+
+    Raises:
+        CheckpointError: An entry is of another form, or two of them claim one id or one spelling.
+    """
+    settings, special = read_object(folder / SETTINGS_FILE), special_spellings(folder)
+    entries: list[tuple[str, str, Any, bool, Any]] = [
+        (ADDED_FILE, spelling, index, spelling in special, None)
+        for spelling, index in read_object(folder / ADDED_FILE).items()
+    ]
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise CheckpointError(f"{folder / SETTINGS_FILE}: added_tokens_decoder is {decoder!r}, expected an object")
+    for index, token in decoder.items():
+        marked = isinstance(token, dict) and token.get("special") is True
+        number = int(index) if index.isdecimal() else index
+        entries.append((SETTINGS_FILE, spelling_of(token), number, marked or spelling_of(token) in special, token))
+    by_id: dict[int, AddedToken] = {}
+    by_spelling: dict[str, AddedToken] = {}
+    for file, spelling, index, marked, token in entries:
+        where = f"{folder / file}: the added token {spelling!r}"
+        if not spelling or type(index) is not int or not 0 <= index < MAX_ID:
+            raise CheckpointError(f"{where} has the id {index!r}, expected a spelling and a number from 0 to {MAX_ID}")
+        for other in (by_id.get(index), by_spelling.get(spelling)):
+            if other and (other.id, other.spelling) != (index, spelling):
+                raise CheckpointError(f"{where} has the id {index}, but {other.spelling!r} has the id {other.id}")
+            marked = marked or bool(other and other.special)
+        flags = {name: isinstance(token, dict) and token.get(name) is True for name in ("lstrip", "rstrip")}
+        by_id[index] = by_spelling[spelling] = AddedToken(spelling, index, marked, **flags)
+    return [by_id[index] for index in sorted(by_id)]
+
+
+def special_spellings(folder: Path) -> set[str]:
+    """Every token that the files give a role to."""
+    found: set[str] = set()
+    for file in (SETTINGS_FILE, NAMES_FILE):
+        for key, value in read_object(folder / file).items():
+            if key in _LISTS and isinstance(value, list | dict):
+                found.update(map(spelling_of, value.values() if isinstance(value, dict) else value))
+            elif key.endswith("_token"):
+                found.add(spelling_of(value))
+    return found - {""}
+
+
+def as_controls(model: bytes, ids: set[int]) -> bytes:
+    """A serialized sentencepiece model in which these pieces are control tokens, so that no text becomes one.
+
+    ModelProto holds its pieces in order as field 1, and a piece its type as field 3; of two types the last one counts.
+    """
+    output, position, piece = bytearray(), 0, 0
+    while position < len(model):
+        tag, after = _read_varint(model, position)
+        size, start = _read_varint(model, after)
+        body = model[start : start + size]
+        if tag == 0x0A:
+            body += b"\x18\x03" if piece in ids else b""
+            piece += 1
+        output += model[position:after] + encode_varint(len(body)) + body
+        position = start + size
+    return bytes(output)
+
+
+def without_prefix(model: bytes) -> bytes:
+    """A serialized sentencepiece model that puts no blank before a text.
+
+    NormalizerSpec is field 3 of ModelProto and add_dummy_prefix its field 3; of two messages the last one counts.
+    """
+    return model + b"\x1a\x02\x18\x00"
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+
+
+def encode_varint(value: int) -> bytes:
+    """A whole number as protobuf writes it: seven bits a byte, the low ones first."""
+    value &= 2**64 - 1  # a negative number takes ten bytes
+    output = bytearray()
+    while value > 0x7F:
+        output.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*output, value])

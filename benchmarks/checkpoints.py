@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from lit_llama.cli import CLI
-from lit_llama.folder import write_json
+from lit_llama.folder.publish import write_json
 from lit_llama.model.pth.files import write_pth
 
 ROOT = Path(__file__).parent.parent

@@ -357,8 +357,8 @@ def main(destination_path: Path, count: int = 6000, seed: int = 42) -> None:
         count: The number of rows.
         seed: The seed of the random draws.
     """
-    from lit_llama.folder import replace_text
-    from lit_llama.place import check_output, real
+    from lit_llama.folder.place import check_output, real
+    from lit_llama.folder.publish import replace_text
 
     check_output(destination_path)
     rows = generate_rows(count, seed)

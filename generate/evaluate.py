@@ -55,7 +55,7 @@ def main(
     """
     from lit_llama.api import evaluate
     from lit_llama.generate.evaluate.models import open_models
-    from lit_llama.generate.evaluate.report.table import print_results, print_rows
+    from lit_llama.generate.evaluate.report.page import print_results, print_rows
     from lit_llama.generate.plan import print_plan
 
     if loading.only_planned:

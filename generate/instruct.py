@@ -50,12 +50,12 @@ def main(
             and of an answer that becomes too long the oldest tokens, and says so.
         loading: How the model is loaded.
     """
+    from lit_llama.folder.lock import reserve
     from lit_llama.generate.answer import answer
     from lit_llama.generate.evaluate.models import identity
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.questions import choose_questions
-    from lit_llama.lock import reserve
 
     asked = choose_questions(
         prompt,

@@ -20,7 +20,7 @@ import torch
 from fake_hub import CHUNK, REPO, FakeHub
 
 from lit_llama.console import verbose
-from lit_llama.folder import write_json
+from lit_llama.folder.publish import write_json
 from lit_llama.model.adapter import save_adapter
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig

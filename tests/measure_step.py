@@ -13,12 +13,12 @@ from lit_llama.device import Numerics, keep_freed_memory, resident_memory, retur
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.recompute import recompute_activations
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Full, LoRA, Method
 from lit_llama.train.optim import build_optimizer, set_learning_rate, state_bytes
-from lit_llama.train.recompute import recompute_activations
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from lit_llama.train.config import Resume, RunConfig, TrainConfig
 from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA
 from lit_llama.train.metrics import METRICS_FILE
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.run import finetune
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 

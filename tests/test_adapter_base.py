@@ -10,10 +10,10 @@ from conftest import run_here, write_adapter
 from foreign_adapters import edit_config
 from safetensors.torch import load_file, save_file
 
-from lit_llama import manifest
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.folder import manifest
+from lit_llama.folder.manifest import write_manifest
 from lit_llama.generate.llm import load
-from lit_llama.manifest import write_manifest
 from lit_llama.model.adapter import META_FILE, base_of, verify_folders
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.checkpoint import fingerprint

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import pytest
 
-from lit_llama import folder as folder_module
 from lit_llama.errors import CheckpointError, DataError, ResourceError
-from lit_llama.manifest import sha256_file
+from lit_llama.folder import publish as folder_module
+from lit_llama.folder.manifest import sha256_file
 from lit_llama.text.dataset import alpaca
 from lit_llama.text.dataset import prepare as prepare_module
 from lit_llama.text.dataset.alpaca import DATA_FILE, find_or_download, prepare_alpaca

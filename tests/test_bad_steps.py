@@ -20,7 +20,7 @@ from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, base_of
 from lit_llama.text.dataset.folder import epoch_order
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.metrics import read_metrics
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.state import STATES_DIR, find_states
 

@@ -15,13 +15,13 @@ from delta_files import base as base  # a fixture
 
 from lit_llama.convert.delta.folders import apply, verify
 from lit_llama.errors import IntegrityError, LockedError
-from lit_llama.folder import resume
-from lit_llama.manifest import read_manifest
+from lit_llama.folder.manifest import read_manifest
+from lit_llama.folder.publish import resume
 
 KILLED = """
 import os, random, signal, sys
 from pathlib import Path
-from lit_llama import folder
+from lit_llama.folder import publish as folder
 from lit_llama.convert.delta import writing
 from lit_llama.convert.delta.folders import apply
 steps, limit = [0], int(sys.argv[4])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lit_llama.convert.delta.folders import apply
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.manifest import MANIFEST
+from lit_llama.folder.manifest import MANIFEST
 
 
 def refusal(base: Path, delta: Path, **options: Any) -> str:

@@ -22,7 +22,7 @@ import lit_llama
 from lit_llama.convert.hub import download as module
 from lit_llama.convert.hub.download import download
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import publish
+from lit_llama.folder.publish import publish
 
 JUNK = (
     *("README.md", ".gitattributes", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth"),

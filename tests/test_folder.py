@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.folder import (
+from lit_llama.folder.manifest import sha256_file
+from lit_llama.folder.publish import (
     check_destination,
     publish,
     replace_file,
@@ -20,7 +21,6 @@ from lit_llama.folder import (
     write_json,
     write_json_lines,
 )
-from lit_llama.manifest import sha256_file
 
 MARKER = "meta.json"
 
@@ -174,7 +174,7 @@ def test_contents_are_on_disk_before_they_are_moved(tmp_path: Path, monkeypatch:
 def test_leftovers_of_a_killed_process_do_not_disturb(tmp_path: Path) -> None:
     """A name that is taken, or old files that get into the new folder."""
     program = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom lit_llama.folder import publish\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom lit_llama.folder.publish import publish\n"
         "with publish(Path(sys.argv[1]), 'meta.json') as folder:\n"
         "    (folder / 'meta.json').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -224,7 +224,7 @@ def test_an_existing_folder_is_filled_with_what_was_begun(tmp_path: Path) -> Non
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     """Two processes in one folder, or a process that was killed and locks out every other."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.folder import publish\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.folder.publish import publish\n"
         "with publish(Path(sys.argv[1]), 'meta.json', keep=True) as folder:\n"
         "    (folder / 'begun').write_text('half')\n    print(flush=True)\n    time.sleep(60)\n"
     )

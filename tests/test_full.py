@@ -24,7 +24,7 @@ from lit_llama.train.loop import evaluate
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Full
 from lit_llama.train.metrics import METRICS_FILE, read_metrics
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.run import finetune
 from lit_llama.train.state import STATES_DIR, find_states
 

@@ -15,7 +15,7 @@ from lit_llama.model.config import Quantization
 from lit_llama.model.quantize import through
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import read_metrics
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.state import STATES_DIR, find_states
 
 pytest.importorskip("bitsandbytes")  # now, as it looks for a GPU once only

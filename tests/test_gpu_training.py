@@ -17,8 +17,7 @@ from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import read_metrics
-from lit_llama.train.optim import build_optimizer, set_learning_rate
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE, build_optimizer, set_learning_rate
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
 LEARN = ["--lora.r", 8, "--train.batch_size", 4, "--train.micro_batch_tokens", 256, "--train.sample_prompts", 0]

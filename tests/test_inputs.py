@@ -13,7 +13,7 @@ from small_runs import short_run as short_run  # a fixture
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import CheckpointError, DataError, ResourceError, UserError
-from lit_llama.manifest import MANIFEST
+from lit_llama.folder.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.message import IGNORE_INDEX

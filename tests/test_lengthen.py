@@ -14,9 +14,9 @@ from lit_llama.errors import UserError
 from lit_llama.model.adapter import META_FILE, WEIGHTS_FILE
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.metrics import METRICS_FILE, read_metrics
+from lit_llama.train.optim import learning_rate
 from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.run import RUN_FILE
-from lit_llama.train.schedule import learning_rate
 from lit_llama.train.state import STATES_DIR
 
 pytestmark = pytest.mark.usefixtures("one_core")

@@ -13,8 +13,7 @@ from plain import Sizes, State, logits, native, random_state, write_sentencepiec
 from safetensors.torch import load_file
 
 from lit_llama.convert import convert
-from lit_llama.convert.lit.lit_llama import _EPS, open_lit, write_lit
-from lit_llama.convert.lit.lora import convert_lit_lora
+from lit_llama.convert.lit.lit_llama import _EPS, convert_lit_lora, open_lit, write_lit
 from lit_llama.convert.native import open_folder
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.adapter import base_of, load_adapter, read_adapter_config

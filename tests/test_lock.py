@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import LockedError
-from lit_llama.lock import claim, hold, reserve
+from lit_llama.folder.lock import claim, hold, reserve
 
 
 def test_the_second_is_turned_away_and_told_who_is_first(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 from lit_llama.errors import IntegrityError
 from lit_llama.generate.answer import Answer
 from lit_llama.train import log as log_module
-from lit_llama.train.curve import CURVE_FILE, draw_curve
 from lit_llama.train.log import Log
-from lit_llama.train.metrics import METRICS, METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.metrics import CURVE_FILE, METRICS, METRICS_FILE, TIMING_FILE, draw_curve, read_metrics
 from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
 from lit_llama.train.sampler import SAMPLES_FILE
 

@@ -16,10 +16,10 @@ from small_runs import short_run as short_run  # a fixture
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import IntegrityError
+from lit_llama.folder.manifest import MANIFEST
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import load
-from lit_llama.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LINEARS, LoRAConfig

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model.lora_product import lora_product
+from lit_llama.model.low_rank import lora_product
 
 
 def plain(x: Tensor, dropped: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

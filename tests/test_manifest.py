@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
-from lit_llama import manifest
 from lit_llama.errors import IntegrityError
-from lit_llama.folder import publish
-from lit_llama.manifest import check_folder, forget, hashes, is_intact, read_manifest, sha256_file, write_manifest
+from lit_llama.folder import manifest
+from lit_llama.folder.manifest import (
+    check_folder,
+    forget,
+    hashes,
+    is_intact,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
+from lit_llama.folder.publish import publish
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_llama.errors import NumericalError
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE, restore_optimizer, write_optimizer
+from lit_llama.train.optim import OPTIMIZER_FILE, restore_optimizer, write_optimizer
 
 
 def model_of(seed: int = 0) -> nn.Module:

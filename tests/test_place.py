@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.folder import check_absent, publish, replace_file, resume, write_json, write_json_lines
-from lit_llama.lock import claim, hold
-from lit_llama.place import amount, check_output, check_space, check_writable, free_space, full_disk_explained
+from lit_llama.folder.lock import claim, hold
+from lit_llama.folder.place import amount, check_output, check_space, check_writable, free_space, full_disk_explained
+from lit_llama.folder.publish import check_absent, publish, replace_file, resume, write_json, write_json_lines
 
 MARKER = "meta.json"
 
@@ -266,7 +266,7 @@ def test_amounts_are_told_in_units_that_fit() -> None:
 def test_what_a_dead_process_had_on_its_way_goes_and_that_of_the_living_stays(tmp_path: Path) -> None:
     """Catches 26 GB that stay after a kill because another command comes next, and work of others that is swept."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.place import aside, temporary_folder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lit_llama.folder.place import aside, temporary_folder\n"
         "with temporary_folder(Path(sys.argv[1]) / 'x') as made, aside(Path(sys.argv[1]) / 'y') as part:\n"
         "    (made / 'big').write_text('x')\n    print(flush=True)\n    time.sleep(60)\n"
     )

@@ -17,19 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics, gpu_numerics, parse_memory
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.folder import write_json
+from lit_llama.folder.publish import write_json
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset.folder import Split
 from lit_llama.train.cards import CARDS
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape
+from lit_llama.train.loop import largest_batch, warm_up
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import LoRA
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.plan_table import advice, explained, short
 from lit_llama.train.processes import ALONE, Processes
-from lit_llama.train.warm_up import largest_batch, warm_up
 
 CPU = torch.device("cpu")
 LLAMA_13B = {

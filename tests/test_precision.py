@@ -15,7 +15,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.loss import TokenLoss, linear_cross_entropy
-from lit_llama.train.scaling import overflowed
+from lit_llama.train.optim import overflowed
 
 CPU = torch.device("cpu")
 FULL = Numerics(device=CPU, linear=torch.float32, rest=torch.float32)

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from lit_llama.errors import DataError, ResourceError, UserError
-from lit_llama.folder import publish
+from lit_llama.folder.publish import publish
 from lit_llama.text.dataset import blocks
 from lit_llama.text.dataset import reject_log as losses
 from lit_llama.text.dataset.config import PrepareConfig
@@ -249,7 +249,7 @@ def test_another_process_place_locale_and_time_zone_give_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lit_llama import folder
+from lit_llama.folder import publish as folder
 from lit_llama.text.dataset import writer as sides
 from lit_llama.text.dataset import writer as arrow
 from lit_llama.text.inspect import report

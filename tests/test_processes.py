@@ -30,7 +30,7 @@ from lit_llama.text.dataset.folder import SPLITS, Split
 from lit_llama.train.launch import layout
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import METRICS_FILE, read_metrics
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.processes import Processes, join
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.manifest import sha256_file
+from lit_llama.folder.manifest import sha256_file
 from lit_llama.text.message import Conversation, Dropped
 from lit_llama.text.read.reading import Reader, read_conversations
 

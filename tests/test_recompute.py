@@ -10,9 +10,9 @@ from conftest import tiny_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora, lora_parameters
+from lit_llama.model.recompute import recompute_activations
 from lit_llama.train.config import Checkpointing
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.recompute import recompute_activations
 
 MODES: list[Any] = list(get_args(Checkpointing))
 

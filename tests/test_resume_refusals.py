@@ -22,7 +22,7 @@ from lit_llama.errors import IntegrityError, ResourceError, UserError
 from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import METRICS_FILE
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -195,7 +195,7 @@ def test_a_file_that_may_not_grow_is_one_line(tiny_folder: Path, data: Path, tmp
 def test_a_second_run_in_one_folder_is_turned_away(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Catches two runs that mix their files; the holder is named, and a dead one holds nothing."""
     program = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom lit_llama.lock import claim\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom lit_llama.folder.lock import claim\n"
         "with claim(Path(sys.argv[1])):\n    print(os.getpid(), flush=True)\n    time.sleep(60)\n"
     )
     out = tmp_path / "out"

@@ -8,8 +8,7 @@ from conftest import tiny_model
 from torch import Tensor
 
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.fused.layer import FusedLayer, fuse
-from lit_llama.model.fused.room import Room
+from lit_llama.model.fused.layer import FusedLayer, Room, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.loss import TokenLoss

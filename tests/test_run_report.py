@@ -13,7 +13,7 @@ from pages import Page, check_alone, in_chromium
 from small_runs import LORA, SHORT, run
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
-from lit_llama.folder import write_json, write_json_lines
+from lit_llama.folder.publish import write_json, write_json_lines
 from lit_llama.train.metrics import METRICS, METRICS_FILE, TIMING, TIMING_FILE, Lines, csv_line
 from lit_llama.train.report.page import duration, size
 from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON, write_run_report

@@ -10,7 +10,7 @@ import torch
 from conftest import as_transformers, tiny_model
 
 from lit_llama.errors import DataError, NumericalError
-from lit_llama.folder import write_json_lines
+from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.engine.request import Request
 from lit_llama.generate.engines import torch_engine
 from lit_llama.generate.llm import LLM, make_llm

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.schedule import learning_rate, warmup_steps
+from lit_llama.train.optim import learning_rate, warmup_steps
 
 Kind = Literal["cosine", "linear", "constant", "wsd"]
 KINDS: tuple[Kind, ...] = ("cosine", "linear", "constant", "wsd")

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, encode_examples, run_here
 
 from lit_llama.errors import UserError
-from lit_llama.manifest import forget
+from lit_llama.folder.manifest import forget
 from lit_llama.text.inspect.show import ShownSample, coloured_text, parse_rows, plain_text, shown_sample, visible
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.text.prompts.folder_style import named_style

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import IntegrityError, ResourceError
-from lit_llama.manifest import MANIFEST, write_manifest
+from lit_llama.folder.manifest import MANIFEST, write_manifest
 from lit_llama.train import state
 from lit_llama.train.loop import Progress
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.state import STATE_FILE, find_states, read_record, read_state, save_state
 from lit_llama.train.stopping import Best
 

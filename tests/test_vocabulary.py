@@ -12,8 +12,8 @@ from paged_steps import made_by
 from lit_llama.convert.merge import merge
 from lit_llama.convert.source import Source, write_folder
 from lit_llama.errors import CheckpointError, IntegrityError
+from lit_llama.folder.manifest import MANIFEST
 from lit_llama.generate.llm import load
-from lit_llama.manifest import MANIFEST
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.dataset.alpaca import prepare_alpaca
 from lit_llama.text.dataset.config import PrepareConfig

@@ -15,7 +15,7 @@ from small_runs import LORA, TWELVE, Killed, outcome, run, stop_after
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.manifest import MANIFEST
+from lit_llama.folder.manifest import MANIFEST
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, read_adapter_config
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig

@@ -16,7 +16,7 @@ from benchmarks.training.job import RESULT_FILE, Job
 from benchmarks.training.process import KEEP_FREED_MEMORY, ROOT, Done, run
 from benchmarks.training.rows import Rows, load_rows
 from lit_llama.errors import DataError, IntegrityError
-from lit_llama.manifest import sha256_file
+from lit_llama.folder.manifest import sha256_file
 
 Run = dict[str, Any]
 R, ALPHA = 8, 16

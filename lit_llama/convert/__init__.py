@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from lit_llama.convert.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.folder import check_destination
-from lit_llama.lock import reserving
-from lit_llama.manifest import check_folder
+from lit_llama.folder.lock import reserving
+from lit_llama.folder.manifest import check_folder
+from lit_llama.folder.publish import check_destination
 from lit_llama.model.config import PlainType
 from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
@@ -189,7 +189,7 @@ def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha:
     """
     from lit_llama.convert import mlx
     from lit_llama.convert.gguf.adapter import read_adapter
-    from lit_llama.convert.lit.lora import convert_lit_lora
+    from lit_llama.convert.lit.lit_llama import convert_lit_lora
 
     if not source.exists():
         raise _absent(source)

@@ -12,7 +12,7 @@ from lit_llama.convert.source import NAMES
 from lit_llama.convert.source import SETTINGS_FILE as CONFIG_FILE
 from lit_llama.convert.tokens.fast import complete
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import check_space, write_json
+from lit_llama.folder.publish import check_space, write_json
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights
 from lit_llama.text.prompts.encode import end_id
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, style_of

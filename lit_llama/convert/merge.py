@@ -18,9 +18,10 @@ from lit_llama.convert.native import open_folder
 from lit_llama.convert.tokens.fast import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import check_destination, check_space, publish, write_json
-from lit_llama.lock import reserving
-from lit_llama.manifest import check_folder, sha256_file
+from lit_llama.folder.lock import reserving
+from lit_llama.folder.manifest import check_folder, sha256_file
+from lit_llama.folder.place import temporary_folder
+from lit_llama.folder.publish import check_destination, check_space, publish, write_json
 from lit_llama.memory import amount, amounts
 from lit_llama.model.adapter import (
     META_FILE,
@@ -34,7 +35,6 @@ from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
 from lit_llama.objects import read_object
-from lit_llama.place import temporary_folder
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import prompt_ids
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, folder_style

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.folder import publish, write_json
+from lit_llama.folder.publish import publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, read_adapter_weights, save_adapter
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig, LoRAConfig

@@ -9,7 +9,7 @@ from lit_llama.convert.fp8 import is_fp8, open_fp8
 from lit_llama.convert.meta.join import same
 from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS_FILE, Source, check_stored
 from lit_llama.errors import CheckpointError
-from lit_llama.manifest import check_folder
+from lit_llama.folder.manifest import check_folder
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.names import tidy
 from lit_llama.model.pth.files import read_pth

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import check_space, publish, write_json
+from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import (
     DTYPES,

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from lit_llama.console import Results, shown
 from lit_llama.errors import DataError, NumericalError, UserError
-from lit_llama.folder import write_json_lines
+from lit_llama.folder.place import check_output
+from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Overflow, Request, Sampling
 from lit_llama.generate.evaluate.metrics import Answer as Answer
@@ -24,7 +25,6 @@ from lit_llama.generate.evaluate.metrics import notes
 from lit_llama.generate.evaluate.store import Row, RowStore, described, unfinished
 from lit_llama.generate.llm import LLM, report
 from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text, room
-from lit_llama.place import check_output
 from lit_llama.progress import bar, stderr
 from lit_llama.text.message import Conversation, headed
 from lit_llama.text.prompts.encode import Cutter, ids_of, prompt_ids

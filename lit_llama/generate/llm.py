@@ -12,6 +12,7 @@ import torch
 from lit_llama.convert.merged import Merged
 from lit_llama.device import cores, peak_memory
 from lit_llama.errors import CheckpointError, ResourceError, UserError
+from lit_llama.folder.manifest import check_folder
 from lit_llama.generate.answer_text import AnswerText, Stream
 from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
@@ -30,7 +31,6 @@ from lit_llama.generate.plan import (
     shortfall,
 )
 from lit_llama.generate.text_model import Messages, TextModel, TextStream
-from lit_llama.manifest import check_folder
 from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on, verify_folders
 from lit_llama.model.checkpoint import load_model

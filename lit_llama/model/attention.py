@@ -6,17 +6,77 @@ Shapes: B samples, T tokens of all samples, L longest sample, H query heads, G k
 D head size.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model.cpu_attention import causal_attention
 from lit_llama.model.fused.attention import packed_attention
+
+QUERIES = 64
+"""Queries at a time: fewer waste less on keys that are not seen, more make larger matrices."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D)) v, each token seeing those before it and itself.
+
+    Scores and their gradients are float32 whatever the dtype is, as in the library.
+
+    Args:
+        q: (B, H, L, D).
+        k: (B, G, L, D).
+        v: (B, G, L, D).
+
+    Returns:
+        (B, H, L, D).
+    """
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    y: Tensor = _CausalAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        ctx.save_for_backward(q, k, v, y, lse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, y, lse = ctx.saved_tensors
+        batch, heads, length, size = q.shape
+        groups, scale = k.shape[1], 1 / math.sqrt(q.shape[3])
+        shape = (batch * groups, heads // groups, length, -1)
+        q, dy, y = (x.reshape(shape) for x in (q, grad_outputs[0], y))  # (B G, R, L, D)
+        k, v = (x.reshape(batch * groups, length, size) for x in (k, v))  # (B G, L, D)
+        lse, delta = lse.reshape(shape), (dy.float() * y.float()).sum(-1, keepdim=True)  # (B G, R, L, 1)
+        keys, values = k.float().transpose(1, 2), v.float().transpose(1, 2)  # (B G, D, L)
+        hidden = torch.full((QUERIES, QUERIES), -math.inf).triu(1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+        for start in range(0, length, QUERIES):
+            end = min(start + QUERIES, length)
+            count = end - start
+            here, seen = slice(start, end), slice(end)
+            queries, gradient = (x[:, :, here].flatten(1, 2) for x in (q, dy))  # (B G, R n, D)
+            p = torch.bmm(queries.float() * scale, keys[:, :, seen]).unflatten(1, (-1, count))  # (B G, R, n, m)
+            p[..., start:] += hidden[:count, :count]
+            p.sub_(lse[:, :, here]).exp_()
+            ds = torch.bmm(gradient.float(), values[:, :, seen]).unflatten(1, (-1, count))
+            ds = ds.sub_(delta[:, :, here]).mul_(p).flatten(1, 2).to(q.dtype)  # (B G, R n, m)
+            p = p.flatten(1, 2).to(q.dtype)
+            dv[:, seen] += torch.bmm(p.transpose(1, 2), gradient)
+            dk[:, seen] += torch.bmm(ds.transpose(1, 2), queries)
+            dq[:, :, here] = torch.bmm(ds, k[:, seen]).mul_(scale).unflatten(1, (-1, count))
+        dk, dv = (x.to(q.dtype).view(batch, groups, length, size) for x in (dk.mul_(scale), dv))
+        return dq.view(batch, heads, length, size), dk, dv
+
 
 PADDING = 1.15
 """Samples share a block of attention as long as padding them to one length wastes at most 15 %."""

@@ -1,18 +1,13 @@
-"""Modules that carry a low-rank update, in place of those of the base (Hu et al. 2021, arXiv:2106.09685).
-
-Shapes: r rank; A (r, in_features), B (out_features, r). The update is scale * B A. Of an embedding of V rows and C
-columns, A is (r, V) and B (C, r); the update is scale * (B A)'.
-"""
+"""Low-rank updates of linear layers: plain, weight-decomposed (DoRA), on quantised bases."""
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.model.lora_product import lora_product
 from lit_llama.model.quantize import QuantizedLinear
 
 
@@ -133,3 +128,113 @@ def base_of(linear: nn.Module) -> nn.Linear | QuantizedLinear:
 def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """W + scale * B A, added in float32 and rounded once to `dtype`: (out, in)."""
     return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scale).to(dtype)
+
+
+class DoRALinear(LowRank):
+    """y = x (m V / |V|)' with V = W + scale * B A, the length |V| of each row, and m that starts as that of W.
+
+    No gradient goes through |V| (section 4.3 of the paper). While training, dropout acts on all that m / |V| changes,
+    as in PEFT: y = x W' + d ((m / |V| - 1) W + m / |V| scale * B A)' with d = dropout(x).
+
+    |V| costs a product of B and A and a pass over W for each batch; without gradients it is computed once, until the
+    module is put into training mode again.
+    """
+
+    PARTS: ClassVar[Mapping[str, str]] = {**LowRank.PARTS, "lora_magnitude_vector": "magnitude"}
+
+    def __init__(self, base: nn.Linear | QuantizedLinear, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.start(base, rank, scale, dropout)
+        self.magnitude = nn.Parameter(self._lengths())  # (out,)
+        self._kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) -> (T, out)."""
+        # In float32: the factor stays near 1, where bfloat16 has no step of less than 0.4 %.
+        factor = self.magnitude / self._detached_lengths()  # (out,)
+        bias = self.base_layer.bias
+        dropped = self.dropout(x)
+        y = self._product(dropped)
+        u = F.linear(dropped, self.lora_A.to(x.dtype))  # (T, r)
+        changed = (factor * torch.addmm(y, u, self.lora_B.to(x.dtype).t(), alpha=self.scale)).to(x.dtype)  # (T, out)
+        if dropped is not x:  # W itself sees all of x
+            changed = changed + self._product(x) - y
+        return changed if bias is None else changed + bias
+
+    def train(self, mode: bool = True) -> "DoRALinear":
+        """As nn.Module.train; the lengths are computed anew."""
+        self._kept = None
+        return super().train(mode)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """m V / |V|: (out, in)."""
+        direction = super().merged(weight)
+        return direction * (self.magnitude / torch.linalg.vector_norm(direction, dim=1))[:, None]
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x W', without the bias: (T, out)."""
+        base = self.base_layer
+        return base.product(x) if isinstance(base, QuantizedLinear) else F.linear(x, base.weight)
+
+    def _detached_lengths(self) -> Tensor:
+        if torch.is_grad_enabled() or self.training:
+            return self._lengths()
+        if self._kept is None:
+            self._kept = self._lengths()
+        return self._kept
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        base = self.base_layer
+        weight = base.dense(torch.float32) if isinstance(base, QuantizedLinear) else base.weight
+        direction = merge_weight(weight, self.lora_A, self.lora_B, self.scale, torch.float32)
+        return torch.linalg.vector_norm(direction, dim=1)  # (out,)
+
+
+def lora_product(
+    x: Tensor, dropped: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float
+) -> Tensor:
+    """x W' + scale * dropped A' B', in the dtype of W.
+
+    Args:
+        x: (T, in).
+        dropped: (T, in), x after dropout; None is x itself.
+        weight: (out, in), frozen.
+        lora_A: (r, in), float32.
+        lora_B: (out, r), float32.
+        scale: Of the update.
+
+    Returns:
+        (T, out).
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    x, dropped, weight = x.to(dtype), None if dropped is None else dropped.to(dtype), weight.to(dtype)
+    y: Tensor = _LoRAProduct.apply(x, dropped, weight, lora_A, lora_B, scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _LoRAProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float
+    ) -> Tensor:
+        a, b = lora_A.to(x.dtype), (lora_B * scale).to(x.dtype)
+        u = F.linear(x if dropped is None else dropped, a)  # (T, r)
+        ctx.save_for_backward(x, dropped, weight, a, b, u)
+        ctx.scale = scale
+        return torch.addmm(u @ b.t(), x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None]:
+        x, dropped, weight, a, b, u = ctx.saved_tensors
+        (dy,) = grad_outputs
+        du = dy @ b  # (T, r)
+        da = (du.t() @ (x if dropped is None else dropped)).float()
+        db = (dy.t() @ u).float() * ctx.scale
+        if dropped is not None:
+            dx = dy @ weight if ctx.needs_input_grad[0] else None
+            return dx, du @ a if ctx.needs_input_grad[1] else None, None, da, db, None
+        dx = torch.addmm(du @ a, dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, None, None, da, db, None

@@ -9,15 +9,15 @@ from typing import Any
 
 from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError, UserError
-from lit_llama.folder import check_destination
+from lit_llama.folder.publish import check_destination
 from lit_llama.objects import read_object
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.train.config import RUN_FILE, RunConfig, TrainConfig
 from lit_llama.train.inputs import Inputs
 from lit_llama.train.method import Method
+from lit_llama.train.optim import learning_rate
 from lit_llama.train.processes import Processes
-from lit_llama.train.schedule import learning_rate
 from lit_llama.train.state import STATES_DIR, check_same, choose_state, find_states, is_whole, read_record, step_of
 from lit_llama.train.stopping import Best
 

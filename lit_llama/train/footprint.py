@@ -28,10 +28,10 @@ from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantize_shapes
+from lit_llama.model.recompute import recompute_activations
 from lit_llama.train.config import Checkpointing
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
-from lit_llama.train.recompute import recompute_activations
 
 _FEW, _MORE = 2, 3
 """Layers of the two small models from which a deep one is extrapolated: each layer more adds the same."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
-from lit_llama.manifest import check_folder
+from lit_llama.folder.manifest import check_folder
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Weights

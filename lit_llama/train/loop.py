@@ -18,17 +18,44 @@ from lit_llama.device import Numerics, peak_memory, seed_micro_batch, trim_freed
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.fused.layer import give_back
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch, Split, epoch_order, shared_micro_batches
+from lit_llama.text.dataset.folder import Batch, Split, collate, epoch_order, largest_group, shared_micro_batches
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.optim import build_optimizer, set_learning_rate, state_bytes
+from lit_llama.train.optim import build_optimizer, learning_rate, overflowed, set_learning_rate, state_bytes
 from lit_llama.train.processes import ALONE, Processes
-from lit_llama.train.scaling import overflowed
-from lit_llama.train.schedule import learning_rate
 from lit_llama.train.stopping import Best
-from lit_llama.train.warm_up import largest_batch, warm_up
+
+
+def largest_batch(
+    split: Split, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
+) -> Batch:
+    """The largest micro-batch that the steps of a run meet, in whichever of its processes; `share` as in `collate`."""
+    rows = largest_group(
+        split.lengths,
+        batch_size=config.batch_size,
+        micro_batch_tokens=config.tokens_on(device),
+        seed=seed,
+        steps=config.steps(len(split)),
+        shares=processes,
+    )
+    return collate([split[row] for row in rows], share=share)
+
+
+def warm_up(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
+    """Run `batch` forward and backward and leave no trace: no gradients, the same random numbers afterwards.
+
+    It runs twice, as the second time meets the gradients of the first, and real steps have several micro-batches.
+    """
+    device = next(loss_of.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            backward(loss_of.of_batch(batch))
+    for parameter in loss_of.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
 
 PATIENCE = 5
 """Steps in a row that may be skipped because they are not finite; the last of them ends the run. So does an epoch."""

@@ -1,14 +1,103 @@
-"""Optimizers: how they are built, their learning rate, and their state as named tensors."""
+"""Optimizers, their state, the course of the learning rate and the scale of losses."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lit_llama.errors import ResourceError
+from lit_llama.errors import NumericalError, ResourceError
 from lit_llama.model.quantize import library
 from lit_llama.train.config import Optimizer, TrainConfig
+
+OPTIMIZER_FILE = "optim.safetensors"
+
+
+def write_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write optim.safetensors, with `NAME.exp_avg` for the `exp_avg` of the parameter NAME and so on.
+
+    Raises:
+        NumericalError: A value is not finite; nothing is written.
+    """
+    names, tensors = _names(model, optimizer), {}
+    for place, value in state_tensors(optimizer).items():
+        index, _, key = place.partition(".")
+        if not value.isfinite().all():
+            raise NumericalError(f"the optimizer's {key} of {names[int(index)]} is not finite; no state is written")
+        tensors[f"{names[int(index)]}.{key}"] = value.cpu().contiguous()
+    save_file(tensors, folder / OPTIMIZER_FILE)
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Give a new optimizer what `write_optimizer` took from the old one, bit by bit.
+
+    Its settings, such as the weight decay, stay those it was built with.
+    """
+    places = {name: index for index, name in enumerate(_names(model, optimizer))}
+    found = {}
+    for place, value in load_file(folder / OPTIMIZER_FILE).items():
+        name, _, key = place.rpartition(".")
+        found[f"{places[name]}.{key}"] = value.clone()  # the file is mapped and will be removed one day
+    load_state_tensors(optimizer, found)
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters of an optimizer in its order, by their names in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def overflowed(scaler: torch.amp.GradScaler, loss: float, norm: float) -> bool:
+    """Whether a step is skipped because the scale was too high, which `scaler.update` then halves.
+
+    It is no failure: the scale starts too high by design and tries a doubled one now and then. A loss that is not
+    finite itself, or gradients that are not at scale 1, no scale repairs.
+
+    Args:
+        scaler: Has unscaled the gradients already.
+        loss: Of the step, before scaling.
+        norm: Of the gradients.
+    """
+    return scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1
+
+
+WARMUP_RATIO, DECAY_RATIO = 0.03, 0.1
+"""Shares of the run where neither ratio nor steps are given."""
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The rate of optimizer step `step` (from 0) of `steps`: a linear rise from above zero, then the schedule.
+
+    What falls ends at min_lr_ratio of the highest rate, one step after the last: cosine along half a wave (Loshchilov
+    and Hutter 2017, arXiv:1608.03983), linear, and wsd linearly over the last decay_ratio of the steps after a stretch
+    at the top (Hu et al. 2024, arXiv:2404.06395).
+    """
+    warmup = warmup_steps(steps, config)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    fall = steps - warmup
+    if config.schedule == "wsd":
+        ratio = DECAY_RATIO if config.decay_ratio is None else config.decay_ratio
+        fall = min(math.ceil(ratio * steps), fall)
+    progress = max(0.0, (step - (steps - fall)) / max(1, fall))
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+
+
+def warmup_steps(steps: int, config: TrainConfig) -> int:
+    """Optimizer steps of the rise.
+
+    A warm-up longer than the run is cut to it, so that the highest rate is reached.
+    """
+    if config.warmup_steps is not None:
+        return min(config.warmup_steps, steps)
+    return math.ceil((WARMUP_RATIO if config.warmup_ratio is None else config.warmup_ratio) * steps)
+
 
 Group = dict[str, Any]
 """What torch calls a parameter group: `params`, and settings of its own such as weight_decay or lr_ratio."""

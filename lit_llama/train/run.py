@@ -28,14 +28,15 @@ from lit_llama.device import (
     trim_freed_memory,
 )
 from lit_llama.errors import Interrupted, NumericalError, UserError
-from lit_llama.folder import check_space, encode_json, publish, replace_file, replace_text, write_json
-from lit_llama.lock import claim
-from lit_llama.manifest import forget
+from lit_llama.folder.lock import claim
+from lit_llama.folder.manifest import forget
+from lit_llama.folder.publish import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.memory import amount
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.neftune import add_noise
+from lit_llama.model.recompute import recompute_activations
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.inspect.report import look_at
@@ -43,22 +44,19 @@ from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, RunConfig
-from lit_llama.train.curve import draw_curve
 from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import SAVE_SECONDS, Log, Silence
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
-from lit_llama.train.optim import check_optimizer
-from lit_llama.train.optimizer_state import restore_optimizer, write_optimizer
+from lit_llama.train.metrics import draw_curve
+from lit_llama.train.optim import check_optimizer, restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
-from lit_llama.train.processes import join
-from lit_llama.train.recompute import recompute_activations
+from lit_llama.train.processes import join, shard, spread
 from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
-from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
     clear,
     find_states,

@@ -13,11 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
-from lit_llama.folder import check_space, publish, sync, write_json
-from lit_llama.manifest import MANIFEST, read_manifest, sha256_file, write_manifest
+from lit_llama.folder.manifest import MANIFEST, read_manifest, sha256_file, write_manifest
+from lit_llama.folder.place import remove_own
+from lit_llama.folder.publish import check_space, publish, sync, write_json
 from lit_llama.objects import check_form, read_object
-from lit_llama.place import remove_own
-from lit_llama.train.optimizer_state import OPTIMIZER_FILE
+from lit_llama.train.optim import OPTIMIZER_FILE
 
 STATES_DIR, STATE_FILE = "states", "state.json"
 KEPT = 2

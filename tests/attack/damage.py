@@ -11,8 +11,8 @@ from pathlib import Path
 from world import Result, World
 
 from lit_llama.errors import IntegrityError, UserError
+from lit_llama.folder.manifest import MANIFEST, read_manifest
 from lit_llama.generate.llm import open_folder
-from lit_llama.manifest import MANIFEST, read_manifest
 from lit_llama.train.inputs import read_inputs
 
 Read = Callable[[], object]

@@ -29,7 +29,7 @@ import lit_llama.generate.answer
 import lit_llama.text.dataset.records
 import lit_llama.train.run
 import lit_llama.train.start  # noqa: F401
-from lit_llama.manifest import check_folder
+from lit_llama.folder.manifest import check_folder
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 120

@@ -14,7 +14,7 @@ from conftest import ROOT, tiny_config, write_tokenizer
 from safetensors.torch import save_file
 from small_runs import prepare
 
-from lit_llama.folder import write_json
+from lit_llama.folder.publish import write_json
 from lit_llama.model.llama import LLaMA
 
 SETTINGS: list[dict[str, Any]] = [

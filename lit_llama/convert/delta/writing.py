@@ -17,8 +17,8 @@ from lit_llama.convert.delta.policy import Policy, Side, combine, digest
 from lit_llama.convert.source import META_FILE, Source, write_files
 from lit_llama.convert.tokens.fast import complete
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import Staging, check_space, resume, write_json
-from lit_llama.manifest import write_manifest
+from lit_llama.folder.manifest import write_manifest
+from lit_llama.folder.publish import Staging, check_space, resume, write_json
 from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import DTYPES, Spec, byte_size, plan_shards, write_index, write_shard
 from lit_llama.progress import stderr, track

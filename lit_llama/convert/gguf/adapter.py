@@ -22,8 +22,9 @@ from lit_llama.convert.gguf.reader import GGUFTensor
 from lit_llama.convert.gguf.writer import add_key, check_file
 from lit_llama.convert.rotary import in_halves, in_pairs
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.folder import check_space, publish, write_json
-from lit_llama.manifest import check_folder
+from lit_llama.folder.manifest import check_folder
+from lit_llama.folder.place import aside
+from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, load_adapter, read_adapter_weights, save_adapter, trained_on
 from lit_llama.model.adapters.base import base_of, base_record
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, PlainType
@@ -31,7 +32,6 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adaptable, adapters, apply_lora
 from lit_llama.model.low_rank import LoRAEmbedding, LoRALinear
 from lit_llama.model.weights import Weights
-from lit_llama.place import aside
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
 

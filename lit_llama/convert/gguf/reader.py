@@ -25,9 +25,9 @@ from lit_llama.convert.source import NAMES, Source, settings
 from lit_llama.convert.tokens import listed
 from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
 from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_tokenizer
-from lit_llama.convert.tokens.spm import from_metadata
+from lit_llama.convert.tokens.listed import from_metadata
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import encode_json
+from lit_llama.folder.publish import encode_json
 from lit_llama.model.weights import Stored, check_finite
 
 BLOCK = 2**24

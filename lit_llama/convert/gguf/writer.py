@@ -23,8 +23,8 @@ from lit_llama.convert.gguf.types import Plan, check_type, pack, plan, stored_as
 from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import Source, check_shapes
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.folder import check_space
-from lit_llama.place import aside, check_writable
+from lit_llama.folder.place import aside, check_writable
+from lit_llama.folder.publish import check_space
 from lit_llama.progress import stderr, track
 
 

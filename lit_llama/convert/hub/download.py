@@ -20,16 +20,16 @@ from lit_llama.convert.hub.repository import Choice, File, Repo, choose, explain
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
-from lit_llama.folder import check_destination, publish, write_json
-from lit_llama.lock import reserve
-from lit_llama.manifest import write_manifest
+from lit_llama.folder.lock import reserve
+from lit_llama.folder.manifest import write_manifest
+from lit_llama.folder.place import remove_own
+from lit_llama.folder.publish import check_destination, publish, write_json
 from lit_llama.memory import amount, amounts
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.checkpoint import check_no_delta
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.places import describe_quantization, holds_fp8, of_sixteen_bits, repository
 from lit_llama.objects import as_object, read_text
-from lit_llama.place import remove_own
 from lit_llama.progress import reading, stderr
 from lit_llama.text.prompts.folder_style import folder_style
 from lit_llama.text.tokenizer.special import read_object

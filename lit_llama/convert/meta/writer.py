@@ -19,7 +19,7 @@ from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
 from lit_llama.convert.tokens.files import write_tokenizer_model
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.folder import check_space, publish, write_json
+from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.pth.files import write_pth
 from lit_llama.model.weights import Spec, byte_size

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import write_json
+from lit_llama.folder.publish import write_json
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import SETTINGS_FILE, added_tokens, read_object
 

@@ -15,7 +15,7 @@ from typing import Any
 from lit_llama.convert.tokens.bpe import tokenizer_json
 from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_tokenizer, merges
 from lit_llama.errors import CheckpointError
-from lit_llama.folder import encode_json
+from lit_llama.folder.publish import encode_json
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_llama.errors import LockedError, ResourceError
-from lit_llama.place import aside, full_disk_explained, is_full, open_own
+from lit_llama.folder.place import aside, full_disk_explained, is_full, open_own
 
 _WAIT = 10.0
 """Seconds to wait for another process, which holds the lock for milliseconds."""

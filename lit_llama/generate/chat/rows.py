@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.folder import write_json_lines
+from lit_llama.folder.place import check_output
+from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.chat.dialogue import ROOT, Dialogue, Node, Record
 from lit_llama.generate.chat.lines import encode, parse, read, split
 from lit_llama.generate.chat.session import message
-from lit_llama.place import check_output
 
 
 def row(path: Iterable[Node]) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.folder.place import check_writable, open_own, sync
 from lit_llama.generate.chat.dialogue import FORMAT, Dialogue, Record
 from lit_llama.generate.chat.files import append, locked, write_new
 from lit_llama.generate.chat.lines import Reading, encode, read, split
-from lit_llama.place import check_writable, open_own, sync
 
 SUFFIX = ".jsonl"
 DAMAGED = ".damaged"

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.folder import encode_json, replace_file
+from lit_llama.folder.lock import claim
+from lit_llama.folder.place import full_disk_explained
+from lit_llama.folder.publish import encode_json, replace_file
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.evaluate.answers import answered_rows, answered_task, check_one_task, read_answers
 from lit_llama.generate.evaluate.models import Model, short_names
@@ -15,8 +17,6 @@ from lit_llama.generate.evaluate.report.summary import summarise
 from lit_llama.generate.evaluate.run import Rows, evaluate_models, read_timing
 from lit_llama.generate.evaluate.store import described
 from lit_llama.generate.evaluate.tasks import Task, check_names, data_task, read_tasks
-from lit_llama.lock import claim
-from lit_llama.place import full_disk_explained
 from lit_llama.progress import stderr
 
 RESULTS_JSON, REPORT_HTML = "results.json", "report.html"

@@ -9,10 +9,10 @@ from typing import Any
 
 from lit_llama.device import pick_device, pick_dtype
 from lit_llama.errors import UserError
+from lit_llama.folder.manifest import sha256_file
 from lit_llama.generate.llm import LLM, Opened, open_folder
 from lit_llama.generate.loading import Loading
 from lit_llama.generate.models import Updates, updates_of
-from lit_llama.manifest import sha256_file
 from lit_llama.model.adapter import WEIGHTS_FILE, trained_on
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.progress import stderr

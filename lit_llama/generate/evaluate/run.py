@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from lit_llama.errors import DataError, NumericalError, UserError
-from lit_llama.folder import encode_json, replace_file
+from lit_llama.folder.publish import encode_json, replace_file
 from lit_llama.generate.answer import answer_requests, question_ids, raw_ids
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.evaluate.likelihood import Likelihood, Text, chat_texts, likelihoods, raw_texts

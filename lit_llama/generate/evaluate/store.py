@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.folder.lock import reserve
+from lit_llama.folder.place import full_disk_explained, open_own, real
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.lock import reserve
-from lit_llama.place import full_disk_explained, open_own, real
 from lit_llama.progress import stderr
 
 Key = tuple[Any, ...]
@@ -83,7 +83,7 @@ class RowStore:
 
     def _set_aside(self, content: bytes) -> None:
         """Keep what stood there under another name, and say so: the rows from the damaged one on are made again."""
-        from lit_llama.folder import replace_file
+        from lit_llama.folder.publish import replace_file
 
         damaged = self.path.with_name(f"{self.path.name}.damaged")
         replace_file(damaged, content)
@@ -115,7 +115,7 @@ class RowStore:
 
     def _replace(self, content: bytes) -> None:
         """Put the same rows in place of the file at once, as a kill may come here, too."""
-        from lit_llama.folder import replace_file
+        from lit_llama.folder.publish import replace_file
 
         replace_file(self.path, content)
         self._file.close()

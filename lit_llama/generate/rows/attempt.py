@@ -9,10 +9,9 @@ from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.engine.request import MAX_SEED
-from lit_llama.generate.rows.columns import Column, load_callable
+from lit_llama.generate.rows.columns import Column, Validator, load_callable
 from lit_llama.generate.rows.names import as_template
 from lit_llama.generate.rows.recipe import Recipe
-from lit_llama.generate.rows.schema import Validator
 from lit_llama.generate.rows.sources import Entry
 from lit_llama.generate.rows.teacher import Ask, Reply
 from lit_llama.text.prompts.sandbox import Sandbox

@@ -2,15 +2,74 @@
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from lit_llama.errors import UserError
+from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.rows.fields import RESERVED, check_keys, check_name, check_names, word
 from lit_llama.generate.rows.names import expression_names, template_names
+from lit_llama.text.read.raw import STRICTEST, explain
+
+_END = 256
+
+
+class Validator:
+    """A JSON schema.
+
+    Args:
+        schema: It.
+
+    Raises:
+        UserError: It is faulty, nothing satisfies it, or it has parts that a model could not be kept to.
+        ResourceError: llguidance is not installed.
+    """
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.schema = schema
+        self._constraint = Constraint.json_schema(schema, _bytes())
+
+    def read(self, text: str) -> tuple[Any, str]:
+        """The value of an answer, and why it is none; "" if it is one.
+
+        The order in which an object has its properties is that of the schema: endpoints are free in it.
+        """
+        try:
+            value = STRICTEST.decode(text.strip())
+        except (ValueError, RecursionError) as error:
+            return None, f"no JSON: {explain(error)}"
+        value = _ordered(value, self.schema)
+        matcher = self._constraint.matcher()
+        for position, byte in enumerate(data := json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")):
+            if not matcher.accept(byte):
+                found = data[max(0, position - 20) : position + 20].decode("utf-8", "replace")
+                return None, f"not of the schema near {found!r}"
+        return (value, "") if matcher.accept(_END) else (None, "not of the schema at its end")
+
+
+@cache
+def _bytes() -> TokenTable:
+    """A vocabulary of single bytes and an end."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    return TokenTable([*tokens, b"<end>"], [_END], {_END}, lambda text: list(text.encode()))
+
+
+def _ordered(value: Any, schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return value
+    if isinstance(value, list):
+        return [_ordered(entry, schema.get("items")) for entry in value]
+    properties = schema.get("properties")
+    if not isinstance(value, dict) or not isinstance(properties, Mapping):
+        return value
+    names = [*(name for name in properties if name in value), *(name for name in value if name not in properties)]
+    return {name: _ordered(value[name], properties.get(name)) for name in names}
+
 
 Kind = Literal["sample", "template", "expression", "prompt", "user_turn", "call", "check", "require", "choose"]
 _BESIDE: Mapping[str, tuple[str, ...]] = {"prompt": ("system", "schema", "sampling"), "user_turn": ("sampling",)}
@@ -175,7 +234,7 @@ def load_callable(path: str, where: str) -> Callable[..., Any]:
 def _schema(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: schema is {word(value)}, expected a JSON schema")
-    from lit_llama.generate.rows.schema import Validator
+    from lit_llama.generate.rows.columns import Validator
 
     try:
         Validator(value)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_llama.errors import IntegrityError, UserError
-from lit_llama.folder import encode_json, replace_file
+from lit_llama.folder.lock import claim
+from lit_llama.folder.place import full_disk_explained
+from lit_llama.folder.publish import encode_json, replace_file
 from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.teacher import Key, Reply
-from lit_llama.lock import claim
 from lit_llama.objects import as_object, read_object
-from lit_llama.place import full_disk_explained
 from lit_llama.progress import stderr
 
 ROWS_FILE, REJECTED_FILE, STATE_FILE = "rows.jsonl", "rejected.jsonl", "state.json"

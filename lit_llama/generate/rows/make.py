@@ -14,14 +14,40 @@ from rich.progress import BarColumn, TaskProgressColumn
 
 from lit_llama.console import shown
 from lit_llama.errors import UserError
+from lit_llama.folder.manifest import sha256_file
+from lit_llama.folder.publish import encode_json, replace_file, replace_text
 from lit_llama.generate.loading import Loading
 from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE, open_journal
 from lit_llama.generate.rows.recipe import Recipe, read_recipe
+from lit_llama.generate.rows.report.summary import NGRAM, summarise
 from lit_llama.generate.rows.run import Limits, RowMaker, Tally
 from lit_llama.generate.rows.teacher import Teacher
-from lit_llama.manifest import sha256_file
+from lit_llama.html.render import render
 from lit_llama.progress import bar, stderr
+from lit_llama.text.inspect.page import histogram
+
+
+def write_report(folder: Path, maker: RowMaker) -> None:
+    """Write both into the folder of a run.
+
+    Args:
+        folder: It.
+        maker: The run, as far as it has come.
+    """
+    report = summarise(folder, maker)
+    replace_file(folder / "report.json", encode_json(report))
+    page = render(
+        "lit_llama.generate.rows.report",
+        "rows.html.jinja",
+        report,
+        styles=["rows.css"],
+        name=f"{report['recipe']} by {Path(report['teacher']).name}",
+        drawn={name: histogram(entry, None) for name, entry in report["lengths"].items()},
+        ngram=NGRAM,
+    )
+    replace_text(folder / "report.html", page)
+
 
 PLANNED = 32
 """Attempts that a plan is estimated from, unless it is asked for others."""
@@ -141,7 +167,7 @@ def make_rows(
         DataError: Everything is rejected.
         LockedError: Another run is at work there.
     """
-    from lit_llama.generate.rows.report.page import write_report
+    from lit_llama.generate.rows.make import write_report
 
     maker = RowMaker(recipe, teacher, seed=seed, test_data=test_data)
     with open_journal(out_dir, maker.identity) as journal:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
+from lit_llama.folder.manifest import sha256_file
 from lit_llama.generate.rows.attempt import Attempt, Columns
 from lit_llama.generate.rows.filters import RowFilters
 from lit_llama.generate.rows.journal import VERSION, Journal, kept_line, rejected_line
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.sources import Entry, Pool, named
 from lit_llama.generate.rows.teacher import Ask, Key, Reply, Teacher
-from lit_llama.manifest import sha256_file
 
 WINDOW = 64
 """Attempts that are under way at the same time, at most."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
-from lit_llama.manifest import MANIFEST, check_folder, hashes
+from lit_llama.folder.manifest import MANIFEST, check_folder, hashes
 from lit_llama.model.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.places import of_sixteen_bits, repository

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_llama.place import temporary_folder
+from lit_llama.folder.place import temporary_folder
 from lit_llama.progress import stderr
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, ResourceError
-from lit_llama.lock import reserve
-from lit_llama.place import aside
+from lit_llama.folder.lock import reserve
+from lit_llama.folder.place import aside
 from lit_llama.progress import reading, stderr
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.folder import raw_files

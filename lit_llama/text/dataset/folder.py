@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
-from lit_llama.manifest import check_folder, sha256_file
+from lit_llama.folder.manifest import check_folder, sha256_file
 from lit_llama.objects import Form, check_form, read_object
 from lit_llama.text.dataset.sharing import beginnings
 from lit_llama.text.message import IGNORE_INDEX

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
-from lit_llama.folder import publish, write_json
+from lit_llama.folder.publish import publish, write_json
 from lit_llama.text.dataset.blocks import Block, encode_blocks, rare_collections, read_blocks
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.encoder import Encoded, Encoder

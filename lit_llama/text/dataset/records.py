@@ -13,8 +13,8 @@ from typing import Any
 
 from lit_llama.console import as_typed
 from lit_llama.errors import UserError
-from lit_llama.lock import reserve
-from lit_llama.manifest import check_folder, is_intact, sha256_file
+from lit_llama.folder.lock import reserve
+from lit_llama.folder.manifest import check_folder, is_intact, sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.config import ENCODING, PrepareConfig, StyleChoice
 from lit_llama.text.dataset.folder import META_FILE

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lit_llama.errors import DataError, IntegrityError, UserError
-from lit_llama.folder import publish, write_json
-from lit_llama.manifest import sha256_file
+from lit_llama.folder.manifest import sha256_file
+from lit_llama.folder.publish import publish, write_json
 from lit_llama.text.dataset.blocks import Block, ahead, encode_blocks, read_blocks
 from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.dataset.folder import META_FILE

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llama.folder import write_json
+from lit_llama.folder.publish import write_json
 from lit_llama.html.render import percent
 from lit_llama.text.inspect.findings import unchecked
 from lit_llama.text.inspect.page import render_page

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.manifest import sha256_file
+from lit_llama.folder.manifest import sha256_file
 from lit_llama.text.dataset.config import Documents
 from lit_llama.text.read.documents import TEXT_ENDINGS, read_documents
 from lit_llama.text.read.files import ENDINGS, UTF8, WORKBOOKS, Dialect, Remark, expand, is_saved, unchanged

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, run_here, write_adapter
 
 from lit_llama.errors import DataError, LockedError, NumericalError, UserError
+from lit_llama.folder.lock import claim
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.evaluate import run as module
@@ -21,7 +22,6 @@ from lit_llama.generate.evaluate.models import loaded, open_models, short_names
 from lit_llama.generate.evaluate.tasks import Task, file_task
 from lit_llama.generate.llm import load, open_folder
 from lit_llama.generate.loading import Loading
-from lit_llama.lock import claim
 
 pytestmark = pytest.mark.usefixtures("one_core")
 Put = Callable[[str, bytes | str], Path]

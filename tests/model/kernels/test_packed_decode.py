@@ -20,10 +20,10 @@ from lit_llama.model.config import KVCacheType, LoRAConfig
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.kernels import packing
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
-from lit_llama.model.kernels.mapped import MappedFiles
 from lit_llama.model.kernels.packing import (
     GROUP,
     ZERO,
+    MappedFiles,
     Weights,
     dequantized,
     in_turns,

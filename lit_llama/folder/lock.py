@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from lit_llama.errors import LockedError
-from lit_llama.place import check_writable, full_disk_explained, open_own, real, refuse_foreign, sweep
+from lit_llama.folder.place import check_writable, full_disk_explained, open_own, real, refuse_foreign, sweep
 
 _BEGINNING = "process "
 P = ParamSpec("P")

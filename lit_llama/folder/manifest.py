@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lit_llama.errors import IntegrityError, ResourceError
-from lit_llama.place import aside
+from lit_llama.folder.place import aside
 from lit_llama.progress import track
 
 MANIFEST = "SHA256SUMS"

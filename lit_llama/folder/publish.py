@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.lock import reserve
-from lit_llama.manifest import MANIFEST, remember, sha256_file, write_manifest
-from lit_llama.place import (
+from lit_llama.folder.lock import reserve
+from lit_llama.folder.manifest import MANIFEST, remember, sha256_file, write_manifest
+from lit_llama.folder.place import (
     aside,
     check_output,
     check_writable,
@@ -26,8 +26,8 @@ from lit_llama.place import (
     unused,
     what_is,
 )
-from lit_llama.place import check_space as check_space  # part of this file for those who write folders
-from lit_llama.place import sync as sync
+from lit_llama.folder.place import check_space as check_space  # part of this file for those who write folders
+from lit_llama.folder.place import sync as sync
 
 _OWN = ".unfinished"  # in a folder that outlives a failure: it is ours
 

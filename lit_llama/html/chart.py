@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lit_llama.train.metrics import Series
+Series = list[tuple[int, float]]
+
 
 MOST = 500  # places along a line; more are drawn as the least and the greatest of each place
 _MOST_TICKS = 7

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from lit_llama.text.inspect.show import visible
+from lit_llama.console import visible
 
 _HERE = "lit_llama.text.inspect"
 _FLAG = re.compile(r"--\w+(?:\.\w+)*")

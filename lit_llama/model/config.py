@@ -215,6 +215,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ALL_LINEAR = ("all-linear", "all")
 """What target_modules may say for them: PEFT's word, and the one that others have made common."""
 
+Checkpointing = Literal["none", "selective", "full"]
+"""What is computed again in the backward pass: selective gate and up, full all but the input of a layer."""
 Quantization = Literal["nf4", "nf4-dq", "int8", "fp8"]
 """How the linear layers of a base are held: see quantize.py."""
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.model.attention import Layout
+from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused.layer import FusedLayer
 from lit_llama.model.llama import MLP, DecoderLayer, LLaMA
-from lit_llama.train.config import Checkpointing
 
 
 class RecomputedLayer(DecoderLayer):

@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import UserError, check_seed
-from lit_llama.model.config import LoRAConfig, Quantization
+from lit_llama.model.config import Checkpointing, LoRAConfig, Quantization
 
 RUN_FILE = "run.yaml"
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"]
-Checkpointing = Literal["none", "selective", "full"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 Resume = Literal["never", "auto"] | Path

@@ -23,13 +23,12 @@ from torch.utils._pytree import tree_leaves
 from lit_llama.device import Numerics
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import linear_weights
-from lit_llama.model.config import LLaMAConfig, Quantization
+from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantize_shapes
 from lit_llama.model.recompute import recompute_activations
-from lit_llama.train.config import Checkpointing
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from lit_llama.errors import IntegrityError
 from lit_llama.folder.place import aside, full_disk_explained, open_own
+from lit_llama.html.chart import Series
 
 CURVE_FILE = "loss.png"
 
@@ -48,7 +49,6 @@ METRICS = (
 )
 TIMING = ("step", "seconds", "memory")
 COLUMNS = {METRICS_FILE: METRICS, TIMING_FILE: TIMING}
-Series = list[tuple[int, float]]
 
 
 class Lines:

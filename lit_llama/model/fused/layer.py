@@ -10,13 +10,14 @@ Shapes: T tokens, C hidden, I intermediate, H query heads, G key/value heads, D 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused import pointwise
 from lit_llama.model.fused.attention import Heads, attend, attend_backward
 from lit_llama.model.fused.kernels import native
@@ -78,11 +79,7 @@ class Room:
             self._held = False
 
 
-Leave = Literal["none", "selective", "full"]
-"""What is not kept for the backward pass: selective gate and up, full all but the input of the layer."""
-
-
-def fuse(model: LLaMA, leave: Leave = "none") -> int:
+def fuse(model: LLaMA, leave: Checkpointing = "none") -> int:
     """Replace the layers that can be by fused ones, in place; gives their number.
 
     Call it when all other replacements are done and the weights are where they stay, and not where autocast is to
@@ -146,7 +143,7 @@ def fusable(layer: DecoderLayer) -> bool:
 class FusedLayer(DecoderLayer):
     """A decoder layer that computes as above where it is given packed samples, and plainly where it is not."""
 
-    def __init__(self, layer: DecoderLayer, leave: Leave, room: Room) -> None:
+    def __init__(self, layer: DecoderLayer, leave: Checkpointing, room: Room) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         attention, mlp = layer.self_attn, layer.mlp

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_llama.console import visible
 from lit_llama.html.render import render
 from lit_llama.text.inspect.pairs import CUT
-from lit_llama.text.inspect.show import ShownSample, ShownToken, visible
+from lit_llama.text.inspect.show import ShownSample, ShownToken
 
 LISTED = 50  # rows shown before a list is folded
 _WORD = re.compile(r"\w+|\s|[^\w\s]")

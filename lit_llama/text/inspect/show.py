@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from rich.text import Text
 
-from lit_llama.console import visible as visible
+from lit_llama.console import visible
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, UserError
 from lit_llama.progress import stdout
 from lit_llama.text.dataset.folder import Split, read_meta

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lit_llama.html.chart import Chart, Line, chart, figure
+from lit_llama.html.chart import Chart, Line, Series, chart, figure
 from lit_llama.html.render import render
 from lit_llama.memory import amount
-from lit_llama.train.metrics import Series, smooth
+from lit_llama.train.metrics import smooth
 
 
 def render_page(report: Mapping[str, Any], series: Mapping[str, Series]) -> str:

@@ -12,12 +12,13 @@ from lit_llama.console import as_typed
 from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.errors import IntegrityError
 from lit_llama.folder.publish import encode_json, replace_file
+from lit_llama.html.chart import Series
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.objects import Form, check_form, read_object, read_yaml
 from lit_llama.text.dataset.folder import META_FORM
 from lit_llama.train.config import FULL, RUN_FILE, TrainConfig
-from lit_llama.train.metrics import Series, read_metrics, smooth
+from lit_llama.train.metrics import read_metrics, smooth
 from lit_llama.train.report.page import render_page
 from lit_llama.train.report.warnings import warnings
 from lit_llama.train.sampler import SAMPLES_FILE

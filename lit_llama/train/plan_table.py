@@ -21,7 +21,8 @@ from lit_llama.train.inputs import fitting, read_splits
 from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
-from lit_llama.train.processes import Processes, described, spread
+from lit_llama.train.processes import Processes, described
+from lit_llama.train.shards import spread
 
 
 def print_plan(method: Method, run: RunConfig) -> None:

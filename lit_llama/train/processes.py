@@ -10,78 +10,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from lit_llama.errors import Interrupted, ResourceError, UserError
-from lit_llama.model.llama import LLaMA
-from lit_llama.train.config import Strategy
 from lit_llama.train.launch import LAUNCHER, launched, layout
-from lit_llama.train.plan import Plan
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-
-def shard(model: LLaMA, device: torch.device, size: int) -> None:
-    """Leave each process its part of every frozen decoder layer, in place; a layer is whole only while it computes.
-
-    What trains stays whole in all of them, outside of what torch looks after: `Processes.sum_gradients` sums its
-    gradients, and it is saved as if nothing were sharded. So do embeddings, head and last norm. Every forward and
-    every backward pass is something that all processes do together.
-
-    Args:
-        model: On the CPU, when every replacement of modules is done.
-        device: Where this process computes. One layer at a time goes there before it is cut.
-        size: Number of processes.
-
-    Raises:
-        UserError: Nothing in the layers is frozen.
-    """
-    if all(parameter.requires_grad for parameter in model.model.layers.parameters()):
-        raise UserError("--strategy fsdp spreads frozen weights, and here all of them train; use --strategy ddp")
-    mesh = init_device_mesh(device.type, (size,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
-        _move(layer, device)
-    # It manages no parameter; it makes the layers one tree, in which the next is fetched while one computes.
-    fully_shard(model.model, mesh=mesh, ignored_params=set(model.model.parameters()))
-    _move(model, device)
-
-
-def spread(plan: Plan, strategy: Strategy) -> Plan:
-    """The plan with the base spread over its processes, where that is asked for, or one GPU does not hold it.
-
-    Raises:
-        UserError: It is asked for and cannot be.
-    """
-    processes, quantize = plan.processes, plan.quantize
-    if strategy == "fsdp" and processes.size == 1:
-        raise UserError("--strategy fsdp spreads the base over several processes, but there is one: raise --devices")
-    if strategy == "fsdp" and quantize:
-        raise UserError(
-            f"--strategy fsdp spreads plain weights, not those of --quantize {quantize}; leave one of them out"
-        )
-    able = processes.size > 1 and not quantize and plan.numerics.device.type == "cuda"
-    needed = processes.first(lambda: not plan.fits)
-    if strategy == "fsdp" or (strategy == "auto" and able and needed):
-        return replace(plan, processes=replace(processes, sharded=True))
-    return plan
-
-
-def _move(module: nn.Module, device: torch.device) -> None:
-    """Bring to the device what is not sharded; a weight that two modules share stays shared."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not isinstance(tensor, DTensor):
-            tensor.data = tensor.data.to(device)
-
 
 T = TypeVar("T")
 _PATIENCE = 2.0

@@ -54,9 +54,10 @@ from lit_llama.train.metrics import draw_curve
 from lit_llama.train.optim import check_optimizer, restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
-from lit_llama.train.processes import join, shard, spread
+from lit_llama.train.processes import join
 from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
+from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
     clear,
     find_states,

@@ -14,7 +14,7 @@ import lit_llama
 from lit_llama import api
 
 WHOLE = "docs/python.md"
-"""A page whose blocks follow from each other: tests/test_python_docs.py runs them in their order."""
+"""A page whose blocks follow from each other: tests/docs/test_python_docs.py runs them in their order."""
 CODE = [block for path in PAGES for block in blocks(path) if block.language == "python"]
 NETWORK = "s3://"
 """A block that reads it is compiled, and its names are looked up."""

@@ -20,7 +20,7 @@ Quoting = Literal["double", "none"]
 
 ENCODING = 1
 """Version of what rows become. Every change of ids, labels or splits for the same rows and settings raises it, so that
-folders that were made before are made anew; tests/test_encoding_version.py holds the bytes of each version."""
+folders that were made before are made anew; test_encoding_version.py holds the bytes of each version."""
 NEAR_DUPLICATES = 200_000
 """Rows up to which near-duplicates are looked for unless somebody says otherwise: 340 MB."""
 _RULES = (

@@ -90,5 +90,5 @@ def test_the_extras_are_declared() -> None:
     """Catches an error that names an extra which pip does not know."""
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert {"tensorboard", "wandb", "mlflow"} <= project["optional-dependencies"].keys()

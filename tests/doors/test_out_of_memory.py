@@ -22,7 +22,7 @@ from lit_llama.cli import CLI, _names
 from lit_llama.errors import CheckpointError, DataError
 from lit_llama.memory import ran_out, remedy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOORS = sorted(
     str(path.relative_to(ROOT)) for room in ("prepare", "finetune", "generate") for path in (ROOT / room).glob("*.py")
 )

@@ -193,7 +193,7 @@ def test_commands_can_be_typed(made: tuple[Path, Any]) -> None:
     again = said["Repeat the run"]
     assert again == ["python", "finetune/lora.py", "--config", f"{folder}/run.yaml", "--out_dir", f"{folder}-again"]
     assert said["Talk to it"][-1] == folder and said["Answer the test split"][-1] == "data/x y"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     assert all((root / command[1]).is_file() for command in said.values())
 
 

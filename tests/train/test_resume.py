@@ -166,7 +166,7 @@ def test_a_run_repeats_from_its_run_file_with_the_same_bytes(straight: Path, tmp
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """kill -9 through the door: at random moments, and at each kind of call that changes a file. Catches a state that
     looks whole and is not, two halves of different steps, and a lock that outlives its process."""
-    program = Path(__file__).with_name("killed_runs.py")
+    program = ROOT / "tests" / "killed_runs.py"
     command = [sys.executable, str(program), tiny_folder, data, tmp_path, 1]
     result = subprocess.run(
         [str(part) for part in command],

@@ -16,7 +16,7 @@ from small_runs import ROWS, flags_of
 from lit_llama.cli import CLI
 from lit_llama.memory import amount, amounts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,7 @@ def test_leftovers_of_a_killed_process_do_not_disturb(tmp_path: Path) -> None:
         "with publish(Path(sys.argv[1]), 'meta.json') as folder:\n"
         "    (folder / 'meta.json').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "name")], env=environment, timeout=60)
     assert killed.returncode == -9 and not (tmp_path / "name").exists()
     assert any(path.name.startswith(".name.partial-") for path in tmp_path.iterdir())
@@ -228,7 +228,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         "with publish(Path(sys.argv[1]), 'meta.json', keep=True) as folder:\n"
         "    (folder / 'begun').write_text('half')\n    print(flush=True)\n    time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", program, str(tmp_path / "name")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

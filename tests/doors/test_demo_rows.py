@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROWS_PATH = Path(__file__).parent.parent / "demo" / "rows.py"
+ROWS_PATH = Path(__file__).parents[2] / "demo" / "rows.py"
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 Row = dict[str, str]
 

@@ -270,7 +270,7 @@ def test_what_a_dead_process_had_on_its_way_goes_and_that_of_the_living_stays(tm
         "with temporary_folder(Path(sys.argv[1]) / 'x') as made, aside(Path(sys.argv[1]) / 'y') as part:\n"
         "    (made / 'big').write_text('x')\n    print(flush=True)\n    time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", program, str(tmp_path)]
     (tmp_path / ".mine.partial-notes").mkdir()
     theirs = tmp_path / "theirs"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import write_adapter
+from pseudo_terminals import EVIL, ROOT, acts, on_terminal
 from small_runs import ROWS, flags_of
-from terminals import EVIL, ROOT, acts, on_terminal
 
 from lit_llama.console import harmless
 

@@ -43,7 +43,7 @@ def main(
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
         verify: Hash every file that is read, however large, before the work; small ones always are.
     """
-    from lit_llama.api import merge
+    from lit_llama.api.weights import merge
 
     merge(
         adapter_dir,

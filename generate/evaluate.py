@@ -53,7 +53,7 @@ def main(
         anew: Begin again where the folder holds rows that were made otherwise.
         loading: How all of them are loaded.
     """
-    from lit_llama.api import evaluate
+    from lit_llama.api.stages import evaluate
     from lit_llama.generate.evaluate.models import open_models
     from lit_llama.generate.evaluate.report.page import print_results, print_rows
     from lit_llama.generate.plan import print_plan

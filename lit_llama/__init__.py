@@ -19,7 +19,8 @@ TYPE_CHECKING = False  # a type checker takes it for True; typing itself takes a
 if TYPE_CHECKING:
     from typing import Any
 
-    from lit_llama.api import convert, download, evaluate, finetune, generate_rows, load, merge, prepare
+    from lit_llama.api.stages import evaluate, finetune, generate_rows, load, prepare
+    from lit_llama.api.weights import convert, download, merge
     from lit_llama.console import verbose
     from lit_llama.errors import UserError
     from lit_llama.generate.engine.request import Sampling
@@ -56,20 +57,26 @@ __all__ = [
     "verbose",
 ]
 
-_FACE = ("download", "evaluate", "finetune", "generate_rows", "load", "merge", "prepare")
-_HOMES = dict.fromkeys(_FACE, "api") | {
+_HOMES = {
     "LLaMA": "model.llama",
     "LLaMAConfig": "model.config",
     "LoRAConfig": "model.config",
-    "PrepareConfig": "text.config",
+    "PrepareConfig": "text.dataset.config",
     "RunConfig": "train.config",
     "Sampling": "generate.engine.request",
     "LLM": "generate.llm",
-    "Tokenizer": "text.tokenizer",
+    "Tokenizer": "text.tokenizer.base",
     "TrainConfig": "train.config",
     "UserError": "errors",
     "apply_lora": "model.lora",
+    "download": "api.weights",
+    "evaluate": "api.stages",
+    "finetune": "api.stages",
+    "generate_rows": "api.stages",
+    "load": "api.stages",
     "load_model": "model.checkpoint",
+    "merge": "api.weights",
+    "prepare": "api.stages",
     "verbose": "console",
 }
 

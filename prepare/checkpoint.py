@@ -55,7 +55,7 @@ def main(
         modelfile: With --format gguf, write a Modelfile for `ollama create` beside the file.
         verify: Hash every file that is read, however large, before the work; small ones always are.
     """
-    from lit_llama.api import convert
+    from lit_llama.api.weights import convert
 
     convert(
         source,

@@ -1,6 +1,6 @@
 """Foreign weights -> the Hugging Face layout, and back.
 
-The package can be called: `lit_llama.convert` is also the name of a function, that of `lit_llama.api`.
+The package can be called: `lit_llama.convert` is also the name of a function, that of `lit_llama.api.weights`.
 """
 
 import sys
@@ -279,7 +279,7 @@ class _Callable(ModuleType):
     """Module that is a function as well."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        from lit_llama.api import convert as face
+        from lit_llama.api.weights import convert as face
 
         return face(*arguments, **settings)
 

@@ -146,7 +146,7 @@ class LLM(TextModel):
             opening: Of ids, text that is left out at the beginning.
             more: Of a text, as for `generate`; of ids, fields of the Request, such as its number.
         """
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
             return self.stream_text(cast("str | Messages", prompt), sampling, **more)
         if sampling is None:
             raise UserError("a prompt of ids needs a Sampling beside it")

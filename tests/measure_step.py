@@ -10,10 +10,9 @@ import torch
 from conftest import tiny_config
 
 from lit_llama.device import Numerics, keep_freed_memory, resident_memory, return_freed_memory
+from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
-from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.recompute import recompute_activations
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
@@ -31,9 +30,7 @@ def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainCo
         {name: torch.full(value.shape, 0.01, dtype=numerics.linear) for name, value in model.state_dict().items()},
         assign=True,
     )
-    method.apply(model)
-    fuse(model, train.activation_checkpointing)
-    recompute_activations(model, train.activation_checkpointing)
+    assemble(model, Assembly(adapt=method.apply, checkpointing=train.activation_checkpointing))
     optimizer = build_optimizer(method.groups(model, 0.0), train, CPU)
     set_learning_rate(optimizer, 1e-4)
     loss_of = TokenLoss(model, numerics).train()

@@ -26,10 +26,10 @@ from lit_llama.memory import amount, amounts
 from lit_llama.model.adapter import (
     META_FILE,
     base_of,
-    load_adapter,
     trained_on,
 )
 from lit_llama.model.adapters.tensors import find_file
+from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
@@ -243,9 +243,7 @@ def _prove(
         stderr().print(
             f"{held} moves the logits of the base by {moved:.2e} in the mean; the adapter is merged onto that"
         )
-    load_adapter(model, adapter_dir)
-    model.eval()
-    wanted = _logits(model, probes)
+    wanted = _logits(assemble(model, adapted(adapter_dir)).model.eval(), probes)
     del model  # one model at a time
     found = _logits(load_model(merged, device, dtype), probes)
     difference = (found - wanted).abs()

@@ -32,7 +32,8 @@ from lit_llama.generate.plan import (
 )
 from lit_llama.generate.text_model import Messages, TextModel, TextStream
 from lit_llama.memory import amount
-from lit_llama.model.adapter import CONFIG_FILE, base_of, load_adapter, trained_on, verify_folders
+from lit_llama.model.adapter import CONFIG_FILE, base_of, trained_on, verify_folders
+from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
@@ -284,8 +285,7 @@ class Opened:
         remarks = [*Weights(self.base).remarks]
         stored = list(model.model.layers[first:].parameters())
         if self.adapted:
-            remarks += load_adapter(model, self.folder).remarks
-            model.requires_grad_(False).eval()
+            assemble(model, adapted(self.folder, remarks)).model.requires_grad_(False).eval()
         if plan.offloaded:
             offload(model, plan.device, plan.dtype, first, stored)
         return model, remarks

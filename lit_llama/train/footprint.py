@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_llama.device import Numerics
+from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.attention import Packed
 from lit_llama.model.checkpoint import linear_weights
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
 from lit_llama.model.fused.kernels import compiled
-from lit_llama.model.fused.layer import FusedLayer, can_share, fuse
+from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantize_shapes
-from lit_llama.model.recompute import recompute_activations
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
 
@@ -88,7 +88,22 @@ class Build:
     numerics: Numerics
     checkpointing: Checkpointing
     quantize: Quantization | None = None
-    fused: bool = True  # as all layers are that are not spread over processes
+    noise: float = 0.0
+    plain: str = ""
+
+    def assembly(self, begin: Callable[[LLaMA], object] | None = None) -> Assembly:
+        """The order for the model of a run.
+
+        Args:
+            begin: Gives what trains its first values, on a model with weights.
+        """
+        return Assembly(
+            adapt=self.method.apply,
+            begin=begin,
+            noise=self.noise,
+            plain=self.plain,
+            checkpointing=self.checkpointing,
+        )
 
     def sizes(self) -> Sizes:
         """What the model weighs, without a pass."""
@@ -97,7 +112,7 @@ class Build:
         names = linear_weights(model)
         base = layers = plain = largest = 0
         stored = QUANTIZED_BYTES[self.quantize] if self.quantize else 0
-        if self.quantize == "fp8" and self.fused and self.numerics.device.type == "cuda":
+        if self.quantize == "fp8" and not self.plain and self.numerics.device.type == "cuda":
             stored *= 2  # as it is, and turned around
         for name, value in model.named_parameters():
             itemsize = (self.numerics.linear if name in names else self.numerics.rest).itemsize
@@ -108,11 +123,9 @@ class Build:
                 size = round(value.numel() * stored)
             base += size
             layers += size if name.startswith("model.layers.") else 0
-        self.method.apply(model)
-        if self.fused:
-            fuse(model)
-            joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
-            base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
+        assemble(model, replace(self.assembly(), checkpointing="none"))
+        joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
+        base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
             return Sizes(0, 0, 0, trained, plain, largest)
@@ -164,7 +177,12 @@ class Build:
         return count.peak
 
     def _model(self) -> LLaMA:
-        """The adapted model, on tensors without content, as checkpoint.load_model stores it."""
+        """The assembled model, on tensors without content."""
+        on_gpu = self.numerics.device.type == "cuda"
+        return assemble(self._stored, replace(self.assembly(), dress=_fuse_norms if on_gpu else None)).model
+
+    def _stored(self) -> LLaMA:
+        """The model of the base without content, as checkpoint.load_model stores it."""
         with torch.device("meta"):
             model = LLaMA(self.config)
         names = linear_weights(model)
@@ -177,15 +195,6 @@ class Build:
             model.lm_head.weight = model.model.embed_tokens.weight
         if self.quantize:
             quantize_shapes(model, self.quantize)
-        self.method.apply(model)
-        if self.fused:
-            fuse(model, self.checkpointing)
-        if self.numerics.device.type == "cuda":
-            for module in list(model.modules()):
-                for name, child in module.named_children():
-                    if isinstance(child, nn.RMSNorm):
-                        setattr(module, name, _FusedNorm(child))
-        recompute_activations(model, self.checkpointing)
         return model
 
 
@@ -217,6 +226,13 @@ class _Count(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _fuse_norms(model: LLaMA) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.RMSNorm):
+                setattr(module, name, _FusedNorm(child))
 
 
 class _FusedNorm(nn.Module):

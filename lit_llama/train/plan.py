@@ -123,8 +123,16 @@ class Plan:
             numerics=self.numerics,
             checkpointing=self.train.activation_checkpointing,
             quantize=self.quantize,
-            fused=not self.processes.sharded and self.numerics.product is None,
+            noise=self.train.neftune_noise_alpha,
+            plain=self._plain,
         )
+
+    @property
+    def _plain(self) -> str:
+        """Why no layer is fused, where none is to be."""
+        if self.processes.sharded:
+            return "they are spread over the processes"
+        return "" if self.numerics.product is None else f"products in {str(self.numerics.product)[6:]} by autocast"
 
     @cached_property
     def sizes(self) -> Sizes:

@@ -17,9 +17,9 @@ from lit_llama.device import (
     resident_memory,
     trim_freed_memory,
 )
+from lit_llama.model.assemble import assemble
 from lit_llama.model.attention import Packed
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
-from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, library, quantized
 from lit_llama.train.config import TrainConfig
@@ -58,27 +58,29 @@ def program_memory(whole: bool, train: TrainConfig, numerics: Numerics, quantize
     if quantize in ("nf4", "nf4-dq", "int8") or "8bit" in train.optimizer:
         library()
     method: Method = Full() if whole else LoRA(LoRAConfig(r=1))
-    fused = numerics.product is None
-    build = Build(config=_TINY, method=method, numerics=numerics, checkpointing="none", fused=fused)
+    plain = "" if numerics.product is None else "autocast"
+    build = Build(config=_TINY, method=method, numerics=numerics, checkpointing="none", plain=plain)
     build.training_peak(Shape([8], 4))
     with torch.random.fork_rng([]):
-        _step(method, numerics, quantize, fused)
+        _step(build, quantize)
     trim_freed_memory()
     # Those of float32 come from a library that has them ready.
     half = (numerics.product or numerics.linear) != torch.float32
     return resident_memory() + half * PRODUCTS * PRODUCT_BYTES
 
 
-def _step(method: Method, numerics: Numerics, quantize: Quantization | None, fused: bool) -> None:
+def _step(build: Build, quantize: Quantization | None) -> None:
     """Forward and backward through a model of nearly nothing."""
-    model = LLaMA(replace(_TINY, tie_word_embeddings=False)).to(numerics.linear).requires_grad_(False)
-    if quantize:
-        for name, module in list(model.named_modules()):
+    numerics = build.numerics
+
+    def load() -> LLaMA:
+        model = LLaMA(replace(_TINY, tie_word_embeddings=False)).to(numerics.linear).requires_grad_(False)
+        for name, module in list(model.named_modules()) if quantize else ():
             if isinstance(module, torch.nn.Linear) and is_quantized(f"{name}.weight"):
-                model.set_submodule(name, quantized(module.weight.detach(), None, quantize))
-    method.apply(model)
-    if fused:
-        fuse(model)
+                model.set_submodule(name, quantized(module.weight.detach(), None, quantize))  # type: ignore[arg-type]
+        return model
+
+    model = assemble(load, build.assembly()).model
     ids = torch.arange(8)
     with numerics.autocast():
         loss = TokenLoss(model, numerics).train().of_layout(ids, Packed([8]), ids[:4], ids[:4])

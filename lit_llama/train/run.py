@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,9 @@ from lit_llama.folder.lock import claim
 from lit_llama.folder.manifest import forget
 from lit_llama.folder.publish import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.memory import amount
+from lit_llama.model.assemble import assemble
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.neftune import add_noise
-from lit_llama.model.recompute import recompute_activations
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.inspect.report import look_at
@@ -149,15 +148,13 @@ def _execute(
     torch.set_num_threads(max(1, cores() // processes.here))
     seed_everything(run.config.seed)
     loaded = "cpu" if processes.sharded else device
-    model = load_model(run.config.base, loaded, numerics.rest, run.config.quantize, numerics.linear, mapped=False)
-    where = run.method.apply(model)
-    run.method.begin(model)
-    add_noise(model, run.train.neftune_noise_alpha)
-    if plan.build.fused:
-        fuse(model, run.train.activation_checkpointing)
-    recompute_activations(model, run.train.activation_checkpointing)
+    held, linear = run.config.quantize, numerics.linear
+    load = partial(load_model, run.config.base, loaded, numerics.rest, held, linear, mapped=False)
+    assembled = assemble(load, plan.build.assembly(run.method.begin))
+    model = assembled.model
     if processes.sharded:
         shard(model, device, processes.size)
+    stderr().print(assembled.describe())
     trim_freed_memory()
     if owns_process and plan.roomy:
         keep_freed_memory()
@@ -177,8 +174,8 @@ def _execute(
             forget(run.out_dir, META_FILE)  # of a result that is made longer; the rest of it stays proven
             replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
-            f"{training.trainable:,} trainable parameters {where}, base in {run.config.quantize or numerics} on "
-            f"{device}; {len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
+            f"{training.trainable:,} trainable parameters {assembled.trains}, base in "
+            f"{run.config.quantize or numerics} on {device}; {len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
             f"{time.perf_counter() - start:.1f} s"
         )
         training.go()

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,11 +192,9 @@ before = peak()
 convert(Path({str(folder)!r}), Path({str(tmp_path / "made")!r}))
 print(peak() - before)
 """
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     grown = int(done.stdout) * 1024
     assert grown < size / 2, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB, whose largest tensor has 66 MB"
-    assert time.perf_counter() - start < 60
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 1), (5, 6), (3, 40), (15, 17), (47, 48), (20, 20)])

@@ -114,10 +114,11 @@ def test_a_plan_runs_the_layers_that_a_run_has(kind: str) -> None:
     numbers = Numerics(device=torch.device(kind), linear=torch.bfloat16, rest=torch.bfloat16)
     build = Build(config=tiny_config(), method=LoRA(LoRAConfig()), numerics=numbers, checkpointing="none")
     with FakeTensorMode():
-        layers = [type(layer).__name__ for other in (build, replace(build, fused=False)) for layer in layers_of(other)]
+        builds = (build, replace(build, plain="asked for"))
+        layers = [type(layer).__name__ for other in builds for layer in layers_of(other)]
     assert layers == ["FusedLayer"] * 2 + ["DecoderLayer"] * 2
     shape = Shape([60, 50, 20], 80)
-    assert build.training_peak(shape) < replace(build, fused=False).training_peak(shape)
+    assert build.training_peak(shape) < replace(build, plain="asked for").training_peak(shape)
 
 
 def layers_of(build: Build) -> list[torch.nn.Module]:

@@ -23,7 +23,7 @@ from lit_llama.model.fused.attention import Heads, attend, attend_backward
 from lit_llama.model.fused.kernels import native
 from lit_llama.model.fused.quantized import join, kind_of
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
-from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
+from lit_llama.model.low_rank import DoRALinear, LoRALinear, LoRAOnQuantized, base_of
 
 ALIGNED = 64
 """Values at whose multiples parts begin, so that vectors do not cross lines of the cache."""
@@ -92,7 +92,7 @@ def fuse(model: LLaMA, leave: Checkpointing = "none") -> int:
     layers = model.model.layers
     room = Room(1 if leave == "full" else len(layers))
     for index, layer in enumerate(layers):
-        if isinstance(layer, DecoderLayer) and fusable(layer):
+        if isinstance(layer, DecoderLayer) and not why_plain(layer):
             layers[index] = FusedLayer(layer, leave, room)
     return sum(isinstance(layer, FusedLayer) for layer in layers)
 
@@ -118,26 +118,31 @@ def can_share(model: LLaMA) -> bool:
     )
 
 
-def fusable(layer: DecoderLayer) -> bool:
-    """Whether the layer has no more than what is written here: plain or adapted linear layers, plain norms."""
+def why_plain(layer: DecoderLayer) -> str:
+    """Why a layer cannot be fused, for people; "" if it has no more than what is written here."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    kinds = {kind_of(linear) for linear in linears}
-    if len(kinds) > 1 or None in kinds:
-        return False
+    kinds = [kind_of(linear) for linear in linears]
+    if None in kinds:
+        unknown = linears[kinds.index(None)]
+        return "DoRA" if isinstance(unknown, DoRALinear) else f"linear layers as {type(unknown).__name__}"
+    if len({*kinds}) > 1:
+        return "linear layers held in several ways"
+    if any(type(norm) is not nn.RMSNorm for norm in norms):
+        return "norms that train"
+    if type(attention.q_norm) is not nn.Identity:
+        return "norms of queries and keys"
     bases = [base_of(linear) for linear in linears]
-    adapted = [linear for linear in linears if isinstance(linear, LoRALinear | LoRAOnQuantized)]
     weights = [module.weight for module in (*norms, *bases) if isinstance(module, nn.Linear | nn.RMSNorm)]
-    return (
-        all(type(norm) is nn.RMSNorm for norm in norms)
-        and type(attention.q_norm) is nn.Identity
-        and not any(linear.dropout.p for linear in adapted)
-        and not any(weight.requires_grad for weight in weights)
-        and not any(base.bias is not None and base.bias.requires_grad for base in bases)
-        and len({weight.dtype for weight in weights}) == 1
-    )
+    if any(linear.dropout.p for linear in linears if isinstance(linear, LoRALinear | LoRAOnQuantized)):
+        return "dropout of adapters"
+    if any(weight.requires_grad for weight in weights):
+        return "weights of the base that train"
+    if any(base.bias is not None and base.bias.requires_grad for base in bases):
+        return "biases that train"
+    return "weights of several dtypes" if len({weight.dtype for weight in weights}) > 1 else ""
 
 
 class FusedLayer(DecoderLayer):

@@ -39,9 +39,9 @@ def test_an_unchanged_second_run_does_nothing_in_no_time(
     monkeypatch.setattr(records, "prepare", None)
     monkeypatch.setattr(records.Tokenizer, "from_path", None)
     capsys.readouterr()
-    start = time.perf_counter()
+    start = time.process_time()
     assert prepare(rows) == meta
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert contents(tmp_path) == before
     assert "data: unchanged, made of the same data by the same rules" in capsys.readouterr().err
 

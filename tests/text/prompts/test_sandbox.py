@@ -135,13 +135,18 @@ def test_an_escape_is_blocked(payload: str, canary: Path) -> None:
         assert text in ("", "[Undefined]", "[(Undefined, [''])]")
 
 
+def spent() -> float:
+    """Seconds of CPU of this process, and of those that it has ended."""
+    return sum(os.times()[:4])
+
+
 @pytest.mark.parametrize("payload", BURNERS, ids=lambda payload: payload[:60])
 def test_time_and_memory_are_bounded(payload: str) -> None:
     """Catches a template that hangs the program or fills the memory, in Jinja or within one call of Python."""
-    start = time.monotonic()
+    start = spent()
     with pytest.raises(CheckpointError, match=r"^chat_template\.jinja (cannot be rendered: |has )"):
         JinjaStyle(payload + "{{ messages[0].content }}").render(MESSAGES)
-    assert time.monotonic() - start < 6
+    assert spent() - start < 6
     assert JinjaStyle("{{ messages[0].content }}").render(MESSAGES)[0].text == "Hi.", "the next one is rendered"
 
 

@@ -175,8 +175,8 @@ def _execute(
             replace_file(run.out_dir / META_FILE, encode_json(training.meta(steps)))
         log.say(
             f"{training.trainable:,} trainable parameters {assembled.trains}, base in "
-            f"{run.config.quantize or numerics} on {device}; {len(inputs.train)} rows, {trainer.steps} steps of {run.train.batch_size}; ready in "
-            f"{time.perf_counter() - start:.1f} s"
+            f"{run.config.quantize or numerics} on {device}; {len(inputs.train)} rows, {trainer.steps} steps of "
+            f"{run.train.batch_size}; ready in {time.perf_counter() - start:.1f} s"
         )
         training.go()
     if processes.is_first:

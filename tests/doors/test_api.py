@@ -180,6 +180,29 @@ def test_a_run_leaves_no_trace_in_the_process(tiny_folder: Path, data: Path, tmp
     torch.set_num_threads(1)
 
 
+def test_only_a_command_tunes_the_allocator(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds of malloc, which cannot be put back, set for a notebook; or a command that lost its speed."""
+    tuned: list[str] = []
+    for name in ("keep_freed_memory", "return_freed_memory", "keep_few_products"):
+        monkeypatch.setattr(f"lit_llama.train.run.{name}", lambda name=name: tuned.append(name))
+    lit_llama.finetune(tiny_folder, data, tmp_path / "run", **RUN)
+    assert tuned == []
+    flags = [
+        "--checkpoint_dir",
+        tiny_folder,
+        "--data_dir",
+        data,
+        "--out_dir",
+        tmp_path / "door",
+        "--train.max_steps",
+        1,
+    ]
+    assert run_here("finetune/lora.py", *flags).returncode == 0
+    assert tuned == ["keep_freed_memory", "keep_few_products"]
+
+
 def test_a_run_is_that_of_the_command(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Defaults or groups of settings that are not those of the flags; here not one weight differs."""
     run = lit_llama.finetune(tiny_folder, data, tmp_path / "run", seed=3, **RUN)

@@ -43,7 +43,7 @@ def largest_batch(
     return collate([split[row] for row in rows], share=share)
 
 
-def warm_up(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
+def probe(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
     """Run `batch` forward and backward and leave no trace: no gradients, the same random numbers afterwards.
 
     It runs twice, as the second time meets the gradients of the first, and real steps have several micro-batches.
@@ -276,7 +276,7 @@ class Trainer:
         batch = largest_batch(self._train, self.config, kind, self._seed, processes, share=share)
         values, size = (sum(counts) for counts in zip(*((p.numel(), p.nbytes) for p in self._parameters), strict=True))
         place = torch.empty(state_bytes(self.config.optimizer, values, size), dtype=torch.uint8, device=self._device)
-        warm_up(self._loss_of, Tensor.backward, batch)
+        probe(self._loss_of, Tensor.backward, batch)
         del place
 
     def rest(self) -> None:

@@ -53,7 +53,7 @@ class Sampler:
     """
 
     def __init__(self, llm: LLM, prompts: Sequence[Prompt], micro_batch_tokens: int) -> None:
-        self._speaker, self.prompts, self._limit = llm, prompts, micro_batch_tokens
+        self._llm, self.prompts, self._limit = llm, prompts, micro_batch_tokens
 
     @classmethod
     def from_folders(
@@ -79,7 +79,7 @@ class Sampler:
 
         No random number is drawn, and the model is left in the mode in which it was found.
         """
-        model = self._speaker.model
+        model = self._llm.model
         assert model is not None, "a model that is trained is not packed"
         training = model.training
         model.eval()
@@ -105,12 +105,12 @@ class Sampler:
         Raises:
             UserError: One failed.
         """
-        config, tokenizer = model.config, self._speaker.tokenizer
+        config, tokenizer = model.config, self._llm.tokenizer
         limits = [min(MAX_NEW_TOKENS, config.context_length - len(prompt.ids)) for prompt in self.prompts]
         lengths = [len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True)]
         blocks = cache_blocks(lengths, self._limit)
         size = PagedCache.bytes_of_block(config, model.model.embed_tokens.weight.dtype)
-        llm = replace(self._speaker, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
+        llm = replace(self._llm, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
         requests = [
             llm.request(prompt.ids, Sampling(max_new_tokens=limit))
             for prompt, limit in zip(self.prompts, limits, strict=True)

@@ -24,7 +24,7 @@ from lit_llama.text.dataset.folder import Split
 from lit_llama.train.cards import CARDS
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape
-from lit_llama.train.loop import largest_batch, warm_up
+from lit_llama.train.loop import largest_batch, probe
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import LoRA
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
@@ -341,7 +341,7 @@ def test_the_warm_up_leaves_no_trace(data: Path) -> None:
     torch.manual_seed(5)
     ran: list[int] = []
     batch = largest_batch(split, TrainConfig(), "cuda", 0)
-    warm_up(loss_of, lambda loss: (ran.append(1), loss.backward()), batch)
+    probe(loss_of, lambda loss: (ran.append(1), loss.backward()), batch)
     assert torch.equal(torch.rand(3), wanted) and ran
     assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))

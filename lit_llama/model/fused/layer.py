@@ -32,7 +32,7 @@ SLACK = 8
 used, so a plan does not count it."""
 
 
-class Room:
+class Arena:
     """Memory in which the layers of a model keep what their backward passes need, a piece each.
 
     On a CPU it is one block, used again in every step: pieces made anew would leave holes in the heap, as gradients and
@@ -90,10 +90,10 @@ def fuse(model: LLaMA, leave: Checkpointing = "none") -> int:
         leave: What is computed again in the backward pass.
     """
     layers = model.model.layers
-    room = Room(1 if leave == "full" else len(layers))
+    arena = Arena(1 if leave == "full" else len(layers))
     for index, layer in enumerate(layers):
         if isinstance(layer, DecoderLayer) and not why_plain(layer):
-            layers[index] = FusedLayer(layer, leave, room)
+            layers[index] = FusedLayer(layer, leave, arena)
     return sum(isinstance(layer, FusedLayer) for layer in layers)
 
 
@@ -101,7 +101,7 @@ def give_back(model: LLaMA) -> None:
     """Let go of the memory that fused layers keep from step to step, until the next step takes it again."""
     for layer in model.model.layers:
         if isinstance(layer, FusedLayer):
-            layer.room.give_back()
+            layer.arena.give_back()
 
 
 def can_share(model: LLaMA) -> bool:
@@ -148,12 +148,12 @@ def why_plain(layer: DecoderLayer) -> str:
 class FusedLayer(DecoderLayer):
     """A decoder layer that computes as above where it is given packed samples, and plainly where it is not."""
 
-    def __init__(self, layer: DecoderLayer, leave: Checkpointing, room: Room) -> None:
+    def __init__(self, layer: DecoderLayer, leave: Checkpointing, arena: Arena) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         attention, mlp = layer.self_attn, layer.mlp
         assert isinstance(attention, Attention)
-        self.leave, self.room = leave, room
+        self.leave, self.arena = leave, arena
         eps = layer.input_layernorm.eps
         assert eps is not None
         self.eps = eps
@@ -209,7 +209,7 @@ class _Kept:
         qkv, out, gate_up, down = layer.joined
         widths = [down.outputs, qkv.outputs, out.inputs + out.tail, out.outputs, qkv.tail, down.tail]
         widths += [0, 0] if layer.leave == "selective" else [gate_up.outputs, gate_up.tail]
-        piece, parts = layer.room.take(x, [len(x) * width for width in widths])
+        piece, parts = layer.arena.take(x, [len(x) * width for width in widths])
         y, *places = (part.view(len(x), width) for part, width in zip(parts, widths, strict=True))
         return piece, y, cls.of(places)
 
@@ -270,7 +270,7 @@ class _Layer(torch.autograd.Function):
             ctx.save_for_backward(x, *kept.tensors())
         else:
             y = y.clone()
-            layer.room.give(piece)
+            layer.arena.give(piece)
             ctx.save_for_backward(*[x] * backward)
         return y
 
@@ -288,7 +288,7 @@ class _Layer(torch.autograd.Function):
             _gate_up(layer, kept)
         d_middle, mlp = _mlp_backward(layer, grad_outputs[0].contiguous(), kept)
         dx, attention = _attention_backward(layer, d_middle, x, kept, rotation, layout, ctx.needs_input_grad[0])
-        layer.room.give(piece)
+        layer.arena.give(piece)
         return dx, None, None, None, None, *attention, *mlp
 
 

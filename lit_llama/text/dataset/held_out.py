@@ -25,7 +25,7 @@ def opening_key(opened: str) -> str:
     return hashlib.blake2b(normalised(opened).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-class Members:
+class HeldOut:
     """Rows for testing, by what they open with.
 
     Args:
@@ -74,7 +74,7 @@ class Members:
             )
 
 
-def read_members(path: Path, read: Callable[[str], Reader]) -> Members:
+def read_held_out(path: Path, read: Callable[[str], Reader]) -> HeldOut:
     """The test rows of a data folder, or of files with rows for testing.
 
     Args:
@@ -97,4 +97,4 @@ def read_members(path: Path, read: Callable[[str], Reader]) -> Members:
                 places.setdefault(opening_key(opening(row.messages)), row.where)
     if not places:
         raise DataError(f"--split_from {path} holds no rows for testing")
-    return Members(str(path), places)
+    return HeldOut(str(path), places)

@@ -18,8 +18,8 @@ from lit_llama.text.dataset.blocks import Block, encode_blocks, rare_collections
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.dataset.folder import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
-from lit_llama.text.dataset.held_out import Members, opening, opening_key
-from lit_llama.text.dataset.reject_log import Losses, Tally, keep_long_rows
+from lit_llama.text.dataset.held_out import HeldOut, opening, opening_key
+from lit_llama.text.dataset.reject_log import RejectLog, Tally, keep_long_rows
 from lit_llama.text.dataset.shards import Shards
 from lit_llama.text.dataset.split import Choice, far_from, hash_side, held_rows, shuffle_split, side_few, usable
 from lit_llama.text.dataset.writer import Sides, trained_tokens
@@ -77,7 +77,7 @@ def prepare(
     style: PromptStyle,
     key: str = "",
     made_of: Mapping[str, Any] | None = None,
-    members: Members | None = None,
+    members: HeldOut | None = None,
     shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
@@ -123,8 +123,8 @@ def prepare(
             "prompt_style": style.name,
             **config.rules(),
             **choice.rules(),
-            "kept": reader.rows - work.losses.dropped_rows,
-            **work.losses.meta(),
+            "kept": reader.rows - work.rejected.dropped_rows,
+            **work.rejected.meta(),
             "in_parts": work.parts,
             "notes": {what: asdict(tally) for what, tally in work.notes.items()},
             "remarks": [*reader.remarks, *choice.remarks, *work.remarks],
@@ -167,12 +167,12 @@ def new_encoder(tokenizer: Tokenizer, style: PromptStyle, config: PrepareConfig)
 class _Work:
     """The contents of a data folder in the making."""
 
-    def __init__(self, folder: Path, config: PrepareConfig, choice: Choice, members: Members | None) -> None:
+    def __init__(self, folder: Path, config: PrepareConfig, choice: Choice, members: HeldOut | None) -> None:
         self._config, self._choice, self._members = config, choice, members
         self._drawn = choice.split == "shuffle"
         self.sides = Sides(folder, drawn=self._drawn)
         self.findings = Findings(near_duplicates=config.near_duplicates)
-        self.losses = Losses(folder)
+        self.rejected = RejectLog(folder)
         self.parts = 0
         self.notes: dict[str, Tally] = {}
         self.remarks: list[str] = []
@@ -188,13 +188,13 @@ class _Work:
         self._close()
 
     def _close(self) -> None:
-        for file in (self.losses, self._test, self._keys):
+        for file in (self.rejected, self._test, self._keys):
             file.close()
 
     def add(self, block: Block, encoded: Encoded) -> None:
         """Take in some rows and the samples that they came to."""
         whole = {conversation.row: conversation for conversation in block.conversations}
-        self.losses.add([*block.dropped, *encoded.dropped], [whole[row] for row in encoded.cut])
+        self.rejected.add([*block.dropped, *encoded.dropped], [whole[row] for row in encoded.cut])
         self.parts += len(encoded.parts)
         for what, rows_of_it in encoded.notes.items():
             for number in rows_of_it:
@@ -289,11 +289,11 @@ class _Work:
 
     def _nothing(self, name: str, rows: int) -> DataError:
         """The error for a split without samples."""
-        dropped = self.losses.dropped.items()
+        dropped = self.rejected.dropped.items()
         lost = ", ".join(f"{tally.rows} {reason}" for reason, tally in dropped) or "none dropped"
         kept = len(set(self._rows))
-        if len(self.losses.too_long) > rows / 2:
-            hint = f"; {keep_long_rows(self.losses.meta()['too_long'], self._config.max_seq_length)}"
+        if len(self.rejected.too_long) > rows / 2:
+            hint = f"; {keep_long_rows(self.rejected.meta()['too_long'], self._config.max_seq_length)}"
         elif kept and self._choice.split in ("hash", "shuffle"):
             what = "there is one usable row" if kept == 1 else f"the {kept} usable rows are all the same"
             hint = f"; {what}, which cannot be for training and for testing both: --test_split_size 0 trains on all"

@@ -18,7 +18,7 @@ from lit_llama.folder.manifest import check_folder, is_intact, sha256_file
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.config import ENCODING, PrepareConfig, StyleChoice
 from lit_llama.text.dataset.folder import META_FILE
-from lit_llama.text.dataset.held_out import read_members
+from lit_llama.text.dataset.held_out import read_held_out
 from lit_llama.text.dataset.prepare import new_encoder, prepare
 from lit_llama.text.dataset.reject_log import LOST_FILE, keep_long_rows
 from lit_llama.text.dataset.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
@@ -88,7 +88,7 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
             "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
     members = (
-        read_members(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        read_held_out(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
         if split_from
         else None
     )

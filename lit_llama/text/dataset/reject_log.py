@@ -32,7 +32,7 @@ class Tally:
             self.first.append(where)
 
 
-class Losses:
+class RejectLog:
     """Accounts for what is lost; memory holds the first places of each reason only.
 
     Args:
@@ -96,7 +96,7 @@ class Losses:
 
 
 def keep_long_rows(too_long: Mapping[str, int], max_seq_length: int) -> str:
-    """What to do about rows that are too long; "" if there is none. `too_long` stands in `Losses.meta`."""
+    """What to do about rows that are too long; "" if there is none. `too_long` stands in `RejectLog.meta`."""
     if not too_long["rows"]:
         return ""
     return (

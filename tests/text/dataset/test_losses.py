@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from lit_llama.text.dataset.reject_log import FIRST, LOST_FILE, Losses
+from lit_llama.text.dataset.reject_log import FIRST, LOST_FILE, RejectLog
 from lit_llama.text.message import Conversation, Dropped
 
 
 def test_every_row_is_named_in_order_and_memory_holds_the_first(tmp_path: Path) -> None:
     """Catches a list that grows with the data, a row that stands in no file, and rows out of order."""
     message = {"role": "assistant", "content": "x"}
-    with Losses(tmp_path) as losses:
+    with RejectLog(tmp_path) as losses:
         for start in range(0, 3000, 100):
             rows = range(start, start + 100)
             dropped = [Dropped(n, f"a:{n}", f"no {n % 2}") for n in rows if n % 3]
@@ -25,7 +25,7 @@ def test_every_row_is_named_in_order_and_memory_holds_the_first(tmp_path: Path) 
 
 def test_reasons_that_differ_in_every_row_are_counted_together(tmp_path: Path) -> None:
     """Catches a reason that names what stands in the row, and so a report of a million headings."""
-    with Losses(tmp_path) as losses:
+    with RejectLog(tmp_path) as losses:
         losses.add([Dropped(n, f"a:{n}", f"byte {n}") for n in range(5000)], [])
     assert len(losses.dropped) == 201 and losses.dropped_rows == 5000
     assert losses.dropped["for other reasons, see lost.jsonl"].rows == 4800

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from torch import Tensor
 
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.fused.layer import FusedLayer, Room, fuse
+from lit_llama.model.fused.layer import Arena, FusedLayer, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.loss import TokenLoss
@@ -18,22 +18,22 @@ LIKE = torch.zeros(1)
 
 def test_pieces_are_used_again() -> None:
     """Catches memory that grows from step to step, and pieces that overlap."""
-    room = Room(3)
-    first = [room.take(LIKE, [1000])[0] for _ in range(3)]
+    arena = Arena(3)
+    first = [arena.take(LIKE, [1000])[0] for _ in range(3)]
     for number, piece in enumerate(first):
         piece.fill_(number)
     assert [piece[0].item() for piece in first] == [0, 1, 2]
     for piece in first:
-        room.give(piece)
+        arena.give(piece)
     places = {piece.data_ptr() for piece in first}
-    assert {room.take(LIKE, [size])[0].data_ptr() for size in (900, 1000, 10)} == places
+    assert {arena.take(LIKE, [size])[0].data_ptr() for size in (900, 1000, 10)} == places
 
 
 def test_parts_are_aligned_and_apart() -> None:
     """Catches parts that overlap, and vectors that cross lines of the cache: slower, with other bits at other sizes."""
-    room = Room(2)
+    arena = Arena(2)
     for _ in range(2):
-        _, parts = room.take(LIKE, [7, 0, 65, 1])
+        _, parts = arena.take(LIKE, [7, 0, 65, 1])
         assert [part.numel() for part in parts] == [7, 0, 65, 1]
         for number, part in enumerate(parts):
             part.fill_(number)
@@ -43,14 +43,14 @@ def test_parts_are_aligned_and_apart() -> None:
 
 def test_there_is_always_a_piece() -> None:
     """Catches a third layer of a model of two, and a larger batch while pieces of a smaller one are out."""
-    room = Room(2)
-    out = [room.take(LIKE, [1000])[0] for _ in range(3)]
+    arena = Arena(2)
+    out = [arena.take(LIKE, [1000])[0] for _ in range(3)]
     assert len({piece.data_ptr() for piece in out}) == 3
-    larger, _ = room.take(LIKE, [10_000_000])
+    larger, _ = arena.take(LIKE, [10_000_000])
     assert larger.numel() >= 10_000_000
     for piece in (*out, larger):
-        room.give(piece)
-    assert room.take(LIKE, [10_000_000])[0].numel() >= 10_000_000
+        arena.give(piece)
+    assert arena.take(LIKE, [10_000_000])[0].numel() >= 10_000_000
 
 
 def model_of(leave: Any) -> LLaMA:
@@ -109,7 +109,7 @@ def test_without_gradients_all_pieces_come_back() -> None:
     loss_of(model, [40]).backward()
     layer = model.model.layers[0]
     assert isinstance(layer, FusedLayer)
-    before = {piece.data_ptr() for piece in layer.room._free}
+    before = {piece.data_ptr() for piece in layer.arena._free}
     with torch.no_grad():
         loss_of(model, [40])
-    assert len(before) == 3 and {piece.data_ptr() for piece in layer.room._free} == before
+    assert len(before) == 3 and {piece.data_ptr() for piece in layer.arena._free} == before

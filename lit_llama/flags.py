@@ -26,7 +26,7 @@ def config_flags(
     Args:
         place: The parameter, which is of type `kind`.
         kind: A dataclass whose docstring says what each field is.
-        only: Fields that are flags of this door, in the order of the configuration; None for all.
+        only: Fields that are flags of this door, in this order; None for all, in that of the configuration.
         without: Fields that are none.
         required: Fields without a default here.
         fixed: Values of fields that are no flag of this door either.
@@ -37,8 +37,9 @@ def config_flags(
     kinds = get_type_hints(kind) | dict(types or {})
     fixed = dict(fixed or {})
     flags = {}
-    for entry in fields(kind):
-        if entry.name in (*without, *fixed) or (only is not None and entry.name not in only):
+    by_name = {entry.name: entry for entry in fields(kind)}
+    for entry in map(by_name.__getitem__, by_name if only is None else only):
+        if entry.name in (*without, *fixed):
             continue
         default = entry.default if entry.default is not MISSING else inspect.Parameter.empty
         default = defaults.get(entry.name, inspect.Parameter.empty if entry.name in required else default)

@@ -34,8 +34,9 @@ from lit_llama.text.prompts.folder_style import named_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; what the tests start would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup; what the tests start would inherit it
+        signal.signal(number, handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 verbose()  # tests read what is said

@@ -13,7 +13,6 @@ from lit_llama.device import (
     PRODUCT_BYTES,
     PRODUCTS,
     Numerics,
-    keep_few_products,
     resident_memory,
     trim_freed_memory,
 )
@@ -54,7 +53,6 @@ def program_memory(whole: bool, train: TrainConfig, numerics: Numerics, quantize
         quantize: How the linear layers are held.
     """
     importlib.import_module("lit_llama.train.run")
-    keep_few_products()
     if quantize in ("nf4", "nf4-dq", "int8") or "8bit" in train.optimizer:
         library()
     method: Method = Full() if whole else LoRA(LoRAConfig(r=1))

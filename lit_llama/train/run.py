@@ -20,7 +20,6 @@ from lit_llama.device import (
     Numerics,
     cores,
     describe,
-    keep_few_products,
     keep_freed_memory,
     pick_device,
     process_kept,
@@ -144,7 +143,6 @@ def _execute(
         check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
     if owns_process:
         return_freed_memory()  # what is read for a moment is not there beside the next
-        keep_few_products()
     torch.set_num_threads(max(1, cores() // processes.here))
     seed_everything(run.config.seed)
     loaded = "cpu" if processes.sharded else device

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.device import keep_few_products
 from lit_llama.errors import UserError
 from lit_llama.model.adapter import CONFIG_FILE, trained_on, verify_folders
 from lit_llama.progress import stderr
@@ -25,6 +26,7 @@ def start(method: Method, config: RunConfig) -> None:
     Raises:
         UserError: As `begin`.
     """
+    keep_few_products()
     method, config = begin(method, config)
     if config.only_planned:
         from lit_llama.train.plan_table import print_plan

@@ -11,7 +11,7 @@ from conftest import ROOT, write_adapter
 from markdown_pages import PAGES, Block, blocks, name
 
 import lit_llama
-from lit_llama import api
+from lit_llama.api import weights
 
 WHOLE = "docs/python.md"
 """A page whose blocks follow from each other: tests/docs/test_python_docs.py runs them in their order."""
@@ -74,7 +74,7 @@ def test_the_api_reference_has_every_public_name() -> None:
         home, _, last = entry.rpartition(".")
         assert hasattr(importlib.import_module(home), last), entry
     wanted = {getattr(lit_llama, public) for public in lit_llama.__all__ if public not in ("UserError", "convert")}
-    wanted.add(api.convert)
+    wanted.add(weights.convert)
     for block in CODE:
         if block.page in ("docs/python.md", "docs/engine.md"):
             for node in ast.walk(ast.parse(block.text)):

@@ -185,8 +185,8 @@ def test_only_a_command_tunes_the_allocator(
 ) -> None:
     """Thresholds of malloc, which cannot be put back, set for a notebook; or a command that lost its speed."""
     tuned: list[str] = []
-    for name in ("keep_freed_memory", "return_freed_memory", "keep_few_products"):
-        monkeypatch.setattr(f"lit_llama.train.run.{name}", lambda name=name: tuned.append(name))
+    for place in ("run.keep_freed_memory", "run.return_freed_memory", "start.keep_few_products"):
+        monkeypatch.setattr(f"lit_llama.train.{place}", lambda name=place: tuned.append(name))
     lit_llama.finetune(tiny_folder, data, tmp_path / "run", **RUN)
     assert tuned == []
     flags = [
@@ -200,7 +200,7 @@ def test_only_a_command_tunes_the_allocator(
         1,
     ]
     assert run_here("finetune/lora.py", *flags).returncode == 0
-    assert tuned == ["keep_freed_memory", "keep_few_products"]
+    assert tuned == ["start.keep_few_products", "run.return_freed_memory", "run.keep_freed_memory"]
 
 
 def test_a_run_is_that_of_the_command(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def _values(column: Any) -> int:
     """Values of a column, those of lists and structs counted one by one."""
     if not hasattr(column, "flatten"):
         return len(column)
-    inner = column.flatten()
+    inner = [column.keys, column.items] if hasattr(column, "items") else column.flatten()  # of a map
     return len(column) + sum(map(_values, inner if isinstance(inner, list) else [inner]))
 
 

@@ -270,7 +270,7 @@ def test_what_a_folder_carries(tmp_path: Path) -> None:
     template.unlink()
     for broken in ("{", "[1]", "7"):
         settings_file.write_text(broken)
-        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not a JSON object"):
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not (a )?JSON"):
             folder_style(tmp_path)
 
 

@@ -224,7 +224,7 @@ def test_nothing_of_the_process_is_left(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "from lit_llama.text.jinja import template\n"
+        "from lit_llama.text.prompts import template\n"
         "template.JinjaStyle('{{ messages[0].content }}').render([{'role': 'user', 'content': 'a'}])\n"
         "print(template._SANDBOX._bounded.process.pid)"
     )

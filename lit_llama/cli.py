@@ -21,7 +21,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin
 
 from lit_llama import signals
 from lit_llama.console import as_typed, guarded, shown, verbose
-from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.errors import Interrupted, ResourceError, UserError, name_flags
 from lit_llama.flags import plain
 from lit_llama.habits import answer, explain
 from lit_llama.memory import amount, check_addresses, ran_out, remedy, wanted
@@ -41,7 +41,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ["RUST_BACKTRACE"] = "0"  # of an allocation that fails, it allocates more, and waits for itself for ever
-    before = verbose()
+    before, named = verbose(), name_flags()
     try:
         try:
             signals.unwind()
@@ -53,6 +53,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
         os._exit(128 + signal.SIGINT)
     finally:
         verbose(before)
+        name_flags(named)
 
 
 def _ended(mains: Sequence[Callable[..., Any]]) -> None:

@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
+from lit_llama.errors import worded
+
 _PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
 _ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # categories of Unicode: control, invisible, private, line ends
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180e\u2065\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
@@ -286,6 +288,7 @@ def call_as_command() -> None:
 
 def as_typed(text: str) -> str:
     """A text in which scripts of this project are named as the user has called this one."""
+    text = worded(text)
     return _SCRIPT.sub(r"lit-llama \1 \2", text) if _process["command"] else text
 
 

@@ -1,13 +1,35 @@
 """What a user can cause, each kind with its own exit status.
 
 A door prints these as one line without a traceback; any other exception is our own defect and keeps its traceback.
+Their messages name parameters as flags; to a caller in Python, who has none, they are worded without.
 """
+
+import re
+
+_PROCESS = {"flags": False}
+_COMMAND_OR_FLAG = re.compile(r"(?P<command>(?:python|lit-llama) [^;,()\n]*)|(?<![\w-])--(?P<name>[a-z]\w*(?:\.\w+)*)")
+
+
+def name_flags(on: bool = True) -> bool:
+    """Have parameters named as flags from here on, as a command does; tells whether they were before."""
+    before, _PROCESS["flags"] = _PROCESS["flags"], on
+    return before
+
+
+def worded(text: str) -> str:
+    """The text for who has called: parameters are flags of a command, or plain names; commands stay as they are."""
+    if _PROCESS["flags"]:
+        return text
+    return _COMMAND_OR_FLAG.sub(lambda found: found["command"] or found["name"], text)
 
 
 class UserError(ValueError):
     """Wrong use of a flag or value. The message says what, where, found against expected, and the way out."""
 
     exit_status = 2
+
+    def __str__(self) -> str:
+        return worded(super().__str__())
 
 
 def check_seed(seed: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from fake_hub import CHUNK, REPO, FakeHub
 
 from lit_llama.console import verbose
+from lit_llama.errors import name_flags
 from lit_llama.folder.publish import write_json
 from lit_llama.model.adapter import save_adapter
 from lit_llama.model.checkpoint import fingerprint, load_model
@@ -40,6 +41,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 verbose()  # tests read what is said
+name_flags()  # as doors say it
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHATML = (

@@ -21,7 +21,7 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 import lit_llama
 from lit_llama.console import talking
 from lit_llama.convert import convert as convert_weights
-from lit_llama.errors import DataError, Interrupted, UserError
+from lit_llama.errors import DataError, Interrupted, UserError, name_flags
 from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import read_metrics
@@ -337,3 +337,14 @@ def test_rows_that_a_model_makes(tiny_folder: Path, tmp_path: Path) -> None:
     recipe.write_text(RECIPE)
     made = lit_llama.generate_rows(recipe, tmp_path / "rows", tiny_folder, seeds=rows_file(tmp_path), max_rows=2)
     assert made.accepted == len(made.rows) == 2 and set(made.rows[0]) >= {"instruction", "output"}
+
+
+def test_errors_name_parameters_as_the_caller_does() -> None:
+    """Catches flags in a notebook, and a command of which the flags are lost."""
+    said = "--seed is -1; continue it: python finetune/lora.py --config a.yaml --resume auto, or give --train.epochs"
+    error, named = UserError(said), name_flags(False)
+    try:
+        assert str(error) == f"{error}" == said.replace("--seed", "seed").replace("--train.", "train.")
+    finally:
+        name_flags(named)
+    assert str(error) == said

@@ -7,15 +7,14 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lit_llama.device import keep_few_products
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train import run as run_module
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.method import Full, LoRA, Method
-from lit_llama.train.plan import Plan, make_plan
 
 
 def high_water() -> int:
@@ -25,30 +24,23 @@ def high_water() -> int:
 
 def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
     """One run; gives what its plan said and what it took."""
-    planned: list[Plan] = []
-
-    def remembered(*arguments: Any, **options: Any) -> Plan:
-        planned.append(make_plan(*arguments, **options))
-        return planned[-1]
-
-    run_module.make_plan = remembered
     if setting.get("returns"):
         run_module.keep_freed_memory = lambda: None
     train = TrainConfig(**{"max_steps": 1, "batch_size": 8, "sample_prompts": 0} | setting.get("train", {}))
     lora = LoRAConfig(**setting.get("lora", {}))
     method: Method = Full() if setting.get("full") else LoRA(lora)
-    run_module.finetune(
-        method,
-        folder / "model",
-        folder / "data",
-        folder / setting["name"],
+    config = RunConfig(
+        checkpoint_dir=folder / "model",
+        data_dir=folder / "data",
+        out_dir=folder / setting["name"],
+        lora=lora,
         train=train,
         precision=setting.get("precision", "bf16-true"),
         quantize=setting.get("quantize"),
         seed=0,
-        arguments={"train": asdict(train)},
     )
-    [plan] = planned
+    keep_few_products()  # as a door does
+    plan = run_module.finetune(method, config, owns_process=True)
     return {
         "planned": plan.peak,
         "most": plan.peak + plan.holes,

@@ -27,7 +27,7 @@ from lit_llama.generate.evaluate.store import RowStore
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.generate.llm import LLM, load, open_folder
 from lit_llama.generate.loading import Loading
-from lit_llama.generate.questions import read_questions
+from lit_llama.generate.questions import choose_questions
 from lit_llama.text.message import instruct
 from lit_llama.text.prompts.encode import prompt_ids
 
@@ -54,7 +54,7 @@ def questions(**changes: Any) -> Any:
     """What instruct.py is asked with these flags."""
     given: dict[str, Any] = {"data_dir": None, "input_file": None, "output_file": None, "limit": None}
     given |= changes
-    return read_questions(given.pop("prompt", EXAMPLE_PROMPT), given.pop("input", ""), **given)
+    return choose_questions(given.pop("prompt", EXAMPLE_PROMPT), given.pop("input", ""), **given)
 
 
 def run_file(llm: LLM, path: Path, *, limit: int | None = None, **changes: Any) -> dict[str, Any]:

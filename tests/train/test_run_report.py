@@ -274,7 +274,7 @@ def test_times_and_sizes_are_for_people() -> None:
     assert [duration(s) for s in (0.04, 59.94, 60, 3599.4, 3661, 90_000)] == [
         *("0.0 s", "59.9 s", "1 min 0 s", "59 min 59 s", "1 h 1 min", "25 h 0 min")
     ]
-    assert [size(n) for n in (547_000_000, 26_030_000_000)] == ["547 MB", "26.03 GB"]
+    assert [size(n) for n in (547_000_000, 26_030_000_000)] == ["547.00 MB", "26.03 GB"]
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])

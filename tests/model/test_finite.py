@@ -89,14 +89,17 @@ def test_a_model_is_not_loaded(spoil: Callable[..., Path], quantize: str | None,
         ("finetune/full.py", ["--data_dir", "DATA", "--out_dir", "OUT"]),
         ("generate/base.py", ["--prompt", "a"]),
         ("generate/instruct.py", ["--prompt", "a", "--quantize", "nf4"]),
-        ("prepare/checkpoint.py", ["--format", "gguf", "--destination_path", "OUT"]),
+        ("prepare/checkpoint.py", ["--format", "gguf", "--destination_path", "FILE"]),
     ],
 )
 def test_every_command_says_which_tensor_of_which_file(
     door: str, flags: list[str], spoil: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Catches a command that computes with NaN, another status than 70, and a traceback."""
-    folder, names = spoil(NORM, where=3), {"OUT": tmp_path / "out", "DATA": tmp_path / "data"}
+    folder, names = (
+        spoil(NORM, where=3),
+        {"OUT": tmp_path / "out", "DATA": tmp_path / "data", "FILE": tmp_path / "a.gguf"},
+    )
     if "DATA" in flags:
         prepare(tmp_path / "data", tiny_folder, ROWS)
     given = [names.get(flag, flag) for flag in flags]
@@ -106,6 +109,7 @@ def test_every_command_says_which_tensor_of_which_file(
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: {folder / HERE}: 1 of the ") and f" of {NORM} are not finite" in last
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_one_value_of_a_matrix_is_found_by_verify(spoil: Callable[..., Path], tmp_path: Path) -> None:

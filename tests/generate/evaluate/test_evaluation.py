@@ -259,7 +259,7 @@ def test_a_damaged_model_is_named_and_the_rows_of_others_stay(folders: list[Path
     tensors = load_file(bad / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * math.nan
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=r"bad: .*not finite"):
+    with pytest.raises(NumericalError, match=r"bad/.*not finite"):
         run([folders[0], bad], task, tmp_path / "out")
     [first, second] = sorted((tmp_path / "out" / "rows").iterdir())
     assert len(first.read_bytes().splitlines()) == 7 and len(second.read_bytes().splitlines()) == 1

@@ -1,13 +1,17 @@
 """Scripts on a terminal of their own, and which bytes that arrive there act."""
 
 import errno
+import functools
+import importlib
+import json
 import os
 import pty
 import re
 import runpy
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,34 +22,61 @@ OWN = re.compile(r"\x1b\[[0-9;]*[mAKJ]|\x1b\[\?25[lh]|\r")
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u061c\ufeff]")
 
 
-def on_terminal(
-    script: str, flags: Sequence[object], typed: str = "", before: Callable[[], object] = lambda: None
-) -> tuple[int, str]:
-    """Run a script in a fork of this process, on a terminal; gives its status and all that arrives there.
+def on_terminal(script: str, flags: Sequence[object], typed: str = "") -> tuple[int, str]:
+    """Run a script on a terminal; gives its status and all that arrives there.
 
     Args:
         script: Such as finetune/lora.py.
         flags: Its command line.
         typed: On the keyboard.
-        before: What the fork does first.
     """
-    pid, terminal = pty.fork()
-    if not pid:
-        _become(script, flags, before)
-    if typed:
-        os.write(terminal, typed.encode())
-    said = b""
-    try:
-        while part := os.read(terminal, 1 << 16):
-            said += part
-    except OSError as error:
-        if error.errno != errno.EIO:  # all have closed it
-            raise
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode("utf-8", "surrogateescape")
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    request = {"script": script, "flags": [*map(str, flags)], "typed": typed, "cwd": os.getcwd(), "env": {**os.environ}}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    reply = json.loads(server.stdout.readline())
+    return reply["status"], reply["said"]
 
 
-def _become(script: str, flags: Sequence[object], before: Callable[[], object]) -> None:
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """A process that has imported torch and computed nothing: forks of one that has computed hang in OpenMP."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def _serve() -> None:
+    """Answer requests until the input ends: a fork on a terminal for each."""
+    for name in ("torch", "datasets", "safetensors.torch", "lit_llama.train.run"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid, terminal = pty.fork()
+        if not pid:
+            os.environ.update(request["env"])
+            os.chdir(request["cwd"])
+            _become(request["script"], request["flags"])
+        if request["typed"]:
+            os.write(terminal, request["typed"].encode())
+        said = b""
+        try:
+            while part := os.read(terminal, 1 << 16):
+                said += part
+        except OSError as error:
+            if error.errno != errno.EIO:  # all have closed it
+                raise
+        os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps({"status": status, "said": said.decode("utf-8", "surrogateescape")}), flush=True)
+
+
+def _become(script: str, flags: Sequence[str]) -> None:
     status = 70
     try:
         for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -53,8 +84,7 @@ def _become(script: str, flags: Sequence[object], before: Callable[[], object]) 
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         os.environ.update({"TERM": "xterm", "COLUMNS": "400"})
-        before()
-        sys.argv = [script, *map(str, flags)]
+        sys.argv = [script, *flags]
         runpy.run_path(str(ROOT / script), run_name="__main__")
         status = 0
     except SystemExit as stop:
@@ -70,3 +100,7 @@ def acts(said: str) -> list[str]:
     """What arrived on a terminal and acts there, but for what rich writes and the ends of lines."""
     found = said.replace("\r\n", "\n")
     return ACTING.findall(OWN.sub("", found)) + re.findall(r"\x1b\[5;7m", found)
+
+
+if __name__ == "__main__":
+    _serve()

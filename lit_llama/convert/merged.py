@@ -59,7 +59,7 @@ class Merged:
         self.config = replace(shape, tie_word_embeddings=shape.tie_word_embeddings and not self.unties)
 
     def spec(self, name: str) -> Spec:
-        """Dtype and shape of a tensor."""
+        """Return the dtype and shape of a tensor."""
         return self.specs[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -78,7 +78,7 @@ class Work:
         return {"base": base, "other": other, "policy": self.policy, "sign": self.sign}
 
     def describe(self) -> str:
-        """The decision in words."""
+        """Return the decision in words."""
         base, other = self.sides["base"], self.sides["other"]
         new = other.rows() - base.rows()
         how = {

@@ -165,12 +165,12 @@ def _most(source: Source, kinds: Mapping[str, Kind]) -> FileType:
 
 
 def stored_as(rows: Tensor, kind: Kind) -> Tensor:
-    """Rows of values, rounded to a plain type, or in the float32 that they are packed from."""
+    """Return rows of values, rounded to a plain type, or in the float32 that they are packed from."""
     return rows.to(_PLAIN.get(kind, torch.float32))
 
 
 def pack(rows: Tensor, kind: Kind) -> npt.NDArray[np.uint8]:
-    """The bytes of rows that `stored_as` made."""
+    """Return the bytes of rows that `stored_as` made."""
     if kind in _PLAIN:
         return rows.contiguous().view(torch.uint8).numpy()
     if kind in _OF_LIBRARY:

@@ -161,7 +161,7 @@ def _is_plain(path: str) -> bool:
 
 
 def choose(repo: Repo, file: str | None = None) -> Choice:
-    """Which files make a folder: a model's, an adapter's, or a GGUF model in one file or in parts.
+    """Choose the files that make a folder: a model's, an adapter's, or a GGUF model in one file or in parts.
 
     Raises:
         UserError: The repository does not hold `file`.
@@ -236,7 +236,7 @@ def _described(path: str, files: Sequence[File]) -> str:
 
 
 def read_parts(repo: Repo, index: Path, name: str) -> tuple[File, ...]:
-    """The weight files that an index names.
+    """Return the weight files that an index names.
 
     Args:
         repo: Where they come from.

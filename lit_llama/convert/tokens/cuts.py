@@ -98,7 +98,7 @@ _KNOWN: dict[str, dict[str, int]] = {
 
 
 def of_metadata(metadata: Mapping[str, Any]) -> Cut:
-    """The way in which a GGUF file has its text cut.
+    """Return the way in which a GGUF file has its text cut.
 
     Raises:
         CheckpointError: It names one that is not implemented, or none, and its vocabulary is not known.

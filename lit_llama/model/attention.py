@@ -23,7 +23,7 @@ QUERIES = 64
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, each token seeing those before it and itself.
+    """Compute softmax(q k' / sqrt(D)) v, each token seeing those before it and itself.
 
     Scores and their gradients are float32 whatever the dtype is, as in the library.
 
@@ -90,7 +90,7 @@ class Layout(Protocol):
     lengths: list[int]  # tokens of each sample so far, those in a cache included
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D).
+        """Compute causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D).
 
         A token sees the last `window` tokens of its sample, itself among them; None is all.
         """
@@ -153,13 +153,13 @@ class Packed:
         return max(self._parents) >= 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        """Compute causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
         if q.requires_grad or q.is_cuda:
             return packed_attention(q, k, v, self, window)
         return self.plain(q, k, v, window)
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """The same by the library's kernels, a block of similar samples at a time."""
+        """Compute `attend` by the library's kernels, a block of similar samples at a time."""
         if self.shares:
             return self._attend_shared(q, k, v, window)
         outputs = []

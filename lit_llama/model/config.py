@@ -161,7 +161,7 @@ class LLaMAConfig:
             raise CheckpointError(f"layer_types has {len(self.layer_types)} entries, one for each layer is needed")
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a token sees in a layer, itself the last of them; None is all."""
+        """Return the tokens that a token sees in a layer, itself the last of them; None is all."""
         sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if sliding else None
 
@@ -203,7 +203,7 @@ class LLaMAConfig:
             raise CheckpointError(f"{path} is not a model configuration: {error}") from error
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
-        """Contents of config.json as transformers 4 and 5 both read it; `dtype` such as "bfloat16"."""
+        """Return the config.json that transformers 4 and 5 both read; `dtype` such as "bfloat16"."""
         raw = write_fields(asdict(self), dtype)
         assert LLaMAConfig.from_dict(raw) == self, f"{self.model_type} cannot say all of {self}"
         return raw
@@ -331,7 +331,7 @@ class LoRAConfig:
 
 
 def is_pattern(target_modules: object) -> TypeGuard[str]:
-    """Whether target_modules is a regular expression: text with a character that no name or list of names has."""
+    """Tell whether target_modules is a regular expression: text with a character that no name or list of names has."""
     return isinstance(target_modules, str) and re.search(r"[^\w.,\s-]", target_modules) is not None
 
 

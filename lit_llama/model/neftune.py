@@ -26,7 +26,7 @@ class EmbeddingNoise(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Add noise while training: (T, C) -> (T, C)."""
         if not self.training:
             return x
         counts = torch.tensor(layout.counts)

@@ -41,12 +41,12 @@ class Placed:
 
 
 def adapted_module(name: str) -> str | None:
-    """The module whose update of low rank a tensor belongs to."""
+    """Return the module whose update of low rank a tensor belongs to."""
     return next((name.removesuffix(f".{part}") for part in _PARTS if name.endswith(f".{part}")), None)
 
 
 def copied_module(name: str) -> str | None:
-    """The module whose whole copy a tensor is."""
+    """Return the module whose whole copy a tensor is."""
     known = adapted_module(name) or name.endswith((_BASE, ROWS_PART)) or not name.endswith(".weight")
     return None if known else name.removesuffix(".weight")
 

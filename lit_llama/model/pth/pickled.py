@@ -56,7 +56,7 @@ class OrderedItems(Items):
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a pickle is, for messages."""
+    """Name the kind of a value of a pickle, for messages."""
     words = {Items: "dict", OrderedItems: "OrderedDict", View: "tensor", Storage: "storage", Global: "global"}
     return words.get(type(value), type(value).__name__)
 
@@ -98,7 +98,7 @@ class _Refused(ValueError):
 
 
 def read_pickle(data: bytes, where: str) -> Any:
-    """The inert value of a pickle.
+    """Read the inert value of a pickle.
 
     Args:
         data: The pickle.

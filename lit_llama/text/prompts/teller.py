@@ -81,7 +81,7 @@ class Teller:
         return spans
 
     def told(self) -> Told:
-        """The conversation, in segments."""
+        """Return the conversation, in segments."""
         if any(isinstance(part, str) and BLOCK.search(part) for part in self._rendered.parts):
             return Told(self._blocks(), self._rendered.left_out)
         text, left_out = self._rendered.text, self._rendered.left_out

@@ -52,7 +52,7 @@ def check_tokenizer(raw: Mapping[str, Any]) -> None:
 
 
 def read_bounded(path: Path) -> bytes:
-    """The bytes of a tokenizer's file.
+    """Read the bytes of a tokenizer's file.
 
     Raises:
         CheckpointError: It is larger than any tokenizer.

@@ -29,7 +29,7 @@ class Place(IntEnum):
 
 
 def at_place(raw: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The contents of a tokenizer.json that encodes a piece at a place as the whole text would be encoded there."""
+    """Return a tokenizer.json that encodes a piece at a place as the whole text would be encoded there."""
     steps = ("normalizer", "pre_tokenizer")
     return {**raw, **{name: _step(raw.get(name), place) for name in steps}}
 
@@ -54,7 +54,7 @@ def _step(step: Any, place: Place) -> Any:
 
 
 def any_of(spellings: Collection[str]) -> re.Pattern[str]:
-    """A pattern of one group: the longest of the spellings at the first place where there is one."""
+    """Return a pattern of one group: the longest of the spellings at the first place where there is one."""
     return _any_of(tuple(spellings))
 
 

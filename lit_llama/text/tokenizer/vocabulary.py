@@ -33,13 +33,13 @@ def holds_tokenizer(names: Collection[str]) -> bool:
 
 
 def tokenizer_home(adapter_dir: Path, base: Path) -> Path:
-    """The folder whose tokenizer an adapter was trained with: its own where it has one, as in transformers."""
+    """Return the folder whose tokenizer an adapter was trained with: its own where it has one, as in transformers."""
     files = {path.name for path in adapter_dir.iterdir() if path.is_file()} if adapter_dir.is_dir() else set()
     return adapter_dir if holds_tokenizer(files) else base
 
 
 def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
-    """The tokenizer of base + adapter, which may be one folder, proven against what the folders record.
+    """Return the tokenizer of base + adapter, which may be one folder, proven against what the folders record.
 
     Args:
         adapter_dir: The adapter, or the base once more.
@@ -66,7 +66,7 @@ def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a folder records of the tokenizer that belongs to it."""
+    """Describe the tokenizer that belongs to a folder, as the folder records it."""
     return {"fingerprint": tokenizer.fingerprint(), "size": tokenizer.size}
 
 

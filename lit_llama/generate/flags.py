@@ -62,11 +62,11 @@ class Asked:
         replace(self.default, **self.given)
 
     def alone(self) -> Sampling:
-        """The sampling of flags first, then of the door, whatever a folder says: several models are asked alike."""
+        """Return the sampling of flags, then of the door, whatever a folder says: several models are asked alike."""
         return replace(self.default, **self.given)
 
     def over(self, folder: FolderSampling) -> Sampling:
-        """The sampling of flags first, then of the folder, then of the door; what the folder decides is said.
+        """Return the sampling of flags first, then of the folder, then of the door; what the folder decides is said.
 
         Raises:
             UserError: Several answers are wanted that would all be the same.

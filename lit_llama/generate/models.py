@@ -101,7 +101,9 @@ class Updates(NamedTuple):
 
 
 def updates_of(adapter: Opened) -> Updates | None:
-    """Those of an adapter folder; None if it has more than updates of low rank on linear layers of the decoder."""
+    """Read the updates of an adapter folder; None if it has more than updates of low rank on linear layers of the
+    decoder.
+    """
     with torch.device("meta"):
         model = LLaMA(LLaMAConfig.from_folder(adapter.base))
     placed = load_adapter(model, adapter.folder, Weights(adapter.base))

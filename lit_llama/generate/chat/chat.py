@@ -88,7 +88,7 @@ class Chat:
         return sampling_of(self.default, self.settings)
 
     def status(self) -> str:
-        """Conversation, model and use of the context in a line."""
+        """Return the conversation, the model and the use of the context in a line."""
         dialogue = self.dialogue
         used, reads = context_used(dialogue.path()), self.llm.config.context_length
         return f"{dialogue.name}  |  {self.model}  |  context {used:,} of {reads:,} tokens ({used / reads:.0%})"

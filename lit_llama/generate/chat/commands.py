@@ -17,7 +17,7 @@ from lit_llama.generate.engine.request import Sampling
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value of a setting as it is kept; None where there is no text.
+    """Return the value of a setting as it is kept; None where there is no text.
 
     `stop` is a list in JSON, or one text.
 

@@ -52,7 +52,7 @@ class BlockPool:
         return len(self._idle)
 
     def allocate(self) -> int:
-        """A block that nobody else holds.
+        """Allocate a block that nobody else holds.
 
         Raises:
             OutOfBlocks: There is none.
@@ -111,7 +111,7 @@ class BlockPool:
         return block.serial
 
     def find(self, parent: Hashable, ids: tuple[int, ...]) -> tuple[int, Hashable] | None:
-        """The known block of these ids after that parent, and what stands for it as a parent."""
+        """Return the known block of these ids after that parent, and what stands for it as a parent."""
         index = self._known.get((parent, ids))
         return None if index is None else (index, self._blocks[index].serial)
 

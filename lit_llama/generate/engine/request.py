@@ -195,7 +195,7 @@ class Request:
             raise UserError(f"the number of the request is {self.number}, expected 0 to {0xFFFF_FFFF}")
 
     def answer_number(self, answer: int) -> int:
-        """Number of one of its `n` answers, for the draws: the first is numbered as the request is."""
+        """Return the number of one of its `n` answers, for the draws: the first is numbered as the request is."""
         return self.number | answer << 32
 
 

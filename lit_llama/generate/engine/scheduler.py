@@ -179,7 +179,7 @@ class Scheduler:
         self.preemptions += 1
 
     def slide(self, sequence: Sequence) -> None:
-        """Have a running sequence be computed again, as its ids are others now."""
+        """Let a running sequence be computed again, as its ids are others now."""
         self._leave(sequence)
         self._give_back(sequence)
         sequence.scored = None
@@ -189,14 +189,14 @@ class Scheduler:
         self._wait(sequence)
 
     def restart(self, sequence: Sequence) -> None:
-        """Have a running sequence be computed again, from what is known."""
+        """Let a running sequence be computed again, from what is known."""
         if sequence.state == "running":
             self._preempt(sequence)
 
     # ---- a step
 
     def plan(self, prompt_tokens: int | None = None) -> Plan:
-        """The next step; it is empty only if no sequence waits or runs.
+        """Plan the next step; it is empty only if no sequence waits or runs.
 
         Args:
             prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them;

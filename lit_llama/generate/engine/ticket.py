@@ -66,7 +66,7 @@ class Matcher(Protocol):
         ...
 
     def forced(self) -> list[int]:
-        """Ids that have to follow, none where there is a choice."""
+        """Return the ids that have to follow, none where there is a choice."""
         ...
 
 

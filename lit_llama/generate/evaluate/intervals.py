@@ -57,7 +57,8 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Est
 def difference(
     values: tuple[Sequence[float], Sequence[float]], weights: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> Estimate:
-    """Mean of the second minus mean of the first, on the same rows, with the interval of that difference.
+    """Return the mean of the second minus the mean of the first, on the same rows, with the interval of that
+    difference.
 
     Both means of a resample are of the same drawn rows, so that what is hard for both does not widen the interval.
 

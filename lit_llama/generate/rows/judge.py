@@ -43,7 +43,7 @@ class Judge:
 
 
 def judge_columns(judge: Judge, output: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings of the columns `judge` and `judged`, and of `judge_turned` where pairs are compared.
+    """Return the settings of the columns `judge` and `judged`, and of `judge_turned` where pairs are compared.
 
     Args:
         judge: What is asked for.

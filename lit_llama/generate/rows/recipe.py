@@ -110,7 +110,7 @@ class Recipe:
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the library."""
+    """Return the names of the recipes that come with the library."""
     return sorted(path.name.removesuffix(".yaml") for path in _home().iterdir() if path.name.endswith(".yaml"))
 
 

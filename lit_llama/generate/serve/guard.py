@@ -51,7 +51,7 @@ class Guard:
         self._public, self._local = frozenset(public), local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Answer an ASGI request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

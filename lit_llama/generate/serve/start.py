@@ -117,7 +117,7 @@ def start(
 
 
 def check_folders(folder: Path, adapters: Mapping[str, Path], loading: Loading) -> Opened:
-    """The folder, if it and all others can be opened, as far as that is seen without their weights.
+    """Open the folder, if it and all others can be opened, as far as that is seen without their weights.
 
     Raises:
         CheckpointError: One is no checkpoint folder, or no adapter folder.

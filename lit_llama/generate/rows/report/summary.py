@@ -90,7 +90,7 @@ _ASIDE = frozenset(
 
 
 def summarise(folder: Path, maker: RowMaker) -> dict[str, Any]:
-    """What stands in report.json: nothing of when and how fast, so that equal rows have an equal report."""
+    """Summarise made rows as report.json: nothing of when and how fast, so that equal rows have an equal report."""
     rows = list(_lines(folder / ROWS_FILE))
     sampled = [column.name for column in maker.recipe.columns if column.kind == "sample"]
     rejected = [

@@ -22,5 +22,5 @@ def called(verbose: bool | None) -> Iterator[Talk]:
 
 
 def path_of(place: Place | None) -> Path | None:
-    """A place as a path."""
+    """Return a place as a path."""
     return None if place is None else Path(place)

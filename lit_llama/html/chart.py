@@ -98,7 +98,7 @@ def chart(title: str, lines: Sequence[Line], steps: int, *, from_zero: bool = Fa
 
 
 def figure(value: float) -> str:
-    """Three digits that matter: 1,230, 0.0123, 3e-04."""
+    """Format a number with the three digits that matter: 1,230, 0.0123, 3e-04."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:

@@ -1,4 +1,4 @@
-"""All of a checkpoint folder but the values of its weights, into which another model of the same shape is written."""
+"""Checkpoint folder without the values of its weights, into which another model of the same shape is written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _NAMES = {str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What of a checkpoint folder stays when its weights change; held, as hours later the folder may be gone.
+    """Parts of a checkpoint folder that stay when its weights change; held, as hours later the folder may be gone.
 
     Attributes:
         config: Contents of config.json.

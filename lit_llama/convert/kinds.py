@@ -1,4 +1,4 @@
-"""Which program a torch file comes from, told by the names of its tensors, and the way out."""
+"""Programs that torch files come from, told by the names of their tensors, and the way out."""
 
 import re
 from collections.abc import Iterable

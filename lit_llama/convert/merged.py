@@ -20,7 +20,7 @@ _STORED = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.ite
 
 
 class Merged:
-    """What a checkpoint holds once an adapter is part of it.
+    """Tensors of a checkpoint once an adapter is part of it.
 
     Attributes:
         specs: Dtype and shape of every tensor, in the order of the base.

@@ -1,4 +1,4 @@
-"""What every weight layout is brought to on its way into another: tensors in Hugging Face's names, read one by one.
+"""Source of weights in any layout on their way into another: tensors in Hugging Face's names, read one by one.
 
 A layout's file in this package opens it as a Source, and writes a Source as itself if it can.
 """
@@ -40,7 +40,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Names:
-    """How a layout calls the tensors of a model.
+    """Names of a layout for the tensors of a model.
 
     Args:
         outer: Its names of `model.embed_tokens.weight`, `model.norm.weight` and `lm_head.weight`.

@@ -1,4 +1,4 @@
-"""What the publishers of deltas do: the rules, and the arithmetic of one tensor.
+"""Rules of the publishers of deltas, and the arithmetic of one tensor.
 
 Sums are made in float32 and rounded once, which for float16 is bit for bit the sum in float16: float32 has enough
 digits that rounding twice cannot differ. Policies are those of the publishers:

@@ -15,7 +15,7 @@ _SHOWN = 8  # most names in a message
 
 @dataclass(frozen=True)
 class Files:
-    """What the parts hold together.
+    """Contents of all parts together.
 
     Args:
         metadata: Of the first part.

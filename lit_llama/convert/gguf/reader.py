@@ -70,7 +70,7 @@ class GGUFTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is kept if nobody asks for another."""
+        """Dtype in which the tensor is kept if nobody asks for another."""
         return _PLAIN.get(self.extent.kind, torch.bfloat16)
 
     def read(self, dtype: torch.dtype) -> Tensor:

@@ -71,7 +71,7 @@ class File:
 
     @property
     def name(self) -> str:
-        """What it is called in our folder."""
+        """Name of the file in our folder."""
         return PurePosixPath(self.path).name
 
 
@@ -87,7 +87,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be downloaded.
+    """Files that are to be downloaded.
 
     Args:
         files: In this order.
@@ -101,7 +101,7 @@ class Choice:
 
     @property
     def has_tokenizer(self) -> bool:
-        """One that this project reads."""
+        """Whether there is a tokenizer that this project reads."""
         names = {file.name for file in self.files}
         return bool(names & set(_TOKENIZERS)) or set(_OLD_TOKENIZER) <= names
 

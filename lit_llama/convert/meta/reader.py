@@ -61,7 +61,7 @@ _IGNORED = ("multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len"
 
 @dataclass(frozen=True)
 class Family:
-    """What params.json leaves unsaid: a family's name, context length, and special tokens of tiktoken's file."""
+    """Settings that params.json leaves unsaid: a family's name, context length, and tiktoken's special tokens."""
 
     name: str
     context: int

@@ -1,4 +1,4 @@
-"""Who attends to whom: samples laid end to end. Blocks of a cache, for generation, are those of paged.py.
+"""Attention among samples laid end to end. Blocks of a cache, for generation, are those of paged.py.
 
 The model works on T tokens in one row, whatever samples they belong to; a layout knows which tokens see which.
 
@@ -122,7 +122,9 @@ class Packed:
 
     @cached_property
     def blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
-        """Of each block: its tokens, what pads them and takes the padding out again, how many samples it has."""
+        """Blocks of similar samples: of each its tokens, its padding and how to take it out again, and its samples.
+        samples it has.
+        """
         lengths, blocks = self.counts, []
         start = first = 0
         for end in range(1, len(lengths) + 1):
@@ -138,13 +140,13 @@ class Packed:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """(B + 1,) where each sample begins, and the last ends; int64 on a CPU, int32 on a GPU, as its kernels ask."""
+        """Offsets (B + 1,) of the samples, and the end of the last; int64 on a CPU, int32 on a GPU for its kernels."""
         ends = torch.tensor([0, *accumulate(self.counts)])
         return ends if torch.device(self._device).type == "cpu" else ends.to(self._device, torch.int32)
 
     @cached_property
     def parents(self) -> Tensor:
-        """(B,) int64 on the CPU, for its kernels."""
+        """Parent (B,) of each sample, -1 for none; int64 on the CPU, for its kernels."""
         return torch.tensor(self._parents)
 
     @property

@@ -133,7 +133,7 @@ def load_model(
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the decoder layer that a parameter belongs to, if it belongs to one."""
+    """Return the index of the decoder layer that a parameter belongs to, if it belongs to one."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 

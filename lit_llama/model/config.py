@@ -26,7 +26,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary positions reach beyond the context that a model was first trained on; see rope.py.
+    """Scaling of rotary positions beyond the context that a model was first trained on; see rope.py.
 
     Args:
         rope_type: linear, dynamic, llama3 or yarn.
@@ -324,7 +324,7 @@ class LoRAConfig:
         return _names(self.modules_to_save)
 
     def shape_of(self, name: str) -> tuple[int, float]:
-        """Rank of a module's update and the factor of B A, by its full name."""
+        """Return the rank of a module's update and the factor of B A, by its full name."""
         rank = next((rank for key, rank in self.rank_pattern.items() if matches_pattern(name, key)), self.r)
         alpha = next((alpha for key, alpha in self.alpha_pattern.items() if matches_pattern(name, key)), self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)

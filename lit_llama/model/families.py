@@ -12,7 +12,7 @@ from lit_llama.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a model_type stands for.
+    """Family of models that a model_type stands for.
 
     Args:
         architecture: Name of its class in transformers.

@@ -113,7 +113,7 @@ def head_norm(config: LLaMAConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """Gated MLP: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class Adapter(nn.Module):
 
 
 class LowRank(Adapter):
-    """What all updates by A and B have in common."""
+    """Base of all updates by A and B."""
 
     PARTS: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
     lora_A: nn.Parameter
@@ -71,7 +71,7 @@ class LoRALinear(LowRank, nn.Linear):
 
 
 class LoRAOnQuantized(LowRank):
-    """The same on a quantised layer, which is called and never multiplied with (Dettmers et al. 2023, QLoRA,
+    """LoRA on a quantised layer, which is called and never multiplied with (Dettmers et al. 2023, QLoRA,
     arXiv:2305.14314)."""
 
     def __init__(self, base: QuantizedLinear, rank: int, scale: float, dropout: float = 0.0) -> None:
@@ -131,7 +131,7 @@ def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, d
 
 
 class DoRALinear(LowRank):
-    """y = x (m V / |V|)' with V = W + scale * B A, the length |V| of each row, and m that starts as that of W.
+    """DoRA: y = x (m V / |V|)' with V = W + scale * B A, the length |V| of each row, and m that starts as that of W.
 
     No gradient goes through |V| (section 4.3 of the paper). While training, dropout acts on all that m / |V| changes,
     as in PEFT: y = x W' + d ((m / |V| - 1) W + m / |V| scale * B A)' with d = dropout(x).

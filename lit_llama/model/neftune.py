@@ -13,7 +13,7 @@ from lit_llama.model.llama import LLaMA
 
 
 class EmbeddingNoise(nn.Module):
-    """Adds noise drawn evenly from -a to a with a = alpha / sqrt(L C), L being the token's own sample's length.
+    """Noise drawn evenly from -a to a with a = alpha / sqrt(L C), L being the token's own sample's length.
 
     The draws come from torch's generator of the device, in training mode alone.
 

@@ -1,4 +1,4 @@
-"""What a path that is no checkpoint folder is instead, and the way out. Imports no torch."""
+"""Paths that are no checkpoint folders: what they are instead, and the way out. Imports no torch."""
 
 import re
 import shlex

@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
 
 class Float8Linear(QuantizedLinear):
-    """The same in floats of eight bits; while training, what is multiplied with the weight is rounded to them, too."""
+    """Linear layer in 8-bit floats; while training, what is multiplied with the weight is rounded to them, too."""
 
     def times(self, x: Tensor, start: Tensor | None) -> Tensor:
         """Compute x W' of 8-bit floats: (T, in) -> (T, out)."""

@@ -72,7 +72,7 @@ def check_finite(tensor: Tensor, name: str, path: Path, *, whole: bool = False) 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies.
+    """Place of a tensor in a file.
 
     Args:
         path: The file.
@@ -185,7 +185,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self.files)
 
     def spec(self, name: str) -> Spec:
-        """Name of the dtype and shape, without reading the tensor."""
+        """Return the name of the dtype, and the shape, without reading the tensor."""
         part = self._open[self.files[name]].get_slice(self._stored[name])
         return part.get_dtype(), tuple(part.get_shape())
 

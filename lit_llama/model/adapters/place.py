@@ -27,7 +27,7 @@ _FEW = 1 / 8
 
 @dataclass(frozen=True)
 class Placed:
-    """What an adapter has become on a model.
+    """Form that an adapter has taken on a model.
 
     Attributes:
         lora: Settings that say the same of this model, module by module where no list of names can.

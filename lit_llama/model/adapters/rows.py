@@ -1,4 +1,4 @@
-"""What trains as a whole: rows of embeddings and modules to save."""
+"""Parts that train as a whole: rows of embeddings and modules to save."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar

@@ -44,7 +44,7 @@ class _StoredLoRA(LoRAConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """What an adapter_config.json says.
+    """Contents of an adapter_config.json.
 
     What it asks for beyond the fields here is carried by the names of the tensors: biases, and `fan_in_fan_out`, which
     means nothing to a linear layer.

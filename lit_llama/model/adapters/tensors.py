@@ -23,7 +23,7 @@ _ROWS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What the weight file of an adapter holds.
+    """Contents of the weight file of an adapter.
 
     Attributes:
         path: The file.

@@ -27,11 +27,11 @@ class Samples(Protocol):
 
     @property
     def offsets(self) -> Tensor:
-        """(B + 1,)"""
+        """Offsets (B + 1,) of the samples, and the end of the last."""
 
     @property
     def parents(self) -> Tensor:
-        """(B,)"""
+        """Parent (B,) of each sample, -1 for none."""
 
     @property
     def shares(self) -> bool:

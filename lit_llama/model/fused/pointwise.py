@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a decoder layer, each in as few passes as it takes.
+"""Operations between the matrix products of a decoder layer, each in as few passes as it takes.
 
 Every operation writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
 plainly and in float32, as it is meant; in pointwise.cpp, for a CPU; in triton_kernels.py, for a GPU.

@@ -1,4 +1,4 @@
-"""Choosing tokens on a CPU in one pass over their numbers, sampling.cpp.
+"""Choice of tokens on a CPU in one pass over their numbers, sampling.cpp.
 
 Shapes: N rows, V tokens, P places of what is counted.
 """

@@ -1,4 +1,4 @@
-"""What the characters of many texts tell: their scripts, and traces of a wrong encoding.
+"""Characters of many texts: their scripts, and traces of a wrong encoding.
 
 One table holds a class for every code point, so that a batch of texts is looked up at once.
 """

@@ -62,7 +62,7 @@ def partners(keys: Keys, sought: npt.NDArray[np.bool_], among: npt.NDArray[np.bo
 
 
 class NearDuplicates:
-    """Collects a sketch of every row, at most 1 kB, and finds the pairs in the end.
+    """Sketches of every row, at most 1 kB each, and the pairs among them in the end.
 
     Args:
         limit: Rows up to which it runs; with one more it forgets everything.

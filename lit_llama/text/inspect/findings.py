@@ -1,4 +1,4 @@
-"""What is in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
+"""Findings in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
 
 Rows stream through; of each some 50 bytes stay, and BYTES while near-duplicates are looked for. Two texts are the same
 after normalisation if they differ in case, white space or Unicode form (NFKC) alone.
@@ -56,7 +56,7 @@ _BATCH = 1 << 19  # characters looked at together
 
 
 class Findings:
-    """Takes the rows that are kept, one after the other.
+    """Findings in the rows that are kept, taken one after the other.
 
     Args:
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.

@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Histogram:
-    """What the page draws; places in percent."""
+    """Histogram as the page draws it; places in percent."""
 
     bars: list[Bar]
     lines: list[Line]

@@ -1,4 +1,4 @@
-"""Which rows say the same, within the data and across the splits, and which contradict each other.
+"""Rows that say the same, within the data and across the splits, and rows that contradict each other.
 
 Shapes: N rows. A row counts under the strictest kind that holds for it.
 """
@@ -20,7 +20,7 @@ TextOf = Callable[[int], tuple[str, str]]
 
 
 class Lister:
-    """Writes rows and pairs of rows as they stand in a report.
+    """Writer of rows and pairs of rows as they stand in a report.
 
     Args:
         place: {"row", "where", "split"} of a row by its index.

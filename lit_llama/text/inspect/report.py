@@ -1,4 +1,4 @@
-"""What is in a data folder, for people: report.html, and every number of it in report.json."""
+"""Report on a data folder, for people: report.html, and every number of it in report.json."""
 
 import json
 from collections.abc import Mapping, Sequence

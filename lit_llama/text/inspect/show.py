@@ -32,7 +32,7 @@ class ShownToken(NamedTuple):
 
     @property
     def kind(self) -> Literal["trained", "masked"]:
-        """Whether it carries loss."""
+        """Kind of the token: whether it carries loss."""
         return "trained" if self.trained else "masked"
 
 

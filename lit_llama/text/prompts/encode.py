@@ -179,7 +179,7 @@ def answer_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:
 
 
 class Cutter:
-    """Cuts segments into runs: what a tokenizer encodes as one text, and control tokens between them."""
+    """Cutter of segments into runs: what a tokenizer encodes as one text, and control tokens between them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._control, self._strips = tokenizer.control, tokenizer.strips

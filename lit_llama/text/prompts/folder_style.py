@@ -1,4 +1,4 @@
-"""Which prompt style a folder carries: a built-in one, or its own chat template in a sandbox.
+"""Prompt style that a folder carries: a built-in one, or its own chat template in a sandbox.
 
 A folder carries its style as `chat_template.jinja`, which transformers, vLLM and llama.cpp read too. A template that is
 equal to one of the built-in styles is rendered by it, any other by sandboxed Jinja.

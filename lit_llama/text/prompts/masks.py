@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def escaped(self) -> list[str]:
-        """How they may be spelled within JSON."""
+        """Spellings of the words within JSON."""
         if self.kind not in ("call", "result"):
             return []
         whole = self.before + self.words + self.after

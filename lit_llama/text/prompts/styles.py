@@ -45,7 +45,7 @@ def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mappin
 
 
 class PromptStyle:
-    """How messages become the text that a model was trained on.
+    """Style in which messages become the text that a model was trained on.
 
     No prompt ends in a space, which most tokenizers would join to the answer's first word: it begins the answer.
 
@@ -105,7 +105,7 @@ class PromptStyle:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a style writes around the content of a message; {bos}, {eos} and {role} stand for their spellings.
+    """Text that a style writes around the content of a message; {bos}, {eos} and {role} stand for their spellings.
 
     Of an assistant's turn, everything from `lead` to `end` is learned.
 

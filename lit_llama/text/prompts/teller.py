@@ -1,4 +1,6 @@
-"""Which of a rendered conversation is trained: what the template writes behind the prompt of each answer."""
+"""Teller of which text of a rendered conversation is trained: what the template writes behind the prompt of each
+answer.
+"""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -42,7 +44,7 @@ class Rendered:
 
 
 class Teller:
-    """Finds out which of a rendered text is trained.
+    """Finder of the trained parts of a rendered text.
 
     Args:
         messages: The conversation.

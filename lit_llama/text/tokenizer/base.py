@@ -33,7 +33,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer:
-    """What both kinds have in common.
+    """Base of both kinds of tokenizers.
 
     Attributes:
         size: Largest id + 1 (T).
@@ -197,7 +197,7 @@ class Tokenizer:
         return self.control | self.words
 
     def fingerprint(self) -> str:
-        """Hash of which id stands for which token, the same for a tokenizer.model and its tokenizer.json."""
+        """Return the hash of which id stands for which token, the same for a tokenizer.model and its tokenizer.json."""
         return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()
 
     def _named(self, folder: Path, role: str, own: str) -> str:

@@ -32,7 +32,7 @@ _UNKNOWN, _TRUSTED, _REFUSED = 0, 1, 2
 
 
 class ByteLevel:
-    """Encodes as a tokenizers.Tokenizer does.
+    """Encoder that does as a tokenizers.Tokenizer does.
 
     Args:
         backend: It, without added tokens.

@@ -15,7 +15,7 @@ from lit_llama.text.tokenizer.special import encode_varint
 
 
 class Kind(IntEnum):
-    """What a piece is; GGUF and sentencepiece count alike."""
+    """Kind of a piece; GGUF and sentencepiece count alike."""
 
     NORMAL = 1
     UNKNOWN = 2

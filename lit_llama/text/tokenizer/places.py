@@ -1,4 +1,4 @@
-"""Where a piece of text stands in what is encoded: some tokenizers begin a text, or each piece of it, with a blank.
+"""Places of a piece of text in what is encoded: some tokenizers begin a text, or each piece of it, with a blank.
 
 A rendered conversation is encoded piece by piece, between control tokens and at the border of prompt and answer. Other
 programs encode it as one text, in which a tokenizer puts its blank before the first word only, or before what follows
@@ -18,7 +18,7 @@ LEADING, TRAILING = re.compile(f"[{BLANKS}]*"), re.compile(f"[{BLANKS}]*\\Z")
 
 
 class Place(IntEnum):
-    """Where a piece of text stands."""
+    """Place of a piece of text."""
 
     START = 0
     """At the beginning of the text."""

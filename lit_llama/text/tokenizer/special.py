@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say of its tokens: which were added, and which begin, end or fill a text."""
+"""Special tokens in the files beside a tokenizer: which were added, and which begin, end or fill a text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

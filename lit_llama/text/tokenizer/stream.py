@@ -42,7 +42,7 @@ _END = ""  # marks a node of the tree at which a text is whole
 
 
 class StopFinder:
-    """Gives a text on as it comes, up to the first stop text; what may become one is held back.
+    """Finder of stop texts: gives a text on as it comes, up to the first one; what may become one is held back.
 
     The first one is that which is whole first; of several that end in one place the longest. So it does not matter how
     the text is cut into pieces. Every place at which a stop text may have begun is a node in a tree of all of them: a
@@ -89,7 +89,7 @@ class StopFinder:
 
 
 class Streamer:
-    """Turns ids into text as they come, holding back what later ids may still change.
+    """Decoder of ids as they come, holding back what later ids may still change.
 
     A character of several bytes may be spread over several ids, and a tokenizer may drop a leading space: a piece is
     given out only once it is valid and its text no longer depends on what follows.

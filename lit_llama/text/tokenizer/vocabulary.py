@@ -1,4 +1,4 @@
-"""Whether a tokenizer, the rows of an embedding and what the folders record belong together."""
+"""Vocabulary checks: a tokenizer, the rows of an embedding and what the folders record belong together."""
 
 import shlex
 from collections.abc import Collection
@@ -96,7 +96,7 @@ def check_recorded(folder: Path, tokenizer: Tokenizer, origin: Path) -> None:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """What the files of a model folder call an end, and what of their special ids cannot be meant.
+    """Ids that the files of a model folder call an end, and special ids that cannot be meant.
 
     Args:
         ends: Ids after which a text is over, the tokenizer's own among them.

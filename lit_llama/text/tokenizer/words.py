@@ -26,7 +26,7 @@ _BARE = "x "  # ends a word without a space before it; no other word ends in a s
 
 
 class Words:
-    """Encodes as the model does, only faster.
+    """Encoder that does as the model does, only faster.
 
     Args:
         model: A sentencepiece processor for which `splits_at_spaces` holds.

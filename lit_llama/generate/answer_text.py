@@ -44,7 +44,7 @@ class AnswerText:
 
     @property
     def stop_ids(self) -> Collection[int]:
-        """Those given, and the control tokens that stop texts spell."""
+        """Ids given as stops, and the control tokens that stop texts spell."""
         return self._stop_ids
 
     @property

@@ -30,7 +30,7 @@ _SAMPLES = "num_samples"
 
 @dataclass(frozen=True)
 class FolderSampling:
-    """How a model's publisher says that it is sampled.
+    """Sampling that a model's publisher recommends.
 
     Attributes:
         source: The file that says it.
@@ -45,7 +45,7 @@ class FolderSampling:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the flags of a door say of sampling.
+    """Sampling that the flags of a door ask for.
 
     Args:
         given: Fields of `Sampling` that were set by a flag.

@@ -178,7 +178,7 @@ class LLM(TextModel):
 
 @dataclass(frozen=True)
 class Opened:
-    """All of a folder but its weights: what can be checked before they are loaded.
+    """Folder without its weights: everything that can be checked before they are loaded.
 
     Attributes:
         folder: What was named.

@@ -89,7 +89,7 @@ def check_merging(loading: Loading, adapters: Mapping[str, Path]) -> None:
 
 
 class Updates(NamedTuple):
-    """What an engine adds to a base in use to have it answer as an adapter.
+    """Updates that an engine adds to a base in use to have it answer as an adapter.
 
     Attributes:
         factors: By the names of the layers.

@@ -81,13 +81,13 @@ class GenerationPlan:
 
     @property
     def weights_kind(self) -> Weights:
-        """How the matrices of packed weights are held."""
+        """Form in which the matrices of packed weights are held."""
         assert self.held in ("stored", "int8", "int4"), self.held
         return self.held
 
     @property
     def quantization(self) -> Quantization | None:
-        """How linear layers are quantised as they are loaded, and not as they are packed."""
+        """Quantisation of linear layers as they are loaded, and not as they are packed."""
         return None if self.packed or self.held == "stored" or self.held == "int4" else self.held
 
     @cached_property

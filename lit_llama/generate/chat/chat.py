@@ -68,7 +68,7 @@ class Chat:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Of the conversation."""
+        """Settings of the conversation."""
         return self.own if self.id is None else self.dialogue.settings
 
     @property
@@ -84,7 +84,7 @@ class Chat:
 
     @property
     def sampling(self) -> Sampling:
-        """How the next answer is drawn."""
+        """Sampling of the next answer."""
         return sampling_of(self.default, self.settings)
 
     def status(self) -> str:

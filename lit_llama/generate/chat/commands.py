@@ -45,12 +45,12 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 class Leave(Exception):
-    """The user wants to leave."""
+    """Wish of the user to leave."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a word behind a slash does.
+    """Command that a word behind a slash starts.
 
     Attributes:
         name: The word.

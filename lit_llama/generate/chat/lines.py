@@ -13,7 +13,7 @@ _TOO_DEEP = "is nested too deeply"
 
 @dataclass
 class Reading:
-    """What was found in a file.
+    """Records and faults that were found in a file.
 
     Attributes:
         dialogue: The sum of the records that fit.

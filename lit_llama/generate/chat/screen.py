@@ -74,7 +74,7 @@ def finished(text: str) -> int:
 
 
 class Harmless:
-    """Something whose words cannot act on a terminal, whatever they were made of.
+    """Renderable whose words cannot act on a terminal, whatever they were made of.
 
     Args:
         inner: What is shown.
@@ -100,7 +100,7 @@ def markdown(text: str) -> Harmless:
 
 
 class Screen(Protocol):
-    """Where answers are shown."""
+    """Place where answers are shown."""
 
     def begin(self, opened: bool) -> None:
         """Begin an answer; `opened` if its prompt ends in the tag that begins thoughts."""

@@ -1,4 +1,4 @@
-"""Asking a model within a conversation: the prompt of a branch, and an answer that is kept as it comes."""
+"""Requests to a model within a conversation: the prompt of a branch, and an answer that is kept as it comes."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -247,12 +247,12 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """How many there are so far."""
+        """Number of tokens so far."""
         return self._answer.tokens
 
     @property
     def finish_reason(self) -> str | None:
-        """How it ended; None while it goes on."""
+        """Reason why the answer ended; None while it goes on."""
         return self._answer.finish_reason
 
     @property
@@ -262,7 +262,7 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """Since it was asked for, until it ended."""
+        """Seconds since the answer was asked for, until it ended."""
         return self._seconds if self.ended else time.perf_counter() - self._start
 
     def _run(self) -> Generator[str]:

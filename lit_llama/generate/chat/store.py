@@ -39,7 +39,7 @@ def default_folder() -> Path:
 
 
 class NoConversation(UserError):
-    """There is none of this id."""
+    """Absence of a conversation of this id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

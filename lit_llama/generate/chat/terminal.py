@@ -174,7 +174,9 @@ def _keys() -> KeyBindings:
 
 
 class Spelled(Processor):
-    """Shows what is edited, pasted or an earlier message, so that no character of it acts on the terminal."""
+    """Processor that shows what is edited, pasted or an earlier message, so that no character of it acts on the
+    terminal.
+    """
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
         """Spell the fragments of a line, as prompt_toolkit's Processor transforms them."""
@@ -211,7 +213,7 @@ class _Lasting(FileHistory):
 
 
 class Names(Completer):
-    """Completes commands, and names of what they take."""
+    """Completer of commands, and of names of what they take."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat, self._paths = chat, PathCompleter(expanduser=True)

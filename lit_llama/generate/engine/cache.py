@@ -14,7 +14,7 @@ _Key = tuple[Hashable, tuple[int, ...]]
 
 
 class OutOfBlocks(Exception):
-    """No block is free, nor held by nobody."""
+    """Lack of a block that is free or held by nobody."""
 
 
 @dataclass(eq=False, slots=True)
@@ -26,7 +26,7 @@ class _Block:
 
 
 class BlockPool:
-    """Counts who holds each block, and finds known ones.
+    """Pool that counts who holds each block, and finds known ones.
 
     Args:
         count: Number of blocks.

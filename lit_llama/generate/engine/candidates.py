@@ -48,7 +48,7 @@ def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype 
 
 
 class Draws:
-    """Draws by the kernels of a CPU, a few rows at a time, whose probabilities stay in its caches.
+    """Random draws by the kernels of a CPU, a few rows at a time, whose probabilities stay in its caches.
 
     Args:
         width: Tokens of a row (V).

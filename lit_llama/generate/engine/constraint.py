@@ -1,4 +1,4 @@
-"""What an answer has to be: JSON of a schema, a regular expression, one of some texts, or a grammar.
+"""Constraint of an answer: JSON of a schema, a regular expression, one of some texts, or a grammar.
 
 llguidance (MIT) says after each token which may follow. What it cannot keep to, a keyword of a schema, say, it refuses
 beforehand. It is an extra, imported where a constraint is made.
@@ -168,7 +168,7 @@ class Constraint:
 
 
 class GrammarMatcher:
-    """How far an answer has come in its grammar, see engine.Matcher."""
+    """Progress of an answer in its grammar, see engine.Matcher."""
 
     def __init__(self, matcher: Any, ends: Collection[int]) -> None:
         self._matcher, self._ends = matcher, ends

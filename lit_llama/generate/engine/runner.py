@@ -1,4 +1,5 @@
-"""What computes the logits of a step: the kernels of a CPU with packed weights, or the library's own operations.
+"""Runners, which compute the logits of a step: the kernels of a CPU with packed weights, or the library's own
+operations.
 
 Shapes: N tokens whose logits are wanted, V vocabulary.
 """

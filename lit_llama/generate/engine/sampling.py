@@ -1,4 +1,4 @@
-"""Choosing the next token of many sequences in one pass, each in its own way.
+"""Choice of the next token of many sequences in one pass, each in its own way.
 
 Shapes: N rows of logits, V vocabulary, S slots, P slots with penalties, D rows that draw, K likeliest tokens.
 """
@@ -49,7 +49,7 @@ class Choice:
 
 
 class Sampler:
-    """Draws tokens for sequences that each occupy a slot.
+    """Sampler of tokens for sequences that each occupy a slot.
 
     A row gets the same token whatever other rows are beside it: nothing is summed across rows, and random numbers are
     a function of (seed, number of the answer, position in the answer).

@@ -1,4 +1,4 @@
-"""Which tokens the next step computes: sequences join and leave a running batch, and prompts are cut to a budget.
+"""Plan of the tokens of the next step: sequences join and leave a running batch, and prompts are cut to a budget.
 
 Pure Python over ids; the model is whoever runs a `Plan`. A step takes the next token of every sequence that is being
 continued, with the guesses that follow it, and then as much of the prompts as the budget leaves (Agrawal et al. 2023,
@@ -66,18 +66,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a step computes, after the copies (from, to) of blocks, in their order."""
+    """Tokens that a step computes, after the copies (from, to) of blocks, in their order."""
 
     parts: list[Part]
     copies: list[tuple[int, int]]
 
 
 class QueueFull(Exception):
-    """As many sequences wait as may."""
+    """Refusal of a sequence, as many wait as may."""
 
 
 class TooLong(Exception):
-    """The cache would not hold the sequence, even alone."""
+    """Refusal of a sequence that the cache would not hold, even alone."""
 
 
 class Scheduler:

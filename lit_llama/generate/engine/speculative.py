@@ -48,7 +48,7 @@ class Asked:
 
 
 class Guesser(Protocol):
-    """Where guesses come from."""
+    """Source of guesses."""
 
     def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
         """Guess what follows each answer; nothing where that would not pay."""
@@ -84,7 +84,7 @@ class Found(NamedTuple):
 
 
 class Rates:
-    """How often the next id is right, by kind and length of what was found.
+    """Rates at which the next id is right, by kind and length of what was found.
 
     Args:
         prior: What is taken to be right before anything is known, which counts as much as `WEIGHT` trials.
@@ -145,7 +145,7 @@ class Answers:
 
 @dataclass
 class PromptLookup:
-    """What is known of an answer.
+    """Ids of an answer and of its text, and where its guesses were found.
 
     Attributes:
         rates: How often guesses for it were right.
@@ -193,7 +193,7 @@ class PromptLookup:
 
 
 class PromptLookups:
-    """Looks up the last ids of answers in their own texts and in other answers."""
+    """Lookups of the last ids of answers in their own texts and in other answers."""
 
     def __init__(self) -> None:
         self._lookups: dict[Hashable, PromptLookup] = {}

@@ -51,7 +51,7 @@ class EngineConfig:
 
 
 class Matcher(Protocol):
-    """What a constraint lets follow, see constraint.py."""
+    """Matcher of the tokens that a constraint lets follow, see constraint.py."""
 
     def allow(self, row: "Tensor") -> None:
         """Write into (V,) of booleans which ids may follow."""
@@ -146,7 +146,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an engine does and has done."""
+    """Counts of what an engine does and has done."""
 
     running: int
     waiting: int

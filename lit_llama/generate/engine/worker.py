@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class EngineFailed(RuntimeError):
-    """The engine itself raised an exception, its cause; all requests that it had are called off."""
+    """Failure of the engine itself, which raised an exception, its cause; all requests that it had are called off."""
 
 
 class Handle:
@@ -131,7 +131,7 @@ class Handle:
 
 
 class EngineThread:
-    """Drives an engine in a thread of its own, which waits where there is nothing to compute.
+    """Thread that drives an engine, and waits where there is nothing to compute.
 
     Args:
         engine: Whose steps nobody else computes meanwhile.

@@ -24,7 +24,7 @@ RESULTS_JSON, REPORT_HTML = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of it.
+    """Results of an evaluation.
 
     Attributes:
         results: All that stands in results.json.

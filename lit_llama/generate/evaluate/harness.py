@@ -66,18 +66,18 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """Id of the token that ends a text."""
         return self.llm.tokenizer.control[self.llm.tokenizer.eos]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """Id of the token before a text that has nothing before it."""
         bos = self.llm.tokenizer.control.get(self.llm.tokenizer.bos_token)
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """By which the harness tells its caches apart."""
+        """Name by which the harness tells its caches apart."""
         return self._name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

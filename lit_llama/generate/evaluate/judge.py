@@ -49,7 +49,7 @@ Verdict: tie"""
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Who is asked, and how patiently.
+    """Model that is asked to judge, and how patiently.
 
     Args:
         url: Of the endpoint, with or without /chat/completions at its end.

@@ -1,4 +1,4 @@
-"""How likely a model finds texts: references behind their prompts, choices, and whole documents.
+"""Likelihoods of texts under a model: references behind their prompts, choices, and whole documents.
 
 All of it goes through the engine, so that a prompt which several texts stand behind is computed once.
 """

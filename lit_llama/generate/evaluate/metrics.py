@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def finish_reason(self) -> FinishReason | Literal["error"]:
-        """How it ended, as OpenAI names it, or that it failed."""
+        """Reason why the answer ended, as OpenAI names it, or that it failed."""
         if self.error is not None:
             return "error"
         return "stop" if self.stopped else "length"

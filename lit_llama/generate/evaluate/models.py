@@ -33,7 +33,7 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Folder of the model."""
         return self.opened.folder
 
 

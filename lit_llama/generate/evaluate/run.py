@@ -1,4 +1,4 @@
-"""Evaluating models: every row answered and scored once, kept as it comes, and a report of all of them at the end."""
+"""Run of an evaluation: every row answered and scored once, kept as it comes, and a report of all of them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ _DIGITS = 6  # of log-likelihoods
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model made of all tasks.
+    """Answers and scores of a model to all tasks.
 
     Attributes:
         name: Of the model.

@@ -121,7 +121,7 @@ class Task:
 
     @property
     def parts(self) -> list[Part]:
-        """What models are asked for, in the order of asking."""
+        """Parts of a row that models are asked for, in the order of asking."""
         return [part for part in get_args(Part) if any(METRICS[metric].part == part for metric in self.metrics)]
 
     def fingerprint(self) -> str:

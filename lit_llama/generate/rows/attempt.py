@@ -49,7 +49,7 @@ class Attempt:
 
 
 class Rejected(Exception):
-    """An attempt comes to nothing.
+    """Rejection of an attempt, which comes to nothing.
 
     Args:
         by: Name of the filter.
@@ -62,7 +62,7 @@ class Rejected(Exception):
 
 
 class Columns:
-    """Runs the columns of a recipe.
+    """Columns of a recipe, which run one after another.
 
     Args:
         recipe: It.

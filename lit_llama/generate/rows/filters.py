@@ -1,4 +1,4 @@
-"""Which rows are kept: each filter says why it rejects, and every rejection is counted."""
+"""Filters of made rows: each says why it rejects, and every rejection is counted."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -27,7 +27,7 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """Takes what becomes of attempts, in their order.
+    """Journal of what becomes of attempts, in their order.
 
     A line is written at once, and reaches the disk within seconds. What a killed process left of a line is dropped
     when its folder is opened again, and what a power cut took is made again.

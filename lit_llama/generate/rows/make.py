@@ -1,4 +1,4 @@
-"""What the door does: opens recipe and teacher, makes, shows or plans rows, and tells how it goes."""
+"""Work of the door: opens recipe and teacher, makes, shows or plans rows, and tells how it goes."""
 
 import contextlib
 import json

@@ -40,7 +40,7 @@ class _Again(Exception):
 
 @dataclass(frozen=True)
 class Waits:
-    """How long things take.
+    """Times that things may take.
 
     Args:
         patience: Seconds without any answer, after which the run ends.

@@ -1,4 +1,4 @@
-"""What attempts start from: rows of any file, passages of documents, and rows that were made before."""
+"""Sources that attempts start from: rows of any file, passages of documents, and rows that were made before."""
 
 import hashlib
 import json

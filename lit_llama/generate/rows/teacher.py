@@ -1,4 +1,4 @@
-"""Who answers the prompts of a recipe: a model of a folder, on our engine."""
+"""Teachers, who answer the prompts of a recipe: a model of a folder, on our engine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +54,7 @@ class Reply:
 
 
 class Teacher(Protocol):
-    """Takes prompts in and gives replies in any order."""
+    """Teacher, who takes prompts in and gives replies in any order."""
 
     name: str
     identity: str

@@ -61,7 +61,7 @@ class Asked:
 
     @property
     def sampling(self) -> Sampling:
-        """That of all its prompts."""
+        """Sampling of all its prompts."""
         return self.requests[0].sampling
 
     @property

@@ -21,7 +21,7 @@ PING = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """More of an answer.
+    """Next part of an answer.
 
     Attributes:
         choice: Which one, over all prompts.

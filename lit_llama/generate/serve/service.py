@@ -40,7 +40,7 @@ GONE = 499
 
 @dataclass
 class Service:
-    """What the routes of a server share.
+    """State that the routes of a server share.
 
     Args:
         limits: Of requests.

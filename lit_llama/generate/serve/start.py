@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        """Of requests."""
+        """Limits of requests."""
         return Limits(
             max_body=self.max_body,
             max_length=self.max_length,

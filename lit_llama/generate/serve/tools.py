@@ -32,7 +32,7 @@ _WRITTEN = re.compile(r'\{\s*"probed_key"\s*:\s*"probed value"\s*\}')
 
 @dataclass(frozen=True)
 class CallForm:
-    """How calls are written: opening, name, middle, arguments, and again after between; closing.
+    """Spelling of calls: opening, name, middle, arguments, and again after between; closing.
 
     Attributes:
         between: None where there is one call at most.

@@ -1,4 +1,4 @@
-"""What can be said of made rows: how many each filter kept, how long and how different they are."""
+"""Summary of made rows: how many each filter kept, how long and how different they are."""
 
 import json
 import random

@@ -21,7 +21,7 @@ Event = Mapping[str, Any]
 
 
 class Listener:
-    """Somebody who looks at a conversation, in an event loop.
+    """Viewer of a conversation, in an event loop.
 
     Attributes:
         events: What was not told yet; None ends it.

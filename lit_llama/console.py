@@ -221,7 +221,7 @@ class Results:
 
 @dataclass
 class Talk:
-    """What one call says on its way.
+    """Messages of one call on its way.
 
     Attributes:
         aloud: Whether it goes to stderr as well; None where `verbose` decides.

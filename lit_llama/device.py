@@ -78,7 +78,7 @@ def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """In which numbers a run keeps the weights of its base and computes; adapters are always float32.
+    """Numbers in which a run keeps the weights of its base and computes; adapters are always float32.
 
     In the mixed precisions, matrix products are computed in half of the bits and all else, the residual stream and the
     norms above all, in float32 (Micikevicius et al. 2018, arXiv:1710.03740). A product would round a float32 weight to

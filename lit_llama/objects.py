@@ -22,7 +22,7 @@ _NODES = 200_000
 
 
 class ObjectError(ValueError):
-    """Why a text is no JSON object, or no YAML that is read. The message goes behind the name of the file."""
+    """Reason why a text is no JSON object, or no YAML that is read. The message goes behind the name of the file."""
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:

@@ -1,4 +1,4 @@
-"""One call of the face: what it says is kept, and the process is put back."""
+"""Call of the face: what it says is kept, and the process is put back."""
 
 import warnings
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ _LOG_FROM = 8.0  # greatest / least, from which on a logarithmic scale says more
 
 @dataclass(frozen=True)
 class Line:
-    """What to draw.
+    """Line that is to be drawn.
 
     Args:
         label: Its name in the legend.
@@ -41,7 +41,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the page draws; places in percent from the left and from the top, ticks with their words."""
+    """Drawing of the page; places in percent from the left and from the top, ticks with their words."""
 
     title: str
     lines: list[Drawn]

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def doors(stage: str) -> Mapping[str, Path]:
-    """Scripts of a stage by their names: within the package, or beside it in a clone."""
+    """Return scripts of a stage by their names: within the package, or beside it in a clone."""
     package = Path(__file__).resolve().parent
     folder = next(place for place in (package / "doors" / stage, package.parent / stage) if place.is_dir())
     return {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}

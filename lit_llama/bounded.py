@@ -31,7 +31,7 @@ class Bounded:
             self._started()
 
     def ask(self, request: str) -> str | int:
-        """The line that answers a line of ASCII, or the status with which the process ended over it."""
+        """Ask with a line of ASCII; return the line that answers, or the status with which the process ended."""
         with self._lock:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None

@@ -1,4 +1,4 @@
-"""Turns typed functions into a command: every parameter a flag, and what a user caused is one line on stderr."""
+"""Command line out of typed functions: every parameter a flag, and what a user caused is one line on stderr."""
 
 import contextlib
 import dataclasses

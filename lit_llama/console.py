@@ -35,7 +35,7 @@ _CONTEXT = 16
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """A text whose invisible and control characters are spelled, so that none acts on the terminal.
+    """Return a text whose invisible and control characters are spelled, so that none acts on the terminal.
 
     Args:
         text: What is to be shown.
@@ -45,7 +45,7 @@ def visible(text: str, *, lines: bool = False) -> str:
 
 
 def harmless(text: str) -> str:
-    """A whole text for reading: as `visible`, but joiners stay where they join."""
+    """Return a whole text for reading: as `visible`, but joiners stay where they join."""
     pieces = Pieces()
     return pieces.take(text) + pieces.end()
 
@@ -57,7 +57,7 @@ class Pieces:
         self._before, self._held = "", ""
 
     def take(self, text: str) -> str:
-        """What can be shown now of all that has come."""
+        """Return as much of all that has come as can be shown now."""
         if not self._held and _PLAIN.fullmatch(text):
             self._before = text[-1:] or self._before
             return text
@@ -74,7 +74,7 @@ class Pieces:
         return "".join(parts)
 
     def end(self) -> str:
-        """What was waiting, as nothing comes any more."""
+        """Return the rest, as nothing comes any more."""
         return self._decided(" ") if self._held else ""
 
     def _decided(self, after: str) -> str:
@@ -145,7 +145,7 @@ def _cells(word: str) -> int:
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """A text as it is to be written to a stream."""
+    """Return a text as it is to be written to a stream."""
     if not stream.isatty():
         return text
     try:
@@ -173,7 +173,7 @@ class Guarded:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """See TextIO."""
+        """Write each of the lines."""
         for line in lines:
             self.write(line)
 
@@ -187,14 +187,14 @@ class Guarded:
 
 
 def guarded(stream: TextIO) -> TextIO:
-    """A stream that may be given any text: itself, where it is no terminal."""
+    """Return a stream that may be given any text: itself, where it is no terminal."""
     if isinstance(stream, Guarded) or not stream.isatty():
         return stream
     return cast(TextIO, Guarded(stream))
 
 
 def own(stream: TextIO) -> TextIO:
-    """The stream behind the guard, and behind the one that rich puts there while it draws a bar."""
+    """Return the stream behind the guard, and behind the one that rich puts there while it draws a bar."""
     while (inner := getattr(stream, "own", None) or getattr(stream, "rich_proxied_file", None)) is not None:
         stream = inner
     return stream
@@ -223,7 +223,7 @@ class Results:
 
 @dataclass
 class Talk:
-    """What one call says on its way.
+    """Messages of one call on its way.
 
     Attributes:
         aloud: Whether it goes to stderr as well; None where `verbose` decides.
@@ -239,7 +239,7 @@ _process = {"verbose": False, "command": False}
 
 
 def verbose(on: bool = True) -> bool:
-    """Have everything in this process say on stderr what it does; a library is silent until then.
+    """Make everything in this process say on stderr what it does; a library is silent until then.
 
     Args:
         on: False for silence again.
@@ -287,7 +287,7 @@ def call_as_command() -> None:
 
 
 def as_typed(text: str) -> str:
-    """A text in which scripts of this project are named as the user has called this one."""
+    """Return a text in which scripts and parameters of this project are named as the user has called this one."""
     text = worded(text)
     return _SCRIPT.sub(r"lit-llama \1 \2", text) if _process["command"] else text
 

@@ -30,7 +30,7 @@ TrainingPrecision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-t
 
 
 def pick_device() -> "torch.device":
-    """A GPU if there is one, else the CPU.
+    """Return a GPU if there is one, else the CPU.
 
     Raises:
         ResourceError: The installed torch has no code for this GPU.
@@ -65,7 +65,9 @@ def _check_build() -> None:
 
 
 def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
-    """The dtype of weights and activations. "auto" is bfloat16 where the hardware multiplies it fast, else float32."""
+    """Return the dtype of weights and activations. "auto" is bfloat16 where the hardware multiplies it fast, else
+    float32.
+    """
     import torch
 
     fast = _fast_bf16(device)
@@ -76,7 +78,7 @@ def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """In which numbers a run keeps the weights of its base and computes; adapters are always float32.
+    """Numbers in which a run keeps the weights of its base and computes; adapters are always float32.
 
     In the mixed precisions, matrix products are computed in half of the bits and all else, the residual stream and the
     norms above all, in float32 (Micikevicius et al. 2018, arXiv:1710.03740). A product would round a float32 weight to
@@ -104,22 +106,22 @@ class Numerics:
         return " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in kinds))
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The context of a forward pass."""
+        """Return the context of a forward pass."""
         import torch
 
         return torch.autocast(self.device.type, self.product or torch.bfloat16, enabled=self.product is not None)
 
     def scaler(self) -> "torch.amp.GradScaler":
-        """What scales the loss; it leaves the loss as it is where that is not needed."""
+        """Build the scaler of the loss, which leaves the loss as it is where that is not needed."""
         import torch
 
         return torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
 
 def numerics(precision: TrainingPrecision, device: "torch.device", *, whole: bool = False) -> Numerics:
-    """The numbers of a training run. "auto" is what the device multiplies fast: bf16-true, or bf16-mixed where the
-    weights themselves train; 16-mixed on a GPU that knows no bfloat16, such as a V100; 32-true on a processor that does
-    not.
+    """Return the numbers of a training run. "auto" is what the device multiplies fast: bf16-true, or bf16-mixed where
+    the weights themselves train; 16-mixed on a GPU that knows no bfloat16, such as a V100; 32-true on a processor that
+    does not.
 
     Args:
         precision: By its name.
@@ -141,7 +143,7 @@ def numerics(precision: TrainingPrecision, device: "torch.device", *, whole: boo
 
 
 def gpu_numerics(precision: TrainingPrecision, *, whole: bool = False) -> Numerics:
-    """The numbers of a run on a GPU that is not here, whatever it can do; "auto" is that of one with bfloat16."""
+    """Return the numbers of a run on a GPU that is not here, whatever it can do; "auto" is one with bfloat16."""
     import torch
 
     return _numerics(precision, torch.device("cuda"), whole)
@@ -220,7 +222,7 @@ def return_freed_memory() -> None:
 
 
 def share_freed_memory() -> None:
-    """Have one arena of glibc serve all threads that begin from now on.
+    """Make one arena of glibc serve all threads that begin from now on.
 
     Otherwise each keeps what it has freed for itself: as many times what a long prompt takes as there are threads that
     have ever encoded one.
@@ -267,7 +269,7 @@ def keep_few_products() -> None:
 
 
 def total_memory(device: "torch.device") -> int:
-    """Bytes that this process may hold at once, with those it holds already: what is free, and its own.
+    """Return the bytes that this process may hold at once, with those it holds already: what is free, and its own.
 
     On the CPU a limit of the container counts where it is lower than what the machine has.
     """
@@ -290,7 +292,7 @@ def total_memory(device: "torch.device") -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of an amount such as 16GB, 16GiB or 500M."""
+    """Parse an amount such as 16GB, 16GiB or 500M into bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not found or found[2] not in _UNITS or not float(found[1]):
         raise UserError(f"--plan_memory is {text!r}, expected an amount such as 16GB or 15.5GiB")
@@ -298,7 +300,7 @@ def parse_memory(text: str) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now; 0 where that is not known."""
+    """Return the bytes of this process that are in memory now; 0 where that is not known."""
     try:
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -306,7 +308,7 @@ def resident_memory() -> int:
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Most bytes held so far: allocated on the GPU, or resident in this process on the CPU."""
+    """Return the most bytes held so far: allocated on the GPU, or resident in this process on the CPU."""
     import torch
 
     if device.type == "cuda":
@@ -323,12 +325,12 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(device: "torch.device") -> str:
-    """What a person calls the device."""
+    """Describe the device as a person calls it."""
     if device.type == "cuda":
         import torch
 

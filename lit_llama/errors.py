@@ -1,4 +1,4 @@
-"""What a user can cause, each kind with its own exit status.
+"""Errors that a user can cause, each kind with its own exit status.
 
 A door prints these as one line without a traceback; any other exception is our own defect and keeps its traceback.
 Their messages name parameters as flags; to a caller in Python, who has none, they are worded without.

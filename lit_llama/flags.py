@@ -77,7 +77,7 @@ def expanded(
 
 
 def entries(kind: type) -> dict[str, str]:
-    """What the docstring of a configuration says of each field, in a line."""
+    """Return the description of each field in the docstring of a configuration, in a line."""
     found = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(kind) or "")
     return {name: " ".join(text.split()) for name, text in found}
 
@@ -88,7 +88,9 @@ _WRONG = re.compile(
 
 
 def plain(message: str) -> str:
-    """What a parameter may be, in one line, where the parser lists what each of its types has against a value."""
+    """Return the values that a parameter may have, in one line, where the parser lists what each of its types has
+    against a value.
+    """
     if not (found := _WRONG.search(message)):
         return message
     kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)

@@ -23,17 +23,17 @@ def _table() -> Mapping[str, Sequence[Mapping[str, Any]]]:
 
 
 def entries() -> Sequence[Mapping[str, Any]]:
-    """The flags: doors, the answer, and words by program."""
+    """Return the flags: doors, the answer, and words by program."""
     return _table()["flag"]
 
 
 def programs() -> Mapping[str, str]:
-    """Other programs, with a few words on what is different here."""
+    """Return other programs, with a few words on what is different here."""
     return {program["name"]: program["text"].strip() for program in _table()["program"]}
 
 
 def answer(door: str, word: str) -> str | None:
-    """What to say at a door, such as finetune/lora.py, in place of a flag or key of another program.
+    """Answer for a flag or key of another program at a door, such as finetune/lora.py.
 
     A group before the word, such as `train.`, need not be that of the other program.
     """
@@ -47,17 +47,17 @@ def answer(door: str, word: str) -> str | None:
 
 
 def words(entry: Mapping[str, Any]) -> Iterator[str]:
-    """All words of an entry."""
+    """Yield all words of an entry."""
     return (word for name, known in entry.items() if name not in ("doors", "here") for word in known)
 
 
 def plain(word: str) -> str:
-    """A flag without its dashes, as people write one in several ways."""
+    """Return a flag without its dashes, as people write one in several ways."""
     return word.lstrip("-").replace("-", "_").lower()
 
 
 def explain(door: str, unknown: Sequence[str], known: Collection[str], where: str = "") -> str:
-    """A message about flags or keys that a door does not have.
+    """Explain flags or keys that a door does not have.
 
     Args:
         door: Such as finetune/lora.py.
@@ -82,7 +82,9 @@ def _explained(door: str, word: str, known: Collection[str], where: str) -> str:
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
-    """The parameter whose own name is most like a misspelled one's; of several, the one of the group that was typed."""
+    """Return the parameter whose own name is most like a misspelled one's; of several, the one of the group that was
+    typed.
+    """
     known = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]  # no group
     names = {_last(name) for name in known}
     close = difflib.get_close_matches(_last(word), sorted(names), n=1, cutoff=_ALIKE)
@@ -100,7 +102,7 @@ def _group(name: str) -> str:
 
 
 def page() -> str:
-    """docs/coming-from.md."""
+    """Render docs/coming-from.md."""
     parts = [_INTRODUCTION]
     for program, text in programs().items():
         parts.append(f"## Coming from {program}\n\n{text}\n")

@@ -51,7 +51,7 @@ _REMEDIES = {
 
 
 def amount(size: int) -> str:
-    """Bytes for people, such as "812 bytes" and "1.25 GB"."""
+    """Format bytes for people, such as "812 bytes" and "1.25 GB"."""
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
@@ -59,18 +59,18 @@ def amount(size: int) -> str:
 
 
 def amounts(*sizes: int) -> tuple[str, ...]:
-    """Sizes that are compared: in bytes where different ones would look the same."""
+    """Format sizes that are compared: in bytes where different ones would look the same."""
     found = tuple(map(amount, sizes))
     return found if len(set(found)) == len(set(sizes)) else tuple(f"{size:,} bytes" for size in sizes)
 
 
 def remedy(door: str) -> str:
-    """What to lower at a door, such as finetune/lora.py."""
+    """Advise what to lower at a door, such as finetune/lora.py."""
     return _REMEDIES.get(door, "close other programs, or take a machine with more memory")
 
 
 def check_addresses() -> None:
-    """See that the libraries of torch fit into the addresses that a process may have here (`ulimit -v`).
+    """Check that the libraries of torch fit into the addresses that a process may have here (`ulimit -v`).
 
     Where they do not, C++ ends the process in the middle of an import, and no error tells why.
 
@@ -93,7 +93,7 @@ def check_addresses() -> None:
 
 
 def check_room(needed: int) -> None:
-    """See that there are addresses for what a library takes that ends the process where it gets none, as Rust does.
+    """Check that there are addresses for what a library takes that ends the process where it gets none, as Rust does.
 
     Args:
         needed: Bytes, beside those for a thread on each core.
@@ -115,7 +115,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 def wanted(error: BaseException) -> str:
-    """How much was asked for when memory ran out, behind a comma, where an error says it."""
+    """Return how much was asked for when memory ran out, behind a comma, where an error says it."""
     for cause in filter(_says_so, _causes(error)):
         if found := re.search(r"allocate ([\d.,]+ ?[KMGT]?i?B(?:ytes)?)\b", str(cause), re.IGNORECASE):
             return f", asking for {found[1]} more"

@@ -22,11 +22,11 @@ _NODES = 200_000
 
 
 class ObjectError(ValueError):
-    """Why a text is no JSON object, or no YAML that is read. The message goes behind the name of the file."""
+    """Reason why a text is no JSON object, or no YAML that is read. The message goes behind the name of the file."""
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
         ObjectError: It is no regular file, larger than any of its kind, or not UTF-8.
@@ -45,7 +45,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 
 
 def read_object(path: Path, failure: type[UserError], hint: str = "") -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Read the JSON object that a file holds.
 
     Args:
         path: The file.
@@ -62,7 +62,7 @@ def read_object(path: Path, failure: type[UserError], hint: str = "") -> dict[st
 
 
 def as_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that a text holds.
+    """Parse the JSON object that a text holds.
 
     Raises:
         ObjectError: It holds none, or one that is nested too deep.
@@ -74,7 +74,7 @@ def as_object(text: str | bytes) -> dict[str, Any]:
 
 
 def as_json(text: str | bytes) -> Any:
-    """The JSON value that a text holds.
+    """Parse the JSON value that a text holds.
 
     Raises:
         ObjectError: It holds none, or one that is nested too deep.
@@ -151,7 +151,7 @@ def _short(value: Any) -> str:
 
 
 def read_yaml(path: Path, failure: type[UserError]) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Read the mapping that a YAML file holds.
 
     Args:
         path: The file.
@@ -170,7 +170,7 @@ def read_yaml(path: Path, failure: type[UserError]) -> dict[str, Any]:
 
 
 def load_yaml(text: str, loader: Any = None) -> Any:
-    """The value that a YAML text holds.
+    """Parse the value that a YAML text holds.
 
     Args:
         text: The text.

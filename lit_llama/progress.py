@@ -40,7 +40,7 @@ class Screen(Console):
         super().__init__(file=behind, stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """See Console: each of its texts is made harmless, and has no link."""
+        """Render as Console does; each of its texts is made harmless, and has no link."""
         for text, style, control in super().render(renderable, options):
             if control or not self.is_terminal:
                 yield Segment(text, style, control)
@@ -56,7 +56,9 @@ class Screen(Console):
         overflow: OverflowMethod | None = None,
         **options: Any,
     ) -> Text:
-        """See Console: rich takes some control characters away, which are to be seen, and does not measure others."""
+        """Render as Console does: rich takes some control characters away, which are to be seen, and does not measure
+        others.
+        """
         text = harmless(text) if self.is_terminal else text
         return super().render_str(text, style=style, justify=justify, overflow=overflow, **options)
 
@@ -88,17 +90,17 @@ class _Literal(Screen):
 
 
 def stderr() -> Console:
-    """The console for talk; results go to stdout."""
+    """Return the console for talk; results go to stdout."""
     return _Literal(stderr=True)
 
 
 def stdout(width: int | None = None) -> Console:
-    """The console for tables, which are results; `width` in characters, None for the terminal's."""
+    """Return the console for tables, which are results; `width` in characters, None for the terminal's."""
     return _Literal(stderr=False, width=width)
 
 
 def bar(console: Console, *columns: ProgressColumn, transient: bool = True) -> Progress:
-    """Progress on a terminal, nothing elsewhere: a description that is no markup, then these columns."""
+    """Build a progress bar on a terminal, nothing elsewhere: a description that is no markup, then these columns."""
     return _Bar(
         TextColumn("{task.description}", markup=False),
         *columns,

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def names_of(kind: type) -> list[str]:
-    """Fields of a configuration."""
+    """Return the names of the fields of a configuration."""
     return [entry.name for entry in fields(kind)]
 
 
@@ -33,7 +33,7 @@ def check_names(given: Collection[str], known: Collection[str], what: str) -> No
 
 
 def settled(kind: type[T], settings: Mapping[str, Any]) -> T:
-    """A configuration of settings by name, each checked as a flag is.
+    """Build a configuration of settings by name, each checked as a flag is.
 
     Args:
         kind: A dataclass such as RunConfig.
@@ -59,7 +59,7 @@ def settled(kind: type[T], settings: Mapping[str, Any]) -> T:
 
 
 def written(value: Any) -> Any:
-    """A value as a file of settings would hold it."""
+    """Return a value as a file of settings would hold it."""
     if isinstance(value, PathLike):
         return fspath(value)
     if is_dataclass(value) and not isinstance(value, type):

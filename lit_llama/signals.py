@@ -13,7 +13,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def begin(name: str) -> None:
-    """Have signals end a script at once, with no words; it is its first statement, before what takes long to import.
+    """Let signals end a script at once, with no words; it is its first statement, before what takes long to import.
 
     Args:
         name: `__name__` of the script; nothing is installed where somebody imports it.
@@ -23,12 +23,12 @@ def begin(name: str) -> None:
 
 
 def unwind() -> None:
-    """Have signals unwind the command, which clears away what is half made; their default action would not."""
+    """Let signals unwind the command, which clears away what is half made; their default action would not."""
     _install(_unwind)
 
 
 def leave() -> None:
-    """Have signals end the process at once again: all is done, though threads may still be ending."""
+    """Let signals end the process at once again: all is done, though threads may still be ending."""
     _install(_leave)
 
 

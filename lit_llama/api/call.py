@@ -1,4 +1,4 @@
-"""One call of the face: what it says is kept, and the process is put back."""
+"""Call of the face: what it says is kept, and the process is put back."""
 
 import warnings
 from collections.abc import Iterator
@@ -22,5 +22,5 @@ def called(verbose: bool | None) -> Iterator[Talk]:
 
 
 def path_of(place: Place | None) -> Path | None:
-    """A place as a path."""
+    """Return a place as a path."""
     return None if place is None else Path(place)

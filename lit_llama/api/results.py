@@ -1,4 +1,4 @@
-"""What the functions of the package give back: folders that other functions take, with what is to be known of them."""
+"""Results of the package's functions: folders that other functions take, with what is to be known of them."""
 
 import json
 import os
@@ -88,7 +88,7 @@ class Evaluated(Result):
 
     @property
     def results(self) -> dict[str, Any]:
-        """All that stands in results.json: also intervals, and differences between models."""
+        """Contents of results.json: also intervals, and differences between models."""
         return self.evaluation.results
 
     @property

@@ -33,7 +33,7 @@ def is_fp8(folder: Path) -> bool:
 
 
 def open_fp8(folder: Path, files: Mapping[str, Path | bytes]) -> Source:
-    """The model in such a folder.
+    """Open the model in such a folder.
 
     Args:
         folder: The folder.

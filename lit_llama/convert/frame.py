@@ -1,4 +1,4 @@
-"""All of a checkpoint folder but the values of its weights, into which another model of the same shape is written."""
+"""Checkpoint folder without the values of its weights, into which another model of the same shape is written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _NAMES = {str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What of a checkpoint folder stays when its weights change; held, as hours later the folder may be gone.
+    """Parts of a checkpoint folder that stay when its weights change; held, as hours later the folder may be gone.
 
     Attributes:
         config: Contents of config.json.
@@ -87,19 +87,19 @@ def _cast(name: str, value: Tensor, spec: Spec) -> Tensor:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """config.json of the same model in another dtype; None leaves it as it is."""
+    """Return the config.json of the same model in another dtype; None leaves it as it is."""
     if dtype is None:
         return dict(config)
     return {**config, "torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in config else {})
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """What belongs to a model beside config.json and weights, by name."""
+    """Read the files that belong to a model beside config.json and weights, by name."""
     return {name: path.read_bytes() for name, path in companions(folder).items()}
 
 
 def companions_of_adapter(adapter_dir: Path, base: Path) -> dict[str, bytes]:
-    """What belongs to base + adapter: of the base, but for the tokenizer where the adapter has its own.
+    """Read the files that belong to base + adapter: of the base, but for the tokenizer where the adapter has its own.
 
     No file of the base's tokenizer stays beside the adapter's: added tokens of one would be read into the other.
     """

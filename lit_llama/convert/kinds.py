@@ -1,4 +1,4 @@
-"""Which program a torch file comes from, told by the names of its tensors, and the way out."""
+"""Programs that torch files come from, told by the names of their tensors, and the way out."""
 
 import re
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 
 
 def foreign_kind(path: Path, names: Iterable[str]) -> str | None:
-    """What a torch file that is of no layout converted here holds, as a sentence about `path`; None if unknown."""
+    """Describe what a torch file of no layout converted here holds, as a sentence about `path`; None if unknown."""
     known = list(names)
     for pattern, what in _KINDS:
         if any(re.search(pattern, name) for name in known):

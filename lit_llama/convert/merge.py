@@ -1,4 +1,4 @@
-"""Adapter + its base -> a plain checkpoint, proven to say the same."""
+"""Adapter and its base -> a plain checkpoint, proven to say the same."""
 
 import math
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the merged model is from base + adapter, in logits over all positions of the probes."""
+    """Distance of the merged model from base + adapter, in logits over all positions of the probes."""
 
     max_difference: float
     mean_difference: float

@@ -20,7 +20,7 @@ _STORED = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.ite
 
 
 class Merged:
-    """What a checkpoint holds once an adapter is part of it.
+    """Tensors of a checkpoint once an adapter is part of it.
 
     Attributes:
         specs: Dtype and shape of every tensor, in the order of the base.
@@ -59,7 +59,7 @@ class Merged:
         self.config = replace(shape, tie_word_embeddings=shape.tie_word_embeddings and not self.unties)
 
     def spec(self, name: str) -> Spec:
-        """Dtype and shape of a tensor."""
+        """Return the dtype and shape of a tensor."""
         return self.specs[name]
 
     def __iter__(self) -> Iterator[str]:

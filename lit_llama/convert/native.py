@@ -35,13 +35,13 @@ def has_bin(folder: Path) -> bool:
 
 
 def companions(folder: Path) -> dict[str, Path]:
-    """What belongs to a model beside config.json and weights: tokenizer, chat template, settings, licences."""
+    """Find the files of a model beside config.json and weights: tokenizer, chat template, settings, licences."""
     paths = (path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES and path.is_file())
     return {path.name: path for path in paths if path.name not in _OURS}
 
 
 def open_folder(folder: Path) -> Source:
-    """The model in a folder of Hugging Face's; safetensors are preferred where there are both.
+    """Open the model in a folder of Hugging Face's; safetensors are preferred where there are both.
 
     Raises:
         CheckpointError: Files are missing or unreadable, or the model is not implemented.

@@ -18,7 +18,7 @@ RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def resize(source: Source, rows: int) -> Source:
-    """The same model with an embedding and a head of `rows` rows.
+    """Return a model with an embedding and a head of `rows` rows and all else as it was.
 
     Old rows keep every bit. A new one is the mean of the rows that have been trained, which are those of the tokenizer,
     taken in float32 and rounded once: it says nothing of its own, and its logit is that of an average token.

@@ -10,23 +10,23 @@ from lit_llama.model.config import LLaMAConfig
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from neighbouring pairs to the two halves of a head: (H D, in) -> same."""
+    """Reorder rows of q or k from neighbouring pairs to the two halves of a head: (H D, in) -> same."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
-    """The inverse: rows of q or k from the two halves of a head to neighbouring pairs: (H D, in) -> same."""
+    """Reorder rows of q or k from the two halves of a head to neighbouring pairs: (H D, in) -> same."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def in_halves(name: str, weight: Tensor, config: LLaMAConfig) -> Tensor:
-    """The tensor that Hugging Face calls `name`, from a layout of pairs: rows move if it is of q or k."""
+    """Return the tensor that Hugging Face calls `name`, from a layout of pairs: rows move if it is of q or k."""
     heads = _heads(name, config)
     return halves_from_pairs(weight, heads) if heads else weight
 
 
 def in_pairs(name: str, weight: Tensor, config: LLaMAConfig) -> Tensor:
-    """The inverse of `in_halves`."""
+    """Invert `in_halves`."""
     heads = _heads(name, config)
     return pairs_from_halves(weight, heads) if heads else weight
 

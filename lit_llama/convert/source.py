@@ -1,4 +1,4 @@
-"""What every weight layout is brought to on its way into another: tensors in Hugging Face's names, read one by one.
+"""Source of weights in any layout on their way into another: tensors in Hugging Face's names, read one by one.
 
 A layout's file in this package opens it as a Source, and writes a Source as itself if it can.
 """
@@ -40,7 +40,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Names:
-    """How a layout calls the tensors of a model.
+    """Names of a layout for the tensors of a model.
 
     Args:
         outer: Its names of `model.embed_tokens.weight`, `model.norm.weight` and `lm_head.weight`.
@@ -53,7 +53,7 @@ class Names:
     inner: Mapping[str, str]
 
     def __call__(self, native: str) -> str | None:
-        """The layout's name of a tensor that Hugging Face calls `native`; None if the layout has none."""
+        """Return the layout's name of a tensor that Hugging Face calls `native`; None if the layout has none."""
         if native in self.outer:
             return self.outer[native]
         _, _, layer, rest = native.split(".", 3)  # model.layers.N.rest
@@ -106,7 +106,7 @@ class Source:
         return str(DTYPES[max(counts, key=lambda name: counts[name])]).removeprefix("torch.")
 
     def checked(self) -> "Source":
-        """The same model, of which no tensor is read whose values are not finite, see `check_finite`."""
+        """Return a twin of the model of which no tensor is read whose values are not finite, see `check_finite`."""
 
         def read(name: str) -> Tensor:
             value = self.read(name)
@@ -116,7 +116,7 @@ class Source:
         return replace(self, read=read)
 
     def cast(self, dtype: str | None) -> "Source":
-        """The same model with every tensor rounded to `dtype`, such as "float16"; None keeps what is stored.
+        """Return a twin with every tensor rounded to `dtype`, such as "float16"; None keeps what is stored.
 
         Reading a value that `dtype` cannot hold raises CheckpointError.
         """
@@ -138,14 +138,14 @@ class Source:
 
 
 def settings(config: LLaMAConfig) -> dict[str, Any]:
-    """What a Source holds of a configuration."""
+    """Return the part of a configuration that a Source holds."""
     raw = config.to_dict("")
     del raw["torch_dtype"]  # follows from the tensors
     return raw
 
 
 def expected_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a model by name, in the order to write; a tied head is not among them."""
+    """Return the shape of each tensor of a model by name, in the order to write; a tied head is not among them."""
     from lit_llama.model.llama import LLaMA
 
     with torch.device("meta"):
@@ -216,7 +216,7 @@ def write_files(source: Source, folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder; None, and aloud, if it has one that cannot be read."""
+    """Read the tokenizer in a folder; None, and aloud, if it has one that cannot be read."""
     if not any((folder / name).is_file() for name in (*TOKENIZER_FILES, MERGES_FILES[0])):
         return None
     try:

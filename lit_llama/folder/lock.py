@@ -115,7 +115,7 @@ def reserve(destination: Path, *, required: bool = True, nested: bool = True) ->
 
 
 def reserving(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a function hold the locks of its parameter `destination` from its beginning to its end."""
+    """Make a function hold the locks of its parameter `destination` from its beginning to its end."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -44,7 +44,7 @@ _checked: dict[str, tuple[_Status, str]] = {}
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the SHA-256 of a file as a hex digest."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -64,7 +64,7 @@ def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """Paths of files in the folder and their sha256.
+    """Read the paths of files in the folder and their sha256.
 
     Raises:
         IntegrityError: The folder has no manifest, or one that is none.
@@ -144,7 +144,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def hashes(expected: Mapping[Path, str | None], *, whole: bool = False) -> dict[Path, str]:
-    """The sha256 of files of a folder; of a large one that nothing has changed since, as it was then.
+    """Return the sha256 of files of a folder; of a large one that nothing has changed since, as it was then.
 
     Args:
         expected: The files, and what their hash should be: a record that says otherwise is not relied on.

@@ -60,7 +60,7 @@ def _is_text(name: str) -> bool:
 
 
 def check_output(path: Path) -> None:
-    """See that a file can be written at `path`, before the work whose result it is to hold; makes its folder.
+    """Check that a file can be written at `path`, before the work whose result it is to hold; makes its folder.
 
     Raises:
         UserError: It is a folder, a link to nothing, or in a folder that cannot be written.
@@ -75,12 +75,12 @@ def check_output(path: Path) -> None:
 
 
 def refuse_foreign(path: Path, what: str) -> UserError:
-    """The error for something at a name of our own that we did not put there."""
+    """Return the error for something at a name of our own that we did not put there."""
     return UserError(f"{path} is {what}, and the name is one that this program uses: move it away; nothing was touched")
 
 
 def what_is(path: Path) -> str:
-    """A word for what lies at a path, its links not followed."""
+    """Return a word for what lies at a path, its links not followed."""
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
         return f"a link to {os.readlink(path)}"
@@ -118,7 +118,7 @@ def remove_own(path: Path) -> None:
 
 
 def unused(path: Path) -> Path:
-    """A name beside `path` that nobody can have foreseen, for what is on its way there."""
+    """Return a name beside `path` that nobody can have foreseen, for what is on its way there."""
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
@@ -284,7 +284,7 @@ def _reason(error: BaseException) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the bytes of a file, or of all files below a folder."""
     with contextlib.suppress(OSError):
         files = [path, *path.rglob("*")] if path.is_dir() else [path]
         return sum(file.lstat().st_size for file in files if file.is_file())

@@ -212,7 +212,7 @@ def _line(value: Any) -> str:
 
 @contextlib.contextmanager
 def resume(destination: Path, plan: str) -> Iterator[Staging]:
-    """Like `publish` for a folder that is not there yet, but an interrupted command goes on where it stopped.
+    """Publish as `publish` does a folder that is not there yet, but let an interrupted command go on where it stopped.
 
     Args:
         destination: The folder to make.
@@ -265,12 +265,14 @@ def _sync_tree(folder: Path) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """UTF-8, indented, keys in the order given. A byte of a file name that is none stands there as an escape."""
+    """Encode as JSON in UTF-8, indented, keys in the order given. A byte of a file name that is none stands there as an
+    escape.
+    """
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """What `encode_json` gives, into a file."""
+    """Write a value into a file as `encode_json` gives it."""
     path.write_bytes(encode_json(value))
 
 
@@ -286,7 +288,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """One object a line, moved into place when all are written; a link is followed, a pipe or device written to.
+    """Write one object a line, moved into place when all are written; a link is followed, a pipe or device written to.
 
     Raises:
         UserError: See `check_output`.

@@ -53,7 +53,7 @@ def continue_text(
 
 
 def raw_ids(llm: LLM, text: str, control_tokens: bool) -> list[int]:
-    """Ids of a text that no style was put around."""
+    """Return the ids of a text that no style was put around."""
     tokenizer = llm.tokenizer
     if not control_tokens and (spelled := [token for token in tokenizer.control if token in text]):
         stderr().print(f"{', '.join(spelled)} in the prompt: words as any others, without --control_tokens")
@@ -110,7 +110,7 @@ def _print_answers(llm: LLM, prompt: Fitted, sampling: Sampling, overflow: Overf
 
 
 def ended(reason: FinishReason | None, sampling: Sampling) -> str:
-    """The end of a report on an answer that did not stop by itself."""
+    """Return the end of a report on an answer that did not stop by itself."""
     return f"; cut off at --max_new_tokens {sampling.max_new_tokens}" if reason == "length" else ""
 
 
@@ -120,7 +120,7 @@ def _slid(dropped: int) -> str:
 
 
 def question_ids(llm: LLM, question: Conversation, system: str = "") -> list[int]:
-    """Ids of the prompt of a question, in the style the model was trained with.
+    """Return the ids of the prompt of a question, in the style the model was trained with.
 
     Args:
         llm: Who is asked.

@@ -44,7 +44,7 @@ class AnswerText:
 
     @property
     def stop_ids(self) -> Collection[int]:
-        """Those given, and the control tokens that stop texts spell."""
+        """Ids given as stops, and the control tokens that stop texts spell."""
         return self._stop_ids
 
     @property
@@ -57,7 +57,7 @@ class AnswerText:
         return self.ended and step.finish_reason is None
 
     def take(self, step: Step) -> str:
-        """The text that became certain with a step of the engine; what comes after the end is left out."""
+        """Return the text that became certain with a step of the engine; what comes after the end is left out."""
         text = ""
         if self.ended:
             return text
@@ -68,7 +68,7 @@ class AnswerText:
         return text + self.abort() if step.finish_reason == "abort" and not self.ended else text
 
     def push(self, token: int) -> str:
-        """The text that became certain with a token; all that is left where it ends the answer."""
+        """Return the text that became certain with a token; all that is left where it ends the answer."""
         self.tokens += 1
         stopped, last = token in self._stop_ids, self.tokens >= self._limit
         text = "" if stopped else self._shown(self._streamer.push([token]))

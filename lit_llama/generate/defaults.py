@@ -40,7 +40,7 @@ _NEUTRAL: Mapping[str, Any] = {
 
 
 def folder_sampling(*folders: Path) -> FolderSampling:
-    """What the first of these folders that holds a generation_config.json says of sampling.
+    """Read the sampling in the generation_config.json of the first of these folders that holds one.
 
     As in transformers, `do_sample: false` is greedy whatever stands beside it. Where it is left out, a temperature,
     top_k, top_p or min_p is meant to be used, as vLLM has it. Lengths are the business of who asks.

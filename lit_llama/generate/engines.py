@@ -15,12 +15,12 @@ ADAPTER = "adapter"
 def torch_engine(
     model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int, kv_cache: KVCacheType = "auto"
 ) -> Engine:
-    """An engine on a model as it is, of whose logits the first `tokens` count."""
+    """Build an engine on a model as it is, of whose logits the first `tokens` count."""
     return Engine(TorchRunner(model, cache_bytes, kv_cache), tokens=tokens, config=_limits(max_sequences))
 
 
 def packed_engine(model: LLaMA, tokens: int, plan: GenerationPlan) -> Engine:
-    """An engine on the packed weights of a model, which loses them; its adapter is added to all requests."""
+    """Build an engine on the packed weights of a model, which loses them; its adapter is added to all requests."""
     factors = factors_of(model)
     weights = PackedLLaMA(model, plan.dtype, plan.weights_kind, consume=True)
     cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences, plan.kv_cache)
@@ -33,7 +33,7 @@ def packed_engine(model: LLaMA, tokens: int, plan: GenerationPlan) -> Engine:
 
 
 def speculate(engine: Engine, draft: Engine, tokens: int, max_sequences: int) -> None:
-    """Have the model of one engine guess the `tokens` of another's tokenizer."""
+    """Let the model of one engine guess the `tokens` of another's tokenizer."""
     runner = draft.runner
     guesser = DraftModel(
         runner,

@@ -30,7 +30,7 @@ _SAMPLES = "num_samples"
 
 @dataclass(frozen=True)
 class FolderSampling:
-    """How a model's publisher says that it is sampled.
+    """Sampling that a model's publisher recommends.
 
     Attributes:
         source: The file that says it.
@@ -45,7 +45,7 @@ class FolderSampling:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the flags of a door say of sampling.
+    """Sampling that the flags of a door ask for.
 
     Args:
         given: Fields of `Sampling` that were set by a flag.
@@ -62,11 +62,11 @@ class Asked:
         replace(self.default, **self.given)
 
     def alone(self) -> Sampling:
-        """The sampling of flags first, then of the door, whatever a folder says: several models are asked alike."""
+        """Return the sampling of flags, then of the door, whatever a folder says: several models are asked alike."""
         return replace(self.default, **self.given)
 
     def over(self, folder: FolderSampling) -> Sampling:
-        """The sampling of flags first, then of the folder, then of the door; what the folder decides is said.
+        """Return the sampling of flags first, then of the folder, then of the door; what the folder decides is said.
 
         Raises:
             UserError: Several answers are wanted that would all be the same.

@@ -78,7 +78,7 @@ class LLM(TextModel):
     remarks: tuple[str, ...] = ()
 
     def request(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Request:
-        """A request of the engine for a prompt, which ends at what ends a text here.
+        """Build the request of the engine for a prompt, which ends at what ends a text here.
 
         Args:
             prompt: Ids.
@@ -117,7 +117,7 @@ class LLM(TextModel):
         return TokenTable(named, silent, self.stop_ids, partial(tokenizer.encode, place=Place.MORE))
 
     def constraint(self, **form: Any) -> Constraint:
-        """The form that an answer has to have, for `request`; see `Constraint.of`.
+        """Return the form that an answer has to have, for `request`; see `Constraint.of`.
 
         Args:
             form: One of json_schema, regex, choice and grammar.
@@ -156,19 +156,19 @@ class LLM(TextModel):
         return Stream(self.engine.stream(request), self.text_behind(prompt, sampling, opening))
 
     def answer(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Stream:
-        """As `stream`, for a prompt in the folder's style: the text is the answer without its opening."""
+        """Stream the answer to a prompt in the folder's style, without its opening; as `stream` in all else."""
         return self.stream(prompt, sampling, opening=self.opening, **more)
 
     def text(self, sampling: Sampling, opening: str = "", place: Place = Place.MORE) -> AnswerText:
-        """What turns the ids of an answer into text."""
+        """Build the text that the ids of an answer turn into."""
         return AnswerText(self.tokenizer, sampling, self.stop_ids | frozenset(sampling.stop_ids), opening, place)
 
     def text_behind(self, prompt: Sequence[int], sampling: Sampling, opening: str = "") -> AnswerText:
-        """As `text`, of an answer that stands behind a prompt."""
+        """Build the text of an answer that stands behind a prompt, as `text` does."""
         return self.text(sampling, opening, place_behind(self.tokenizer, prompt))
 
     def require_style(self) -> PromptStyle:
-        """The prompt style of the folder.
+        """Return the prompt style of the folder.
 
         Raises:
             CheckpointError: It has none, so nobody knows how to ask.
@@ -178,7 +178,7 @@ class LLM(TextModel):
 
 @dataclass(frozen=True)
 class Opened:
-    """All of a folder but its weights: what can be checked before they are loaded.
+    """Folder without its weights: everything that can be checked before they are loaded.
 
     Attributes:
         folder: What was named.
@@ -219,7 +219,7 @@ class Opened:
         prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
 
     def plan(self) -> GenerationPlan:
-        """The memory that answers take, known before a weight is read.
+        """Return the memory that answers take, known before a weight is read.
 
         Raises:
             UserError: `Loading.plan_memory` is no amount.
@@ -263,7 +263,9 @@ class Opened:
         return replace(llm, defaults=self.sampling, remarks=tuple(remarks))
 
     def on(self, llm: LLM, adapter: str | None) -> LLM:
-        """An LLM of the same engine that is asked and ends as this folder says, with an adapter that the engine has."""
+        """Build an LLM of the same engine that is asked and ends as this folder says, with an adapter that the engine
+        has.
+        """
         own: dict[str, Any] = {"defaults": self.sampling, "remarks": self.remarks}
         return replace(llm, adapter=adapter, **own, **_texts(self.tokenizer, self.style, self.ends))
 
@@ -359,7 +361,7 @@ def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
 
 
 def carried(tokenizer: Tokenizer) -> list[str]:
-    """Names of the built-in prompt styles whose tokens a tokenizer has."""
+    """Return the names of the built-in prompt styles whose tokens a tokenizer has."""
     return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
 
 
@@ -406,7 +408,7 @@ def _texts(tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int]
 
 
 def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:
-    """Speed and peak memory, on stderr.
+    """Report speed and peak memory on stderr.
 
     Args:
         tokens: That were made.

@@ -1,4 +1,4 @@
-"""How folders are loaded to generate. Doors name it, so that nothing here imports torch before it is used."""
+"""Loading of folders to generate. Doors name it, so that nothing here imports torch before it is used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from lit_llama.text.dataset.config import StyleName
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a checkpoint folder, or an adapter folder with its base, is loaded to generate.
+    """Settings by which a checkpoint folder, or an adapter folder with its base, is loaded to generate.
 
     Args:
         base_dir: The base model of an adapter, where it is not found where the adapter says.

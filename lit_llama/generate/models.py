@@ -89,7 +89,7 @@ def check_merging(loading: Loading, adapters: Mapping[str, Path]) -> None:
 
 
 class Updates(NamedTuple):
-    """What an engine adds to a base in use to have it answer as an adapter.
+    """Updates that an engine adds to a base in use to have it answer as an adapter.
 
     Attributes:
         factors: By the names of the layers.
@@ -101,7 +101,9 @@ class Updates(NamedTuple):
 
 
 def updates_of(adapter: Opened) -> Updates | None:
-    """Those of an adapter folder; None if it has more than updates of low rank on linear layers of the decoder."""
+    """Read the updates of an adapter folder; None if it has more than updates of low rank on linear layers of the
+    decoder.
+    """
     with torch.device("meta"):
         model = LLaMA(LLaMAConfig.from_folder(adapter.base))
     placed = load_adapter(model, adapter.folder, Weights(adapter.base))

@@ -33,13 +33,15 @@ class Fitted:
 
 
 def room(llm: LLM, sampling: Sampling) -> int:
-    """Tokens of a prompt that leave an answer its room; half of what the model reads where the answer has no limit."""
+    """Return the tokens of a prompt that leave an answer its room; half of what the model reads where the answer has no
+    limit.
+    """
     context = llm.config.context_length
     return max(context - sampling.max_new_tokens, context // 2)
 
 
 def fitted_text(llm: LLM, ids: Sequence[int], limit: int, overflow: Overflow) -> Fitted:
-    """Ids of a plain text, with `drop_oldest` without those at its beginning for which there is no room.
+    """Return the ids of a plain text, with `drop_oldest` without those at its beginning for which there is no room.
 
     Args:
         llm: Who continues it.
@@ -61,7 +63,7 @@ def fitted_messages(
     tools: Sequence[Mapping[str, Any]] = (),
     more: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """A conversation, with `drop_oldest` without the oldest turns for which there is no room.
+    """Return a conversation, with `drop_oldest` without the oldest turns for which there is no room.
 
     A turn is a message of the user with all that answers it. The system message and the last turn stay.
 

@@ -81,13 +81,13 @@ class GenerationPlan:
 
     @property
     def weights_kind(self) -> Weights:
-        """How the matrices of packed weights are held."""
+        """Form in which the matrices of packed weights are held."""
         assert self.held in ("stored", "int8", "int4"), self.held
         return self.held
 
     @property
     def quantization(self) -> Quantization | None:
-        """How linear layers are quantised as they are loaded, and not as they are packed."""
+        """Quantisation of linear layers as they are loaded, and not as they are packed."""
         return None if self.packed or self.held == "stored" or self.held == "int4" else self.held
 
     @cached_property
@@ -145,7 +145,7 @@ class GenerationPlan:
 
 
 def step_bytes(config: LLaMAConfig, sequences: int) -> int:
-    """Bytes of the activations of a step, and of the logits of so many sequences."""
+    """Return the bytes of the activations of a step, and of the logits of so many sequences."""
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     activations = STEP_TOKENS * (4 * config.hidden_size + heads + 2 * config.intermediate_size) * 4
     return activations + 3 * sequences * config.vocab_size * 4
@@ -162,7 +162,7 @@ def _wanted_cache(config: LLaMAConfig, dtype: torch.dtype, max_sequences: int, k
 def cache_limit(
     config: LLaMAConfig, dtype: torch.dtype, device: torch.device, max_sequences: int, kv_cache: KVCacheType = "auto"
 ) -> int:
-    """Most memory of a cache beside weights that are there already, see `GenerationPlan.cache`."""
+    """Return the most memory of a cache beside weights that are there already, see `GenerationPlan.cache`."""
     free = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
     return min(_wanted_cache(config, dtype, max_sequences, kv_cache), free // 2)
 
@@ -177,7 +177,7 @@ def plan_generation(
     kv_cache: KVCacheType = "auto",
     memory: str | None = None,
 ) -> GenerationPlan:
-    """The plan for a model on this machine, or on one like it with another memory.
+    """Plan a model on this machine, or on one like it with another memory.
 
     Args:
         config: Shape of the model.
@@ -219,7 +219,7 @@ def plan_generation(
 
 
 def lighter(plan: GenerationPlan) -> Iterator[GenerationPlan]:
-    """Ways to hold the model with which it fits as a whole, the most exact first."""
+    """Yield ways to hold the model with which it fits as a whole, the most exact first."""
     kinds: tuple[Held, ...] = ("int8", "int4") if plan.packs else ("int8", "nf4")
     for held in kinds:
         other = replace(plan, held=held, offloaded=0)
@@ -228,27 +228,27 @@ def lighter(plan: GenerationPlan) -> Iterator[GenerationPlan]:
 
 
 def remedy(plan: GenerationPlan) -> str:
-    """What to do where a model does not fit, or only with layers elsewhere."""
+    """Advise where a model does not fit, or only with layers elsewhere."""
     ways = [f"--quantize {other.held} ({amount(other.least)})" for other in lighter(plan)]
     return f"it fits with {', or '.join(ways)}" if ways else "take a smaller model, or a machine with more memory"
 
 
 def numbers(plan: GenerationPlan) -> str:
-    """The kinds of numbers of weights and activations."""
+    """Return the kinds of numbers of weights and activations."""
     dtype = str(plan.dtype).removeprefix("torch.")
     kinds = dtype if plan.held == "stored" else f"{plan.held} and {dtype}"
     return kinds if plan.kv_cache == "auto" else f"{kinds}, keys and values in {plan.kv_cache}"
 
 
 def shortfall(plan: GenerationPlan) -> str:
-    """The numbers that decide, against each other."""
+    """Return the numbers that decide, against each other."""
     whole = replace(plan, offloaded=0)
     needed, there = amounts(whole.least, plan.total)
     return f"the model needs {needed}, there are {there} on the {plan.device.type}"
 
 
 def offloading(plan: GenerationPlan) -> str:
-    """Where the layers are that are not on the device."""
+    """Describe where the layers are that are not on the device."""
     size = amount(plan.layer * plan.offloaded)
     if plan.device.type == "cpu":
         return f"its {plan.offloaded} layers ({size}) are read from the disk at each step, which is slow"
@@ -256,7 +256,7 @@ def offloading(plan: GenerationPlan) -> str:
 
 
 def table(plan: GenerationPlan, name: str = "") -> Table:
-    """The plan for people, of a model of some name."""
+    """Build the table of a plan, of a model of some name."""
     how = "packed for this CPU" if plan.packed else "as torch has them"
     found = Table(
         title=f"Plan{name and f' of {name}'}: {plan.config.num_hidden_layers} layers in {numbers(plan)}",

@@ -1,4 +1,4 @@
-"""What generate/instruct.py is asked: one instruction, or the rows of a file."""
+"""Questions to generate/instruct.py: one instruction, or the rows of a file."""
 
 from pathlib import Path
 

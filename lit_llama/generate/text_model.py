@@ -37,7 +37,7 @@ class TextStream:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """How it ended: stop, or length where it was cut off at max_new_tokens; None while it goes on."""
+        """Reason why it ended: stop, or length where it was cut off at max_new_tokens; None while it goes on."""
         return self._stream.text.finish_reason
 
     @property

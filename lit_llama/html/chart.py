@@ -14,7 +14,7 @@ _LOG_FROM = 8.0  # greatest / least, from which on a logarithmic scale says more
 
 @dataclass(frozen=True)
 class Line:
-    """What to draw.
+    """Line that is to be drawn.
 
     Args:
         label: Its name in the legend.
@@ -41,7 +41,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the page draws; places in percent from the left and from the top, ticks with their words."""
+    """Drawing of the page; places in percent from the left and from the top, ticks with their words."""
 
     title: str
     lines: list[Drawn]
@@ -98,7 +98,7 @@ def chart(title: str, lines: Sequence[Line], steps: int, *, from_zero: bool = Fa
 
 
 def figure(value: float) -> str:
-    """Three digits that matter: 1,230, 0.0123, 3e-04."""
+    """Format a number with the three digits that matter: 1,230, 0.0123, 3e-04."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:

@@ -20,7 +20,7 @@ def render(
     formats: Mapping[str, Callable[..., Any]] | None = None,
     **context: Any,
 ) -> str:
-    """The HTML of a report.
+    """Render the HTML of a report.
 
     Args:
         package: Where `template` and `styles` lie; it extends page.html.jinja, which lies here.
@@ -53,19 +53,19 @@ def render(
 
 
 def number(value: float) -> str:
-    """1,234 or 1.23."""
+    """Format a number as 1,234 or 1.23."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def percent(share: float) -> str:
-    """A share for people: a little is never shown as nothing, nor nearly all as all."""
+    """Format a share for people: a little is never shown as nothing, nor nearly all as all."""
     if 0 < share < 0.0005:
         return "under 0.1%"
     return "over 99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
 
 
 def flags_html(text: str) -> Any:
-    """Escaped, with flags such as --seed set as code."""
+    """Escape a text, with flags such as --seed set as code."""
     from markupsafe import Markup, escape
 
     return Markup(_FLAG.sub(lambda flag: f"<code>{flag.group()}</code>", escape(visible(text))))

@@ -93,7 +93,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str]:
-    """Settings of an adapter folder, ours or PEFT's, and the base model it names.
+    """Read the settings of an adapter folder, ours or PEFT's, and the base model it names.
 
     Targets that no list of names can say (a regular expression, some layers alone, or none at all) are those that the
     tensors are of.
@@ -110,7 +110,7 @@ def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str]:
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of an adapter folder by module and part, such as `model.layers.0.mlp.up_proj.lora_A.weight`.
+    """Read the tensors of an adapter folder by module and part, such as `model.layers.0.mlp.up_proj.lora_A.weight`.
 
     Raises:
         CheckpointError: The file is missing, unreadable, empty, not finite, or every update is zero.
@@ -144,7 +144,7 @@ def load_adapter(model: nn.Module, folder: Path, base: Mapping[str, Tensor] | No
 
 
 def trained_on(folder: Path) -> Quantization | None:
-    """How the base was quantised while the adapter was trained; None if it was not or nothing says so.
+    """Read how the base was quantised while the adapter was trained; None if it was not or nothing says so.
 
     Raises:
         CheckpointError: The record is none.

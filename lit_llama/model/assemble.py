@@ -55,14 +55,14 @@ class Assembled:
     plain: Mapping[str, int]
 
     def describe(self) -> str:
-        """Which layers are fused and which are not, and why, in one line."""
+        """Describe which layers are fused and which are not, and why, in one line."""
         counts = [f"{self.fused} fused"] if self.fused else []
         counts += [f"{count} plain ({reason})" for reason, count in self.plain.items()]
         return f"layers: {', '.join(counts)}"
 
 
 def adapted(folder: Path, remarks: list[str] | None = None) -> Assembly:
-    """The order for a model that only computes, with the adapter of a folder on it.
+    """Return the order for a model that only computes, with the adapter of a folder on it.
 
     Args:
         folder: The adapter, ours or PEFT's.

@@ -1,4 +1,4 @@
-"""Who attends to whom: samples laid end to end. Blocks of a cache, for generation, are those of paged.py.
+"""Attention among samples laid end to end. Blocks of a cache, for generation, are those of paged.py.
 
 The model works on T tokens in one row, whatever samples they belong to; a layout knows which tokens see which.
 
@@ -23,7 +23,7 @@ QUERIES = 64
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, each token seeing those before it and itself.
+    """Compute softmax(q k' / sqrt(D)) v, each token seeing those before it and itself.
 
     Scores and their gradients are float32 whatever the dtype is, as in the library.
 
@@ -90,7 +90,7 @@ class Layout(Protocol):
     lengths: list[int]  # tokens of each sample so far, those in a cache included
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D).
+        """Compute causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D).
 
         A token sees the last `window` tokens of its sample, itself among them; None is all.
         """
@@ -122,7 +122,9 @@ class Packed:
 
     @cached_property
     def blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
-        """Of each block: its tokens, what pads them and takes the padding out again, how many samples it has."""
+        """Blocks of similar samples: of each its tokens, its padding and how to take it out again, and its samples.
+        samples it has.
+        """
         lengths, blocks = self.counts, []
         start = first = 0
         for end in range(1, len(lengths) + 1):
@@ -138,13 +140,13 @@ class Packed:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """(B + 1,) where each sample begins, and the last ends; int64 on a CPU, int32 on a GPU, as its kernels ask."""
+        """Offsets (B + 1,) of the samples, and the end of the last; int64 on a CPU, int32 on a GPU for its kernels."""
         ends = torch.tensor([0, *accumulate(self.counts)])
         return ends if torch.device(self._device).type == "cpu" else ends.to(self._device, torch.int32)
 
     @cached_property
     def parents(self) -> Tensor:
-        """(B,) int64 on the CPU, for its kernels."""
+        """Parent (B,) of each sample, -1 for none; int64 on the CPU, for its kernels."""
         return torch.tensor(self._parents)
 
     @property
@@ -153,13 +155,13 @@ class Packed:
         return max(self._parents) >= 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        """Compute causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
         if q.requires_grad or q.is_cuda:
             return packed_attention(q, k, v, self, window)
         return self.plain(q, k, v, window)
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """The same by the library's kernels, a block of similar samples at a time."""
+        """Compute `attend` by the library's kernels, a block of similar samples at a time."""
         if self.shares:
             return self._attend_shared(q, k, v, window)
         outputs = []

@@ -35,7 +35,7 @@ class TensorSource(Protocol):
     config: LLaMAConfig
 
     def spec(self, name: str) -> Spec:
-        """Dtype, as safetensors spells it, and shape."""
+        """Return the dtype, as safetensors spells it, and the shape."""
         ...
 
     def __iter__(self) -> Iterator[str]: ...
@@ -133,19 +133,20 @@ def load_model(
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the decoder layer that a parameter belongs to, if it belongs to one."""
+    """Return the index of the decoder layer that a parameter belongs to, if it belongs to one."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def linear_weights(model: LLaMA) -> set[str]:
-    """Names of the weights of linear layers; a head that is the embedding is none of them."""
+    """Return the names of the weights of linear layers; a head that is the embedding is none of them."""
     names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return names - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
 
 
 def check_no_delta(folder: Path, norms: Iterable[torch.Tensor]) -> None:
-    """A delta runs as well as a model does, and says nothing: its norms, which scale all there is, are near zero.
+    """Refuse a delta, which runs as well as a model does, and says nothing: its norms, which scale all there is, are
+    near zero.
 
     Raises:
         CheckpointError: The norms in `folder` are those of a delta.
@@ -159,7 +160,7 @@ def check_no_delta(folder: Path, norms: Iterable[torch.Tensor]) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identity of the weights in a folder, however they are sharded: a hash over every tensor's name, dtype, shape and
+    """Hash the weights in a folder, however they are sharded, over every tensor's name, dtype, shape and
     three samples of its bytes.
 
     It tells one base from another in a moment, also for the largest; it is no proof against a flipped bit.
@@ -174,7 +175,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def fingerprint_stored(stored: Mapping[str, Stored]) -> str:
-    """The same of tensors wherever they lie, which need not be in safetensors."""
+    """Compute `fingerprint` of tensors wherever they lie, which need not be in safetensors."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     return _fingerprint(
         {

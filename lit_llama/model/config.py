@@ -26,7 +26,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary positions reach beyond the context that a model was first trained on; see rope.py.
+    """Scaling of rotary positions beyond the context that a model was first trained on; see rope.py.
 
     Args:
         rope_type: linear, dynamic, llama3 or yarn.
@@ -161,7 +161,7 @@ class LLaMAConfig:
             raise CheckpointError(f"layer_types has {len(self.layer_types)} entries, one for each layer is needed")
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a token sees in a layer, itself the last of them; None is all."""
+        """Return the tokens that a token sees in a layer, itself the last of them; None is all."""
         sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if sliding else None
 
@@ -203,7 +203,7 @@ class LLaMAConfig:
             raise CheckpointError(f"{path} is not a model configuration: {error}") from error
 
     def to_dict(self, dtype: str) -> dict[str, Any]:
-        """Contents of config.json as transformers 4 and 5 both read it; `dtype` such as "bfloat16"."""
+        """Return the config.json that transformers 4 and 5 both read; `dtype` such as "bfloat16"."""
         raw = write_fields(asdict(self), dtype)
         assert LLaMAConfig.from_dict(raw) == self, f"{self.model_type} cannot say all of {self}"
         return raw
@@ -324,14 +324,14 @@ class LoRAConfig:
         return _names(self.modules_to_save)
 
     def shape_of(self, name: str) -> tuple[int, float]:
-        """Rank of a module's update and the factor of B A, by its full name."""
+        """Return the rank of a module's update and the factor of B A, by its full name."""
         rank = next((rank for key, rank in self.rank_pattern.items() if matches_pattern(name, key)), self.r)
         alpha = next((alpha for key, alpha in self.alpha_pattern.items() if matches_pattern(name, key)), self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def is_pattern(target_modules: object) -> TypeGuard[str]:
-    """Whether target_modules is a regular expression: text with a character that no name or list of names has."""
+    """Tell whether target_modules is a regular expression: text with a character that no name or list of names has."""
     return isinstance(target_modules, str) and re.search(r"[^\w.,\s-]", target_modules) is not None
 
 

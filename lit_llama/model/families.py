@@ -12,7 +12,7 @@ from lit_llama.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a model_type stands for.
+    """Family of models that a model_type stands for.
 
     Args:
         architecture: Name of its class in transformers.
@@ -132,7 +132,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Contents of a config.json, in the spelling of transformers 4 or 5 -> fields of LLaMAConfig.
+    """Read the fields of LLaMAConfig out of a config.json, in the spelling of transformers 4 or 5.
 
     Raises:
         CheckpointError: A field is missing, or asks for mathematics this model does not compute.
@@ -177,7 +177,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_fields(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Fields of LLaMAConfig, as plain values -> contents of a config.json that transformers 4 and 5 both read."""
+    """Write fields of LLaMAConfig, as plain values, as a config.json that transformers 4 and 5 both read."""
     family = FAMILIES[fields["model_type"]]
     eos, window, scaling = list(fields["eos_token_id"]), fields["sliding_window"], fields["rope_scaling"]
     types = list(fields["layer_types"]) or [_FULL if window is None else _SLIDING] * fields["num_hidden_layers"]

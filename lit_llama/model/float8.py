@@ -17,7 +17,7 @@ from lit_llama.model.fused.pointwise import round_rows
 
 
 def check(device: torch.device) -> None:
-    """See that 8-bit floats can be multiplied there.
+    """Check that 8-bit floats can be multiplied there.
 
     Raises:
         ResourceError: The device, or the installed torch, does not multiply 8-bit floats.
@@ -34,7 +34,7 @@ def check(device: torch.device) -> None:
 
 
 def rounded(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (T, n) as e4m3 (T, n) times the scales of its rows (T,), its columns first multiplied by `columns` (n,)."""
+    """Round x (T, n), its columns first multiplied by `columns` (n,), to e4m3 (T, n) times scales of its rows (T,)."""
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     round_rows(values, scales, x, columns)
@@ -42,13 +42,13 @@ def rounded(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """x W': (T, in) -> (T, out), in the dtype of x."""
+    """Compute x W': (T, in) -> (T, out), in the dtype of x."""
     values, own = rounded(x)
     return _multiplied(values, own, weight.t(), scales, x.dtype)
 
 
 def product_back(dy: Tensor, turned: Tensor, scales: Tensor) -> Tensor:
-    """dy W: (T, out) -> (T, in), in the dtype of dy; `turned` is W' (in, out), as GPUs want it row by row."""
+    """Compute dy W: (T, out) -> (T, in), in the dtype of dy; `turned` is W' (in, out), as GPUs want it row by row."""
     values, own = rounded(dy, scales)
     return _multiplied(values, own, turned.t(), torch.ones_like(scales[:1]).expand(len(turned)), dy.dtype)
 

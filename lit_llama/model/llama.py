@@ -33,7 +33,7 @@ class LLaMA(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, layout: Layout | None = None, select: Tensor | None = None) -> Tensor:
-        """Logits of the next token.
+        """Compute the logits of the next token.
 
         Args:
             input_ids: (T,) token ids of one or more samples, laid end to end.
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         self.noise: nn.Module | None = None  # what training may add to the embeddings; see neftune.py
 
     def forward(self, input_ids: Tensor, layout: Layout | None = None) -> Tensor:
-        """(T,) -> (T, C)."""
+        """Run all layers: (T,) -> (T, C)."""
         layout = layout or Packed([len(input_ids)], input_ids.device)
         x = self.embed_tokens(input_ids)  # (T, C)
         x = x if self.noise is None else self.noise(x, layout)
@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Add attention and MLP to the residual: (T, C) -> (T, C)."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Attend to the tokens of the layout: (T, C) -> (T, C)."""
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, D)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
@@ -108,12 +108,12 @@ class Attention(nn.Module):
 
 
 def head_norm(config: LLaMAConfig) -> nn.Module:
-    """Norm of each query or key head, where there is one."""
+    """Build the norm of each query or key head, where there is one."""
     return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """Gated MLP: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Apply the gated MLP: (T, C) -> (T, C)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

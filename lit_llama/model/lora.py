@@ -59,7 +59,7 @@ def adapt(model: nn.Module, config: LoRAConfig, names: Sequence[str], copied: Se
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that can carry an update of low rank, by their full names."""
+    """Return the modules that can carry an update of low rank, by their full names."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -132,19 +132,19 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """The adapted modules with their full names."""
+    """Yield the adapted modules with their full names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that adapters train."""
+    """Return all that adapters train."""
     return [parameter for _, module in adapters(model) for parameter in module.parts().values()]
 
 
 def parameter_groups(
     model: nn.Module, loraplus_lr_ratio: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """What adapters train, grouped for an optimizer.
+    """Group the parameters that adapters train for an optimizer.
 
     B learns faster than A by a ratio (LoRA+, Hayou et al. 2024, arXiv:2402.12354). Both factors of an embedding, whose
     A takes the part that B has elsewhere, and whole copies learn as A does. Vectors (norms, DoRA's magnitudes) do not

@@ -21,16 +21,16 @@ class Adapter(nn.Module):
     """Names of the parameters: after the module's name in a file of PEFT, and here."""
 
     def parts(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the names of PEFT's files."""
+        """Return the trained parameters, by the names of PEFT's files."""
         return {stored: self.get_parameter(name) for stored, name in self.PARTS.items()}
 
     def merged(self, weight: Tensor) -> Tensor:
-        """What `weight`, that of the base, becomes: computed in float32 and not rounded."""
+        """Compute what `weight`, that of the base, becomes: in float32 and not rounded."""
         raise NotImplementedError
 
 
 class LowRank(Adapter):
-    """What all updates by A and B have in common."""
+    """Base of all updates by A and B."""
 
     PARTS: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
     lora_A: nn.Parameter
@@ -46,12 +46,12 @@ class LowRank(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def update(self, x: Tensor) -> Tensor:
-        """scale * dropout(x) A' B', for x (T, in)."""
+        """Compute scale * dropout(x) A' B', for x (T, in)."""
         u = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (T, r)
         return F.linear(u, (self.lora_B * self.scale).to(x.dtype))
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W + scale * B A: (out, in)."""
+        """Compute W + scale * B A: (out, in)."""
         return merge_weight(weight, self.lora_A, self.lora_B, self.scale, torch.float32)
 
 
@@ -64,14 +64,14 @@ class LoRALinear(LowRank, nn.Linear):
         self.start(base, rank, scale, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Compute the layer with its update: (T, in) -> (T, out)."""
         dropped = self.dropout(x) if self.dropout.p and self.training else None
         y = lora_product(x, dropped, self.weight, self.lora_A, self.lora_B, self.scale)
         return y if self.bias is None else y + self.bias
 
 
 class LoRAOnQuantized(LowRank):
-    """The same on a quantised layer, which is called and never multiplied with (Dettmers et al. 2023, QLoRA,
+    """LoRA on a quantised layer, which is called and never multiplied with (Dettmers et al. 2023, QLoRA,
     arXiv:2305.14314)."""
 
     def __init__(self, base: QuantizedLinear, rank: int, scale: float, dropout: float = 0.0) -> None:
@@ -80,7 +80,7 @@ class LoRAOnQuantized(LowRank):
         self.start(base, rank, scale, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Compute the layer with its update: (T, in) -> (T, out)."""
         y = self.base_layer.product(x, self.update(x))  # the update is small, and y not rounded yet
         return y if self.base_layer.bias is None else y + self.base_layer.bias
 
@@ -103,35 +103,35 @@ class LoRAEmbedding(Adapter, nn.Embedding):
         nn.init.normal_(self.lora_B)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(T,) -> (T, C)."""
+        """Look up embeddings with their update: (T,) -> (T, C)."""
         update = F.linear(F.embedding(ids, self.lora_A.t()), self.lora_B)  # (T, C)
         y = F.embedding(ids, self.weight)
         return torch.add(y, update, alpha=self.scale).to(y.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """E + scale * (B A)': (V, C)."""
+        """Compute E + scale * (B A)': (V, C)."""
         return merge_weight(weight, self.lora_B.t(), self.lora_A.t(), self.scale, torch.float32)
 
 
 def device_of(base: nn.Linear | QuantizedLinear) -> torch.device:
-    """Where a linear layer is."""
+    """Return the device of a linear layer."""
     return base.packed.device if isinstance(base, QuantizedLinear) else base.weight.device
 
 
 def base_of(linear: nn.Module) -> nn.Linear | QuantizedLinear:
-    """The frozen layer below an update of low rank, or the layer itself where it has none."""
+    """Return the frozen layer below an update of low rank, or the layer itself where it has none."""
     base = linear.base_layer if isinstance(linear, LoRAOnQuantized) else linear
     assert isinstance(base, nn.Linear | QuantizedLinear)
     return base
 
 
 def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W + scale * B A, added in float32 and rounded once to `dtype`: (out, in)."""
+    """Compute W + scale * B A, added in float32 and rounded once to `dtype`: (out, in)."""
     return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scale).to(dtype)
 
 
 class DoRALinear(LowRank):
-    """y = x (m V / |V|)' with V = W + scale * B A, the length |V| of each row, and m that starts as that of W.
+    """DoRA: y = x (m V / |V|)' with V = W + scale * B A, the length |V| of each row, and m that starts as that of W.
 
     No gradient goes through |V| (section 4.3 of the paper). While training, dropout acts on all that m / |V| changes,
     as in PEFT: y = x W' + d ((m / |V| - 1) W + m / |V| scale * B A)' with d = dropout(x).
@@ -150,7 +150,7 @@ class DoRALinear(LowRank):
         self._kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Compute the layer with its update: (T, in) -> (T, out)."""
         # In float32: the factor stays near 1, where bfloat16 has no step of less than 0.4 %.
         factor = self.magnitude / self._detached_lengths()  # (out,)
         bias = self.base_layer.bias
@@ -163,12 +163,12 @@ class DoRALinear(LowRank):
         return changed if bias is None else changed + bias
 
     def train(self, mode: bool = True) -> "DoRALinear":
-        """As nn.Module.train; the lengths are computed anew."""
+        """Set the mode as nn.Module.train does; the lengths are computed anew."""
         self._kept = None
         return super().train(mode)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """m V / |V|: (out, in)."""
+        """Compute m V / |V|: (out, in)."""
         direction = super().merged(weight)
         return direction * (self.magnitude / torch.linalg.vector_norm(direction, dim=1))[:, None]
 
@@ -195,7 +195,7 @@ class DoRALinear(LowRank):
 def lora_product(
     x: Tensor, dropped: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
-    """x W' + scale * dropped A' B', in the dtype of W.
+    """Compute x W' + scale * dropped A' B', in the dtype of W.
 
     Args:
         x: (T, in).

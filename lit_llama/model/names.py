@@ -48,7 +48,7 @@ def plain_name(stored: str) -> str:
 
 
 def tidy(path: Path, stored: Iterable[str]) -> Tidied:
-    """Which stored tensor is which of the model, without old buffers and the heads of reward models.
+    """Match stored tensors with those of the model, without old buffers and the heads of reward models.
 
     Args:
         path: File or folder, for messages.

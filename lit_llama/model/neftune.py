@@ -13,7 +13,7 @@ from lit_llama.model.llama import LLaMA
 
 
 class EmbeddingNoise(nn.Module):
-    """Adds noise drawn evenly from -a to a with a = alpha / sqrt(L C), L being the token's own sample's length.
+    """Noise drawn evenly from -a to a with a = alpha / sqrt(L C), L being the token's own sample's length.
 
     The draws come from torch's generator of the device, in training mode alone.
 
@@ -26,7 +26,7 @@ class EmbeddingNoise(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Add noise while training: (T, C) -> (T, C)."""
         if not self.training:
             return x
         counts = torch.tensor(layout.counts)

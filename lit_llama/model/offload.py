@@ -44,7 +44,7 @@ class OffloadedLayer(nn.Module):
         self._following = () if following is None else tuple(following.parameters())  # no part of this module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the layer."""
+        """Bring the weights, and compute as the layer does."""
         for tensor in self._following:
             _read_ahead(tensor)
         tensors = chain(self.layer.named_parameters(), self.layer.named_buffers())
@@ -59,7 +59,7 @@ class OffloadedLayer(nn.Module):
 def offload(
     model: LLaMA, device: torch.device, dtype: torch.dtype, first: int, stored: Collection[nn.Parameter]
 ) -> None:
-    """Have the decoder layers from `first` on bring their weights at each use, in place.
+    """Let the decoder layers from `first` on bring their weights at each use, in place.
 
     Args:
         model: Its other layers are on the device, in the dtype.

@@ -51,7 +51,7 @@ class PagedBatch:
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU, whose memory is not taken before it is used."""
+    """Allocate zeros on the CPU, whose memory is not taken before it is used."""
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
@@ -90,7 +90,7 @@ class PagedCache:
 
     @staticmethod
     def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype, kind: KVCacheType = "auto") -> int:
-        """Memory that a block takes."""
+        """Return the memory that a block takes."""
         heads = config.num_hidden_layers * config.num_key_value_heads
         row = config.head_dim + torch.float32.itemsize if kind == "int8" else config.head_dim * dtype.itemsize
         return 2 * BLOCK * heads * row
@@ -117,7 +117,7 @@ class PagedCache:
             self.parts[index + 2][layer][blocks, places] = scale
 
     def read(self, layer: int, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks (S, blocks), each (S, tokens, G, D)."""
+        """Read the keys and values of blocks (S, blocks), each (S, tokens, G, D)."""
         found = [part[layer][tables].flatten(1, 2) for part in self.parts]
         if not self._coded:
             return found[0], found[1]
@@ -155,7 +155,7 @@ class Paged:
                 self._groups.append((own, tables, self.position_ids[own].unflatten(0, (len(group), -1))))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        """Compute causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
         self._cache.write(layer, self._blocks, self._places, k, v)
         out = torch.empty_like(q)
         for own, tables, position in self._groups:
@@ -173,7 +173,9 @@ class Paged:
 
 @torch.inference_mode()
 def paged_logits(model: LLaMA, batch: PagedBatch, cache: PagedCache) -> Tensor:
-    """Logits after the tokens that want them: (N, V). The keys and values of all tokens are written into the cache."""
+    """Compute the logits after the tokens that want them: (N, V). The keys and values of all tokens are written into
+    the cache.
+    """
     device = cache.device
     ids = torch.tensor([token for ids in batch.ids for token in ids], device=device)
     return model(ids, Paged(batch, cache), torch.tensor(batch.selected, dtype=torch.int64, device=device))

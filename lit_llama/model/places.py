@@ -1,4 +1,4 @@
-"""What a path that is no checkpoint folder is instead, and the way out. Imports no torch."""
+"""Paths that are no checkpoint folders: what they are instead, and the way out. Imports no torch."""
 
 import re
 import shlex
@@ -31,21 +31,22 @@ _METHODS = {
 
 
 def repository(name: str) -> str | None:
-    """A name as it is if it can be one of a repository on the Hub, OWNER/NAME, and is no path of a folder here."""
+    """Return a name if it can be one of a repository on the Hub, OWNER/NAME, and is no path of a folder here."""
     owner = name.partition("/")[0]
     local = owner in _LOCAL or ".." in name or Path(owner).is_dir()
     return name if _REPOSITORY.fullmatch(name) and not local else None
 
 
 def of_sixteen_bits(name: str) -> str | None:
-    """The name of the model that a quantised copy of this name was made from, as far as names tell; None if they do
-    not."""
+    """Return the name of the model that a quantised copy of this name was made from, as far as names tell; None if they
+    do not.
+    """
     plain = _QUANTISED.sub("", name)
     return plain if plain != name else None
 
 
 def describe_quantization(raw: Mapping[str, Any], folder: Path) -> str:
-    """What a quantization_config stands for, and the way out.
+    """Describe the quantization_config of a model, and the way out.
 
     Args:
         raw: Contents of config.json.
@@ -89,7 +90,7 @@ def _bnb_bits(settings: Mapping[str, Any]) -> int | None:
 
 
 def wrong_place(path: Path) -> CheckpointError:
-    """What to say of a path that was given for a checkpoint folder and has no config.json."""
+    """Build the error for a path that was given for a checkpoint folder and has no config.json."""
     quoted = shlex.quote(str(path))
     made = shlex.quote(f"checkpoints/{path.stem if path.is_file() else path.name}")
     if path.is_file():
@@ -113,7 +114,7 @@ def wrong_place(path: Path) -> CheckpointError:
 
 
 def no_adapter(path: Path) -> str | None:
-    """What to say of a path that was given for an adapter folder and has no settings; None if it tells nothing."""
+    """Describe a path that was given for an adapter folder and has no settings; None if it tells nothing."""
     quoted = shlex.quote(str(path))
     if path.is_file():
         return f"{path} is a file: give the folder of the adapter, {path.parent}"
@@ -197,7 +198,7 @@ def _states(path: Path) -> list[Path]:
 
 
 def foreign_adapter(path: Path, names: set[str]) -> str | None:
-    """The adapter of another program in a folder, and what to do with it."""
+    """Return the adapter of another program in a folder, and what to do with it."""
     if "adapters.safetensors" in names or "adapters.npz" in names:
         return (
             f"holds an adapter of mlx: turn it into PEFT's with python prepare/checkpoint.py --source "

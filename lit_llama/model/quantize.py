@@ -28,7 +28,7 @@ def is_quantized(name: str) -> bool:
 
 
 def through(weight: Tensor, method: Quantization) -> Tensor:
-    """What quantisation leaves of a weight: quantised and dequantised again, in the same dtype.
+    """Quantise a weight and dequantise it again, in the same dtype.
 
     Raises:
         ResourceError: bitsandbytes is not installed, or cannot do it on this device.
@@ -54,48 +54,48 @@ class QuantizedLinear(nn.Module):
         self.state, self.bias = state, bias
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight that is computed with: (out, in), written into `out` if that is given."""
+        """Return the weight that is computed with: (out, in), written into `out` if that is given."""
         return _unpack(self.packed, self.state, torch.Size((self.out_features, self.in_features)), dtype, out)
 
     def product(self, x: Tensor, start: Tensor | None = None) -> Tensor:
-        """x W', without the bias: (T, in) -> (T, out); `start` (T, out) is added before anything is rounded."""
+        """Compute x W', without the bias: (T, in) -> (T, out); `start` (T, out) is added before anything is rounded."""
         y: Tensor = _Product.apply(x, start, self)  # type: ignore[no-untyped-call]
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Compute the layer: (T, in) -> (T, out)."""
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 
     def times(self, x: Tensor, start: Tensor | None) -> Tensor:
-        """What `product` computes, (T, in) -> (T, out)."""
+        """Compute what `product` does, (T, in) -> (T, out)."""
         weight = self.dense(x.dtype)
         return F.linear(x, weight) if start is None else torch.addmm(start, x, weight.t())
 
     def times_back(self, gradient: Tensor) -> Tensor:
-        """dy W: (T, out) -> (T, in)."""
+        """Compute dy W: (T, out) -> (T, in)."""
         return gradient @ self.dense(gradient.dtype)
 
 
 class Float8Linear(QuantizedLinear):
-    """The same in floats of eight bits; while training, what is multiplied with the weight is rounded to them, too."""
+    """Linear layer in 8-bit floats; while training, what is multiplied with the weight is rounded to them, too."""
 
     def times(self, x: Tensor, start: Tensor | None) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Compute x W' of 8-bit floats: (T, in) -> (T, out)."""
         if not self.training:
             return super().times(x, start)
         y = float8.product(x, self.packed, self.state)
         return y if start is None else y + start
 
     def times_back(self, gradient: Tensor) -> Tensor:
-        """(T, out) -> (T, in)."""
+        """Compute dy W: (T, out) -> (T, in)."""
         if not self.training:
             return super().times_back(gradient)
         return float8.product_back(gradient, self.packed.t().contiguous(), self.state)
 
 
 def quantized(weight: Tensor, bias: nn.Parameter | None, method: Quantization) -> QuantizedLinear:
-    """The layer of a method.
+    """Build the layer of a method.
 
     Args:
         weight: (out, in), as it is stored: quantised in that dtype, so that nothing depends on the precision of a run.
@@ -138,7 +138,7 @@ class _Product(torch.autograd.Function):
 
 
 def library(wanted: str = "4-bit and 8-bit weights") -> Any:
-    """bitsandbytes' functions, without its advice about kernels that are not used here.
+    """Import bitsandbytes' functions, without its advice about kernels that are not used here.
 
     Raises:
         ResourceError: It is not installed, and needed for what is `wanted`.

@@ -22,7 +22,9 @@ class RecomputedLayer(DecoderLayer):
         _adopt(self, layer)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """(T, C) -> (T, C). Dropout draws the same again: the state of the generators is put back for it."""
+        """Run the layer: (T, C) -> (T, C). Dropout draws the same again: the state of the generators is put back for
+        it.
+        """
         y: Tensor = checkpoint(super().forward, x, rotation, layout, use_reentrant=False)
         return y
 
@@ -38,7 +40,7 @@ class RecomputedMLP(MLP):
         _adopt(self, mlp)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Run the MLP: (T, C) -> (T, C)."""
         return self.down_proj(checkpoint(self._product, x, use_reentrant=False))
 
     def _product(self, x: Tensor) -> Tensor:

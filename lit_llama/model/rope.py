@@ -16,7 +16,7 @@ from lit_llama.model.config import LLaMAConfig, RopeScaling
 
 
 def rotary(config: LLaMAConfig, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * frequency for the tokens of a layout: two of (T, 1, D/2), computed in float32."""
+    """Compute cosine and sine of position * frequency for the tokens of a layout: two of (T, 1, D/2), in float32."""
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         each = torch.stack([frequencies(config, length) for length in layout.lengths])  # (B, D/2)
@@ -37,7 +37,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def frequencies(config: LLaMAConfig, length: int = 0) -> Tensor:
-    """Radians that each component turns per position: (D/2,) in float32, on the CPU.
+    """Compute the radians that each component turns per position: (D/2,) in float32, on the CPU.
 
     Args:
         config: Shape of the model.
@@ -59,7 +59,7 @@ def frequencies(config: LLaMAConfig, length: int = 0) -> Tensor:
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cosine and sine are multiplied by: sqrt(1/t) = 0.1 ln(factor) + 1 for yarn (arXiv:2309.00071, eq. 22)."""
+    """Return the factor of cosine and sine: sqrt(1/t) = 0.1 ln(factor) + 1 for yarn (arXiv:2309.00071, eq. 22)."""
     if scaling is None or scaling.rope_type != "yarn":
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0

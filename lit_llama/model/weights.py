@@ -72,7 +72,7 @@ def check_finite(tensor: Tensor, name: str, path: Path, *, whole: bool = False) 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies.
+    """Place of a tensor in a file.
 
     Args:
         path: The file.
@@ -165,8 +165,9 @@ class Weights(Mapping[str, Tensor]):
         return found
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own: pages of a mapped file count as memory of the process, too, for as long as
-        anything of the file is held."""
+        """Read the tensor into memory of its own: pages of a mapped file count as memory of the process, too, for as
+        long as anything of the file is held.
+        """
         path, stored = self.files[name], self._stored[name]
         if path not in self._headers:
             self._headers[path] = read_header(path)
@@ -184,12 +185,12 @@ class Weights(Mapping[str, Tensor]):
         return len(self.files)
 
     def spec(self, name: str) -> Spec:
-        """Name of the dtype and shape, without reading the tensor."""
+        """Return the name of the dtype, and the shape, without reading the tensor."""
         part = self._open[self.files[name]].get_slice(self._stored[name])
         return part.get_dtype(), tuple(part.get_shape())
 
     def locate(self) -> dict[str, Stored]:
-        """Where every tensor lies, for reading without mapping.
+        """Locate every tensor, for reading without mapping.
 
         Raises:
             CheckpointError: A tensor is of another dtype than F32, F16 or BF16.
@@ -209,7 +210,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor. Of a single file and an index the file counts, as in transformers: a save into a
+    """Find the file of each tensor. Of a single file and an index the file counts, as in transformers: a save into a
     folder leaves an older index behind.
 
     Raises:
@@ -257,7 +258,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def describe_wrong_file(path: Path) -> str | None:
-    """What lies where weights should, with the way out; None if it may be weights.
+    """Describe what lies where weights should, with the way out; None if it may be weights.
 
     Nothing but a regular file is opened: reading a pipe would wait for ever.
     """
@@ -279,7 +280,7 @@ def describe_wrong_file(path: Path) -> str | None:
 
 
 def read_index(index: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from model.safetensors.index.json or pytorch_model.bin.index.json.
+    """Read the file of each tensor from model.safetensors.index.json or pytorch_model.bin.index.json.
 
     Raises:
         CheckpointError: It is no index, or names something that is no plain file beside it.
@@ -311,7 +312,7 @@ def _lies_in(folder: Path, file: str) -> bool:
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file starts, and its table of tensors."""
+    """Read where the data of a safetensors file starts, and its table of tensors."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:
@@ -345,7 +346,7 @@ def write_weights(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 200MB or 1048576.
+    """Parse a size such as 5GB, 200MB or 1048576 into bytes.
 
     Raises:
         UserError: It is none.
@@ -358,12 +359,12 @@ def parse_size(text: str) -> int:
 
 
 def byte_size(spec: Spec) -> int:
-    """Bytes of a tensor."""
+    """Return the bytes of a tensor."""
     return DTYPES[spec[0]].itemsize * math.prod(spec[1])
 
 
 def plan_shards(specs: Mapping[str, Spec], max_shard_size: int = MAX_SHARD_SIZE) -> dict[str, list[str]]:
-    """Which file gets which tensors, in order: one file, or several of at most `max_shard_size` bytes."""
+    """Divide tensors among files, in order: one file, or several of at most `max_shard_size` bytes."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():

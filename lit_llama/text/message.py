@@ -70,12 +70,12 @@ class Conversation:
 
 
 def headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
-    """Turns that begin with a system message: their own, or the given one, if it is not empty."""
+    """Return the turns, beginning with a system message: their own, or the given one, if it is not empty."""
     return turns if not system or turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
 
 
 def instruct(instruction: str, input: str = "", response: str = "", row: int = 0) -> Conversation:
-    """Conversation of one instruction; `input` and `response` may be empty."""
+    """Build the conversation of one instruction; `input` and `response` may be empty."""
     asked = {"role": "user", "content": instruction} | ({"input": input} if input else {})
     answer = ({"role": "assistant", "content": response},) if response else ()
     return Conversation((asked, *answer), row, f"row {row}")

@@ -34,7 +34,7 @@ _ROUNDED = 0.9  # share of float16 values without their last three bits: 1/8 by 
 
 
 def find_policy(base: Side, delta: Side) -> Policy:
-    """The policy that shapes and values leave no doubt about.
+    """Return the policy that shapes and values leave no doubt about.
 
     Raises:
         CheckpointError: More than one could be meant.

@@ -1,4 +1,4 @@
-"""What the publishers of deltas do: the rules, and the arithmetic of one tensor.
+"""Rules of the publishers of deltas, and the arithmetic of one tensor.
 
 Sums are made in float32 and rounded once, which for float16 is bit for bit the sum in float16: float32 has enough
 digits that rounding twice cannot differ. Policies are those of the publishers:
@@ -38,7 +38,7 @@ class Side:
     stored: Mapping[str, Stored]
 
     def rows(self) -> int:
-        """Rows of the embedding (R)."""
+        """Return the number of rows of the embedding (R)."""
         return self.stored[VOCABULARY[0]].shape[0]
 
 
@@ -78,8 +78,8 @@ def combine(
     sign: int = 1,
     rows: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
-    """A tensor of base + delta, or with sign -1 of target - base, in `dtype`: all of it, or the rows start to stop, in
-    blocks of rows, so that memory holds one block.
+    """Yield a tensor of base + delta, or with sign -1 of target - base, in `dtype`: all of it, or the rows start to
+    stop, in blocks of rows, so that memory holds one block.
 
     Raises:
         CheckpointError: A value is not finite.
@@ -102,7 +102,7 @@ def combine(
 
 @lru_cache(maxsize=2)
 def mean_row(stored: Stored) -> Tensor:
-    """Mean of all rows: (R, C) -> (C,) in float32, summed in float64."""
+    """Return the mean of all rows: (R, C) -> (C,) in float32, summed in float64."""
     total = torch.zeros(stored.shape[1:], dtype=torch.float64)
     for start, stop in blocks(stored.shape):
         total += stored.read(start, stop).double().sum(0)
@@ -110,7 +110,7 @@ def mean_row(stored: Stored) -> Tensor:
 
 
 def blocks(shape: tuple[int, ...], first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that together are the rows first to last of a tensor, each a few megabytes."""
+    """Yield ranges of rows that together are the rows first to last of a tensor, each a few megabytes."""
     step = max(1, _BLOCK // (4 * max(1, math.prod(shape[1:]))))
     last = shape[0] if last is None else last
     for start in range(first, last, step):
@@ -118,7 +118,7 @@ def blocks(shape: tuple[int, ...], first: int = 0, last: int | None = None) -> I
 
 
 def digest(stored: Stored) -> str:
-    """The sha256 of a tensor's bytes, row after row."""
+    """Return the sha256 of a tensor's bytes, row after row."""
     result = hashlib.sha256()
     for start, stop in blocks(stored.shape):
         result.update(stored.read(start, stop).view(-1).view(torch.uint8).numpy().data)

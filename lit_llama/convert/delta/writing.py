@@ -31,7 +31,7 @@ from lit_llama.text.tokenizer.vocabulary import identity
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be written.
+    """Weights that are to be written, and the sides that they are computed from.
 
     Args:
         base: The original model.
@@ -49,7 +49,7 @@ class Work:
 
     @cached_property
     def sides(self) -> dict[str, Side]:
-        """Where the tensors of both lie."""
+        """Places of the tensors of both sides."""
         return {"base": Side(self.base.path, self.base.stored), "other": Side(self.other.path, self.other.stored)}
 
     @cached_property
@@ -73,12 +73,12 @@ class Work:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides every byte of the weights."""
+        """Everything that decides every byte of the weights."""
         base, other = fingerprint_stored(self.base.stored), fingerprint_stored(self.other.stored)
         return {"base": base, "other": other, "policy": self.policy, "sign": self.sign}
 
     def describe(self) -> str:
-        """The decision in words."""
+        """Return the decision in words."""
         base, other = self.sides["base"], self.sides["other"]
         new = other.rows() - base.rows()
         how = {

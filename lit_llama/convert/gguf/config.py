@@ -85,7 +85,7 @@ _ENDS = ("eos", "eot", "eom")
 
 
 def native_name(name: str) -> str | None:
-    """blk.0.attn_q.weight -> model.layers.0.self_attn.q_proj.weight; None for what is in no LLaMA."""
+    """Translate blk.0.attn_q.weight into model.layers.0.self_attn.q_proj.weight; None for what is in no LLaMA."""
     stem, _, kind = name.rpartition(".")
     if stem in _OUTER:
         return f"{_OUTER[stem]}.{kind}"
@@ -96,7 +96,7 @@ def native_name(name: str) -> str | None:
 
 
 def architecture(config: LLaMAConfig) -> str:
-    """What GGUF calls the family: Mistral is a LLaMA there."""
+    """Return GGUF's name of the family: Mistral is a LLaMA there."""
     return "llama" if config.model_type == "mistral" else config.model_type
 
 
@@ -120,7 +120,7 @@ class Reading:
             raise CheckpointError(f"general.architecture is {self.architecture!r}, implemented are {known}")
 
     def get(self, key: str, kind: type = object, default: Any = None) -> Any:
-        """A value of `<architecture>.*`, or of `tokenizer.*` if the key says so."""
+        """Return a value of `<architecture>.*`, or of `tokenizer.*` if the key says so."""
         name = key if key.startswith("tokenizer.") else f"{self.architecture}.{key}"
         value = _uniform(self.metadata.get(name, default))
         if value is None:
@@ -130,7 +130,7 @@ class Reading:
         return value
 
     def config(self, shapes: Mapping[str, tuple[int, ...]], divisors: Tensor | None) -> LLaMAConfig:
-        """The shape of the model.
+        """Return the shape of the model.
 
         Args:
             shapes: Of the tensors, by Hugging Face's names.
@@ -246,12 +246,12 @@ class Reading:
 
 
 def llama3_divisors(config: LLaMAConfig) -> Tensor:
-    """What each rotary frequency is divided by: 1 for short waves, the factor for long ones: (D/2,)."""
+    """Compute the divisor of each rotary frequency: 1 for short waves, the factor for long ones: (D/2,)."""
     return frequencies(replace(config, rope_scaling=None)) / frequencies(config)
 
 
 def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
-    """The keys of `<architecture>.*`, without the prefix.
+    """Return the keys of `<architecture>.*`, without the prefix.
 
     Raises:
         CheckpointError: llama.cpp has no word for the scaling of the positions.
@@ -288,7 +288,7 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
 
 
 def shortest(value: float) -> float:
-    """GGUF holds float32; 9.99999974e-06 was written as 1e-05."""
+    """Return the shortest decimal of the float32 that GGUF holds; 9.99999974e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
 
 
@@ -303,7 +303,8 @@ def _has_bias(shapes: Iterable[str], projections: Iterable[str]) -> bool:
 
 
 def absent_biases(config: LLaMAConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the biases that the configuration asks for where no layer of the file has one: they are zero.
+    """Return the shapes of the biases that the configuration asks for where no layer of the file has one: they are
+    zero.
 
     Hugging Face's LLaMA has either all biases of the attention, or of the MLP, or none; GGUF has each by itself.
     """

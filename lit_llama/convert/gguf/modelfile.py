@@ -21,7 +21,7 @@ _ENDS = ("eos", "eot", "eom")
 
 
 def modelfile_of(path: Path) -> Path:
-    """The name of the Modelfile of a GGUF file."""
+    """Return the name of the Modelfile of a GGUF file."""
     return path.with_suffix(".Modelfile")
 
 
@@ -40,7 +40,7 @@ def write_modelfile(path: Path) -> None:
 
 
 def modelfile(name: str, metadata: dict[str, Any]) -> str:
-    """The contents of a Modelfile.
+    """Return the contents of a Modelfile.
 
     Args:
         name: Of the GGUF file, which lies beside it.
@@ -64,7 +64,7 @@ def modelfile(name: str, metadata: dict[str, Any]) -> str:
 
 
 def go_template(style: PromptStyle, eos: str) -> str | None:
-    """The template of Ollama that renders conversations as a style does; None if it cannot.
+    """Return the template of Ollama that renders conversations as a style does; None if it cannot.
 
     What stands around the words is taken from conversations that the style renders. The token that begins a text is
     left to Ollama, as GGUF says whether there is one, so it may stand nowhere else.

@@ -15,7 +15,7 @@ _SHOWN = 8  # most names in a message
 
 @dataclass(frozen=True)
 class Files:
-    """What the parts hold together.
+    """Contents of all parts together.
 
     Args:
         metadata: Of the first part.
@@ -27,13 +27,13 @@ class Files:
 
 
 def model_name(name: str) -> str:
-    """The name of a model's file without number and suffix."""
+    """Return the name of a model's file without number and suffix."""
     match = PART.fullmatch(name)
     return match["stem"] if match else name.removesuffix(".gguf")
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all parts of a model by that of one; a file that is no part is its only one."""
+    """Return the names of all parts of a model by that of one; a file that is no part is its only one."""
     match = PART.fullmatch(name)
     if not match:
         return [name]
@@ -42,12 +42,12 @@ def part_names(name: str) -> list[str]:
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
-    """Of each model among the names of GGUF files, its only or first part."""
+    """Return the only or first part of each model among the names of GGUF files."""
     return sorted(name for name in names if part_names(name)[:1] == [name])
 
 
 def only_model(folder: Path) -> Path | None:
-    """The GGUF model in a folder; None if it holds no GGUF file.
+    """Return the GGUF model in a folder; None if it holds no GGUF file.
 
     Raises:
         CheckpointError: There are several models.

@@ -58,7 +58,7 @@ class GGUFTensor:
 
     @classmethod
     def at(cls, path: Path, name: str, extent: Extent) -> "GGUFTensor":
-        """Raises CheckpointError if its values are packed in a way that is not implemented."""
+        """Return the tensor at an extent; CheckpointError if its values are packed in a way that is not implemented."""
         if extent.kind not in (*_PLAIN, *_PACKED):
             known = ", ".join(kind.name for kind in (*_PLAIN, *_PACKED))
             raise CheckpointError(f"{name} is of type {extent.kind.name}, implemented are {known}")
@@ -70,11 +70,11 @@ class GGUFTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is kept if nobody asks for another."""
+        """Dtype in which the tensor is kept if nobody asks for another."""
         return _PLAIN.get(self.extent.kind, torch.bfloat16)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """Its values, dequantised in float32 and rounded once.
+        """Read the values, dequantised in float32 and rounded once.
 
         Raises:
             CheckpointError: One is not finite.
@@ -125,7 +125,7 @@ class GGUFFile:
 
     @contextlib.contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Whatever the contents of a file run into, a user is told which file."""
+        """Name the file in whatever error its contents run into."""
         try:
             yield
         except CheckpointError as error:
@@ -136,7 +136,7 @@ class GGUFFile:
             raise CheckpointError(f"{self.path} {what}: {type(error).__name__}: {error}") from error
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """What each tensor is kept in: as it is stored, bfloat16 for what is quantised.
+        """Return the dtype that each tensor is kept in: as it is stored, bfloat16 for what is quantised.
 
         llama.cpp stores every vector in float32. One that came from a narrower dtype returns to that of the matrices;
         one that would lose a bit stays.
@@ -156,7 +156,7 @@ class GGUFFile:
         return {name: kept(tensor) for name, tensor in self.tensors.items()} | dict.fromkeys(self.zeros, main)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor, its rotary rows in Hugging Face's order."""
+        """Return one tensor, its rotary rows in Hugging Face's order."""
         if name in self.zeros:
             return torch.zeros(self.zeros[name], dtype=dtype)
         with self.explained("cannot be dequantised"):
@@ -174,7 +174,7 @@ def check_model(metadata: Mapping[str, Any]) -> None:
 
 
 def open_gguf(path: Path, dtype: str | None = None) -> Source:
-    """The model in a GGUF file.
+    """Open the model in a GGUF file.
 
     Args:
         path: The .gguf file, or one of its parts.

@@ -29,7 +29,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a tensor lies.
+    """Place of a tensor in the file.
 
     Args:
         kind: How its values are stored.
@@ -46,7 +46,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Header:
-    """All that stands before the weights.
+    """Everything that stands before the weights.
 
     Args:
         metadata: Values by key; arrays are lists.

@@ -31,7 +31,7 @@ _ENDS = ("eos", "eot", "eom")
 
 
 def vocabulary(files: Mapping[str, Path | bytes], config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Metadata of the tokenizer and the chat template.
+    """Return the metadata of the tokenizer and the chat template.
 
     Args:
         files: Of the folder, by name.

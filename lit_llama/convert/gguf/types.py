@@ -1,4 +1,4 @@
-"""How the tensors of a GGUF file are stored: which type each gets, and how values are packed into it.
+"""Types of the tensors of a GGUF file: which type each gets, and how values are packed into it.
 
 The mixtures (`_m`) and what stands in for a type that does not fit are those of llama.cpp's quantize.
 """
@@ -62,7 +62,7 @@ _INSTEAD = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0} | 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is stored.
+    """Types in which the tensors of a model are stored.
 
     Args:
         kinds: Type of each tensor, by Hugging Face's names; a tied head is the embedding and goes unsaid.
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def quantized(self) -> bool:
-        """Some values are packed."""
+        """Whether some values are packed."""
         return not set(self.kinds.values()) <= _PLAIN.keys()
 
 
@@ -165,12 +165,12 @@ def _most(source: Source, kinds: Mapping[str, Kind]) -> FileType:
 
 
 def stored_as(rows: Tensor, kind: Kind) -> Tensor:
-    """Rows of values, rounded to a plain type, or in the float32 that they are packed from."""
+    """Return rows of values, rounded to a plain type, or in the float32 that they are packed from."""
     return rows.to(_PLAIN.get(kind, torch.float32))
 
 
 def pack(rows: Tensor, kind: Kind) -> npt.NDArray[np.uint8]:
-    """The bytes of rows that `stored_as` made."""
+    """Return the bytes of rows that `stored_as` made."""
     if kind in _PLAIN:
         return rows.contiguous().view(torch.uint8).numpy()
     if kind in _OF_LIBRARY:

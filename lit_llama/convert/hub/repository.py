@@ -71,7 +71,7 @@ class File:
 
     @property
     def name(self) -> str:
-        """What it is called in our folder."""
+        """Name of the file in our folder."""
         return PurePosixPath(self.path).name
 
 
@@ -87,7 +87,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be downloaded.
+    """Files that are to be downloaded.
 
     Args:
         files: In this order.
@@ -101,7 +101,7 @@ class Choice:
 
     @property
     def has_tokenizer(self) -> bool:
-        """One that this project reads."""
+        """Whether there is a tokenizer that this project reads."""
         names = {file.name for file in self.files}
         return bool(names & set(_TOKENIZERS)) or set(_OLD_TOKENIZER) <= names
 
@@ -161,7 +161,7 @@ def _is_plain(path: str) -> bool:
 
 
 def choose(repo: Repo, file: str | None = None) -> Choice:
-    """Which files make a folder: a model's, an adapter's, or a GGUF model in one file or in parts.
+    """Choose the files that make a folder: a model's, an adapter's, or a GGUF model in one file or in parts.
 
     Raises:
         UserError: The repository does not hold `file`.
@@ -236,7 +236,7 @@ def _described(path: str, files: Sequence[File]) -> str:
 
 
 def read_parts(repo: Repo, index: Path, name: str) -> tuple[File, ...]:
-    """The weight files that an index names.
+    """Return the weight files that an index names.
 
     Args:
         repo: Where they come from.

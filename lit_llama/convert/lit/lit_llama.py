@@ -127,7 +127,7 @@ _THETA, _CONTEXT, _PADDING = 10000.0, 2048, 64
 
 
 def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
-    """The model in lit-llama's .pth, or in a folder with litgpt's lit_model.pth.
+    """Open the model in lit-llama's .pth, or in a folder with litgpt's lit_model.pth.
 
     Args:
         path: The file, or a folder that holds lit-llama.pth or lit_model.pth. lit-llama's tokenizer.model lies in the

@@ -69,7 +69,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def open_litgpt(path: Path, tensors: Mapping[str, Stored]) -> Source:
-    """The model in litgpt's folder.
+    """Open the model in litgpt's folder.
 
     Args:
         path: Its lit_model.pth.

@@ -51,7 +51,7 @@ class Joined:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the elements."""
+        """Dtype of the elements."""
         return self.parts[0].dtype
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:

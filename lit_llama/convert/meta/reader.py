@@ -61,7 +61,7 @@ _IGNORED = ("multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len"
 
 @dataclass(frozen=True)
 class Family:
-    """What params.json leaves unsaid: a family's name, context length, and special tokens of tiktoken's file."""
+    """Settings that params.json leaves unsaid: a family's name, context length, and tiktoken's special tokens."""
 
     name: str
     context: int
@@ -74,7 +74,7 @@ def has_shards(folder: Path) -> bool:
 
 
 def open_meta(folder: Path) -> Source:
-    """The model in a folder of Meta's, or in the `original/` of a folder of the Hub.
+    """Open the model in a folder of Meta's, or in the `original/` of a folder of the Hub.
 
     Args:
         folder: Holds consolidated.NN.pth, params.json, and tokenizer.model here or in the folder above.
@@ -135,7 +135,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """What a params.json says, checked.
+    """Read the settings of a params.json, checked.
 
     Raises:
         CheckpointError: It is missing, empty, or describes a model that is not implemented.
@@ -191,7 +191,7 @@ def verify_checklist(folder: Path) -> set[str]:
 
 
 def md5_file(path: Path) -> str:
-    """Hex digest of a file, as md5sum prints it; with a bar, since shards are large."""
+    """Return the MD5 of a file as md5sum prints it; with a bar, since shards are large."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         for _ in track(range(0, max(path.stat().st_size, 1), _BLOCK), f"md5 of {path.name}"):
@@ -297,7 +297,7 @@ def _rope_scaling(params: Mapping[str, Any], tied: bool) -> RopeScaling | None:
 
 
 def llama3_rope(factor: float) -> RopeScaling:
-    """What use_scaled_rope stands for."""
+    """Return the rotary scaling that use_scaled_rope stands for."""
     return RopeScaling(
         rope_type="llama3",
         factor=float(factor),

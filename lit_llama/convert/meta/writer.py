@@ -98,7 +98,7 @@ def _params(source: Source) -> dict[str, Any]:
 
 
 def ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Rows of w1 that Meta's code computes."""
+    """Return the number of rows of w1 that Meta's code computes."""
     width = int(8 * dim / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)

@@ -84,7 +84,7 @@ def is_byte_level(raw: Mapping[str, Any]) -> bool:
 
 
 def to_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What `tokenizer_json` reads, without the tokens: `pre` and `merges` of `tokenizer.ggml.*`.
+    """Return the metadata that `tokenizer_json` reads, without the tokens: `pre` and `merges` of `tokenizer.ggml.*`.
 
     Raises:
         CheckpointError: GGUF has no name for the way in which the tokenizer.json cuts text.

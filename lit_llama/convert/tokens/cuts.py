@@ -1,4 +1,4 @@
-"""How byte-level BPE cuts text into words before it merges: the names of `tokenizer.ggml.pre`.
+"""Cuts of text into words before byte-level BPE merges: the names of `tokenizer.ggml.pre`.
 
 Each name is an entry of a table in llama.cpp; the steps are those of the models' own tokenizer.json.
 """
@@ -30,7 +30,7 @@ _TEKKEN = _CASED.replace("ENDINGS", "").replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 class Cut(NamedTuple):
-    """What a name stands for.
+    """Way of cutting that a name stands for.
 
     Args:
         steps: How text is cut before merging.
@@ -98,7 +98,7 @@ _KNOWN: dict[str, dict[str, int]] = {
 
 
 def of_metadata(metadata: Mapping[str, Any]) -> Cut:
-    """The way in which a GGUF file has its text cut.
+    """Return the way in which a GGUF file has its text cut.
 
     Raises:
         CheckpointError: It names one that is not implemented, or none, and its vocabulary is not known.

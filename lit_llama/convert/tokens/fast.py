@@ -70,7 +70,7 @@ _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 def fast_tokenizer(path: Path) -> dict[str, Any] | None:
-    """Contents of the tokenizer.json of a tokenizer.model; None if it would encode a piece otherwise than the model."""
+    """Return the tokenizer.json of a tokenizer.model; None if it would encode a piece otherwise than the model."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -149,12 +149,12 @@ def complete(folder: Path) -> None:
 
 
 def class_settings(fast: bool) -> dict[str, Any]:
-    """The class in tokenizer_config.json beside a tokenizer.model: with a tokenizer.json of ours, or without."""
+    """Return the class in tokenizer_config.json beside a tokenizer.model: with a tokenizer.json of ours, or without."""
     return {"tokenizer_class": PLAIN_CLASS} if fast else {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 
 
 def merges(ids: Mapping[Token, int], order: Callable[[Token], Any] | None = None) -> list[tuple[Token, Token]]:
-    """Every way to cut a token into two tokens, first the most wanted: those of the first token.
+    """Return every way to cut a token into two tokens, first the most wanted: those of the first token.
 
     Args:
         ids: Id of each token.

@@ -62,7 +62,8 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, rows: int, length: int, *, llama: str = "3.1") -> Vocabulary:
-    """The tokenizer of the weights in `folder`, from there or from the folder above, where Meta's download puts it.
+    """Read the tokenizer of the weights in `folder`, from there or from the folder above, where Meta's download puts
+    it.
 
     Args:
         folder: Where the weights lie.
@@ -170,7 +171,8 @@ def write_tokenizer_model(folder: Path, files: Mapping[str, Path | bytes]) -> No
 
 
 def tokenizer_model(files: Mapping[str, Path | bytes]) -> bytes | None:
-    """The tokenizer.model for Meta's layout: that of the folder, or tiktoken's, rebuilt from Llama 3's tokenizer.json.
+    """Return the tokenizer.model for Meta's layout: that of the folder, or tiktoken's, rebuilt from Llama 3's
+    tokenizer.json.
 
     None if there is neither.
     """

@@ -10,7 +10,7 @@ from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> SentencePieces:
-    """The tokenizer "llama" of a GGUF file.
+    """Return the tokenizer "llama" of a GGUF file.
 
     Raises:
         CheckpointError: Its vocabulary contradicts itself.
@@ -46,12 +46,12 @@ _NAMES: dict[type, str] = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
 def padding(index: int) -> str:
-    """How llama.cpp names an id that has a row in the embedding, but no token."""
+    """Return llama.cpp's name of an id that has a row in the embedding, but no token."""
     return f"[PAD{index}]"
 
 
 def tokens(metadata: Mapping[str, Any]) -> list[str]:
-    """The tokens by id.
+    """Return the tokens by id.
 
     Raises:
         CheckpointError: There are none, one is empty, or two are alike.
@@ -74,7 +74,7 @@ def check_distinct(found: Sequence[str]) -> None:
 
 
 def kinds(metadata: Mapping[str, Any], count: int) -> list[int]:
-    """The kinds of `count` tokens by id; see Kind.
+    """Return the kinds of `count` tokens by id; see Kind.
 
     Raises:
         CheckpointError: They are missing, not as many, or not known.
@@ -90,7 +90,7 @@ _KINDS = frozenset(map(int, Kind))
 
 
 def scores(metadata: Mapping[str, Any], count: int) -> list[float]:
-    """The scores of `count` tokens by id.
+    """Return the scores of `count` tokens by id.
 
     Raises:
         CheckpointError: They are missing, not as many, or not finite.
@@ -103,7 +103,7 @@ def scores(metadata: Mapping[str, Any], count: int) -> list[float]:
 
 
 def merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[list[str]]:
-    """The pairs of tokens that are merged, in order.
+    """Return the pairs of tokens that are merged, in order.
 
     Raises:
         CheckpointError: They are missing, or one is no pair of tokens whose union is a token.
@@ -121,7 +121,7 @@ def merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[l
 
 
 def token_id(metadata: Mapping[str, Any], name: str, count: int, default: int | None = None) -> int:
-    """The id of a special token, such as bos.
+    """Return the id of a special token, such as bos.
 
     Raises:
         CheckpointError: It is missing and there is no default, or is none of `count` ids.

@@ -34,7 +34,7 @@ _WAY_OUT = "put the tokenizer.model of the model into its folder"
 
 
 def from_ranks(path: Path) -> SentencePieces:
-    """The pieces of a tokenizer.json, proven to encode as it does.
+    """Return the pieces of a tokenizer.json, proven to encode as it does.
 
     Raises:
         CheckpointError: It does something that pieces with scores do not.

@@ -68,7 +68,7 @@ class Chat:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Of the conversation."""
+        """Settings of the conversation."""
         return self.own if self.id is None else self.dialogue.settings
 
     @property
@@ -84,11 +84,11 @@ class Chat:
 
     @property
     def sampling(self) -> Sampling:
-        """How the next answer is drawn."""
+        """Sampling of the next answer."""
         return sampling_of(self.default, self.settings)
 
     def status(self) -> str:
-        """Conversation, model and use of the context in a line."""
+        """Return the conversation, the model and the use of the context in a line."""
         dialogue = self.dialogue
         used, reads = context_used(dialogue.path()), self.llm.config.context_length
         return f"{dialogue.name}  |  {self.model}  |  context {used:,} of {reads:,} tokens ({used / reads:.0%})"

@@ -17,7 +17,7 @@ from lit_llama.generate.engine.request import Sampling
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value of a setting as it is kept; None where there is no text.
+    """Return the value of a setting as it is kept; None where there is no text.
 
     `stop` is a list in JSON, or one text.
 
@@ -45,12 +45,12 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 class Leave(Exception):
-    """The user wants to leave."""
+    """Wish of the user to leave."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a word behind a slash does.
+    """Command that a word behind a slash starts.
 
     Attributes:
         name: The word.

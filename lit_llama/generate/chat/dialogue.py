@@ -79,7 +79,7 @@ class Node:
         return whole if self.train is None else self.train and self.role == "assistant"
 
     def message(self) -> dict[str, str]:
-        """The message as prompt styles take it."""
+        """Return the message as prompt styles take it."""
         return {"role": self.role, "content": self.content}
 
 
@@ -103,7 +103,7 @@ class Dialogue:
         self._children: dict[int, list[int]] = {ROOT: []}
 
     def copy(self) -> "Dialogue":
-        """Another one of the same messages, which goes on apart."""
+        """Return a copy with the same messages, which goes on apart."""
         other = Dialogue(self.id, self.name, self.time)
         other.nodes, other.settings, other.heads = dict(self.nodes), dict(self.settings), list(self.heads)
         other._children = {id: list(children) for id, children in self._children.items()}
@@ -115,7 +115,7 @@ class Dialogue:
         return max(self.nodes, default=ROOT) + 1
 
     def path(self, leaf: int | None = None, side: int = 0) -> list[Node]:
-        """Messages from the first one to a message; without one, to the head."""
+        """Return the messages from the first one to a message; without one, to the head."""
         at = self.heads[side] if leaf is None else leaf
         found = []
         while at != ROOT:
@@ -124,21 +124,21 @@ class Dialogue:
         return found[::-1]
 
     def children(self, id: int) -> list[Node]:
-        """Messages that follow a message, one on each branch."""
+        """Return the messages that follow a message, one on each branch."""
         return [self.nodes[child] for child in self._children[id]]
 
     def siblings(self, id: int) -> list[Node]:
-        """Messages in the place of a message, itself among them."""
+        """Return the messages in the place of a message, itself among them."""
         return self.children(self.nodes[id].parent)
 
     def leaf(self, id: int) -> int:
-        """The last message of the newest branch through a message."""
+        """Return the last message of the newest branch through a message."""
         while self._children[id]:
             id = self._children[id][-1]
         return id
 
     def leaves(self) -> list[int]:
-        """Last messages of all branches."""
+        """Return the last messages of all branches."""
         return [id for id in self.nodes if not self._children[id]]
 
     def apply(self, record: Record) -> None:
@@ -153,7 +153,7 @@ class Dialogue:
         _APPLY[kind](self, record)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The fewest records that make this dialogue."""
+        """Yield the fewest records that make this dialogue."""
         yield {"type": "dialogue", "format": FORMAT, "id": self.id, "name": self.name, "time": self.time}
         for name, value in self.settings.items():
             yield {"type": "set", "name": name, "value": value}
@@ -246,7 +246,7 @@ class Dialogue:
 
 
 def fitting_parent(dialogue: Dialogue, record: Record) -> int:
-    """The latest message that a message can follow whose own parent is lost."""
+    """Return the latest message that a message can follow whose own parent is lost."""
     allowed = _PARENTS.get(str(record.get("role")), ())
     id = record.get("id")
     before = [n.id for n in dialogue.nodes.values() if n.role in allowed and isinstance(id, int) and n.id < id]

@@ -13,7 +13,7 @@ _TOO_DEEP = "is nested too deeply"
 
 @dataclass
 class Reading:
-    """What was found in a file.
+    """Records and faults that were found in a file.
 
     Attributes:
         dialogue: The sum of the records that fit.
@@ -55,7 +55,7 @@ class Reading:
 
 
 def parse(line: bytes) -> Record:
-    """A record of a line.
+    """Parse a line into a record.
 
     Raises:
         ValueError: It is none.
@@ -78,7 +78,7 @@ def _no_number(name: str) -> Any:
 
 
 def encode(record: Record) -> bytes:
-    """A record as a line; lone surrogates are written as escapes, which UTF-8 has no bytes for."""
+    """Encode a record as a line; lone surrogates are written as escapes, which UTF-8 has no bytes for."""
     try:
         return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:
@@ -86,13 +86,13 @@ def encode(record: Record) -> bytes:
 
 
 def split(data: bytes) -> Iterator[bytes]:
-    """Lines without their ends; the last one may lack it."""
+    """Yield the lines without their ends; the last one may lack it."""
     lines = data.split(b"\n")
     yield from lines if lines[-1] else lines[:-1]
 
 
 def read(data: bytes, id: str, name: str, time: float) -> Reading:
-    """A dialogue out of the bytes of its file.
+    """Read a dialogue out of the bytes of its file.
 
     Args:
         data: All of them.

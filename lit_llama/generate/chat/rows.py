@@ -14,7 +14,8 @@ from lit_llama.generate.chat.session import message
 
 
 def row(path: Iterable[Node]) -> dict[str, Any] | None:
-    """A branch as a training row, in which answers that are not to be learned say so; None if there is none to learn.
+    """Return a branch as a training row, in which answers that are not to be learned say so; None if there is none to
+    learn.
 
     It ends with the last answer that is learned, and before the first one without words, which no row can hold.
     """
@@ -70,7 +71,7 @@ def save(path: Path, dialogue: Dialogue) -> None:
 
 
 def load(path: Path) -> list[tuple[str, list[Record]]]:
-    """Conversations of a file that `save` wrote, or of rows of messages: their names and records.
+    """Load the conversations of a file that `save` wrote, or of rows of messages: their names and records.
 
     Raises:
         DataError: It holds something else; the message names the line and the field.
@@ -83,7 +84,7 @@ def load(path: Path) -> list[tuple[str, list[Record]]]:
 
 
 def loaded(data: bytes, where: str, stem: str) -> list[tuple[str, list[Record]]]:
-    """As `load`, of the bytes of a file.
+    """Load the conversations of the bytes of a file, as `load` does.
 
     Args:
         data: All of them.
@@ -161,10 +162,10 @@ def _records(value: Any) -> list[Record]:
 
 
 def text_of(dialogue: Dialogue) -> bytes:
-    """A conversation with all its branches, as `save` writes it."""
+    """Return a conversation with all its branches, as `save` writes it."""
     return b"".join(map(encode, dialogue.records()))
 
 
 def branches(dialogue: Dialogue) -> list[int]:
-    """Last messages of the branches, the newest last; none of a conversation without messages."""
+    """Return the last messages of the branches, the newest last; none of a conversation without messages."""
     return [leaf for leaf in dialogue.leaves() if leaf != ROOT]

@@ -50,14 +50,15 @@ def folded(text: str, opened: bool = False) -> Folded:
 
 
 def summed(folded: Folded) -> str:
-    """A line in place of thoughts."""
+    """Return a line in place of thoughts."""
     words = len((folded.thoughts or "").split())
     return f"▸ thinking, {words} words so far" if folded.thinking else f"▸ thought in {words} words"
 
 
 def finished(text: str) -> int:
-    """Up to where nothing that comes later changes how Markdown is shown: where the last block begins that follows an
-    empty line, outside of code, and is no part of an item of a list."""
+    """Return the end of the text up to which nothing that comes later changes how Markdown is shown: where the last
+    block begins that follows an empty line, outside of code, and is no part of an item of a list.
+    """
     fence, position, end, empty = "", 0, 0, False
     for line in text.splitlines(keepends=True):
         if empty and not fence and line[0] not in " \t\n":
@@ -73,7 +74,7 @@ def finished(text: str) -> int:
 
 
 class Harmless:
-    """Something whose words cannot act on a terminal, whatever they were made of.
+    """Renderable whose words cannot act on a terminal, whatever they were made of.
 
     Args:
         inner: What is shown.
@@ -94,27 +95,27 @@ class Harmless:
 
 
 def markdown(text: str) -> Harmless:
-    """Markdown as it is shown."""
+    """Return Markdown as it is shown."""
     return Harmless(Markdown(harmless(text), hyperlinks=False))
 
 
 class Screen(Protocol):
-    """Where answers are shown."""
+    """Place where answers are shown."""
 
     def begin(self, opened: bool) -> None:
-        """An answer begins; `opened` if its prompt ends in the tag that begins thoughts."""
+        """Begin an answer; `opened` if its prompt ends in the tag that begins thoughts."""
         ...
 
     def write(self, piece: str) -> None:
-        """More of it has come."""
+        """Write more of the answer that has come."""
         ...
 
     def end(self, stopped: bool) -> None:
-        """It is over; `stopped` by somebody."""
+        """End the answer; `stopped` by somebody."""
         ...
 
     def show(self, text: str, opened: bool = False) -> None:
-        """A whole message."""
+        """Show a whole message."""
         ...
 
 
@@ -122,19 +123,19 @@ class Plain:
     """Text as it is."""
 
     def begin(self, opened: bool) -> None:
-        """See Screen."""
+        """Begin an answer on stdout."""
         self._results = Results()
 
     def write(self, piece: str) -> None:
-        """See Screen."""
+        """Write text as it is."""
         self._results.write(piece)
 
     def end(self, stopped: bool) -> None:
-        """See Screen."""
+        """End the line of the answer; `stopped` by somebody."""
         self._results.end(" ...\n" if stopped else "\n")
 
     def show(self, text: str, opened: bool = False) -> None:
-        """See Screen."""
+        """Show a message as it is."""
         results = Results()
         results.write(text)
         results.end()
@@ -152,7 +153,7 @@ class Terminal:
         self._live: Live | None = None
 
     def begin(self, opened: bool) -> None:
-        """See Screen."""
+        """Begin an answer, drawn anew as it grows."""
         self._text, self._shown, self._opened, self._told = "", 0, opened, False
         self._live = Live(
             console=self._console,
@@ -165,7 +166,7 @@ class Terminal:
         self._live.start()
 
     def write(self, piece: str) -> None:
-        """See Screen."""
+        """Write text, whose finished blocks stay."""
         self._text += piece
         found = folded(self._text, self._opened)
         if found.thinking:
@@ -179,7 +180,7 @@ class Terminal:
         self._draw([found.rest[self._shown :]])
 
     def end(self, stopped: bool) -> None:
-        """See Screen."""
+        """End the answer, all of which stays."""
         if self._live is None:
             return
         self._live.update("", refresh=True)
@@ -194,7 +195,7 @@ class Terminal:
             self._console.print("...")
 
     def show(self, text: str, opened: bool = False) -> None:
-        """See Screen."""
+        """Show a message as Markdown."""
         found = folded(text, opened)
         if found.thoughts is not None:
             self._console.print(summed(found), style="dim")

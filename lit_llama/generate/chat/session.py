@@ -1,4 +1,4 @@
-"""Asking a model within a conversation: the prompt of a branch, and an answer that is kept as it comes."""
+"""Requests to a model within a conversation: the prompt of a branch, and an answer that is kept as it comes."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ _FLUSH_SECONDS, _FLUSH_CHARACTERS = 0.5, 2000
 
 
 def sampling_of(default: Sampling, settings: Mapping[str, Any]) -> Sampling:
-    """The sampling of a conversation: its own settings before those of the program.
+    """Return the sampling of a conversation: its own settings before those of the program.
 
     Raises:
         UserError: A value is out of its range.
@@ -62,7 +62,7 @@ def check_settings(default: Sampling, settings: Mapping[str, Any]) -> None:
 
 
 def changed(sampling: Sampling) -> dict[str, Any]:
-    """What of a sampling is not as it is by default, as an answer is kept with."""
+    """Return the fields of a sampling that differ from the defaults, as an answer is kept with."""
     defaults = Sampling()
     found = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name in SETTINGS}
     return {
@@ -86,7 +86,7 @@ class Prompt:
 
 
 def fit(llm: LLM, messages: Sequence[Message], sampling: Sampling, overflow: Overflow = "drop_oldest") -> Prompt:
-    """The prompt of messages, without the oldest turns beyond what the model reads unless these are an error.
+    """Build the prompt of messages, without the oldest turns beyond what the model reads unless these are an error.
 
     Raises:
         UserError: The last message does not fit even alone, or the prompt style cannot say something.
@@ -103,7 +103,7 @@ def fit(llm: LLM, messages: Sequence[Message], sampling: Sampling, overflow: Ove
 
 
 def title(text: str) -> str:
-    """A name for a conversation: the beginning of its first message."""
+    """Return a name for a conversation: the beginning of its first message."""
     words, found = "".join(c if c.isprintable() else " " for c in text).split(), ""
     for word in words:
         if found and len(found) + 1 + len(word) > 40:
@@ -247,12 +247,12 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """How many there are so far."""
+        """Number of tokens so far."""
         return self._answer.tokens
 
     @property
     def finish_reason(self) -> str | None:
-        """How it ended; None while it goes on."""
+        """Reason why the answer ended; None while it goes on."""
         return self._answer.finish_reason
 
     @property
@@ -262,7 +262,7 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """Since it was asked for, until it ended."""
+        """Seconds since the answer was asked for, until it ended."""
         return self._seconds if self.ended else time.perf_counter() - self._start
 
     def _run(self) -> Generator[str]:
@@ -319,7 +319,7 @@ class Answer:
 
 
 def message(id: int, parent: int, role: str, content: str, now: float, side: int = 0) -> dict[str, Any]:
-    """The record of a message."""
+    """Return the record of a message."""
     record = {"type": "message", "id": id, "parent": parent, "role": role, "content": content, "time": now}
     return record | ({"side": side} if side else {})
 
@@ -331,7 +331,7 @@ def add_system(store: Store, conversation: str, text: str, side: int = 0) -> Non
 
 
 def system_records(dialogue: Dialogue, text: str, side: int = 0) -> list[Record]:
-    """What begins a conversation anew, see `add_system`."""
+    """Build the records that begin a conversation anew, see `add_system`."""
     if text:
         return [message(dialogue.next_id, 0, "system", text, time.time(), side)]
     return [{"type": "head", "id": 0, "side": side}]
@@ -345,5 +345,5 @@ def check_system(llm: LLM, text: str) -> None:
 
 
 def context_used(path: Sequence[Node]) -> int:
-    """Tokens of the last prompt and its answer, which the next prompt begins with; 0 if nothing was asked."""
+    """Return the tokens of the last prompt and answer, which the next prompt begins with; 0 if nothing was asked."""
     return next((n.prompt_tokens + n.tokens for n in reversed(path) if n.role == "assistant"), 0)

@@ -29,7 +29,7 @@ _OPEN = 64
 
 
 def default_folder() -> Path:
-    """Where a user's data lie, by the XDG base directory specification or as macOS has it."""
+    """Return the place of a user's data, by the XDG base directory specification or as macOS has it."""
     if home := os.environ.get("XDG_DATA_HOME"):
         return Path(home) / "lit_llama" / "conversations"
     import sys
@@ -39,7 +39,7 @@ def default_folder() -> Path:
 
 
 class NoConversation(UserError):
-    """There is none of this id."""
+    """Absence of a conversation of this id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Store:
     # ---- reading
 
     def list(self) -> "list[Summary]":
-        """All conversations, the one that changed last first."""
+        """Return all conversations, the one that changed last first."""
         with self._held():
             if self.folder is None:
                 found = [known.summary() for known in self._known.values()]
@@ -123,7 +123,7 @@ class Store:
         return sorted(found, key=lambda summary: (summary.changed, summary.id), reverse=True)
 
     def get(self, id: str) -> Dialogue:
-        """A conversation as it is now; what is written later is not seen in it.
+        """Return a conversation as it is now; what is written later is not seen in it.
 
         Raises:
             UserError: There is none of this id.
@@ -132,7 +132,7 @@ class Store:
             return self._fresh(id).dialogue
 
     def find(self, name: str) -> Summary | None:
-        """The conversation of a name, of a number in the list, or of the only name that begins so."""
+        """Return the conversation of a name, of a number in the list, or of the only name that begins so."""
         found = self.list()
         if exact := [summary for summary in found if summary.name == name or summary.id == name]:
             return exact[0]
@@ -263,7 +263,7 @@ class Store:
                 sync(self.folder)
 
     def free_name(self, name: str) -> str:
-        """A name that no conversation has: this one, or with a number behind it."""
+        """Return a name that no conversation has: this one, or with a number behind it."""
         name = _shortened(name)
         taken = {summary.name for summary in self.list()}
         if name not in taken:
@@ -271,7 +271,7 @@ class Store:
         return next(f"{name} {n}" for n in range(2, len(taken) + 3) if f"{name} {n}" not in taken)
 
     def new_name(self, name: str, id: str = "") -> str:
-        """A name as it is kept, which no conversation but that of the id has.
+        """Return a name as it is kept, which no conversation but that of the id has.
 
         Raises:
             UserError: The name is taken, or is none.

@@ -103,7 +103,7 @@ def _loop(chat: Chat, read: Read) -> list[UserError]:
 
 
 def read_line() -> str:
-    """The next line of stdin, whatever its bytes.
+    """Read the next line of stdin, whatever its bytes.
 
     Raises:
         EOFError: There is none.
@@ -141,11 +141,11 @@ class Editor:
         )
 
     def read(self) -> str:
-        """The next message or command."""
+        """Read the next message or command."""
         return self._session.prompt("> ")
 
     def edit(self, text: str) -> str:
-        """A text as the user changes it."""
+        """Return a text as the user changes it."""
         alone: PromptSession[str] = PromptSession(
             output=create_output(stdout=own(sys.stderr)),
             history=InMemoryHistory(),
@@ -174,10 +174,12 @@ def _keys() -> KeyBindings:
 
 
 class Spelled(Processor):
-    """Shows what is edited, pasted or an earlier message, so that no character of it acts on the terminal."""
+    """Processor that shows what is edited, pasted or an earlier message, so that no character of it acts on the
+    terminal.
+    """
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
-        """See prompt_toolkit."""
+        """Spell the fragments of a line, as prompt_toolkit's Processor transforms them."""
         fragments = explode_text_fragments(transformation_input.fragments)
         text = "".join(fragment[1] for fragment in fragments)
         if harmless(text) == text:
@@ -211,13 +213,13 @@ class _Lasting(FileHistory):
 
 
 class Names(Completer):
-    """Completes commands, and names of what they take."""
+    """Completer of commands, and of names of what they take."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat, self._paths = chat, PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
-        """See Completer."""
+        """Yield completions, as prompt_toolkit's Completer does."""
         text = document.text_before_cursor
         if not text.startswith("/"):
             return

@@ -40,7 +40,7 @@ class Answers:
         self.made = self.reused = 0
 
     def add(self, ticket: Ticket) -> None:
-        """Have the answers of a ticket wait.
+        """Add the answers of a ticket, which wait.
 
         Raises:
             TooLong, QueueFull: As of the scheduler; nothing is changed.

@@ -14,7 +14,7 @@ _Key = tuple[Hashable, tuple[int, ...]]
 
 
 class OutOfBlocks(Exception):
-    """No block is free, nor held by nobody."""
+    """Lack of a block that is free or held by nobody."""
 
 
 @dataclass(eq=False, slots=True)
@@ -26,7 +26,7 @@ class _Block:
 
 
 class BlockPool:
-    """Counts who holds each block, and finds known ones.
+    """Pool that counts who holds each block, and finds known ones.
 
     Args:
         count: Number of blocks.
@@ -52,7 +52,7 @@ class BlockPool:
         return len(self._idle)
 
     def allocate(self) -> int:
-        """A block that nobody else holds.
+        """Allocate a block that nobody else holds.
 
         Raises:
             OutOfBlocks: There is none.
@@ -111,7 +111,7 @@ class BlockPool:
         return block.serial
 
     def find(self, parent: Hashable, ids: tuple[int, ...]) -> tuple[int, Hashable] | None:
-        """The known block of these ids after that parent, and what stands for it as a parent."""
+        """Return the known block of these ids after that parent, and what stands for it as a parent."""
         index = self._known.get((parent, ids))
         return None if index is None else (index, self._blocks[index].serial)
 

@@ -42,13 +42,13 @@ def narrows(own: Sampling) -> bool:
 
 
 def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A few numbers on the device; a GPU does not wait for them."""
+    """Return a few numbers on the device; a GPU does not wait for them."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Draws:
-    """Draws by the kernels of a CPU, a few rows at a time, whose probabilities stay in its caches.
+    """Random draws by the kernels of a CPU, a few rows at a time, whose probabilities stay in its caches.
 
     Args:
         width: Tokens of a row (V).
@@ -73,7 +73,8 @@ class Draws:
 
 
 def candidates(scores: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
-    """What is drawn among: scores (N, V) -> probabilities (D, K), whose rows need not sum to 1, and ids (D, K).
+    """Return the candidates of a draw: scores (N, V) -> probabilities (D, K), whose rows need not sum to 1, and ids (D,
+    K).
 
     The temperature first, then top_k, top_p and min_p, each of what the one before it left, as in transformers. Ids are
     None where K is V, in order otherwise; behind the last one kept, probabilities are 0.
@@ -110,7 +111,8 @@ def _kept(likeliest: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def draw(chances: Tensor, numbers: Tensor) -> Tensor:
-    """Places at which the cumulated probabilities of rows exceed their random numbers: (D, K) and (D,) -> (D,).
+    """Draw the places at which the cumulated probabilities of rows exceed their random numbers: (D, K) and (D,) ->
+    (D,).
 
     Probabilities are cumulated in their order, in float64 and row by row, so that a draw does not depend on other rows;
     of many, whole blocks first, and then those of the block that is hit.

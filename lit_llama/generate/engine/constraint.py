@@ -1,4 +1,4 @@
-"""What an answer has to be: JSON of a schema, a regular expression, one of some texts, or a grammar.
+"""Constraint of an answer: JSON of a schema, a regular expression, one of some texts, or a grammar.
 
 llguidance (MIT) says after each token which may follow. What it cannot keep to, a keyword of a schema, say, it refuses
 beforehand. It is an extra, imported where a constraint is made.
@@ -88,7 +88,7 @@ class Constraint:
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
     ) -> "Constraint":
-        """One of the constraints below.
+        """Return one of the constraints below.
 
         Args:
             tokens: Gives those of the tokenizer.
@@ -115,7 +115,8 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str, tokens: TokenTable) -> "Constraint":
-        """JSON that a schema describes; the empty schema is any JSON. White space is at most a line end and an indent.
+        """Constrain to JSON that a schema describes; the empty schema is any JSON. White space is at most a line end
+        and an indent.
 
         Raises:
             UserError: The schema is no JSON, or has parts that could not be kept to.
@@ -133,7 +134,7 @@ class Constraint:
 
     @classmethod
     def regex(cls, pattern: str, tokens: TokenTable) -> "Constraint":
-        """Text that a regular expression matches as a whole; it has no look-around and no references.
+        """Constrain to text that a regular expression matches as a whole; it has no look-around and no references.
 
         Raises:
             UserError: It is faulty.
@@ -142,7 +143,7 @@ class Constraint:
 
     @classmethod
     def choice(cls, texts: Sequence[str], tokens: TokenTable) -> "Constraint":
-        """One of some texts.
+        """Constrain to one of some texts.
 
         Raises:
             UserError: There are none, or one is empty.
@@ -154,7 +155,7 @@ class Constraint:
 
     @classmethod
     def lark(cls, grammar: str, tokens: TokenTable) -> "Constraint":
-        """Text of a grammar in llguidance's variant of Lark.
+        """Constrain to text of a grammar in llguidance's variant of Lark.
 
         Raises:
             UserError: It is faulty.
@@ -162,12 +163,12 @@ class Constraint:
         return cls(_library().LLMatcher.grammar_from_lark(grammar), tokens, "grammar")
 
     def matcher(self) -> "GrammarMatcher":
-        """The state at the beginning of an answer."""
+        """Return the state at the beginning of an answer."""
         return GrammarMatcher(self._matcher.deep_copy(), self._ends)
 
 
 class GrammarMatcher:
-    """How far an answer has come in its grammar, see engine.Matcher."""
+    """Progress of an answer in its grammar, see engine.Matcher."""
 
     def __init__(self, matcher: Any, ends: Collection[int]) -> None:
         self._matcher, self._ends = matcher, ends
@@ -195,7 +196,7 @@ class GrammarMatcher:
             del self._consumed[-count:]
 
     def forced(self) -> list[int]:
-        """Ids that have to follow, none where there is a choice."""
+        """Return the ids that have to follow, none where there is a choice."""
         return list(self._matcher.compute_ff_tokens())
 
 

@@ -1,4 +1,4 @@
-"""What comes of the logits of a step: tokens that are drawn, guesses that were right, and scores of prompts.
+"""Results of the logits of a step: tokens that are drawn, guesses that were right, and scores of prompts.
 
 Shapes: N rows of logits, V vocabulary.
 """
@@ -16,7 +16,7 @@ from lit_llama.generate.engine.ticket import Answer
 
 
 class Drawing:
-    """Draws the tokens of answers, and adds them.
+    """Draw of the tokens of answers, which are added to them.
 
     Args:
         scheduler: Of the sequences.

@@ -156,7 +156,7 @@ class Engine:
             self.abort(ticket)
 
     def follow(self, ticket: Ticket) -> Iterator[Step]:
-        """What comes of a request, computing as long as nothing is there.
+        """Yield the steps of a request, computing as long as nothing is there.
 
         Raises:
             UserError: It failed.
@@ -225,7 +225,7 @@ class Engine:
         return sorted(self._adapters)
 
     def add_guesser(self, guesser: Guesser) -> None:
-        """Have tokens guessed by it, too, where those before it guess nothing."""
+        """Add a guesser of tokens, asked where those before it guess nothing."""
         with self._lock:
             self._answers.guessers.append(guesser)
 
@@ -287,7 +287,7 @@ class Engine:
             return given + sum(guesser.trim() for guesser in self._answers.guessers)
 
     def statistics(self) -> Statistics:
-        """Counts since the engine was made, and what there is now; amid a step, some of them are of before."""
+        """Return counts since the engine was made, and what there is now; amid a step, some of them are of before."""
         scheduler = self._scheduler  # without the lock, which is held as long as a step takes
         return Statistics(
             running=len(scheduler.running),

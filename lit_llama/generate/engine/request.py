@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back of it: ids only, and no torch, so that doors may import it."""
+"""Requests to the engine, and what comes back of it: ids only, and no torch, so that doors may import it."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of an answer are drawn, and where it ends.
+    """Settings by which the tokens of an answer are drawn, and where it ends.
 
     Everything applies in the order of transformers: logit_bias, repetition_penalty, presence_penalty and
     frequency_penalty, banned_ids and min_new_tokens, temperature, top_k, top_p, min_p. A tie with the last token that
@@ -195,7 +195,7 @@ class Request:
             raise UserError(f"the number of the request is {self.number}, expected 0 to {0xFFFF_FFFF}")
 
     def answer_number(self, answer: int) -> int:
-        """Number of one of its `n` answers, for the draws: the first is numbered as the request is."""
+        """Return the number of one of its `n` answers, for the draws: the first is numbered as the request is."""
         return self.number | answer << 32
 
 
@@ -214,7 +214,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What became known of an answer at once: most often one token.
+    """Tokens of an answer that became known at once: most often one.
 
     Attributes:
         ids: New tokens.

@@ -1,4 +1,5 @@
-"""What computes the logits of a step: the kernels of a CPU with packed weights, or the library's own operations.
+"""Runners, which compute the logits of a step: the kernels of a CPU with packed weights, or the library's own
+operations.
 
 Shapes: N tokens whose logits are wanted, V vocabulary.
 """
@@ -35,7 +36,7 @@ class Runner(Protocol):
     exact: bool
 
     def logits(self, batch: PagedBatch) -> Tensor:
-        """(N, V)."""
+        """Compute the logits of a plan: (N, V)."""
         ...
 
     def copy(self, source: int, destination: int) -> None:
@@ -84,7 +85,7 @@ class PackedRunner:
         return _reclaimed([self._cache.blocks], blocks)
 
     def logits(self, batch: PagedBatch) -> Tensor:
-        """(N, V) in float32."""
+        """Compute the logits of a plan: (N, V) in float32."""
         return self._model(batch, self._cache)
 
 
@@ -112,11 +113,11 @@ class TorchRunner:
         return _reclaimed(self._cache.parts, blocks)
 
     def logits(self, batch: PagedBatch) -> Tensor:
-        """(N, V) in the dtype of the weights."""
+        """Compute the logits of a plan: (N, V) in the dtype of the weights."""
         return paged_logits(self._model, batch, self._cache)
 
     def add_adapter(self, name: str, factors: dict[str, Factors]) -> None:
-        """Refused.
+        """Refuse an adapter.
 
         Raises:
             UserError: Always: the layers of a model hold one adapter.
@@ -124,7 +125,7 @@ class TorchRunner:
         raise UserError(f"adapter {name!r}: several adapters at once need the kernels for CPUs; merge it into its base")
 
     def remove_adapter(self, name: str) -> None:
-        """There is none."""
+        """Refuse to remove an adapter, as there is none."""
         raise KeyError(name)
 
 

@@ -1,4 +1,4 @@
-"""Choosing the next token of many sequences in one pass, each in its own way.
+"""Choice of the next token of many sequences in one pass, each in its own way.
 
 Shapes: N rows of logits, V vocabulary, S slots, P slots with penalties, D rows that draw, K likeliest tokens.
 """
@@ -38,7 +38,7 @@ class Choice:
     top_logprobs: Tensor | None = None
 
     def details(self) -> list[TokenLogprobs | None]:
-        """Log-probabilities of each row, None where they were not asked for."""
+        """Return the log-probabilities of each row, None where they were not asked for."""
         if self.logprobs is None or self.top_ids is None or self.top_logprobs is None:
             return [None] * len(self.counts)
         rows = zip(self.counts, self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
@@ -49,7 +49,7 @@ class Choice:
 
 
 class Sampler:
-    """Draws tokens for sequences that each occupy a slot.
+    """Sampler of tokens for sequences that each occupy a slot.
 
     A row gets the same token whatever other rows are beside it: nothing is summed across rows, and random numbers are
     a function of (seed, number of the answer, position in the answer).
@@ -142,7 +142,7 @@ class Sampler:
     def distribution(
         self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], allowed: Tensor | None = None
     ) -> Tensor:
-        """Probabilities with which `sample` would choose: (N, V) -> (N, V) in float32."""
+        """Return the probabilities with which `sample` would choose: (N, V) -> (N, V) in float32."""
         plan = self._planned(slots)
         scores = self._scores(logits[:, : self._width], plan, positions, allowed)
         chances = torch.zeros_like(logits, dtype=torch.float32)
@@ -301,14 +301,14 @@ def _pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tens
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of ids, and the likeliest ones: (N, V) and (N,) -> (N,), (N, top) ids and (N, top)."""
+    """Return log-probabilities of ids, and the likeliest ones: (N, V) and (N,) -> (N,), (N, top) ids and (N, top)."""
     logprobs = logits.float().log_softmax(-1)
     values, found = logprobs.topk(top)
     return logprobs.gather(1, ids[:, None])[:, 0], found, values
 
 
 def uniform(seed: int, number: int, position: int) -> float:
-    """The random number in [0, 1) for one position of one answer."""
+    """Return the random number in [0, 1) for one position of one answer."""
     block, place = divmod(position, _BLOCK)
     return float(_uniforms(seed, number, block)[place])
 

@@ -1,4 +1,4 @@
-"""Which tokens the next step computes: sequences join and leave a running batch, and prompts are cut to a budget.
+"""Plan of the tokens of the next step: sequences join and leave a running batch, and prompts are cut to a budget.
 
 Pure Python over ids; the model is whoever runs a `Plan`. A step takes the next token of every sequence that is being
 continued, with the guesses that follow it, and then as much of the prompts as the budget leaves (Agrawal et al. 2023,
@@ -66,18 +66,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a step computes, after the copies (from, to) of blocks, in their order."""
+    """Tokens that a step computes, after the copies (from, to) of blocks, in their order."""
 
     parts: list[Part]
     copies: list[tuple[int, int]]
 
 
 class QueueFull(Exception):
-    """As many sequences wait as may."""
+    """Refusal of a sequence, as many wait as may."""
 
 
 class TooLong(Exception):
-    """The cache would not hold the sequence, even alone."""
+    """Refusal of a sequence that the cache would not hold, even alone."""
 
 
 class Scheduler:
@@ -179,7 +179,7 @@ class Scheduler:
         self.preemptions += 1
 
     def slide(self, sequence: Sequence) -> None:
-        """Have a running sequence be computed again, as its ids are others now."""
+        """Let a running sequence be computed again, as its ids are others now."""
         self._leave(sequence)
         self._give_back(sequence)
         sequence.scored = None
@@ -189,14 +189,14 @@ class Scheduler:
         self._wait(sequence)
 
     def restart(self, sequence: Sequence) -> None:
-        """Have a running sequence be computed again, from what is known."""
+        """Let a running sequence be computed again, from what is known."""
         if sequence.state == "running":
             self._preempt(sequence)
 
     # ---- a step
 
     def plan(self, prompt_tokens: int | None = None) -> Plan:
-        """The next step; it is empty only if no sequence waits or runs.
+        """Plan the next step; it is empty only if no sequence waits or runs.
 
         Args:
             prompt_tokens: Tokens of prompts in a step that also continues answers, beside as many as continue them;

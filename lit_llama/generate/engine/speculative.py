@@ -48,7 +48,7 @@ class Asked:
 
 
 class Guesser(Protocol):
-    """Where guesses come from."""
+    """Source of guesses."""
 
     def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
         """Guess what follows each answer; nothing where that would not pay."""
@@ -84,7 +84,7 @@ class Found(NamedTuple):
 
 
 class Rates:
-    """How often the next id is right, by kind and length of what was found.
+    """Rates at which the next id is right, by kind and length of what was found.
 
     Args:
         prior: What is taken to be right before anything is known, which counts as much as `WEIGHT` trials.
@@ -98,7 +98,7 @@ class Rates:
         self._counts: dict[tuple[str, int], tuple[float, float]] = {}
 
     def __call__(self, kind: str, length: int) -> float:
-        """Share of ids that are right."""
+        """Return the share of ids that are right."""
         if self._prior is not None:
             before = self._prior(kind, length)
         else:
@@ -112,7 +112,7 @@ class Rates:
         self._counts[kind, length] = self.KEPT * before + right, self.KEPT * all_ + right + wrong
 
     def fade(self, kind: str, length: int) -> None:
-        """A guess of this kind was not made, as it did not pay: it may be tried again some time."""
+        """Note that a guess of this kind was not made, as it did not pay: it may be tried again some time."""
         before, all_ = self._counts.get((kind, length), (0.0, 0.0))
         self._counts[kind, length] = self.KEPT * before, self.KEPT * all_
 
@@ -135,7 +135,7 @@ class Answers:
                 self._new[tuple(ids[place - length : place])] = ids, place
 
     def find(self, ids: Sequence[int]) -> Found | None:
-        """The latest place of the most ids."""
+        """Return the latest place of the most ids."""
         for length in range(min(LONGEST, len(ids)), 1, -1):
             last = tuple(ids[-length:])
             if (at := self._new.get(last) or self._old.get(last)) is not None and at[0] is not ids:
@@ -145,7 +145,7 @@ class Answers:
 
 @dataclass
 class PromptLookup:
-    """What is known of an answer.
+    """Ids of an answer and of its text, and where its guesses were found.
 
     Attributes:
         rates: How often guesses for it were right.
@@ -174,7 +174,7 @@ class PromptLookup:
         self.indexed = max(self.indexed, len(ids))
 
     def find(self, ids: Sequence[int]) -> list[Found]:
-        """The place of the most ids in the text, and in the answer that it followed so far."""
+        """Return the place of the most ids in the text, and in the answer that it followed so far."""
         found = []
         for length in range(min(LONGEST, len(ids)), 0, -1):
             if (place := self.places.get(tuple(ids[-length:]))) is not None:
@@ -193,20 +193,21 @@ class PromptLookup:
 
 
 class PromptLookups:
-    """Looks up the last ids of answers in their own texts and in other answers."""
+    """Lookups of the last ids of answers in their own texts and in other answers."""
 
     def __init__(self) -> None:
         self._lookups: dict[Hashable, PromptLookup] = {}
         self._rates, self._answers = Rates(), Answers()
 
     def guess(self, asked: Sequence[Asked]) -> list[list[int]]:
-        """What may follow each answer, as long as it promises to pay: a guess costs a row of a step, which for R
-        answers is R / (FREE + R) of what an id is worth."""
+        """Guess the ids that follow each answer, as long as that promises to pay: a guess costs a row of a step, which
+        for R answers is R / (FREE + R) of what an id is worth.
+        """
         cost = len(asked) / (FREE + len(asked))
         return [self._guess(one, cost) for one in asked]
 
     def learn(self, key: Hashable, guessed: int, right: int, length: int) -> None:
-        """See `Guesser`."""
+        """Note how much of a guess was right."""
         lookup = self._lookups.get(key)
         if lookup is None or lookup.guessed is None:
             return

@@ -51,7 +51,7 @@ class EngineConfig:
 
 
 class Matcher(Protocol):
-    """What a constraint lets follow, see constraint.py."""
+    """Matcher of the tokens that a constraint lets follow, see constraint.py."""
 
     def allow(self, row: "Tensor") -> None:
         """Write into (V,) of booleans which ids may follow."""
@@ -66,7 +66,7 @@ class Matcher(Protocol):
         ...
 
     def forced(self) -> list[int]:
-        """Ids that have to follow, none where there is a choice."""
+        """Return the ids that have to follow, none where there is a choice."""
         ...
 
 
@@ -146,7 +146,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an engine does and has done."""
+    """Counts of what an engine does and has done."""
 
     running: int
     waiting: int

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class EngineFailed(RuntimeError):
-    """The engine itself raised an exception, its cause; all requests that it had are called off."""
+    """Failure of the engine itself, which raised an exception, its cause; all requests that it had are called off."""
 
 
 class Handle:
@@ -51,7 +51,7 @@ class Handle:
         return self._closed and not self._steps
 
     def take(self) -> list[Step]:
-        """The steps that have come, without waiting.
+        """Return the steps that have come, without waiting.
 
         Raises:
             UserError: The request failed, or its steps were not read in time; all before was taken.
@@ -77,7 +77,7 @@ class Handle:
         self._worker._call_off(self, answer)
 
     def listen(self, notify: Callable[[], object] | None) -> None:
-        """Have something called, in the engine's thread, whenever steps or the end have come.
+        """Call something, in the engine's thread, whenever steps or the end have come.
 
         It must return at once, as `lambda: loop.call_soon_threadsafe(event.set)` does. If it raises, nobody listens
         any more, and the request is aborted.
@@ -131,7 +131,7 @@ class Handle:
 
 
 class EngineThread:
-    """Drives an engine in a thread of its own, which waits where there is nothing to compute.
+    """Thread that drives an engine, and waits where there is nothing to compute.
 
     Args:
         engine: Whose steps nobody else computes meanwhile.
@@ -182,7 +182,7 @@ class EngineThread:
         return handle
 
     def call(self, function: Callable[[Engine], T]) -> "Future[T]":
-        """Have something done with the engine between two steps, such as loading an adapter.
+        """Let something be done with the engine between two steps, such as loading an adapter.
 
         Raises:
             ResourceError: The thread is being closed.

@@ -13,7 +13,7 @@ from lit_llama.text.read.rows import read_rows
 
 
 def read_answers(path: Path) -> list[tuple[Conversation, Row]]:
-    """Questions and answers of a file.
+    """Read the questions and answers of a file.
 
     Raises:
         DataError: A row has no answer, or is one of several answers to a question.
@@ -48,7 +48,7 @@ def _answer(row: Mapping[str, Any], number: int, where: str) -> tuple[Conversati
 
 
 def answered_task(name: str, answers: Sequence[tuple[Conversation, Row]]) -> Task:
-    """The questions of a file of answers, with all measures of answers that fit."""
+    """Return the questions of a file of answers, with all measures of answers that fit."""
     items = tuple(Item(question) for question, _ in answers)
     metrics = [metric for metric in usual_metrics(items) if METRICS[metric].part == "answer"]
     if any(row["stopped"] is None for _, row in answers):
@@ -57,7 +57,7 @@ def answered_task(name: str, answers: Sequence[tuple[Conversation, Row]]) -> Tas
 
 
 def answered_rows(name: str, path: Path, answers: Sequence[tuple[Conversation, Row]], task: Task) -> Rows:
-    """The answers of a file as the rows of a model.
+    """Return the answers of a file as the rows of a model.
 
     Raises:
         DataError: They are to other questions than those of the task.

@@ -24,7 +24,7 @@ RESULTS_JSON, REPORT_HTML = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of it.
+    """Results of an evaluation.
 
     Attributes:
         results: All that stands in results.json.
@@ -40,7 +40,7 @@ class Evaluation:
 def gather_tasks(
     data_dir: Path | None, tasks: Sequence[str], answers: Sequence[Path], limit: int | None = None
 ) -> list[Task]:
-    """What is to be asked, before anything is loaded.
+    """Gather the tasks that are to be asked, before anything is loaded.
 
     Args:
         data_dir: A data folder, of which the test split is a task.
@@ -67,7 +67,7 @@ def gather_tasks(
 
 
 def place_of_report(data_dir: Path | None, tasks: Sequence[str], answers: Sequence[Path]) -> Path:
-    """Where a report goes that nobody named a folder for."""
+    """Return the place of a report that nobody named a folder for."""
     names = [data_dir.resolve().name] if data_dir is not None else []
     names += [Path(name).stem for name in tasks]
     return Path("out/evaluate") / ("-".join(names) or answers[0].stem)

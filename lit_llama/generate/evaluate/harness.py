@@ -66,22 +66,22 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """Id of the token that ends a text."""
         return self.llm.tokenizer.control[self.llm.tokenizer.eos]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """Id of the token before a text that has nothing before it."""
         bos = self.llm.tokenizer.control.get(self.llm.tokenizer.bos_token)
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """By which the harness tells its caches apart."""
+        """Name by which the harness tells its caches apart."""
         return self._name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, in which spelled control tokens are such, as the harness's own models have it."""
+        """Return the ids of a text, in which spelled control tokens are such, as the harness's own models have it."""
         tokenizer = self.llm.tokenizer
         ids = ids_of(tokenizer, self._cutter.runs([Segment(string, template=True)]))
         bos = [tokenizer.control[tokenizer.bos]] if tokenizer.bos and add_special_tokens is not False else []
@@ -90,11 +90,11 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
     # ---- chats
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the record of a run."""
+        """Return the template, for the record of a run."""
         return self.llm.require_style().jinja(bos=False) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat, up to where the answer begins; or with its last message begun."""
+        """Return the text of a chat, up to where the answer begins; or with its last message begun."""
         tokenizer, style = self.llm.tokenizer, self.llm.require_style()
         asked, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
         told = rendered(for_style(tokenizer, style), style, asked, answer=True)
@@ -128,7 +128,7 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
         return ids, len(ids) - len(continuation)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows where they are longer than the model reads."""
+        """Return log-likelihoods of whole texts, in windows where they are longer than the model reads."""
         sums = []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -144,7 +144,7 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the texts that end them."""
+        """Return continuations up to the texts that end them."""
         asked = []
         for number, request in enumerate(requests):
             context, wanted = request.args
@@ -174,7 +174,7 @@ class LitLLaMA(TemplateLM):  # type: ignore[misc]
 
 
 def sampling_of(wanted: Mapping[str, Any]) -> Sampling:
-    """A sampling out of what a task of the harness asks for.
+    """Translate what a task of the harness asks for into a sampling.
 
     Raises:
         UserError: It asks for what is not done here.

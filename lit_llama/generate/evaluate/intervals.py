@@ -33,7 +33,7 @@ class Estimate:
 
 
 def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
-    """Sum of values / sum of weights, with its bootstrap interval over the rows.
+    """Compute the sum of values / sum of weights, with its bootstrap interval over the rows.
 
     The weights are 1, or what the values are counts of, such as tokens: then rows count by their size. Where all values
     are 0, or all are 1, resamples cannot differ; the interval is Wilson's (1927) there.
@@ -57,7 +57,8 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Est
 def difference(
     values: tuple[Sequence[float], Sequence[float]], weights: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> Estimate:
-    """Mean of the second minus mean of the first, on the same rows, with the interval of that difference.
+    """Return the mean of the second minus the mean of the first, on the same rows, with the interval of that
+    difference.
 
     Both means of a resample are of the same drawn rows, so that what is hard for both does not widen the interval.
 

@@ -49,7 +49,7 @@ Verdict: tie"""
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Who is asked, and how patiently.
+    """Model that is asked to judge, and how patiently.
 
     Args:
         url: Of the endpoint, with or without /chat/completions at its end.
@@ -187,20 +187,20 @@ class Judge:
 
 
 def judged(forward: Verdict, backward: Verdict) -> Literal["won", "lost", "tied"]:
-    """How the other model fared, when it stood second and when it stood first."""
+    """Judge how the other model fared, when it stood second and when it stood first."""
     if forward == "second" and backward == "first":
         return "won"
     return "lost" if forward == "first" and backward == "second" else "tied"
 
 
 def judge_prompt(question: Conversation, first: str, second: str) -> str:
-    """What the judge reads; the reference is in it where there is one."""
+    """Build the prompt that the judge reads; the reference is in it where there is one."""
     reference = f"\n<correct_answer>\n{question.response}\n</correct_answer>\n" if question.response else ""
     return _PROMPT.format(question=question.asked, reference=reference, first=first, second=second)
 
 
 def make_judge(url: str | None, model: str | None, key: str | None) -> Judge | None:
-    """The judge that flags ask for, or nobody.
+    """Build the judge that flags ask for, or nobody.
 
     Raises:
         UserError: Only one of the flags is given, or the URL is none.

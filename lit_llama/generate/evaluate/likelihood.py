@@ -1,4 +1,4 @@
-"""How likely a model finds texts: references behind their prompts, choices, and whole documents.
+"""Likelihoods of texts under a model: references behind their prompts, choices, and whole documents.
 
 All of it goes through the engine, so that a prompt which several texts stand behind is computed once.
 """
@@ -39,7 +39,7 @@ class Text:
     bytes: int
 
     def request(self) -> Request:
-        """What scores it, and makes nothing."""
+        """Build the request that scores the text, and makes nothing."""
         return _scored(self.ids, self.start)
 
 
@@ -63,7 +63,7 @@ class Likelihood:
 
 
 def chat_texts(llm: LLM, question: Conversation, answers: Sequence[str], system: str = "") -> list[Text]:
-    """Answers behind one prompt in the model's style, with the tokens that end them: ids as in training.
+    """Return the answers behind one prompt in the model's style, with the tokens that end them: ids as in training.
 
     Raises:
         DataError: One is too long for the model.
@@ -88,7 +88,7 @@ def chat_texts(llm: LLM, question: Conversation, answers: Sequence[str], system:
 
 
 def raw_texts(llm: LLM, prompt: str, answers: Sequence[str]) -> list[Text]:
-    """Texts that continue another one, which begins with the model's token for that.
+    """Return the texts that continue another one, which begins with the model's token for that.
 
     Raises:
         DataError: The model cannot score its first token, having none to begin with.
@@ -148,7 +148,7 @@ def score(
     texts: Sequence[tuple[Sequence[int], int]],
     done: Callable[[int, list[float], list[bool]], object],
 ) -> None:
-    """Log-probabilities of ids from some place on, of each text.
+    """Score ids of each text from some place on, by their log-probabilities.
 
     Args:
         llm: The model.

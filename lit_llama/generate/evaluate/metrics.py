@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def finish_reason(self) -> FinishReason | Literal["error"]:
-        """How it ended, as OpenAI names it, or that it failed."""
+        """Reason why the answer ended, as OpenAI names it, or that it failed."""
         if self.error is not None:
             return "error"
         return "stop" if self.stopped else "length"
@@ -45,7 +45,7 @@ class Answer:
 def measure(
     questions: Sequence[Conversation], answers: Sequence[Answer], control: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Shares of answers that stop by themselves, that equal the reference, and that are the same JSON as it.
+    """Return the shares of answers that stop by themselves, that equal the reference, and that are the same JSON as it.
 
     One that failed is none of them; how many did is added where there are any.
 
@@ -89,13 +89,13 @@ def json_match(reference: str, text: str) -> bool:
 
 
 def json_keys(text: str) -> tuple[str, ...]:
-    """Keys of a JSON object in their order; none of anything else."""
+    """Return the keys of a JSON object in their order; none of anything else."""
     value = _json(text)
     return tuple(value[0]) if value and isinstance(value[0], dict) else ()
 
 
 def json_fields(reference: str, text: str) -> dict[str, bool]:
-    """Of each field of a reference, which is a JSON object, whether the answer has the same."""
+    """Compare each field of a reference, which is a JSON object, with that of the answer."""
     wanted, found = _json(reference), _json(text)
     assert wanted and isinstance(wanted[0], dict)
     given = found[0] if found and isinstance(found[0], dict) else {}
@@ -109,7 +109,7 @@ def contains(wanted: Sequence[str], text: str) -> bool:
 
 
 def compiled(pattern: str) -> Any:
-    """A regular expression, by the package regex: that reads what Python's re does, and can be given up.
+    """Compile a regular expression by the package regex: that reads what Python's re does, and can be given up.
 
     Raises:
         UserError: It is none.
@@ -162,7 +162,7 @@ _WORDS = re.compile(
 
 
 def rouge_l(reference: str, text: str) -> float:
-    """ROUGE-L (Lin 2004): the F-measure of the longest common subsequence of words, in capitals or not.
+    """Compute ROUGE-L (Lin 2004): the F-measure of the longest common subsequence of words, in capitals or not.
 
     Equal to rouge_score's rougeL without a stemmer on English, and defined on every other script, too.
     """
@@ -188,7 +188,7 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def notes(questions: Sequence[Conversation], answers: Sequence[Answer], control: Collection[str] = ()) -> list[str]:
-    """What the measures do not tell by themselves, for people."""
+    """Note what the measures do not tell by themselves, for people."""
     said = []
     pairs = _pairs(questions, answers)
     by_form = sum(one.strip() != other.strip() and _nfc(one) == _nfc(other) for one, other in pairs)

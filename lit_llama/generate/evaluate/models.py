@@ -33,12 +33,12 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Folder of the model."""
         return self.opened.folder
 
 
 def identity(opened: Opened) -> dict[str, Any]:
-    """What decides the answers of a folder, by fingerprints."""
+    """Return the fingerprints of what decides the answers of a folder."""
     style = "" if opened.style is None else opened.style.jinja(bos=False)
     loading = opened.loading
     found: dict[str, Any] = {"weights": fingerprint(opened.base)}
@@ -81,7 +81,7 @@ def open_models(folders: Sequence[Path], loading: Loading | None = None) -> list
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells it from the others.
+    """Return as much of the end of each path as tells it from the others.
 
     Raises:
         UserError: One is named twice.

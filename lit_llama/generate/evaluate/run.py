@@ -1,4 +1,4 @@
-"""Evaluating models: every row answered and scored once, kept as it comes, and a report of all of them at the end."""
+"""Run of an evaluation: every row answered and scored once, kept as it comes, and a report of all of them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ _DIGITS = 6  # of log-likelihoods
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model made of all tasks.
+    """Answers and scores of a model to all tasks.
 
     Attributes:
         name: Of the model.
@@ -48,7 +48,7 @@ class Rows:
     tokenizer: str = ""
 
     def get(self, task: str, part: Part, row: int) -> Row | None:
-        """A row, if the model made it."""
+        """Return a row, if the model made it."""
         return self.rows.get((task, part, row))
 
 
@@ -186,7 +186,7 @@ def _request(llm: LLM, task: Task, row: int, sampling: Sampling, system: str) ->
 
 
 def raw_prompt(question: Conversation) -> str:
-    """The text of a row that no style is put around.
+    """Return the text of a row that no style is put around.
 
     Raises:
         DataError: It is a chat.
@@ -262,7 +262,7 @@ def note_time(out_dir: Path, name: str, part: Part, tokens: int, seconds: float)
 
 
 def read_timing(out_dir: Path) -> dict[str, Any]:
-    """Tokens and seconds by model and part; nothing where nothing usable is noted."""
+    """Read the tokens and seconds by model and part; nothing where nothing usable is noted."""
     try:
         return as_object(read_text(out_dir / TIMING_FILE))
     except (OSError, ValueError):

@@ -134,14 +134,14 @@ class RowStore:
 
 
 def described(sampling: Sampling) -> dict[str, Any]:
-    """A sampling as a header has it."""
+    """Return a sampling as a header has it."""
     found = asdict(sampling) | {"logit_bias": dict(sampling.logit_bias), "stop": list(sampling.stop)}
     return found | {name: sorted(found[name]) for name in ("banned_ids", "stop_ids")}
 
 
 @contextlib.contextmanager
 def open_rows(path: Path, header: Mapping[str, Any], key: tuple[str, ...], *, anew: bool = False) -> Iterator[RowStore]:
-    """A `RowStore` that is closed at the end."""
+    """Open a `RowStore` that is closed at the end."""
     store = RowStore(path, header, key, anew=anew)
     try:
         yield store
@@ -151,7 +151,8 @@ def open_rows(path: Path, header: Mapping[str, Any], key: tuple[str, ...], *, an
 
 @contextlib.contextmanager
 def unfinished(output: Path, header: Mapping[str, Any], key: tuple[str, ...]) -> Iterator[RowStore]:
-    """Rows on their way to a file: those that a killed process left there, and new ones. They go when the body ends.
+    """Yield rows on their way to a file: those that a killed process left there, and new ones. They go when the body
+    ends.
 
     Args:
         output: The file that the body writes.

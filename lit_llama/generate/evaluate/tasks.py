@@ -121,11 +121,11 @@ class Task:
 
     @property
     def parts(self) -> list[Part]:
-        """What models are asked for, in the order of asking."""
+        """Parts of a row that models are asked for, in the order of asking."""
         return [part for part in get_args(Part) if any(METRICS[metric].part == part for metric in self.metrics)]
 
     def fingerprint(self) -> str:
-        """Identity of what is asked, whatever is measured of it."""
+        """Return the identity of what is asked, whatever is measured of it."""
         told = asdict(self) | {"metrics": None, "name": None, "pattern": None}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -169,7 +169,7 @@ def _ways(items: Sequence[Item]) -> str:
 
 
 def usual_metrics(items: Sequence[Item]) -> tuple[str, ...]:
-    """The measures of rows for which nobody asked for others: all that fit."""
+    """Return the measures of rows for which nobody asked for others: all that fit."""
     if items and all(item.choices for item in items):
         return ("accuracy", "accuracy_norm", "probability")
     references = [item.question.response for item in items]
@@ -186,7 +186,7 @@ def usual_metrics(items: Sequence[Item]) -> tuple[str, ...]:
 
 
 def data_task(data_dir: Path, limit: int | None = None) -> Task:
-    """The test split of a data folder.
+    """Return the test split of a data folder.
 
     Raises:
         DataError: It has none.
@@ -198,13 +198,13 @@ def data_task(data_dir: Path, limit: int | None = None) -> Task:
 
 
 def file_task(path: Path, limit: int | None = None) -> Task:
-    """All rows of a file, with the usual measures."""
+    """Return all rows of a file, with the usual measures."""
     items = _items(path)[:limit]
     return Task(name=path.stem, items=items, metrics=usual_metrics(items))
 
 
 def read_tasks(name: str, limit: int | None = None) -> list[Task]:
-    """The tasks of a YAML file, or those that come with this program.
+    """Read the tasks of a YAML file, or those that come with this program.
 
     Args:
         name: Path of the file, or `regression`.

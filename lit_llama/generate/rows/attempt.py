@@ -49,7 +49,7 @@ class Attempt:
 
 
 class Rejected(Exception):
-    """An attempt comes to nothing.
+    """Rejection of an attempt, which comes to nothing.
 
     Args:
         by: Name of the filter.
@@ -62,7 +62,7 @@ class Rejected(Exception):
 
 
 class Columns:
-    """Runs the columns of a recipe.
+    """Columns of a recipe, which run one after another.
 
     Args:
         recipe: It.
@@ -82,7 +82,7 @@ class Columns:
         self._sandbox = Sandbox("the template", strict=True)
 
     def asks(self) -> list[Ask]:
-        """What a teacher will have to be able to do."""
+        """List the features that a teacher needs."""
         kinds = [column for column in self._recipe.columns if column.kind in ("prompt", "user_turn")]
         return [self._ask(column, column.sampling, "", ".") for column in kinds]
 
@@ -209,7 +209,7 @@ def _visible(values: Values) -> Values:
 
 
 def prompt_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What a row asks, and what it answers."""
+    """Return the question and the answer of a row."""
     if "messages" in row:
         asked = "\n".join(message["content"] for message in row["messages"][:-1] if message["role"] != "system")
         return asked, row["messages"][-1]["content"]

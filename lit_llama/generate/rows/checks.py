@@ -23,7 +23,7 @@ _NAME = re.compile(r"(?<![.!?:]\s)(?<!^)\b[A-ZÀ-Þ][\w'-]+")
 
 
 def sentence_at_place(row: Mapping[str, Any]) -> str:
-    """The sentence of a passage at the column `place`, counted round and round; "" where there is none.
+    """Return the sentence of a passage at the column `place`, counted round and round; "" where there is none.
 
     Headings, and what ends without a full stop, are no sentences.
     """
@@ -77,7 +77,7 @@ def is_no_example(row: Mapping[str, Any]) -> bool | str:
 
 
 def same_as_seed(answer: str, row: Mapping[str, Any]) -> float:
-    """1 for an answer that is that of the seed: as JSON by value, by its last number, or as words."""
+    """Return 1 for an answer that is that of the seed: as JSON by value, by its last number, or as words."""
     expected = row["seeds"].get("output")
     if not isinstance(expected, str) or not expected.strip():
         return 0.0

@@ -35,7 +35,7 @@ class Validator:
         self._constraint = Constraint.json_schema(schema, _bytes())
 
     def read(self, text: str) -> tuple[Any, str]:
-        """The value of an answer, and why it is none; "" if it is one.
+        """Read the value of an answer, and why it is none; "" if it is one.
 
         The order in which an object has its properties is that of the schema: endpoints are free in it.
         """
@@ -101,7 +101,7 @@ class Column:
 
 
 def read_columns(value: Any, place: str, sources: set[str], parameters: Mapping[str, str]) -> list[Column]:
-    """The columns of a recipe, each of which uses only sources and columns above it.
+    """Read the columns of a recipe, each of which uses only sources and columns above it.
 
     Args:
         value: The list that the recipe has.
@@ -204,7 +204,7 @@ def _path(value: Any, where: str, parameters: Mapping[str, str]) -> str:
 
 
 def load_callable(path: str, where: str) -> Callable[..., Any]:
-    """What stands at `package.module:name`, or at `path/to/file.py:name`.
+    """Load the object at `package.module:name`, or at `path/to/file.py:name`.
 
     Raises:
         UserError: Nothing does, or it cannot be called.

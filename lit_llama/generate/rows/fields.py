@@ -62,14 +62,14 @@ def check_name(name: Any, where: str) -> None:
 
 
 def count(value: Any, where: str) -> int:
-    """A number of 1 or more."""
+    """Read a number of 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where} is {value!r}, expected 1 or more")
     return value
 
 
 def group(kind: type[Any], settings: Any, where: str, **more: Any) -> Any:
-    """A frozen group of settings out of a mapping, each value of the kind that it has to be."""
+    """Read a frozen group of settings out of a mapping, each value of the kind that it has to be."""
     names = {item.name: item for item in fields(kind) if item.name not in more}
     check_keys(settings, list(names), where, kind.__name__.lower())
     values: dict[str, Any] = {}
@@ -103,7 +103,7 @@ def _is_of(value: Any, kind: str) -> bool:
 
 
 def word(value: Any) -> str:
-    """What a value is, in words of JSON."""
+    """Name the kind of a value, in words of JSON."""
     from lit_llama.text.read.raw import kind
 
     return "nothing" if value is None else kind(value)

@@ -1,4 +1,4 @@
-"""Which rows are kept: each filter says why it rejects, and every rejection is counted."""
+"""Filters of made rows: each says why it rejects, and every rejection is counted."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -76,7 +76,7 @@ class RowFilters:
             self._test_of.append(f"{path}: row {question.row + 1}")
 
     def judge(self, attempt: Attempt) -> tuple[str, str] | None:
-        """The name of the filter that rejects the row of an attempt, and why; None if it is kept."""
+        """Return the name of the filter that rejects the row of an attempt, and why; None if it is kept."""
         if attempt.rejected is not None:
             return attempt.rejected
         assert attempt.row is not None

@@ -27,7 +27,7 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """Takes what becomes of attempts, in their order.
+    """Journal of what becomes of attempts, in their order.
 
     A line is written at once, and reaches the disk within seconds. What a killed process left of a line is dropped
     when its folder is opened again, and what a power cut took is made again.
@@ -230,13 +230,13 @@ def _contiguous(
 
 
 def kept_line(attempt: Attempt, recipe: Recipe, teacher: str, identity: str) -> dict[str, Any]:
-    """An accepted row, with where it comes from."""
+    """Return an accepted row, with where it comes from."""
     assert attempt.row is not None
     return {**attempt.row, "metadata": _provenance(attempt, recipe, teacher, identity)}
 
 
 def rejected_line(attempt: Attempt, recipe: Recipe, teacher: str, identity: str) -> dict[str, Any]:
-    """A rejection: by which filter and why, and all that it came from."""
+    """Return a rejection: by which filter and why, and all that it came from."""
     assert attempt.rejected is not None
     name, why = attempt.rejected
     beside = {"prompts": attempt.prompts, "answers": attempt.texts}

@@ -26,7 +26,7 @@ _DRAWN = {"temperature": 0, "max_new_tokens": 160}
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """What a row has to be in the eyes of the teacher.
+    """Conditions that a row has to fulfil in the eyes of the teacher.
 
     Args:
         criterion: An answer is to be this; a template.
@@ -43,7 +43,7 @@ class Judge:
 
 
 def judge_columns(judge: Judge, output: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings of the columns `judge` and `judged`, and of `judge_turned` where pairs are compared.
+    """Return the settings of the columns `judge` and `judged`, and of `judge_turned` where pairs are compared.
 
     Args:
         judge: What is asked for.

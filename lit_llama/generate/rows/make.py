@@ -1,4 +1,4 @@
-"""What the door does: opens recipe and teacher, makes, shows or plans rows, and tells how it goes."""
+"""Work of the door: opens recipe and teacher, makes, shows or plans rows, and tells how it goes."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ _BAR = 48  # columns of a terminal that a bar and its percentage take
 
 
 def seconds_of(text: str | None) -> float | None:
-    """Seconds of a time such as 90s, 30m, 2h or 1h30m.
+    """Parse a time such as 90s, 30m, 2h or 1h30m into seconds.
 
     Raises:
         UserError: It is none.
@@ -73,7 +73,7 @@ def seconds_of(text: str | None) -> float | None:
 
 
 def local_teacher(checkpoint_dir: Path, loading: Loading | None = None) -> Teacher:
-    """A model of a folder as a teacher.
+    """Open a model of a folder as a teacher.
 
     Raises:
         CheckpointError: It cannot be used, or does not say how it is asked.
@@ -106,7 +106,7 @@ def open_teacher(
     concurrency: int = 8,
     patience: str = "1h",
 ) -> Teacher:
-    """The teacher that is named: a folder, or an endpoint; parameters as of the door.
+    """Open the teacher that is named: a folder, or an endpoint; parameters as of the door.
 
     Raises:
         UserError: Not exactly one is named, or an endpoint with what a folder is loaded with.
@@ -133,7 +133,7 @@ def open_teacher(
 def limits_of(
     recipe: Recipe, *, max_rows: int | None = None, max_tokens: int | None = None, max_time: str | None = None
 ) -> Limits:
-    """Where a run ends.
+    """Build the limits of a run.
 
     Raises:
         UserError: A limit is none.
@@ -254,7 +254,7 @@ class _Telling:
 
 
 def rejections(tally: Tally) -> str:
-    """Rejections by the name of their filter."""
+    """Return the rejections by the name of their filter."""
     return ", ".join(f"{name} {count:,}" for name, count in tally.rejected.most_common())
 
 

@@ -6,7 +6,7 @@ _GLOBALS = {"namespace", "dict", "raise_exception", "strftime_now", "range", "li
 
 
 def template_names(source: str, where: str) -> set[str]:
-    """Names that a template reads and does not set itself.
+    """Return the names that a template reads and does not set itself.
 
     Raises:
         UserError: Its syntax is wrong.
@@ -21,7 +21,7 @@ def template_names(source: str, where: str) -> set[str]:
 
 
 def expression_names(source: str, where: str) -> set[str]:
-    """Names that an expression reads.
+    """Return the names that an expression reads.
 
     Raises:
         UserError: Its syntax is wrong.
@@ -30,5 +30,5 @@ def expression_names(source: str, where: str) -> set[str]:
 
 
 def as_template(expression: str) -> str:
-    """A template that writes the value of an expression as JSON."""
+    """Return a template that writes the value of an expression as JSON."""
     return "{{ (" + expression + ") | tojson }}"

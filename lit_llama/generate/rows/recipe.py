@@ -55,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What becomes no row; each is counted, and its rows are kept beside with the reason.
+    """Filters of rows; rejections are counted, and their rows are kept beside with the reason.
 
     Args:
         rouge: Rows whose prompt has this ROUGE-L or more with an earlier one, as Self-Instruct has it; null for any.
@@ -84,7 +84,7 @@ class Filters:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What `read_recipe` gives.
+    """Recipe that `read_recipe` gives.
 
     Attributes:
         name: Of its file.
@@ -110,7 +110,7 @@ class Recipe:
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the library."""
+    """Return the names of the recipes that come with the library."""
     return sorted(path.name.removesuffix(".yaml") for path in _home().iterdir() if path.name.endswith(".yaml"))
 
 

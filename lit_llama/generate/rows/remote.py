@@ -40,7 +40,7 @@ class _Again(Exception):
 
 @dataclass(frozen=True)
 class Waits:
-    """How long things take.
+    """Times that things may take.
 
     Args:
         patience: Seconds without any answer, after which the run ends.
@@ -105,12 +105,12 @@ class RemoteTeacher:
         self.name = self.identity = f"{self._endpoint} {self._model}"
 
     def check(self, ask: Ask) -> None:
-        """See Teacher."""
+        """Refuse what an endpoint cannot be asked for."""
         if ask.user_turn:
             raise UserError("an endpoint gives no user's turn to go on with: this recipe needs --checkpoint_dir")
 
     def add(self, key: Key, ask: Ask) -> None:
-        """See Teacher."""
+        """Queue a prompt for the endpoint."""
         if not self._threads:
             self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._concurrency)]
             for thread in self._threads:
@@ -118,7 +118,7 @@ class RemoteTeacher:
         self._todo.put((key, ask))
 
     def wait(self) -> list[tuple[Key, Reply]]:
-        """See Teacher.
+        """Wait for replies of the endpoint.
 
         Raises:
             ResourceError: The endpoint has answered nothing for too long.
@@ -136,7 +136,7 @@ class RemoteTeacher:
             return found
 
     def close(self) -> None:
-        """See Teacher."""
+        """End the threads, and close the connections."""
         self._closed.set()
         for _ in self._threads:
             self._todo.put(None)

@@ -20,12 +20,12 @@ _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text without their case; those of rouge-score where the text is ASCII."""
+    """Return the words of a text without their case; those of rouge-score where the text is ASCII."""
     return _WORD.findall(normalised(text))
 
 
 def common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence, by the bits of a row of its table (Hyyrö 2004)."""
+    """Return the length of the longest common subsequence, by the bits of a row of its table (Hyyrö 2004)."""
     places: dict[Hashable, int] = {}
     for position, word in enumerate(one):
         places[word] = places.get(word, 0) | 1 << position
@@ -38,7 +38,7 @@ def common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
 
 
 def rouge_l(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
-    """The F-measure of two texts by their words; 0 where one has none."""
+    """Return the F-measure of two texts by their words; 0 where one has none."""
     return 2 * common(one, other) / (len(one) + len(other)) if one and other else 0.0
 
 
@@ -72,7 +72,7 @@ class RougeIndex:
         self._lengths.append(len(ids))
 
     def nearest(self, words: Sequence[str]) -> tuple[int, float] | None:
-        """The text with the highest ROUGE-L of at least the threshold, the first of equals; None without any."""
+        """Return the text with the highest ROUGE-L of at least the threshold, the first of equals; None without any."""
         ids = [self._ids.get(word, _UNKNOWN) for word in words]
         best: tuple[float, int] = (0.0, 0)
         for row in self._candidates(ids):

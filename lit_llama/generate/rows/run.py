@@ -1,4 +1,4 @@
-"""Makes the rows of a recipe: attempts go side by side and are decided one after another.
+"""Run of a recipe: attempts go side by side and are decided one after another.
 
 An attempt may use rows that were accepted WINDOW attempts before it and earlier, however the attempts between are
 going: so that the rows are the same whenever a run was interrupted, and however many answers come together.
@@ -27,7 +27,7 @@ WINDOW = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Where a run ends.
+    """Limits at which a run ends.
 
     Args:
         rows: Accepted rows.
@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass
 class Tally:
-    """What came of the attempts so far.
+    """Counts of the attempts so far.
 
     Attributes:
         accepted: Rows.
@@ -124,7 +124,7 @@ class RowMaker:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides about the rows."""
+        """Everything that decides about the rows."""
         return {
             "version": VERSION,
             "recipe": self.recipe.name,

@@ -1,4 +1,4 @@
-"""What attempts start from: rows of any file, passages of documents, and rows that were made before."""
+"""Sources that attempts start from: rows of any file, passages of documents, and rows that were made before."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ class Pool:
         return -(-len(self.entries) // draw) if self.source.order == "once" else None
 
     def draw(self, attempt: int, accepted: Sequence[Entry]) -> list[Entry]:
-        """What an attempt gets: the same whenever it is asked for.
+        """Draw the entries that an attempt gets: the same whenever it is asked for.
 
         Args:
             attempt: Its number.
@@ -103,7 +103,7 @@ def _rows(source: Source) -> Iterator[Entry]:
 
 
 def named(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A row of instructions under the names of Alpaca and of chats; nothing of one that is something else."""
+    """Return a row of instructions under the names of Alpaca and of chats; nothing of one that is something else."""
     try:
         question = question_of(row, number)
     except RowError:
@@ -133,7 +133,7 @@ def _page(path: Path) -> str:
 
 
 def cut(text: str, length: int) -> Iterator[str]:
-    """Passages of a text that end where a paragraph does, a sentence or word where those are too long."""
+    """Cut a text into passages that end where a paragraph does, a sentence or word where those are too long."""
     begun = ""
     for paragraph in (part.strip() for part in text.split("\n\n")):
         while paragraph:
@@ -180,7 +180,7 @@ class _Page(HTMLParser):
 
 
 def page_text(html: str) -> str:
-    """The words of an HTML page, without its scripts, styles and navigation."""
+    """Return the words of an HTML page, without its scripts, styles and navigation."""
     page = _Page()
     page.feed(html)
     page.close()

@@ -1,4 +1,4 @@
-"""Who answers the prompts of a recipe: a model of a folder, on our engine."""
+"""Teachers, who answer the prompts of a recipe: a model of a folder, on our engine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +54,7 @@ class Reply:
 
 
 class Teacher(Protocol):
-    """Takes prompts in and gives replies in any order."""
+    """Teacher, who takes prompts in and gives replies in any order."""
 
     name: str
     identity: str
@@ -70,7 +70,7 @@ class Teacher(Protocol):
         ...
 
     def wait(self) -> list[tuple[Key, Reply]]:
-        """Work, or wait, until there may be replies; those that there are."""
+        """Work, or wait, until there may be replies; return those that there are."""
         ...
 
     def close(self) -> None:
@@ -105,13 +105,13 @@ class LocalTeacher:
     _constraints: dict[int, tuple[Any, Constraint]] = field(default_factory=dict)
 
     def check(self, ask: Ask) -> None:
-        """See Teacher."""
+        """Refuse what the model cannot be asked for."""
         self.llm.require_style()
         if ask.schema is not None:
             self._constraint(ask.schema)
 
     def add(self, key: Key, ask: Ask) -> None:
-        """See Teacher."""
+        """Submit a prompt to the engine."""
         llm, engine = self.llm, self.llm.engine
         try:
             request, texts = self._request(key, ask)
@@ -137,7 +137,7 @@ class LocalTeacher:
         return self._constraints[id(schema)][1]
 
     def wait(self) -> list[tuple[Key, Reply]]:
-        """See Teacher."""
+        """Step the engine, and return the replies that there are."""
         found, self._refused = self._refused, []
         if found or not self._open:
             return found
@@ -156,7 +156,7 @@ class LocalTeacher:
         return found
 
     def close(self) -> None:
-        """See Teacher."""
+        """Abort the requests that are still open."""
         for own in self._open.values():
             self.llm.engine.abort(own.ticket)
         self._open.clear()
@@ -171,7 +171,7 @@ def _reply(own: _Open) -> Reply:
 
 
 def opening_ids(llm: LLM, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to where the user begins to write.
+    """Return the ids of a conversation up to where the user begins to write.
 
     Raises:
         CheckpointError: There is no prompt style.

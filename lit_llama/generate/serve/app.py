@@ -30,7 +30,7 @@ def create_app(
     routes: Sequence[BaseRoute] = (),
     public: Collection[str] = (),
 ) -> Starlette:
-    """The application of a server.
+    """Create the application of a server.
 
         service = Service(Limits(), log=print)
         app = create_app(service, routes=[Route("/", page)], public=["/"])
@@ -79,24 +79,24 @@ async def _translated(request: Request, error: HTTPException) -> Response:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """Whether requests are answered."""
+    """Tell whether requests are answered."""
     service.ready()
     return json_response({"status": "ok"})
 
 
 async def metrics(service: Service, request: Request) -> Response:
-    """Counts and times for Prometheus."""
+    """Return counts and times for Prometheus."""
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def list_models(service: Service, request: Request) -> Response:
-    """The base and its adapters."""
+    """Return the base and its adapters."""
     models = service.ready()
     return json_response({"object": "list", "data": [models.described(name) for name in models.llms]})
 
 
 async def show_model(service: Service, request: Request) -> Response:
-    """One of the models."""
+    """Return one of the models."""
     models = service.ready()
     name, _ = models.find(request.path_params["name"])
     return json_response(models.described(name))
@@ -113,7 +113,7 @@ async def complete(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    """Ids of a text, or of a conversation as it is put to a model."""
+    """Return the ids of a text, or of a conversation as it is put to a model."""
     models = service.ready()
     body = await service.body(request)
     return json_response(await service.read(_tokenized, body, models))
@@ -140,7 +140,7 @@ def _ids(llm: LLM, text: str, begin: bool) -> list[int]:
 
 
 async def tokenizer_info(service: Service, request: Request) -> Response:
-    """The control tokens of the first model, as lm-evaluation-harness asks for them.
+    """Return the control tokens of the first model, as lm-evaluation-harness asks for them.
 
     There is no chat template among it: rendered elsewhere, its control tokens would come back as words.
     """
@@ -151,7 +151,7 @@ async def tokenizer_info(service: Service, request: Request) -> Response:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    """Text of ids, without control tokens."""
+    """Return the text of ids, without control tokens."""
     models = service.ready()
     fields = Fields(await service.body(request))
     _, llm = models.find(fields.text("model"))

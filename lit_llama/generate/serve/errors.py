@@ -46,5 +46,5 @@ class ApiError(Exception):
 
 
 def refusal(param: str, message: str, code: str | None = None) -> ApiError:
-    """A field that is wrong."""
+    """Return the error for a field that is wrong."""
     return ApiError(400, f"{param}: {message}" if param else message, param or None, code)

@@ -12,7 +12,7 @@ _SHOWN = 60
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds; there are no two fields of a name, and no NaN or infinity.
+    """Parse the object that a body holds; there are no two fields of a name, and no NaN or infinity.
 
     Raises:
         ApiError: It is something else.
@@ -42,7 +42,7 @@ def _finite(text: str) -> float:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, whose fields have each a name of their own.
+    """Build an object whose fields have each a name of their own.
 
     Raises:
         ValueError: Two have one name.
@@ -66,7 +66,7 @@ def _check_depth(value: Any) -> None:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for people."""
+    """Name the kind of a JSON value, for people."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value)) or f"the number {str(value)[:_SHOWN]}"
 
@@ -90,11 +90,11 @@ class Fields:
         self._at = at
 
     def name(self, name: str) -> str:
-        """A field with its place."""
+        """Return the name of a field with its place."""
         return f"{self._at}.{name}" if self._at else name
 
     def any(self, name: str) -> Any:
-        """A value of any kind; None where there is none."""
+        """Read a value of any kind; None where there is none."""
         self._nulls.discard(name)
         return self._left.pop(name, None)
 
@@ -105,31 +105,31 @@ class Fields:
         return value
 
     def text(self, name: str) -> str | None:
-        """A text."""
+        """Read a text."""
         value: str | None = self._typed(name, str, "text")
         return None if value is None else check_text(value, self.name(name))
 
     def choice(self, name: str, among: Sequence[str], default: str) -> str:
-        """One of some words."""
+        """Read one of some words."""
         value = self.text(name)
         if value is not None and value not in among:
             raise refusal(self.name(name), f"is {value[:_SHOWN]!r}, expected one of {', '.join(among)}")
         return default if value is None else value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Read a field that is true or false."""
         value: bool | None = self._typed(name, bool, "true or false")
         return default if value is None else value
 
     def whole(self, name: str, low: int, high: int) -> int | None:
-        """A whole number of a range."""
+        """Read a whole number of a range."""
         value = self._typed(name, (int, float), f"a whole number from {low} to {high}")
         if isinstance(value, float) and not value.is_integer():
             raise refusal(self.name(name), f"is {value}, expected a whole number from {low} to {high}")
         return self._within(name, None if value is None else int(value), low, high)
 
     def real(self, name: str, low: float, high: float) -> float | None:
-        """A number of a range."""
+        """Read a number of a range."""
         value = self._typed(name, (int, float), f"a number from {low:g} to {high:g}")
         return self._within(name, value, low, high)
 
@@ -139,7 +139,7 @@ class Fields:
         return value
 
     def texts(self, name: str, most: int, longest: int) -> list[str]:
-        """A text, or a list of them; none is empty."""
+        """Read a text, or a list of them; none is empty."""
         value = self._typed(name, (str, list), "text or a list of texts")
         found = [] if value is None else [value] if isinstance(value, str) else value
         if len(found) > most:
@@ -152,29 +152,29 @@ class Fields:
         return list(found)
 
     def list(self, name: str) -> "list[Any] | None":
-        """A list of anything."""
+        """Read a list of anything."""
         value: list[Any] | None = self._typed(name, list, "a list")
         return value
 
     def object(self, name: str) -> dict[str, Any] | None:
-        """An object of anything."""
+        """Read an object of anything."""
         value: dict[str, Any] | None = self._typed(name, dict, "an object")
         return value
 
     def inner(self, name: str) -> "Fields | None":
-        """An object of which all fields are to be read."""
+        """Read an object of which all fields are to be read."""
         value = self.any(name)
         return None if value is None else Fields(value, self.name(name))
 
     def only(self, name: str, *values: Any, why: str) -> None:
-        """A field of which only some values, that change nothing, are taken."""
+        """Check a field of which only some values, that change nothing, are taken."""
         value = self.any(name)
         if value is not None and not any(value == only and type(value) is type(only) for only in values):
             shown = json.dumps(value)[:_SHOWN]
             raise refusal(self.name(name), f"{shown} is not supported: {why}", "unsupported_value")
 
     def ignore(self, *names: str) -> None:
-        """Fields that say nothing of the answer."""
+        """Ignore fields that say nothing of the answer."""
         for name in names:
             self.any(name)
 
@@ -185,7 +185,7 @@ class Fields:
 
 
 def check_text(text: str, param: str) -> str:
-    """A text without lone surrogates, which no encoding has."""
+    """Check that a text has no lone surrogates, which no encoding has, and return it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -194,7 +194,7 @@ def check_text(text: str, param: str) -> str:
 
 
 def token_ids(value: Sequence[Any], param: str, size: int) -> list[int]:
-    """Ids of a tokenizer of `size` tokens."""
+    """Read the ids of a tokenizer of `size` tokens."""
     for token in value:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
             shown = kind(token) if not isinstance(token, int) else str(token)[:_SHOWN]
@@ -203,7 +203,7 @@ def token_ids(value: Sequence[Any], param: str, size: int) -> list[int]:
 
 
 def biases(value: Mapping[str, Any], param: str, size: int) -> dict[int, float]:
-    """What is added to the logits of ids."""
+    """Read the biases that are added to the logits of ids."""
     found = {}
     for name, bias in value.items():
         if not (name.isascii() and name.isdigit()) or len(name) > 9 or int(name) >= size:

@@ -1,4 +1,4 @@
-"""Who may ask: keys, hosts and origins; and a line in the log and a count for each request."""
+"""Guard of a server: keys, hosts and origins; and a line in the log and a count for each request."""
 
 import asyncio
 import hmac
@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Lets those requests through that may be answered.
+    """Guard that lets those requests through that may be answered.
 
     Browsers are told nothing about other origins, and those of other pages are refused, so that no page on the web can
     have a server on the user's machine answer. Where only this machine is served, the name that it is called by has to
@@ -51,7 +51,7 @@ class Guard:
         self._public, self._local = frozenset(public), local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Answer an ASGI request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -15,7 +15,7 @@ _TOOLS = 128
 
 
 def read_messages(value: list[Any] | None, param: str = "messages") -> list[dict[str, Any]]:
-    """Messages as prompt styles take them; the last one is not the assistant's, who is to answer.
+    """Read messages as prompt styles take them; the last one is not the assistant's, who is to answer.
 
     Raises:
         ApiError: A message is none, or has a role or a field that is unknown.
@@ -111,7 +111,7 @@ def _name(fields: Fields) -> str:
 
 
 def read_tools(value: list[Any] | None) -> list[dict[str, Any]]:
-    """Functions that may be called, as chat templates take them.
+    """Read functions that may be called, as chat templates take them.
 
     Raises:
         ApiError: One is no function, or two have one name.
@@ -146,7 +146,7 @@ def _tool(value: Any, at: str) -> dict[str, Any]:
 
 
 def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> str | Mapping[str, Any]:
-    """Whether a function is called: "none", "auto", "required", or the one that is.
+    """Read which function is called: "none", "auto", "required", or the one that is.
 
     Raises:
         ApiError: It is none of the tools.

@@ -55,7 +55,7 @@ class Metrics:
                 self.token.observe((seconds - first) / (made - 1))
 
     def text(self) -> bytes:
-        """All of them in Prometheus's format."""
+        """Return all metrics in Prometheus's format."""
         return generate_latest(self._registry)
 
 

@@ -56,7 +56,7 @@ class Models:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def find(self, name: str | None) -> tuple[str, LLM]:
-        """A model by its name.
+        """Find a model by its name.
 
         Raises:
             ApiError: There is none.
@@ -70,16 +70,16 @@ class Models:
         return name, self.llms[name]
 
     def default(self, name: str) -> Sampling:
-        """How a model is sampled where a request does not say."""
+        """Return the sampling of a model where a request does not say."""
         return self.defaults.get(name) or Sampling(max_new_tokens=MAX_NEW_TOKENS)
 
     def capacity(self, llm: LLM) -> int:
-        """Tokens of a prompt with its answer, at most."""
+        """Return the most tokens of a prompt with its answer."""
         reads, holds = llm.config.context_length, self.worker.engine.statistics().blocks * BLOCK
         return min(reads, holds, self.limits.max_length or reads)
 
     def described(self, name: str) -> dict[str, Any]:
-        """A model as /v1/models lists it; an adapter with its `parent`."""
+        """Describe a model as /v1/models lists it; an adapter with its `parent`."""
         llm = self.llms[name]
         base = next((other for other, own in self.llms.items() if own.adapter is None), None)
         parent = None if llm.adapter is None else base

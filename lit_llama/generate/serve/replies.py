@@ -61,7 +61,7 @@ class Reply:
     # ---- whole
 
     async def whole(self) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
+        """Return the body of a reply that is not streamed."""
         found = [_Whole() for _ in range(self._asked.choices)]
         async for part in self._running.parts():
             if part is not None:
@@ -106,7 +106,7 @@ class Reply:
     # ---- streamed
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events; an error on the way is one of them."""
+        """Yield server-sent events; an error on the way is one of them."""
         try:
             if self._asked.chat:
                 for index in range(self._asked.choices):
@@ -174,18 +174,18 @@ def _event(body: dict[str, Any]) -> bytes:
 
 
 def encoded(body: Any) -> bytes:
-    """JSON in UTF-8."""
+    """Encode JSON in UTF-8."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
 
 
 def spelled(llm: LLM, token: int) -> tuple[str, bytes]:
-    """A token as text, and its bytes; a control token by its spelling."""
+    """Spell a token as text, and its bytes; a control token by its spelling."""
     made = llm.token_bytes[token] or (llm.tokenizer.vocabulary[token] or "").encode()
     return made.decode("utf-8", "replace"), made
 
 
 def chat_logprobs(llm: LLM, tokens: Sequence[Scored]) -> list[dict[str, Any]]:
-    """Log-probabilities as messages have them."""
+    """Return the log-probabilities as messages have them."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         text, made = spelled(llm, token)
@@ -199,7 +199,8 @@ def chat_logprobs(llm: LLM, tokens: Sequence[Scored]) -> list[dict[str, Any]]:
 
 
 def text_logprobs(llm: LLM, tokens: Sequence[Scored], offset: int = 0) -> dict[str, list[Any]]:
-    """Log-probabilities as completions have them: a list for each of tokens, scores, alternatives and places.
+    """Return the log-probabilities as completions have them: a list for each of tokens, scores, alternatives and
+    places.
 
     The alternatives hold the likeliest tokens and the one that stands there, as lm-evaluation-harness reads them.
     """

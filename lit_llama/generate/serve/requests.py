@@ -61,7 +61,7 @@ class Asked:
 
     @property
     def sampling(self) -> Sampling:
-        """That of all its prompts."""
+        """Sampling of all its prompts."""
         return self.requests[0].sampling
 
     @property
@@ -177,7 +177,7 @@ def chat_prompt(
     limit: int = 0,
     overflow: Overflow = "error",
 ) -> Fitted:
-    """A conversation in the style of a model, with `drop_oldest` at most `limit` tokens of it.
+    """Return a conversation in the style of a model, with `drop_oldest` at most `limit` tokens of it.
 
     Raises:
         ApiError: The style cannot say something.
@@ -189,7 +189,7 @@ def chat_prompt(
 
 
 def text_ids(llm: LLM, text: str, begin: bool = True) -> list[int]:
-    """Ids of a raw text, in which control tokens are words as any others.
+    """Return the ids of a raw text, in which control tokens are words as any others.
 
     Args:
         llm: Whose tokenizer encodes it.
@@ -312,7 +312,7 @@ def _response_format(fields: Fields | None) -> Mapping[str, Any] | None:
 
 
 def template_values(values: Mapping[str, Any] | None, llm: LLM) -> dict[str, Any]:
-    """What a chat template is told besides; nothing of it becomes a control token."""
+    """Read the values that a chat template is given besides; nothing of them becomes a control token."""
     style = llm.style
     for name, value in (values or {}).items():
         at = f"chat_template_kwargs.{name[:60]}"

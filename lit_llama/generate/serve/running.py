@@ -21,7 +21,7 @@ PING = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """More of an answer.
+    """Next part of an answer.
 
     Attributes:
         choice: Which one, over all prompts.
@@ -145,7 +145,7 @@ class Running:
             handle.abort()
 
     async def parts(self) -> AsyncIterator[Part | None]:
-        """What comes of the answers, and None from time to time where nothing comes.
+        """Yield the parts of the answers, and None from time to time where nothing comes.
 
         Raises:
             ApiError: They failed, or took too long.
@@ -197,7 +197,7 @@ class Running:
         return sum(choice.text.tokens for choice in self._choices)
 
     def usage(self) -> dict[str, Any]:
-        """Tokens, as OpenAI counts them: those that end an answer are among them, and a prompt counts once."""
+        """Count tokens as OpenAI does: those that end an answer are among them, and a prompt counts once."""
         prompt = sum(len(request.ids) for request in self.asked.requests)
         cached = sum(handle.cached_tokens for handle in self._handles)
         return {
@@ -209,7 +209,7 @@ class Running:
 
 
 def failure(error: BaseException) -> BaseException:
-    """An error of the engine as it is told to a client."""
+    """Return an error of the engine as it is told to a client."""
     if isinstance(error, EngineFailed):
         return ApiError(500, "the model failed; the server's log says more")
     if isinstance(error, NumericalError):

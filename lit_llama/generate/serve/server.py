@@ -27,7 +27,7 @@ _SHORTEST_KEY = 16
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """Keys out of a file, one a line, and out of the environment.
+    """Read keys out of a file, one a line, and out of the environment.
 
     Raises:
         UserError: The file cannot be read or holds none, or a key is short or has blanks.
@@ -53,7 +53,7 @@ def read_keys(file: Path | None) -> list[str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a socket that listens.
 
     Raises:
         ResourceError: The address is taken, or none of this machine's.
@@ -82,12 +82,12 @@ class Impatient(H11Protocol):
     _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """See asyncio.Protocol."""
+        """Begin to wait for the head of a request."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
+        """Take data, and wait for the rest of a head."""
         super().data_received(data)
         self._watch()
 
@@ -114,7 +114,7 @@ class Impatient(H11Protocol):
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
+        """Wait no longer, as the connection is lost."""
         self._calm()
         super().connection_lost(exc)
 
@@ -154,7 +154,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(app: Starlette, drain: float) -> Server:
-    """A server of an application, which `serve(sockets=[...])` runs; `drain` as for `serve`."""
+    """Build a server of an application, which `serve(sockets=[...])` runs; `drain` as for `serve`."""
     config = uvicorn.Config(
         app,
         http=Impatient,
@@ -233,6 +233,6 @@ def _stopped(service: Service, late: bool) -> str:
 
 
 def addresses(made: socket.socket) -> Sequence[str]:
-    """Where a socket is reached, for people."""
+    """Return the addresses at which a socket is reached, for people."""
     host, port = made.getsockname()[:2]
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}"]

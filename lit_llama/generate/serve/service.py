@@ -40,7 +40,7 @@ GONE = 499
 
 @dataclass
 class Service:
-    """What the routes of a server share.
+    """State that the routes of a server share.
 
     Args:
         limits: Of requests.
@@ -81,7 +81,7 @@ class Service:
         self.models = Models(llms, worker, self.limits, defaults or {})
 
     def ready(self) -> Models:
-        """The models.
+        """Return the models.
 
         Raises:
             ApiError: They are still being loaded.
@@ -157,7 +157,7 @@ class Service:
             raise ApiError(429, message, headers={"Retry-After": "1"})
 
     async def body(self, request: Request) -> dict[str, Any]:
-        """The JSON object of a request.
+        """Read the JSON object of a request.
 
         Raises:
             ApiError: It is too large, too slow, or something else.
@@ -207,7 +207,7 @@ class Service:
             self.content_log(json.dumps({"path": request.url.path, "request": body, "answers": reply.answers}))
 
     def fault(self) -> Response:
-        """The reply where this program is at fault, which is logged."""
+        """Return the reply where this program is at fault, which is logged."""
         self.log(visible(traceback.format_exc()))
         return error_response(ApiError(500, "the server failed; its log says more"))
 
@@ -221,7 +221,7 @@ class _Events(StreamingResponse):
         self._after, self._seconds = after, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See StreamingResponse; a client that does not read is left alone after a while."""
+        """Stream the response as StreamingResponse does; a client that does not read is left alone after a while."""
         try:
             async with asyncio.timeout(self._seconds):
                 await super().__call__(scope, receive, send)
@@ -235,7 +235,7 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
 def route(service: Service, method: str, path: str, endpoint: Endpoint) -> Route:
-    """A route whatever of whose errors is told as OpenAI's API has it, and never as a traceback."""
+    """Build a route all of whose errors are told as OpenAI's API has it, and never as a traceback."""
 
     async def answered(request: Request) -> Response:
         try:
@@ -260,10 +260,10 @@ async def _gone(request: Request) -> None:
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A reply in JSON."""
+    """Return a reply in JSON."""
     return Response(encoded(body), status, media_type="application/json", headers=headers)
 
 
 def error_response(error: ApiError) -> Response:
-    """A refusal."""
+    """Return a refusal."""
     return json_response(error.body, error.status, error.headers)

@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        """Of requests."""
+        """Limits of requests."""
         return Limits(
             max_body=self.max_body,
             max_length=self.max_length,
@@ -117,7 +117,7 @@ def start(
 
 
 def check_folders(folder: Path, adapters: Mapping[str, Path], loading: Loading) -> Opened:
-    """The folder, if it and all others can be opened, as far as that is seen without their weights.
+    """Open the folder, if it and all others can be opened, as far as that is seen without their weights.
 
     Raises:
         CheckpointError: One is no checkpoint folder, or no adapter folder.

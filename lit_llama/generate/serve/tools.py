@@ -32,7 +32,7 @@ _WRITTEN = re.compile(r'\{\s*"probed_key"\s*:\s*"probed value"\s*\}')
 
 @dataclass(frozen=True)
 class CallForm:
-    """How calls are written: opening, name, middle, arguments, and again after between; closing.
+    """Spelling of calls: opening, name, middle, arguments, and again after between; closing.
 
     Attributes:
         between: None where there is one call at most.
@@ -62,7 +62,7 @@ class CallForm:
 
 
 def call_form(llm: LLM, tools: Sequence[Mapping[str, Any]]) -> CallForm:
-    """How the template of a model writes calls.
+    """Find the form in which the template of a model writes calls.
 
     Raises:
         ApiError: It writes no tools, or in a form that cannot be read back.
@@ -135,7 +135,7 @@ def _lead(tokenizer: Tokenizer, style: PromptStyle, tools: Sequence[Mapping[str,
 def call_grammar(
     form: CallForm, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], parallel: bool
 ) -> str:
-    """A grammar, in llguidance's variant of Lark, of answers that call functions by their schemas.
+    """Return a grammar, in llguidance's variant of Lark, of answers that call functions by their schemas.
 
     Args:
         form: How calls are written.
@@ -216,7 +216,7 @@ class CallReader:
         self._spoke = False
 
     def push(self, text: str) -> list[Piece]:
-        """What became certain."""
+        """Take more text; return the pieces that became certain."""
         self._held += text
         pieces: list[Piece] = []
         while (found := self._next()) is not None:
@@ -224,7 +224,7 @@ class CallReader:
         return pieces
 
     def flush(self) -> list[Piece]:
-        """What is left at the end."""
+        """Return the pieces that are left at the end."""
         held, self._held = self._held, ""
         return [Piece(content=held)] if held and self._state in ("text", "name") and not self.calls else []
 
@@ -292,5 +292,5 @@ class CallReader:
 
 
 def call_id() -> str:
-    """A fresh id of a call."""
+    """Return a fresh id of a call."""
     return f"call_{secrets.token_hex(12)}"

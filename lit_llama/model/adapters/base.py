@@ -18,7 +18,7 @@ META_FILE, _MODEL_FILE, _CHECKPOINTS = "meta.json", "config.json", "checkpoints"
 
 
 def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
-    """The base model of an adapter folder, proven to be the one it was trained on where the folder says which.
+    """Find the base model of an adapter folder, proven to be the one it was trained on where the folder says which.
 
     Args:
         adapter_dir: The adapter.
@@ -85,8 +85,9 @@ def _verify(folder: Path) -> None:
 
 
 def base_record(base: Path) -> dict[str, Any]:
-    """What an adapter records of its base: the path as it was given, which moves along with both folders, the place on
-    this machine, and what proves it: its fingerprint, and the size and sha256 of each file of weights."""
+    """Describe the base as an adapter records it: the path as it was given, which moves along with both folders, the
+    place on this machine, and what proves it: its fingerprint, and the size and sha256 of each file of weights.
+    """
     paths = sorted(set(weight_files(base).values()))
     found = hashes(dict.fromkeys(paths))
     files = {path.name: {"size": path.stat().st_size, "sha256": found[path]} for path in paths}

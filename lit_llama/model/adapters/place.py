@@ -27,7 +27,7 @@ _FEW = 1 / 8
 
 @dataclass(frozen=True)
 class Placed:
-    """What an adapter has become on a model.
+    """Form that an adapter has taken on a model.
 
     Attributes:
         lora: Settings that say the same of this model, module by module where no list of names can.
@@ -41,12 +41,12 @@ class Placed:
 
 
 def adapted_module(name: str) -> str | None:
-    """The module whose update of low rank a tensor belongs to."""
+    """Return the module whose update of low rank a tensor belongs to."""
     return next((name.removesuffix(f".{part}") for part in _PARTS if name.endswith(f".{part}")), None)
 
 
 def copied_module(name: str) -> str | None:
-    """The module whose whole copy a tensor is."""
+    """Return the module whose whole copy a tensor is."""
     known = adapted_module(name) or name.endswith((_BASE, ROWS_PART)) or not name.endswith(".weight")
     return None if known else name.removesuffix(".weight")
 

@@ -1,4 +1,4 @@
-"""What trains as a whole: rows of embeddings and modules to save."""
+"""Parts that train as a whole: rows of embeddings and modules to save."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -21,7 +21,7 @@ class Whole(Adapter):
         self.trained = nn.Parameter(weight.detach().to(torch.float32, copy=True))
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The trained copy, which takes the place of `weight`."""
+        """Return the trained copy, which takes the place of `weight`."""
         return self.trained
 
 
@@ -34,7 +34,7 @@ class WholeEmbedding(Whole, nn.Embedding):
         self.start(base.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(T,) -> (T, C), in the dtype of the base."""
+        """Look up the trained rows: (T,) -> (T, C), in the dtype of the base."""
         return F.embedding(ids, self.trained).to(self.weight.dtype)
 
 
@@ -47,7 +47,7 @@ class WholeLinear(Whole, nn.Linear):
         self.start(base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
+        """Multiply with the trained weight: (T, in) -> (T, out)."""
         return F.linear(x, self.trained.to(x.dtype))
 
 
@@ -60,12 +60,12 @@ class WholeNorm(Whole, nn.RMSNorm):
         self.start(base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
+        """Normalize with the trained weight: (..., C) -> (..., C)."""
         return F.rms_norm(x, self.normalized_shape, self.trained.to(x.dtype), self.eps)
 
 
 def whole(module: nn.Module) -> Whole | None:
-    """The trainable copy of a module; None if it is of no kind that can be."""
+    """Return the trainable copy of a module; None if it is of no kind that can be."""
     if isinstance(module, nn.Embedding):
         return WholeEmbedding(module)
     if isinstance(module, nn.RMSNorm):
@@ -92,7 +92,7 @@ class TrainedRows(Adapter):
         self.rows = nn.Parameter(weight.detach()[self.ids].to(torch.float32, copy=True))
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The base's matrix with the trained rows in place: (V, C)."""
+        """Return the base's matrix with the trained rows in place: (V, C)."""
         ids = torch.tensor(self.numbers, device=weight.device)  # those in self.ids may be without storage
         return weight.float().index_copy(0, ids, self.rows.detach().to(weight.device, torch.float32))
 
@@ -106,7 +106,7 @@ class RowsEmbedding(TrainedRows, nn.Embedding):
         self.start(base.weight, ids)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(T,) -> (T, C), in the dtype of the base."""
+        """Look up rows, trained ones among them: (T,) -> (T, C), in the dtype of the base."""
         y = F.embedding(ids, self.weight)
         chosen = ids[:, None] == self.ids  # (T, K)
         return torch.where(chosen.any(1, keepdim=True), self.rows.to(y.dtype)[chosen.int().argmax(1)], y)
@@ -129,10 +129,10 @@ class RowsLinear(TrainedRows, nn.Linear):
             self.rows = tied.rows
 
     def parts(self) -> dict[str, nn.Parameter]:
-        """What is trained; rows of a tied head are the embedding's."""
+        """Return the trained parameters; rows of a tied head are the embedding's."""
         return {} if self.is_tied else super().parts()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, C) -> (T, V)."""
+        """Compute logits with the trained rows: (T, C) -> (T, V)."""
         y = F.linear(x, self.weight)
         return y.index_copy(-1, self.ids, F.linear(x, self.rows.to(x.dtype)).to(y.dtype))

@@ -44,7 +44,7 @@ class _StoredLoRA(LoRAConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """What an adapter_config.json says.
+    """Contents of an adapter_config.json.
 
     What it asks for beyond the fields here is carried by the names of the tensors: biases, and `fan_in_fan_out`, which
     means nothing to a linear layer.
@@ -99,7 +99,7 @@ class AdapterSettings:
 
 
 def read_settings(folder: Path) -> AdapterSettings:
-    """Settings of an adapter folder, ours or PEFT's.
+    """Read the settings of an adapter folder, ours or PEFT's.
 
     Raises:
         CheckpointError: It is no LoRA adapter, or of a variant that is not implemented.
@@ -194,7 +194,7 @@ def _listed(module: str, wanted: str | tuple[str, ...]) -> bool:
 
 
 def describe_targets(settings: AdapterSettings) -> str:
-    """The setting in a few words, for messages."""
+    """Return the setting in a few words, for messages."""
     shown = list(settings.targets) if isinstance(settings.targets, tuple) else settings.targets
     limits = f" of the layers {', '.join(map(str, settings.layers))}" if settings.layers else ""
     return f"target_modules {re.sub(chr(10), ' ', str(shown))[:100]}{limits}"

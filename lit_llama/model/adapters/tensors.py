@@ -23,7 +23,7 @@ _ROWS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What the weight file of an adapter holds.
+    """Contents of the weight file of an adapter.
 
     Attributes:
         path: The file.
@@ -37,8 +37,9 @@ class AdapterFile:
 
 
 def part_name(stored: str) -> str:
-    """The module and part that a stored name means: PEFT's names with the name of the adapter, and the prefixes of
-    wrappers, taken off."""
+    """Return the module and part that a stored name means: PEFT's names with the name of the adapter, and the prefixes
+    of wrappers, taken off.
+    """
     name = _STEM.sub(r".\1", plain_name(stored))
     name = _SAVED.sub(".", name).replace(".original_module.weight", ".base_layer.weight")
     name = re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", name)
@@ -46,7 +47,7 @@ def part_name(stored: str) -> str:
 
 
 def find_file(folder: Path) -> Path:
-    """The weight file of an adapter folder; safetensors are preferred where there are both, as in PEFT."""
+    """Find the weight file of an adapter folder; safetensors are preferred where there are both, as in PEFT."""
     path = folder / WEIGHTS_FILE
     return path if path.exists() or not (folder / BIN_FILE).is_file() else folder / BIN_FILE
 

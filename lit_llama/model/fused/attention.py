@@ -27,18 +27,18 @@ class Samples(Protocol):
 
     @property
     def offsets(self) -> Tensor:
-        """(B + 1,)"""
+        """Offsets (B + 1,) of the samples, and the end of the last."""
 
     @property
     def parents(self) -> Tensor:
-        """(B,)"""
+        """Parent (B,) of each sample, -1 for none."""
 
     @property
     def shares(self) -> bool:
         """Whether any has a parent."""
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """The same through the library, under autograd."""
+        """Compute attention through the library, under autograd."""
 
 
 LONG = 512
@@ -46,7 +46,7 @@ LONG = 512
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Samples, window: int | None) -> Tensor:
-    """Both as one function of autograd: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+    """Compute both as one function of autograd: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
     kind = q.device.type
     if torch.is_autocast_enabled(kind):
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
@@ -99,7 +99,7 @@ def attend(out: Tensor, qkv: Heads, layout: Samples, window: int | None) -> list
 def attend_backward(
     room: Heads, dy: Tensor, y: Tensor, kept: list[Tensor], qkv: Heads, layout: Samples, window: int | None
 ) -> Heads:
-    """The gradients of q, k and v, in the room for them or elsewhere; dy and y are (T, H, D)."""
+    """Compute the gradients of q, k and v, in the room for them or elsewhere; dy and y are (T, H, D)."""
     q, k, v = qkv
     if native(q):
         rows = (part for tensor in (*room, dy, y) for part in (tensor, tensor.stride(0)))

@@ -20,21 +20,21 @@ MOST = 64
 
 
 def project(out: Tensor, x: Tensor, a: Tensor) -> None:
-    """out (T, R) = x a', for x (T, n) and a (R, n)."""
+    """Compute out (T, R) = x a', for x (T, n) and a (R, n)."""
     if _is_narrow(x, a, len(a)):
         return call("project", x.dtype, *_rows(out, x, a), *x.shape, len(a))
     torch.mm(_apart(x), _apart(a).t(), out=out)
 
 
 def project_back(out: Tensor, x: Tensor, b: Tensor) -> None:
-    """out (T, R) = x b, for x (T, n) and b (n, R)."""
+    """Compute out (T, R) = x b, for x (T, n) and b (n, R)."""
     if _is_narrow(x, b, b.shape[1]):
         return call("project_back", x.dtype, *_rows(out, x, b), *x.shape, b.shape[1])
     torch.mm(_apart(x), _apart(b), out=out)
 
 
 def outer(u: Tensor, x: Tensor) -> Tensor:
-    """u' x (R, n) in float32, for u (T, R) and x (T, n)."""
+    """Compute u' x (R, n) in float32, for u (T, R) and x (T, n)."""
     if _is_narrow(x, u, u.shape[1]):
         out = x.new_empty(u.shape[1], x.shape[1], dtype=torch.float32)
         call("outer", x.dtype, *_rows(out, u, x), *x.shape, u.shape[1])
@@ -96,11 +96,11 @@ class Joined:
         return like.new_zeros(self.tail, self.inputs), like.new_zeros(self.outputs, self.tail)
 
     def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
-        """out (T, out) = W x + s B u (+ residual), x and u beside each other (T, in + R)."""
+        """Compute out (T, out) = W x + s B u (+ residual), x and u beside each other (T, in + R)."""
         raise NotImplementedError
 
     def product_back(self, dy: Tensor) -> Tensor:
-        """W' dy + A' du, dy and du beside each other: (T, out + R) -> (T, in)."""
+        """Compute W' dy + A' du, dy and du beside each other: (T, out + R) -> (T, in)."""
         raise NotImplementedError
 
     @property
@@ -121,15 +121,15 @@ class Joined:
             self._down[columns] = linear.lora_A
 
     def buffer_in(self, x: Tensor) -> Tensor:
-        """Room for x and u: (T, in + R)."""
+        """Return room for x and u: (T, in + R)."""
         return x.new_empty(len(x), self.inputs + self.tail)
 
     def buffer_out(self, x: Tensor) -> Tensor:
-        """Room for dy and du: (T, out + R)."""
+        """Return room for dy and du: (T, out + R)."""
         return x.new_empty(len(x), self.outputs + self.tail)
 
     def __call__(self, out: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
-        """out (T, out) = W x + s B A x (+ residual). The last columns of x (T, in + R) are filled with u."""
+        """Compute out (T, out) = W x + s B A x (+ residual). The last columns of x (T, in + R) are filled with u."""
         if self.tail:
             project(x[:, self.inputs :], x[:, : self.inputs], self._down)
         self.product(out, x, residual)
@@ -137,13 +137,13 @@ class Joined:
             out.add_(self._bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """W' dy + A' s B' dy: (T, in). The last columns of dy (T, out + R) are filled with du."""
+        """Compute W' dy + A' s B' dy: (T, in). The last columns of dy (T, out + R) are filled with du."""
         if self.tail:
             project_back(dy[:, self.outputs :], dy[:, : self.outputs], self._up)
         return self.product_back(dy)
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor) -> list[Tensor]:
-        """Those of A and B of each update, in float32; dy as `input_gradient` has left it, u (T, R)."""
+        """Compute the gradients of A and B of each update, in float32; dy as `input_gradient` has left it, u (T, R)."""
         if not self.tail:
             return []
         d_a = outer(dy[:, self.outputs :], x[:, : self.inputs])  # (R, in)

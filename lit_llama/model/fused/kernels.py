@@ -75,7 +75,7 @@ def native(*tensors: Tensor) -> bool:
 
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
-    """The library, or None where it cannot be had; said once."""
+    """Load the library, or None where it cannot be had; said once."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if sys.platform != "linux" or compiler is None:
         stderr().print("no C++ compiler (g++): this CPU is slower than it could be")

@@ -48,7 +48,7 @@ class Arena:
         self._free: list[Tensor] = []
 
     def take(self, like: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """A flat piece, and parts of it of so many values each, as aligned as tensors of their own."""
+        """Return a flat piece, and parts of it of so many values each, as aligned as tensors of their own."""
         spans = [-(-size // ALIGNED) * ALIGNED for size in sizes]
         piece = self._piece(like, sum(spans))
         parts = piece[: sum(spans)].split(spans)
@@ -119,7 +119,7 @@ def can_share(model: LLaMA) -> bool:
 
 
 def why_plain(layer: DecoderLayer) -> str:
-    """Why a layer cannot be fused, for people; "" if it has no more than what is written here."""
+    """Explain why a layer cannot be fused, for people; "" if it has no more than what is written here."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -165,7 +165,7 @@ class FusedLayer(DecoderLayer):
         self.joined = (self.qkv, self.out, self.gate_up, self.down)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """(T, C) -> (T, C)."""
+        """Run the layer: (T, C) -> (T, C)."""
         if not isinstance(layout, Packed) or x.dtype != self.input_layernorm.weight.dtype:
             return super().forward(x, rotation, layout)
         for joined in self.joined:
@@ -176,7 +176,7 @@ class FusedLayer(DecoderLayer):
         return y
 
     def heads(self, qkv: Tensor) -> Heads:
-        """Views of (T, (H + 2 G) D)."""
+        """Return views of (T, (H + 2 G) D)."""
         q, k, v = (part.unflatten(1, (-1, self.self_attn.head_dim)) for part in qkv.split(self.qkv.sizes, dim=1))
         return q, k, v
 

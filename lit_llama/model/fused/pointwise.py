@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a decoder layer, each in as few passes as it takes.
+"""Operations between the matrix products of a decoder layer, each in as few passes as it takes.
 
 Every operation writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
 plainly and in float32, as it is meant; in pointwise.cpp, for a CPU; in triton_kernels.py, for a GPU.
@@ -20,7 +20,7 @@ from lit_llama.model.fused.kernels import E4M3, TINY, call, native
 
 
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    """out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
+    """Compute out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
     if native(x, weight):
         return call("norm", x.dtype, out, out.stride(0), x, x.stride(0), weight, *x.shape, eps)
     _by(plain_norm, out, x, weight, eps)
@@ -34,7 +34,7 @@ def plain_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
 def norm_backward(
     dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
 ) -> None:
-    """dx = residual + the gradient of the norm's input; again = the norm itself. All (T, C)."""
+    """Compute dx = residual + the gradient of the norm's input; again = the norm itself. All (T, C)."""
     if native(x, weight):
         rows = (v for tensor in (dx, again, dy, x) for v in (tensor, tensor.stride(0)))
         return call("norm_backward", x.dtype, *rows, weight, residual, residual.stride(0), *x.shape, eps)
@@ -53,7 +53,7 @@ def plain_norm_backward(
 
 
 def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
-    """out = x with all its heads turned, or turned back: (T, N, D), cos and sin (T, D/2). It may be x itself."""
+    """Turn all heads of x, or turn them back, into out: (T, N, D), cos and sin (T, D/2). It may be x itself."""
     sign = -1.0 if back else 1.0
     if native(x, cos):
         sizes = (len(x), x.shape[1], cos.shape[1])
@@ -68,14 +68,17 @@ def plain_rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) 
 
 
 def copy(out: Tensor, x: Tensor) -> None:
-    """out = x, both (T, C): where it is one of the two that has longer rows, a GPU does it at half the speed itself."""
+    """Copy x to out, both (T, C): where it is one of the two that has longer rows, a GPU does it at half the speed
+    itself.
+    """
     if out.numel() and (twin := _triton("copy", x.device)):
         return twin(out, x)
     out.copy_(x)
 
 
 def round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None) -> None:
-    """x (T, n), its columns multiplied by `columns` (n,), is values (T, n) times scales (T,), as near as e4m3 can be.
+    """Round x (T, n), its columns multiplied by `columns` (n,), to values (T, n) times scales (T,), as near as e4m3 can
+    be.
 
     The largest magnitude of a row becomes the largest that e4m3 has.
     """
@@ -90,7 +93,7 @@ def plain_round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor 
 
 
 def swiglu(out: Tensor, gate_up: Tensor) -> None:
-    """out (T, I) = silu(gate) * up, side by side in gate_up (T, 2 I)."""
+    """Compute out (T, I) = silu(gate) * up, side by side in gate_up (T, 2 I)."""
     if native(gate_up):
         return call("swiglu", out.dtype, out, out.stride(0), gate_up, gate_up.stride(0), *out.shape)
     _by(plain_swiglu, out, gate_up)
@@ -102,7 +105,7 @@ def plain_swiglu(out: Tensor, gate_up: Tensor) -> None:
 
 
 def swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
-    """d_gate_up (T, 2 I) is the gradient of gate_up, if `out` (T, I) holds that of silu(gate) * up.
+    """Compute d_gate_up (T, 2 I), the gradient of gate_up, if `out` (T, I) holds that of silu(gate) * up.
 
     Afterwards `out` holds silu(gate) * up itself.
     """
@@ -121,7 +124,9 @@ def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> No
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """-log p(target) of each row in float32 (n,); logits (n, V) become `scale` times their gradient, unless it is 0."""
+    """Compute -log p(target) of each row in float32 (n,); logits (n, V) become `scale` times their gradient, unless it
+    is 0.
+    """
     if native(logits):
         # What lies outside would be read and written wherever that is in memory.
         if not isinstance(logits, FakeTensor) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:

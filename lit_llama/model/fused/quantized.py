@@ -80,10 +80,10 @@ KINDS: dict[type[nn.Module], type[Joined]] = {
 
 
 def kind_of(linear: nn.Module) -> type[Joined] | None:
-    """How a layer could be joined with others of its kind; None if it could not."""
+    """Return how a layer could be joined with others of its kind; None if it could not."""
     return KINDS.get(type(linear.base_layer if isinstance(linear, LoRAOnQuantized) else linear))
 
 
 def join(linears: Sequence[nn.Module], like: Tensor) -> Joined:
-    """Layers of one kind as one; see `Joined`."""
+    """Join layers of one kind into one; see `Joined`."""
     return KINDS[type(base_of(linears[0]))](linears, like)

@@ -1,4 +1,4 @@
-"""Choosing tokens on a CPU in one pass over their numbers, sampling.cpp.
+"""Choice of tokens on a CPU in one pass over their numbers, sampling.cpp.
 
 Shapes: N rows, V tokens, P places of what is counted.
 """
@@ -16,14 +16,14 @@ def chooses(scores: Tensor) -> bool:
 
 
 def peaks(scores: Tensor, rows: Tensor) -> Tensor:
-    """The likeliest tokens, the first of equals: (., V) and (N,) -> (N,); -1 where scores are not finite."""
+    """Choose the likeliest tokens, the first of equals: (., V) and (N,) -> (N,); -1 where scores are not finite."""
     ids = torch.empty_like(rows)
     call("peak_rows", scores.dtype, scores, scores.stride(0), scores.shape[1], rows, len(rows), ids)
     return ids
 
 
 def draws(chances: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, numbers: Tensor) -> Tensor:
-    """Tokens drawn among those that are kept.
+    """Draw tokens among those that are kept.
 
     Args:
         chances: Probabilities (N, V) in float32, in one piece.

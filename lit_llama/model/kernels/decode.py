@@ -266,7 +266,9 @@ class PackedLLaMA:
     # ---- the step
 
     def __call__(self, batch: PagedBatch, cache: "PackedCache") -> Tensor:
-        """Logits after the tokens that want them, (N, V) in float32. Sequences of an adapter lie next to each other."""
+        """Compute the logits after the tokens that want them, (N, V) in float32. Sequences of an adapter lie next to
+        each other.
+        """
         config = self.config
         counts = [len(ids) for ids in batch.ids]
         tokens = sum(counts)
@@ -361,7 +363,7 @@ class PackedCache:
 
     @staticmethod
     def bytes_of_block(config: LLaMAConfig, dtype: torch.dtype, kind: KVCacheType = "auto") -> int:
-        """Memory that a block takes."""
+        """Return the memory that a block takes."""
         deep = config.head_dim + -config.head_dim % DEPTH
         row = deep + torch.float32.itemsize if kind == "int8" else deep * dtype.itemsize
         return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * row
@@ -376,8 +378,9 @@ class PackedCache:
 
 
 def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """The updates of low rank on the decoder's layers of a model, by their full names; what else was trained is in its
-    packed weights."""
+    """Return the updates of low rank on the decoder's layers of a model, by their full names; what else was trained is
+    in its packed weights.
+    """
     return {
         name: Factors(module.lora_A, module.lora_B, module.scale)
         for name, module in model.named_modules()

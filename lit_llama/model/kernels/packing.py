@@ -62,7 +62,7 @@ PIECE = 1 << 21
 
 
 def packed_matrix(weights: Sequence[Tensor], dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Weights (N, K) of any dtype as one matrix of a dtype, or its codes of 8 or 4 bits and their scales, all packed.
+    """Pack weights (N, K) of any dtype as one matrix of a dtype, or as its codes of 8 or 4 bits and their scales.
 
     Two weights are packed in turns, as by `in_turns`, more one below the other. Rows are packed piece by piece: beside
     the result there is never more than a piece.
@@ -95,7 +95,7 @@ def packed_matrix(weights: Sequence[Tensor], dtype: torch.dtype, bits: int) -> t
 
 
 def packed(weight: Tensor) -> Tensor:
-    """(N, K) -> (N/16, K/words, 16, words): a word is a float, or two of bfloat16."""
+    """Pack weights (N, K) -> (N/16, K/words, 16, words): a word is a float, or two of bfloat16."""
     return _laid(weight).contiguous()
 
 
@@ -115,8 +115,9 @@ def _place(part: Tensor, at: Tensor) -> None:
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (N, K) -> (N/16, K/4, 16, 4) bytes with a sign; of 4 bits (N/16, K/8, 16, 4), unsigned, the input k + 4
-    above the input k."""
+    """Pack codes (N, K) -> (N/16, K/4, 16, 4) bytes with a sign; of 4 bits (N/16, K/8, 16, 4), unsigned, the input k +
+    4 above the input k.
+    """
     if bits == 8:
         return (codes ^ ZERO[8]).unflatten(1, (-1, 4)).unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
     low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4)
@@ -124,7 +125,7 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight: weight = scale * (code - ZERO).
+    """Quantize a weight into codes and scales: weight = scale * (code - ZERO).
 
     Of 8 bits, the largest of a group is 127 steps away from zero. Of 4 bits, zero is nearer to one end than to the
     other, and the scale is that of a few for which the squared error is least.
@@ -151,17 +152,17 @@ def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """What codes and scales stand for, in float32: (N, K)."""
+    """Dequantize codes and scales in float32: (N, K)."""
     return ((codes.float() - ZERO[bits]).unflatten(1, (-1, GROUP[bits])) * scales.float()[..., None]).flatten(1)
 
 
 def packed_scales(scales: Tensor) -> Tensor:
-    """(N, groups) -> (N/16, groups, 16)."""
+    """Pack scales (N, groups) -> (N/16, groups, 16)."""
     return scales.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
 
 
 def in_turns(gate: Tensor, up: Tensor) -> Tensor:
-    """Two matrices or vectors of N rows, a block of 16 rows of each in turn."""
+    """Interleave two matrices or vectors of N rows, a block of 16 rows of each in turn."""
     both = [F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % BLOCK)).unflatten(0, (-1, BLOCK)) for x in (gate, up)]
     return torch.stack(both, 1).flatten(0, 2)
 

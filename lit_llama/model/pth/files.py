@@ -43,7 +43,7 @@ _ZIP64 = 2**30
 
 
 def read_pth(path: Path, *, verify: bool = True) -> dict[str, Stored]:
-    """Where the tensors of a torch file lie, without running or loading anything.
+    """Read where the tensors of a torch file lie, without running or loading anything.
 
     Args:
         path: A file as torch.save writes it: a dict of tensors, bare or under "model", "state_dict" or "module". Other

@@ -1,4 +1,4 @@
-"""Reading the pickle of a state dict without running it.
+"""Pickle of a state dict, read without running it.
 
 A small machine knows the opcodes and names that torch.save needs for tensors, and refuses every other. It builds the
 inert values below: nothing is imported or called, and nothing is hashed, compared or walked but text and small numbers,
@@ -46,7 +46,7 @@ class View:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Items:
-    """A dict as the pairs that were put into it."""
+    """Pairs that were put into a dict."""
 
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ class OrderedItems(Items):
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a pickle is, for messages."""
+    """Name the kind of a value of a pickle, for messages."""
     words = {Items: "dict", OrderedItems: "OrderedDict", View: "tensor", Storage: "storage", Global: "global"}
     return words.get(type(value), type(value).__name__)
 
@@ -98,7 +98,7 @@ class _Refused(ValueError):
 
 
 def read_pickle(data: bytes, where: str) -> Any:
-    """The inert value of a pickle.
+    """Read the inert value of a pickle.
 
     Args:
         data: The pickle.

@@ -1,4 +1,4 @@
-"""What the characters of many texts tell: their scripts, and traces of a wrong encoding.
+"""Characters of many texts: their scripts, and traces of a wrong encoding.
 
 One table holds a class for every code point, so that a batch of texts is looked up at once.
 """
@@ -87,12 +87,12 @@ def _ranges(text: str) -> list[tuple[int, int]]:
 
 
 def code_points(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
-    """All characters of the texts, one after the other."""
+    """Return all characters of the texts, one after the other."""
     return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def count_characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Letters by script, and what is wrong.
+    """Count letters by script, and what is wrong.
 
     Returns:
         (texts, SCRIPTS) number of letters, and (texts, TROUBLE) whether there is any.

@@ -38,7 +38,7 @@ Pairs = tuple[Rows, Rows, npt.NDArray[np.float64]]
 
 
 def earliest(keys: Keys) -> Rows:
-    """(N,) index of the first row with the same key; a row that repeats none has its own."""
+    """Find the first row with the same key, (N,) indices; a row that repeats none has its own."""
     order = np.argsort(keys, kind="stable")  # np.unique would take twice the memory
     ranked = keys[order]
     starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1])[: len(keys)])
@@ -48,7 +48,7 @@ def earliest(keys: Keys) -> Rows:
 
 
 def partners(keys: Keys, sought: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_]) -> Rows:
-    """(N,) for each `sought` row the first row of `among` with the same key, -1 if there is none and elsewhere."""
+    """Find for each `sought` row the first row of `among` with the same key: (N,), -1 where there is none."""
     found = np.full(len(keys), -1, np.int64)
     rows = np.flatnonzero(among)
     distinct, first = np.unique(keys[rows], return_index=True)
@@ -62,7 +62,7 @@ def partners(keys: Keys, sought: npt.NDArray[np.bool_], among: npt.NDArray[np.bo
 
 
 class NearDuplicates:
-    """Collects a sketch of every row, at most 1 kB, and finds the pairs in the end.
+    """Sketches of every row, at most 1 kB each, and the pairs among them in the end.
 
     Args:
         limit: Rows up to which it runs; with one more it forgets everything.
@@ -94,7 +94,7 @@ class NearDuplicates:
         self._lengths.frombytes(lengths.tobytes())
 
     def pairs(self, among: npt.NDArray[np.bool_]) -> Pairs:
-        """Pairs of rows with a Jaccard similarity of SIMILARITY or more; no row can be added after this.
+        """Return the pairs of rows with a Jaccard similarity of SIMILARITY or more; no row can be added after this.
 
         Exact for rows of up to 256 different 5-grams, else an estimate from 256 of them (standard deviation 0.025).
         Where a hundred rows are alike, not every pair of them is compared, but each row with many others.
@@ -163,7 +163,9 @@ class NearIndex:
         self._since = 0
 
     def nearest(self, text: str) -> tuple[int, float] | None:
-        """The most similar row of those with a Jaccard similarity of SIMILARITY or more, and that; None without any."""
+        """Return the most similar row of those with a Jaccard similarity of SIMILARITY or more, and that; None without
+        any.
+        """
         sketch, minima = self._hashed(text)
         rows = np.fromiter(self._found(_keys(minima)), np.int64)
         known = np.frombuffer(self._minima, np.uint32).reshape(-1, _BINS)[rows]

@@ -1,4 +1,4 @@
-"""What is in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
+"""Findings in the data: duplicates, leakage, contradictions, refusals, damaged text, scripts and lengths.
 
 Rows stream through; of each some 50 bytes stay, and BYTES while near-duplicates are looked for. Two texts are the same
 after normalisation if they differ in case, white space or Unicode form (NFKC) alone.
@@ -56,7 +56,7 @@ _BATCH = 1 << 19  # characters looked at together
 
 
 class Findings:
-    """Takes the rows that are kept, one after the other.
+    """Findings in the rows that are kept, taken one after the other.
 
     Args:
         near_duplicates: Rows up to which near-duplicates are looked for; 0 for not at all.
@@ -110,7 +110,7 @@ class Findings:
         np.frombuffer(self._split, np.int8)[rows] = self._splits.setdefault(split, len(self._splits))
 
     def result(self, text_of: TextOf | None = None) -> dict[str, Any]:
-        """Everything found, ready for JSON.
+        """Return everything found, ready for JSON.
 
         Args:
             text_of: Prompt and answer of a row by its number, for the pairs that are listed; without it they carry no
@@ -142,7 +142,7 @@ class Findings:
         }
 
     def lengths_of(self, split: str) -> npt.NDArray[np.int64]:
-        """(N,) tokens of the samples of a split, in the order in which they came."""
+        """Return the tokens of each sample of a split, (N,), in the order in which they came."""
         inside = np.asarray(self._split) == self._splits.get(split, -1)
         return np.asarray(self._tokens)[inside].astype(np.int64)
 
@@ -212,7 +212,7 @@ def _key(*texts: str) -> int:
 
 
 def unchecked(rows: int, limit: int) -> str:
-    """Why near-duplicates were not looked for, and what would do it.
+    """Explain why near-duplicates were not looked for, and what would do it.
 
     Args:
         rows: How many there are.
@@ -232,7 +232,7 @@ def refused(answer: str) -> bool:
 
 
 def lengths(values: Iterable[int]) -> dict[str, Any]:
-    """Percentiles (values that occur) and a histogram of at most 40 bins, bin k from k * width on."""
+    """Return percentiles (values that occur) and a histogram of at most 40 bins, bin k from k * width on."""
     given = np.asarray(values, np.int64)
     if not len(given):
         return {"sum": 0, "mean": 0.0, "percentiles": {}, "histogram": {"width": 1, "counts": []}}

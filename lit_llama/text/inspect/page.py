@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Histogram:
-    """What the page draws; places in percent."""
+    """Histogram as the page draws it; places in percent."""
 
     bars: list[Bar]
     lines: list[Line]
@@ -49,7 +49,7 @@ class Histogram:
 
 
 def render_page(report: Mapping[str, Any], samples: Sequence[ShownSample]) -> str:
-    """The HTML of a report (see `write_report`) and of samples shown token by token."""
+    """Render the HTML of a report (see `write_report`) and of samples shown token by token."""
     return render(
         "lit_llama.text.inspect",
         "report.html.jinja",
@@ -63,7 +63,7 @@ def render_page(report: Mapping[str, Any], samples: Sequence[ShownSample]) -> st
 
 
 def histogram(lengths: Mapping[str, Any], limit: int | None) -> Histogram:
-    """Bars, the marked percentiles and max_seq_length.
+    """Build the bars, the marked percentiles and max_seq_length.
 
     Args:
         lengths: An entry of `lengths` in the findings.
@@ -91,7 +91,7 @@ def histogram(lengths: Mapping[str, Any], limit: int | None) -> Histogram:
 
 
 def differences(first: str, second: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Both texts in pieces, with whether the other lacks them."""
+    """Return both texts in pieces, with whether the other lacks them."""
     cut = first.endswith(CUT) and second.endswith(CUT)  # both go on, so their ends are no difference
     one, other = (_WORD.findall(visible(text.removesuffix(CUT) if cut else text)) for text in (first, second))
     codes = difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
@@ -105,7 +105,7 @@ def differences(first: str, second: str) -> tuple[list[tuple[str, bool]], list[t
 
 
 def tokens_html(tokens: Sequence[ShownToken]) -> Any:
-    """Every token as its own element; spaces and newlines stay what they are, so that a copy is the text."""
+    """Render every token as its own element; spaces and newlines stay what they are, so that a copy is the text."""
     from markupsafe import Markup, escape
 
     parts = []

@@ -1,4 +1,4 @@
-"""Which rows say the same, within the data and across the splits, and which contradict each other.
+"""Rows that say the same, within the data and across the splits, and rows that contradict each other.
 
 Shapes: N rows. A row counts under the strictest kind that holds for it.
 """
@@ -20,7 +20,7 @@ TextOf = Callable[[int], tuple[str, str]]
 
 
 class Lister:
-    """Writes rows and pairs of rows as they stand in a report.
+    """Writer of rows and pairs of rows as they stand in a report.
 
     Args:
         place: {"row", "where", "split"} of a row by its index.
@@ -32,11 +32,11 @@ class Lister:
         self._text_of = text_of
 
     def rows(self, found: Rows | Sequence[int], of: int, *, listed: int = LISTED) -> dict[str, Any]:
-        """How many were found among `of`, and the first of them."""
+        """Count the rows that were found among `of`, and list the first of them."""
         return share(len(found), of) | {"listed": [self._place(int(index)) for index in found[:listed]]}
 
     def pairs(self, first: Rows, second: Rows) -> list[dict[str, Any]]:
-        """The first pairs, with what surrounds their first difference."""
+        """Return the first pairs, with what surrounds their first difference."""
         listed = []
         for one, other in zip(first[:LISTED].tolist(), second[:LISTED].tolist(), strict=True):
             entry: dict[str, Any] = {"first": self._place(one), "second": self._place(other)}
@@ -49,12 +49,12 @@ class Lister:
 
 
 def share(rows: int, of: int) -> dict[str, Any]:
-    """A count, and its share of all there are."""
+    """Return a count, and its share of all there are."""
     return {"rows": rows, "share": rows / of if of else 0.0}
 
 
 def duplicates(exact: Keys, same: Rows, near: Pairs | None, lister: Lister) -> dict[str, Any]:
-    """Rows that repeat an earlier row.
+    """Count rows that repeat an earlier row.
 
     Args:
         exact: (N,) hash of the texts as they are.
@@ -110,7 +110,7 @@ def _near_in_train(same: Rows, near: Pairs, train: Mask) -> Rows:
 
 
 def conflicting(asked: Keys, normalised: Keys, ignore: int, train: Mask, test: Mask, lister: Lister) -> dict[str, Any]:
-    """Prompts with more than one answer.
+    """Count prompts with more than one answer.
 
     Args:
         asked: (N,) hash of the normalised prompt.

@@ -1,4 +1,4 @@
-"""What is in a data folder, for people: report.html, and every number of it in report.json."""
+"""Report on a data folder, for people: report.html, and every number of it in report.json."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ _ASKED = {"thoughts": "drop", "typed_ends": "strip"}
 
 
 def noted(what: str, meta: Mapping[str, Any]) -> str:
-    """The end of a sentence that begins with a number of rows."""
+    """Return the end of a sentence that begins with a number of rows."""
     if what == "thoughts_left_out":
         return _LEFT_OUT[meta["thoughts"]]
     return _TYPED_ENDS[meta["typed_ends"]] if what == "typed_ends" else _WHAT[what]
 
 
 def grade(what: str, meta: Mapping[str, Any]) -> str:
-    """How much a note asks for attention: "fix", "check" or "note"."""
+    """Grade how much a note asks for attention: "fix", "check" or "note"."""
     if what == "looks_rendered":
         return "fix"
     rule = {"thoughts_left_out": "thoughts", "typed_ends": "typed_ends"}.get(what)
@@ -52,7 +52,7 @@ GRAVE = ("fix", "check")
 
 
 def look_at(report: Path) -> list[str]:
-    """The grave warnings of a report.json, a line each: severity, what was found, and why it matters."""
+    """Return the grave warnings of a report.json, a line each: severity, what was found, and why it matters."""
     warnings = json.loads(report.read_text("utf-8"))["warnings"]
     return [
         f"{warning['severity'].upper()} {warning['what']} {warning['why']}"
@@ -121,7 +121,7 @@ def write_report(
 
 
 def account(meta: Mapping[str, Any]) -> Json:
-    """Where every raw row went; a sum that does not come out is said, not hidden."""
+    """Account for every raw row; a sum that does not come out is said, not hidden."""
     rows, cut, dropped = meta["source"]["rows"], meta["cut"], meta["dropped"]
     lost = sum(tally["rows"] for tally in dropped.values())
     return {
@@ -145,7 +145,7 @@ def account(meta: Mapping[str, Any]) -> Json:
 
 
 def warnings(accounting: Mapping[str, Any], findings: Mapping[str, Any]) -> list[Json]:
-    """What to look at, the gravest first: {"severity": "fix" | "check" | "note", "what", "why"}."""
+    """List what to look at, the gravest first: {"severity": "fix" | "check" | "note", "what", "why"}."""
     found: list[Json] = []
 
     def warn(severity: str, what: str, why: str) -> None:

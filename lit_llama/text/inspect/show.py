@@ -32,7 +32,7 @@ class ShownToken(NamedTuple):
 
     @property
     def kind(self) -> Literal["trained", "masked"]:
-        """Whether it carries loss."""
+        """Kind of the token: whether it carries loss."""
         return "trained" if self.trained else "masked"
 
 
@@ -107,7 +107,7 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
 
 
 def parse_rows(rows: str) -> list[range]:
-    """Positions out of a list such as 0,17 or 3-5.
+    """Parse positions out of a list such as 0,17 or 3-5.
 
     Raises:
         UserError: It is none.
@@ -122,7 +122,7 @@ def parse_rows(rows: str) -> list[range]:
 
 
 def recorded_tokenizer(data_dir: Path, path: Path | None) -> Tokenizer:
-    """The tokenizer that a data folder was made with, at `path` or where it was then.
+    """Open the tokenizer that a data folder was made with, at `path` or where it was then.
 
     Raises:
         DataError: The data folder cannot be used.
@@ -147,7 +147,7 @@ def recorded_tokenizer(data_dir: Path, path: Path | None) -> Tokenizer:
 
 
 def plain_text(tokens: Iterable[ShownToken]) -> str:
-    """Tokens with ⟦trained⟧ runs and ⟪control⟫ tokens between brackets."""
+    """Render tokens with ⟦trained⟧ runs and ⟪control⟫ tokens between brackets."""
     parts, inside = [], False
     for token in tokens:
         if token.trained != inside:
@@ -159,7 +159,7 @@ def plain_text(tokens: Iterable[ShownToken]) -> str:
 
 
 def coloured_text(tokens: Iterable[ShownToken]) -> Text:
-    """Tokens in colours, their borders, spaces and newlines visible."""
+    """Render tokens in colours, their borders, spaces and newlines visible."""
     shown = Text()
     for token in tokens:
         text = (visible(token.text) or _PART).replace(" ", "·").replace("\t", "→").replace("\n", "↵\n")

@@ -35,7 +35,7 @@ class Run:
 
 
 def for_style(tokenizer: Tokenizer, style: PromptStyle) -> Tokenizer:
-    """The tokenizer, in which the words that open turns in a style are control tokens.
+    """Return the tokenizer, in which the words that open turns in a style are control tokens.
 
     Raises:
         CheckpointError: It would cut a token of the style into pieces that no model has learned.
@@ -66,7 +66,7 @@ def rendered(
     keep: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Told:
-    """A conversation in a style, with the end of each answer among what is trained.
+    """Render a conversation in a style, with the end of each answer among what is trained.
 
     Args:
         tokenizer: As `for_style` gives it.
@@ -132,7 +132,7 @@ def prompt_ids(
     tools: Sequence[Mapping[str, Any]] = (),
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[int]:
-    """Ids of a conversation up to where the assistant has to begin; arguments as for `rendered`.
+    """Return the ids of a conversation up to where the assistant has to begin; arguments as for `rendered`.
 
     Raises:
         CheckpointError: The tokenizer has not the tokens of the style.
@@ -144,7 +144,7 @@ def prompt_ids(
 
 
 def ids_of(tokenizer: Tokenizer, runs: Sequence[Run]) -> list[int]:
-    """Ids of runs."""
+    """Return the ids of runs."""
     return [i for run in runs for i in ([run.control] if run.control is not None else _ids(tokenizer, run))]
 
 
@@ -153,18 +153,20 @@ def _ids(tokenizer: Tokenizer, run: Run) -> list[int]:
 
 
 def end_id(tokenizer: Tokenizer, style: PromptStyle) -> int | None:
-    """The token that ends an answer in this style, which need not be the model's own end; None if it does not say."""
+    """Return the token that ends an answer in this style, which need not be the model's own end; None if it does not
+    say.
+    """
     end = answer_end(style, tokenizer.bos_token, tokenizer.eos, tokenizer.control)
     return None if end is None else tokenizer.control[end]
 
 
 def place_behind(tokenizer: Tokenizer, prompt: Sequence[int]) -> Place:
-    """Where an answer stands: behind the text of its prompt, or behind an added token."""
+    """Return the place of an answer: behind the text of its prompt, or behind an added token."""
     return Place.AFTER if prompt and prompt[-1] in tokenizer.added.values() else Place.MORE
 
 
 def answer_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:
-    """Text that a decoded answer begins with and that is of the style, not of the answer: a blank, mostly."""
+    """Return the text that a decoded answer begins with and that is of the style, not of the answer: mostly a blank."""
     question, reply = ({"role": role, "content": "."} for role in ("user", "assistant"))
     try:
         segments = rendered(for_style(tokenizer, style), style, [question, reply]).segments
@@ -177,7 +179,7 @@ def answer_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:
 
 
 class Cutter:
-    """Cuts segments into runs: what a tokenizer encodes as one text, and control tokens between them."""
+    """Cutter of segments into runs: what a tokenizer encodes as one text, and control tokens between them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._control, self._strips = tokenizer.control, tokenizer.strips

@@ -1,4 +1,4 @@
-"""Which prompt style a folder carries: a built-in one, or its own chat template in a sandbox.
+"""Prompt style that a folder carries: a built-in one, or its own chat template in a sandbox.
 
 A folder carries its style as `chat_template.jinja`, which transformers, vLLM and llama.cpp read too. A template that is
 equal to one of the built-in styles is rendered by it, any other by sandboxed Jinja.
@@ -35,12 +35,12 @@ assert set(_STYLES) == set(get_args(StyleName))
 
 
 def named_style(name: str) -> PromptStyle:
-    """A built-in style."""
+    """Return a built-in style."""
     return _STYLES[name]
 
 
 def style_of(template: str) -> PromptStyle:
-    """The style that a chat template stands for."""
+    """Return the style that a chat template stands for."""
     for style in _STYLES.values():
         for begins in (True, False):
             if template == style.jinja(bos=begins):
@@ -51,7 +51,8 @@ def style_of(template: str) -> PromptStyle:
 
 
 def trained_ends(segments: Iterable[Segment], control: Collection[str], usual: str | None = None) -> list[Segment]:
-    """Segments in which the end of every answer is trained: the template's text up to its first control token.
+    """Return the segments in which the end of every answer is trained: the template's text up to its first control
+    token.
 
     What ends an answer already, or is followed by somebody's words before a control token, stays as it is.
 
@@ -84,7 +85,7 @@ def trained_ends(segments: Iterable[Segment], control: Collection[str], usual: s
 
 
 def answer_end(style: PromptStyle, bos: str, eos: str, control: Collection[str]) -> str | None:
-    """Spelling of the token that ends an answer in a style, which need not be the model's own end.
+    """Return the spelling of the token that ends an answer in a style, which need not be the model's own end.
 
     None if the style does not say, or refuses to render one question and its answer.
     """
@@ -101,7 +102,7 @@ def answer_end(style: PromptStyle, bos: str, eos: str, control: Collection[str])
 
 
 def folder_style(folder: Path) -> PromptStyle | None:
-    """The style a folder carries, as chat_template.jinja or inside tokenizer_config.json; None if it has none.
+    """Return the style a folder carries, as chat_template.jinja or inside tokenizer_config.json; None if it has none.
 
     Of several templates it is the one named "default".
 

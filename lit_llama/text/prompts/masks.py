@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def escaped(self) -> list[str]:
-        """How they may be spelled within JSON."""
+        """Spellings of the words within JSON."""
         if self.kind not in ("call", "result"):
             return []
         whole = self.before + self.words + self.after
@@ -41,7 +41,7 @@ class Piece:
 
 
 def mask(number: int, message: Message, tags: re.Pattern[str], pieces: list[Piece]) -> Message:
-    """The message with marks in place of its words, which are added to `pieces`.
+    """Return the message with marks in place of its words, which are added to `pieces`.
 
     Words of blanks stay: a template may ask whether there is one.
 
@@ -88,7 +88,7 @@ def mask(number: int, message: Message, tags: re.Pattern[str], pieces: list[Piec
 
 
 def align(text: str, between: list[str], pieces: list[Piece]) -> list[str] | None:
-    """The words that stand for the pieces in a text, with those of their blanks that the template kept.
+    """Return the words that stand for the pieces in a text, with those of their blanks that the template kept.
 
     None if the text is not `between` and `pieces` in turn.
     """

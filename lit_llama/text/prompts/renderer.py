@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own: JSON lines in, JSON lines out.
+"""Renderer of chat templates in a process of its own: JSON lines in, JSON lines out.
 
 A template is a program that somebody else wrote. Here it meets Jinja's sandbox, and what the sandbox lets through --
 endless loops, strings of gigabytes, numbers of a million digits -- ends with this process and not with the caller's.

@@ -45,7 +45,7 @@ def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mappin
 
 
 class PromptStyle:
-    """How messages become the text that a model was trained on.
+    """Style in which messages become the text that a model was trained on.
 
     No prompt ends in a space, which most tokenizers would join to the answer's first word: it begins the answer.
 
@@ -61,15 +61,15 @@ class PromptStyle:
     begins: bool | None = None
 
     def marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
-        """Those of a tokenizer's added words that open turns, so that nobody else may spell them."""
+        """Return those of a tokenizer's added words that open turns, so that nobody else may spell them."""
         return {*self.tokens} & {*words}
 
     def user(self, instruction: str, input: str) -> str:
-        """Content of the user message for an instruction and its input, which stands below it."""
+        """Return the content of the user message for an instruction and its input, which stands below it."""
         return f"{instruction}\n\n{input}" if input else instruction
 
     def joined(self, message: Message) -> Message:
-        """The message with its input, if it has one, in its content."""
+        """Return the message with its input, if it has one, in its content."""
         if "input" not in message:
             return message
         rest = {key: value for key, value in message.items() if key != "input"}
@@ -84,7 +84,7 @@ class PromptStyle:
         answer: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
-        """Segments of a conversation.
+        """Render a conversation as segments.
 
         Args:
             messages: The turns so far.
@@ -99,13 +99,13 @@ class PromptStyle:
         raise NotImplementedError
 
     def jinja(self, bos: bool) -> str:
-        """The chat template that renders the same text; `bos` if the model wants a beginning-of-text token."""
+        """Return the chat template that renders the same text; `bos` if the model wants a beginning-of-text token."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a style writes around the content of a message; {bos}, {eos} and {role} stand for their spellings.
+    """Text that a style writes around the content of a message; {bos}, {eos} and {role} stand for their spellings.
 
     Of an assistant's turn, everything from `lead` to `end` is learned.
 
@@ -165,7 +165,7 @@ class TurnStyle(PromptStyle):
         answer: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
-        """See PromptStyle."""
+        """Render a conversation as the turns say."""
 
         def own(text: str, role: str = "") -> Segment:
             return _own(text, bos, eos, role, False)
@@ -198,7 +198,7 @@ class TurnStyle(PromptStyle):
         return [segment for segment in segments if segment.text]
 
     def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
+        """Return the chat template of the turns."""
         head, turns = "{{ bos_token }}" if bos and not self._places_bos else "", "messages"
         if self.system_turn:
             turns = "turns"
@@ -300,7 +300,7 @@ class Alpaca(TurnStyle):
     _INPUT = "\n\n### Input:\n"
 
     def user(self, instruction: str, input: str) -> str:
-        """The instruction, and its input under a heading."""
+        """Return the instruction, and its input under a heading."""
         return instruction + (self._INPUT + input if input else "")
 
     def _opening(self, first: bool, content: str) -> str:

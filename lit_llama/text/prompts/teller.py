@@ -1,4 +1,6 @@
-"""Which of a rendered conversation is trained: what the template writes behind the prompt of each answer."""
+"""Teller of which text of a rendered conversation is trained: what the template writes behind the prompt of each
+answer.
+"""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -42,7 +44,7 @@ class Rendered:
 
 
 class Teller:
-    """Finds out which of a rendered text is trained.
+    """Finder of the trained parts of a rendered text.
 
     Args:
         messages: The conversation.
@@ -81,7 +83,7 @@ class Teller:
         return spans
 
     def told(self) -> Told:
-        """The conversation, in segments."""
+        """Return the conversation, in segments."""
         if any(isinstance(part, str) and BLOCK.search(part) for part in self._rendered.parts):
             return Told(self._blocks(), self._rendered.left_out)
         text, left_out = self._rendered.text, self._rendered.left_out

@@ -48,7 +48,7 @@ class JinjaStyle(PromptStyle):
         answer: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
-        """See PromptStyle.
+        """Render a conversation by the template.
 
         Raises:
             CheckpointError: The template refuses the messages, leaves one out or changes its words, fails, takes longer
@@ -69,7 +69,7 @@ class JinjaStyle(PromptStyle):
         keep: bool = False,
         more: Mapping[str, Any] = MappingProxyType({}),
     ) -> Told:
-        """A conversation, and how it differs from what generation is asked.
+        """Return a conversation, and how it differs from what generation is asked.
 
         Args:
             messages: As for `render`.
@@ -111,7 +111,7 @@ class JinjaStyle(PromptStyle):
         return told.told()
 
     def jinja(self, bos: bool) -> str:
-        """See PromptStyle."""
+        """Return the template itself."""
         return self._source
 
     def asks_for(self, name: str) -> bool:
@@ -119,7 +119,7 @@ class JinjaStyle(PromptStyle):
         return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
 
     def marks(self, words: Collection[str], bos: str, eos: str) -> set[str]:
-        """Those of a tokenizer's added words with which the template opens turns: nobody else may spell them.
+        """Return those of a tokenizer's added words with which the template opens turns: nobody else may spell them.
 
         Words that come in pairs, such as <think> and </think>, are no such marks.
         """

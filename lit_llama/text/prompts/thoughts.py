@@ -37,7 +37,7 @@ class Thoughts:
     rest: str
 
     def behind(self, prompt: str) -> "Thoughts":
-        """The part of them that stands behind a prompt, which may end in the tag that begins them."""
+        """Return the part of them that stands behind a prompt, which may end in the tag that begins them."""
         opened = _OPENED.search(prompt)
         if opened is None:
             opening = self.opening.lstrip() or self.closing.replace("/", "", 1)
@@ -68,7 +68,7 @@ class ThoughtsReader:
         self._closing, self._thought = _CLOSING, False
 
     def push(self, text: str) -> tuple[str, str]:
-        """Thoughts and content that became certain."""
+        """Take more text; return the thoughts and content that became certain."""
         self._held += text
         thoughts = ""
         if self._state == "begin":
@@ -102,7 +102,7 @@ class ThoughtsReader:
         return thoughts, content
 
     def flush(self) -> tuple[str, str]:
-        """What is left at the end; thoughts that were not closed end here."""
+        """Return the thoughts and content that are left at the end; thoughts that were not closed end here."""
         held, self._held = self._held, ""
         return (held.rstrip() if self._thought else held.strip(), "") if self._state == "thoughts" else ("", held)
 
@@ -115,7 +115,7 @@ _KEPT = re.compile(r"\s*(?:</?\w{0,9}|\[/?[A-Z]{0,5})?\Z")
 
 
 def none_behind(prompt: str) -> Thoughts:
-    """No thoughts at all, behind a prompt that ends in the tag that begins them."""
+    """Return no thoughts at all, behind a prompt that ends in the tag that begins them."""
     opened = _OPENED.search(prompt)
     assert opened
     closing = f"</{opened['tag']}>" if opened["tag"] else "[/THINK]"
@@ -123,7 +123,7 @@ def none_behind(prompt: str) -> Thoughts:
 
 
 def thoughts_of(message: Message) -> Thoughts | None:
-    """The thoughts of an assistant's message; None if there are none."""
+    """Return the thoughts of an assistant's message; None if there are none."""
     content = message["content"]
     if own := message.get("reasoning_content"):
         return Thoughts("<think>", f"\n{own.strip()}\n", "</think>", "\n\n", content)
@@ -135,7 +135,7 @@ def thoughts_of(message: Message) -> Thoughts | None:
 
 
 def without_thoughts(message: Message) -> Message:
-    """A message without its thoughts."""
+    """Return a message without its thoughts."""
     found = thoughts_of(message) if message["role"] == "assistant" else None
     if found is None:
         return message
@@ -144,7 +144,7 @@ def without_thoughts(message: Message) -> Message:
 
 
 def with_thoughts_inside(message: Message) -> Message:
-    """A message whose thoughts stand within its content."""
+    """Return a message whose thoughts stand within its content."""
     found = thoughts_of(message) if message.get("reasoning_content") else None
     if found is None:
         return message

@@ -33,7 +33,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer:
-    """What both kinds have in common.
+    """Base of both kinds of tokenizers.
 
     Attributes:
         size: Largest id + 1 (T).
@@ -66,11 +66,11 @@ class Tokenizer:
         return self.control[self.eos]
 
     def encode(self, text: str, place: Place = Place.START) -> list[int]:
-        """Ids of a text, without beginning and end."""
+        """Encode a text into ids, without beginning and end."""
         return self.encode_batch([text], place)[0]
 
     def encode_batch(self, texts: Sequence[str], place: Place = Place.START) -> list[list[int]]:
-        """Ids of many texts that all stand at a place, on all cores.
+        """Encode many texts that all stand at a place, on all cores.
 
         Raises:
             DataError: A text holds a lone surrogate.
@@ -82,7 +82,7 @@ class Tokenizer:
             raise DataError(f"text cannot be encoded, it may hold a lone surrogate: {error}") from error
 
     def encode_flat(self, texts: Sequence[str], places: Sequence[Place] | None = None) -> Flat:
-        """Ids of texts laid end to end: (N,) ids, and (texts,) how many are of each. Many texts take a quicker way.
+        """Encode texts laid end to end: (N,) ids, and (texts,) how many are of each. Many texts take a quicker way.
 
         Raises:
             DataError: A text holds a lone surrogate.
@@ -127,7 +127,7 @@ class Tokenizer:
         return np.flatnonzero([any(spelling in text for spelling in found) for text in texts])
 
     def decode(self, ids: Sequence[int], place: Place = Place.START) -> str:
-        """Text of ids, without control tokens.
+        """Decode ids into text, without control tokens.
 
         Args:
             ids: What to decode.
@@ -143,11 +143,11 @@ class Tokenizer:
         return self._decode([*lead, *ids])[len(self._decode(lead)) :] if lead else self._decode(list(ids))
 
     def lead_in(self, place: Place) -> list[int]:
-        """Ids to decode before those of a text at a place, so that it keeps the blank that it begins with."""
+        """Return the ids to decode before those of a text at a place, so that it keeps the blank at its beginning."""
         return [] if self._blanks[place] else self._lead
 
     def guarded(self, marks: Collection[str]) -> Self:
-        """This tokenizer, in which some of the added words are control tokens, which no text becomes."""
+        """Return a tokenizer in which some of the added words are control tokens, which no text becomes."""
         found = frozenset(word for word in marks if word in self.words)
         if not found:
             return self
@@ -197,7 +197,7 @@ class Tokenizer:
         return self.control | self.words
 
     def fingerprint(self) -> str:
-        """Hash of which id stands for which token, the same for a tokenizer.model and its tokenizer.json."""
+        """Return the hash of which id stands for which token, the same for a tokenizer.model and its tokenizer.json."""
         return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()
 
     def _named(self, folder: Path, role: str, own: str) -> str:

@@ -1,4 +1,4 @@
-"""What a foreign tokenizer may ask for: ids, growth of a text and repeated steps, bounded before anything is built.
+"""Bounds of foreign tokenizers: ids, growth of a text and repeated steps, bounded before anything is built.
 
 A tokenizer.json is a small program, and a tokenizer.model holds one as well: a few replacements make gigabytes of a
 line, one id fills the memory with an empty vocabulary. What published tokenizers do lies far below these bounds.
@@ -52,7 +52,7 @@ def check_tokenizer(raw: Mapping[str, Any]) -> None:
 
 
 def read_bounded(path: Path) -> bytes:
-    """The bytes of a tokenizer's file.
+    """Read the bytes of a tokenizer's file.
 
     Raises:
         CheckpointError: It is larger than any tokenizer.

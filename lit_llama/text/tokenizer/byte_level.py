@@ -32,7 +32,7 @@ _UNKNOWN, _TRUSTED, _REFUSED = 0, 1, 2
 
 
 class ByteLevel:
-    """Encodes as a tokenizers.Tokenizer does.
+    """Encoder that does as a tokenizers.Tokenizer does.
 
     Args:
         backend: It, without added tokens.
@@ -54,7 +54,7 @@ class ByteLevel:
         self._state[0xFDD0] = _REFUSED
 
     def encode(self, texts: Sequence[str], *, blank: bool = False) -> Flat | None:
-        """Ids of texts, or None if they hold something that is not proven to come out the same.
+        """Encode texts; None if they hold something that is not proven to come out the same.
 
         Args:
             texts: What to encode.
@@ -93,7 +93,7 @@ class ByteLevel:
 
 
 def byte_level(raw: Mapping[str, Any], backend: Any) -> ByteLevel | None:
-    """A faster twin of a tokenizer, or None if it does anything that is not proven to be the same.
+    """Build a faster twin of a tokenizer; None if it does anything that is not proven to be the same.
 
     Args:
         raw: Contents of tokenizer.json without added tokens.

@@ -18,7 +18,7 @@ _END = "<|endoftext|>"  # special in both, also where nothing names it
 
 
 def from_merges(folder: Path) -> dict[str, Any]:
-    """The contents of the tokenizer.json that vocab.json and merges.txt stand for.
+    """Return the tokenizer.json that vocab.json and merges.txt stand for.
 
     How text is cut, the two files do not say: that is a matter of the class that tokenizer_config.json names.
 

@@ -76,7 +76,7 @@ class _Node:
 
 
 def check_pattern(pattern: str) -> None:
-    """See that a search with a pattern ends in good time.
+    """Check that a search with a pattern ends in good time.
 
     Raises:
         CheckpointError: It may not, or it uses what is not understood here.
@@ -87,7 +87,7 @@ def check_pattern(pattern: str) -> None:
 
 
 def shortest(pattern: str) -> int:
-    """Characters of the shortest text that a pattern matches."""
+    """Count the characters of the shortest text that a pattern matches."""
     return _parse(pattern).size
 
 

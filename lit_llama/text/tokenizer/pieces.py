@@ -15,7 +15,7 @@ from lit_llama.text.tokenizer.special import encode_varint
 
 
 class Kind(IntEnum):
-    """What a piece is; GGUF and sentencepiece count alike."""
+    """Kind of a piece; GGUF and sentencepiece count alike."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -92,7 +92,7 @@ class SentencePieces:
         return cls(pieces, special, bool(normalizer[_DUMMY_PREFIX]))
 
     def encode(self) -> bytes:
-        """The contents of a tokenizer.model."""
+        """Encode the pieces as the contents of a tokenizer.model."""
         parts = []
         for text, score, kind in self.pieces:
             parts.append(_bytes(_PIECES, _bytes(1, text.encode()) + _float(2, score) + _integer(3, kind)))

@@ -1,4 +1,4 @@
-"""Where a piece of text stands in what is encoded: some tokenizers begin a text, or each piece of it, with a blank.
+"""Places of a piece of text in what is encoded: some tokenizers begin a text, or each piece of it, with a blank.
 
 A rendered conversation is encoded piece by piece, between control tokens and at the border of prompt and answer. Other
 programs encode it as one text, in which a tokenizer puts its blank before the first word only, or before what follows
@@ -18,7 +18,7 @@ LEADING, TRAILING = re.compile(f"[{BLANKS}]*"), re.compile(f"[{BLANKS}]*\\Z")
 
 
 class Place(IntEnum):
-    """Where a piece of text stands."""
+    """Place of a piece of text."""
 
     START = 0
     """At the beginning of the text."""
@@ -29,7 +29,7 @@ class Place(IntEnum):
 
 
 def at_place(raw: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The contents of a tokenizer.json that encodes a piece at a place as the whole text would be encoded there."""
+    """Return a tokenizer.json that encodes a piece at a place as the whole text would be encoded there."""
     steps = ("normalizer", "pre_tokenizer")
     return {**raw, **{name: _step(raw.get(name), place) for name in steps}}
 
@@ -54,7 +54,7 @@ def _step(step: Any, place: Place) -> Any:
 
 
 def any_of(spellings: Collection[str]) -> re.Pattern[str]:
-    """A pattern of one group: the longest of the spellings at the first place where there is one."""
+    """Return a pattern of one group: the longest of the spellings at the first place where there is one."""
     return _any_of(tuple(spellings))
 
 

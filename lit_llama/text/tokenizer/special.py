@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say of its tokens: which were added, and which begin, end or fill a text."""
+"""Special tokens in the files beside a tokenizer: which were added, and which begin, end or fill a text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,24 +36,24 @@ class AddedToken:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that stands in a model folder, empty if the file is not there."""
+    """Read a JSON object that stands in a model folder, empty if the file is not there."""
     return objects.read_object(path, CheckpointError, "download it again") if path.is_file() else {}
 
 
 def spelling_of(token: Any) -> str:
-    """A token is written as text, or as an object with its content; "" for anything else."""
+    """Return the spelling of a token, written as text or as an object with its content; "" for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
 def named_tokens(folder: Path, role: str) -> list[tuple[Path, str]]:
-    """The files that name a token such as "eos_token", and its spelling in each."""
+    """Return the files that name a token such as "eos_token", and its spelling in each."""
     found = [(folder / file, read_object(folder / file).get(role)) for file in (SETTINGS_FILE, NAMES_FILE)]
     return [(path, spelling_of(value)) for path, value in found if value is not None]
 
 
 def added_tokens(folder: Path) -> list[AddedToken]:
-    """The tokens of added_tokens.json and of added_tokens_decoder in tokenizer_config.json, by id.
+    """Return the tokens of added_tokens.json and of added_tokens_decoder in tokenizer_config.json, by id.
 
     A token of added_tokens.json is special if one of the files names it as such, as in transformers.
 
@@ -88,7 +88,7 @@ def added_tokens(folder: Path) -> list[AddedToken]:
 
 
 def special_spellings(folder: Path) -> set[str]:
-    """Every token that the files give a role to."""
+    """Return every token that the files give a role to."""
     found: set[str] = set()
     for file in (SETTINGS_FILE, NAMES_FILE):
         for key, value in read_object(folder / file).items():
@@ -100,7 +100,7 @@ def special_spellings(folder: Path) -> set[str]:
 
 
 def as_controls(model: bytes, ids: set[int]) -> bytes:
-    """A serialized sentencepiece model in which these pieces are control tokens, so that no text becomes one.
+    """Return a serialized sentencepiece model in which these pieces are control tokens, so that no text becomes one.
 
     ModelProto holds its pieces in order as field 1, and a piece its type as field 3; of two types the last one counts.
     """
@@ -118,7 +118,7 @@ def as_controls(model: bytes, ids: set[int]) -> bytes:
 
 
 def without_prefix(model: bytes) -> bytes:
-    """A serialized sentencepiece model that puts no blank before a text.
+    """Return a serialized sentencepiece model that puts no blank before a text.
 
     NormalizerSpec is field 3 of ModelProto and add_dummy_prefix its field 3; of two messages the last one counts.
     """
@@ -137,7 +137,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def encode_varint(value: int) -> bytes:
-    """A whole number as protobuf writes it: seven bits a byte, the low ones first."""
+    """Encode a whole number as protobuf does: seven bits a byte, the low ones first."""
     value &= 2**64 - 1  # a negative number takes ten bytes
     output = bytearray()
     while value > 0x7F:

@@ -13,7 +13,7 @@ _BYTES = {character: byte for byte, character in enumerate(CHARACTERS)}
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every id where it goes on with a text.
+    """Return the bytes of every id where it goes on with a text.
 
     Control tokens, the token for what is unknown, and ids that stand for nothing add none. The blank that
     sentencepiece encodes behind an added word, and leaves out of the text again, counts.
@@ -42,7 +42,7 @@ _END = ""  # marks a node of the tree at which a text is whole
 
 
 class StopFinder:
-    """Gives a text on as it comes, up to the first stop text; what may become one is held back.
+    """Finder of stop texts: gives a text on as it comes, up to the first one; what may become one is held back.
 
     The first one is that which is whole first; of several that end in one place the longest. So it does not matter how
     the text is cut into pieces. Every place at which a stop text may have begun is a node in a tree of all of them: a
@@ -61,7 +61,7 @@ class StopFinder:
         self.found = False
 
     def push(self, text: str) -> str:
-        """What is certain to stand before any stop text; nothing more once one was found."""
+        """Take more text; return what is certain to stand before any stop text; nothing more once one was found."""
         if self.found:
             return ""
         if not self._tree:
@@ -83,13 +83,13 @@ class StopFinder:
         return text[:keep]
 
     def flush(self) -> str:
-        """What was held back, where no more comes."""
+        """Return the text that was held back, where no more comes."""
         held, self._held, self._open = self._held, "", []
         return held
 
 
 class Streamer:
-    """Turns ids into text as they come, holding back what later ids may still change.
+    """Decoder of ids as they come, holding back what later ids may still change.
 
     A character of several bytes may be spread over several ids, and a tokenizer may drop a leading space: a piece is
     given out only once it is valid and its text no longer depends on what follows.
@@ -105,7 +105,7 @@ class Streamer:
         self._context, self._given = 0, len(self._ids)
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain."""
+        """Return the text that became certain."""
         self._ids.extend(ids)
         before = self._tokenizer.decode(self._ids[self._context : self._given])
         text = self._tokenizer.decode(self._ids[self._context :])
@@ -115,7 +115,7 @@ class Streamer:
         return text[len(before) :]
 
     def flush(self) -> str:
-        """What is left, valid or not."""
+        """Return the text that is left, valid or not."""
         before = self._tokenizer.decode(self._ids[self._context : self._given])
         text = self._tokenizer.decode(self._ids[self._context :])
         self._context = self._given = len(self._ids)

@@ -1,4 +1,4 @@
-"""Whether a tokenizer, the rows of an embedding and what the folders record belong together."""
+"""Vocabulary checks: a tokenizer, the rows of an embedding and what the folders record belong together."""
 
 import shlex
 from collections.abc import Collection
@@ -33,13 +33,13 @@ def holds_tokenizer(names: Collection[str]) -> bool:
 
 
 def tokenizer_home(adapter_dir: Path, base: Path) -> Path:
-    """The folder whose tokenizer an adapter was trained with: its own where it has one, as in transformers."""
+    """Return the folder whose tokenizer an adapter was trained with: its own where it has one, as in transformers."""
     files = {path.name for path in adapter_dir.iterdir() if path.is_file()} if adapter_dir.is_dir() else set()
     return adapter_dir if holds_tokenizer(files) else base
 
 
 def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
-    """The tokenizer of base + adapter, which may be one folder, proven against what the folders record.
+    """Return the tokenizer of base + adapter, which may be one folder, proven against what the folders record.
 
     Args:
         adapter_dir: The adapter, or the base once more.
@@ -66,7 +66,7 @@ def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a folder records of the tokenizer that belongs to it."""
+    """Describe the tokenizer that belongs to a folder, as the folder records it."""
     return {"fingerprint": tokenizer.fingerprint(), "size": tokenizer.size}
 
 
@@ -96,7 +96,7 @@ def check_recorded(folder: Path, tokenizer: Tokenizer, origin: Path) -> None:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """What the files of a model folder call an end, and what of their special ids cannot be meant.
+    """Ids that the files of a model folder call an end, and special ids that cannot be meant.
 
     Args:
         ends: Ids after which a text is over, the tokenizer's own among them.

@@ -26,7 +26,7 @@ _BARE = "x "  # ends a word without a space before it; no other word ends in a s
 
 
 class Words:
-    """Encodes as the model does, only faster.
+    """Encoder that does as the model does, only faster.
 
     Args:
         model: A sentencepiece processor for which `splits_at_spaces` holds.
@@ -46,7 +46,7 @@ class Words:
         self._characters = 0
 
     def encode(self, texts: Sequence[str], *, blank: bool = True) -> Flat:
-        """Ids of texts, each as if a space stood before it, or (`blank` is False) as it is."""
+        """Encode texts, each as if a space stood before it, or (`blank` is False) as it is."""
         cut = [_words(text) if blank else _words_as_they_are(text) for text in texts]
         words = list(chain.from_iterable(cut))
         try:

@@ -20,7 +20,7 @@ _WIDTH, _SHORT = 112, 160
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """Each metric of each model with its interval, and the difference to the first model."""
+    """Print each metric of each model with its interval, and the difference to the first model."""
     console = stdout(width=_WIDTH)
     names = [harmless(model["name"]) for model in results["models"]]
     for task in results["tasks"]:
@@ -41,7 +41,7 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def print_rows(tasks: Sequence[Task], models: Sequence[Rows], count: int) -> None:
-    """The first rows on which the models differ by the first metric of a task, with their answers side by side."""
+    """Print the first rows on which the models differ by the first metric of a task, their answers side by side."""
     for task in tasks:
         if not count or "answer" not in task.parts:
             continue
@@ -70,7 +70,7 @@ def print_rows(tasks: Sequence[Task], models: Sequence[Rows], count: int) -> Non
 
 
 def estimated(entry: Mapping[str, Any] | None, share: bool) -> str:
-    """71.5% (65.0 to 77.5), or 0.812 (0.790 to 0.835)."""
+    """Format an estimate as 71.5% (65.0 to 77.5), or 0.812 (0.790 to 0.835)."""
     if entry is None:
         return "–"
     value = number(entry["value"], share)
@@ -81,7 +81,7 @@ def estimated(entry: Mapping[str, Any] | None, share: bool) -> str:
 
 
 def compared(entry: Mapping[str, Any] | None, share: bool) -> str:
-    """+12.5 (+8.0 to +17.0); won 30, lost 5, same 165."""
+    """Format a comparison as +12.5 (+8.0 to +17.0); won 30, lost 5, same 165."""
     if entry is None:
         return "–"
     text = number(entry["value"], share, sign="+").rstrip("%")
@@ -93,7 +93,7 @@ def compared(entry: Mapping[str, Any] | None, share: bool) -> str:
 
 
 def number(value: float, share: bool, sign: str = "") -> str:
-    """A share in percent, or four digits that matter."""
+    """Return a share in percent, or four digits that matter."""
     if share:
         return f"{100 * value:{sign}.1f}%"
     if abs(value) >= 100:
@@ -155,7 +155,7 @@ class ShownRow:
 def render_page(
     results: Mapping[str, Any], models: Sequence[Rows], tasks: Sequence[Task], timing: Mapping[str, Any]
 ) -> str:
-    """The HTML of an evaluation.
+    """Render the HTML of an evaluation.
 
     Args:
         results: What stands in results.json.

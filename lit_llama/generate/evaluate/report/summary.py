@@ -38,7 +38,7 @@ class Column:
         return any(self.weights)
 
     def of(self, row: int) -> float | None:
-        """The mean of one row."""
+        """Return the mean of one row."""
         return self.values[row] / self.weights[row] if self.weights[row] else None
 
 
@@ -62,7 +62,7 @@ class Line:
 
 
 def lines(task: Task, models: Sequence[Rows]) -> list[Line]:
-    """Every metric of a task, and the parts of those that have some."""
+    """Return every metric of a task, and the parts of those that have some."""
     found = []
     for name in task.metrics:
         metric = METRICS[name]
@@ -86,7 +86,7 @@ def _column(name: str, task: Task, model: Rows) -> Column:
 
 
 def measured(name: str, task: Task, item: Item, row: Row) -> tuple[float, float]:
-    """Value and weight of a metric on a row."""
+    """Return the value and weight of a metric on a row."""
     part = METRICS[name].part
     if part == "choices":
         return _chosen(name, item, row), 1.0
@@ -162,7 +162,7 @@ def _groups(task: Task, name: str, columns: Sequence[Column]) -> list[Line]:
 
 
 def estimate(line: Line, column: Column) -> Estimate | None:
-    """The mean of a metric over the rows of a model, None if it has none."""
+    """Return the mean of a metric over the rows of a model, None if it has none."""
     if not column.there:
         return None
     plain = _counts_rows(column)
@@ -183,7 +183,7 @@ def _counts_rows(column: Column) -> bool:
 
 
 def outcomes(line: Line, first: Column, other: Column) -> list[Outcome | None]:
-    """Of each row, how the other model fared against the first; None where one of them has no value."""
+    """Compare the other model with the first on each row; None where one of them has no value."""
     found: list[Outcome | None] = []
     for row in range(len(first.values)):
         one, two = first.of(row), other.of(row)
@@ -196,7 +196,7 @@ def outcomes(line: Line, first: Column, other: Column) -> list[Outcome | None]:
 
 
 def compare(line: Line, first: Column, other: Column, tokenizers: bool) -> dict[str, Any] | None:
-    """The difference of a model to the first, None where it would mean nothing.
+    """Compare a model to the first by their difference, None where it would mean nothing.
 
     Args:
         line: The metric.
@@ -225,7 +225,7 @@ def _directed(line: Line) -> bool:
 
 
 def summarise(name: str, models: Sequence[Rows], tasks: Sequence[Task], details: Mapping[str, Any]) -> dict[str, Any]:
-    """All that stands in results.json.
+    """Return all that stands in results.json.
 
     Args:
         name: Of the evaluation.

@@ -1,4 +1,4 @@
-"""What can be said of made rows: how many each filter kept, how long and how different they are."""
+"""Summary of made rows: how many each filter kept, how long and how different they are."""
 
 import json
 import random
@@ -90,7 +90,7 @@ _ASIDE = frozenset(
 
 
 def summarise(folder: Path, maker: RowMaker) -> dict[str, Any]:
-    """What stands in report.json: nothing of when and how fast, so that equal rows have an equal report."""
+    """Summarise made rows as report.json: nothing of when and how fast, so that equal rows have an equal report."""
     rows = list(_lines(folder / ROWS_FILE))
     sampled = [column.name for column in maker.recipe.columns if column.kind == "sample"]
     rejected = [

@@ -21,7 +21,7 @@ Event = Mapping[str, Any]
 
 
 class Listener:
-    """Somebody who looks at a conversation, in an event loop.
+    """Viewer of a conversation, in an event loop.
 
     Attributes:
         events: What was not told yet; None ends it.
@@ -133,13 +133,15 @@ class Desk:
     # ---- answers
 
     def default(self, name: str, llm: LLM) -> Sampling:
-        """How a model is sampled where a conversation does not say: at most half of its context is for an answer."""
+        """Return the sampling of a model where a conversation does not say: at most half of its context is for an
+        answer.
+        """
         default = self.models().default(name)
         most = min(default.max_new_tokens, max(1, self.models().capacity(llm) // 2))
         return replace(default, max_new_tokens=most, min_new_tokens=min(default.min_new_tokens, most))
 
     def ask(self, id: str, *, text: str | None, parent: int, model: str | None, side: int) -> Answer:
-        """Have a message answered; the answer goes on whoever looks on.
+        """Let a message be answered; the answer goes on whoever looks on.
 
         Args:
             id: Of the conversation.

@@ -58,7 +58,7 @@ _CHOICES = ("model", "compare")
 
 
 def page_routes(service: Service, store: Store) -> tuple[Sequence[BaseRoute], Sequence[str]]:
-    """The routes of the page, and those among them that hold nothing of anybody and need no key.
+    """Return the routes of the page, and those among them that hold nothing of anybody and need no key.
 
     Args:
         service: Of the server.
@@ -118,7 +118,7 @@ def _reply(value: Any) -> Response:
 
 
 async def info(request: Request, desk: Desk, service: Service) -> Response:
-    """Models, and how each is sampled."""
+    """Return the models, and how each is sampled."""
     models = service.ready()
     found = []
     for name, llm in models.llms.items():
@@ -130,7 +130,7 @@ async def info(request: Request, desk: Desk, service: Service) -> Response:
 
 
 async def conversations(request: Request, desk: Desk, service: Service) -> Response:
-    """The list of the side bar."""
+    """Return the list of the side bar."""
     found = await _run(desk.store.list)
     listed = [
         {"id": s.id, "name": s.name, "changed": s.changed, "messages": s.messages, "model": s.model} for s in found
@@ -168,7 +168,7 @@ async def load(request: Request, desk: Desk, service: Service) -> Response:
 
 
 async def all_rows(request: Request, desk: Desk, service: Service) -> Response:
-    """All conversations as training rows."""
+    """Return all conversations as training rows."""
     return _download(await _run(_rows, desk, [s.id for s in await _run(desk.store.list)]), "rows.jsonl")
 
 
@@ -214,7 +214,7 @@ async def delete(request: Request, desk: Desk, service: Service) -> Response:
 
 
 async def ask(request: Request, desk: Desk, service: Service) -> Response:
-    """Have a message answered; what comes of it is told by `events`."""
+    """Let a message be answered; what comes of it is told by `events`."""
     fields = Fields(await service.body(request))
     text, model = fields.text("text"), fields.text("model")
     parent, side = fields.whole("parent", 0, 1 << 31) or 0, fields.whole("side", 0, 1) or 0
@@ -254,7 +254,7 @@ async def stop(request: Request, desk: Desk, service: Service) -> Response:
 
 
 async def events(request: Request, desk: Desk, service: Service) -> Response:
-    """What the conversation is, and then what becomes of it: a line of JSON for each event."""
+    """Stream the conversation, and then what becomes of it: a line of JSON for each event."""
     id, listener = request.path_params["id"], Listener()
     await _run(desk.listen, id, listener)
     stopping: Callable[[], bool] = getattr(request.app.state, "stopping", lambda: False)
@@ -281,12 +281,12 @@ async def events(request: Request, desk: Desk, service: Service) -> Response:
 
 
 async def own_rows(request: Request, desk: Desk, service: Service) -> Response:
-    """The branch in use as a training row."""
+    """Return the branch in use as a training row."""
     return _download(await _run(_rows, desk, [request.path_params["id"]]), "rows.jsonl")
 
 
 async def own_file(request: Request, desk: Desk, service: Service) -> Response:
-    """The conversation with all its branches."""
+    """Return the conversation with all its branches."""
     dialogue = await _run(desk.store.get, request.path_params["id"])
     return _download(rows.text_of(dialogue), "conversation.jsonl")
 

@@ -42,11 +42,12 @@ ATTACK := --kills 500 --flips 500 --swaps 50 --races 100 --terminals 150 --seed 
 attack: $(VENV)/test ## Kill, damage and race the commands for half an hour, and print a table
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(PY) tests/attack/run.py $(ATTACK)
 
-lint: $(VENV)/test ## Check style, types and the direction of imports
+lint: $(VENV)/test ## Check style, types, the direction of imports and first lines of docstrings
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(PY) tests/docstrings.py lit_llama
 
 format: $(VENV)/test ## Fix what ruff can fix, then format
 	$(VENV)/bin/ruff check --fix

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_hub import CHUNK, REPO, FakeHub
+from fake_hub import REPO, FakeHub
 
 from lit_llama.console import verbose
 from lit_llama.errors import name_flags
@@ -317,12 +317,12 @@ def files(tiny_folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub on localhost with one usable repository, without waiting between retries."""
-    from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import close_session
+    from huggingface_hub import close_session, constants
+
+    from lit_llama.convert.hub import transfer
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(transfer, "time", SimpleNamespace(sleep=lambda _: None))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     close_session()  # the next one reads the environment
     with FakeHub({REPO: dict(files)}) as hub:

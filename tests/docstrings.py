@@ -15,14 +15,14 @@ from typing import NamedTuple
 _VERBS = """
 Abort Account Add Advise Align Allocate Answer Append Apply Ask Assert Attend Be Begin Bring Build Call Carry Change
 Check Choose Close Compare Compile Complete Compute Constrain Continue Convert Copy Count Create Cut Deal Decide
-Decode Delete Dequantize Describe Divide Do Download Draw Drop Emit Encode End Escape Estimate Evaluate Explain
-Export Fill Find Fine-tune Finish Follow Forget Format Forward Free Freeze Gather Get Give Go Grade Group Guess Hand
-Handle Hash Have Hold Ignore Import Index Interleave Invert Iterate Join Judge Keep Know Lay Leave Let List Load
-Locate Look Make Match Measure Merge Move Multiply Name Normalize Note Notify Open Pack Pair Parse Plan Print
-Publish Put Quantise Quantize Queue Raise Read Rebuild Record Refuse Remark Remember Remove Render Reorder Replace
-Report Reset Restore Retry Return Rotate Round Run Save Say Scan Score Search Seed Serve Set Show Shuffle Skip Sort
-Spell Split Start Step Stop Stream Submit Sum Summarise Take Tell Test Train Translate Trim Try Turn Update Use
-Validate Verify Wait Warn Work Wrap Write Yield
+Decode Delete Dequantize Describe Divide Do Download Draw Drop Emit Encode End Escape Estimate Evaluate Expand
+Explain Export Fill Find Fine-tune Finish Fit Follow Forget Format Forward Free Freeze Gather Get Give Go Grade
+Group Guess Hand Handle Hash Have Hold Ignore Import Index Interleave Invert Iterate Join Judge Keep Know Lay Leave
+Let List Load Locate Look Make Match Measure Merge Move Multiply Name Normalize Note Notify Open Pack Pair Parse
+Plan Print Publish Put Quantise Quantize Queue Raise Read Rebuild Record Refuse Remark Remember Remove Render
+Reorder Replace Report Reset Resolve Restore Retry Return Rotate Round Run Save Say Scan Score Search Seed Serve Set
+Show Shuffle Skip Smooth Sort Spell Split Start Step Stop Stream Submit Suggest Sum Summarise Take Tell Test Train
+Translate Trim Try Turn Update Use Validate Verify Wait Warn Work Wrap Write Yield
 """
 VERBS = frozenset(_VERBS.split())
 

@@ -1,4 +1,4 @@
-"""What is asked of a run: its settings, the state that it goes on from, and what must not change meanwhile."""
+"""Request for a run: its settings, the state that it goes on from, and what must not change meanwhile."""
 
 import shlex
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def out_dir(self) -> Path:
-        """Where the result goes."""
+        """Folder of the result."""
         return self.config.out_dir
 
     @property
@@ -58,12 +58,12 @@ class Run:
         return self.config.train
 
     def with_train(self, train: TrainConfig) -> "Run":
-        """The run with another course of the training."""
+        """Return the run with another course of the training."""
         return replace(self, config=replace(self.config, train=train))
 
     @property
     def command(self) -> str:
-        """Continues this run."""
+        """Command that continues this run."""
         return f"python {self.method.door} --config {shlex.quote(str(self.out_dir / RUN_FILE))} --resume auto"
 
     @property
@@ -88,7 +88,7 @@ class Run:
                 raise UserError(f"--out_dir {self.out_dir} is {flag}; name another, nothing is written over")
 
     def find_state(self, resume: str | Path) -> Path | None:
-        """The state to go on from; None to begin, and for a run that is finished and has no state any more.
+        """Find the state to go on from; None to begin, and for a run that is finished and has no state any more.
 
         Raises:
             UserError: The folder holds a run that is not to be continued, or no such state.
@@ -167,7 +167,7 @@ class Run:
         return True
 
     def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
-        """By name, what must not change when the run goes on."""
+        """Return what must not change when the run goes on, by name."""
         read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
         settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
         return read | dict(self.method.origin) | settings | {"--precision": str(numerics)}

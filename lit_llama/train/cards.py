@@ -30,7 +30,7 @@ class Card:
         return self.capability >= BFLOAT16
 
     def memory(self, asked: str | None) -> str:
-        """How much memory to plan for, such as 16GB: what is asked for, else the smallest that it is made with.
+        """Return the memory to plan for, such as 16GB: what is asked for, else the smallest that it is made with.
 
         Raises:
             UserError: Nobody says.
@@ -57,7 +57,7 @@ class Card:
             )
 
     def describe(self, asked: str | None) -> str:
-        """What is planned for, and what else there is where nobody asked for a size of memory."""
+        """Describe what is planned for, and what else there is where nobody asked for a size of memory."""
         others = " and ".join(map(str, self.gigabytes[1:])) if asked is None else ""
         more = f"; --plan_memory for those with {others} GB" if others else ""
         return f"{self.memory(asked)} on a {self.name}, {'with' if self.bfloat16 else 'without'} bfloat16{more}"
@@ -88,7 +88,7 @@ CARDS = {
 
 
 def find_card(text: str) -> Card:
-    """A GPU by its name, however that is written, or by its compute capability, as in sm_75.
+    """Find a GPU by its name, however that is written, or by its compute capability, as in sm_75.
 
     Raises:
         UserError: It is neither.

@@ -25,7 +25,7 @@ CPU_TOKENS, GPU_TOKENS = 2048, 8192
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, how large, how fast.
+    """Course of the training: how long, how large, how fast.
 
     Args:
         epochs: Passes over the training split; 0.5 is half of one.
@@ -132,12 +132,12 @@ class TrainConfig:
             )
 
     def tokens_on(self, device: str) -> int:
-        """Most tokens per forward pass on a kind of device, cpu or cuda."""
+        """Return the most tokens per forward pass on a kind of device, cpu or cuda."""
         tokens = self.micro_batch_tokens
         return (CPU_TOKENS if device == "cpu" else GPU_TOKENS) if tokens == "auto" else tokens
 
     def steps(self, rows: int) -> int:
-        """Optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left.
+        """Count the optimizer steps of a run over `rows` samples; the last step of an epoch takes what is left.
 
         A part of an epoch is rounded up to whole steps.
         """
@@ -238,11 +238,11 @@ class RunConfig:
 
     @property
     def all_loggers(self) -> Sequence[LoggerName]:
-        """Those of `loggers`, one, several or none."""
+        """Loggers of the run as a sequence: one, several or none."""
         return [self.loggers] if isinstance(self.loggers, str) else self.loggers or ()
 
     def settings(self, own: Sequence[str]) -> dict[str, Any]:
-        """Settings as run.yaml has them.
+        """Return the settings as run.yaml has them.
 
         Args:
             own: Names of those that not every method has.
@@ -260,5 +260,7 @@ def _as_written(value: Any) -> Any:
 
 
 def usual_steps() -> dict[str, int]:
-    """Settings with which a data folder counts the steps of a run on a CPU: batch_size and micro_batch_tokens."""
+    """Return the settings with which a data folder counts the steps of a run on a CPU: batch_size and
+    micro_batch_tokens.
+    """
     return {"batch_size": TrainConfig.batch_size, "micro_batch_tokens": CPU_TOKENS}

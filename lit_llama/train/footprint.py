@@ -1,4 +1,4 @@
-"""How many bytes a forward and backward pass holds at most, found by running it without numbers.
+"""Footprint of a forward and backward pass: how many bytes it holds at most, found by running it without numbers.
 
 The real model, its adapters and its loss run on tensors that have a shape and no content, while every storage that
 comes and goes is counted. Whatever autograd keeps, recomputes or copies is in the result, for any kind of adapter, and
@@ -46,7 +46,7 @@ QUANTIZED_BYTES: dict[Quantization, float] = {
 
 
 class Sizes(NamedTuple):
-    """What a model weighs.
+    """Bytes of a model.
 
     Args:
         base: Bytes of the frozen weights as they are stored in training.
@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What of a micro-batch its memory depends on.
+    """Properties of a micro-batch that its memory depends on.
 
     Args:
         lengths: Places of each sample, in order.
@@ -81,7 +81,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What of a run the memory of its passes depends on."""
+    """Properties of a run that the memory of its passes depends on."""
 
     config: LLaMAConfig
     method: Method
@@ -92,7 +92,7 @@ class Build:
     plain: str = ""
 
     def assembly(self, begin: Callable[[LLaMA], object] | None = None) -> Assembly:
-        """The order for the model of a run.
+        """Return the order for the model of a run.
 
         Args:
             begin: Gives what trains its first values, on a model with weights.
@@ -106,7 +106,7 @@ class Build:
         )
 
     def sizes(self) -> Sizes:
-        """What the model weighs, without a pass."""
+        """Measure the model, without a pass."""
         with torch.device("meta"):
             model = LLaMA(self.config)
         names = linear_weights(model)
@@ -132,11 +132,11 @@ class Build:
         return Sizes(base, layers, plain, trained, 4 * trained, largest)
 
     def training_peak(self, shape: Shape) -> int:
-        """Most bytes that a forward and backward pass holds beside the parameters and their gradients."""
+        """Return the most bytes that a forward and backward pass holds beside the parameters and their gradients."""
         return self._deep(lambda build: build._run(shape, train=True))
 
     def evaluation_peak(self, shape: Shape) -> int:
-        """Most bytes that a forward pass without gradients holds beside the parameters."""
+        """Return the most bytes that a forward pass without gradients holds beside the parameters."""
         return self._deep(lambda build: build._run(shape, train=False))
 
     def _deep(self, peak: Callable[["Build"], int]) -> int:

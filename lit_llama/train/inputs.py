@@ -1,4 +1,4 @@
-"""What a run reads before it trains, and whether its parts fit each other."""
+"""Inputs of a run: what it reads before it trains, and whether its parts fit each other."""
 
 import shlex
 from collections.abc import Mapping
@@ -89,7 +89,7 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
 
 
 def read_splits(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: Mapping[str, Any]) -> dict[str, Split]:
-    """The rows of a data folder with this meta.json, which a model with `config` can be trained on.
+    """Read the rows of a data folder with this meta.json, which a model with `config` can be trained on.
 
     The test split may be empty where the data was prepared so.
 
@@ -105,7 +105,7 @@ def read_splits(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta:
 
 
 def fitting(train: TrainConfig, splits: Mapping[str, Split], data_dir: Path) -> tuple[TrainConfig, list[str]]:
-    """The settings as data with few rows, or with no rows to test on, allows them.
+    """Fit the settings to data with few rows, or with no rows to test on.
 
     Returns:
         They, with smaller batches where there are fewer rows; and what has to be said of it.

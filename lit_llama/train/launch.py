@@ -44,7 +44,7 @@ def launched() -> bool:
 
 
 def layout(devices: int | Literal["auto"], num_nodes: int) -> tuple[int, int]:
-    """Processes on each machine, and machines.
+    """Count the processes on each machine, and the machines.
 
     torchrun and SLURM have decided it already: --devices and --num_nodes may be left out there.
 

@@ -1,4 +1,4 @@
-"""What a run tells: its files as they grow, a bar or plain lines on stderr, and loggers elsewhere."""
+"""Records of a run: its files as they grow, a bar or plain lines on stderr, and loggers elsewhere."""
 
 import json
 import os
@@ -85,11 +85,11 @@ class Log:
         self._progress.update(self._task, completed=step)
 
     def status(self, text: str) -> None:
-        """What is going on, beside the bar."""
+        """Show what is going on, beside the bar."""
         self._progress.update(self._task, description=text)
 
     def say(self, text: str) -> None:
-        """A line on stderr."""
+        """Print a line on stderr."""
         self._progress.console.print(text)
 
     def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Log:
         return metrics | {"stopped": sum(answer.stopped for answer in answers) / len(answers)}
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """One optimizer step, or an evaluation, is over."""
+        """Record an optimizer step, or an evaluation, that is over."""
         self._begin()
         for name, row in rows_of(metrics):
             self._files[name].append(row)
@@ -169,7 +169,7 @@ class Log:
 
 
 class Silence(Log):
-    """What the other processes of a run have in place of a log: the first one writes and speaks for all."""
+    """Stand-in for a log in the other processes of a run: the first one writes and speaks for all."""
 
     def __init__(self) -> None:
         pass

@@ -16,13 +16,13 @@ _MODULES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",),
 
 
 class Logger(Protocol):
-    """What a run tells elsewhere."""
+    """Receiver of a run's numbers elsewhere."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """The numbers of a step."""
+        """Record the numbers of a step."""
 
     def close(self, failed: bool) -> None:
-        """The run is over."""
+        """Close the records, as the run is over."""
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
@@ -46,7 +46,7 @@ def _imports(module: str) -> bool:
 
 
 def open_loggers(names: Sequence[LoggerName], folder: Path) -> list[Logger]:
-    """Loggers for the run in `folder`, which are told its run.yaml."""
+    """Open the loggers for the run in `folder`, which are told its run.yaml."""
     path = folder / RUN_FILE
     settings = read_yaml(path, IntegrityError) if path.exists() else {}
     made: dict[str, type[Any]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}

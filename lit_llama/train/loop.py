@@ -31,7 +31,9 @@ from lit_llama.train.stopping import Best
 def largest_batch(
     split: Split, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
 ) -> Batch:
-    """The largest micro-batch that the steps of a run meet, in whichever of its processes; `share` as in `collate`."""
+    """Find the largest micro-batch that the steps of a run meet, in whichever process; `share` as in `collate`.
+    `collate`.
+    """
     rows = largest_group(
         split.lengths,
         batch_size=config.batch_size,
@@ -70,7 +72,7 @@ WINDOW, FEW, FAR = 100, 20, 6
 
 @dataclass
 class Progress:
-    """Where a run stands: with the weights and what the optimizer remembers, all that its next step depends on.
+    """Position of a run: with the weights and what the optimizer remembers, all that its next step depends on.
 
     Attributes:
         step: Optimizer steps done, the skipped ones among them.
@@ -137,7 +139,7 @@ class Trainer:
         self._model, self._loss_of = model, TokenLoss(model, numerics)
 
     def rows(self, step: int) -> list[int]:
-        """Rows of the training split that make up a step (from 0); the last of an epoch takes what is left."""
+        """Return the rows of the training split in a step (from 0); the last step of an epoch takes what is left."""
         epoch, position = divmod(step, self._per_epoch)
         start = position * self.config.batch_size
         return epoch_order(len(self._train), self._seed, epoch)[start : start + self.config.batch_size].tolist()
@@ -241,13 +243,13 @@ class Trainer:
             )
 
     def bytes(self) -> int:
-        """Size of the weights that train, of the best of them, and of what the optimizer remembers."""
+        """Return the bytes of the weights that train, of the best of them, and of what the optimizer remembers."""
         remembered = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self._parameters, *self.kept, *(value for value in remembered if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def memory(self) -> int:
-        """Most bytes held so far."""
+        """Return the most bytes held so far."""
         return peak_memory(self._device)
 
     @property
@@ -256,7 +258,7 @@ class Trainer:
         return len(self._test) > 0
 
     def evaluate(self) -> float:
-        """The loss on the test split."""
+        """Compute the loss on the test split."""
         return evaluate(self._loss_of, self._test, self.config.tokens_on(self._device.type), self.processes)
 
     def stopped(self, interrupt: Interrupt) -> bool:
@@ -356,7 +358,9 @@ def _test(trainer: Trainer, log: Log) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(loss_of: TokenLoss, split: Split, micro_batch_tokens: int, processes: Processes = ALONE) -> float:
-    """Mean loss per trained token over a whole split, whatever the batches and the processes that share them."""
+    """Compute the mean loss per trained token over a whole split, whatever the batches and the processes that share
+    them.
+    """
     training = loss_of.training
     loss_of.eval()
     device = next(loss_of.parameters()).device

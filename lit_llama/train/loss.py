@@ -39,7 +39,7 @@ class TokenLoss(nn.Module):
         return can_share(self.model)
 
     def of_batch(self, batch: Batch) -> Tensor:
-        """The loss of a batch, wherever the model is."""
+        """Compute the loss of a batch, wherever the model is."""
         device = self.model.lm_head.weight.device
         batch = batch.padded(PLACES) if device.type == "cpu" else batch
         ids, select, targets = (torch.from_numpy(x) for x in (batch.input_ids, batch.select, batch.targets))
@@ -51,7 +51,7 @@ class TokenLoss(nn.Module):
     def forward(
         self, input_ids: Tensor, lengths: Sequence[int], select: Tensor, targets: Tensor, parents: Sequence[int] = ()
     ) -> Tensor:
-        """Sum of -log p(target) over the selected places.
+        """Compute the sum of -log p(target) over the selected places.
 
         Args:
             input_ids: (T,) samples laid end to end.
@@ -67,7 +67,7 @@ class TokenLoss(nn.Module):
             return self.of_layout(input_ids, Packed(lengths, input_ids.device, parents), select, targets)
 
     def of_layout(self, input_ids: Tensor, layout: Layout, select: Tensor, targets: Tensor) -> Tensor:
-        """The same for samples whose layout is known."""
+        """Compute the loss of samples whose layout is known."""
         hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
         head = self.model.lm_head
         if type(head) is nn.Linear:
@@ -76,7 +76,7 @@ class TokenLoss(nn.Module):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of `hidden @ weight.T` without ever holding all logits.
+    """Compute the summed cross entropy of `hidden @ weight.T` without ever holding all logits.
 
     The gradients are formed along with the loss, chunk by chunk in the buffer of the logits (after Hsu et al. 2024,
     arXiv:2410.10989); that of the weight, where it trains, is summed up in float32.

@@ -20,7 +20,7 @@ from lit_llama.train.warm_start import Start
 
 
 class Method(Protocol):
-    """What one way of fine-tuning has of its own; everything else in this room serves all of them."""
+    """Method of fine-tuning, with what it has of its own; everything else in this room serves all of them."""
 
     @property
     def door(self) -> str:
@@ -28,7 +28,7 @@ class Method(Protocol):
 
     @property
     def result(self) -> str:
-        """What it makes, in a word."""
+        """Name of the result, in a word."""
 
     @property
     def marker(self) -> str:
@@ -65,7 +65,9 @@ class Method(Protocol):
         """The flag by which another run begins with a result."""
 
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
-        """What trains, in groups for an optimizer: `params`, `weight_decay`, and `lr_ratio` to the learning rate."""
+        """Return what trains, in groups for an optimizer: `params`, `weight_decay`, and `lr_ratio` to the learning
+        rate.
+        """
 
     def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
         """Write the trained weights into `folder`, in the layout of the result.
@@ -81,7 +83,7 @@ class Method(Protocol):
         """Put what `write` wrote back into a model after `apply`, bit by bit."""
 
     def next(self, out_dir: Path) -> str:
-        """The command that most people run on the result."""
+        """Return the command that most people run on the result."""
 
 
 @dataclass(frozen=True)

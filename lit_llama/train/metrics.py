@@ -116,7 +116,7 @@ class Lines:
 
 
 def csv_line(values: Sequence[Any]) -> str:
-    """A row, numbers to six digits."""
+    """Format a row, numbers to six digits."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(
         [f"{value:.6g}" if isinstance(value, float) else value for value in values]
@@ -125,13 +125,13 @@ def csv_line(values: Sequence[Any]) -> str:
 
 
 def rows_of(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What each file says about a step: its name and the row."""
+    """Yield what each file says about a step: its name and the row."""
     for name, columns in COLUMNS.items():
         yield name, csv_line([metrics.get(column, "") for column in columns])
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """Each column of metrics.csv and timing.csv as pairs of step and value.
+    """Read each column of metrics.csv and timing.csv as pairs of step and value.
 
     Raises:
         IntegrityError: A file has other columns, or what is no number in them.
@@ -152,12 +152,12 @@ def read_metrics(folder: Path) -> dict[str, Series]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss): among how many tokens, all equally likely, the model would be as unsure."""
+    """Compute exp(loss): among how many tokens, all equally likely, the model would be as unsure."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def smooth(points: Series, keep: float = 0.8) -> Series:
-    """Exponential mean with the bias of its start taken out; values that are not finite are passed over."""
+    """Smooth by an exponential mean, the bias of its start taken out; values that are not finite are passed over."""
     mean, weight, smoothed = 0.0, 0.0, []
     for step, value in points:
         if math.isfinite(value):

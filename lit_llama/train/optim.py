@@ -69,7 +69,7 @@ WARMUP_RATIO, DECAY_RATIO = 0.03, 0.1
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of optimizer step `step` (from 0) of `steps`: a linear rise from above zero, then the schedule.
+    """Compute the rate of optimizer step `step` (from 0) of `steps`: a linear rise from above zero, then the schedule.
 
     What falls ends at min_lr_ratio of the highest rate, one step after the last: cosine along half a wave (Loshchilov
     and Hutter 2017, arXiv:1608.03983), linear, and wsd linearly over the last decay_ratio of the steps after a stretch
@@ -90,7 +90,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def warmup_steps(steps: int, config: TrainConfig) -> int:
-    """Optimizer steps of the rise.
+    """Count the optimizer steps of the rise.
 
     A warm-up longer than the run is cut to it, so that the highest rate is reached.
     """
@@ -106,7 +106,7 @@ Group = dict[str, Any]
 def build_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[Group], config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of `config`, at learning rate zero until `set_learning_rate`.
+    """Build the optimizer of `config`, at learning rate zero until `set_learning_rate`.
 
     Decay is decoupled from the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101), for sgd it is added to it. The
     8-bit moments are quantised in blocks of 256 values (Dettmers et al. 2022, arXiv:2110.02861); parameters of fewer
@@ -150,7 +150,7 @@ def check_optimizer(name: Optimizer, device: torch.device) -> None:
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
-    """Trainable parameters in two groups: matrices, which decay, and norms and biases, which do not.
+    """Divide trainable parameters into two groups: matrices, which decay, and norms and biases, which do not.
 
     For full fine-tuning: a norm scales a whole channel, and pulling it to zero pulls the model there.
     """
@@ -164,13 +164,16 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Every group learns at `rate`, or at `rate` times its `lr_ratio` (LoRA+: Hayou et al. 2024, arXiv:2402.12354)."""
+    """Set the rate of every group to `rate`, or to `rate` times its `lr_ratio` (LoRA+: Hayou et al. 2024,
+    arXiv:2402.12354).
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that the optimizer remembers, by names such as `12.exp_avg`: number of the parameter and of what it is.
+    """Return all that the optimizer remembers, by names such as `12.exp_avg`: number of the parameter and of what it
+    is.
 
     Plain tensors that share no memory, ready for safetensors; whole numbers become int64 tensors without a dimension.
     The same for every optimizer, while the `state_dict` of those of bitsandbytes is nested.
@@ -225,5 +228,5 @@ STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 
 
 
 def state_bytes(optimizer: Optimizer, values: int, size: int) -> int:
-    """Bytes of state for so many trained values that take `size` bytes; moments of full size are in their dtype."""
+    """Return the bytes of state for so many trained values of `size` bytes; moments of full size are in their dtype."""
     return int(STATE_BYTES[optimizer] * (values if "8bit" in optimizer else size / 4))

@@ -1,4 +1,4 @@
-"""What a run will need and whether it fits, said before any weight is read: config.json and the data's lengths do."""
+"""Plan of a run: what it will need and whether it fits, out of config.json and the lengths of the data alone."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ COMFORT = 0.92
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What there is.
+    """Memory that there is.
 
     Args:
         total: Bytes that the run may take.
@@ -98,7 +98,7 @@ class Plan:
 
     @cached_property
     def largest_test(self) -> Shape:
-        """The same of an evaluation, which takes the whole test split at once."""
+        """Shape of an evaluation, which takes the whole test split at once."""
         return self._shape("test", len(self.splits["test"]), 1)
 
     def _shape(self, name: str, batch_size: int, steps: int) -> Shape:
@@ -243,12 +243,14 @@ class Plan:
         return min(CHUNK, self.largest.trained) * self.config.vocab_size * dtype.itemsize
 
     def changed(self, checkpointing: Checkpointing, micro_batch_tokens: int, quantize: Quantization | None) -> "Plan":
-        """The same run with other settings."""
+        """Plan the run with other settings."""
         train = replace(self.train, activation_checkpointing=checkpointing, micro_batch_tokens=micro_batch_tokens)
         return replace(self, train=train, quantize=quantize)
 
     def tokens(self) -> tuple[int, int]:
-        """Tokens that the run goes through, and how many of them are trained, as far as its steps take whole epochs."""
+        """Count the tokens that the run goes through, and those of them that are trained, as far as its steps take
+        whole epochs.
+        """
         split = self.splits["train"]
         passes = min(self.steps * self.train.batch_size / len(split), self.train.epochs)
         return round(passes * int((split.lengths - 1).sum())), round(passes * split.trained_tokens())
@@ -263,7 +265,7 @@ def make_plan(
     memory: str | None = None,
     processes: Processes = ALONE,
 ) -> Plan:
-    """The plan of a run.
+    """Plan a run.
 
     Args:
         method: What trains.
@@ -319,7 +321,7 @@ def _comfortable(plan: Plan) -> int:
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:
-    """The same run with settings that need less memory, the mildest changes first, each as far as it must go.
+    """Yield plans of the run with settings that need less memory, the mildest changes first, each as far as it must go.
 
     A micro-batch is never cut below its longest sample, so a budget below that changes nothing.
     """
@@ -338,7 +340,7 @@ def smaller(plan: Plan) -> Iterator[Plan]:
 
 
 def lighter(plan: Plan) -> list[Plan]:
-    """The same run with one setting changed by one notch, where that needs less memory."""
+    """List plans of the run with one setting changed by one notch, where that needs less memory."""
     train, modes = plan.train, get_args(Checkpointing)
     mode, tokens = train.activation_checkpointing, plan.tokens_at_once
     half = max(tokens // 2, int(plan.splits["train"].lengths.max()))

@@ -44,7 +44,7 @@ def print_plan(method: Method, run: RunConfig) -> None:
 
 
 def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
-    """The plan of a run, and remarks on how it is fitted to its data; of the checkpoint only config.json is read.
+    """Plan a run, with remarks on how it is fitted to its data; of the checkpoint only config.json is read.
 
     Args:
         method: What trains.
@@ -76,7 +76,7 @@ def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
 
 
 def table(plan: Plan) -> Table:
-    """The plan for people: what is needed, out of what there is, and what the run will go through."""
+    """Build the table of a plan: what is needed, out of what there is, and what the run will go through."""
     device = plan.numerics.device.type
     found = Table(
         title=f"Plan: {_settings(plan)}{described(plan.processes)}", title_justify="left", box=box.SIMPLE_HEAD
@@ -117,7 +117,7 @@ def table(plan: Plan) -> Table:
 
 
 def short(plan: Plan) -> str:
-    """The plan in one line."""
+    """Describe the plan in one line."""
     kept = sum(plan.kept.values()) - plan.kept["weights"]
     room = (
         f" (up to {_gb(plan.peak + plan.holes)}, as freed memory is kept for speed)"
@@ -137,7 +137,7 @@ def short(plan: Plan) -> str:
 
 
 def does_not_fit(plan: Plan) -> str:
-    """The one number that decides, against what there is."""
+    """Describe the one number that decides, against what there is."""
     least = plan.resting > plan.memory.total
     needed, there = amounts(plan.resting if least else plan.peak, plan.memory.total)
     when = " before the first step" if least else ""
@@ -145,7 +145,7 @@ def does_not_fit(plan: Plan) -> str:
 
 
 def advice(plan: Plan) -> str:
-    """Settings with which the run fits, found by planning with them, or what to do where none does."""
+    """Advise settings with which the run fits, found by planning with them, or what to do where none does."""
     found = list(islice((_change(plan, other) for other in smaller(plan) if other.comfortable), 3))
     if found:
         return f"it fits with {', or '.join(found)}"
@@ -154,7 +154,7 @@ def advice(plan: Plan) -> str:
 
 @contextmanager
 def explained(plan: Plan) -> Iterator[None]:
-    """Running out of memory inside is an error that shows the plan and three smaller settings.
+    """Explain memory that runs out inside by an error that shows the plan and three smaller settings.
 
     Raises:
         ResourceError: Memory ran out.
@@ -191,7 +191,7 @@ def _settings(plan: Plan) -> str:
 
 
 def course(plan: Plan) -> str:
-    """What the run will go through."""
+    """Describe what the run will go through."""
     tokens, trained = plan.tokens()
     return (
         f"{plan.steps:,} steps of {plan.train.batch_size} samples, {tokens:,} tokens, {trained:,} of them trained; "

@@ -30,7 +30,7 @@ _PATIENCE = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those of the run.
+    """Processes of the run, and this one among them.
 
     Weights that train are the same in all of them, bit by bit: they begin the same, and their gradients are summed by
     one all-reduce of one flat buffer when the last micro-batch of a step is done. torch's DistributedDataParallel does
@@ -58,7 +58,7 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """The sum of each value over all processes, in float64."""
+        """Sum each value over all processes, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -82,7 +82,7 @@ class Processes:
         return flat[-1]
 
     def highest(self, value: int, device: torch.device) -> int:
-        """The highest value that a process gives."""
+        """Return the highest value that a process gives."""
         if self.size == 1:
             return value
         highest = torch.tensor(value, device=device)
@@ -91,7 +91,7 @@ class Processes:
         return int(highest.item())
 
     def first(self, decide: Callable[[], T]) -> T:
-        """What the first process decides, in all of them; the others do not try."""
+        """Decide in the first process, for all of them; the others do not try."""
         if self.fabric is None:
             return decide()
         decided = decide() if self.is_first else None
@@ -122,7 +122,7 @@ ALONE = Processes()
 
 
 def described(processes: Processes) -> str:
-    """How they work together, as the end of a sentence about one of them."""
+    """Describe how they work together, as the end of a sentence about one of them."""
     if processes.size == 1:
         return ""
     spread = ", the frozen layers spread over all" if processes.sharded else ""

@@ -43,8 +43,8 @@ _TINY = LLaMAConfig.from_dict(
 
 
 def program_memory(whole: bool, train: TrainConfig, numerics: Numerics, quantize: Quantization | None) -> int:
-    """Bytes of this process on a CPU when all is loaded that a run needs: libraries, kernels, and the code that is made
-    for matrix products.
+    """Return the bytes of this process on a CPU when all is loaded that a run needs: libraries, kernels, and the code
+    that is made for matrix products.
 
     Args:
         whole: The weights of the base train.

@@ -89,7 +89,7 @@ class Sampler:
             model.train(training)
 
     def rows(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-        """Answers beside what was asked, as they stand in samples.jsonl."""
+        """Yield answers beside what was asked, as they stand in samples.jsonl."""
         for prompt, answer in zip(self.prompts, answers, strict=True):
             yield {
                 "row": prompt.row,
@@ -123,14 +123,16 @@ class Sampler:
 
 
 def cache_blocks(lengths: Sequence[int], micro_batch_tokens: int) -> int:
-    """Blocks of a cache for sequences that grow to such lengths: of all of them, or of as many tokens as a micro-batch
-    has, but never less than the longest needs. One more is the engine's own."""
+    """Count the blocks of a cache for sequences that grow to such lengths: of all of them, or of as many tokens as a
+    micro-batch has, but never less than the longest needs. One more is the engine's own.
+    """
     needed = [-(-length // BLOCK) for length in lengths]
     return max(*needed, min(sum(needed), -(-micro_batch_tokens // BLOCK))) + 1
 
 
 def test_prompts(llm: LLM, path: Path, count: int) -> list[Prompt]:
-    """Rows that stand evenly over the file; one that leaves the model no room is passed over for the next that fits.
+    """Choose rows that stand evenly over the file; one that leaves the model no room is passed over for the next that
+    fits.
 
     Raises:
         DataError: The file is missing or unusable, or no row of it fits.

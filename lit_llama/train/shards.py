@@ -44,7 +44,7 @@ def shard(model: LLaMA, device: torch.device, size: int) -> None:
 
 
 def spread(plan: Plan, strategy: Strategy) -> Plan:
-    """The plan with the base spread over its processes, where that is asked for, or one GPU does not hold it.
+    """Plan with the base spread over the processes, where that is asked for, or one GPU does not hold it.
 
     Raises:
         UserError: It is asked for and cannot be.

@@ -66,13 +66,13 @@ def save_state(states: Path, step: int, write: Callable[[Path], Mapping[str, Any
 
 
 def find_states(states: Path) -> list[Path]:
-    """The state folders of a run, oldest first, whole or not."""
+    """Find the state folders of a run, oldest first, whole or not."""
     found = states.iterdir() if states.is_dir() else ()
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step in the name of a state folder."""
+    """Return the step in the name of a state folder."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -90,7 +90,7 @@ def clear(states: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a state that is proven to be as it was written.
+    """Read state.json of a state that is proven to be as it was written.
 
     Raises:
         IntegrityError: A file is missing or has other bytes.
@@ -109,7 +109,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `read_state` gives, proven to say all that a run goes on with.
+    """Read what `read_state` gives, proven to say all that a run goes on with.
 
     Raises:
         IntegrityError: A file is missing or has other bytes, or state.json is of another form.
@@ -128,7 +128,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def choose_state(states: list[Path], resume: str | Path, out_dir: Path, command: str) -> Path | None:
-    """The state to go on from, proven whole; None if there is none yet.
+    """Choose the state to go on from, proven whole; None if there is none yet.
 
     Args:
         states: Those of the run, oldest first.

@@ -1,4 +1,4 @@
-"""Which evaluation was the best, and when to stop waiting for a better one."""
+"""Best evaluation of a run, and when to stop waiting for a better one."""
 
 import math
 from collections.abc import Mapping
@@ -40,11 +40,11 @@ class Best:
         return config.patience is not None and self.waited >= config.patience
 
     def state(self) -> dict[str, float | int | None]:
-        """The numbers; a loss that was never measured is None, because JSON knows no infinity."""
+        """Return the numbers; a loss that was never measured is None, because JSON knows no infinity."""
         return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """What `state` gave."""
+        """Rebuild the best from what `state` gave."""
         loss = state["loss"]
         return cls(math.inf if loss is None else float(loss), int(state["step"]), int(state["waited"]))

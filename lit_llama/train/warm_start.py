@@ -50,7 +50,7 @@ class Start:
 
 
 def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRAConfig, Start]:
-    """The adapter to begin with, and its shape for a run of its own.
+    """Read the adapter to begin with, and its shape for a run of its own.
 
     What its files name in another way than this program (by layers, say, or with modules that are no targets) is
     named module by module, so that the adapter of the run has the modules of this one and no others.
@@ -136,7 +136,7 @@ def _hash(values: Mapping[str, Tensor]) -> str:
 
 
 def find_base(adapter_dir: Path, checkpoint_dir: Path | None) -> Path:
-    """The base of an adapter: the folder that is named, or the one that the adapter names; proven where it can be.
+    """Find the base of an adapter: the folder that is named, or the one that the adapter names; proven where it can be.
 
     Raises:
         CheckpointError: There is none.

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import re
 import socket
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from fake_hub import REPO, FakeHub
 
 from lit_llama.convert.hub.download import download
-from lit_llama.convert.hub.repository import explained
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 
 
@@ -138,28 +136,3 @@ def test_a_repository_without_usable_weights_says_what_is_there(
         download(REPO, tmp_path / "tiny", endpoint=hub.endpoint)
     assert caught.value.exit_status == 4 and all(word in str(caught.value) for word in words), caught.value
     assert hub.fetched() == [] and listing(tmp_path) == []
-
-
-def test_attempts_are_one_line_of_our_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches huggingface_hub's own lines for each attempt, and other warnings that are lost with them."""
-    heard: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
-    logger, ear = logging.getLogger("huggingface_hub.utils._http"), Ear()
-    logger.addHandler(ear)
-    try:
-        with explained(REPO, "https://hub.example"):
-            for text in (
-                "'[Errno -2]' thrown while requesting GET x",
-                "Retrying in 1s [Retry 1/5].",
-                "your token ends",
-            ):
-                logger.warning(text)
-        logger.warning("Retrying in 2s [Retry 2/5].")  # of another program
-    finally:
-        logger.removeHandler(ear)
-    assert capsys.readouterr().err.startswith("https://hub.example does not answer as it should, trying again ...\n")
-    assert heard == ["your token ends", "Retrying in 2s [Retry 2/5]."]

@@ -7,16 +7,12 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_url
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # imported there only
-from huggingface_hub.utils.tqdm import tqdm
 
-from lit_llama.console import is_heard
 from lit_llama.convert.gguf.parts import model_name
 from lit_llama.convert.hub.repository import Choice, File, Repo, choose, explained, read_parts, read_repo
+from lit_llama.convert.hub.transfer import transfer
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
@@ -142,8 +138,6 @@ def _fetch_all(repo: Repo, files: Sequence[File], folder: Path) -> dict[str, str
 def _fetch(repo: Repo, file: File, folder: Path) -> str:
     """Bring one file, or what is missing of it, and check it.
 
-    huggingface_hub's own hf_hub_download starts a file again after an interruption; its http_get goes on.
-
     Returns:
         The sha256 of its contents.
     """
@@ -153,22 +147,9 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
     url = hf_hub_url(repo.repo_id, file.path, revision=repo.commit, endpoint=repo.endpoint)
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # so that bytes can be counted
     try:
         with explained(repo.repo_id, repo.endpoint), part.open("ab") as output:
-            http_get(
-                url,
-                output,
-                resume_size=output.tell(),
-                headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
-                tqdm_class=None if is_heard() else _NoBar,
-            )
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise ResourceError(f"{file.path} cannot be fetched: {error}") from error  # larger than 50 GB
+            transfer(url, output, file.size, file.name)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(folder).free
@@ -177,20 +158,11 @@ def _fetch(repo: Repo, file: File, folder: Path) -> str:
                 f"the disk of {part} is full: it needs {missing} more, {there} are free; free some and run the "
                 "same command again, it goes on where it stopped"
             ) from error
-        if error.errno is None:  # http_get counted the bytes
-            raise ResourceError(f"{file.path} did not arrive whole: run the same command again") from error
         raise
     finally:
         if part.is_file() and not part.stat().st_size and file.size:
             part.unlink()
     return _verify(part, file, repo)
-
-
-class _NoBar(tqdm):
-    """The bar of a library that is silent."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
 
 
 def _verify(path: Path, file: File, repo: Repo) -> str:

@@ -4,7 +4,6 @@ Every name and number here comes from the network and is checked before it becom
 """
 
 import contextlib
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +29,8 @@ from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE
 from lit_llama.objects import as_object, read_text
-from lit_llama.progress import stderr
 
 TIMEOUT = 20  # seconds without an answer
-_RETRY = re.compile("Retrying in|thrown while requesting|Rate limited|Error while downloading|Trying to resume")
 
 # What lit_llama or another program reads besides the weights; the configuration first, because it is looked at first.
 _SETTINGS = (SETTINGS_FILE, "generation_config.json")
@@ -265,8 +262,7 @@ def read_parts(repo: Repo, index: Path, name: str) -> tuple[File, ...]:
 def explained(repo_id: str, endpoint: str, revision: str | None = None) -> Iterator[None]:
     """Say what a refusal of the Hub or of the network means, and what to do."""
     try:
-        with _retries_told(endpoint):
-            yield
+        yield
     except OfflineModeIsEnabled as error:
         raise ResourceError(
             "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded: unset it"
@@ -278,30 +274,6 @@ def explained(repo_id: str, endpoint: str, revision: str | None = None) -> Itera
             f"{endpoint} cannot be reached ({error or type(error).__name__}): check the network (HF_ENDPOINT and "
             "HTTPS_PROXY, too) and run the same command again; it goes on where it stopped"
         ) from error
-
-
-@contextlib.contextmanager
-def _retries_told(endpoint: str) -> Iterator[None]:
-    """One line where the Hub does not answer, instead of those that huggingface_hub logs for each of its attempts."""
-    said: list[str] = []
-
-    def tell(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if not _RETRY.search(text):
-            return True
-        if not said:
-            stderr().print(f"{endpoint} does not answer as it should, trying again ...")
-        said.append(text)
-        return False
-
-    loggers = [logging.getLogger(f"huggingface_hub.{name}") for name in ("utils._http", "file_download")]
-    for logger in loggers:
-        logger.addFilter(tell)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(tell)
 
 
 def _refusal(error: HfHubHTTPError, repo_id: str, endpoint: str, revision: str | None) -> UserError:

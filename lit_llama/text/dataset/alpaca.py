@@ -106,7 +106,7 @@ def _chats(path: Path, tokenizer_path: Path) -> str:
 
 
 def find_or_download(folder: Path, name: str) -> Path:
-    """The raw file in `folder`; the published Alpaca file is downloaded if it is not there.
+    """Find the raw file in `folder`; the published Alpaca file is downloaded if it is not there.
 
     Raises:
         DataError: Another file is missing.

@@ -48,7 +48,7 @@ def rare_collections() -> Iterator[None]:
 
 
 def read_blocks(reader: Reader) -> Iterator[Block]:
-    """All rows of a reader."""
+    """Read all rows of a reader."""
     rows = iter(progress.count(reader, "encoding"))
     for number in count():
         if not (some := list(islice(rows, ROWS))):
@@ -58,7 +58,7 @@ def read_blocks(reader: Reader) -> Iterator[Block]:
 
 
 def encode_blocks(blocks: Iterable[Block], encoder: Encoder) -> Iterator[tuple[Block, Encoded]]:
-    """Each block, and the samples that it comes to.
+    """Encode each block into the samples that it comes to.
 
     Raises:
         UserError: What `Encoder` says of a row.
@@ -77,7 +77,7 @@ def _encoded(rendered: Iterable[tuple[Block, Rendered]], encoder: Encoder) -> It
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, each made by another thread while the one before is worked on.
+    """Make each item in another thread while the one before is worked on.
 
     The tokenizer needs no Python: while it encodes, rows are read before it and written behind it.
     """

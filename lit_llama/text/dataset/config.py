@@ -31,7 +31,7 @@ _RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What is read, how rows become samples, and where they go.
+    """Settings of a data folder: what is read, how rows become samples, and where they go.
 
     Args:
         source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst; workbooks as book.xlsx or
@@ -125,5 +125,5 @@ class PrepareConfig:
         return [self.source] if isinstance(self.source, str) else list(self.source)
 
     def rules(self) -> dict[str, Any]:
-        """Settings that decide how rows become samples, by their names, as meta.json has them."""
+        """Return the settings that decide how rows become samples, by their names, as meta.json has them."""
         return {name: getattr(self, name) for name in _RULES}

@@ -49,7 +49,7 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes conversations in one style.
+    """Encoder of conversations in one style.
 
     Args:
         tokenizer: Of the model to be tuned.

@@ -44,7 +44,7 @@ Ids = npt.NDArray[np.int32]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a data folder.
+    """Read meta.json of a data folder.
 
     Raises:
         DataError: The folder is missing, unfinished, or of another format.
@@ -80,7 +80,7 @@ def _made_of(raw: Path) -> str:
 
 
 def raw_files(folder: Path) -> list[Path]:
-    """Files in a folder that may hold raw rows; those of a data folder are none of them."""
+    """Find the files in a folder that may hold raw rows; those of a data folder are none of them."""
     found = []
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
@@ -90,7 +90,7 @@ def raw_files(folder: Path) -> list[Path]:
 
 
 def data_fingerprint(folder: Path) -> str:
-    """Identity of the samples of a data folder: a hash over the bytes of both splits."""
+    """Hash the samples of a data folder: the bytes of both splits."""
     files = [path for name in SPLITS for path in sorted((folder / name).glob("*.arrow"))]
     return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
 
@@ -129,7 +129,7 @@ class Split:
         return self._ids[row], self._labels[row]
 
     def stranger(self, vocab_size: int) -> int | None:
-        """An id or label that is none of so many tokens, if there is one."""
+        """Find an id or label that is none of so many tokens, if there is one."""
         for column, masked in ((self._ids, False), (self._labels, True)):
             for values in column.values():
                 bad = (values >= vocab_size) | (values < 0) & ~(masked & (values == IGNORE_INDEX))
@@ -138,7 +138,7 @@ class Split:
         return None
 
     def trained_tokens(self, rows: Iterable[int] | None = None) -> int:
-        """Labels with a loss, of some samples or all; the first token of a sample is never predicted."""
+        """Count the labels with a loss, of some samples or all; the first token of a sample is never predicted."""
         rows = range(len(self)) if rows is None else rows
         return sum(int((self._labels[row][1:] != IGNORE_INDEX).sum()) for row in rows)
 
@@ -185,7 +185,7 @@ class Batch:
     parents: list[int] = field(default_factory=list)  # of each sample, -1 for none; empty: none has one
 
     def padded(self, multiple: int) -> "Batch":
-        """With a sample at the end that fills up the places to a multiple, and that nobody sees."""
+        """Add a sample at the end that fills up the places to a multiple, and that nobody sees."""
         missing = -len(self.input_ids) % multiple
         if not missing:
             return self
@@ -233,7 +233,7 @@ def _shared(inputs: Sequence[tuple[Ids, Ids]]) -> tuple[list[tuple[Ids, Ids]], l
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of the samples in an epoch, a function of (seed, epoch) alone."""
+    """Return the order of the samples in an epoch, a function of (seed, epoch) alone."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
@@ -283,7 +283,7 @@ def shared_micro_batches(
     even: bool,
     share_beginnings: bool = False,
 ) -> Iterator[Batch]:
-    """The micro-batches of one share of the samples of a step.
+    """Yield the micro-batches of one share of the samples of a step.
 
     Args:
         split: The samples.
@@ -316,7 +316,7 @@ def largest_group(
     steps: int,
     shares: int = 1,
 ) -> list[int]:
-    """Rows of the largest micro-batch, in tokens, that the first `steps` optimizer steps of a run will meet.
+    """Find the rows of the largest micro-batch, in tokens, that the first `steps` optimizer steps of a run will meet.
 
     The steps of an epoch, or of several short ones, are divided and cut at once, sample by sample, as `share_out` and
     `_groups` do with each. The search ends with a micro-batch that none can exceed, which few rows soon give.
@@ -354,7 +354,7 @@ def largest_group(
 def step_plan(
     lengths: npt.NDArray[np.int64], *, batch_size: int, micro_batch_tokens: int, seed: int
 ) -> dict[str, int | float]:
-    """What a pass over samples of these lengths will come to.
+    """Count what a pass over samples of these lengths will come to.
 
     Args:
         lengths: (rows,) tokens of each sample of the training split.

@@ -15,13 +15,13 @@ _NAMED = 3  # questions that are missing, spelled in an error
 
 
 def opening(messages: Sequence[Message]) -> str:
-    """What a row opens with: its first question and the input of that, or its text."""
+    """Return the opening of a row: its first question and the input of that, or its text."""
     first = next((message for message in messages if message["role"] == "user"), messages[0])
     return first["content"] + first.get("input", "")
 
 
 def opening_key(opened: str) -> str:
-    """16 hex digits, the same for openings that differ in case, white space or Unicode form only."""
+    """Return 16 hex digits, the same for openings that differ in case, white space or Unicode form only."""
     return hashlib.blake2b(normalised(opened).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
@@ -47,11 +47,11 @@ class HeldOut:
         return len(self._places)
 
     def identity(self) -> str:
-        """Hash of what is for testing."""
+        """Hash what is for testing."""
         return hashlib.sha256("".join(sorted(self._places)).encode()).hexdigest()
 
     def meta(self) -> dict[str, Any]:
-        """What meta.json says of them, when all rows have been seen."""
+        """Return the record in meta.json, when all rows have been seen."""
         return {"path": self.path, "questions": len(self), "rows": self.rows, "dropped": self.lost}
 
     def side(self, conversation: Conversation) -> str:
@@ -75,7 +75,7 @@ class HeldOut:
 
 
 def read_held_out(path: Path, read: Callable[[str], Reader]) -> HeldOut:
-    """The test rows of a data folder, or of files with rows for testing.
+    """Read the test rows of a data folder, or of files with rows for testing.
 
     Args:
         path: The folder, or what `read` reads.

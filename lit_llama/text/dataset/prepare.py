@@ -149,7 +149,7 @@ def prepare(
 
 
 def new_encoder(tokenizer: Tokenizer, style: PromptStyle, config: PrepareConfig) -> Encoder:
-    """Encoder of a configuration."""
+    """Build the encoder of a configuration."""
     return Encoder(
         tokenizer,
         style,
@@ -316,7 +316,7 @@ class _Work:
 
 
 def words(messages: Sequence[Message]) -> tuple[str, str]:
-    """Everything before the last answer, and that answer."""
+    """Return everything before the last answer, and that answer."""
     *before, last = messages
     return "\n".join(part for message in before for part in _said(message)), "\n".join(_said(last))
 
@@ -329,7 +329,7 @@ def _said(message: Message) -> list[str]:
 
 
 def raw_row(messages: Sequence[Message], tools: Tools = ()) -> dict[str, Any]:
-    """A row as generate/instruct.py reads it: Alpaca's fields for a question and its answer, else all turns."""
+    """Write a row as generate/instruct.py reads it: Alpaca's fields for a question and its answer, else all turns."""
     roles = [message["role"] for message in messages]
     if roles == ["assistant"]:
         return {"text": messages[0]["content"]}

@@ -33,7 +33,7 @@ class Tally:
 
 
 class RejectLog:
-    """Accounts for what is lost; memory holds the first places of each reason only.
+    """Account of what is lost; memory holds the first places of each reason only.
 
     Args:
         folder: Where the file is written.
@@ -79,11 +79,11 @@ class RejectLog:
 
     @property
     def dropped_rows(self) -> int:
-        """How many rows are left out."""
+        """Number of rows that are left out."""
         return sum(tally.rows for tally in self.dropped.values())
 
     def meta(self) -> dict[str, Any]:
-        """What meta.json says of them."""
+        """Return the record of dropped and cut rows in meta.json."""
         return {
             "cut": asdict(self.cut),
             "dropped": {reason: asdict(tally) for reason, tally in self.dropped.items()},
@@ -96,7 +96,7 @@ class RejectLog:
 
 
 def keep_long_rows(too_long: Mapping[str, int], max_seq_length: int) -> str:
-    """What to do about rows that are too long; "" if there is none. `too_long` stands in `RejectLog.meta`."""
+    """Advise what to do about rows that are too long; "" if there is none. `too_long` stands in `RejectLog.meta`."""
     if not too_long["rows"]:
         return ""
     return (

@@ -52,7 +52,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders conversations in one style; the parameters are those of `Encoder`."""
+    """Renderer of conversations in one style; the parameters are those of `Encoder`."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class Renderer:
         return {**message, "content": message["content"][: found.start()]}
 
     def runs(self, conversation: Conversation) -> list[Run]:
-        """Runs of a conversation.
+        """Render a conversation as runs.
 
         Raises:
             UserError: As `render`.

@@ -30,7 +30,7 @@ _SAMPLES, _BLOCKS = "samples.arrow", "blocks.jsonl"
 
 @dataclass(frozen=True)
 class Part:
-    """Which shard of how many: blocks `index`, `index` + `of`, and so on."""
+    """Shard of so many: blocks `index`, `index` + `of`, and so on."""
 
     index: int
     of: int
@@ -163,7 +163,7 @@ class Shards:
         self._folders = [found[index] for index in range(of)]
 
     def encoded(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Encoded]]:
-        """Each block with the samples that its shard made of it."""
+        """Yield each block with the samples that its shard made of it."""
         return ahead(self._encoded(ahead(blocks)))
 
     def _encoded(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Encoded]]:
@@ -179,7 +179,7 @@ class Shards:
 
 
 def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """Folders that are named, or that patterns match.
+    """Find the folders that are named, or that patterns match.
 
     Raises:
         DataError: A pattern matches nothing.

@@ -1,4 +1,4 @@
-"""What samples begin with alike: computed once for all of them, it gives the same loss and gradients out of less work.
+"""Prefixes that samples share: computed once for all of them, they give the same loss and gradients out of less work.
 
 A chat template or an instruction's preamble is a tenth to a half of short samples. Tokens see what comes before them
 and nothing else, so that the states of a common beginning are the same in all samples; its gradient is the sum of what

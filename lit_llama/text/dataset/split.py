@@ -1,4 +1,4 @@
-"""Which rows are for training and which for testing."""
+"""Split of the rows into those for training and those for testing."""
 
 import hashlib
 import unicodedata
@@ -17,7 +17,7 @@ from lit_llama.text.read.sources import Division
 
 
 def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(rows,) indices of train and test, as lit-llama drew them: torch.utils.data.random_split with a seeded generator.
+    """Draw (rows,) indices of train and test as lit-llama did: torch.utils.data.random_split with a seeded generator.
 
     Raises:
         DataError: Train would be empty.
@@ -35,7 +35,7 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[npt.NDArr
 
 
 def normalised(text: str) -> str:
-    """A text without its case, Unicode form (NFKC) and amount of white space."""
+    """Normalize a text: without its case, Unicode form (NFKC) and amount of white space."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
@@ -54,13 +54,13 @@ def hash_side(opening: str, share: float, seed: int) -> str:
 
 
 def hash_number(text: str, seed: int) -> int:
-    """64 bits that a text comes to, whatever its case, white space and Unicode form."""
+    """Hash a text to 64 bits, whatever its case, white space and Unicode form."""
     data = normalised(text).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "little")
 
 
 def few_sides(numbers: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_] | None:
-    """Which rows are for testing, by a hash of each, where both splits are to have some: (rows,).
+    """Choose the rows for testing by a hash of each, where both splits are to have some: (rows,).
 
     Those whose hash is below the share, but at least the lowest one and never the highest.
 
@@ -89,7 +89,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Choice:
-    """How the rows are split.
+    """Rule by which the rows are split.
 
     Args:
         split: The rule.
@@ -107,12 +107,12 @@ class Choice:
         return self.split in ("given", "from") or self.test_split_size != 0
 
     def rules(self) -> dict[str, Any]:
-        """The rule and the size by the names of their settings."""
+        """Return the rule and the size by the names of their settings."""
         return {"split": self.split, "test_split_size": self.test_split_size}
 
 
 def choose(split: SplitChoice, test_split_size: float | None, division: Division, *, other: bool) -> Choice:
-    """The rule for sources that may be divided into train and test by themselves.
+    """Choose the rule for sources that may be divided into train and test by themselves.
 
     Args:
         split: What was asked for; auto is as the sources are divided, or else by hash.
@@ -169,7 +169,7 @@ def _check_size(choice: Choice) -> None:
 
 
 def held_rows(rows: int, size: float, limit: float = 1.0) -> tuple[int, str]:
-    """How many of `rows` a shuffle holds out, and what has to be said of it.
+    """Return how many of `rows` a shuffle holds out, and what has to be said of it.
 
     Args:
         rows: How many there are.
@@ -231,7 +231,7 @@ def side_few(rows: Sequence[int], words: Words, share: float, seed: int) -> Side
 
 
 def usable(orders: tuple[Ints, Ints], kept: Sequence[int]) -> tuple[tuple[Ints, Ints], str]:
-    """Drawn rows of train and test, of which both have one that came to a sample, if there are two of these.
+    """Return the drawn rows of train and test, both with one that came to a sample, if there are two of these.
 
     Args:
         orders: Rows of train and test.
@@ -254,7 +254,7 @@ def usable(orders: tuple[Ints, Ints], kept: Sequence[int]) -> tuple[tuple[Ints, 
 
 
 def far_from(share: float, rows: dict[str, int]) -> str:
-    """What to say where a hash holds out many more rows than asked for; "" if it does not."""
+    """Warn where a hash holds out many more rows than asked for; "" if it does not."""
     total = rows["train"] + rows["test"]
     if rows["test"] <= max(_FAR * share * total, share * total + 2):
         return ""

@@ -30,7 +30,7 @@ class Samples:
     lengths: npt.NDArray[np.int64]  # (samples,); they sum to N
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> "Samples":
-        """Some of the samples, in another order."""
+        """Take some of the samples, in another order."""
         ends = np.cumsum(self.lengths)
         index = np.asarray(rows, dtype=np.int64)
         lengths = self.lengths[index]
@@ -40,7 +40,7 @@ class Samples:
         return Samples(self.input_ids[places], self.labels[places], lengths)
 
     def sample(self, row: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """A copy of the ids and the labels of one sample."""
+        """Copy the ids and the labels of one sample."""
         end = int(self.lengths[: row + 1].sum())
         inside = slice(end - int(self.lengths[row]), end)
         return self.input_ids[inside].copy(), self.labels[inside].copy()
@@ -111,7 +111,7 @@ class SplitWriter:
 
 
 def read_samples(folder: Path) -> Iterator[Samples]:
-    """The samples of a split that a SplitWriter has closed, in its batches."""
+    """Read the samples of a split that a SplitWriter has closed, in its batches."""
     import pyarrow as pa
 
     for path in sorted(folder.glob("*.arrow")):
@@ -134,7 +134,7 @@ _GATHERED = 5000  # samples brought into their order at a time
 
 
 class Sides:
-    """Writes the splits of a data folder.
+    """Writer of the splits of a data folder.
 
     Args:
         folder: The folder of the splits.
@@ -278,7 +278,7 @@ class _Counts:
 
 
 def trained_tokens(batch: Samples) -> npt.NDArray[np.int64]:
-    """Labels with a loss of each sample: (samples,). The first token of a sample is never predicted."""
+    """Count the labels with a loss of each sample: (samples,). The first token of a sample is never predicted."""
     starts = np.cumsum(batch.lengths) - batch.lengths
     trained = (batch.labels != IGNORE_INDEX).astype(np.int64)
     trained[starts] = 0

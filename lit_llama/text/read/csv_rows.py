@@ -15,7 +15,7 @@ _INDEX = ("", "Unnamed: 0")  # what the first column is called where pandas has 
 
 
 def rows_under(records: Iterator[tuple[int, list[Any]]], name: str, unit: str, remark: Remark) -> Iterator[RawRow]:
-    """The records below a header, each as an object; blank ones are none.
+    """Yield the rows below a header, each as an object; blank ones are none.
 
     Last columns without a name are left out where they are empty, and so are the numbers of rows that pandas writes
     into the first column, and the header where it stands there again, as in files that were joined.
@@ -108,7 +108,7 @@ def read_csv(
     dialect: Dialect = UTF8,
     remark: Remark = lambda _: None,
 ) -> Iterator[RawRow]:
-    """Rows of a file with a header, each as an object of texts; blank lines are none.
+    """Read the rows of a file with a header, each as an object of texts; blank lines are none.
 
     Args:
         blocks: Its text.

@@ -16,7 +16,7 @@ _ENDS = re.compile(r"[.!?:。！？][\"'”’)]?$")
 
 
 def pdf_text(path: Path) -> str:
-    """The text of a PDF file, its lines joined to paragraphs with a blank line between them.
+    """Return the text of a PDF file, its lines joined to paragraphs with a blank line between them.
 
     Raises:
         UserError: The package that reads PDF files is not installed.
@@ -98,7 +98,7 @@ TEXT_ENDINGS = (".txt", ".text", ".md")
 def read_documents(
     path: Path, documents: Documents, dialect: Dialect = UTF8, remark: Remark = lambda _: None
 ) -> Iterator[RawRow]:
-    """Documents of a file one after another, each as a row with a field `text`.
+    """Read the documents of a file one after another, each as a row with a field `text`.
 
     A line ends at LF or CRLF, which is not part of it; a paragraph ends at a line of white space.
 

@@ -33,7 +33,7 @@ _MEANT = {
 def suggest(
     row: Mapping[str, Any], schemas: Iterable[tuple[str, ...]], beside: Mapping[tuple[str, ...], Sequence[str]]
 ) -> str:
-    """The `--fields` that make one of the schemas fit, and what is odd about a name; "" if nothing is close.
+    """Suggest the `--fields` that make one of the schemas fit, and what is odd about a name; "" if nothing is close.
 
     Of several schemas it is the one that uses most fields.
 
@@ -118,7 +118,7 @@ _CONTENT |= {"reasoning_details", "systeminstruction"}
 
 
 def names_of(text: str) -> frozenset[str]:
-    """The words of a text, as names of fields."""
+    """Split a text into its words, as names of fields."""
     return frozenset(text.split())
 
 
@@ -137,7 +137,7 @@ _ENDING = re.compile(r"(?i)(?:_id|_uuid|_hash|_url)$|^unnamed: \d+$")  # the las
 
 
 class FieldLog:
-    """Reads the fields of rows, and counts what becomes of those that are not simply used.
+    """Reader of the fields of rows, which counts what becomes of those that are not simply used.
 
     Args:
         tree: Of a tree of messages, the best replies or every branch.
@@ -159,7 +159,7 @@ class FieldLog:
         self._row: set[tuple[int, str]] = set()
 
     def wanted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row, or an object in it, without the fields that are to be left out."""
+        """Return a row, or an object in it, without the fields that are to be left out."""
         if not self._ignored or self._ignored.keys().isdisjoint(row):
             return row
         for name in self._ignored.keys() & row.keys():
@@ -167,7 +167,7 @@ class FieldLog:
         return {name: value for name, value in row.items() if name not in self._ignored}
 
     def text(self, row: Mapping[str, Any], name: str, at: str = "") -> str:
-        """A field that has to be text, or that becomes JSON text where that was asked for.
+        """Read a field that has to be text, or that becomes JSON text where that was asked for.
 
         Raises:
             RowError: It is neither.
@@ -234,7 +234,7 @@ class FieldLog:
             counter[name] += 1
 
     def meta(self) -> dict[str, dict[str, int]]:
-        """What meta.json says: rows by the names of fields."""
+        """Return the counts for meta.json: rows by the names of fields."""
         named = {"unused": self.unused, "written_as_text": self.written, "left_out": self.left_out}
         return {name: dict(counter.most_common()) for name, counter in named.items()}
 

@@ -69,7 +69,7 @@ _OTHER_MAGIC = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the text of files is written.
+    """Spelling of the text in files.
 
     Args:
         encoding: Of files that are neither UTF-8 nor begin with the mark of another Unicode form.
@@ -102,7 +102,7 @@ UTF8 = Dialect()
 
 
 def expand(sources: Sequence[str], endings: Sequence[str] = ENDINGS, remark: Remark = lambda _: None) -> list[Path]:
-    """Paths, patterns and folders -> files and folders saved by the datasets library, each once.
+    """Expand paths, patterns and folders into files and folders saved by the datasets library, each once.
 
     Sources stay in the order given; what one pattern or folder comes to is sorted. Of a folder, all files are taken
     whose names end in one of `endings`, those in its subfolders too; hidden and linked ones are not. Files that only
@@ -173,7 +173,7 @@ def _data_in(folder: Path, endings: Sequence[str], remark: Remark) -> list[Path]
 
 
 def plain_suffix(path: Path) -> str:
-    """The ending of a name in small letters, without that of a packer: "a.JSONL.gz" -> ".jsonl"."""
+    """Return the ending of a name in small letters, without that of a packer: "a.JSONL.gz" -> ".jsonl"."""
     name = Path(path.name.lower())
     return name.with_suffix("").suffix if name.suffix in PACKED else name.suffix
 
@@ -186,7 +186,7 @@ def is_saved(path: Path) -> bool:
 
 
 def missing(path: Path) -> DataError:
-    """The error for a path that is not there, with the closest name that is."""
+    """Build the error for a path that is not there, with the closest name that is."""
     name, folder, hint = path.name, path.parent, ""
     while not os.path.isdir(folder) and folder != folder.parent:
         name, folder = folder.name, folder.parent
@@ -234,7 +234,7 @@ def unchanged(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, unpacked as they are read; gzip and zstd are recognised by their first bytes.
+    """Open the bytes of a file, unpacked as they are read; gzip and zstd are recognised by their first bytes.
 
     Raises:
         DataError: There is no such file, it holds something else than data, or its packing is damaged.
@@ -294,7 +294,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def most_unpacked(path: Path) -> int:
-    """Bytes that a packed file may unpack to."""
+    """Return the bytes that a packed file may unpack to."""
     return max(FREE, RATIO * path.stat().st_size)
 
 
@@ -310,7 +310,7 @@ def _sniff(path: Path, start: bytes) -> None:
 def decoded(
     stream: io.BufferedReader, path: Path, dialect: Dialect = UTF8, remark: Remark = lambda _: None
 ) -> Iterator[str]:
-    """Blocks of text, without a byte order mark.
+    """Decode blocks of text, without a byte order mark.
 
     Raises:
         DataError: The bytes are of another encoding; what stands before the first wrong byte is given first.
@@ -350,7 +350,7 @@ def decoded(
 
 
 def beginning(start: bytes) -> str:
-    """The first characters of a file, for finding out what it holds."""
+    """Read the first characters of a file, for finding out what it holds."""
     mark, encoding = _marked(start) or (b"", "latin-1")
     return start.removeprefix(mark).decode("latin-1" if encoding == "utf-8" else encoding, "replace").lstrip()
 
@@ -384,7 +384,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def not_utf8(raw: bytes, position: int, offset: int, path: Path) -> DataError:
-    """The error for bytes that are no UTF-8.
+    """Build the error for bytes that are no UTF-8.
 
     Args:
         raw: Some of them.

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def rows_of_table(value: Mapping[str, Any]) -> list[Row] | None:
-    """The rows of an object that is a table, None of one that is a row.
+    """Return the rows of an object that is a table, None of one that is a row.
 
     Known are a list for each column (`Dataset.to_dict`, `to_dict("list")`), and of `DataFrame.to_json` the forms
     "columns" (its default), "index", "split" and "table".
@@ -209,7 +209,8 @@ class RefusedError(ValueError):
 def read_json(
     blocks: Iterator[str], path: Path, by_lines: bool = False, remark: Remark = lambda _: None
 ) -> Iterator[RawRow]:
-    """Rows of a JSON file, whichever of the three forms it has; one object that holds a table comes to its rows.
+    """Read the rows of a JSON file, whichever of the three forms it has; one object that holds a table comes to its
+    rows.
 
     Args:
         blocks: Its text.

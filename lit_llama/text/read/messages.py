@@ -65,7 +65,7 @@ class Turns:
 
 
 def read_messages(row: Mapping[str, Any], name: str, log: FieldLog) -> Turns:
-    """The messages of a field: a list of objects, an object of lists, a list of Arrow's maps, or the text of one.
+    """Read the messages of a field: a list of objects, an object of lists, a list of Arrow's maps, or the text of one.
 
     Raises:
         RowError: It is something else, or a message is none.
@@ -89,7 +89,7 @@ def read_messages(row: Mapping[str, Any], name: str, log: FieldLog) -> Turns:
 
 
 def as_list(value: Any) -> list[Any] | None:
-    """A list of messages in whichever form it is stored; None if a value is no such list."""
+    """Read a list of messages in whichever form it is stored; None if a value is no such list."""
     if isinstance(value, str):
         value = _parsed(value)
     if isinstance(value, dict):
@@ -181,7 +181,7 @@ def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def read_message(value: Mapping[str, Any], role: str, said: str, at: str, log: FieldLog) -> Words:
-    """A message in our words.
+    """Read a message in our words.
 
     Args:
         value: The raw one.
@@ -228,7 +228,7 @@ def read_message(value: Mapping[str, Any], role: str, said: str, at: str, log: F
 
 
 def read_role(value: Any, name: str, at: str) -> str:
-    """A role of ROLES, in whatever case it is written.
+    """Read a role of ROLES, in whatever case it is written.
 
     Raises:
         RowError: It is none.

@@ -11,7 +11,7 @@ _FLAT = ("message_id", "role", "text")  # and parent_id, which the first message
 
 
 def branches(root: Node, tree: Tree) -> Iterator[list[Node]]:
-    """Conversations of a tree: of the best replies (rank 0, else the first), or one for each last answer.
+    """Yield the conversations of a tree: of the best replies (rank 0, else the first), or one for each last answer.
 
     Replies marked as deleted are left out, and so are users' replies without an answer, except where a branch ends in
     one.

@@ -36,7 +36,7 @@ def read_questions(path: Path) -> list[Conversation]:
 
 
 def question_of(row: Mapping[str, Any], number: int) -> Conversation:
-    """Conversation of a row, of which the last answer may be missing.
+    """Build the conversation of a row, of which the last answer may be missing.
 
     Raises:
         RowError: Nothing.
@@ -58,7 +58,7 @@ def question_of(row: Mapping[str, Any], number: int) -> Conversation:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark.
+    """Read a UTF-8 file, with or without a byte order mark.
 
     Raises:
         DataError: It is missing, of another encoding, or something else saved under its name.

@@ -30,7 +30,7 @@ class RawRow:
 
     @classmethod
     def of(cls, where: str, value: Any) -> "RawRow":
-        """A row: an object, or the list of messages of a conversation."""
+        """Build a row: an object, or the list of messages of a conversation."""
         if isinstance(value, dict):
             return cls(where, value)
         if holds_messages(value):
@@ -40,12 +40,12 @@ class RawRow:
 
     @classmethod
     def bad(cls, where: str, reason: str, hint: str = "") -> "RawRow":
-        """A row that cannot be used, while others can."""
+        """Build a row that cannot be used, while others can."""
         return cls(where, None, DataError(f"{where}: {reason}{hint}"), reason)
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words of JSON; what JSON has no word for comes from Parquet."""
+    """Name the kind of a value, in words of JSON; what JSON has no word for comes from Parquet."""
     names = {
         bool: "true/false",
         int: "a number",
@@ -78,13 +78,13 @@ def is_message(value: Any) -> bool:
 
 
 def shown(value: Any, longest: int = 60) -> str:
-    """A value for a message: short, on one line, printable everywhere."""
+    """Show a value in a message: short, on one line, printable everywhere."""
     text = repr(value[: longest + 1] if isinstance(value, str) else value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def listed(names: Sequence[Any], most: int = 12) -> str:
-    """Names for a message, as they are where they can be printed."""
+    """List names in a message, as they are where they can be printed."""
     words = [str(name) if str(name).isprintable() and str(name) else shown(name) for name in names[:most]]
     return ", ".join(words) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
 
@@ -127,7 +127,7 @@ LENIENT = json.JSONDecoder(parse_int=len)
 
 
 def explain(error: ValueError | RecursionError) -> str:
-    """What STRICT, or the module below it, complains of, other than wrong syntax."""
+    """Explain what STRICT, or the module below it, complains of, other than wrong syntax."""
     if isinstance(error, RecursionError):
         return "is nested too deep"
     if isinstance(error, NotStrictError):
@@ -136,7 +136,7 @@ def explain(error: ValueError | RecursionError) -> str:
 
 
 class RowError(ValueError):
-    """Why a row is no conversation.
+    """Reason why a row is no conversation.
 
     Args:
         reason: To count by: the same for the same mistake in another row.

@@ -29,7 +29,7 @@ __all__ = ["RawRow", "read_rows"]
 
 
 def read_rows(path: Path, dialect: Dialect = UTF8, remark: Remark = lambda _: None) -> Iterator[RawRow]:
-    """Rows of a file, or of a folder saved by the datasets library, in their order.
+    """Read the rows of a file, or of a folder saved by the datasets library, in their order.
 
     A row is an object, or carries the error that concerns it alone. JSON is an array of objects, one object a line, or
     objects one after another, whatever the name says.

@@ -60,7 +60,7 @@ class Schema:
         return self.keys == ("text",)
 
     def turns(self, row: Row, log: FieldLog) -> list[Turns]:
-        """Conversations of a row, several for the branches of a tree. Every field is accounted for.
+        """Read the conversations of a row, several for the branches of a tree. Every field is accounted for.
 
         Raises:
             RowError: A field is not what it has to be, or holds something for the model that has no place.
@@ -80,7 +80,7 @@ def _rest(names: tuple[str, ...], used: tuple[str, ...], text: bool) -> list[str
 
 
 def recognise(row: Row) -> Schema:
-    """The schema of a row; fields that are all null count only where nothing else fits.
+    """Find the schema of a row; fields that are all null count only where nothing else fits.
 
     Raises:
         RowError: None fits; the message says what would.
@@ -134,7 +134,7 @@ def _with_keys(names: tuple[str, ...]) -> list[Schema]:
 
 
 def complete(messages: Sequence[Message], schema: Schema) -> tuple[tuple[Message, ...], int]:
-    """A conversation in order, up to its last answer that carries loss.
+    """Put a conversation in order, up to its last answer that carries loss.
 
     Returns:
         Its messages, and how many were left off behind the last answer of all.

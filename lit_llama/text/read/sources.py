@@ -45,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Division:
-    """How the sources are divided into train and test by themselves.
+    """Division of the sources into train and test by themselves.
 
     Args:
         sides: Names of parts for training and for testing; both empty where the sources are not divided.
@@ -63,7 +63,7 @@ class Division:
 
     @classmethod
     def of(cls, sources: Sequence[Sequence[Part]]) -> "Division":
-        """The division that the names of some parts tell."""
+        """Find the division that the names of some parts tell."""
         found: dict[str, list[str]] = {"train": [], "test": [], "": []}
         for part in (part for parts in sources for part in parts):
             found["train" if part.split == "train" else "test" if part.split else ""].append(part.name)
@@ -74,7 +74,7 @@ class Division:
 def resolve(
     sources: Sequence[str], documents: Documents | None, dialect: Dialect = UTF8, remark: Remark = lambda _: None
 ) -> list[list[Part]]:
-    """The parts of each source; what two sources name is a part of the first one.
+    """Resolve the parts of each source; what two sources name is a part of the first one.
 
     Args:
         sources: Files, folders, patterns, workbooks with #SHEET, or data sets of the Hub.

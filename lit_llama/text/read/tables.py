@@ -20,7 +20,7 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:#[\w.\[\]:%+-]+)?", re.ASCII
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:
-    """Rows of a Parquet file.
+    """Read the rows of a Parquet file.
 
     Raises:
         DataError: It is none, damaged, or of a kind that Arrow cannot read.
@@ -116,7 +116,7 @@ def _without_padding(value: Any) -> Any:
 
 
 def open_saved(path: Path) -> Mapping[str | None, Any]:
-    """Splits of a folder that the datasets library has saved; a folder without splits has the one named None.
+    """Open the splits of a folder that the datasets library has saved; a folder without splits has the one named None.
 
     Raises:
         DataError: The library cannot open it.
@@ -151,7 +151,7 @@ def _bars(datasets: Any) -> Iterator[None]:
 
 
 def open_hub(source: str) -> Mapping[str | None, Any]:
-    """Splits of a data set of the Hub, downloaded or from the cache.
+    """Open the splits of a data set of the Hub, downloaded or from the cache.
 
     Raises:
         UserError: There is no such data set, configuration or split.
@@ -185,7 +185,7 @@ def open_hub(source: str) -> Mapping[str | None, Any]:
 
 
 def read_dataset(dataset: Any, name: str, split: str | None = None) -> Iterator[RawRow]:
-    """Rows of one split.
+    """Read the rows of one split.
 
     Args:
         dataset: The split.
@@ -209,7 +209,7 @@ def _proven(table: Any) -> Any:
 
 
 def hash_dataset(dataset: Any) -> str:
-    """Sha256 of the bytes of the files behind one split."""
+    """Hash the bytes of the files behind one split with SHA-256."""
     digest = hashlib.sha256()
     for file in dataset.cache_files:
         with open(file["filename"], "rb") as stream:

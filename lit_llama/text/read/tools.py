@@ -14,7 +14,7 @@ _ARGUMENTS = ("arguments", "parameters")  # the second as Llama 3.1 writes its c
 
 
 def read_tools(value: Any, name: str, at: str = "") -> list[Mapping[str, Any]]:
-    """Functions as {"type": "function", "function": {"name", "description", "parameters"}}.
+    """Read functions as {"type": "function", "function": {"name", "description", "parameters"}}.
 
     Args:
         value: A list of them, one alone, or JSON text of these; a function may stand without the object around it.
@@ -28,7 +28,7 @@ def read_tools(value: Any, name: str, at: str = "") -> list[Mapping[str, Any]]:
 
 
 def read_calls(value: Any, name: str, at: str) -> list[Entry]:
-    """Calls as {"type": "function", "function": {"name", "arguments"}}; the parameters are those of read_tools."""
+    """Read calls as {"type": "function", "function": {"name", "arguments"}}; the parameters are those of read_tools."""
     calls = []
     for entry in _entries(value, name, at):
         call = _wrapped(entry, name, at)

@@ -17,7 +17,7 @@ MOST = 1 << 31
 
 
 def split_sheet(source: str) -> tuple[str, str | None]:
-    """book.xlsx#Sheet -> its file and the sheet; any other source is a file."""
+    """Split book.xlsx#Sheet into its file and the sheet; any other source is a file."""
     file, mark, sheet = source.rpartition("#")
     if mark and file.lower().endswith(WORKBOOKS) and not os.path.lexists(source):
         return file, sheet
@@ -25,7 +25,7 @@ def split_sheet(source: str) -> tuple[str, str | None]:
 
 
 def sheet_names(path: Path, wanted: str | None = None) -> list[str]:
-    """The sheets of a workbook that hold anything, or the one that is wanted.
+    """Return the sheets of a workbook that hold anything, or the one that is wanted.
 
     Raises:
         UserError: There is no such sheet, or the package that reads workbooks is not installed.
@@ -47,7 +47,7 @@ def sheet_names(path: Path, wanted: str | None = None) -> list[str]:
 
 
 def read_sheet(path: Path, sheet: str, remark: Remark = lambda _: None) -> Iterator[RawRow]:
-    """Rows of a sheet. Numbers without a fraction are whole, dates and times are text in ISO 8601, empty cells "".
+    """Read the rows of a sheet. Numbers without a fraction are whole, dates and times text in ISO 8601, empty cells "".
 
     Raises:
         DataError: The workbook cannot be read, or the sheet has no header.

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, ResourceError
 from lit_llama.text.tokenizer.patterns import check_pattern, shortest
 
 MAX_ID = 1 << 21  # eight times the largest vocabulary in use; a wrong id must not fill the memory
 LARGEST = 256 << 20  # bytes of a file; the largest in use has 40 MB
+_MODEL = 32 << 20  # bytes of a tokenizer.model, whose messages take up to thirty times that; the largest has 18 MB
 _GROWTH = 64  # characters that one may become; NFKC has 18
 _STEPS, _DEPTH, _TEXT = 64, 8, 64
 _WORD = 1000  # characters of a word, of which WordPiece tries every part
@@ -80,50 +81,45 @@ def check_map(blob: bytes) -> None:
         raise CheckpointError(f"the table of characters makes {longest:,} bytes of one, expected at most {4 * _GROWTH}")
 
 
-def check_model(path: Path, model: bytes) -> None:
-    """Look at the contents of the tokenizer.model at `path`.
+def parse_model(data: bytes) -> Any:
+    """Parse the contents of a tokenizer.model: the ModelProto of sentencepiece's own protobuf module.
 
-    Of ModelProto the fields 3 and 5 are what is done to a text before and after, with a table of characters as field 2.
+    Raises:
+        CheckpointError: It is none, or larger than a tokenizer; the message goes behind the name of the file.
+        ResourceError: The package protobuf is older than what sentencepiece needs.
+    """
+    if len(data) > _MODEL:
+        raise CheckpointError(f"has {len(data):,} bytes, a sentencepiece model at most {_MODEL:,}")
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception as error:  # protobuf raises an error of its own where it is older than the module
+        raise ResourceError(f"sentencepiece needs another protobuf: pip install -U protobuf ({error})") from error
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise CheckpointError("is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
+    if len(model.pieces) > MAX_ID:
+        raise CheckpointError(f"has {len(model.pieces):,} pieces, expected at most {MAX_ID:,}")
+    return model
+
+
+def check_model(path: Path, data: bytes) -> None:
+    """Look at the contents of the tokenizer.model at `path`, and at what is done to a text before and after its pieces.
 
     Raises:
         CheckpointError: A table is out of bounds, or it is no such file.
     """
     try:
-        for number, value in _fields(model):
-            for inner, blob in _fields(value) if number in (3, 5) else ():
-                if inner == 2:
-                    check_map(blob)
+        model = parse_model(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    try:
+        for spec in (model.normalizer_spec, model.denormalizer_spec):
+            check_map(spec.precompiled_charsmap)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The fields of a protobuf message that hold bytes, by their numbers."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            value |= (byte & 0x7F) << shift
-            position, shift = position + 1, shift + 7
-            if byte < 0x80 or shift > 70:
-                return value
-
-    try:
-        while position < len(data):
-            tag = varint()
-            if tag & 7 == 2:
-                size = varint()
-                yield tag >> 3, data[position : position + size]
-                position += size
-            elif tag & 7 == 0:
-                varint()
-            else:
-                position += {1: 8, 5: 4}[tag & 7]
-    except (IndexError, KeyError) as error:
-        raise CheckpointError("it is damaged: it is no message of protobuf") from error
 
 
 def _steps(part: str, step: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:

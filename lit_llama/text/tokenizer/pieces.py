@@ -1,17 +1,16 @@
-"""sentencepiece's tokenizer.model, read and written without the library: it can neither write one nor show all of it.
+"""Pieces of sentencepiece's tokenizer.model, read and written through its protobuf module.
 
-The format is the protobuf ModelProto of sentencepiece: pieces with scores, of which the best pair is merged first
-(Sennrich et al. 2016, arXiv:1508.07909).
+The processor of the library can neither write a model nor show all of it. Of the pieces, which have scores, the best
+pair is merged first (Sennrich et al. 2016, arXiv:1508.07909).
 """
 
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer.special import encode_varint
+from lit_llama.text.tokenizer.bounds import parse_model
 
 
 class Kind(IntEnum):
@@ -34,14 +33,7 @@ class Piece(NamedTuple):
 
 
 SPACE = "▁"
-_BPE = 2
-# ModelProto, TrainerSpec, NormalizerSpec: the numbers of the fields.
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_MODEL_TYPE, _VOCAB_SIZE, _SUFFIX, _BYTE_FALLBACK = 3, 4, 24, 35
-_IDS = {"unk": (40, 45, "<unk>"), "bos": (41, 46, "<s>"), "eos": (42, 47, "</s>"), "pad": (43, 48, "<pad>")}
-_NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
-_PLAIN: dict[int, Any] = {_CHARSMAP: b"", _REMOVE_SPACES: 0, _ESCAPE_SPACES: 1}  # text as it is, spaces as ▁
-_DEFAULTS = {_CHARSMAP: b"", _DUMMY_PREFIX: 1, _REMOVE_SPACES: 1, _ESCAPE_SPACES: 1}
+_ROLES = ("unk", "bos", "eos", "pad")
 
 
 @dataclass(frozen=True)
@@ -65,83 +57,39 @@ class SentencePieces:
         Raises:
             CheckpointError: It is none, or changes text in a way that GGUF cannot say.
         """
-        pieces: list[Piece] = []
-        trainer: dict[int, Any] = {}
-        normalizer: dict[int, Any] = dict(_DEFAULTS)
         try:
-            for number, value in _fields(data):
-                if number == _PIECES:
-                    piece = dict(_fields(value))
-                    score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-                    pieces.append(Piece(piece.get(1, b"").decode(), score, piece.get(3, Kind.NORMAL)))
-                elif number == _TRAINER:
-                    trainer.update(_fields(value))
-                elif number == _NORMALIZER:
-                    normalizer.update(_fields(value))
-        except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+            model = parse_model(data)
+            pieces = [Piece(piece.piece, piece.score, piece.type) for piece in model.pieces]
+            spelled = {role: getattr(model.trainer_spec, f"{role}_piece") for role in _ROLES}
+        except CheckpointError as error:
+            raise CheckpointError(f"tokenizer.model {error}") from error
+        except UnicodeDecodeError as error:
             raise CheckpointError(f"tokenizer.model is not a sentencepiece model: {error}") from error
-        if trainer.get(_MODEL_TYPE, 1) != _BPE or trainer.get(_SUFFIX):
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
+        if trainer.model_type != trainer.BPE or trainer.treat_whitespace_as_suffix:
             raise CheckpointError(
                 "tokenizer.model does not merge pieces by score (BPE), which is all that GGUF can say"
             )
-        if any(normalizer[number] != only for number, only in _PLAIN.items()):
+        as_it_is = normalizer.escape_whitespaces and not normalizer.remove_extra_whitespaces  # but for spaces as ▁
+        if normalizer.precompiled_charsmap or not as_it_is:
             raise CheckpointError("tokenizer.model changes text before it is cut, which GGUF cannot say")
         ids = {piece.text: index for index, piece in enumerate(pieces)}
-        spelled = {name: trainer.get(field, default.encode()).decode() for name, (_, field, default) in _IDS.items()}
-        special = {name: ids[text] for name, text in spelled.items() if text in ids}
-        return cls(pieces, special, bool(normalizer[_DUMMY_PREFIX]))
+        special = {role: ids[text] for role, text in spelled.items() if text in ids}
+        return cls(pieces, special, normalizer.add_dummy_prefix)
 
     def encode(self) -> bytes:
         """Encode the pieces as the contents of a tokenizer.model."""
-        parts = []
+        model = parse_model(b"")
         for text, score, kind in self.pieces:
-            parts.append(_bytes(_PIECES, _bytes(1, text.encode()) + _float(2, score) + _integer(3, kind)))
-        trainer = _integer(_MODEL_TYPE, _BPE) + _integer(_VOCAB_SIZE, len(self.pieces))
-        trainer += _integer(_BYTE_FALLBACK, any(piece.kind == Kind.BYTE for piece in self.pieces))
-        for name, (number, spelling, _) in _IDS.items():
-            index = self.special.get(name, -1)
-            trainer += _integer(number, index)
+            model.pieces.add(piece=text, score=score, type=kind)
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
+        trainer.model_type, trainer.vocab_size = trainer.BPE, len(self.pieces)
+        trainer.byte_fallback = any(piece.kind == Kind.BYTE for piece in self.pieces)
+        for role in _ROLES:
+            index = self.special.get(role, -1)
+            setattr(trainer, f"{role}_id", index)
             if index >= 0:
-                trainer += _bytes(spelling, self.pieces[index].text.encode())
-        normalizer = _bytes(_NAME, b"identity") + _integer(_DUMMY_PREFIX, self.dummy_prefix)
-        normalizer += b"".join(_integer(number, _PLAIN[number]) for number in (_REMOVE_SPACES, _ESCAPE_SPACES))
-        return b"".join([*parts, _bytes(_TRAINER, trainer), _bytes(_NORMALIZER, normalizer)])
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protobuf message: an int, or bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError(f"a number at byte {at} does not end")
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or (varint() if key & 7 == 2 else len(data) + 1)
-        if size > len(data) - at:
-            raise ValueError(f"a field at byte {at} does not fit")
-        at += size
-        yield key >> 3, data[at - size : at]
-
-
-def _integer(number: int, value: int) -> bytes:
-    return encode_varint(number << 3) + encode_varint(value)
-
-
-def _bytes(number: int, value: bytes) -> bytes:
-    return encode_varint(number << 3 | 2) + encode_varint(len(value)) + value
-
-
-def _float(number: int, value: float) -> bytes:
-    return encode_varint(number << 3 | 5) + struct.pack("<f", value)
+                setattr(trainer, f"{role}_piece", self.pieces[index].text)
+        normalizer.name, normalizer.add_dummy_prefix = "identity", self.dummy_prefix
+        normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
+        return bytes(model.SerializeToString())

@@ -29,12 +29,12 @@ class SentencePieceTokenizer(Tokenizer):
 
         self._model = sentencepiece.SentencePieceProcessor()
         model = read_bounded(path)
+        check_model(path, model)
         try:
             self._model.load_from_serialized_proto(model)
             self._model.id_to_piece(list(range(self._model.vocab_size())))  # all of them are text
         except (RuntimeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not a sentencepiece model (Llama 3 needs tokenizer.json)") from error
-        check_model(path, model)
         self.remarks = []
         self._pieces = self._model.vocab_size()
         self.unknown = self._model.unk_id()

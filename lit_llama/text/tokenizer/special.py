@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_llama import objects
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer.bounds import MAX_ID
+from lit_llama.text.tokenizer.bounds import MAX_ID, parse_model
 
 SETTINGS_FILE, ADDED_FILE, NAMES_FILE = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -99,48 +99,16 @@ def special_spellings(folder: Path) -> set[str]:
     return found - {""}
 
 
-def as_controls(model: bytes, ids: set[int]) -> bytes:
-    """Return a serialized sentencepiece model in which these pieces are control tokens, so that no text becomes one.
-
-    ModelProto holds its pieces in order as field 1, and a piece its type as field 3; of two types the last one counts.
-    """
-    output, position, piece = bytearray(), 0, 0
-    while position < len(model):
-        tag, after = _read_varint(model, position)
-        size, start = _read_varint(model, after)
-        body = model[start : start + size]
-        if tag == 0x0A:
-            body += b"\x18\x03" if piece in ids else b""
-            piece += 1
-        output += model[position:after] + encode_varint(len(body)) + body
-        position = start + size
-    return bytes(output)
+def as_controls(data: bytes, ids: set[int]) -> bytes:
+    """Return a serialized sentencepiece model in which these pieces are control tokens, so that no text becomes one."""
+    model = parse_model(data)
+    for index in ids:
+        model.pieces[index].type = model.SentencePiece.CONTROL
+    return bytes(model.SerializeToString())
 
 
-def without_prefix(model: bytes) -> bytes:
-    """Return a serialized sentencepiece model that puts no blank before a text.
-
-    NormalizerSpec is field 3 of ModelProto and add_dummy_prefix its field 3; of two messages the last one counts.
-    """
-    return model + b"\x1a\x02\x18\x00"
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-
-
-def encode_varint(value: int) -> bytes:
-    """Encode a whole number as protobuf does: seven bits a byte, the low ones first."""
-    value &= 2**64 - 1  # a negative number takes ten bytes
-    output = bytearray()
-    while value > 0x7F:
-        output.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*output, value])
+def without_prefix(data: bytes) -> bytes:
+    """Return a serialized sentencepiece model that puts no blank before a text."""
+    model = parse_model(data)
+    model.normalizer_spec.add_dummy_prefix = False
+    return bytes(model.SerializeToString())

@@ -10,7 +10,7 @@ from lit_llama.train.metrics import smooth
 
 
 def render_page(report: Mapping[str, Any], series: Mapping[str, Series]) -> str:
-    """The HTML of a report (see `run_report`) and the curves of metrics.csv and timing.csv."""
+    """Render the HTML of a report (see `run_report`) and the curves of metrics.csv and timing.csv."""
     formats = {"loss": loss, "figure": figure, "duration": duration, "size": size, "short_percent": short_percent}
     return render(
         "lit_llama.train.report",
@@ -23,7 +23,7 @@ def render_page(report: Mapping[str, Any], series: Mapping[str, Series]) -> str:
 
 
 def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
-    """Loss, learning rate, gradient norm, tokens per second and memory, as far as they are known."""
+    """Build charts of loss, learning rate, gradient norm, tokens per second and memory, as far as they are known."""
     seconds = {step: value for step, value in series["seconds"] if value > 0}
     speed = {
         name: [(step, count / seconds[step]) for step, count in series[name] if step in seconds]
@@ -68,12 +68,12 @@ def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
 
 
 def loss(value: float) -> str:
-    """Four places behind the point, as in the run's lines."""
+    """Format a loss with four places behind the point, as in the run's lines."""
     return f"{value:,.4f}"
 
 
 def duration(seconds: float) -> str:
-    """1.5 s, 4 min 30 s, 2 h 5 min."""
+    """Format a duration as 1.5 s, 4 min 30 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -81,10 +81,10 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Format bytes for people."""
     return amount(int(count))
 
 
 def short_percent(share: float) -> str:
-    """25 %, of so few that a place behind the point says nothing."""
+    """Format a share as 25 %, of so few that a place behind the point says nothing."""
     return f"{share:.0%}"

@@ -1,4 +1,4 @@
-"""How a run went, for people: report.html, and the numbers of it in report.json, out of nothing but the run folder."""
+"""Report on a run, for people: report.html, and its numbers in report.json, out of nothing but the run folder."""
 
 import json
 import shlex
@@ -60,7 +60,7 @@ def write_run_report(folder: Path) -> None:
 
 
 def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Series], samples: Sequence[Json]) -> Json:
-    """What stands in report.json."""
+    """Build the contents of report.json."""
     evaluations = _evaluations(series)
     door = meta.get("run", {}).get("door", _LORA)
     steps = max((step for step, _ in series["step"]), default=0)
@@ -129,7 +129,7 @@ def _speed(series: Mapping[str, Series]) -> Json:
 
 
 def identity(settings: Json, meta: Json) -> Json:
-    """Which base and which data, as names and hashes; what is not known is left out."""
+    """Name the base and the data, with hashes; what is not known is left out."""
     data, run = meta.get("data", {}), meta.get("run", {})
     rows = [
         f"{name} {counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them trained"
@@ -166,7 +166,7 @@ def _way_on(folder: Path, door: str, finished: bool) -> list[Json]:
 
 
 def commands(folder: Path, settings: Json, door: str, tested: bool = True) -> list[Json]:
-    """What to type next, with a test split or without one: {"what", "command"}."""
+    """List what to type next, with a test split or without one: {"what", "command"}."""
     out, name = shlex.quote(str(folder)), folder.resolve().name
     again = shlex.quote(f"{folder}-again")
     merged = shlex.quote(f"checkpoints/{name}-merged")

@@ -1,4 +1,4 @@
-"""What to look at in a run."""
+"""Warnings about a run."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _ENDS, _UP = 10, 1.1  # steps at both ends, and how much higher the training los
 
 
 def warnings(verdict: Mapping[str, Any], series: Mapping[str, Series], settings: Json, data: Json) -> list[Json]:
-    """The gravest first: {"severity": "fix" | "check" | "note", "what", "why"}.
+    """List the warnings, the gravest first: {"severity": "fix" | "check" | "note", "what", "why"}.
 
     Args:
         verdict: As in report.json.

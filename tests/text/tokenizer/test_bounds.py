@@ -2,19 +2,21 @@
 
 import base64
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from conftest import write_tokenizer
+from google.protobuf import runtime_version
 from tokenizers import Tokenizer as Backend
 
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, ResourceError
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.bounds import MAX_ID, check_model
+from lit_llama.text.tokenizer.bounds import MAX_ID, check_model, parse_model
 from lit_llama.text.tokenizer.patterns import check_pattern, shortest
-from lit_llama.text.tokenizer.special import encode_varint
 
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 ENDS, REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -182,11 +184,41 @@ def test_a_table_of_sentencepiece_is_bounded() -> None:
     """Catches a tokenizer.model that makes megabytes of a letter, before and after the pieces."""
 
     def field(number: int, data: bytes) -> bytes:
-        return encode_varint(number << 3 | 2) + encode_varint(len(data)) + data
+        assert len(data) < 1 << 14
+        return bytes([number << 3 | 2, len(data) & 127 | 128, len(data) >> 7]) + data
 
     for part in (3, 5):
         check_model(Path("x"), field(1, b"\x0a\x01a") + field(part, field(1, b"nmt_nfkc") + field(2, charsmap(33))))
         with pytest.raises(CheckpointError, match="x: the table of characters makes 257 bytes of one"):
             check_model(Path("x"), field(part, field(2, charsmap(257))))
-    with pytest.raises(CheckpointError, match="damaged"):
-        check_model(Path("x"), b"\x0f")
+
+
+def test_a_damaged_model_is_refused_before_sentencepiece_reads_it(llama_tokenizer: Path) -> None:
+    """Catches bytes behind the last message, a message that is cut off, and a tag of no known kind."""
+    data = llama_tokenizer.read_bytes()
+    check_model(Path("x"), data)
+    for damaged in (b"\x0f", data + b"\0", data + b"\x0a", data[:-1], data[1:], b"\x0a\xff\xff\xff\xff\x0f" + data):
+        with pytest.raises(CheckpointError, match=r"^x is not a sentencepiece model .Llama 3 needs") as caught:
+            check_model(Path("x"), damaged)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_is_bounded_by_its_size_before_it_is_parsed_and_by_its_pieces_then(tmp_path: Path) -> None:
+    """Catches gigabytes of empty pieces, of which each takes two bytes of the file and sixty of the memory."""
+    path = tmp_path / "tokenizer.model"
+    with path.open("wb") as file:
+        file.truncate((32 << 20) + 1)  # zeros, which are no message: they are not looked at
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model has 33,554,433 bytes, a sentencepiece model at most"):
+        Tokenizer.from_path(tmp_path)
+    path.write_bytes(b"\x0a\x00" * (MAX_ID + 1))
+    with pytest.raises(CheckpointError, match=rf"model has {MAX_ID + 1:,} pieces, expected at most {MAX_ID:,}"):
+        Tokenizer.from_path(tmp_path)
+
+
+def test_a_protobuf_that_is_too_old_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the traceback of an environment in which something else holds protobuf back."""
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", raising=False)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    monkeypatch.setattr(runtime_version, "MAJOR", 0)
+    with pytest.raises(ResourceError, match=r"^sentencepiece needs another protobuf: pip install -U protobuf"):
+        parse_model(b"")

@@ -110,8 +110,9 @@ def test_what_is_written_encodes_as_the_original(
 def test_the_bytes_are_those_of_a_protobuf() -> None:
     """Worked out by hand; catches a reader and a writer that err together."""
     model = SentencePieces([Piece("a", 0.5, Kind.NORMAL)], {"unk": 0})
-    trainer = b"\x18\x02\x20\x01\x98\x02\x00\xc0\x02\x00\xea\x02\x01a"  # BPE, 1 piece, no bytes, unk_id 0, unk_piece a
+    trainer = b"\x18\x02\x20\x01\x98\x02\x00\xc0\x02\x00"  # BPE, 1 piece, no bytes, unk_id 0
     trainer += b"".join(bytes([tag, 0x02]) + b"\xff" * 9 + b"\x01" for tag in (0xC8, 0xD0, 0xD8))  # no bos, eos, pad
+    trainer += b"\xea\x02\x01a"  # unk_piece a
     normalizer = b"\x0a\x08identity\x18\x01\x20\x00\x28\x01"
     wanted = b"\x0a\x0a\x0a\x01a\x15\x00\x00\x00\x3f\x18\x01"
     wanted += b"\x12" + bytes([len(trainer)]) + trainer + b"\x1a" + bytes([len(normalizer)]) + normalizer

@@ -348,11 +348,11 @@ def _check_groups(mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> 
     for group in dict.fromkeys(name.partition(".")[0] for name in known if "." in name):
         for path in _values(f"--{group}", words):  # which may be a file of its own
             _loaded(f"--{group}", path)
-    needed = {name for main in mains for name, value in inspect.signature(main).parameters.items() if _needed(value)}
+    needed = {name for main in mains for name, value in _parameters(main) if _needed(value)}
     for path, settings in _files(words):
+        if null := next((name for name in _nulls(settings) if name in needed), None):
+            raise UserError(f"{null} in {path} is null, expected a value")
         for key, value in settings.items():
-            if value is None and key in needed and not any(name.startswith(f"{key}.") for name in known):
-                raise UserError(f"{key} in {path} is null, expected a value")
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside and not isinstance(value, Mapping | str):
                 raise UserError(
@@ -362,15 +362,30 @@ def _check_groups(mains: Sequence[Callable[..., Any]], words: Sequence[str]) -> 
 
 def _needed(parameter: inspect.Parameter) -> bool:
     """Whether a parameter is never None, which the parser lets through where a file says null."""
-    return parameter.default is not None and type(None) not in get_args(parameter.annotation)
+    kind = parameter.annotation
+    group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    return not group and parameter.default is not None and type(None) not in get_args(kind)
 
 
-def _names(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
+def _nulls(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of values that are null, those in groups as train.epochs."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _nulls(value, f"{prefix}{key}.")
+        elif value is None:
+            yield f"{prefix}{key}"
+
+
+def _names(function: Callable[..., Any]) -> Iterator[str]:
     """Parameters of a function, and the fields of those that are groups, such as train.epochs."""
+    return (name for name, _ in _parameters(function))
+
+
+def _parameters(function: Callable[..., Any], prefix: str = "") -> Iterator[tuple[str, inspect.Parameter]]:
     for name, parameter in inspect.signature(function).parameters.items():
-        yield prefix + name
+        yield prefix + name, parameter
         if isinstance(kind := parameter.annotation, type) and dataclasses.is_dataclass(kind):
-            yield from _names(kind, f"{prefix}{name}.")
+            yield from _parameters(kind, f"{prefix}{name}.")
 
 
 def _system(error: OSError) -> str:

@@ -190,3 +190,12 @@ def test_the_page_is_made_of_the_table() -> None:
     assert written == page(), "make it again: python docs/coming_from.py > docs/coming-from.md"
     for program in programs():
         assert f"## Coming from {program}\n" in written
+
+
+@pytest.mark.parametrize("text", ["lora:\n  alpha: null\n", "train: {epochs: null}\n", "seed: null\n"])
+def test_null_in_place_of_a_value(text: str, tmp_path: Path) -> None:
+    """Catches a comparison with nothing, deep in a configuration."""
+    (tmp_path / "c.yaml").write_text(text)
+    done = run_here("finetune/lora.py", "--config", "c.yaml", "--checkpoint_dir", "x", cwd=tmp_path)
+    name = {"l": "lora.alpha", "t": "train.epochs", "s": "seed"}[text[0]]
+    assert (done.returncode, done.stderr) == (2, f"error: {name} in c.yaml is null, expected a value\n")

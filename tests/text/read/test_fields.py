@@ -13,7 +13,7 @@ from lit_llama.text.message import Conversation
 from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.reading import Reader, read_conversations
-from lit_llama.text.read.schemas import FIELDS, SCHEMAS, recognise
+from lit_llama.text.read.schemas import FIELDS, JUDGED_FIELDS, SCHEMAS, recognise
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 BASES: dict[str, dict[str, Any]] = {
@@ -152,33 +152,6 @@ def test_fields_for_one_place_are_not_chosen_between() -> None:
     assert "system, system_prompt are for one place" in refused(row | {"system": "s", "system_prompt": "t"})
 
 
-def test_preferences_and_unwanted_answers_are_refused_with_a_way_out(put: Any) -> None:
-    """Catches the rejected answer trained on, KTO's unwanted ones among the others, and advice that does not work."""
-    texts = {"chosen": "good", "rejected": "bad"}
-    chats = {side: [TURNS[0], {"role": "assistant", "content": word}] for side, word in texts.items()}
-    answers = {side: turns[1:] for side, turns in chats.items()}
-    for row in (
-        {"prompt": "Why?"} | texts,
-        {"instruction": "Why?", "input": ""} | texts,
-        {"system": "Be brief.", "question": "Why?"} | texts,
-        {"prompt": "Why?"} | chats,
-        dict(chats),
-        {"prompt": TURNS[:1]} | answers,
-    ):
-        message = refused(row)
-        assert "preferences cannot be trained on yet" in message
-        [found] = from_file(put, row, **advised(message))[1]
-        assert found.messages[-1] == {"role": "assistant", "content": "good"} and len(found.messages) >= 2
-        assert [m["content"] for m in found.messages if m["role"] == "user"] == ["Why?"]
-    hh = {side: f"\n\nHuman: Why?\n\nAssistant: {word}" for side, word in texts.items()}
-    assert from_file(put, hh, **advised(refused(hh)))[1][0].messages[0]["content"] == hh["chosen"]
-    assert "field chosen has no place" in refused({"conversations": TURNS} | texts)
-    wanted = {"prompt": "Why?", "completion": "a", "label": True}
-    assert not read(wanted)[1].unused
-    for row in (wanted | {"label": False}, {"messages": TURNS, "kto_tag": False}):
-        assert "is false: the answer is not wanted (KTO)" in refused(row)
-
-
 def advised(message: str) -> dict[str, Any]:
     """The options that an error advises."""
     options: dict[str, Any] = {"as_text": "--as_text" in message}
@@ -273,4 +246,4 @@ def test_counts_are_rows_and_each_loop_counts_anew(put: Any) -> None:
 
 def test_every_field_that_can_be_named_has_a_place_in_some_row() -> None:
     """Catches a name that --fields takes and that no kind of row uses."""
-    assert set(FIELDS) <= {name for schema in SCHEMAS for name in (*schema.keys, *schema.beside)}
+    assert set(FIELDS) - {*JUDGED_FIELDS} <= {name for schema in SCHEMAS for name in (*schema.keys, *schema.beside)}

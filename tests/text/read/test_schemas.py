@@ -322,8 +322,7 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     ),
     "preferences": (
         ["prompt", "chosen", "rejected"],
-        "; preferences cannot be trained on yet, only their chosen answers; try --fields completion=chosen "
-        "--ignore_fields rejected",
+        "; these are preferences, which prepare/records.py reads with --as preference or --as sft-chosen",
     ),
     "context": (["question", "context", "answer"], "; try --fields instruction=question,output=answer,input=context"),
     "system prompt": (

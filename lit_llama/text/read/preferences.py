@@ -226,7 +226,7 @@ def _prompt(row: Row, log: FieldLog) -> Turns:
     """The turns before the answer, out of whichever field holds them, and every other field accounted for."""
     asked = _given(row, _ASKED)
     if not asked:
-        raise RowError("the answers have no prompt", hint=_NO_PROMPT + suggest_prompt(dict(row)))
+        raise RowError("the answers have no prompt", hint=_NO_PROMPT + suggest_prompt(row))
     if len(asked) > 1:
         hint = f"leave one out with --ignore_fields {asked[-1]}"
         raise RowError(f"the fields {listed(asked)} are for one place", hint=hint)

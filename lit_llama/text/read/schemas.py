@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_llama.text.message import Message
 from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing, suggest
+from lit_llama.text.read.glaive import GLAIVE, glaive_turns
 from lit_llama.text.read.messages import (
     OASST_FIELDS,
     Turns,
@@ -21,7 +22,7 @@ from lit_llama.text.read.messages import (
 )
 from lit_llama.text.read.oasst import Node, branches
 from lit_llama.text.read.raw import RowError, kind, listed, missing
-from lit_llama.text.read.tools import read_tools
+from lit_llama.text.read.tools import check_calls, read_tools, repeats
 
 _AFTER: dict[str, tuple[str, ...]] = {
     "": ("system", "user"),
@@ -115,11 +116,11 @@ def _way_out(row: Row) -> str:
 def suggest_prompt(row: Row) -> str:
     """The `--fields` that give the answers of a row a prompt, as the end of a message; "" if nobody knows."""
     keys = ("instruction", "output")
-    return suggest(row | {"output": "."}, [keys], {keys: _BESIDE_PAIRS})
+    return suggest({**row, "output": "."}, [keys], {keys: _BESIDE_PAIRS})
 
 
 def _suggested(row: Row) -> str:
-    required = [schema.keys for schema in SCHEMAS if schema is not OASST]
+    required = [schema.keys for schema in SCHEMAS if schema is not OASST and schema.name != "Glaive"]
     return suggest(row, required, {schema.keys: schema.beside for schema in SCHEMAS})
 
 
@@ -141,10 +142,13 @@ def complete(messages: Sequence[Message], schema: Schema) -> tuple[tuple[Message
     for index, message in enumerate(messages):
         role = message["role"]
         if role not in _AFTER[before] and not schema.is_text:
+            if role == "assistant" and index and "tool_calls" in messages[index - 1]:
+                break  # check_calls names it
             wanted = " or ".join(_AFTER[before])
             place = f"behind {before}" if before else "at the beginning"
             raise RowError(f"found role {role} {place}, expected {wanted}", f"message {index}")
         before = role
+    check_calls(messages)
     answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answered:
         raise RowError("no answer" if messages else "no messages", unusable=True)
@@ -230,6 +234,12 @@ def _node(node: Node, log: FieldLog) -> dict[str, Any]:
     return read_message(node, read_role(node["role"], "role", at), "text", at, log)
 
 
+def _glaive(row: Row, log: FieldLog) -> Iterator[Turns]:
+    """Turns of a chat that is written as one text."""
+    system = "" if missing(row.get("system")) else log.text(row, "system")
+    yield glaive_turns(system, log.text(row, "chat"))
+
+
 def _text(row: Row, log: FieldLog) -> Iterator[Turns]:
     yield Turns([{"role": "assistant", "content": log.text(row, "text")}])
 
@@ -251,7 +261,12 @@ def joined(around: Turns, chat: Turns) -> Turns:
         messages = messages[:-1]
     if around.tools and chat.tools and around.tools != chat.tools:
         raise RowError("tools stand beside the messages and in one of them, and differ", "tools")
-    return Turns(messages + chat.messages, around.tools or chat.tools)
+    messages = messages + chat.messages
+    tools = around.tools or chat.tools
+    told = tools and messages and messages[0]["role"] == "system" and repeats(tools, messages[0]["content"])
+    if told and not any("tool_calls" in message for message in messages):
+        tools = []  # a copy of what the system message says; the calls are text, too
+    return Turns(messages, tools)
 
 
 def _one_of(row: Row, names: Sequence[str], log: FieldLog) -> str:
@@ -309,6 +324,7 @@ SCHEMAS = (
         _BESIDE_PAIRS,
         {"user": "instruction", "assistant": "response"},
     ),
+    Schema("Glaive", ("chat",), _glaive, ("system",), fits=lambda row: GLAIVE.match(str(row["chat"])) is not None),
     Schema("plain text", ("text",), _text, words={"assistant": "text"}),
 )
 JUDGED_FIELDS = ("chosen", "rejected", "label", "completions", "ratings")

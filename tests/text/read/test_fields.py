@@ -25,6 +25,7 @@ BASES: dict[str, dict[str, Any]] = {
     "prompt and completion": {"prompt": "Why?", "completion": "Because."},
     "Alpaca": {"instruction": "Why?", "output": "Because."},
     "Dolly": {"instruction": "Why?", "response": "Because."},
+    "Glaive": {"chat": "USER: Why?\n\n\nASSISTANT: Because. <|endoftext|>"},
     "plain text": {"text": "Because."},
 }
 SAID = "something that stands nowhere else"
@@ -78,7 +79,9 @@ def test_what_is_for_the_model_is_used_or_an_error_with_a_way_out(name: str) -> 
     used = [field for field, value in CONTENT.items() if _reads(BASES[name] | {field: value})]
     chats = ["system", "system_prompt", "system_message", "systemInstruction", "tools", "functions"]
     pairs = ["input", "context", "reasoning_content", "reasoning", "thinking", "thoughts", "history"]
-    places = {"OASST": [], "plain text": [], "OpenAI messages": chats, "ShareGPT": chats}.get(name, chats + pairs)
+    places = {"OASST": [], "plain text": [], "Glaive": ["system"], "OpenAI messages": chats, "ShareGPT": chats}.get(
+        name, chats + pairs
+    )
     assert sorted(used) == sorted(places)
 
 

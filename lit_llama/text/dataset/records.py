@@ -92,7 +92,7 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
             "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
     members = (
-        read_held_out(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        read_held_out(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding), where=None))
         if split_from
         else None
     )
@@ -262,6 +262,8 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer, d
         if fields:
             named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
             say(f"  {FIELDS_SAID[what]}: {named}")
+    if meta.get("pairs") is False:
+        say(f"  {meta['wanted']} answers are wanted, {meta['unwanted']} are not")
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:

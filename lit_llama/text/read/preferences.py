@@ -17,6 +17,7 @@ from lit_llama.text.read.schemas import BESIDE_CHATS, Schema, beside, complete, 
 
 _CHOSEN, _REJECTED = "chosen", "rejected"
 _SIDES = (_CHOSEN, _REJECTED)
+_PREFERRED = ("preferred_output", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 COMPLETIONS = "completions"
 _ASKED = ("messages", "conversations", "prompt", "instruction")
@@ -52,12 +53,14 @@ class Judged:
 def judgement(row: Row) -> str:
     """What makes a row one of preferences, as a name of its kind; "" if it is none."""
     names = row.keys()
+    if names >= {"input", *_PREFERRED} and isinstance(row["input"], dict):
+        return "preferred and other output (OpenAI)"
     if _CHOSEN in names and _REJECTED in names and not (missing(row[_CHOSEN]) and missing(row[_REJECTED])):
         return "chosen and rejected"
     if names.isdisjoint(_ASKED):
         return ""
-    if any(truth(row[name]) is not None for name in LABELS if name in names):
-        return "answer with a label (KTO)"
+    if any(_verdict(row, name) is not None for name in LABELS if name in names):
+        return "answers with a label (KTO)"
     return "rated completions" if COMPLETIONS in names and _is_rated(row) else ""
 
 
@@ -73,8 +76,8 @@ def refuse(found: str, row: Row) -> RowError:
 
 
 def _fields_of(found: str, row: Row) -> str:
-    if found.startswith(_CHOSEN):
-        return f"{_CHOSEN}, {_REJECTED}"
+    if found.startswith((_CHOSEN, "preferred")):
+        return ", ".join(_SIDES if found.startswith(_CHOSEN) else _PREFERRED)
     return COMPLETIONS if found.startswith("rated") else next(name for name in LABELS if name in row)
 
 
@@ -83,6 +86,21 @@ def truth(value: Any) -> bool | None:
     if isinstance(value, bool):
         return value
     return _TRUTH.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _verdict(row: Row, name: str) -> bool | None:
+    """Whether an answer is wanted, None where a field says nothing of it; numbers are classes but in kto_tag."""
+    value = row[name]
+    return bool(value) if name == "kto_tag" and value in (0, 1) else truth(value)
+
+
+def _openai(row: Row) -> dict[str, Any]:
+    """A row of OpenAI's preferences in the names of all others."""
+    rest = {name: value for name, value in row.items() if name not in ("input", *_PREFERRED)}
+    asked = {
+        name: value for name, value in row["input"].items() if name in ("messages", "tools", "parallel_tool_calls")
+    }
+    return rest | asked | {side: row[name] for side, name in zip(_SIDES, _PREFERRED, strict=True)}
 
 
 def read_judged(row: Row, found: str, log: FieldLog, *, pairs: bool) -> Iterator[Judged]:
@@ -100,7 +118,8 @@ def read_judged(row: Row, found: str, log: FieldLog, *, pairs: bool) -> Iterator
     if found.endswith("(KTO)"):
         yield from _labelled(row, log)
         return
-    better, worse = (_pair if found.startswith(_CHOSEN) else _rated)(row, log)
+    row = _openai(row) if found.endswith("(OpenAI)") else row
+    better, worse = (_rated if found.startswith("rated") else _pair)(row, log)
     prompt, chosen, cut = _ended(better, _CHOSEN)
     if not pairs:
         yield Judged(prompt, tuple(better.tools), chosen, None, cut)
@@ -141,7 +160,7 @@ def _learned(answer: Words) -> Words:
 
 def _labelled(row: Row, log: FieldLog) -> Iterator[Judged]:
     """Answers that are wanted or not, of a row of any kind."""
-    there = {name: verdict for name in LABELS if (verdict := truth(row.get(name))) is not None}
+    there = {name: verdict for name in LABELS if name in row and (verdict := _verdict(row, name)) is not None}
     if len(set(there.values())) > 1:
         raise RowError(f"the fields {listed(list(there))} are for one place, and differ")
     wanted = next(iter(there.values()))

@@ -23,6 +23,7 @@ _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE
 }  # fmt: skip
 _TRUTH: dict[str, bool] = {"true": True, "false": False}
+_NAMED = 100
 _LONGEST = 2000  # characters; Python's parser takes longer for deeper ones
 _EXAMPLE = "score >= 4 and lang == 'en'"
 
@@ -93,7 +94,7 @@ class Where:
     """
 
     def __init__(self, text: str, renamed: Mapping[str, str]) -> None:
-        self.text = text
+        self.text = text if len(text) <= _NAMED else f"{text[:_NAMED]}..."  # it is the reason of many rows
         self._comparisons = parse(text)
         self._renamed = renamed
         self.begin()

@@ -86,6 +86,14 @@ PAIRS: dict[str, tuple[Any, list[Any]]] = {
         },
         [USER],
     ),
+    "OpenAI": (
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [GOOD],
+            "non_preferred_output": [BAD],
+        },
+        [USER],
+    ),
     "ratings beside": (
         {"prompt": "Why?", "completions": ["Fair.", "Bad.", "Good."], "ratings": [3, 1, "4.5"]},
         [USER],
@@ -138,6 +146,14 @@ def test_an_answer_that_is_not_wanted_is_never_trained(name: str, field: str, pu
     assert [(one.wanted, one.rejected, one.messages) for one in judged] == [
         (wanted, None, (USER, GOOD)) for wanted in (True, False) * 2
     ]
+
+
+def test_numbers_judge_where_the_name_says_so(put: Put) -> None:
+    """Catches kto_tag 0 in training, as tables without truths have it."""
+    rows = [KTO["TRL"] | {"kto_tag": number} for number in (1, 0)]
+    assert "the row holds preferences (kto_tag)" in refused(put, rows[1])
+    found, _ = read(put, *rows, data_kind="sft-chosen")
+    assert [type(one) for one in found] == [Conversation, Dropped]
 
 
 def test_what_only_looks_like_a_judgement_is_none(put: Put) -> None:

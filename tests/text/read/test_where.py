@@ -1,12 +1,15 @@
 """Conditions on fields: which rows they keep, and what they refuse to be."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from raw_rows import Put
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.dataset.records import prepare_records
 from lit_llama.text.message import Conversation, Dropped
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.read.where import parse
@@ -91,6 +94,24 @@ def test_what_cannot_be_compared_stops_or_is_counted(put: Put) -> None:
         list(read_conversations([str(path)], where="score >= 4"))
     dropped, kept = read_conversations([str(path)], where="score >= 4", on_error="skip")
     assert isinstance(dropped, Dropped) and not dropped.by_choice and isinstance(kept, Conversation)
+
+
+def test_the_rows_for_testing_may_be_without_the_field(put: Put, tmp_path: Path, tiny_folder: Path) -> None:
+    """Catches a file of rows for testing that is refused since it has only what a row asks."""
+    rows = [{"instruction": f"q{n}", "output": "a", "score": n} for n in range(9)]
+    source = put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    held = put("held.jsonl", json.dumps({"instruction": "q7", "output": "a"}))
+    config = PrepareConfig(
+        source=str(source),
+        destination_path=tmp_path / "data",
+        tokenizer_path=tiny_folder,
+        prompt_style="chatml",
+        where="score > 4",
+        split_from=held,
+    )
+    meta = prepare_records(config)
+    assert {name: counts["rows"] for name, counts in meta["splits"].items()} == {"train": 3, "test": 1}
+    assert meta["dropped_by_choice"] == 5 and meta["made_of"]["--where"] == "score > 4"
 
 
 WRONG = {

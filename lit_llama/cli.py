@@ -22,7 +22,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin
 from lit_llama import signals
 from lit_llama.console import as_typed, guarded, shown, verbose
 from lit_llama.errors import Interrupted, ResourceError, UserError, name_flags
-from lit_llama.flags import plain
+from lit_llama.flags import SPELLED, plain
 from lit_llama.habits import answer, explain
 from lit_llama.memory import amount, check_addresses, ran_out, remedy, wanted
 from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
@@ -206,6 +206,9 @@ def _lenient(parser: type[Any]) -> type[Any]:
             for action in self._actions:
                 if getattr(action, "_typehint", None) is bool:
                     action.nargs, action.const = "?", True
+                if (word := SPELLED.get(action.dest)) and f"--{word}" not in action.option_strings:
+                    action.option_strings.insert(0, f"--{word}")
+                    self._option_string_actions[f"--{word}"] = action
             words = sys.argv[1:] if args is None else args
             try:
                 return super().parse_args(_gathered(words, self._actions), *more, **kwargs)

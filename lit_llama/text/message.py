@@ -69,6 +69,20 @@ class Conversation:
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
 
+@dataclass(frozen=True, slots=True)
+class Preference(Conversation):
+    """A conversation whose last answer was judged, with another answer to the same prompt where one is known.
+
+    Args:
+        wanted: The last answer is the chosen one; False where it is one that people did not want, and no better one is
+            known.
+        rejected: The worse answer to the same prompt.
+    """
+
+    wanted: bool = True
+    rejected: Message | None = None
+
+
 def headed(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
     """Return the turns, beginning with a system message: their own, or the given one, if it is not empty."""
     return turns if not system or turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)

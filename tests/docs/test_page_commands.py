@@ -17,6 +17,7 @@ from conftest import ROOT
 from markdown_pages import PAGES, Command, blocks, commands, name, spans
 
 import lit_llama.cli
+from lit_llama.flags import SPELLED
 
 OTHERS = {".", "curl", "hf", "llama-cli", "lm_eval", "ollama", "openssl", "pre-commit"}
 """Programs of others, whose flags are their own."""
@@ -53,6 +54,7 @@ def keys(function: Callable[..., Any], prefix: str = "") -> Iterator[str]:
 def flags(script: str) -> frozenset[str]:
     """The flags of a script, those of groups and of all its commands included."""
     names = [key for main in mains(script) for key in keys(main)]
+    names += [SPELLED[key] for key in names if key in SPELLED]
     return frozenset(f"--{key}" for key in [*names, "help", "config", "print_config"])
 
 

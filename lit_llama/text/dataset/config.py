@@ -17,6 +17,7 @@ Documents = Literal["file", "paragraph", "line"]
 Tree = Literal["best", "all"]
 OnError = Literal["stop", "skip"]
 Quoting = Literal["double", "none"]
+DataKind = Literal["auto", "sft-chosen", "preference"]
 
 ENCODING = 1
 """Version of what rows become. Every change of ids, labels or splits for the same rows and settings raises it, so that
@@ -68,6 +69,11 @@ class PrepareConfig:
         ignore_fields: Fields of rows and of messages to be left out, as context,tools.
         as_text: Numbers, lists and objects where a text belongs become JSON text.
         weights: For several sources, how often a row is drawn from each, as 1,0.5.
+        data_kind: What becomes of rows with chosen and rejected answers, with rated ones, or with a label that says
+            whether an answer is wanted: an error, unless it is said; training on the chosen and wanted answers alone
+            (sft-chosen); or a folder of preferences. See docs/data.md.
+        where: Rows to keep, by a field: a comparison with a number, a text, true or false, several joined by and, such
+            as "score >= 4 and lang == 'en'".
         tree: Of a tree of messages, the best path or every one.
         on_error: A row that cannot be used stops the command, or is dropped with its reason.
         encoding: Of files that are not UTF-8, such as cp1252.
@@ -102,6 +108,8 @@ class PrepareConfig:
     ignore_fields: list[str] | None = None
     as_text: bool = False
     weights: list[float] | None = None
+    data_kind: DataKind = "auto"
+    where: str | None = None
     tree: Tree = "best"
     on_error: OnError = "stop"
     encoding: str | None = None
@@ -118,6 +126,21 @@ class PrepareConfig:
             raise UserError(f"--near_duplicates is {self.near_duplicates}, expected a number of rows, or 0 for none")
         if self.shard and self.shards:
             raise UserError("--shard makes one shard and --shards takes all together: give one of them")
+        if self.data_kind == "preference":
+            self._check_preference()
+
+    def _check_preference(self) -> None:
+        """Raise UserError for a setting that has no meaning where answers are compared."""
+        for name, wrong, why in (
+            ("mask_inputs", not self.mask_inputs, "is compared by its answers alone: use --mask_inputs true"),
+            ("overflow", self.overflow not in ("drop", "error"), "is compared whole: use --overflow drop or error"),
+            ("rendered", self.rendered, "is no plain text: leave it out"),
+            ("documents", self.documents is not None, "is no plain text: leave it out"),
+            ("shard", self.shard is not None, "is prepared in one run: leave it out"),
+            ("shards", self.shards is not None, "is prepared in one run: leave it out"),
+        ):
+            if wrong:
+                raise UserError(f"--{name} {getattr(self, name)} with --as preference: a preference {why}")
 
     @property
     def sources(self) -> list[str]:

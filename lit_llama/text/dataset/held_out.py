@@ -86,7 +86,7 @@ def read_held_out(path: Path, read: Callable[[str], Reader]) -> HeldOut:
     """
     places: dict[str, str] = {}
     if (path / META_FILE).is_file() or (path / TEST_KEYS_FILE).is_file():
-        read_meta(path)  # whole, and of this format
+        read_meta(path, kind=None)  # whole, and of this format
         if not (path / TEST_KEYS_FILE).is_file():
             raise DataError(f"--split_from {path} lacks {TEST_KEYS_FILE}: prepare it again, or name its {TEST_FILE}")
         for number, key in enumerate((path / TEST_KEYS_FILE).read_text("ascii").split(), 1):

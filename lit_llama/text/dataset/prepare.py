@@ -19,14 +19,22 @@ from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.dataset.folder import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
 from lit_llama.text.dataset.held_out import HeldOut, opening, opening_key
+from lit_llama.text.dataset.pairs import (
+    Judgements,
+    PairEncoder,
+    PairWriter,
+    Verdict,
+    one_answer,
+    raw_preference,
+)
 from lit_llama.text.dataset.reject_log import RejectLog, Tally, keep_long_rows
 from lit_llama.text.dataset.shards import Shards
 from lit_llama.text.dataset.split import Choice, far_from, hash_side, held_rows, shuffle_split, side_few, usable
-from lit_llama.text.dataset.writer import Sides, trained_tokens
+from lit_llama.text.dataset.writer import Sides, SplitWriter, trained_tokens
 from lit_llama.text.inspect.findings import Findings
 from lit_llama.text.inspect.report import write_report
 from lit_llama.text.inspect.show import ShownSample, shown_sample
-from lit_llama.text.message import Conversation, Message
+from lit_llama.text.message import Conversation, Message, Preference
 from lit_llama.text.prompts.encode import begins
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
 from lit_llama.text.prompts.styles import PromptStyle
@@ -103,6 +111,7 @@ def prepare(
     Raises:
         DataError: Rows that cannot be used, or a split without rows.
     """
+    pairs = config.data_kind == "preference"
     encoder, destination = new_encoder(tokenizer, style, config), config.destination_path
     made = publish(destination, META_FILE, replace=True)
     with rare_collections(), made as folder, _Work(folder, config, choice, members) as work:
@@ -123,6 +132,7 @@ def prepare(
             "prompt_style": style.name,
             **config.rules(),
             **choice.rules(),
+            **(work.judged.meta() if pairs else {}),
             "kept": reader.rows - work.rejected.dropped_rows,
             **work.rejected.meta(),
             "in_parts": work.parts,
@@ -150,7 +160,8 @@ def prepare(
 
 def new_encoder(tokenizer: Tokenizer, style: PromptStyle, config: PrepareConfig) -> Encoder:
     """Build the encoder of a configuration."""
-    return Encoder(
+    kind = PairEncoder if config.data_kind == "preference" else Encoder
+    return kind(
         tokenizer,
         style,
         max_seq_length=config.max_seq_length,
@@ -170,7 +181,9 @@ class _Work:
     def __init__(self, folder: Path, config: PrepareConfig, choice: Choice, members: HeldOut | None) -> None:
         self._config, self._choice, self._members = config, choice, members
         self._drawn = choice.split == "shuffle"
-        self.sides = Sides(folder, drawn=self._drawn)
+        self.judged = Judgements()
+        writer = PairWriter if config.data_kind == "preference" else SplitWriter
+        self.sides = Sides(folder, drawn=self._drawn, writer=writer)
         self.findings = Findings(near_duplicates=config.near_duplicates)
         self.rejected = RejectLog(folder)
         self.parts = 0
@@ -211,9 +224,10 @@ class _Work:
             messages, row = conversation.messages, whole[conversation.row]
             self.findings.add(len(self._texts), conversation.where, side, *words(messages), tokens, learned)
             opened = None if conversation is row else opening(row.messages)  # a row that was cut may open otherwise
-            self._texts.add((messages, conversation.tools, opened))
+            verdict = self.judged.add(conversation) if isinstance(conversation, Preference) else None
+            self._texts.add((messages, conversation.tools, opened, verdict))
             if side == "test":
-                self._hold_out(messages, conversation.tools, opened)
+                self._hold_out(messages, conversation.tools, opened, verdict)
 
     def _side(self, conversation: Conversation) -> str:
         if self._choice.split == "given":
@@ -229,8 +243,9 @@ class _Work:
             return self._members.side(conversation)
         return hash_side(opening(conversation.messages), self._choice.test_split_size, self._config.seed)
 
-    def _hold_out(self, messages: Sequence[Message], tools: Tools, opened: str | None) -> None:
-        self._test.write(json.dumps(raw_row(messages, tools), ensure_ascii=False) + "\n")
+    def _hold_out(self, messages: Sequence[Message], tools: Tools, opened: str | None, verdict: Verdict | None) -> None:
+        row = raw_row(messages, tools) if verdict is None else raw_preference(messages, tools, verdict)
+        self._test.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._keys.write(opening_key(opening(messages) if opened is None else opened) + "\n")
 
     def finish(self, rows: int) -> None:
@@ -242,6 +257,7 @@ class _Work:
         Raises:
             DataError: A split has no rows, or not all of the rows that were to be for testing are there.
         """
+        self.judged.check()
         if self._members:
             self._members.check()
         if self._drawn:
@@ -284,7 +300,7 @@ class _Work:
 
     def _said(self, number: int) -> tuple[str, str, str]:
         """What the row of a sample opens with, and the words of the sample."""
-        messages, *_, opened = self._texts[number]
+        messages, _, opened, _ = self._texts[number]
         return (opening(messages) if opened is None else opened), *words(messages)
 
     def _nothing(self, name: str, rows: int) -> DataError:
@@ -311,6 +327,7 @@ class _Work:
         for name, wanted in (("train", 6), ("test", 2)):
             for row, (ids, labels) in self.sides.counts[name].shown(wanted).items():
                 where = f"{name} {row}"
+                ids, labels = one_answer(ids, labels) if self._config.data_kind == "preference" else (ids, labels)
                 shown.append(shown_sample(tokenizer, ids.tolist(), labels.tolist(), row=row, where=where, split=name))
         return shown
 

@@ -5,7 +5,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,6 +64,8 @@ def prepare_records(config: PrepareConfig, *, plan: Mapping[str, int] | None = N
 
 
 def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str, Any]:
+    if config.data_kind == "preference":  # prompts are the same for all answers, and each answer is the last one
+        config, plan = replace(config, train_on="last"), None
     destination, tokenizer_path, prompt_style = config.destination_path, config.tokenizer_path, config.prompt_style
     ignore_fields = [name for given in config.ignore_fields or () for name in given.split(",")]  # of a command line
     shards = [config.shards] if isinstance(config.shards, str) else config.shards or ()
@@ -78,6 +80,8 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
         documents=config.documents,
         as_text=config.as_text,
         ignore_fields=ignore_fields,
+        data_kind=config.data_kind,
+        where=config.where,
     )
     reader = read(config.sources, weights=config.weights, dialect=dialect)
     split_from = config.split_from
@@ -88,7 +92,7 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
             "--documents paragraph or line, or --test_split_size 0 to train on it alone"
         )
     members = (
-        read_held_out(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding)))
+        read_held_out(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding), where=None))
         if split_from
         else None
     )
@@ -110,6 +114,10 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
         **{f"--{name}": value for name, value in asdict(dialect).items()},
         "plan of steps": dict(plan or {}),
     }
+    if config.data_kind != "auto":
+        made_of["--as"] = config.data_kind
+    if config.where is not None:
+        made_of["--where"] = config.where
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     meta = read_object(destination / (SHARD_FILE if part else META_FILE))
     if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == config.shard:
@@ -140,16 +148,17 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
         members=members,
         shards=together,
         plan=plan,
-        commands=_next_commands(destination, tokenizer_path),
+        commands=_next_commands(destination, tokenizer_path, _door(config)),
     )
-    _summary(destination, meta, tokenizer)
+    _summary(destination, meta, tokenizer, _door(config))
     return meta
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What is not as it was when a folder was made; "" if nothing is known of that."""
-    changed = [name for name in now if before and now[name] != before.get(name)]
-    flags = [f"{name} is {now[name]}, not {before.get(name)}" for name in changed if name.startswith("--")]
+    known = [*now, *(name for name in before if name.startswith("--") and name not in now)]
+    changed = [name for name in known if before and now.get(name) != before.get(name)]
+    flags = [f"{name} is {now.get(name)}, not {before.get(name)}" for name in changed if name.startswith("--")]
     return ", ".join(flags + [f"the {name} changed" for name in changed if not name.startswith("--")])
 
 
@@ -162,14 +171,19 @@ def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
     return there and is_intact(destination)
 
 
-def _next_commands(destination: Path, tokenizer_path: Path) -> list[str]:
+def _next_commands(destination: Path, tokenizer_path: Path, door: str) -> list[str]:
     """What to do with the folder."""
     data, base = (shlex.quote(str(path)) for path in (destination, tokenizer_path))
     commands = [f"python prepare/show.py --data_dir {data}"]
     if tokenizer_path.is_dir():
-        out = shlex.quote(f"out/lora/{destination.name}")
-        commands.append(f"python finetune/lora.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}")
+        out = shlex.quote(f"out/{door}/{destination.name}")
+        commands.append(f"python finetune/{door}.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}")
     return [as_typed(command) for command in commands]
+
+
+def _door(config: PrepareConfig) -> str:
+    """The method that is trained on such a folder."""
+    return "dpo" if config.data_kind == "preference" else "lora"
 
 
 def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
@@ -229,7 +243,7 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer, door: str) -> None:
     """Where every row went, and what there is now, on stderr."""
     say = stderr().print
     name, rows, dropped = meta["source"]["file"], meta["source"]["rows"], meta["dropped"]
@@ -248,6 +262,8 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
         if fields:
             named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
             say(f"  {FIELDS_SAID[what]}: {named}")
+    if meta.get("pairs") is False:
+        say(f"  {meta['wanted']} answers are wanted, {meta['unwanted']} are not")
     if meta["turns_cut"]:
         say(f"  {meta['turns_cut']} last turns without an answer were left off")
     if meta["in_parts"]:
@@ -276,7 +292,8 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer) -
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
     for line in look_at(destination / REPORT_JSON):
         say(f"  {line}")
-    say(f"{destination}: look at {REPORT_HTML}; ready for finetune/lora.py --data_dir {shlex.quote(str(destination))}")
+    ready = f"ready for finetune/{door}.py --data_dir {shlex.quote(str(destination))}"
+    say(f"{destination}: look at {REPORT_HTML}; {ready}")
 
 
 def _shard_summary(destination: Path, made: Mapping[str, Any], part: Part) -> None:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,10 @@ class Samples:
         return self.input_ids[inside].copy(), self.labels[inside].copy()
 
 
+List = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+"""A column of lists: their values end to end, and the length of each."""
+
+
 class SplitWriter:
     """One split of a data folder.
 
@@ -53,18 +57,36 @@ class SplitWriter:
         folder: The folder of the split, such as data/alpaca/train.
     """
 
+    columns: ClassVar[Sequence[str]] = COLUMNS
+
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
         self._folder = folder
         folder.mkdir(parents=True)
         feature = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}
-        self._features = dict.fromkeys(COLUMNS, feature)
+        self._features = dict.fromkeys(self.columns, feature)
         metadata = {"huggingface": json.dumps({"info": {"features": self._features}})}
-        self._schema = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS], metadata)
+        self._schema = pa.schema([(name, pa.list_(pa.int32())) for name in self.columns], metadata)
         self._files: list[Path] = []
         self._writer: Any = None
         self._written = 0
+
+    @staticmethod
+    def lists(batch: Samples) -> list[List]:
+        """What is stored of samples: values and lengths for each column."""
+        return [(batch.input_ids, batch.lengths), (batch.labels, batch.lengths)]
+
+    @staticmethod
+    def samples(lists: Sequence[List]) -> Samples:
+        """Samples out of what is stored of them."""
+        (ids, lengths), (labels, _) = lists
+        return Samples(ids, labels, lengths)
+
+    @staticmethod
+    def sequences(batch: Samples) -> npt.NDArray[np.int64]:
+        """Tokens of the longest sequence that a model sees of each sample: (samples,)."""
+        return batch.lengths
 
     def add(self, batch: Samples) -> None:
         """Append samples."""
@@ -74,8 +96,10 @@ class SplitWriter:
             return
         if self._writer is None or self._written > MAX_FILE_SIZE:
             self._open()
-        offsets = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
-        columns = [pa.ListArray.from_arrays(offsets, values) for values in (batch.input_ids, batch.labels)]
+        columns = [
+            pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), values)
+            for values, lengths in self.lists(batch)
+        ]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._written += batch.input_ids.nbytes + batch.labels.nbytes
 
@@ -110,16 +134,17 @@ class SplitWriter:
         (self._folder / "dataset_info.json").write_text(json.dumps(info, indent=2), "utf-8")
 
 
-def read_samples(folder: Path) -> Iterator[Samples]:
-    """Read the samples of a split that a SplitWriter has closed, in its batches."""
+def read_samples(folder: Path, writer: type[SplitWriter]) -> Iterator[Samples]:
+    """Read the samples of a split that a writer has closed, in its batches."""
     import pyarrow as pa
 
     for path in sorted(folder.glob("*.arrow")):
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as batches:
             for batch in batches:
-                ids, labels = (batch.column(name) for name in COLUMNS)
-                lengths = np.diff(ids.offsets.to_numpy()).astype(np.int64)
-                yield Samples(ids.values.to_numpy(), labels.values.to_numpy(), lengths)
+                lists = (batch.column(name) for name in writer.columns)
+                yield writer.samples(
+                    [(each.values.to_numpy(), np.diff(each.offsets.to_numpy()).astype(np.int64)) for each in lists]
+                )
 
 
 def finish(folder: Path, splits: Sequence[str]) -> None:
@@ -139,13 +164,14 @@ class Sides:
     Args:
         folder: The folder of the splits.
         drawn: Rows get their side in the end, by `deal`; else `add` is told.
+        writer: What writes a split.
     """
 
-    def __init__(self, folder: Path, *, drawn: bool) -> None:
-        self._folder = folder
-        self._writers = {} if drawn else {name: SplitWriter(folder / name) for name in SPLITS}
+    def __init__(self, folder: Path, *, drawn: bool, writer: type[SplitWriter] = SplitWriter) -> None:
+        self._folder, self._writer = folder, writer
+        self._writers = {} if drawn else {name: writer(folder / name) for name in SPLITS}
         self._aside = _Aside(folder) if drawn else None
-        self.counts = {name: _Counts() for name in SPLITS}
+        self.counts = {name: _Counts(writer) for name in SPLITS}
 
     def add(self, batch: Samples, rows: Sequence[int], sides: Sequence[str]) -> None:
         """Append samples; `rows` are ascending."""
@@ -165,7 +191,7 @@ class Sides:
         dealt = {}
         for name, order in orders.items():
             samples = self._aside.samples_of(order)
-            writer = self._writers[name] = SplitWriter(self._folder / name)
+            writer = self._writers[name] = self._writer(self._folder / name)
             for start in range(0, len(samples), _GATHERED):
                 part = self._aside.gather(samples[start : start + _GATHERED])
                 writer.add(part)
@@ -190,9 +216,9 @@ class Sides:
         (self._folder / whole).rename(aside)
         for name in SPLITS:
             shutil.rmtree(self._folder / name, ignore_errors=True)
-            self._writers[name], self.counts[name] = SplitWriter(self._folder / name), _Counts()
+            self._writers[name], self.counts[name] = self._writer(self._folder / name), _Counts(self._writer)
         first = 0
-        for batch in read_samples(aside):
+        for batch in read_samples(aside, self._writer):
             chosen = test[first : first + len(batch.lengths)]
             self.add(batch, (), np.where(chosen, "test", "train").tolist())
             first += len(batch.lengths)
@@ -248,7 +274,8 @@ class _Aside:
 class _Counts:
     """What a split holds, and a few of its samples, so that nobody has to read it again."""
 
-    def __init__(self) -> None:
+    def __init__(self, writer: type[SplitWriter]) -> None:
+        self._sequences = writer.sequences
         self.samples = self.tokens = self.trained = self.longest = 0
         self.first: list[Pair] = []
         self.longest_sample: tuple[int, Pair] | None = None
@@ -258,13 +285,14 @@ class _Counts:
         self.samples += len(batch.lengths)
         self.tokens += int(batch.lengths.sum())
         self.trained += int(trained_tokens(batch).sum())
-        self.longest = max(self.longest, int(batch.lengths.max(initial=0)))
+        self.longest = max(self.longest, int(self._sequences(batch).max(initial=0)))
 
     def _remember(self, batch: Samples) -> None:
         wanted = range(min(SHOWN - len(self.first), len(batch.lengths)))
         self.first += [batch.sample(index) for index in wanted]
-        if batch.lengths.max(initial=0) > self.longest:
-            index = int(batch.lengths.argmax())
+        sequences = self._sequences(batch)
+        if sequences.max(initial=0) > self.longest:
+            index = int(sequences.argmax())
             self.longest_sample = self.samples + index, batch.sample(index)
 
     def shown(self, wanted: int) -> dict[int, Pair]:

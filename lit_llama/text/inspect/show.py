@@ -13,6 +13,7 @@ from lit_llama.console import visible
 from lit_llama.errors import CheckpointError, DataError, IntegrityError, UserError
 from lit_llama.progress import stdout
 from lit_llama.text.dataset.folder import Split, read_meta
+from lit_llama.text.dataset.pairs import PairSplit
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.stream import Streamer
@@ -89,7 +90,8 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
     """
     ranges = parse_rows(rows)
     tokenizer = recorded_tokenizer(data_dir, tokenizer_path)
-    samples = Split(data_dir, split, empty=True)
+    pairs = read_meta(data_dir, kind=None).get("kind") == "preference"
+    samples = PairSplit(data_dir, split, empty=True) if pairs else Split(data_dir, split, empty=True)
     if not len(samples):
         raise UserError(f"{data_dir} has no {split} split: it was prepared with --test_split_size 0")
     last = max(part[-1] for part in ranges)
@@ -99,11 +101,13 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
     plain = not console.is_terminal or console.no_color
     console.print(_legend(plain))
     for row in itertools.chain.from_iterable(ranges):
-        ids, labels = (column.tolist() for column in samples[row])
-        sample = shown_sample(tokenizer, ids, labels, row=row, where=f"{split} row {row}", split=split)
-        count = sum(token.trained for token in sample.tokens)
-        console.print(Text(f"\n{sample.where}: {len(ids)} tokens, {count} of them trained", "" if plain else "bold"))
-        console.print(Text(plain_text(sample.tokens)) if plain else coloured_text(sample.tokens))
+        for name, ids, labels in samples.answers(row) if isinstance(samples, PairSplit) else [("", *samples[row])]:
+            where = f"{split} row {row}" + (f", {name}" if name else "")
+            sample = shown_sample(tokenizer, ids.tolist(), labels.tolist(), row=row, where=where, split=split)
+            count = sum(token.trained for token in sample.tokens)
+            said = f"\n{sample.where}: {len(ids)} tokens, {count} of them trained"
+            console.print(Text(said, "" if plain else "bold"))
+            console.print(Text(plain_text(sample.tokens)) if plain else coloured_text(sample.tokens))
 
 
 def parse_rows(rows: str) -> list[range]:
@@ -129,7 +133,7 @@ def recorded_tokenizer(data_dir: Path, path: Path | None) -> Tokenizer:
         CheckpointError: The tokenizer is missing.
         IntegrityError: It is another one.
     """
-    recorded = read_meta(data_dir).get("tokenizer", {})
+    recorded = read_meta(data_dir, kind=None).get("tokenizer", {})
     if path is None:
         if "path" not in recorded:
             raise DataError(f"{data_dir} does not say which tokenizer it was made with; prepare the data again")

@@ -213,7 +213,7 @@ class FieldLog:
                 continue
             if name in _UNWANTED and isinstance(value, bool) and not text:
                 if not value:
-                    hint = "leave such rows out with --on_error skip"
+                    hint = "see --as preference and --as sft-chosen"
                     raise RowError(f"field {name} is false: the answer is not wanted (KTO)", hint=hint)
                 continue
             if isinstance(value, str) and _is_copy(value, contents):
@@ -250,7 +250,7 @@ def _way_out(name: str) -> str:
     if known in _LOSS:
         return f"mark the messages themselves with train true or false, or {leave}"
     if known in _PREFERENCES:
-        return f"preferences cannot be trained on yet; {leave}"
+        return f"preferences need chosen and rejected answers; {leave}"
     if known in _MEDIA:
         return f"leave such rows out with --on_error skip, or the field with --ignore_fields {name}"
     return (

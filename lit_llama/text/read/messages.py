@@ -45,10 +45,11 @@ _FLAGS = (
     "loss_weight",
     "weight",
 )  # whether a message carries loss
+_WORDS = ("text", "value")  # what a part of the type text is called
 _TEXTS = ("text", "input_text", "output_text", None)
 _USED = frozenset((*_SPEAKER, *THOUGHTS, *TOOLS, *_FLAGS, "tool_calls", _CALL, "tool_call_id", "name", "input"))
 _USED_WITH = {said: _USED | {said} for said in _SAID}
-_PART = frozenset(("type", "text", "thinking", "reasoning", "signature"))
+_PART = frozenset(("type", "text", "value", "thinking", "reasoning", "signature"))
 OASST_FIELDS = names_of(
     "role text replies rank deleted parent_id labels emojis review_count review_result synthetic message_tree_id "
     "message_id tree_state model_name detoxify created_date user_id lang"
@@ -270,9 +271,11 @@ def _joined(parts: list[Any], name: str, at: str, log: FieldLog) -> tuple[str, l
             continue
         what = part.get("type") if isinstance(part, dict) else None
         inside = what if what in ("thinking", "reasoning") else "text"
-        if not isinstance(part, dict) or (inside == "text" and what not in _TEXTS) or inside not in part:
+        if isinstance(part, dict) and inside == "text" and "text" not in part and "value" in part:
+            inside = "value"
+        if not isinstance(part, dict) or (inside in _WORDS and what not in _TEXTS) or inside not in part:
             found = shown(what) if isinstance(part, dict) else kind(part)
             raise RowError(f"a part of the content is {found}, expected an object of type text", at)
-        (texts if inside == "text" else thoughts).append(log.text(part, inside, at))
+        (texts if inside in _WORDS else thoughts).append(log.text(part, inside, at))
         log.unused_in_message(part, _PART, at)
     return "".join(texts), ["".join(thoughts)] if thoughts else []

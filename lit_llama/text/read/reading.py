@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.dataset.config import Documents, OnError, Tree
-from lit_llama.text.message import Conversation, Dropped
+from lit_llama.text.dataset.config import DataKind, Documents, OnError, Tree
+from lit_llama.text.message import Conversation, Dropped, Preference
 from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.files import UTF8, Dialect, plain_suffix
 from lit_llama.text.read.oasst import join_messages
+from lit_llama.text.read.preferences import Judged, judgement, read_judged, refuse
 from lit_llama.text.read.raw import RawRow, RowError
 from lit_llama.text.read.schemas import FIELDS, complete, recognise
 from lit_llama.text.read.sources import Division, Part, resolve
+from lit_llama.text.read.where import Where
 
 
 class Reader:
@@ -45,11 +47,15 @@ class Reader:
         as_text: bool,
         ignored: Sequence[str],
         remarks: dict[str, None],
+        data_kind: DataKind,
+        where: str | None,
     ) -> None:
         self._sources, self._fields, self._on_error = sources, fields, on_error
         self._new_log = partial(FieldLog, tree=tree, as_text=as_text, ignored=ignored)
         self._weights, self._seed = weights, seed
         self.remarks = remarks
+        self._kind = data_kind
+        self._where = Where(where, {theirs: ours for ours, theirs in fields.items()}) if where is not None else None
         self.division = Division.of(sources)
         self._expected: dict[str, str] = {}
         self._begin()
@@ -67,6 +73,8 @@ class Reader:
         self.cut_turns = 0
         self.log = self._new_log()
         self._unseen = dict(self._fields)
+        if self._where:
+            self._where.begin()
 
     def __iter__(self) -> Iterator[Conversation | Dropped]:
         """Read.
@@ -86,6 +94,8 @@ class Reader:
         if self._unseen:
             ours, theirs = next(iter(self._unseen.items()))
             raise DataError(f"--fields {ours}={theirs}: no row has a field {theirs}")
+        if self._where:
+            self._where.check()
 
     def _drawn(self) -> Iterator[tuple[RawRow, str | None, bool]]:
         """Rows of all sources with their split, and whether they are wanted."""
@@ -136,7 +146,16 @@ class Reader:
             return
         self.log.begin_row()
         try:
+            if self._where and not self._where.holds(raw.value):
+                yield Dropped(self.rows, raw.where, f"not asked for by --where {self._where.text}", by_choice=True)
+                return
             row = self.log.wanted(raw.value)
+            if found := judgement(row):
+                yield from self._judged(row, found, raw.where, split)
+                return
+            if self._kind == "preference":
+                hint = "--as preference needs chosen and rejected, a label that is true or false, or rated completions"
+                raise RowError("no answer of the row was judged", hint=hint)
             schema = recognise(row)
             self.schemas[schema.name] += 1
             for turns in schema.turns(row, self.log):
@@ -154,6 +173,39 @@ class Reader:
                 raise DataError(f"{raw.where}: {error}") from error
             yield Dropped(self.rows, raw.where, error.reason)
 
+    def _judged(
+        self, row: Mapping[str, Any], found: str, where: str, split: str | None
+    ) -> Iterator[Conversation | Dropped]:
+        """What a row of preferences comes to.
+
+        Raises:
+            RowError: It cannot be used, or nobody has said what to make of it.
+        """
+        if self._kind == "auto":
+            raise refuse(found, row)
+        pairs = self._kind == "preference"
+        self.schemas[found if pairs else f"{found}, of which the wanted answers"] += 1
+        try:
+            for one in read_judged(row, found, self.log, pairs=pairs):
+                yield self._conversation(one, where, split, pairs)
+        except RowError as error:
+            if not error.unusable:
+                raise
+            yield Dropped(self.rows, where, error.reason)
+
+    def _conversation(self, one: Judged, where: str, split: str | None, pairs: bool) -> Conversation | Dropped:
+        """What is made of judged answers."""
+        self.cut_turns += one.cut
+        if one.chosen is None and not pairs:
+            return Dropped(self.rows, where, "the answer is not wanted (its label is false)", by_choice=True)
+        answer = one.chosen or one.rejected
+        assert answer
+        messages, tools = (*one.prompt, answer), one.tools
+        if not pairs:
+            return Conversation(messages, self.rows, where, False, split, tools)
+        wanted, other = one.chosen is not None, one.rejected if one.chosen else None
+        return Preference(messages, self.rows, where, False, split, tools, wanted, other)
+
 
 def read_conversations(
     sources: Sequence[str],
@@ -167,6 +219,8 @@ def read_conversations(
     dialect: Dialect = UTF8,
     as_text: bool = False,
     ignore_fields: Sequence[str] = (),
+    data_kind: DataKind = "auto",
+    where: str | None = None,
 ) -> Reader:
     """Read instruction, chat or text data. No row is read before the loop over the result begins.
 
@@ -186,6 +240,8 @@ def read_conversations(
         as_text: Numbers, lists and objects where a text belongs become JSON text, and are counted; else they
             are errors.
         ignore_fields: Fields of rows and of messages, by their names in the data, that are left out.
+        data_kind: Rows with judged answers are errors, come to their wanted answers, or to preferences.
+        where: A condition on fields, by their names in the data: other rows are dropped by choice.
 
     Raises:
         UserError: An option is wrong.
@@ -209,7 +265,7 @@ def read_conversations(
     names = [part.name for source in parts for part in source]
     if dialect.is_of_csv and not any(plain_suffix(Path(name)) in (".csv", ".tsv") for name in names):
         raise UserError("--quoting and --escape are about CSV, and no source is named .csv or .tsv: leave them out")
-    return Reader(parts, fields, on_error, tree, weights, seed, as_text, ignore_fields, remarks)
+    return Reader(parts, fields, on_error, tree, weights, seed, as_text, ignore_fields, remarks, data_kind, where)
 
 
 def _rename(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

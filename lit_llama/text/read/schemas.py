@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_llama.text.message import Message
 from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing, suggest
+from lit_llama.text.read.glaive import GLAIVE, glaive_turns
 from lit_llama.text.read.messages import (
     OASST_FIELDS,
     Turns,
@@ -21,7 +22,7 @@ from lit_llama.text.read.messages import (
 )
 from lit_llama.text.read.oasst import Node, branches
 from lit_llama.text.read.raw import RowError, kind, listed, missing
-from lit_llama.text.read.tools import read_tools
+from lit_llama.text.read.tools import check_calls, read_tools, repeats
 
 _AFTER: dict[str, tuple[str, ...]] = {
     "": ("system", "user"),
@@ -30,8 +31,8 @@ _AFTER: dict[str, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-_BESIDE_CHATS = (*SYSTEM, *TOOLS)
-_BESIDE_PAIRS = (*_BESIDE_CHATS, *INPUTS, *THOUGHTS, "history")
+BESIDE_CHATS = (*SYSTEM, *TOOLS)
+_BESIDE_PAIRS = (*BESIDE_CHATS, *INPUTS, *THOUGHTS, "history")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def recognise(row: Row) -> Schema:
 def _way_out(row: Row) -> str:
     """What to do about a row that fits no schema, as an end of the message; "" if nobody knows."""
     if {"chosen", "rejected"} <= row.keys():
-        return f"; preferences cannot be trained on yet, only their chosen answers{_chosen(row)}"
+        return "; these are preferences, which prepare/records.py reads with --as preference or --as sft-chosen"
     for name, value in row.items():
         if in_a_field(value):
             return f"; the field {listed([name])} holds messages: try --fields messages={listed([name])}"
@@ -112,19 +113,14 @@ def _way_out(row: Row) -> str:
     return ""
 
 
-def _chosen(row: Row) -> str:
-    """How to train on the chosen answers of preferences."""
-    if in_a_field(row["chosen"]):
-        first = read_messages(row, "chosen", FieldLog()).messages[0]
-        chosen = "completion" if first["role"] == "assistant" and "prompt" in row else "messages"
-        way = f"; try --fields {chosen}=chosen"
-    else:
-        way = _suggested({name: value for name, value in row.items() if name != "rejected"})
-    return f"{way or '; try --fields text=chosen'} --ignore_fields rejected"
+def suggest_prompt(row: Row) -> str:
+    """The `--fields` that give the answers of a row a prompt, as the end of a message; "" if nobody knows."""
+    keys = ("instruction", "output")
+    return suggest({**row, "output": "."}, [keys], {keys: _BESIDE_PAIRS})
 
 
 def _suggested(row: Row) -> str:
-    required = [schema.keys for schema in SCHEMAS if schema is not OASST]
+    required = [schema.keys for schema in SCHEMAS if schema is not OASST and schema.name != "Glaive"]
     return suggest(row, required, {schema.keys: schema.beside for schema in SCHEMAS})
 
 
@@ -146,10 +142,13 @@ def complete(messages: Sequence[Message], schema: Schema) -> tuple[tuple[Message
     for index, message in enumerate(messages):
         role = message["role"]
         if role not in _AFTER[before] and not schema.is_text:
+            if role == "assistant" and index and "tool_calls" in messages[index - 1]:
+                break  # check_calls names it
             wanted = " or ".join(_AFTER[before])
             place = f"behind {before}" if before else "at the beginning"
             raise RowError(f"found role {role} {place}, expected {wanted}", f"message {index}")
         before = role
+    check_calls(messages)
     answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answered:
         raise RowError("no answer" if messages else "no messages", unusable=True)
@@ -168,7 +167,7 @@ def _pair(user: str, answer: str) -> Callable[[Row, FieldLog], Iterator[Turns]]:
     """Turns of a row with a field for each: the instruction, its input (which may be missing), the answer."""
 
     def read(row: Row, log: FieldLog) -> Iterator[Turns]:
-        turns = _beside(row, log)
+        turns = beside(row, log)
         turns.messages += _history(row, log)
         given = _one_of(row, INPUTS, log)
         asked = {"role": "user", "content": "" if given and missing(row[user]) else log.text(row, user)}
@@ -193,7 +192,7 @@ def _chat(name: str) -> Callable[[Row, FieldLog], Iterator[Turns]]:
     """Turns of a row with a list of messages."""
 
     def read(row: Row, log: FieldLog) -> Iterator[Turns]:
-        yield _joined(_beside(row, log), read_messages(row, name, log))
+        yield joined(beside(row, log), read_messages(row, name, log))
 
     return read
 
@@ -207,10 +206,10 @@ def _prompt_completion(row: Row, log: FieldLog) -> Iterator[Turns]:
     for name in (*INPUTS, *THOUGHTS, "history"):
         if not missing(row.get(name)) and row[name] not in ("", []):
             raise RowError(f"field {name} has no place beside a list of messages", hint=f"see --ignore_fields {name}")
-    turns = _beside(row, log)
+    turns = beside(row, log)
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if name in lists:
-            turns = _joined(turns, read_messages(row, name, log))
+            turns = joined(turns, read_messages(row, name, log))
         else:
             turns.messages.append({"role": role, "content": log.text(row, name)})
     yield turns
@@ -235,11 +234,17 @@ def _node(node: Node, log: FieldLog) -> dict[str, Any]:
     return read_message(node, read_role(node["role"], "role", at), "text", at, log)
 
 
+def _glaive(row: Row, log: FieldLog) -> Iterator[Turns]:
+    """Turns of a chat that is written as one text."""
+    system = "" if missing(row.get("system")) else log.text(row, "system")
+    yield glaive_turns(system, log.text(row, "chat"))
+
+
 def _text(row: Row, log: FieldLog) -> Iterator[Turns]:
     yield Turns([{"role": "assistant", "content": log.text(row, "text")}])
 
 
-def _beside(row: Row, log: FieldLog) -> Turns:
+def beside(row: Row, log: FieldLog) -> Turns:
     """The system message and the tools that stand beside the messages of a row."""
     turns = Turns()
     if system := _one_of(row, SYSTEM, log):
@@ -249,14 +254,19 @@ def _beside(row: Row, log: FieldLog) -> Turns:
     return turns
 
 
-def _joined(beside: Turns, chat: Turns) -> Turns:
+def joined(around: Turns, chat: Turns) -> Turns:
     """A chat with what stands beside it; a system message that stands in both comes once."""
-    messages = beside.messages
+    messages = around.messages
     if messages and chat.messages[:1] and messages[-1] == chat.messages[0]:
         messages = messages[:-1]
-    if beside.tools and chat.tools and beside.tools != chat.tools:
+    if around.tools and chat.tools and around.tools != chat.tools:
         raise RowError("tools stand beside the messages and in one of them, and differ", "tools")
-    return Turns(messages + chat.messages, beside.tools or chat.tools)
+    messages = messages + chat.messages
+    tools = around.tools or chat.tools
+    told = tools and messages and messages[0]["role"] == "system" and repeats(tools, messages[0]["content"])
+    if told and not any("tool_calls" in message for message in messages):
+        tools = []  # a copy of what the system message says; the calls are text, too
+    return Turns(messages, tools)
 
 
 def _one_of(row: Row, names: Sequence[str], log: FieldLog) -> str:
@@ -290,8 +300,8 @@ def _history(row: Row, log: FieldLog) -> list[dict[str, Any]]:
 
 OASST = Schema("OASST", ("prompt",), _tree, fits=lambda row: isinstance(row["prompt"], dict))
 SCHEMAS = (
-    Schema("OpenAI messages", ("messages",), _chat("messages"), _BESIDE_CHATS),
-    Schema("ShareGPT", ("conversations",), _chat("conversations"), _BESIDE_CHATS),
+    Schema("OpenAI messages", ("messages",), _chat("messages"), BESIDE_CHATS),
+    Schema("ShareGPT", ("conversations",), _chat("conversations"), BESIDE_CHATS),
     OASST,
     Schema(
         "prompt and completion",
@@ -314,10 +324,14 @@ SCHEMAS = (
         _BESIDE_PAIRS,
         {"user": "instruction", "assistant": "response"},
     ),
+    Schema("Glaive", ("chat",), _glaive, ("system",), fits=lambda row: GLAIVE.match(str(row["chat"])) is not None),
     Schema("plain text", ("text",), _text, words={"assistant": "text"}),
 )
+JUDGED_FIELDS = ("chosen", "rejected", "label", "completions", "ratings")
+"""Of rows of preferences; see preferences.py."""
 FIELDS = (
     *dict.fromkeys(key for schema in SCHEMAS for key in schema.keys),
     *("input", "context", "system", "reasoning_content", "tools", "history"),
+    *JUDGED_FIELDS,
 )
 """What --fields can give a name to."""

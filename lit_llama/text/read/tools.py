@@ -4,10 +4,11 @@ That form is OpenAI's, with the arguments of a call as an object, as transformer
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_llama.text.read.raw import STRICTEST, RowError, explain, kind, listed, missing
+from lit_llama.text.message import Message
+from lit_llama.text.read.raw import STRICTEST, RowError, explain, kind, listed, missing, shown
 
 Entry = dict[str, Any]
 _ARGUMENTS = ("arguments", "parameters")  # the second as Llama 3.1 writes its calls
@@ -44,6 +45,46 @@ def read_calls(value: Any, name: str, at: str) -> list[Entry]:
     if not calls:
         raise RowError(f"field {name} holds no call", at)
     return calls
+
+
+def check_calls(messages: Sequence[Message]) -> None:
+    """Check that calls and their results belong together; the last call of all waits for its results.
+
+    Several calls may have one result together where nothing says which it answers. In a conversation in which no
+    message has calls of its own, they may stand in the text.
+
+    Raises:
+        RowError: A call has no result, or a result no call.
+    """
+    if not any("tool_calls" in message for message in messages):
+        return
+    called, results = -1, 0  # the last message with calls, and the results of these
+    ids, named = dict[str, None](), True  # of the calls that are open, and whether all results say which they answer
+    for index, message in enumerate(messages):
+        at, name = f"message {index}", message.get("tool_call_id")
+        if message["role"] == "tool":
+            results += 1
+            if called < 0 or results > len(messages[called]["tool_calls"]):
+                raise RowError("a result has no call", at, "expected an answer with a call before it")
+            if name is not None and ids and name not in ids:
+                raise RowError(
+                    "a result has no call", at, f"tool_call_id is {shown(name)}, open are {listed(list(ids))}"
+                )
+            named = named and name is not None
+            if name is not None:
+                ids.pop(name, None)
+            continue
+        if called >= 0 and (not results or (named and ids)):
+            hint = f"{listed(list(ids))} is open" if results else "expected a message of the role tool behind it"
+            raise RowError("a call has no result", f"message {called}", hint)
+        calls = message.get("tool_calls")
+        called, results, named = (index, 0, True) if calls else (-1, 0, True)
+        ids = {str(call["id"]): None for call in calls or () if "id" in call}
+
+
+def repeats(tools: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether a system message describes all of some tools itself, as those of Hermes do, between <tools> tags."""
+    return "<tools>" in text and all(json.dumps(tool["function"]["name"]) in text for tool in tools)
 
 
 def _entries(value: Any, name: str, at: str) -> list[Entry]:

@@ -13,7 +13,7 @@ from lit_llama.text.message import Conversation
 from lit_llama.text.read.fields import FieldLog
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.reading import Reader, read_conversations
-from lit_llama.text.read.schemas import FIELDS, SCHEMAS, recognise
+from lit_llama.text.read.schemas import FIELDS, JUDGED_FIELDS, SCHEMAS, recognise
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 BASES: dict[str, dict[str, Any]] = {
@@ -25,6 +25,7 @@ BASES: dict[str, dict[str, Any]] = {
     "prompt and completion": {"prompt": "Why?", "completion": "Because."},
     "Alpaca": {"instruction": "Why?", "output": "Because."},
     "Dolly": {"instruction": "Why?", "response": "Because."},
+    "Glaive": {"chat": "USER: Why?\n\n\nASSISTANT: Because. <|endoftext|>"},
     "plain text": {"text": "Because."},
 }
 SAID = "something that stands nowhere else"
@@ -78,7 +79,9 @@ def test_what_is_for_the_model_is_used_or_an_error_with_a_way_out(name: str) -> 
     used = [field for field, value in CONTENT.items() if _reads(BASES[name] | {field: value})]
     chats = ["system", "system_prompt", "system_message", "systemInstruction", "tools", "functions"]
     pairs = ["input", "context", "reasoning_content", "reasoning", "thinking", "thoughts", "history"]
-    places = {"OASST": [], "plain text": [], "OpenAI messages": chats, "ShareGPT": chats}.get(name, chats + pairs)
+    places = {"OASST": [], "plain text": [], "Glaive": ["system"], "OpenAI messages": chats, "ShareGPT": chats}.get(
+        name, chats + pairs
+    )
     assert sorted(used) == sorted(places)
 
 
@@ -150,33 +153,6 @@ def test_fields_for_one_place_are_not_chosen_between() -> None:
     assert "the fields input, context are for one place, and differ" in refused(row | {"input": "c", "context": "d"})
     assert read(row | {"input": "c", "context": "c"})[0] == read(row | {"input": "c", "context": ""})[0]
     assert "system, system_prompt are for one place" in refused(row | {"system": "s", "system_prompt": "t"})
-
-
-def test_preferences_and_unwanted_answers_are_refused_with_a_way_out(put: Any) -> None:
-    """Catches the rejected answer trained on, KTO's unwanted ones among the others, and advice that does not work."""
-    texts = {"chosen": "good", "rejected": "bad"}
-    chats = {side: [TURNS[0], {"role": "assistant", "content": word}] for side, word in texts.items()}
-    answers = {side: turns[1:] for side, turns in chats.items()}
-    for row in (
-        {"prompt": "Why?"} | texts,
-        {"instruction": "Why?", "input": ""} | texts,
-        {"system": "Be brief.", "question": "Why?"} | texts,
-        {"prompt": "Why?"} | chats,
-        dict(chats),
-        {"prompt": TURNS[:1]} | answers,
-    ):
-        message = refused(row)
-        assert "preferences cannot be trained on yet" in message
-        [found] = from_file(put, row, **advised(message))[1]
-        assert found.messages[-1] == {"role": "assistant", "content": "good"} and len(found.messages) >= 2
-        assert [m["content"] for m in found.messages if m["role"] == "user"] == ["Why?"]
-    hh = {side: f"\n\nHuman: Why?\n\nAssistant: {word}" for side, word in texts.items()}
-    assert from_file(put, hh, **advised(refused(hh)))[1][0].messages[0]["content"] == hh["chosen"]
-    assert "field chosen has no place" in refused({"conversations": TURNS} | texts)
-    wanted = {"prompt": "Why?", "completion": "a", "label": True}
-    assert not read(wanted)[1].unused
-    for row in (wanted | {"label": False}, {"messages": TURNS, "kto_tag": False}):
-        assert "is false: the answer is not wanted (KTO)" in refused(row)
 
 
 def advised(message: str) -> dict[str, Any]:
@@ -273,4 +249,4 @@ def test_counts_are_rows_and_each_loop_counts_anew(put: Any) -> None:
 
 def test_every_field_that_can_be_named_has_a_place_in_some_row() -> None:
     """Catches a name that --fields takes and that no kind of row uses."""
-    assert set(FIELDS) <= {name for schema in SCHEMAS for name in (*schema.keys, *schema.beside)}
+    assert set(FIELDS) - {*JUDGED_FIELDS} <= {name for schema in SCHEMAS for name in (*schema.keys, *schema.beside)}

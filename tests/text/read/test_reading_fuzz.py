@@ -1,13 +1,14 @@
 """Rows of any form: conversations, dropped rows, or a DataError."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_rows import Put
 
 from lit_llama.errors import DataError
+from lit_llama.text.dataset.config import DataKind
 from lit_llama.text.message import Conversation
 from lit_llama.text.read.reading import read_conversations
 
@@ -35,6 +36,9 @@ names = [
     "thinking",
     "chosen",
     "label",
+    "rejected",
+    "completions",
+    "ratings",
 ]
 roles = st.sampled_from(["user", "assistant", "system", "tool", "gpt", "human"]) | values
 messages = st.lists(
@@ -61,12 +65,14 @@ rows = st.dictionaries(
 
 
 @FUZZ
-@given(st.lists(rows | values, max_size=4), st.sampled_from(["best", "all"]))
-def test_arbitrary_rows_are_kept_or_dropped_or_a_data_error(put: Put, given: list[Any], tree: Any) -> None:
+@given(st.lists(rows | values, max_size=4), st.sampled_from(["best", "all"]), st.sampled_from(get_args(DataKind)))
+def test_arbitrary_rows_are_kept_or_dropped_or_a_data_error(
+    put: Put, given: list[Any], tree: Any, data_kind: Any
+) -> None:
     """Catches a traceback for an odd type in an odd place, and a row that is neither kept nor dropped."""
     path = put("a.json", json.dumps(given))
     for on_error, as_text in (("stop", False), ("skip", False), ("skip", True)):
-        reader = read_conversations([str(path)], on_error=on_error, tree=tree, as_text=as_text)  # type: ignore[arg-type]
+        reader = read_conversations([str(path)], on_error=on_error, tree=tree, as_text=as_text, data_kind=data_kind)  # type: ignore[arg-type]
         try:
             found = list(reader)
         except DataError as error:

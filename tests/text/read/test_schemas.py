@@ -123,6 +123,18 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[tuple[str, ...]]]] = {
         [("system", "s"), ("user", "a"), ("assistant", "b")],
     ),
     "ShareGPT in OpenAI's words": ({"conversations": chat("user", "assistant")}, "ShareGPT", said("user", "assistant")),
+    "Glaive": (
+        {
+            "system": "SYSTEM: You are a helpful assistant, with no access to external functions.\n\n",
+            "chat": "USER: a\nUSER b\n\n\nASSISTANT: b <|endoftext|>\n\n\nUSER: c\n\n\n"
+            "ASSISTANT: d\n\ne <|endoftext|>\n",
+        },
+        "Glaive",
+        [
+            ("system", "You are a helpful assistant, with no access to external functions."),
+            *(("user", "a\nUSER b"), ("assistant", "b"), ("user", "c"), ("assistant", "d\n\ne")),
+        ],
+    ),
     "OASST": (
         {
             "message_tree_id": "1",
@@ -322,8 +334,7 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     ),
     "preferences": (
         ["prompt", "chosen", "rejected"],
-        "; preferences cannot be trained on yet, only their chosen answers; try --fields completion=chosen "
-        "--ignore_fields rejected",
+        "; these are preferences, which prepare/records.py reads with --as preference or --as sft-chosen",
     ),
     "context": (["question", "context", "answer"], "; try --fields instruction=question,output=answer,input=context"),
     "system prompt": (

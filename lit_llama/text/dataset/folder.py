@@ -186,7 +186,7 @@ class Column:
         )
 
     def values(self) -> Iterator[npt.NDArray[Any]]:
-        """All values, a part at a time."""
+        """Yield all values, a part at a time."""
         for values, offsets in self._chunks:
             for start in range(int(offsets[0]), int(offsets[-1]), PART):
                 yield values[start : min(start + PART, int(offsets[-1]))]

@@ -32,10 +32,10 @@ Verdict = tuple[Message | None, bool]
 
 
 class PairEncoder(Encoder):
-    """Encodes preferences: each answer behind its prompt as the last answer of a sample."""
+    """Encoder of preferences: each answer behind its prompt as the last answer of a sample."""
 
     def render(self, conversations: Sequence[Conversation]) -> Rendered:
-        """See Encoder; each answer is a conversation of its own."""
+        """Cut conversations as Encoder does; each answer is a conversation of its own."""
         return super().render([side for conversation in conversations for side in _sides(conversation)])
 
     def encode(self, rendered: Rendered) -> Encoded:
@@ -124,12 +124,12 @@ class PairWriter(SplitWriter):
 
     @staticmethod
     def lists(batch: Samples) -> list[List]:
-        """See SplitWriter; a column for each part."""
+        """Return what is stored of samples, a column for each part."""
         return [(batch.input_ids[batch.labels == part], _counts(batch, part)) for part in _PARTS]
 
     @staticmethod
     def samples(lists: Sequence[List]) -> Samples:
-        """See SplitWriter."""
+        """Make samples of what is stored of them."""
         lengths = np.stack([sizes for _, sizes in lists])  # (3, samples)
         parts = np.repeat(np.tile(np.array(_PARTS, np.int32), lengths.shape[1]), lengths.T.ravel())
         ids = np.empty(len(parts), np.int32)
@@ -139,7 +139,7 @@ class PairWriter(SplitWriter):
 
     @staticmethod
     def sequences(batch: Samples) -> npt.NDArray[np.int64]:
-        """See SplitWriter; the prompt with the longer of its answers."""
+        """Count the tokens of the prompt with the longer of its answers, of each sample."""
         answers = np.maximum(_counts(batch, CHOSEN), _counts(batch, REJECTED))
         return _counts(batch, IGNORE_INDEX) + answers
 
@@ -153,7 +153,7 @@ def _counts(batch: Samples, part: int) -> npt.NDArray[np.int64]:
 
 
 def one_answer(ids: Ids, parts: Ids) -> tuple[Ids, Ids]:
-    """The prompt with its chosen answer, or with the rejected one where no other is known, as ids and labels."""
+    """Return the prompt with its chosen answer, or with the rejected one where no other is known, as ids and labels."""
     answer = CHOSEN if (parts == CHOSEN).any() else REJECTED
     inside = (parts == IGNORE_INDEX) | (parts == answer)
     return ids[inside], np.where(parts == answer, ids, np.int32(IGNORE_INDEX))[inside]
@@ -184,13 +184,13 @@ class Judgements:
             )
 
     def meta(self) -> dict[str, Any]:
-        """What meta.json says of them."""
+        """Return what meta.json says of them."""
         single = {} if self.pairs else {"wanted": self.wanted, "unwanted": self.unwanted}
         return {"kind": "preference", "pairs": bool(self.pairs), **single}
 
 
 def raw_preference(messages: Sequence[Message], tools: Sequence[Any], verdict: Verdict) -> dict[str, Any]:
-    """A row as `--as preference` reads it again."""
+    """Write a row as `--as preference` reads it again."""
     rejected, wanted = verdict
     beside = {"tools": list(tools)} if tools else {}
     if rejected is None:
@@ -245,7 +245,7 @@ class PairSplit:
         ]
 
     def stranger(self, vocab_size: int) -> int | None:
-        """An id that is none of so many tokens, if there is one."""
+        """Find an id that is none of so many tokens, if there is one."""
         for column in self._columns:
             for values in column.values():
                 bad = (values >= vocab_size) | (values < 0)

@@ -74,18 +74,18 @@ class SplitWriter:
 
     @staticmethod
     def lists(batch: Samples) -> list[List]:
-        """What is stored of samples: values and lengths for each column."""
+        """Return what is stored of samples: values and lengths for each column."""
         return [(batch.input_ids, batch.lengths), (batch.labels, batch.lengths)]
 
     @staticmethod
     def samples(lists: Sequence[List]) -> Samples:
-        """Samples out of what is stored of them."""
+        """Make samples of what is stored of them."""
         (ids, lengths), (labels, _) = lists
         return Samples(ids, labels, lengths)
 
     @staticmethod
     def sequences(batch: Samples) -> npt.NDArray[np.int64]:
-        """Tokens of the longest sequence that a model sees of each sample: (samples,)."""
+        """Count the tokens of the longest sequence that a model sees of each sample: (samples,)."""
         return batch.lengths
 
     def add(self, batch: Samples) -> None:

@@ -24,7 +24,7 @@ _CALLED = re.compile(
 
 
 def glaive_turns(system: str, chat: str) -> Turns:
-    """Messages and tools of a row.
+    """Read the messages and tools of a row.
 
     Raises:
         RowError: A function or a call is none.

@@ -51,7 +51,7 @@ class Judged:
 
 
 def judgement(row: Row) -> str:
-    """What makes a row one of preferences, as a name of its kind; "" if it is none."""
+    """Name the kind of preferences that a row is of; "" if it is of none."""
     names = row.keys()
     if names >= {"input", *_PREFERRED} and isinstance(row["input"], dict):
         return "preferred and other output (OpenAI)"
@@ -65,7 +65,7 @@ def judgement(row: Row) -> str:
 
 
 def refuse(found: str, row: Row) -> RowError:
-    """The error for a row of preferences where nobody has said what to make of it."""
+    """Build the error for a row of preferences where nobody has said what to make of it."""
     fields = _fields_of(found, row)
     ignored = f", or leave {fields} out with --ignore_fields {fields}" if fields in LABELS else ""
     return RowError(
@@ -82,7 +82,7 @@ def _fields_of(found: str, row: Row) -> str:
 
 
 def truth(value: Any) -> bool | None:
-    """True or false, also as the text that CSV has for it; None for anything else."""
+    """Read true or false, also as the text that CSV has for it; None for anything else."""
     if isinstance(value, bool):
         return value
     return _TRUTH.get(value.strip().lower()) if isinstance(value, str) else None
@@ -104,7 +104,7 @@ def _openai(row: Row) -> dict[str, Any]:
 
 
 def read_judged(row: Row, found: str, log: FieldLog, *, pairs: bool) -> Iterator[Judged]:
-    """The answers of a row, once or, of a tree of messages, for each of its branches.
+    """Read the answers of a row, once or, of a tree of messages, for each of its branches.
 
     Args:
         row: The row.

@@ -114,7 +114,7 @@ def _way_out(row: Row) -> str:
 
 
 def suggest_prompt(row: Row) -> str:
-    """The `--fields` that give the answers of a row a prompt, as the end of a message; "" if nobody knows."""
+    """Find the `--fields` that give the answers of a row a prompt, as the end of a message; "" if nobody knows."""
     keys = ("instruction", "output")
     return suggest({**row, "output": "."}, [keys], {keys: _BESIDE_PAIRS})
 
@@ -245,7 +245,7 @@ def _text(row: Row, log: FieldLog) -> Iterator[Turns]:
 
 
 def beside(row: Row, log: FieldLog) -> Turns:
-    """The system message and the tools that stand beside the messages of a row."""
+    """Read the system message and the tools that stand beside the messages of a row."""
     turns = Turns()
     if system := _one_of(row, SYSTEM, log):
         turns.messages.append({"role": "system", "content": system})
@@ -255,7 +255,7 @@ def beside(row: Row, log: FieldLog) -> Turns:
 
 
 def joined(around: Turns, chat: Turns) -> Turns:
-    """A chat with what stands beside it; a system message that stands in both comes once."""
+    """Join a chat to what stands beside it; a system message that stands in both comes once."""
     messages = around.messages
     if messages and chat.messages[:1] and messages[-1] == chat.messages[0]:
         messages = messages[:-1]

@@ -83,7 +83,7 @@ def _named(value: Value) -> str:
 
 
 class Where:
-    """Which rows are kept: those for which every comparison holds.
+    """Condition on rows: those are kept for which every comparison holds.
 
     Args:
         text: The condition.
@@ -130,7 +130,7 @@ class Where:
 
 
 def parse(text: str) -> list[Comparison]:
-    """The comparisons of a condition.
+    """Parse the comparisons of a condition.
 
     Raises:
         UserError: It is no condition; the message names it.

@@ -17,7 +17,7 @@ def name_flags(on: bool = True) -> bool:
 
 
 def worded(text: str) -> str:
-    """Return the text for who has called: parameters are flags of a command, or plain names; commands stay as they are."""
+    """Return the text for who has called: parameters are flags of a command, or plain names; commands stay so."""
     if _PROCESS["flags"]:
         return text
     return _COMMAND_OR_FLAG.sub(lambda found: found["command"] or found["name"], text)

@@ -12,6 +12,7 @@ from pair_data import Row, pair_rows, single_answers
 from torch import Tensor
 
 from lit_llama.errors import UserError
+from lit_llama.model.attention import Packed
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
@@ -151,15 +152,17 @@ def adapted(fused: bool = True) -> LLaMA:
     return model
 
 
-def slow_log_prob(model: LLaMA, prompt: Any, answer: Any) -> float:
-    """Log p of an answer, alone, from all logits in float64."""
-    from lit_llama.model.attention import Packed
-
+def slow_token_log_probs(model: LLaMA, prompt: Any, answer: Any) -> Tensor:
+    """Log p of each token of an answer, alone, from all logits in float64."""
     ids = torch.tensor([*prompt, *answer], dtype=torch.int64)
     with torch.no_grad():
         logits = model.lm_head(model.model(ids, Packed([len(ids)]))).double()
-    chosen = logits.log_softmax(-1)[range(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]]
-    return float(chosen.sum())
+    return logits.log_softmax(-1)[range(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]]
+
+
+def slow_log_prob(model: LLaMA, prompt: Any, answer: Any) -> float:
+    """Their sum."""
+    return float(slow_token_log_probs(model, prompt, answer).sum())
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["prompt once", "prompt twice"])

@@ -1,6 +1,8 @@
 """Runs on preference data: what they learn and say, how they go on, and what is refused."""
 
 import json
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_here
-from pair_data import PAIRED, pair_rows, prefer, single_answers, write_pairs
+from pair_data import PAIRED, Row, pair_rows, prefer, single_answers, write_pairs
 from safetensors.torch import load_file
 from small_runs import LORA, Killed, outcome, prepare, run, stop_after, through_the_door
 from small_runs import twenty_rows as twenty_rows  # a fixture
@@ -16,11 +18,16 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.llm import load
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
-from lit_llama.train.config import PreferenceConfig, RunConfig
+from lit_llama.model.assemble import adapted, assemble
+from lit_llama.model.checkpoint import load_model
+from lit_llama.model.llama import LLaMA
+from lit_llama.text.dataset.pair_batches import PairRows
+from lit_llama.text.dataset.pairs import PairSplit
+from lit_llama.train.config import PreferenceConfig, RunConfig, TrainConfig
 from lit_llama.train.loop import Trainer
 from lit_llama.train.method import Preference
 from lit_llama.train.metrics import METRICS_FILE, PAIR_METRICS, read_metrics
-from lit_llama.train.preference import REFERENCE_FILE
+from lit_llama.train.preference import REFERENCE_FILE, PairLoss
 from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.run import finetune
 from lit_llama.train.start import begin
@@ -251,3 +258,46 @@ def test_the_supervised_run_has_no_such_settings(tiny_folder: Path, tmp_path: Pa
     rows = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(12)]
     out = run(tiny_folder, prepare(tmp_path / "data", tiny_folder, rows), tmp_path / "out")
     assert "dpo" not in (out / "run.yaml").read_text() and "margin" not in (out / METRICS_FILE).read_text()
+
+
+def model_of(folder: Path, base: Path) -> LLaMA:
+    """The model of a folder, with its adapter where it is one."""
+    model = load_model(base)
+    return model if folder == base else assemble(model, adapted(folder)).model
+
+
+def short_before_long(count: int, seed: int) -> list[Row]:
+    """Pairs of drawn answers that both end, of which the shorter one is chosen."""
+    draw, end = random.Random(seed), 2
+
+    def answer(low: int, high: int) -> list[int]:
+        return [*(draw.randrange(3, 19) for _ in range(draw.randint(low, high))), end]
+
+    return [([draw.randrange(3, 19) for _ in range(8)], answer(2, 5), answer(8, 16)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_a_preference_is_learned_for_rows_that_were_never_seen(tiny_folder: Path, tmp_path: Path, loss: Any) -> None:
+    """Catches a run whose losses fall and which prefers nothing: short answers to prompts never seen before.
+
+    Of simpo, the higher mean log probability of a token is theirs in half of the pairs before, and in nearly all after.
+    The rewards of dpo are all equal before, up to rounding.
+    """
+    data = write_pairs(tmp_path / "data", tiny_folder, short_before_long(400, 0), short_before_long(100, 1))
+    train = TrainConfig(epochs=4, batch_size=16, learning_rate=1e-2, eval_interval=25, sample_prompts=0)
+    out = prefer(tiny_folder, data, tmp_path / "out", train, loss=loss)
+    series = read_metrics(out)
+    assert series["test_accuracy"][-1][1] > 0.9 and series["test_margin"][-1][1] > 0.5
+    if loss == "dpo":
+        assert series["test_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+        return
+    rows = PairRows(PairSplit(data, "test"))
+    batch = rows.batch(range(len(rows)), share=False)
+    shares = []
+    for folder in (tiny_folder, out):
+        loss_of = PairLoss(model_of(folder, tiny_folder), None, PreferenceConfig()).eval()
+        with torch.no_grad():
+            means = loss_of.log_probs(batch) / torch.from_numpy(batch.counts)
+        shares.append(float((means[:, 0] > means[:, 1]).double().mean()))
+    assert 0.3 < shares[0] < 0.7 and shares[1] > 0.9, shares
+    assert shares == pytest.approx([series["test_accuracy"][place][1] for place in (0, -1)], abs=0.021)

@@ -13,7 +13,7 @@ from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.dataset.folder import SPLITS, Rows, Split, data_fingerprint, read_meta
+from lit_llama.text.dataset.folder import SPLITS, FolderKind, Rows, Split, data_fingerprint, read_meta
 from lit_llama.text.dataset.pair_batches import PairRows
 from lit_llama.text.dataset.pairs import PairSplit
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
@@ -71,7 +71,7 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, kind: Kind = "samples") ->
     """
     check_folder(checkpoint_dir)
     config = LLaMAConfig.from_folder(checkpoint_dir)
-    meta = read_meta(data_dir)
+    meta = read_meta(data_dir, kind=folder_kind(kind))
     tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)
     splits = read_splits(checkpoint_dir, config, data_dir, meta, kind)
     template = read_text(data_dir / TEMPLATE_FILE)
@@ -93,6 +93,11 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path, kind: Kind = "samples") ->
     )
 
 
+def folder_kind(kind: Kind) -> FolderKind:
+    """The data folder in which such rows are."""
+    return "supervised" if kind == "samples" else "preference"
+
+
 def read_splits(
     checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: Mapping[str, Any], kind: Kind = "samples"
 ) -> dict[str, Rows]:
@@ -101,10 +106,9 @@ def read_splits(
     The test split may be empty where the data was prepared so.
 
     Raises:
-        DataError: The rows are of another kind; a split is not there, has no trained token, or has samples too long for
-            the model.
+        DataError: A split is not there, has no trained token, rows without the answers that are wanted, or samples too
+            long for the model.
     """
-    _check_kind(data_dir, meta, kind)
     untested = meta.get("splits", {}).get("test", {}).get("rows") == 0
     splits: dict[str, Rows] = {}
     for name in SPLITS:
@@ -166,18 +170,6 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
             f"{checkpoint_dir}; prepare it again with --tokenizer_path {shlex.quote(str(checkpoint_dir))}"
         )
     return tokenizer
-
-
-def _check_kind(data_dir: Path, meta: Mapping[str, Any], kind: Kind) -> None:
-    """Refuse rows that another method takes."""
-    found, wanted = meta.get("kind", "supervised"), "supervised" if kind == "samples" else "preference"
-    if (found == "preference") == (wanted == "preference"):
-        return
-    door, flags = ("dpo", "") if found == "preference" else ("lora", " --as preference")
-    raise DataError(
-        f"{data_dir} holds {found} data, expected {wanted} data: train on it with finetune/{door}.py --data_dir "
-        f"{shlex.quote(str(data_dir))}, or prepare the rows with prepare/records.py{flags}"
-    )
 
 
 def _check_split(name: str, split: Rows, checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path) -> None:

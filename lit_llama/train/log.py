@@ -32,6 +32,7 @@ _OF_PAIRS = (
     ("test_chosen_reward", "chosen", ".4f"),
     ("test_rejected_reward", "rejected", ".4f"),
     ("test_drift", "drift", ".2f"),
+    ("answer_length", "tokens of an answer", ".1f"),
 )
 """Metrics of preference rows as they are said: name, word and form."""
 
@@ -119,8 +120,8 @@ class Log:
             measured: What is known of a loss that is no cross entropy, in place of a perplexity.
 
         Returns:
-            The metrics of an evaluation: test_loss, perplexity or `measured`, and stopped, the share of answers that
-            stop by themselves; for `step`.
+            The metrics of an evaluation: test_loss, perplexity or `measured` with answer_length, and stopped, the share
+            of answers that stop by themselves; for `step`.
         """
         metrics = {"test_loss": test_loss} | dict(measured or {"perplexity": perplexity(test_loss)})
         if self._sampler is None:
@@ -130,6 +131,8 @@ class Log:
         answers = self._sampler.answers()
         rows = [{"step": step} | row for row in self._sampler.rows(answers)]
         self._files[SAMPLES_FILE].append("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        if measured:
+            metrics["answer_length"] = sum(answer.tokens for answer in answers) / len(answers)
         return metrics | {"stopped": sum(answer.stopped for answer in answers) / len(answers)}
 
     def step(self, metrics: Mapping[str, Any]) -> None:

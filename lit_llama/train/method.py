@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -15,7 +15,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, parameter_groups
 from lit_llama.model.weights import Weights
-from lit_llama.train.config import PreferenceConfig
+from lit_llama.train.config import PreferenceConfig, RunConfig
 from lit_llama.train.inputs import Inputs, Kind
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.optim import decay_groups
@@ -235,3 +235,10 @@ class Full:
 
     def next(self, out_dir: Path) -> str:
         return f"python generate/chat.py --checkpoint_dir {shlex.quote(str(out_dir))}"
+
+
+def method_of(name: Literal["lora", "full", "dpo"], config: RunConfig) -> Method:
+    """The method of a name, with its settings in a run."""
+    if name == "full":
+        return Full(config.dtype)
+    return LoRA(config.lora) if name == "lora" else Preference(config.lora, preference=config.dpo)

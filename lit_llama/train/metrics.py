@@ -52,7 +52,7 @@ METRICS = (
     "tokens",
 )
 _OF_PAIRS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "drift", "chosen_length", "rejected_length")
-PAIR_METRICS = (*METRICS, *_OF_PAIRS, *(f"test_{name}" for name in _OF_PAIRS))
+PAIR_METRICS = (*METRICS, *_OF_PAIRS, *(f"test_{name}" for name in _OF_PAIRS), "answer_length")
 """Columns of a run on preference rows: of each step, and of evaluations."""
 TIMING = ("step", "seconds", "memory")
 COLUMNS = {METRICS_FILE: METRICS, TIMING_FILE: TIMING}

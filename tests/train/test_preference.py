@@ -39,7 +39,8 @@ class Held:
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = [tuple(np.array(part, np.int32) for part in row) for row in rows]
-        self.lengths = np.array([[len(part) for part in row] for row in rows])
+        sides = zip(*([len(part) for part in row] for row in rows), strict=True)
+        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = map(np.array, sides)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -270,4 +271,4 @@ def test_kto_compares_with_answers_to_other_prompts() -> None:
 def test_single_answers_come_from_whichever_side_they_are(tmp_path: Path) -> None:
     """Catches an empty answer to another prompt."""
     other = Mismatched(Held(single_answers(pair_rows(7))))
-    assert all(len(other[row][1]) for row in range(7)) and (other.lengths[:, 1] > 0).all()
+    assert all(len(other[row][1]) for row in range(7)) and (other.chosen_lengths > 0).all()

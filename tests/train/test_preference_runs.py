@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from small_runs import LORA, Killed, outcome, prepare, run, stop_after, through_the_door
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
+import lit_llama
 from lit_llama.errors import DataError, UserError
 from lit_llama.generate.llm import load
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -30,6 +31,7 @@ from lit_llama.train.metrics import METRICS_FILE, PAIR_METRICS, read_metrics
 from lit_llama.train.preference import REFERENCE_FILE, PairLoss
 from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.run import finetune
+from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.start import begin
 from lit_llama.train.state import STATES_DIR, find_states
 
@@ -192,9 +194,9 @@ def test_data_of_another_kind_is_refused(
     tiny_folder: Path, pairs: Path, single: Path, data: Path, tmp_path: Path
 ) -> None:
     """Catches prompts that are trained on, samples that are taken for pairs, and answers without their rivals."""
-    with pytest.raises(DataError, match=r"holds preference data.*finetune/dpo\.py"):
+    with pytest.raises(DataError, match=r"holds preferences.*finetune/dpo\.py"):
         run(tiny_folder, pairs, tmp_path / "out")
-    with pytest.raises(DataError, match=r"holds supervised data.*finetune/lora\.py.*--as preference"):
+    with pytest.raises(DataError, match=r"holds data for supervised training.*finetune/lora\.py.*--as preference"):
         prefer(tiny_folder, data, tmp_path / "out")
     with pytest.raises(DataError, match=r"row 0 of the train split has one answer.*kto"):
         prefer(tiny_folder, single, tmp_path / "out")
@@ -205,7 +207,7 @@ def test_data_of_another_kind_is_refused(
     with pytest.raises(DataError, match="the train split holds 60000"):
         prefer(tiny_folder, strange, tmp_path / "out")
     empty = write_pairs(tmp_path / "empty", tiny_folder, [([5], [6], [7]), ([], [6], [7])], pair_rows(2))
-    with pytest.raises(DataError, match="row 1 has no prompt or no answer"):
+    with pytest.raises(DataError, match="expected rows with a prompt and an answer"):
         prefer(tiny_folder, empty, tmp_path / "out")
 
 
@@ -236,6 +238,31 @@ def test_the_door_trains_plans_and_goes_on(tiny_folder: Path, pairs: Path, tmp_p
     assert [step for step, _ in read_metrics(out)["loss"]] == list(range(1, STEPS + 1))
     plan = run_here(door, "--checkpoint_dir", tiny_folder, "--data_dir", pairs, "--out_dir", tmp_path / "no", "--plan")
     assert plan.returncode == 0 and "reference" in plan.stdout and not (tmp_path / "no").exists()
+
+
+def test_rows_of_preferences_are_asked_as_samples(tiny_folder: Path, tmp_path: Path) -> None:
+    """Catches a run without sample answers, whose length says whether a preference makes them longer."""
+    data = write_pairs(tmp_path / "data", tiny_folder, pair_rows(4), pair_rows(2, seed=1))
+    said = [[{"role": role, "content": text}] for role, text in (("user", "Order"), ("assistant", "red lamps"))]
+    rows = [
+        {"prompt": said[0], "chosen": said[1], "rejected": [{"role": "assistant", "content": "no"}]},
+        {"messages": [*said[0], *said[1]], "label": False},
+    ]
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = prefer(tiny_folder, data, tmp_path / "out", replace(PAIRED, sample_prompts=2, max_steps=1))
+    samples = [json.loads(line) for line in (out / SAMPLES_FILE).read_text().splitlines()]
+    assert [(row["row"], row["reference"]) for row in samples[:2]] == [(0, "red lamps"), (1, "red lamps")]
+    assert [step for step, length in read_metrics(out)["answer_length"] if 0 <= length <= 128] == [0, 1]
+
+
+def test_the_face_trains_on_pairs(tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    """Catches a notebook that cannot do what the command does, and other defaults."""
+    train = {"batch_size": 4, "sample_prompts": 0}
+    run = lit_llama.finetune(tiny_folder, pairs, tmp_path / "out", method="dpo", dpo={"loss": "orpo"}, train=train)
+    assert len(run.losses) == 4 and (tmp_path / "out" / CONFIG_FILE).exists()
+    assert "learning_rate: 2.0e-05" in (tmp_path / "out" / "run.yaml").read_text()
+    with pytest.raises(UserError, match="dpo is a setting of method='dpo'"):
+        lit_llama.finetune(tiny_folder, pairs, tmp_path / "no", dpo={"loss": "orpo"})
 
 
 def test_the_rows_for_testing_have_a_reference_of_their_own(straight: Path, pairs: Path) -> None:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ META_FORM: Form = {
     "tokenizer": {"path": str, "fingerprint": str, "size": int},
     "source": {"files": list, "file": str},
     "key": str,
+    "kind": str,
+    "pairs": bool,
     "prompt_style": str,
     "test_rows_also_in_train": int,
 }
@@ -43,11 +45,19 @@ PART = 1 << 20
 Ids = npt.NDArray[np.int32]
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+FolderKind = Literal["supervised", "preference"]
+"""Of a data folder: samples to be learned, or answers to be compared (pairs.py)."""
+
+
+def read_meta(folder: Path, *, kind: FolderKind | None = "supervised") -> dict[str, Any]:
     """meta.json of a data folder.
 
+    Args:
+        folder: The data folder.
+        kind: The one that is wanted; None for any.
+
     Raises:
-        DataError: The folder is missing, unfinished, or of another format.
+        DataError: The folder is missing, unfinished, of another format or of another kind.
         IntegrityError: A file in it is not as it was written.
     """
     path = folder / META_FILE
@@ -69,7 +79,25 @@ def read_meta(folder: Path) -> dict[str, Any]:
     check_form(meta, META_FORM, str(path), DataError)
     if meta.get("format") != FORMAT:
         raise DataError(f"{path}: format is {meta.get('format')}, expected {FORMAT}; prepare the data again")
+    if kind and (found := meta.get("kind", "supervised")) != kind:
+        raise DataError(_another_kind(folder, str(found)))
     return meta
+
+
+def _another_kind(folder: Path, found: str) -> str:
+    """What to say of a data folder of another kind than the wanted one."""
+    named = shlex.quote(str(folder))
+    if found == "preference":
+        return (
+            f"{folder} holds preferences, expected data for supervised training: train on it with python "
+            f"finetune/dpo.py --data_dir {named}, or prepare the chosen answers alone with --as sft-chosen"
+        )
+    if found == "supervised":
+        return (
+            f"{folder} holds data for supervised training, expected preferences: train on it with python "
+            f"finetune/lora.py --data_dir {named}, or prepare chosen and rejected answers with --as preference"
+        )
+    return f"{folder / META_FILE}: kind is {found}, which this version does not know; prepare the data again"
 
 
 def _made_of(raw: Path) -> str:

@@ -18,7 +18,9 @@ from lit_llama.text.dataset.folder import Batch, Ids
 class Source(Protocol):
     """Rows of prompt, chosen and rejected ids."""
 
-    lengths: npt.NDArray[np.int64]  # (R, 3)
+    prompt_lengths: npt.NDArray[np.int64]  # (R,)
+    chosen_lengths: npt.NDArray[np.int64]  # (R,)
+    rejected_lengths: npt.NDArray[np.int64]  # (R,)
 
     def __len__(self) -> int: ...
 
@@ -42,11 +44,13 @@ class PairRows:
 
     Attributes:
         reference: (rows, 2) log p of chosen and rejected before training, once it is filled in.
+        answers: (rows, 2) tokens of chosen and rejected.
         lengths: (rows,) places of each row.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.answers = np.stack([source.chosen_lengths, source.rejected_lengths], 1)
         self.reference = np.zeros((len(source), 2))
         self.lengths = self._places(shared=False)
 
@@ -62,10 +66,9 @@ class PairRows:
         return found
 
     def _places(self, *, shared: bool) -> npt.NDArray[np.int64]:
-        prompt, chosen, rejected = self.source.lengths.T
-        answers = (chosen > 0).astype(np.int64) + (rejected > 0)
+        prompt, answers = self.source.prompt_lengths, (self.answers > 0).sum(1)
         prompts = np.where((answers == 2) & (shared & (prompt > 1)), 1, answers)
-        return (prompt - 1) * prompts + chosen + rejected
+        return (prompt - 1) * prompts + self.answers.sum(1)
 
     @cached_property
     def others(self) -> "PairRows":
@@ -75,12 +78,7 @@ class PairRows:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with an answer."""
-        return int((self.source.lengths[:, 0] + self.source.lengths[:, 1:].max(1)).max(initial=0))
-
-    @property
-    def answers(self) -> npt.NDArray[np.int64]:
-        """(rows, 2) tokens of the answers."""
-        return self.source.lengths[:, 1:]
+        return int((self.source.prompt_lengths + self.answers.max(1)).max(initial=0))
 
     def trained_tokens(self, rows: Iterable[int] | None = None) -> int:
         """Tokens of the answers of some rows, or of all."""
@@ -147,18 +145,19 @@ class Mismatched:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        lengths = source.lengths
+        answers = np.stack([source.chosen_lengths, source.rejected_lengths], 1)
         rows = np.arange(len(source))
         self._from = (rows + 1) % max(len(source), 1)
-        side = 1 + rows % 2
-        self._side = np.where(lengths[self._from, side] > 0, side, 3 - side)
-        limit = int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0))
-        taken = np.minimum(lengths[self._from, self._side], limit - lengths[:, 0])
-        self.lengths = np.stack([lengths[:, 0], taken, np.zeros_like(taken)], 1)
+        side = rows % 2
+        self._side = np.where(answers[self._from, side] > 0, side, 1 - side)
+        limit = int((source.prompt_lengths + answers.max(1)).max(initial=0))
+        self.prompt_lengths = source.prompt_lengths
+        self.chosen_lengths = np.minimum(answers[self._from, self._side], limit - self.prompt_lengths)
+        self.rejected_lengths = np.zeros_like(self.chosen_lengths)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, row: int) -> tuple[Ids, Ids, Ids]:
-        answer = self._source[int(self._from[row])][int(self._side[row])][: self.lengths[row, 1]]
+        answer = self._source[int(self._from[row])][1 + int(self._side[row])][: self.chosen_lengths[row]]
         return self._source[row][0], answer, answer[:0]

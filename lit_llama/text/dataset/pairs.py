@@ -6,9 +6,6 @@ has single answers that are good or bad (`"pairs": false` in meta.json), one of 
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from lit_llama.errors import DataError
 from lit_llama.text.dataset.folder import Column, Ids
 
@@ -24,7 +21,9 @@ class PairSplit:
         empty: It may be without rows.
 
     Attributes:
-        lengths: (rows, 3) tokens of the prompt, the chosen and the rejected answer of each row.
+        prompt_lengths: (rows,) tokens of each prompt.
+        chosen_lengths: (rows,) tokens of each chosen answer, 0 where none is known.
+        rejected_lengths: (rows,) the same of the rejected ones.
     """
 
     def __init__(self, folder: Path, name: str, *, empty: bool = False) -> None:
@@ -34,19 +33,15 @@ class PairSplit:
             table = datasets.load_from_disk(str(folder / name)).data
             table.validate(full=True)  # Arrow believes the offsets of a file
             self._columns = [Column(table.column(column)) for column in COLUMNS]
-            self.lengths: npt.NDArray[np.int64] = np.stack([column.lengths for column in self._columns], 1)
         except Exception as error:  # whatever the library comes across in damaged files
             raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
-        if not (len(self) or empty):
-            raise DataError(f"{folder / name}: expected rows with {', '.join(COLUMNS)}; prepare the data again")
-        if len(bad := np.flatnonzero((self.lengths[:, 0] == 0) | (self.lengths[:, 1:].max(1, initial=0) == 0))):
-            raise DataError(
-                f"{folder / name}: row {bad[0]} has no prompt or no answer, expected at least a token of each; prepare "
-                "the data again"
-            )
+        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (each.lengths for each in self._columns)
+        prompts, answers = self.prompt_lengths, self.chosen_lengths + self.rejected_lengths
+        if not (len(self) or empty) or not (prompts > 0).all() or not (answers > 0).all():
+            raise DataError(f"{folder / name}: expected rows with a prompt and an answer; prepare the data again")
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.prompt_lengths)
 
     def __getitem__(self, row: int) -> tuple[Ids, Ids, Ids]:
         prompt, chosen, rejected = (column[row] for column in self._columns)

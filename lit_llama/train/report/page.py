@@ -29,6 +29,7 @@ _OF_PAIRS = [
     _Measured(("test_margin", "loss", ""), "margin", "reward of chosen over rejected"),
     _Measured(("test_chosen_reward", "loss", " extra"), "chosen", ""),
     _Measured(("test_rejected_reward", "loss", " extra"), "rejected", ""),
+    _Measured(("answer_length", "number", " extra"), "tokens", "tokens of a sample answer"),
     _Measured(("test_drift", "figure", ""), "drift", "drift: mean |log p - that of the reference| of an answer"),
 ]
 _ABOUT_TOKENS = (

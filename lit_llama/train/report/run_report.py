@@ -34,7 +34,14 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
     _DPO: {"lora": asdict(LoRAConfig()), "dpo": asdict(PreferenceConfig()), "train": asdict(PREFERENCE)},
 }
 """Defaults of the doors whose results are adapters."""
-_OF_PAIRS = ("test_accuracy", "test_margin", "test_chosen_reward", "test_rejected_reward", "test_drift")
+_OF_PAIRS = (
+    "test_accuracy",
+    "test_margin",
+    "test_chosen_reward",
+    "test_rejected_reward",
+    "test_drift",
+    "answer_length",
+)
 Json = dict[str, Any]
 
 

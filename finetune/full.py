@@ -18,7 +18,7 @@ from lit_llama.train.config import FULL, RunConfig
     "config",
     RunConfig,
     required=["checkpoint_dir"],
-    without=["adapter_dir", "lora", "quantize"],
+    without=["adapter_dir", "lora", "dpo", "quantize"],
     fixed={"strategy": "ddp"},
     out_dir=Path("out/full/alpaca"),
     train=FULL,

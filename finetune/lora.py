@@ -12,7 +12,7 @@ from lit_llama.flags import config_flags
 from lit_llama.train.config import RunConfig
 
 
-@config_flags("config", RunConfig, without=["dtype"])
+@config_flags("config", RunConfig, without=["dtype", "dpo"])
 def main(*, config: RunConfig) -> None:
     """Train low-rank adapters; the base stays as it is.
 

@@ -39,6 +39,7 @@ _REMEDIES = {
     "prepare/show.py": "show fewer rows, --rows 0-2",
     "prepare/text.py": _ROWS,
     "finetune/full.py": f"{_TUNING}, or take finetune/lora.py{_PLANS}",
+    "finetune/dpo.py": f"{_TUNING}, or hold the base in 4 bits, --quantize nf4{_PLANS}",
     "finetune/lora.py": f"{_TUNING}, or hold the base in 4 bits, --quantize nf4{_PLANS}",
     "finetune/merge.py": "compare in fewer bits, --precision bf16-true, or take a machine with more memory",
     "generate/base.py": _ALONE + _PLANS,

@@ -14,14 +14,20 @@ from lit_llama.generate.loading import Loading
 from lit_llama.model.config import LoRAConfig
 from lit_llama.settings import check_choice, check_names, names_of, settled, written
 from lit_llama.text.dataset.config import PrepareConfig
-from lit_llama.train.config import FULL, RunConfig, TrainConfig, usual_steps
+from lit_llama.train.config import FULL, PREFERENCE, PreferenceConfig, RunConfig, TrainConfig, usual_steps
 
 if TYPE_CHECKING:
     from lit_llama.generate.llm import LLM
 
-Method = Literal["lora", "full"]
-_NOT_OF = {"lora": ("dtype",), "full": ("adapter_dir", "lora", "quantize", "strategy")}
+Method = Literal["lora", "full", "dpo"]
+_NOT_OF = {
+    "lora": ("dtype", "dpo"),
+    "full": ("adapter_dir", "lora", "dpo", "quantize", "strategy"),
+    "dpo": ("dtype", "strategy"),
+}
 """Settings of a run that a method has not."""
+_BEGINS = {"full": FULL, "dpo": PREFERENCE}
+"""Courses of methods whose defaults are others."""
 
 
 def prepare(
@@ -66,6 +72,7 @@ def finetune(
     *,
     method: Method = "lora",
     lora: LoRAConfig | Mapping[str, Any] | None = None,
+    dpo: PreferenceConfig | Mapping[str, Any] | None = None,
     train: TrainConfig | Mapping[str, Any] | None = None,
     verbose: bool | None = None,
     **settings: Any,
@@ -80,10 +87,11 @@ def finetune(
         checkpoint_dir: Base model, a folder in Hugging Face layout; None where adapter_dir names it.
         data_dir: What `prepare` made.
         out_dir: Folder to make, an adapter folder or, with the method full, a checkpoint folder.
-        method: lora trains low-rank adapters, full every weight.
+        method: lora trains low-rank adapters, full every weight, dpo adapters on preference data.
         lora: Shape of the adapter; a dictionary has some of its settings.
-        train: Course of the training; a dictionary has some of its settings. With the method full the learning rate is
-            2e-5 where none is named.
+        dpo: What is learned of preference data, with the method dpo; a dictionary has some of its settings.
+        train: Course of the training; a dictionary has some of its settings. With the methods full and dpo the learning
+            rate is 2e-5 where none is named, and with dpo there is one epoch.
         verbose: As for `load`.
         settings: Of `RunConfig`, such as precision, quantize, seed, resume and adapter_dir. With plan, plan_memory or
             plan_device nothing is trained, and the result has a plan and no losses.
@@ -96,14 +104,15 @@ def finetune(
         Interrupted: A signal came; the state is saved.
     """
     check_choice("method", method, Method)
-    config, full = _run_config(checkpoint_dir, data_dir, out_dir, method, lora, train, settings), method == "full"
+    given = dict(settings) | ({} if dpo is None else {"dpo": dpo})
+    config = _run_config(checkpoint_dir, data_dir, out_dir, method, lora, train, given)
     with called(verbose) as talk:
-        from lit_llama.train.method import Full, LoRA
+        from lit_llama.train.method import method_of
         from lit_llama.train.metrics import read_metrics
         from lit_llama.train.report.run_report import REPORT_JSON
         from lit_llama.train.start import begin
 
-        trained, config = begin(Full(config.dtype) if full else LoRA(config.lora), config)
+        trained, config = begin(method_of(method, config), config)
         if config.only_planned:
             from lit_llama.train.plan_table import plan_run
 
@@ -138,12 +147,12 @@ def _run_config(
     if train is not None:
         given["train"] = train
     if wrong := [name for name in _NOT_OF[method] if name in given]:
-        other = "full" if method == "lora" else "lora"
+        other = next(name for name, without in _NOT_OF.items() if wrong[0] not in without)
         raise UserError(f"{wrong[0]} is a setting of method={other!r}; with method={method!r} leave it out")
-    if method == "full":
+    if method in _BEGINS:
         if isinstance(train, Mapping):
             check_names(train, names_of(TrainConfig), "a setting of TrainConfig")
-        given |= {"train": asdict(FULL) | written(train or {}), "strategy": "ddp"}
+        given |= {"train": asdict(_BEGINS[method]) | written(train or {}), "strategy": "ddp"}
     return settled(RunConfig, given)
 
 

@@ -30,7 +30,9 @@ class EmbeddingNoise(nn.Module):
         if not self.training:
             return x
         counts = torch.tensor(layout.counts)
-        size = self.alpha / math.sqrt(x.shape[1]) * counts.float().rsqrt().repeat_interleave(counts)  # (T,)
+        # The size is told, as a plan has no numbers to add up.
+        shrunk = counts.float().rsqrt().repeat_interleave(counts, output_size=len(x))  # (T,)
+        size = self.alpha / math.sqrt(x.shape[1]) * shrunk
         noise = torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1)  # (T, C)
         return x + (noise * size.to(x.device)[:, None]).to(x.dtype)
 

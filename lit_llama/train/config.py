@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import UserError, check_seed
@@ -146,13 +146,86 @@ class TrainConfig:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
-def _expect(holds: bool, name: str, value: object, expected: str) -> None:
+def _expect(holds: bool, name: str, value: object, expected: str, group: str = "train") -> None:
     if not holds:
-        raise UserError(f"--train.{name} is {value}, expected {expected}")
+        raise UserError(f"--{group}.{name} is {value}, expected {expected}")
 
 
 FULL = TrainConfig(learning_rate=2e-5)
 """What full fine-tuning begins with: as every weight moves, each moves less."""
+
+
+PREFERENCE = TrainConfig(epochs=1, learning_rate=2e-5)
+"""What preference training begins with: a model that can answer moves a little."""
+
+PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
+_BETAS: dict[PreferenceLoss, float] = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Loss by which chosen answers become likelier than rejected ones.
+
+    Args:
+        loss: dpo (Rafailov et al. 2023, arXiv:2305.18290); ipo (Azar et al. 2023, arXiv:2310.12036), over means per
+            token, as its authors advise and TRL does; simpo (Meng et al. 2024, arXiv:2405.14734) and orpo (Hong et al.
+            2024, arXiv:2403.07691), which need no reference; kto (Ethayarajh et al. 2024, arXiv:2402.01306), which
+            takes data of single good and bad answers as well. The reference of dpo, ipo and kto is the model as the
+            run finds it: the bare base, or with adapter_dir the adapter as it was at the start.
+        beta: How much the log probabilities weigh: for dpo, ipo and kto the more, the closer the model stays to its
+            reference; for orpo the weight of the odds ratio. 0.1 if it is not given, for simpo 2.
+        label_smoothing: Share of pairs taken to be labelled the wrong way round; for dpo and simpo.
+        gamma: How far the chosen answer of simpo must lead, in rewards; 0.5 if it is not given.
+        sft_weight: Weight of the mean cross entropy of the chosen answer, added to the loss; orpo has it in itself.
+        desirable_weight: Weight of good answers in kto.
+        undesirable_weight: Weight of bad answers in kto; where one kind has many more rows, choose both so that weight
+            times count is about alike.
+    """
+
+    loss: PreferenceLoss = "dpo"
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    gamma: float | None = None
+    sft_weight: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        losses = get_args(PreferenceLoss)
+        _expect(self.loss in losses, "loss", self.loss, f"one of {', '.join(losses)}", "dpo")
+        _expect(self.beta is None or 0 < self.beta < math.inf, "beta", self.beta, "more than 0", "dpo")
+        _expect(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 to less than 0.5", "dpo")
+        _expect(self.gamma is None or 0 <= self.gamma < math.inf, "gamma", self.gamma, "0 or more", "dpo")
+        _expect(0 <= self.sft_weight < math.inf, "sft_weight", self.sft_weight, "0 or more", "dpo")
+        for name in ("desirable_weight", "undesirable_weight"):
+            _expect(0 < getattr(self, name) < math.inf, name, getattr(self, name), "more than 0", "dpo")
+        self._goes_with("label_smoothing", self.label_smoothing != 0, "dpo", "simpo")
+        self._goes_with("gamma", self.gamma is not None, "simpo")
+        self._goes_with("sft_weight", self.sft_weight != 0, "dpo", "ipo", "simpo", "kto")
+        for name in ("desirable_weight", "undesirable_weight"):
+            self._goes_with(name, getattr(self, name) != 1, "kto")
+
+    def _goes_with(self, name: str, given: bool, *losses: PreferenceLoss) -> None:
+        if given and self.loss not in losses:
+            raise UserError(
+                f"--dpo.{name} is {getattr(self, name)}, which --dpo.loss {self.loss} does not read; it goes with "
+                f"{', '.join(losses)}"
+            )
+
+    @property
+    def strength(self) -> float:
+        """beta, or what it is for this loss where it is not given."""
+        return _BETAS[self.loss] if self.beta is None else self.beta
+
+    @property
+    def lead(self) -> float:
+        """gamma, or what it is where it is not given."""
+        return 0.5 if self.gamma is None else self.gamma
+
+    @property
+    def refers(self) -> bool:
+        """Whether there is a reference."""
+        return self.loss not in ("simpo", "orpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +239,7 @@ class RunConfig:
         data_dir: Data folder made by prepare/.
         out_dir: Folder to make for the adapter, report.html, metrics.csv, run.yaml and states/.
         lora: Shape of the adapter.
+        dpo: What is learned of the pairs.
         train: Course of the training.
         precision: Of the frozen base and the activations; auto is bf16-true where the hardware is fast at it, 16-mixed
             on a GPU without bfloat16. In the mixed ones only matrix products have 16 bits. The adapter itself is
@@ -199,6 +273,7 @@ class RunConfig:
     data_dir: Path = Path("data/alpaca")
     out_dir: Path = Path("out/lora/alpaca")
     lora: LoRAConfig = LoRAConfig()
+    dpo: PreferenceConfig = PreferenceConfig()
     train: TrainConfig = TrainConfig()
     precision: TrainingPrecision = "auto"
     quantize: Quantization | None = None

@@ -29,7 +29,6 @@ from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantize_shapes
-from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
 
 _FEW, _MORE = 2, 3
@@ -164,14 +163,14 @@ class Build:
         assert layout.blocks  # made with numbers, as where the padding goes depends on them
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            loss_of = TokenLoss(self._model()).train(train)
+            loss_of = self.method.loss_of(self._model()).train(train)
             ids, targets = (torch.empty(n, dtype=torch.int64) for n in (sum(shape.lengths), shape.trained))
             for parameter in loss_of.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             count = stack.enter_context(_Count(loss_of))
             stack.enter_context(torch.set_grad_enabled(train))
             with replace(self.numerics, device=torch.device("cpu")).autocast():
-                loss = loss_of.of_layout(ids, layout, targets, targets)
+                loss = loss_of.of_layout(ids, layout, targets, targets).sum()  # of a number, or of each token's
             if train:
                 loss.backward()
         return count.peak

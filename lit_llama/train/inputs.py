@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_llama.convert.frame import Frame
 from lit_llama.errors import DataError, UserError
@@ -13,12 +13,17 @@ from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.dataset.folder import SPLITS, Split, data_fingerprint, read_meta
+from lit_llama.text.dataset.folder import SPLITS, FolderKind, Rows, Split, data_fingerprint, read_meta
+from lit_llama.text.dataset.pair_batches import PairRows
+from lit_llama.text.dataset.pairs import PairSplit
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
 from lit_llama.text.read.questions import read_text
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, special_ids
 from lit_llama.train.config import TrainConfig
+
+Kind = Literal["samples", "pairs", "answers"]
+"""Rows that a method takes: samples with labels, pairs of answers, or pairs and single answers, good or bad."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class Inputs:
     """
 
     config: LLaMAConfig
-    splits: dict[str, Split]
+    splits: dict[str, Rows]
     data: dict[str, Any]
     template: str
     base: dict[str, Any]
@@ -46,18 +51,18 @@ class Inputs:
     identity: dict[str, str]
 
     @property
-    def train(self) -> Split:
+    def train(self) -> Rows:
         """Rows to train on."""
         return self.splits["train"]
 
     @property
-    def test(self) -> Split:
+    def test(self) -> Rows:
         """Rows to evaluate on."""
         return self.splits["test"]
 
 
-def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
-    """Read data and descriptions; no weight is loaded.
+def read_inputs(checkpoint_dir: Path, data_dir: Path, kind: Kind = "samples") -> Inputs:
+    """Read data of a kind, and descriptions; no weight is loaded.
 
     Raises:
         DataError: The data is not there, cannot be trained on, or does not fit the checkpoint.
@@ -66,9 +71,9 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
     """
     check_folder(checkpoint_dir)
     config = LLaMAConfig.from_folder(checkpoint_dir)
-    meta = read_meta(data_dir)
+    meta = read_meta(data_dir, kind=folder_kind(kind))
     tokenizer = _fitting_tokenizer(checkpoint_dir, config, data_dir, meta)
-    splits = read_splits(checkpoint_dir, config, data_dir, meta)
+    splits = read_splits(checkpoint_dir, config, data_dir, meta, kind)
     template = read_text(data_dir / TEMPLATE_FILE)
     base = base_record(checkpoint_dir)
     identity = {
@@ -88,23 +93,42 @@ def read_inputs(checkpoint_dir: Path, data_dir: Path) -> Inputs:
     )
 
 
-def read_splits(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: Mapping[str, Any]) -> dict[str, Split]:
+def folder_kind(kind: Kind) -> FolderKind:
+    """Return the kind of data folder in which such rows are."""
+    return "supervised" if kind == "samples" else "preference"
+
+
+def read_splits(
+    checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path, meta: Mapping[str, Any], kind: Kind = "samples"
+) -> dict[str, Rows]:
     """Read the rows of a data folder with this meta.json, which a model with `config` can be trained on.
 
     The test split may be empty where the data was prepared so.
 
     Raises:
-        DataError: A split is not there, has no trained token, or has samples too long for the model.
+        DataError: A split is not there, has no trained token, rows without the answers that are wanted, or samples too
+            long for the model.
     """
     untested = meta.get("splits", {}).get("test", {}).get("rows") == 0
-    splits = {name: Split(data_dir, name, empty=untested and name == "test") for name in SPLITS}
-    for name, split in splits.items():
+    splits: dict[str, Rows] = {}
+    for name in SPLITS:
+        empty = untested and name == "test"
+        split = splits[name] = (
+            Split(data_dir, name, empty=empty)
+            if kind == "samples"
+            else PairRows(PairSplit(data_dir, name, empty=empty))
+        )
+        if isinstance(split, PairRows) and kind == "pairs" and (split.answers == 0).any():
+            raise DataError(
+                f"{data_dir}: row {int((split.answers == 0).any(1).argmax())} of the {name} split has one answer, "
+                "expected a chosen and a rejected one; --dpo.loss kto takes single answers"
+            )
         if len(split):
             _check_split(name, split, checkpoint_dir, config, data_dir)
     return splits
 
 
-def fitting(train: TrainConfig, splits: Mapping[str, Split], data_dir: Path) -> tuple[TrainConfig, list[str]]:
+def fitting(train: TrainConfig, splits: Mapping[str, Rows], data_dir: Path) -> tuple[TrainConfig, list[str]]:
     """Fit the settings to data with few rows, or with no rows to test on.
 
     Returns:
@@ -148,8 +172,8 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
     return tokenizer
 
 
-def _check_split(name: str, split: Split, checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path) -> None:
-    longest = int(split.lengths.max())
+def _check_split(name: str, split: Rows, checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path) -> None:
+    longest = split.longest
     if not split.trained_tokens():
         raise DataError(f"{data_dir}: no token of the {name} split carries a loss; prepare the data again")
     if (stranger := split.stranger(config.vocab_size)) is not None:

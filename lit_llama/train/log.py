@@ -15,7 +15,7 @@ from lit_llama.errors import IntegrityError, ResourceError
 from lit_llama.progress import bar, stderr
 from lit_llama.train.config import LoggerName
 from lit_llama.train.loggers import open_loggers
-from lit_llama.train.metrics import COLUMNS, METRICS_FILE, Lines, csv_line, perplexity, rows_of
+from lit_llama.train.metrics import COLUMNS, METRICS, METRICS_FILE, Lines, csv_line, perplexity, rows_of
 from lit_llama.train.report.page import duration
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import SAMPLES_FILE, Sampler
@@ -24,6 +24,17 @@ MEASURED = 5
 """Steps after which the time that the others will take is said."""
 REPORT_SECONDS, SAVE_SECONDS = 60, 1
 """Between two reports when nothing else asks for one; and before one is written anew for a save alone."""
+
+
+_OF_PAIRS = (
+    ("test_accuracy", "accuracy", ".0%"),
+    ("test_margin", "margin", ".4f"),
+    ("test_chosen_reward", "chosen", ".4f"),
+    ("test_rejected_reward", "rejected", ".4f"),
+    ("test_drift", "drift", ".2f"),
+    ("answer_length", "tokens of an answer", ".1f"),
+)
+"""Metrics of preference rows as they are said: name, word and form."""
 
 
 class Log:
@@ -38,14 +49,22 @@ class Log:
         steps: Optimizer steps of the whole run.
         sampler: Answers fixed prompts at every evaluation.
         loggers: Told the same numbers.
+        columns: Of metrics.csv.
     """
 
     def __init__(
-        self, folder: Path, steps: int, *, sampler: Sampler | None = None, loggers: Sequence[LoggerName] = ()
+        self,
+        folder: Path,
+        steps: int,
+        *,
+        sampler: Sampler | None = None,
+        loggers: Sequence[LoggerName] = (),
+        columns: Sequence[str] = METRICS,
     ) -> None:
         self._folder, self._steps, self._sampler = folder, steps, sampler
         self._console = stderr()
-        self._files = {name: Lines(folder / name, csv_line(columns)) for name, columns in COLUMNS.items()}
+        self._columns = COLUMNS | {METRICS_FILE: tuple(columns)}
+        self._files = {name: Lines(folder / name, csv_line(names)) for name, names in self._columns.items()}
         self._files[SAMPLES_FILE] = Lines(folder / SAMPLES_FILE)
         self._begun = False
         self._untold = False  # there are rows that the report has not
@@ -92,14 +111,19 @@ class Log:
         """Print a line on stderr."""
         self._progress.console.print(text)
 
-    def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
+    def evaluated(self, step: int, test_loss: float, measured: Mapping[str, float] | None = None) -> dict[str, float]:
         """Answer the fixed prompts after `step`.
 
+        Args:
+            step: The optimizer step before.
+            test_loss: What was found.
+            measured: What is known of a loss that is no cross entropy, in place of a perplexity.
+
         Returns:
-            The metrics of an evaluation: test_loss, perplexity and stopped, the share of answers that stop by
-            themselves; for `step`.
+            The metrics of an evaluation: test_loss, perplexity or `measured` with answer_length, and stopped, the share
+            of answers that stop by themselves; for `step`.
         """
-        metrics = {"test_loss": test_loss, "perplexity": perplexity(test_loss)}
+        metrics = {"test_loss": test_loss} | dict(measured or {"perplexity": perplexity(test_loss)})
         if self._sampler is None:
             return metrics
         self._begin()
@@ -107,12 +131,14 @@ class Log:
         answers = self._sampler.answers()
         rows = [{"step": step} | row for row in self._sampler.rows(answers)]
         self._files[SAMPLES_FILE].append("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        if measured:
+            metrics["answer_length"] = sum(answer.tokens for answer in answers) / len(answers)
         return metrics | {"stopped": sum(answer.stopped for answer in answers) / len(answers)}
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Record an optimizer step, or an evaluation, that is over."""
         self._begin()
-        for name, row in rows_of(metrics):
+        for name, row in rows_of(metrics, self._columns):
             self._files[name].append(row)
         for logger in self._loggers:
             logger.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"])
@@ -150,7 +176,8 @@ class Log:
         done = metrics["step"]
         if "test_loss" in metrics:
             stopped = f"  stopped {metrics['stopped']:.0%}" if "stopped" in metrics else ""
-            self.say(f"step {done}/{self._steps}  test loss {metrics['test_loss']:.4f}{stopped}")
+            pairs = "".join(f"  {word} {metrics[name]:{form}}" for name, word, form in _OF_PAIRS if name in metrics)
+            self.say(f"step {done}/{self._steps}  test loss {metrics['test_loss']:.4f}{pairs}{stopped}")
         if "loss" not in metrics:
             return
         self._seconds.append(metrics["seconds"])
@@ -189,7 +216,7 @@ class Silence(Log):
     def say(self, text: str) -> None:
         pass
 
-    def evaluated(self, step: int, test_loss: float) -> dict[str, float]:
+    def evaluated(self, step: int, test_loss: float, measured: Mapping[str, float] | None = None) -> dict[str, float]:
         return {"test_loss": test_loss}
 
     def step(self, metrics: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lit_llama.device import Numerics, peak_memory, seed_micro_batch, trim_freed
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.fused.layer import give_back
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch, Split, collate, epoch_order, largest_group, shared_micro_batches
+from lit_llama.text.dataset.folder import Batch, Rows, epoch_order, largest_group, shared_micro_batches
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
@@ -29,7 +29,7 @@ from lit_llama.train.stopping import Best
 
 
 def largest_batch(
-    split: Split, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
+    split: Rows, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
 ) -> Batch:
     """Find the largest micro-batch that the steps of a run meet, in whichever process; `share` as in `collate`.
     `collate`.
@@ -42,7 +42,7 @@ def largest_batch(
         steps=config.steps(len(split)),
         shares=processes,
     )
-    return collate([split[row] for row in rows], share=share)
+    return split.batch(rows, share=share)
 
 
 def probe(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
@@ -109,23 +109,27 @@ class Trainer:
         say: Takes remarks on single steps.
         numerics: In which numbers to compute.
         processes: Those that share the work.
+        loss_of: The model with its loss, if that is not the cross entropy of the trained tokens.
     """
 
     def __init__(
         self,
         model: LLaMA,
         groups: list[dict[str, Any]],
-        train: Split,
-        test: Split,
+        train: Rows,
+        test: Rows,
         config: TrainConfig,
         seed: int,
         say: Callable[[str], None],
         numerics: Numerics,
         processes: Processes = ALONE,
+        loss_of: TokenLoss | None = None,
     ) -> None:
         self.config, self.progress = config, Progress()
         self.steps = config.steps(len(train))
-        self._train, self._test, self._seed, self._say = train, test, seed, say
+        self._loss_of = loss_of or TokenLoss(model, numerics)
+        self._train, self._test = (split.counted(self._loss_of.shares) for split in (train, test))
+        self._seed, self._say = seed, say
         self.processes = processes
         self._per_epoch = math.ceil(len(train) / config.batch_size)
         self._device = next(model.parameters()).device
@@ -136,7 +140,7 @@ class Trainer:
         self.optimizer = build_optimizer(groups, config, self._device)
         self.scaler, self.best = numerics.scaler(), Best()
         self.kept = [p.detach().clone() for p in self._parameters] if config.keep == "best" else []
-        self._model, self._loss_of = model, TokenLoss(model, numerics)
+        self._model = model
 
     def rows(self, step: int) -> list[int]:
         """Return the rows of the training split in a step (from 0); the last step of an epoch takes what is left."""
@@ -161,13 +165,13 @@ class Trainer:
             raise DataError(f"step {number + 1}: no token of its {len(rows)} samples carries a loss")
         rate = learning_rate(number, self.steps, self.config)
         set_learning_rate(self.optimizer, rate)
-        loss, norm = self._gradients(rows, count)
+        loss, norm = self._gradients(rows)
         finite, spoilt = math.isfinite(loss) and math.isfinite(norm), overflowed(self.scaler, loss, norm)
         if finite:
             self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
-        tokens = int((self._train.lengths[rows] - 1).sum())
+        tokens, measured = self._train.places(rows), self._loss_of.measured()
         self._advance(count, tokens)
         if finite:
             self._look_at(loss, rows)
@@ -179,16 +183,18 @@ class Trainer:
             "step": number + 1,
             "epoch": (number + 1) / self._per_epoch,
             "learning_rate": rate,
-            **({"loss": loss, "grad_norm": norm} if finite else {}),
+            **({"loss": loss, "grad_norm": norm} | measured if finite else {}),
             "trained_tokens": count,
             "tokens": tokens,
             "seconds": time.perf_counter() - start,
         }
 
-    def _gradients(self, rows: Sequence[int], count: int) -> tuple[float, float]:
+    def _gradients(self, rows: list[int]) -> tuple[float, float]:
         """Sum up the gradients of a step and clip them; gives its loss and their norm before that."""
         self._loss_of.train()
-        total, tokens = torch.zeros((), device=self._device), self.config.tokens_on(self._device.type)
+        total, tokens = torch.zeros((), device=self._device), self._tokens
+        count = self._loss_of.divisor(self._train, rows)
+        self._loss_of.prepare(self._train, rows, tokens)
         for index, batch in enumerate(_share(self._loss_of, self._train, rows, tokens, self.processes)):
             # Every micro-batch of a step has a number of its own, whichever process it falls to.
             seed_micro_batch(self._seed, self.progress.step, index * self.processes.size + self.processes.rank)
@@ -257,9 +263,24 @@ class Trainer:
         """Whether there are rows to evaluate on."""
         return len(self._test) > 0
 
+    @property
+    def _tokens(self) -> int:
+        """Most tokens per forward pass."""
+        return self.config.tokens_on(self._device.type)
+
     def evaluate(self) -> float:
         """Compute the loss on the test split."""
-        return evaluate(self._loss_of, self._test, self.config.tokens_on(self._device.type), self.processes)
+        return evaluate(self._loss_of, self._test, self._tokens, self.processes)
+
+    def test(self) -> tuple[float, dict[str, float]]:
+        """Compute the loss on the test split, and what else is known of it."""
+        loss = self.evaluate()
+        return loss, {f"test_{name}": value for name, value in self._loss_of.measured().items()}
+
+    def refer(self, tell: Callable[[int], None]) -> None:
+        """Find what the losses of the run need of the model as it begins; see `TokenLoss.refer`."""
+        for split in (self._train, self._test):
+            self._loss_of.refer(split, self._tokens, tell)
 
     def stopped(self, interrupt: Interrupt) -> bool:
         """Whether a signal has come, to whichever process."""
@@ -279,6 +300,7 @@ class Trainer:
         values, size = (sum(counts) for counts in zip(*((p.numel(), p.nbytes) for p in self._parameters), strict=True))
         place = torch.empty(state_bytes(self.config.optimizer, values, size), dtype=torch.uint8, device=self._device)
         probe(self._loss_of, Tensor.backward, batch)
+        self._loss_of.measured()  # of rows that were only tried
         del place
 
     def rest(self) -> None:
@@ -323,6 +345,7 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
         log.status("trying the largest micro-batch")
         trainer.try_largest()
         trainer.rest()
+        _refer(trainer, log, interrupt)
         evaluated = _test(trainer, log) if trainer.evaluates else {}
         log.step({"step": 0, "memory": trainer.memory(), **evaluated})
         progress.begun = True
@@ -346,29 +369,45 @@ def fit(trainer: Trainer, log: Log, save: Callable[[], None], interrupt: Interru
             return
 
 
+def _refer(trainer: Trainer, log: Log, interrupt: Interrupt) -> None:
+    """Compute the reference, where the loss has one.
+
+    Raises:
+        KeyboardInterrupt: A signal came, which it names: no state is there yet that the work could go on from.
+    """
+
+    def tell(done: int) -> None:
+        log.status(f"computing the reference, {done:,} rows so far")
+        if trainer.stopped(interrupt):
+            raise KeyboardInterrupt(interrupt.received)
+
+    trainer.refer(tell)
+    trainer.rest()
+
+
 def _test(trainer: Trainer, log: Log) -> dict[str, float]:
     """Evaluate, and answer the sample prompts."""
     log.status("evaluating on the test split")
-    loss = trainer.evaluate()
+    loss, measured = trainer.test()
     trainer.rest()
-    metrics = log.evaluated(trainer.progress.step, loss)
+    metrics = log.evaluated(trainer.progress.step, loss, measured)
     trainer.rest()
     return metrics
 
 
 @torch.no_grad()
-def evaluate(loss_of: TokenLoss, split: Split, micro_batch_tokens: int, processes: Processes = ALONE) -> float:
-    """Compute the mean loss per trained token over a whole split, whatever the batches and the processes that share
-    them.
-    """
+def evaluate(loss_of: TokenLoss, split: Rows, micro_batch_tokens: int, processes: Processes = ALONE) -> float:
+    """Compute the mean loss over a whole split, per trained token or per row, whatever the batches and the
+    processes that share them."""
     training = loss_of.training
     loss_of.eval()
     device = next(loss_of.parameters()).device
     total, count = 0.0, 0.0
+    loss_of.prepare(split, list(range(len(split))), micro_batch_tokens)
     for batch in _share(loss_of, split, range(len(split)), micro_batch_tokens, processes):
         if len(batch.targets) or processes.sharded:
             total += loss_of.of_batch(batch).item()
-            count += len(batch.targets)
+            count += loss_of.weight(batch)
     loss_of.train(training)
     total, count = processes.sum((total, count), device)
     if not count:
@@ -377,7 +416,7 @@ def evaluate(loss_of: TokenLoss, split: Split, micro_batch_tokens: int, processe
 
 
 def _share(
-    loss_of: TokenLoss, split: Split, rows: Sequence[int], micro_batch_tokens: int, processes: Processes
+    loss_of: TokenLoss, split: Rows, rows: Sequence[int], micro_batch_tokens: int, processes: Processes
 ) -> Iterator[Batch]:
     """The micro-batches that fall to this process."""
     share, shares, even = processes.rank, processes.size, processes.sharded

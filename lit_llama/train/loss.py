@@ -3,7 +3,7 @@
 Shapes: T tokens, N trained tokens, C hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.fused.layer import can_share
 from lit_llama.model.fused.pointwise import cross_entropy
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch
+from lit_llama.text.dataset.folder import Batch, Rows
 
 CHUNK = 512
 """Trained tokens whose logits are held at a time."""
@@ -40,13 +40,35 @@ class TokenLoss(nn.Module):
 
     def of_batch(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch, wherever the model is."""
+        return self.computed(batch)
+
+    def divisor(self, split: Rows, rows: list[int]) -> int:
+        """Count what the losses of some rows are divided by: their trained tokens."""
+        return split.trained_tokens(rows)
+
+    def weight(self, batch: Batch) -> int:
+        """Count the share of a batch in that number."""
+        return len(batch.targets)
+
+    def prepare(self, split: Rows, rows: list[int], micro_batch_tokens: int) -> None:
+        """Find what the losses of some rows need of all of them."""
+
+    def refer(self, split: Rows, micro_batch_tokens: int, tell: Callable[[int], None]) -> None:
+        """Find what the losses of a run need of the model as it begins."""
+
+    def measured(self) -> dict[str, float]:
+        """Return what else is known of the rows since the last call, by the names of metrics.csv."""
+        return {}
+
+    def computed(self, batch: Batch) -> Tensor:
+        """Return what `forward` gives for a batch, wherever the model is."""
         device = self.model.lm_head.weight.device
         batch = batch.padded(PLACES) if device.type == "cpu" else batch
         ids, select, targets = (torch.from_numpy(x) for x in (batch.input_ids, batch.select, batch.targets))
         if device.type == "cuda":  # from pinned memory, so that nobody waits for what the GPU is doing
             ids, select, targets = (x.pin_memory().to(device, non_blocking=True) for x in (ids, select, targets))
-        loss: Tensor = self(ids, batch.lengths, select, targets, batch.parents)
-        return loss
+        found: Tensor = self(ids, batch.lengths, select, targets, batch.parents)
+        return found
 
     def forward(
         self, input_ids: Tensor, lengths: Sequence[int], select: Tensor, targets: Tensor, parents: Sequence[int] = ()
@@ -95,6 +117,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return loss
 
 
+def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Compute log p of each target under `hidden @ weight.T`, for a frozen weight, as `linear_cross_entropy` does.
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C).
+        targets: (N,).
+
+    Returns:
+        (N,) float32.
+    """
+    found: Tensor = _LinearLogProbs.apply(hidden, weight.detach(), targets)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -102,20 +139,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted, trained = ctx.needs_input_grad[:2]
         gradient = torch.empty_like(hidden) if wanted else None
         summed = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        kind = hidden.device.type
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head, lift = weight.to(product), _LIFT if product == torch.float16 else 1.0
-        buffer = head.new_empty(min(CHUNK, len(targets)), len(head))
-        with torch.autocast(kind, enabled=False):
-            for start in range(0, len(targets), CHUNK):
-                part = slice(start, start + CHUNK)
-                given = hidden[part].to(product)
-                logits = torch.mm(given, head.t(), out=buffer[: len(given)])  # (n, V)
-                total += cross_entropy(logits, targets[part], lift if wanted or trained else 0.0).sum()
-                if summed is not None:
-                    _add_product(summed, logits, given, lift)
-                if gradient is not None:
-                    gradient[part] = (logits @ head).to(gradient.dtype) / lift
+        for part, losses, logits, given, head, lift in _chunks(hidden, weight, targets, wanted or trained):
+            total += losses.sum()
+            if summed is not None:
+                _add_product(summed, logits, given, lift)
+            if gradient is not None:
+                gradient[part] = (logits @ head).to(gradient.dtype) / lift
         ctx.save_for_backward(gradient, None if summed is None else summed.to(weight.dtype))
         return total
 
@@ -128,6 +157,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if summed is None else summed.mul_(factor.to(summed.dtype)),  # in place, as it is large
             None,
         )
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        found = torch.empty(len(targets), device=hidden.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None  # of each token's own, whatever it will count
+        for part, losses, logits, _, head, lift in _chunks(hidden, weight, targets, wanted):
+            found[part] = -losses
+            if gradient is not None:
+                gradient[part] = (logits @ head).to(gradient.dtype) / -lift
+        ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None
+
+
+_Chunk = tuple[slice, Tensor, Tensor, Tensor, Tensor, float]
+
+
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> Iterator[_Chunk]:
+    """A part of the tokens at a time: which, their cross entropies, in the buffer of their logits the gradient of
+    these times a factor, their hidden states and the head as they were multiplied, and that factor."""
+    kind = hidden.device.type
+    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    head, lift = weight.to(product), _LIFT if product == torch.float16 else 1.0
+    buffer = head.new_empty(min(CHUNK, len(targets)), len(head))
+    with torch.autocast(kind, enabled=False):
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            given = hidden[part].to(product)
+            logits = torch.mm(given, head.t(), out=buffer[: len(given)])  # (n, V)
+            yield part, cross_entropy(logits, targets[part], lift if gradients else 0.0), logits, given, head, lift
 
 
 def _add_product(summed: Tensor, logits: Tensor, hidden: Tensor, lift: float) -> None:

@@ -2,20 +2,24 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from lit_llama.convert.source import SETTINGS_FILE
+from lit_llama.device import Numerics
 from lit_llama.model.adapter import CONFIG_FILE, restore_adapter, save_adapter
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, parameter_groups
 from lit_llama.model.weights import Weights
-from lit_llama.train.inputs import Inputs
+from lit_llama.train.config import PreferenceConfig, RunConfig
+from lit_llama.train.inputs import Inputs, Kind
+from lit_llama.train.loss import TokenLoss
 from lit_llama.train.optim import decay_groups
+from lit_llama.train.preference import PairLoss
 from lit_llama.train.warm_start import Start
 
 
@@ -45,6 +49,17 @@ class Method(Protocol):
     @property
     def whole(self) -> bool:
         """Whether the weights of the base train, so that nothing of it is frozen."""
+
+    @property
+    def rows(self) -> Kind:
+        """The rows that it learns of."""
+
+    @property
+    def refers(self) -> bool:
+        """Whether its loss compares with the model as it begins, on every row."""
+
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
+        """Build the module of a model together with what is minimized."""
 
     def apply(self, model: LLaMA) -> str:
         """Let the weights require gradients that are to train; says in a few words what they are.
@@ -105,6 +120,17 @@ class LoRA:
     whole: bool = False
 
     @property
+    def rows(self) -> Kind:
+        return "samples"
+
+    @property
+    def refers(self) -> bool:
+        return False
+
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
+        return TokenLoss(model, numerics)
+
+    @property
     def uniform(self) -> bool:
         config = self.config
         return config.pattern is None and not any(
@@ -138,6 +164,32 @@ class LoRA:
 
 
 @dataclass(frozen=True)
+class Preference(LoRA):
+    """Low-rank adapters that make chosen answers likelier than rejected ones.
+
+    The reference is the model as it begins: a B of zeros is the base, and what an adapter begins with counts.
+
+    Args:
+        preference: What is learned of the pairs.
+    """
+
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    door: str = "finetune/dpo.py"
+    own: tuple[str, ...] = ("adapter_dir", "lora", "dpo", "quantize")
+
+    @property
+    def rows(self) -> Kind:
+        return "answers" if self.preference.loss == "kto" else "pairs"
+
+    @property
+    def refers(self) -> bool:
+        return self.preference.refers
+
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
+        return PairLoss(model, numerics, self.preference)
+
+
+@dataclass(frozen=True)
 class Full:
     """All weights; the result is a checkpoint folder.
 
@@ -153,6 +205,11 @@ class Full:
     own: tuple[str, ...] = ("dtype",)
     uniform: bool = True
     whole: bool = True
+    rows: Kind = "samples"
+    refers: bool = False
+
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
+        return TokenLoss(model, numerics)
 
     def apply(self, model: LLaMA) -> str:
         model.requires_grad_(True)
@@ -180,3 +237,10 @@ class Full:
 
     def next(self, out_dir: Path) -> str:
         return f"python generate/chat.py --checkpoint_dir {shlex.quote(str(out_dir))}"
+
+
+def method_of(name: Literal["lora", "full", "dpo"], config: RunConfig) -> Method:
+    """Return the method of a name, with its settings in a run."""
+    if name == "full":
+        return Full(config.dtype)
+    return LoRA(config.lora) if name == "lora" else Preference(config.lora, preference=config.dpo)

@@ -30,7 +30,11 @@ def draw_curve(folder: Path) -> Path:
     axes.plot(*zip(*smooth(series["loss"]), strict=True), color="#1f4e8c", linewidth=2, label="train, smoothed")
     if series["test_loss"]:  # not where the data has no test split
         axes.plot(*zip(*series["test_loss"], strict=True), "o:", color="#d1495b", linewidth=1, label="test split")
-    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=folder.resolve().name)
+    axes.set(
+        xlabel="optimizer step",
+        ylabel="loss per pair" if series["margin"] else "loss per trained token",
+        title=folder.resolve().name,
+    )
     if min(value for _, value in series["loss"]) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)
@@ -47,6 +51,9 @@ METRICS = (
     *("step", "epoch", "learning_rate", "loss", "test_loss", "perplexity", "stopped", "grad_norm", "trained_tokens"),
     "tokens",
 )
+_OF_PAIRS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "drift", "chosen_length", "rejected_length")
+PAIR_METRICS = (*METRICS, *_OF_PAIRS, *(f"test_{name}" for name in _OF_PAIRS), "answer_length")
+"""Columns of a run on preference rows: of each step, and of evaluations."""
 TIMING = ("step", "seconds", "memory")
 COLUMNS = {METRICS_FILE: METRICS, TIMING_FILE: TIMING}
 
@@ -124,25 +131,28 @@ def csv_line(values: Sequence[Any]) -> str:
     return text.getvalue()
 
 
-def rows_of(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what each file says about a step: its name and the row."""
-    for name, columns in COLUMNS.items():
+def rows_of(metrics: Mapping[str, Any], columns_of: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """Yield what each file with its columns says about a step: its name and the row."""
+    for name, columns in columns_of.items():
         yield name, csv_line([metrics.get(column, "") for column in columns])
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """Read each column of metrics.csv and timing.csv as pairs of step and value.
+    """Read each column of metrics.csv and timing.csv as pairs of step and value; those of preference rows, too.
 
     Raises:
         IntegrityError: A file has other columns, or what is no number in them.
     """
-    series: dict[str, Series] = {name: [] for columns in COLUMNS.values() for name in columns}
+    series: dict[str, Series] = {name: [] for columns in (*COLUMNS.values(), PAIR_METRICS) for name in columns}
     for file_name, columns in COLUMNS.items():
         if not (folder / file_name).exists():
             continue
         try:
             with (folder / file_name).open(encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
+                reader = csv.DictReader(file)
+                if file_name == METRICS_FILE and tuple(reader.fieldnames or ()) == PAIR_METRICS:
+                    columns = PAIR_METRICS
+                for row in reader:
                     for name in columns if file_name == METRICS_FILE else columns[1:]:
                         if row[name]:
                             series[name].append((int(row["step"]), float(row[name])))

@@ -16,7 +16,7 @@ from lit_llama.device import (
 from lit_llama.generate.plan import step_bytes
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
 from lit_llama.model.paged import PagedCache
-from lit_llama.text.dataset.folder import Split, collate, largest_group
+from lit_llama.text.dataset.folder import Rows, largest_group
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape, Sizes
 from lit_llama.train.loss import CHUNK
@@ -66,7 +66,7 @@ class Plan:
     """
 
     config: LLaMAConfig
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Rows]
     method: Method
     train: TrainConfig
     numerics: Numerics
@@ -101,8 +101,18 @@ class Plan:
         """Shape of an evaluation, which takes the whole test split at once."""
         return self._shape("test", len(self.splits["test"]), 1)
 
+    @cached_property
+    def laid(self) -> Mapping[str, Rows]:
+        """The data as the batches of this run count it."""
+        return {name: split.counted(self.build.shares) for name, split in self.splits.items()}
+
+    @cached_property
+    def largest_referred(self) -> Shape:
+        """The largest micro-batch of a pass over the whole training split, as for a reference."""
+        return self._shape("train", len(self.splits["train"]), 1)
+
     def _shape(self, name: str, batch_size: int, steps: int) -> Shape:
-        split, tokens = self.splits[name], self.tokens_at_once
+        split, tokens = self.laid[name], self.tokens_at_once
         rows = largest_group(
             split.lengths,
             batch_size=batch_size,
@@ -111,7 +121,7 @@ class Plan:
             steps=steps,
             shares=self.processes.size,
         )
-        batch = collate([split[row] for row in rows], share=self.build.shares)
+        batch = split.batch(rows, share=self.build.shares)
         return Shape(batch.lengths, len(batch.targets), batch.parents)
 
     @cached_property
@@ -161,7 +171,12 @@ class Plan:
         """Bytes that come and go, never two of them at once."""
         on_cpu = self.numerics.device.type == "cpu"
         made = FETCHED * self.sizes.layers // self.config.num_hidden_layers if self.processes.sharded else 0
-        return {
+        referred = (
+            {"reference": self._pass("reference", self.largest_referred, self.build.evaluation_peak)}
+            if self.method.refers
+            else {}
+        )
+        return referred | {
             "training": self._pass("training", self.largest, self.build.training_peak) + made,
             "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made
             if self.evaluates
@@ -177,7 +192,7 @@ class Plan:
         count = min(self.train.sample_prompts, len(self.splits["test"]))
         if not count or self.processes.sharded:
             return 0
-        longest = min(int(self.splits["test"].lengths.max()) + MAX_NEW_TOKENS, self.config.context_length)
+        longest = min(self.splits["test"].longest + MAX_NEW_TOKENS, self.config.context_length)
         blocks = cache_blocks([longest] * count, self.tokens_at_once)
         cache = blocks * PagedCache.bytes_of_block(self.config, self.numerics.rest)
         return cache + step_bytes(self.config, count)
@@ -248,19 +263,17 @@ class Plan:
         return replace(self, train=train, quantize=quantize)
 
     def tokens(self) -> tuple[int, int]:
-        """Count the tokens that the run goes through, and those of them that are trained, as far as its steps take
-        whole epochs.
-        """
-        split = self.splits["train"]
+        """Count the tokens that the run goes through, and those that are trained, as far as steps take whole epochs."""
+        split = self.laid["train"]
         passes = min(self.steps * self.train.batch_size / len(split), self.train.epochs)
-        return round(passes * int((split.lengths - 1).sum())), round(passes * split.trained_tokens())
+        return round(passes * split.places()), round(passes * split.trained_tokens())
 
 
 def make_plan(
     method: Method,
     run: RunConfig,
     config: LLaMAConfig,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, Rows],
     *,
     memory: str | None = None,
     processes: Processes = ALONE,
@@ -310,7 +323,7 @@ def make_plan(
 def _comfortable(plan: Plan) -> int:
     """As many tokens per forward pass as suit the device, or as its memory takes; where it takes none, the former."""
     tokens = plan.tokens_at_once
-    other, least = plan, max(LEAST_TOKENS, int(plan.splits["train"].lengths.max()))
+    other, least = plan, max(LEAST_TOKENS, int(plan.laid["train"].lengths.max()))
     while other.resting <= plan.memory.total:
         if other.comfortable:
             return other.tokens_at_once
@@ -325,7 +338,7 @@ def smaller(plan: Plan) -> Iterator[Plan]:
 
     A micro-batch is never cut below its longest sample, so a budget below that changes nothing.
     """
-    longest = int(plan.splits["train"].lengths.max())
+    longest = int(plan.laid["train"].lengths.max())
     modes = get_args(Checkpointing)
     for store in dict.fromkeys((plan.quantize, plan.quantize or _fewer_bits(plan))):
         for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
@@ -343,7 +356,7 @@ def lighter(plan: Plan) -> list[Plan]:
     """List plans of the run with one setting changed by one notch, where that needs less memory."""
     train, modes = plan.train, get_args(Checkpointing)
     mode, tokens = train.activation_checkpointing, plan.tokens_at_once
-    half = max(tokens // 2, int(plan.splits["train"].lengths.max()))
+    half = max(tokens // 2, int(plan.laid["train"].lengths.max()))
     changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
     changes.append((mode, tokens, plan.quantize or _fewer_bits(plan)))
     found = [plan.changed(*change) for change in changes]

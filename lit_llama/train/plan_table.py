@@ -17,7 +17,7 @@ from lit_llama.text.dataset.folder import read_meta
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.cards import find_card
 from lit_llama.train.config import RunConfig
-from lit_llama.train.inputs import fitting, read_splits
+from lit_llama.train.inputs import fitting, folder_kind, read_splits
 from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
@@ -64,7 +64,9 @@ def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
     elif memory is not None and run.precision == "auto":
         stderr().print("planned for a GPU with bfloat16; --plan_device names another, such as v100 or t4")
     config = LLaMAConfig.from_folder(run.base)
-    splits = read_splits(run.base, config, run.data_dir, read_meta(run.data_dir))
+    splits = read_splits(
+        run.base, config, run.data_dir, read_meta(run.data_dir, kind=folder_kind(method.rows)), method.rows
+    )
     tokenizer = None
     with suppress(UserError):  # config.json is enough; but where there is a tokenizer, the run will hold it
         tokenizer = Tokenizer.from_path(run.base)
@@ -94,6 +96,7 @@ def table(plan: Plan) -> Table:
         "trained": f"{plan.sizes.trained:,} values, {kind}",
         "gradients": kind,
         "optimizer": plan.train.optimizer,
+        "reference": "of all rows, before the first step",
         "training": f"largest micro-batch: {sum(largest.lengths):,} tokens of {len(largest.lengths)} samples, "
         f"{largest.trained:,} trained; logits {_gb(plan.logits)} of it",
         "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens"

@@ -48,10 +48,11 @@ from lit_llama.train.log import SAVE_SECONDS, Log, Silence
 from lit_llama.train.loggers import check_loggers
 from lit_llama.train.loop import Progress, Trainer, fit
 from lit_llama.train.method import Method
-from lit_llama.train.metrics import draw_curve
+from lit_llama.train.metrics import METRICS, PAIR_METRICS, draw_curve
 from lit_llama.train.optim import check_optimizer, restore_optimizer, write_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
+from lit_llama.train.preference import read_reference, write_reference
 from lit_llama.train.processes import join
 from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
@@ -105,7 +106,7 @@ def _run(run: Run, start: float, owns_process: bool) -> Plan:
     if run.processes.is_first:
         clear(run.states)
     state = run.processes.first(lambda: run.find_state(run.config.resume))
-    inputs = read_inputs(run.config.base, run.config.data_dir)
+    inputs = read_inputs(run.config.base, run.config.data_dir, run.method.rows)
     fitted, remarks = fitting(run.train, inputs.splits, run.config.data_dir)
     run = run.with_train(fitted)
     for remark in remarks if run.processes.is_first else ():
@@ -162,7 +163,16 @@ def _execute(
     with _log(run, model, inputs, steps) as log:
         groups = run.method.groups(model, run.train.weight_decay)
         trainer = Trainer(
-            model, groups, inputs.train, inputs.test, run.train, run.config.seed, log.say, numerics, processes
+            model,
+            groups,
+            inputs.train,
+            inputs.test,
+            run.train,
+            run.config.seed,
+            log.say,
+            numerics,
+            processes,
+            run.method.loss_of(model, numerics),
         )
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:
@@ -237,10 +247,11 @@ class _Training:
         try:
             with Interrupt(quiet=not (self.run.processes.is_first and is_heard())) as interrupt:
                 fit(self.trainer, self.log, self.save, interrupt)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if stop.args else signal.SIGINT
             states = find_states(self.run.states)
             saved = f"the newest state is that of step {step_of(states[-1])}" if states else "nothing is saved yet"
-            raise Interrupted(signal.SIGINT, f"Stopped at once; {saved}. Continue with: {self.run.command}") from None
+            raise Interrupted(number, f"Stopped at once; {saved}. Continue with: {self.run.command}") from None
         step, steps = self.trainer.progress.step, self.trainer.steps
         if interrupt.received and not self.trainer.ended:
             by = "" if interrupt.received == signal.SIGINT else f" by {interrupt.received.name}"
@@ -280,6 +291,7 @@ class _Training:
         def write(folder: Path) -> dict[str, Any]:
             self.write_result(folder, exact=True)
             write_optimizer(self.model, self.trainer.optimizer, folder)
+            write_reference(self.inputs.splits, folder)
             if self.trainer.kept:
                 save_file({str(n): value.cpu() for n, value in enumerate(self.trainer.kept)}, folder / BEST_FILE)
             return {
@@ -299,6 +311,7 @@ class _Training:
         """Put the run where it was, and states that lie further on out of the way."""
         self.run.method.restore(self.model, state)
         restore_optimizer(self.model, self.trainer.optimizer, state)
+        read_reference(self.inputs.splits, state)
         self.trainer.best = Best.from_state(record["best"])
         self.trainer.scaler.load_state_dict(record["scaler"])
         kept = load_file(state / BEST_FILE) if self.trainer.kept else {}
@@ -326,6 +339,7 @@ def _log(run: Run, model: LLaMA, inputs: Inputs, steps: int) -> Log:
         steps,
         sampler=_sampler(run, model, inputs.tokenizer) if len(inputs.test) else None,
         loggers=run.config.all_loggers,
+        columns=METRICS if run.method.rows == "samples" else PAIR_METRICS,
     )
 
 

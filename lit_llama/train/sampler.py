@@ -1,7 +1,7 @@
 """Answers to the same few prompts of the test split throughout a run, taken without disturbing it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.text.dataset.folder import TEST_FILE
 from lit_llama.text.message import Conversation
 from lit_llama.text.prompts.folder_style import folder_style
-from lit_llama.text.read.questions import read_questions
+from lit_llama.text.read.questions import question_of, read_questions
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import special_ids
 
@@ -154,11 +154,23 @@ def _read(path: Path) -> Sequence[Conversation | str]:
     """The rows of test.jsonl: what they ask, or plain texts."""
     try:
         with path.open(encoding="utf-8") as file:
-            plain = "text" in json.loads(file.readline())
+            first = json.loads(file.readline())
             file.seek(0)
-            return [json.loads(line)["text"] for line in file] if plain else read_questions(path)
+            if "text" in first:
+                return [json.loads(line)["text"] for line in file]
+            if not first.keys() & {"chosen", "rejected", "label"}:
+                return read_questions(path)
+            return [question_of(_first_answer(json.loads(line)), number) for number, line in enumerate(file)]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _first_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A preference row as a chat that ends in its chosen answer, or in the only one."""
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    if "prompt" not in row:
+        return {"messages": row["messages"]} | tools
+    return {"messages": [*row["prompt"], *(row.get("chosen") or row["rejected"])]} | tools
 
 
 def _prompt(llm: LLM, number: int, row: Conversation | str) -> Prompt | None:

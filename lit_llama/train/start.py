@@ -49,6 +49,11 @@ def begin(method: Method, config: RunConfig) -> tuple[Method, RunConfig]:
         UserError: There is no base, or one that is an adapter.
     """
     base, adapter = config.checkpoint_dir, config.adapter_dir
+    if method.rows != "samples" and (config.devices, config.num_nodes) != (1, 1):
+        raise UserError(
+            f"--devices {config.devices} and --num_nodes {config.num_nodes}: {method.door} trains on one device, "
+            "expected 1 and 1"
+        )
     if config.verify:
         verify_folders(base, adapter, config.data_dir, base_dir=base if adapter else None)
     if base is not None:
@@ -82,4 +87,4 @@ def _begin_with(adapter: Path, method: Method, config: RunConfig) -> tuple[LoRA,
         now = f"; it goes on on one in {config.quantize}" if config.quantize else ", and goes on so"
         stderr().print(f"{adapter} was trained {kind}{now}")
     held = config.quantize or trained
-    return LoRA(shape, begun), replace(config, checkpoint_dir=base, lora=shape, quantize=held)
+    return replace(method, config=shape, start=begun), replace(config, checkpoint_dir=base, lora=shape, quantize=held)

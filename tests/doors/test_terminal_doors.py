@@ -57,6 +57,7 @@ PLACES: dict[str, list[tuple[str, ...]]] = {
     "prepare/download.py": [("--repo_id", "--destination_path")],
     "finetune/lora.py": [("--checkpoint_dir", "--data_dir", "--out_dir")],
     "finetune/full.py": [("--checkpoint_dir", "--data_dir", "--out_dir")],
+    "finetune/dpo.py": [("--checkpoint_dir", "--data_dir", "--out_dir")],
     "finetune/merge.py": [("--adapter_dir", "--destination_path")],
     "generate/base.py": [("--checkpoint_dir",)],
     "generate/chat.py": [("--checkpoint_dir",)],

@@ -248,3 +248,9 @@ def test_the_best_adapter_is_left_and_the_run_stops(
         assert [step for step, _ in read_metrics(tmp_path / keep)["loss"]] == list(range(1, 11))
     kept, last = (load_file(tmp_path / keep / WEIGHTS_FILE) for keep in ("best", "last"))
     assert any(not torch.equal(kept[name], last[name]) for name in last)
+
+
+def test_a_run_with_noise_is_planned_and_trains(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches noise whose size takes numbers that a plan has not."""
+    out = run(tiny_folder, data, tmp_path / "out", train=replace(SHORT, max_steps=1, neftune_noise_alpha=5.0))
+    assert (out / CONFIG_FILE).exists()

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -170,6 +170,23 @@ class Split:
         rows = range(len(self)) if rows is None else rows
         return sum(int((self._labels[row][1:] != IGNORE_INDEX).sum()) for row in rows)
 
+    def places(self, rows: Sequence[int] | None = None) -> int:
+        """Count the tokens that go in for some samples, or all: all but the last of each."""
+        return int((self.lengths[slice(None) if rows is None else rows] - 1).sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return int(self.lengths.max(initial=0))
+
+    def batch(self, rows: Sequence[int], *, share: bool) -> "Batch":
+        """Lay samples end to end; `share` as in `collate`."""
+        return collate([self[row] for row in rows], share=share)
+
+    def counted(self, share: bool) -> Self:
+        """Return these samples, counted as batches are cut: before any beginning is shared."""
+        return self
+
 
 class Column:
     """A chunked list column as views into its buffers."""
@@ -265,16 +282,51 @@ def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def micro_batches(
-    split: Split, rows: Sequence[int], micro_batch_tokens: int, *, share: bool = False
-) -> Iterator[Batch]:
+class Rows(Protocol):
+    """Rows of one split that steps are made of: samples, or preference rows.
+
+    Attributes:
+        lengths: (rows,) tokens of each row, by which batches are cut.
+    """
+
+    lengths: npt.NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int], *, share: bool) -> Batch:
+        """Lay rows end to end; `share` has what they begin with only once."""
+        ...
+
+    def trained_tokens(self, rows: Iterable[int] | None = None) -> int:
+        """Count the tokens with a loss, of some rows or all."""
+        ...
+
+    def places(self, rows: Sequence[int] | None = None) -> int:
+        """Count the tokens that go in for some rows, or all."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model sees."""
+        ...
+
+    def counted(self, share: bool) -> Self:
+        """Return these rows with the lengths that they have in such batches."""
+        ...
+
+    def stranger(self, vocab_size: int) -> int | None:
+        """Find an id that is none of so many tokens, if there is one."""
+        ...
+
+
+def micro_batches(split: Rows, rows: Sequence[int], micro_batch_tokens: int, *, share: bool = False) -> Iterator[Batch]:
     """Cut the samples of a step, longest first, into batches of at most `micro_batch_tokens` tokens.
 
     The gradient of a step does not depend on how its samples are cut. A longer sample is a batch of its own. Tokens are
     counted before any are shared.
     """
     for group in _groups(split.lengths, rows, micro_batch_tokens):
-        yield collate([split[row] for row in group], share=share)
+        yield split.batch(group, share=share)
 
 
 def _groups(lengths: npt.NDArray[np.int64], rows: Sequence[int], micro_batch_tokens: int) -> Iterator[list[int]]:
@@ -302,7 +354,7 @@ def share_out(lengths: npt.NDArray[np.int64], rows: Sequence[int], shares: int) 
 
 
 def shared_micro_batches(
-    split: Split,
+    split: Rows,
     rows: Sequence[int],
     micro_batch_tokens: int,
     share: int,
@@ -328,7 +380,7 @@ def shared_micro_batches(
         counts = [sum(1 for _ in _groups(split.lengths, part, micro_batch_tokens)) for part in divided]
         nothing = np.zeros(0, np.int64)
         for _ in range(max(counts) - counts[share]):
-            yield Batch(split[rows[0]][0][:1].astype(np.int64), [1], nothing, nothing)
+            yield Batch(split.batch(rows[:1], share=False).input_ids[:1], [1], nothing, nothing)
 
 
 _ORDERED = 1 << 16

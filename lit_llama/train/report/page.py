@@ -1,7 +1,7 @@
 """report.html of a run: its curves, and how its numbers are written."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_llama.html.chart import Chart, Line, Series, chart, figure
 from lit_llama.html.render import render
@@ -9,15 +9,51 @@ from lit_llama.memory import amount
 from lit_llama.train.metrics import smooth
 
 
+class _Measured(NamedTuple):
+    """A measure of evaluations beside the loss.
+
+    Args:
+        column: Its name in report.json, how it is written, and the class of its cells.
+        head: Of the column.
+        tile: What it is at the top of the page; "" for none.
+    """
+
+    column: tuple[str, str, str]
+    head: str
+    tile: str
+
+
+_OF_TOKENS = [_Measured(("perplexity", "figure", ""), "perplexity", "perplexity on the test split")]
+_OF_PAIRS = [
+    _Measured(("test_accuracy", "short_percent", ""), "accuracy", "of the test pairs have the higher reward on chosen"),
+    _Measured(("test_margin", "loss", ""), "margin", "reward of chosen over rejected"),
+    _Measured(("test_chosen_reward", "loss", " extra"), "chosen", ""),
+    _Measured(("test_rejected_reward", "loss", " extra"), "rejected", ""),
+    _Measured(("answer_length", "number", " extra"), "tokens", "tokens of a sample answer"),
+    _Measured(("test_drift", "figure", ""), "drift", "drift: mean |log p - that of the reference| of an answer"),
+]
+_ABOUT_TOKENS = (
+    "Losses are means per trained token; the training loss is smoothed over the last steps. Perplexity is exp(test "
+    "loss)."
+)
+_ABOUT_PAIRS = (
+    "Losses are means per pair, of kto per answer; the training loss is smoothed over the last steps. Margin is the "
+    "reward of chosen less that of rejected answers."
+)
+
+
 def render_page(report: Mapping[str, Any], series: Mapping[str, Series]) -> str:
     """Render the HTML of a report (see `run_report`) and the curves of metrics.csv and timing.csv."""
     formats = {"loss": loss, "figure": figure, "duration": duration, "size": size, "short_percent": short_percent}
+    pairs = "dpo.loss" in report["settings"]
     return render(
         "lit_llama.train.report",
         "run.html.jinja",
         report,
         styles=("run.css",),
         formats=formats,
+        measured=_OF_PAIRS if pairs else _OF_TOKENS,
+        about_losses=_ABOUT_PAIRS if pairs else _ABOUT_TOKENS,
         charts=charts(series, report["verdict"]["of_steps"]),
     )
 
@@ -31,7 +67,7 @@ def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
     }
     drawn = [
         chart(
-            "Loss per trained token",
+            "Loss per pair" if series["margin"] else "Loss per trained token",
             [
                 Line("train, each step", "raw", series["loss"]),
                 Line("train, smoothed", "main", smooth(series["loss"])),
@@ -39,6 +75,15 @@ def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
             ],
             steps,
         ),
+        chart(
+            "Rewards on the test split",
+            [
+                Line("chosen", "main", series["test_chosen_reward"], dots=True),
+                Line("rejected", "second", series["test_rejected_reward"], dots=True),
+            ],
+            steps,
+        ),
+        chart("Pairs with the higher reward on chosen", _accuracy(series), steps, from_zero=True),
         chart("Learning rate", [Line("learning rate", "main", series["learning_rate"])], steps, from_zero=True),
         chart(
             "Norm of the gradient, before clipping",
@@ -65,6 +110,13 @@ def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:
         ),
     ]
     return [entry for entry in drawn if entry is not None]
+
+
+def _accuracy(series: Mapping[str, Series]) -> list[Line]:
+    return [
+        Line("train, smoothed", "main", smooth(series["accuracy"])),
+        Line("test split", "second", series["test_accuracy"], dots=True),
+    ]
 
 
 def loss(value: float) -> str:

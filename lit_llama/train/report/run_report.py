@@ -17,7 +17,7 @@ from lit_llama.model.adapter import CONFIG_FILE, META_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.objects import Form, check_form, read_object, read_yaml
 from lit_llama.text.dataset.folder import META_FORM
-from lit_llama.train.config import FULL, RUN_FILE, TrainConfig
+from lit_llama.train.config import FULL, PREFERENCE, RUN_FILE, PreferenceConfig, TrainConfig
 from lit_llama.train.metrics import read_metrics, smooth
 from lit_llama.train.report.page import render_page
 from lit_llama.train.report.warnings import warnings
@@ -26,9 +26,22 @@ from lit_llama.train.sampler import SAMPLES_FILE
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 FORMAT = 1
 _LISTED = 5  # raw files that are named
+_COUNTED = {"rows": "rows", "tokens": "tokens", "trained_tokens": "of them trained"}
 _PATHS = ("checkpoint_dir", "data_dir", "out_dir")
-_LORA = "finetune/lora.py"
-_DEFAULTS: dict[str, Any] = {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())}
+_LORA, _DPO = "finetune/lora.py", "finetune/dpo.py"
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    _LORA: {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())},
+    _DPO: {"lora": asdict(LoRAConfig()), "dpo": asdict(PreferenceConfig()), "train": asdict(PREFERENCE)},
+}
+"""Defaults of the doors whose results are adapters."""
+_OF_PAIRS = (
+    "test_accuracy",
+    "test_margin",
+    "test_chosen_reward",
+    "test_rejected_reward",
+    "test_drift",
+    "answer_length",
+)
 Json = dict[str, Any]
 
 
@@ -65,7 +78,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
     door = meta.get("run", {}).get("door", _LORA)
     steps = max((step for step, _ in series["step"]), default=0)
     of_steps = meta.get("steps", steps)
-    result = (folder / (CONFIG_FILE if door == _LORA else SETTINGS_FILE)).exists()
+    result = (folder / (CONFIG_FILE if door in _ADAPTERS else SETTINGS_FILE)).exists()
     verdict = {
         "steps": steps,
         "of_steps": of_steps,
@@ -79,7 +92,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         **_speed(series),
     }
     flat = _flat({key: value for key, value in settings.items() if key not in _PATHS})
-    known = _DEFAULTS if door == _LORA else {"train": asdict(FULL)}
+    known = _ADAPTERS.get(door, {"train": asdict(FULL)})
     defaults = _flat({key: value for key, value in known.items() if key in settings})
     return {
         "format": FORMAT,
@@ -108,7 +121,7 @@ def _evaluations(series: Mapping[str, Series]) -> list[Json]:
 
     What is not finite is left out, as JSON has no word for it.
     """
-    known = {name: dict(series[name]) for name in ("epoch", "perplexity", "stopped", "learning_rate")}
+    known = {name: dict(series[name]) for name in ("epoch", "perplexity", "stopped", "learning_rate", *_OF_PAIRS)}
     known["loss"] = dict(smooth(series["loss"]))
     return [
         {"step": step, "test_loss": loss}
@@ -132,7 +145,8 @@ def identity(settings: Json, meta: Json) -> Json:
     """Name the base and the data, with hashes; what is not known is left out."""
     data, run = meta.get("data", {}), meta.get("run", {})
     rows = [
-        f"{name} {counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them trained"
+        f"{name} "
+        + ", ".join(f"{counts[key]:,} {word}" for key, word in _COUNTED.items() if type(counts.get(key)) is int)
         for name, counts in data.get("splits", {}).items()
     ]
     about = {
@@ -174,7 +188,7 @@ def commands(folder: Path, settings: Json, door: str, tested: bool = True) -> li
         "Repeat the run": f"python {door} --config {shlex.quote(str(folder / RUN_FILE))} --out_dir {again}",
         "Talk to it": f"python generate/chat.py --checkpoint_dir {out}",
     }
-    if door == _LORA:
+    if door in _ADAPTERS:
         found["Merge it into its base"] = f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}"
     if "data_dir" in settings and tested:
         data = shlex.quote(str(settings["data_dir"]))

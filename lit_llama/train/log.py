@@ -32,7 +32,7 @@ _OF_PAIRS = (
     ("test_chosen_reward", "chosen", ".4f"),
     ("test_rejected_reward", "rejected", ".4f"),
     ("test_drift", "drift", ".2f"),
-    ("answer_length", "tokens of an answer", ".1f"),
+    ("answer_length", "answer tokens", ".1f"),
 )
 """Metrics of preference rows as they are said: name, word and form."""
 

@@ -104,7 +104,8 @@ def test_a_loss_and_its_gradient_are_those_of_the_formula(settings: dict[str, An
     assert log_probs.grad is not None and not rewards.requires_grad
 
     def formula(row: int, w: float, r: float) -> float:
-        return written_out(config, w, r, *counts[row].tolist(), *reference[row].tolist(), z0)
+        (n_w, n_r), (ref_w, ref_r) = counts[row].tolist(), reference[row].tolist()
+        return written_out(config, w, r, n_w, n_r, ref_w, ref_r, z0)
 
     step = 1e-5
     for row, (w, r) in enumerate(log_probs.detach().tolist()):
@@ -200,7 +201,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_layout_and_cut(loss: Preferen
         total = 0.0
         for batch in micro_batches(split, list(range(10)), tokens, share=share):
             value = loss_of.of_batch(batch) / loss_of.divisor(split, list(range(10)))
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             total += value.item()
         gradients = torch.cat([p.grad.flatten() for p in lora_parameters(model) if p.grad is not None])
         found.append((total, gradients, loss_of.measured()))
@@ -216,7 +217,7 @@ def test_gradients_of_log_probs_are_those_of_plain_logits() -> None:
     hidden = torch.randn(700, 16, generator=draw, requires_grad=True)
     weight, targets = torch.randn(50, 16, generator=draw), torch.randint(50, (700,), generator=draw)
     counts = torch.randn(700, generator=draw)
-    (linear_log_probs(hidden, weight, targets) * counts).sum().backward()  # type: ignore[no-untyped-call]
+    (linear_log_probs(hidden, weight, targets) * counts).sum().backward()
     twin = hidden.detach().double().requires_grad_()
     wanted = (twin @ weight.double().T).log_softmax(-1)[range(700), targets]
     (wanted * counts.double()).sum().backward()

@@ -111,7 +111,8 @@ class Plan:
             steps=steps,
             shares=self.processes.size,
         )
-        batch = collate([split[row] for row in rows], share=self.build.shares)
+        shares = self.build.shares if name == "train" else self.build.evaluation_shares
+        batch = collate([split[row] for row in rows], share=shares)
         return Shape(batch.lengths, len(batch.targets), batch.parents)
 
     @cached_property

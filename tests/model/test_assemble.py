@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SAID = {
     "plain": "layers: 2 fused",
-    "dropout": "layers: 2 plain (dropout of adapters)",
+    "dropout": "layers: 2 fused",
     "dora": "layers: 2 plain (DoRA)",
     "full": "layers: 2 plain (weights of the base that train)",
     "noise": "layers: 2 fused",
@@ -77,7 +77,8 @@ def test_a_run_has_the_modules_of_its_plan(option: str, tiny_folder: Path) -> No
     assert modules(made.model) == found
     assert (made.model.model.noise is None) == (planned.model.noise is None)
     if shares is not None:
-        assert can_share(made.model) == shares
+        assert can_share(made.model) == shares == build.shares
+        assert can_share(made.model.eval()) == build.evaluation_shares
     assert made.fused + sum(made.plain.values()) == 2
     assert made.describe() == SAID.get(option, made.describe())
 

@@ -2,8 +2,9 @@
 
 Of each token it keeps the input, the rotated queries, keys and values, what attention gives, the stream after it, gate
 and up, and the few numbers of the updates. Norms and the gated product are computed again in the backward pass, in the
-passes over memory that their gradients need anyway. llama.DecoderLayer is its plain twin, and what it was: the modules,
-their names and their parameters stay.
+passes over memory that their gradients need anyway; so are queries and keys that are normalised, which are kept as they
+were projected. Which inputs of updates are dropped is drawn again from its seed. llama.DecoderLayer is its plain twin,
+and what it was: the modules, their names and their parameters stay.
 
 Shapes: T tokens, C hidden, I intermediate, H query heads, G key/value heads, D head size.
 """
@@ -125,7 +126,8 @@ def why_plain(layer: DecoderLayer) -> str:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms: list[nn.Module] = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for norm in (attention.q_norm, attention.k_norm) if type(norm) is not nn.Identity]
     kinds = [kind_of(linear) for linear in linears]
     if None in kinds:
         unknown = linears[kinds.index(None)]
@@ -134,8 +136,6 @@ def why_plain(layer: DecoderLayer) -> str:
         return "linear layers held in several ways"
     if any(type(norm) is not nn.RMSNorm for norm in norms):
         return "norms that train"
-    if type(attention.q_norm) is not nn.Identity:
-        return "norms of queries and keys"
     bases = [base_of(linear) for linear in linears]
     weights = [module.weight for module in (*norms, *bases) if isinstance(module, nn.Linear | nn.RMSNorm)]
     if any(weight.requires_grad for weight in weights):
@@ -166,6 +166,7 @@ class FusedLayer(DecoderLayer):
         eps = layer.input_layernorm.eps
         assert eps is not None
         self.eps = eps
+        self.head_norms = [norm for norm in (attention.q_norm, attention.k_norm) if isinstance(norm, nn.RMSNorm)]
         like = layer.input_layernorm.weight
         self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], like)
         self.out = join([attention.o_proj], like)
@@ -200,7 +201,7 @@ class FusedLayer(DecoderLayer):
 class _Kept:
     """What the backward pass needs of a layer; u are the last columns of the buffers, see joined.py."""
 
-    qkv: Tensor  # (T, (H + 2 G) D), rotated
+    qkv: Tensor  # (T, (H + 2 G) D), rotated; as projected where heads are normalised
     attended: Tensor  # (T, H D + R)
     middle: Tensor  # (T, C), the stream between attention and MLP
     u_qkv: Tensor
@@ -242,10 +243,14 @@ def _forward(
     pointwise.copy(kept.u_qkv, normed[:, layer.qkv.inputs :])
     del normed
     heads = layer.heads(kept.qkv)
-    for part in heads[:2]:
-        pointwise.rotate(part, part, cos, sin)
+    if layer.head_norms:
+        heads = _normalised(layer, heads, cos, sin)
+    else:
+        for part in heads[:2]:
+            pointwise.rotate(part, part, cos, sin)
     attended = kept.attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
     kept.attention = attend(attended, heads, layout, layer.self_attn.window)
+    del heads
     layer.out(kept.middle, kept.attended, residual=x, dropped=drops.out)
     gate_up = _gate_up(layer, kept, drops)
     product = layer.down.buffer_in(x)
@@ -253,6 +258,25 @@ def _forward(
     layer.down(y, product, residual=kept.middle, dropped=drops.down)
     pointwise.copy(kept.u_down, product[:, layer.down.inputs :])
     return y, piece, kept
+
+
+def _normalised(layer: FusedLayer, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
+    """Heads as they attend, of those that are projected: queries and keys normalised and rotated, elsewhere."""
+    attending = []
+    for part, norm in zip(heads[:2], layer.head_norms, strict=True):
+        own = _elsewhere(part)
+        rows = own.flatten(0, 1)  # (T N, D)
+        pointwise.norm(rows, rows, norm.weight, layer.eps)
+        pointwise.rotate(own, own, cos, sin)
+        attending.append(own)
+    return attending[0], attending[1], heads[2]
+
+
+def _elsewhere(part: Tensor) -> Tensor:
+    """A copy of heads (T, N, D) whose rows lie in one piece."""
+    own = part.new_empty(part.shape)
+    pointwise.copy(own.flatten(1), part.flatten(1))
+    return own
 
 
 def _gate_up(layer: FusedLayer, kept: _Kept, drops: _Drops) -> Tensor:
@@ -342,14 +366,26 @@ def _attention_backward(
     found = out.gradients(kept.attended, kept.attended[:, out.inputs :], d_middle, drops.out)
     d_qkv = qkv.buffer_out(x)
     attended = kept.attended[:, : out.inputs].unflatten(1, (-1, size))
-    heads, room = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
-    found_heads = attend_backward(room, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
+    projected, room = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
     cos, sin = (part.flatten(1) for part in rotation)
+    heads = _normalised(layer, projected, cos, sin) if layer.head_norms else projected
+    found_heads = attend_backward(room, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
+    del heads
     for place, part in zip(room[:2], found_heads[:2], strict=True):
         pointwise.rotate(place, part, cos, sin, back=True)
+    for place, part, of_heads in zip(room, projected, layer.head_norms, strict=False):  # none, or of queries and keys
+        _head_norm_backward(place, part, of_heads, layer.eps)
     if found_heads[2] is not room[2]:
         pointwise.copy(room[2].flatten(1), found_heads[2].flatten(1))
     d_normed = qkv.input_gradient(d_qkv, drops.qkv)  # (T, C); without it no du
     normed, dx = torch.empty_like(d_normed), torch.empty_like(d_normed)
     pointwise.norm_backward(dx, normed, d_normed, x, norm.weight, d_middle[:, : out.outputs], layer.eps)
     return dx if wanted else None, [*qkv.gradients(normed, kept.u_qkv, d_qkv, drops.qkv), *found]
+
+
+def _head_norm_backward(place: Tensor, part: Tensor, norm: nn.RMSNorm, eps: float) -> None:
+    """Turn the gradient of normalised heads, in `place` (T, N, D), into that of the heads as projected, `part`."""
+    gradient, rows = (_elsewhere(x).flatten(0, 1) for x in (place, part))  # (T N, D)
+    nothing = rows.new_zeros(rows.shape[1]).expand_as(rows)
+    pointwise.norm_backward(gradient, rows, gradient, rows, norm.weight, nothing, eps)
+    pointwise.copy(place.flatten(1), gradient.view(len(place), -1))

@@ -148,11 +148,19 @@ class Build:
 
     @cached_property
     def shares(self) -> bool:
-        """Whether what samples begin with is computed once for all of them."""
+        """Whether what samples begin with is computed once for all of them while training."""
+        return self._shares(train=True)
+
+    @cached_property
+    def evaluation_shares(self) -> bool:
+        """Whether what samples begin with is computed once for all of them in an evaluation, which drops nothing."""
+        return self._shares(train=False)
+
+    def _shares(self, *, train: bool) -> bool:
         if self.numerics.device.type != "cpu" or compiled() is None:
             return False
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return can_share(self._with_layers(1)._model())
+            return can_share(self._with_layers(1)._model().train(train))
 
     def _with_layers(self, number: int) -> "Build":
         types = self.config.layer_types[:number]

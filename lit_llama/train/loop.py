@@ -128,7 +128,10 @@ class Trainer:
         self.config, self.progress = config, Progress()
         self.steps = config.steps(len(train))
         self._loss_of = loss_of or TokenLoss(model, numerics)
-        self._train, self._test = (split.counted(self._loss_of.shares) for split in (train, test))
+        was = self._loss_of.training
+        self._train = train.counted(self._loss_of.train().shares)
+        self._test = test.counted(self._loss_of.eval().shares)
+        self._loss_of.train(was)
         self._seed, self._say = seed, say
         self.processes = processes
         self._per_epoch = math.ceil(len(train) / config.batch_size)

@@ -104,7 +104,11 @@ class Plan:
     @cached_property
     def laid(self) -> Mapping[str, Rows]:
         """The data as the batches of this run count it."""
-        return {name: split.counted(self.build.shares) for name, split in self.splits.items()}
+        return {name: split.counted(self._shares(name)) for name, split in self.splits.items()}
+
+    def _shares(self, name: str) -> bool:
+        """Whether what samples of a split begin with is computed once: dropout draws for each of them."""
+        return self.build.shares if name == "train" else self.build.evaluation_shares
 
     @cached_property
     def largest_referred(self) -> Shape:
@@ -121,7 +125,7 @@ class Plan:
             steps=steps,
             shares=self.processes.size,
         )
-        batch = split.batch(rows, share=self.build.shares)
+        batch = split.batch(rows, share=self._shares(name))
         return Shape(batch.lengths, len(batch.targets), batch.parents)
 
     @cached_property

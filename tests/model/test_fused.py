@@ -41,6 +41,9 @@ def adapted(device: str = "cpu", dtype: torch.dtype = torch.float32, **settings:
     apply_lora(model, LoRAConfig(r=4, **lora))
     for parameter in lora_parameters(model):
         nn.init.normal_(parameter, std=0.05)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.weight.data.copy_(torch.rand(len(module.weight)) * 2 - 0.5)  # the same in every dtype
     return model.to(device).train()
 
 
@@ -61,6 +64,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_key_value_heads": 1},
     {"target_modules": "q_proj,v_proj,down_proj"},
     {"rank_pattern": {"q_proj": 9, "layers.1.mlp.up_proj": 2}},
+    {"model_type": "qwen3", "use_qk_norm": True},
+    {"model_type": "qwen3", "use_qk_norm": True, "num_key_value_heads": 1, "target_modules": "k_proj"},
 ]
 
 
@@ -75,18 +80,19 @@ def test_gradients_are_autograds(way: str, settings: dict[str, Any], leave: Any,
     assert fuse(model, leave) == 3
     loss, found = step(model)
     torch.testing.assert_close(loss.double(), wanted_loss.double(), rtol=1e-6, atol=0)
-    assert found.keys() == wanted.keys() and len(wanted) >= 18
+    assert found.keys() == wanted.keys() and len(wanted) >= 6
     for name, gradient in wanted.items():
         off, usual = ((each[name] - gradient).norm() / gradient.norm() for each in (found, autograds))
         assert off < max(1e-5, 2 * usual), f"{name} is off by {off:.1e}, autograd's by {usual:.1e}"
 
 
+@pytest.mark.parametrize("settings", [{}, {"model_type": "qwen3", "use_qk_norm": True}], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_in_bfloat16_it_is_no_less_exact_than_autograd(device: str) -> None:
+def test_in_bfloat16_it_is_no_less_exact_than_autograd(device: str, settings: dict[str, Any]) -> None:
     """Catches a sum in bfloat16, and an update that is rounded away."""
-    _, exact = step(adapted())
-    _, plain = step(adapted(device, torch.bfloat16))
-    model = adapted(device, torch.bfloat16)
+    _, exact = step(adapted(**settings))
+    _, plain = step(adapted(device, torch.bfloat16, **settings))
+    model = adapted(device, torch.bfloat16, **settings)
     fuse(model)
     _, ours = step(model)
 
@@ -128,20 +134,20 @@ def test_an_update_counts_at_once() -> None:
     torch.testing.assert_close(step(model)[0], step(plain)[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"use_dora": True}, {"dropout": 0.1}, {"modules_to_save": "norm"}], ids=lambda s: next(iter(s))
-)
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": "norm"}], ids=lambda s: next(iter(s)))
 def test_what_it_does_not_know_is_left_alone(settings: dict[str, Any]) -> None:
-    """Catches dropout, magnitudes or norms that would be trained and silently ignored."""
+    """Catches magnitudes or norms that would be trained and silently ignored."""
     model = tiny_model()
     apply_lora(model, LoRAConfig(r=4, **settings))
     assert fuse(model) == 0 and not any(isinstance(module, FusedLayer) for module in model.modules())
 
 
-def test_heads_that_are_normalised_are_left_alone() -> None:
+def test_norms_of_heads_that_train_are_left_alone() -> None:
+    """Catches a gradient that a weight never gets."""
     model = tiny_model(model_type="qwen3", use_qk_norm=True)
     apply_lora(model, LoRAConfig())
-    assert fuse(model) == 0
+    model.model.layers[1].self_attn.get_submodule("k_norm").requires_grad_(True)
+    assert fuse(model) == 1 and not isinstance(model.model.layers[1], FusedLayer)
 
 
 def test_less_is_kept_than_autograd_keeps() -> None:

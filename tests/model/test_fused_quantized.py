@@ -22,6 +22,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
     {"target_modules": "q_proj,v_proj,down_proj"},
+    {"model_type": "qwen3", "use_qk_norm": True},
 ]
 BNB: list[Quantization] = ["nf4", "nf4-dq", "int8"]
 

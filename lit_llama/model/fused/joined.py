@@ -2,7 +2,8 @@
 
 The weights W of all of them stand below each other, and so A and B, each B at its own rows and columns. What goes in
 has room for u = A x beside x in one buffer, and what comes back for du = s B' dy beside dy, so that updates cost
-little: see `OneMatrix` for a base as it is, quantized.py for others.
+little: see `OneMatrix` for a base as it is, quantized.py for others. Where updates drop values of x, each has an x of
+its own, and so products of its own with A.
 
 Shapes: T tokens, r ranks of all layers together, R of them with what fills up to a multiple that suits the device.
 """
@@ -11,10 +12,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.model.fused.kernels import call, native
+from lit_llama.model.fused.pointwise import drop
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
 
+Dropped = Sequence[tuple[int, float]]
+"""Seed and probability with which each update drops values of its input; none where no update does."""
 MOST = 64
 """Columns of the narrow side; with more, products are the library's."""
 
@@ -40,6 +45,14 @@ def outer(u: Tensor, x: Tensor) -> Tensor:
         call("outer", x.dtype, *_rows(out, u, x), *x.shape, u.shape[1])
         return out
     return torch.mm(_apart(u).t(), _apart(x)).float()
+
+
+def _dropped(room: Tensor, x: Tensor, seed: int, p: float) -> Tensor:
+    """x (T, n) without the values that are dropped, in the room of as many; x itself where none are."""
+    if not p:
+        return x
+    drop(room, x, seed, p)
+    return room
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -99,8 +112,8 @@ class Joined:
         """Compute out (T, out) = W x + s B u (+ residual), x and u beside each other (T, in + R)."""
         raise NotImplementedError
 
-    def product_back(self, dy: Tensor) -> Tensor:
-        """Compute W' dy + A' du, dy and du beside each other: (T, out + R) -> (T, in)."""
+    def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
+        """Compute W' dy, and + A' du with `update`, dy and du beside each other: (T, out + R) -> (T, in)."""
         raise NotImplementedError
 
     @property
@@ -120,6 +133,19 @@ class Joined:
             self._up[rows, columns] = linear.lora_B * linear.scale
             self._down[columns] = linear.lora_A
 
+    @property
+    def chances(self) -> list[float]:
+        """Probability with which each update drops values of its input, as its mode is now."""
+        return [linear.dropout.p if linear.training else 0.0 for linear in self.updates]
+
+    def draw(self) -> Dropped:
+        """Draw from torch's generator what decides which values are dropped, where any are."""
+        if not any(chances := self.chances):
+            return ()
+        seeds = torch.randint(1 << 62, (len(chances),), device="cpu")
+        numbers = [0] * len(chances) if isinstance(seeds, FakeTensor) else seeds.tolist()
+        return list(zip(numbers, chances, strict=True))
+
     def buffer_in(self, x: Tensor) -> Tensor:
         """Return room for x and u: (T, in + R)."""
         return x.new_empty(len(x), self.inputs + self.tail)
@@ -128,29 +154,51 @@ class Joined:
         """Return room for dy and du: (T, out + R)."""
         return x.new_empty(len(x), self.outputs + self.tail)
 
-    def __call__(self, out: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
+    def __call__(self, out: Tensor, x: Tensor, residual: Tensor | None = None, dropped: Dropped = ()) -> None:
         """Compute out (T, out) = W x + s B A x (+ residual). The last columns of x (T, in + R) are filled with u."""
-        if self.tail:
+        if dropped:
+            self._project_dropped(x[:, self.inputs :], x[:, : self.inputs], dropped)
+        elif self.tail:
             project(x[:, self.inputs :], x[:, : self.inputs], self._down)
         self.product(out, x, residual)
         if self._bias is not None:
             out.add_(self._bias)
 
-    def input_gradient(self, dy: Tensor) -> Tensor:
+    def _project_dropped(self, u: Tensor, x: Tensor, dropped: Dropped) -> None:
+        """Fill u (T, R) with A x, of the values of x (T, in) that each update does not drop."""
+        u[:, self._places[-1][1].stop :] = 0
+        room = x.new_empty(x.shape)
+        for (_, columns), draw in zip(self._places, dropped, strict=True):
+            project(u[:, columns], _dropped(room, x, *draw), self._down[columns])
+
+    def input_gradient(self, dy: Tensor, dropped: Dropped = ()) -> Tensor:
         """Compute W' dy + A' s B' dy: (T, in). The last columns of dy (T, out + R) are filled with du."""
         if self.tail:
             project_back(dy[:, self.outputs :], dy[:, : self.outputs], self._up)
-        return self.product_back(dy)
+        dx = self.product_back(dy, update=not dropped)
+        if dropped:
+            du, room = dy[:, self.outputs :], torch.empty_like(dx)
+            for (_, columns), (seed, p) in zip(self._places, dropped, strict=True):
+                torch.mm(_apart(du[:, columns]), _apart(self._down[columns]), out=room)
+                drop(dx, room, seed, p, add=True)
+        return dx
 
-    def gradients(self, x: Tensor, u: Tensor, dy: Tensor) -> list[Tensor]:
+    def gradients(self, x: Tensor, u: Tensor, dy: Tensor, dropped: Dropped = ()) -> list[Tensor]:
         """Compute the gradients of A and B of each update, in float32; dy as `input_gradient` has left it, u (T, R)."""
         if not self.tail:
             return []
-        d_a = outer(dy[:, self.outputs :], x[:, : self.inputs])  # (R, in)
+        du, x = dy[:, self.outputs :], x[:, : self.inputs]
+        if dropped:
+            room = x.new_empty(x.shape)
+            parts = zip(self._places, dropped, strict=True)
+            d_a = [outer(du[:, columns], _dropped(room, x, *draw)) for (_, columns), draw in parts]
+        else:
+            joined = outer(du, x)  # (R, in)
+            d_a = [joined[columns] for _, columns in self._places]
         found = []
-        for linear, (rows, columns) in zip(self.updates, self._places, strict=True):
+        for linear, (rows, columns), gradient in zip(self.updates, self._places, d_a, strict=True):
             d_b = outer(u[:, columns], dy[:, rows])  # (r, out of this one)
-            found += [d_a[columns], d_b.mul_(linear.scale).t()]
+            found += [gradient, d_b.mul_(linear.scale).t()]
         return found
 
 
@@ -191,5 +239,6 @@ class OneMatrix(Joined):
         else:
             torch.addmm(residual, x, weight, out=out)
 
-    def product_back(self, dy: Tensor) -> Tensor:
-        return torch.mm(dy, self._matrix[:, : self.inputs])
+    def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
+        rows = self.outputs + self.tail if update else self.outputs
+        return torch.mm(dy[:, :rows], self._matrix[:rows, : self.inputs])

@@ -2,15 +2,16 @@
 
 Of each token it keeps the input, the rotated queries, keys and values, what attention gives, the stream after it, gate
 and up, and the few numbers of the updates. Norms and the gated product are computed again in the backward pass, in the
-passes over memory that their gradients need anyway. llama.DecoderLayer is its plain twin, and what it was: the modules,
-their names and their parameters stay.
+passes over memory that their gradients need anyway; so are queries and keys that are normalised, which are kept as they
+were projected. Which inputs of updates are dropped is drawn again from its seed. llama.DecoderLayer is its plain twin,
+and what it was: the modules, their names and their parameters stay.
 
 Shapes: T tokens, C hidden, I intermediate, H query heads, G key/value heads, D head size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ from lit_llama.model.attention import Layout, Packed
 from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused import pointwise
 from lit_llama.model.fused.attention import Heads, attend, attend_backward
+from lit_llama.model.fused.joined import Dropped
 from lit_llama.model.fused.kernels import native
 from lit_llama.model.fused.quantized import join, kind_of
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
-from lit_llama.model.low_rank import DoRALinear, LoRALinear, LoRAOnQuantized, base_of
+from lit_llama.model.low_rank import DoRALinear, base_of
 
 ALIGNED = 64
 """Values at whose multiples parts begin, so that vectors do not cross lines of the cache."""
@@ -107,11 +109,12 @@ def give_back(model: LLaMA) -> None:
 def can_share(model: LLaMA) -> bool:
     """Whether samples may go on from another one at no more cost than their own tokens, with the same result.
 
-    Noise on the embeddings is drawn for each token of each sample; dynamic positions depend on its whole length.
+    Noise on the embeddings, and while training dropout, is drawn for each token of each sample: of one that several
+    have in common it would be the same for all of them. Dynamic positions depend on the whole length of a sample.
     """
     scaling, weight = model.config.rope_scaling, model.lm_head.weight
     return (
-        all(isinstance(layer, FusedLayer) for layer in model.model.layers)
+        all(isinstance(layer, FusedLayer) and not layer.drops for layer in model.model.layers)
         and model.model.noise is None
         and (scaling is None or scaling.rope_type != "dynamic")
         and native(weight)
@@ -123,7 +126,8 @@ def why_plain(layer: DecoderLayer) -> str:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms: list[nn.Module] = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for norm in (attention.q_norm, attention.k_norm) if type(norm) is not nn.Identity]
     kinds = [kind_of(linear) for linear in linears]
     if None in kinds:
         unknown = linears[kinds.index(None)]
@@ -132,17 +136,22 @@ def why_plain(layer: DecoderLayer) -> str:
         return "linear layers held in several ways"
     if any(type(norm) is not nn.RMSNorm for norm in norms):
         return "norms that train"
-    if type(attention.q_norm) is not nn.Identity:
-        return "norms of queries and keys"
     bases = [base_of(linear) for linear in linears]
     weights = [module.weight for module in (*norms, *bases) if isinstance(module, nn.Linear | nn.RMSNorm)]
-    if any(linear.dropout.p for linear in linears if isinstance(linear, LoRALinear | LoRAOnQuantized)):
-        return "dropout of adapters"
     if any(weight.requires_grad for weight in weights):
         return "weights of the base that train"
     if any(base.bias is not None and base.bias.requires_grad for base in bases):
         return "biases that train"
     return "weights of several dtypes" if len({weight.dtype for weight in weights}) > 1 else ""
+
+
+class _Drops(NamedTuple):
+    """Dropout of a forward pass, of the joined layers in their order."""
+
+    qkv: Dropped
+    out: Dropped
+    gate_up: Dropped
+    down: Dropped
 
 
 class FusedLayer(DecoderLayer):
@@ -157,6 +166,7 @@ class FusedLayer(DecoderLayer):
         eps = layer.input_layernorm.eps
         assert eps is not None
         self.eps = eps
+        self.head_norms = [norm for norm in (attention.q_norm, attention.k_norm) if isinstance(norm, nn.RMSNorm)]
         like = layer.input_layernorm.weight
         self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], like)
         self.out = join([attention.o_proj], like)
@@ -172,8 +182,14 @@ class FusedLayer(DecoderLayer):
             joined.refresh()
         parameters = [parameter for joined in self.joined for parameter in joined.parameters]
         backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))  # which the function cannot know
-        y: Tensor = _Layer.apply(x, self, rotation, layout, backward, *parameters)  # type: ignore[no-untyped-call]
+        drops = _Drops(*(joined.draw() for joined in self.joined))
+        y: Tensor = _Layer.apply(x, self, rotation, layout, drops, backward, *parameters)  # type: ignore[no-untyped-call]
         return y
+
+    @property
+    def drops(self) -> bool:
+        """Whether updates drop values of their inputs, as their modes are now."""
+        return any(chance for joined in self.joined for chance in joined.chances)
 
     def heads(self, qkv: Tensor) -> Heads:
         """Return views of (T, (H + 2 G) D)."""
@@ -185,7 +201,7 @@ class FusedLayer(DecoderLayer):
 class _Kept:
     """What the backward pass needs of a layer; u are the last columns of the buffers, see joined.py."""
 
-    qkv: Tensor  # (T, (H + 2 G) D), rotated
+    qkv: Tensor  # (T, (H + 2 G) D), rotated; as projected where heads are normalised
     attended: Tensor  # (T, H D + R)
     middle: Tensor  # (T, C), the stream between attention and MLP
     u_qkv: Tensor
@@ -215,7 +231,7 @@ class _Kept:
 
 
 def _forward(
-    layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed
+    layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed, drops: _Drops
 ) -> tuple[Tensor, Tensor, _Kept]:
     """The layer, the piece of memory in which its result is, and what its backward pass needs."""
     piece, y, kept = _Kept.within(layer, x)
@@ -223,30 +239,53 @@ def _forward(
     first = layer.input_layernorm
     normed = layer.qkv.buffer_in(x)
     pointwise.norm(normed[:, : layer.qkv.inputs], x, first.weight, layer.eps)
-    layer.qkv(kept.qkv, normed)
+    layer.qkv(kept.qkv, normed, dropped=drops.qkv)
     pointwise.copy(kept.u_qkv, normed[:, layer.qkv.inputs :])
     del normed
     heads = layer.heads(kept.qkv)
-    for part in heads[:2]:
-        pointwise.rotate(part, part, cos, sin)
+    if layer.head_norms:
+        heads = _normalised(layer, heads, cos, sin)
+    else:
+        for part in heads[:2]:
+            pointwise.rotate(part, part, cos, sin)
     attended = kept.attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
     kept.attention = attend(attended, heads, layout, layer.self_attn.window)
-    layer.out(kept.middle, kept.attended, residual=x)
-    gate_up = _gate_up(layer, kept)
+    del heads
+    layer.out(kept.middle, kept.attended, residual=x, dropped=drops.out)
+    gate_up = _gate_up(layer, kept, drops)
     product = layer.down.buffer_in(x)
     pointwise.swiglu(product[:, : layer.down.inputs], gate_up)
-    layer.down(y, product, residual=kept.middle)
+    layer.down(y, product, residual=kept.middle, dropped=drops.down)
     pointwise.copy(kept.u_down, product[:, layer.down.inputs :])
     return y, piece, kept
 
 
-def _gate_up(layer: FusedLayer, kept: _Kept) -> Tensor:
+def _normalised(layer: FusedLayer, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
+    """Heads as they attend, of those that are projected: queries and keys normalised and rotated, elsewhere."""
+    attending = []
+    for part, norm in zip(heads[:2], layer.head_norms, strict=True):
+        own = _elsewhere(part)
+        rows = own.flatten(0, 1)  # (T N, D)
+        pointwise.norm(rows, rows, norm.weight, layer.eps)
+        pointwise.rotate(own, own, cos, sin)
+        attending.append(own)
+    return attending[0], attending[1], heads[2]
+
+
+def _elsewhere(part: Tensor) -> Tensor:
+    """A copy of heads (T, N, D) whose rows lie in one piece."""
+    own = part.new_empty(part.shape)
+    pointwise.copy(own.flatten(1), part.flatten(1))
+    return own
+
+
+def _gate_up(layer: FusedLayer, kept: _Kept, drops: _Drops) -> Tensor:
     """Gate and up side by side (T, 2 I), kept with their u where there is a place for them."""
     joined, norm, middle = layer.gate_up, layer.post_attention_layernorm, kept.middle
     normed = joined.buffer_in(middle)
     pointwise.norm(normed[:, : joined.inputs], middle, norm.weight, layer.eps)
     gate_up = kept.gate_up if kept.gate_up.numel() else middle.new_empty(len(middle), joined.outputs)
-    joined(gate_up, normed)
+    joined(gate_up, normed, dropped=drops.gate_up)
     if kept.gate_up.numel():
         pointwise.copy(kept.u_gate_up, normed[:, joined.inputs :])
     return gate_up
@@ -260,11 +299,12 @@ class _Layer(torch.autograd.Function):
         layer: FusedLayer,
         rotation: tuple[Tensor, Tensor],
         layout: Packed,
+        drops: _Drops,
         backward: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        y, piece, kept = _forward(layer, x, rotation, layout)
-        ctx.layer, ctx.rotation, ctx.layout = layer, rotation, layout
+        y, piece, kept = _forward(layer, x, rotation, layout, drops)
+        ctx.layer, ctx.rotation, ctx.layout, ctx.drops = layer, rotation, layout, drops
         if backward and layer.leave != "full":
             ctx.piece = piece
             ctx.save_for_backward(x, *kept.tensors())
@@ -276,37 +316,37 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        layer, rotation, layout = ctx.layer, ctx.rotation, ctx.layout
+        layer, rotation, layout, drops = ctx.layer, ctx.rotation, ctx.layout, ctx.drops
         x, *tensors = ctx.saved_tensors
         if tensors:
             piece, kept = ctx.piece, _Kept.of(tensors)
         else:
-            _, piece, kept = _forward(layer, x, rotation, layout)
+            _, piece, kept = _forward(layer, x, rotation, layout, drops)
         if not kept.gate_up.numel():
             joined = layer.gate_up
             kept.gate_up, kept.u_gate_up = joined.buffer_out(x).split([joined.outputs, joined.tail], dim=1)
-            _gate_up(layer, kept)
-        d_middle, mlp = _mlp_backward(layer, grad_outputs[0].contiguous(), kept)
-        dx, attention = _attention_backward(layer, d_middle, x, kept, rotation, layout, ctx.needs_input_grad[0])
+            _gate_up(layer, kept, drops)
+        d_middle, mlp = _mlp_backward(layer, grad_outputs[0].contiguous(), kept, drops)
+        dx, attention = _attention_backward(layer, d_middle, x, kept, rotation, layout, drops, ctx.needs_input_grad[0])
         layer.arena.give(piece)
-        return dx, None, None, None, None, *attention, *mlp
+        return dx, None, None, None, None, None, *attention, *mlp
 
 
-def _mlp_backward(layer: FusedLayer, dy: Tensor, kept: _Kept) -> tuple[Tensor, list[Tensor]]:
+def _mlp_backward(layer: FusedLayer, dy: Tensor, kept: _Kept, drops: _Drops) -> tuple[Tensor, list[Tensor]]:
     """Gradient of the stream before the MLP, in a buffer (T, C + R) with room for that of the projection before it."""
     down, gate_up, norm = layer.down, layer.gate_up, layer.post_attention_layernorm
     gradient = down.buffer_out(dy)
     pointwise.copy(gradient[:, : down.outputs], dy)
-    product = down.input_gradient(gradient)  # (T, I): first the gradient of the gated product, then itself
+    product = down.input_gradient(gradient, drops.down)  # (T, I): first the gradient of the gated product, then itself
     d_gate_up = gate_up.buffer_out(dy)
     pointwise.swiglu_backward(d_gate_up[:, : gate_up.outputs], product, kept.gate_up)
-    found = down.gradients(product, kept.u_down, gradient)
+    found = down.gradients(product, kept.u_down, gradient, drops.down)
     del product
-    d_normed = gate_up.input_gradient(d_gate_up)  # (T, C)
+    d_normed = gate_up.input_gradient(d_gate_up, drops.gate_up)  # (T, C)
     normed = torch.empty_like(d_normed)
     d_middle = layer.out.buffer_out(dy)
     pointwise.norm_backward(d_middle[:, : layer.out.outputs], normed, d_normed, kept.middle, norm.weight, dy, layer.eps)
-    return d_middle, [*gate_up.gradients(normed, kept.u_gate_up, d_gate_up), *found]
+    return d_middle, [*gate_up.gradients(normed, kept.u_gate_up, d_gate_up, drops.gate_up), *found]
 
 
 def _attention_backward(
@@ -316,23 +356,36 @@ def _attention_backward(
     kept: _Kept,
     rotation: tuple[Tensor, Tensor],
     layout: Packed,
+    drops: _Drops,
     wanted: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradient of the layer's input, where it is wanted."""
     out, qkv, norm = layer.out, layer.qkv, layer.input_layernorm
     size = layer.self_attn.head_dim
-    d_attended = out.input_gradient(d_middle).unflatten(1, (-1, size))  # (T, H, D)
-    found = out.gradients(kept.attended, kept.attended[:, out.inputs :], d_middle)
+    d_attended = out.input_gradient(d_middle, drops.out).unflatten(1, (-1, size))  # (T, H, D)
+    found = out.gradients(kept.attended, kept.attended[:, out.inputs :], d_middle, drops.out)
     d_qkv = qkv.buffer_out(x)
     attended = kept.attended[:, : out.inputs].unflatten(1, (-1, size))
-    heads, room = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
-    found_heads = attend_backward(room, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
+    projected, room = layer.heads(kept.qkv), layer.heads(d_qkv[:, : qkv.outputs])
     cos, sin = (part.flatten(1) for part in rotation)
+    heads = _normalised(layer, projected, cos, sin) if layer.head_norms else projected
+    found_heads = attend_backward(room, d_attended, attended, kept.attention, heads, layout, layer.self_attn.window)
+    del heads
     for place, part in zip(room[:2], found_heads[:2], strict=True):
         pointwise.rotate(place, part, cos, sin, back=True)
+    for place, part, of_heads in zip(room, projected, layer.head_norms, strict=False):  # none, or of queries and keys
+        _head_norm_backward(place, part, of_heads, layer.eps)
     if found_heads[2] is not room[2]:
         pointwise.copy(room[2].flatten(1), found_heads[2].flatten(1))
-    d_normed = qkv.input_gradient(d_qkv)  # (T, C); without it no du
+    d_normed = qkv.input_gradient(d_qkv, drops.qkv)  # (T, C); without it no du
     normed, dx = torch.empty_like(d_normed), torch.empty_like(d_normed)
     pointwise.norm_backward(dx, normed, d_normed, x, norm.weight, d_middle[:, : out.outputs], layer.eps)
-    return dx if wanted else None, [*qkv.gradients(normed, kept.u_qkv, d_qkv), *found]
+    return dx if wanted else None, [*qkv.gradients(normed, kept.u_qkv, d_qkv, drops.qkv), *found]
+
+
+def _head_norm_backward(place: Tensor, part: Tensor, norm: nn.RMSNorm, eps: float) -> None:
+    """Turn the gradient of normalised heads, in `place` (T, N, D), into that of the heads as projected, `part`."""
+    gradient, rows = (_elsewhere(x).flatten(0, 1) for x in (place, part))  # (T N, D)
+    nothing = rows.new_zeros(rows.shape[1]).expand_as(rows)
+    pointwise.norm_backward(gradient, rows, gradient, rows, norm.weight, nothing, eps)
+    pointwise.copy(place.flatten(1), gradient.view(len(place), -1))

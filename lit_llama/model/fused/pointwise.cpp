@@ -51,6 +51,37 @@ static void norm_backward(E *dx, index_t sdx, E *out, index_t so, const E *dy, i
     }
 }
 
+// ---- dropout; out may be x
+
+// A number for each place of a row, as if drawn: two rounds of a hash (Wellons 2018, lowbias32), with a key of the row
+// before each. Which values are dropped follows from the seed and the place alone, whatever thread computes it.
+template <typename Word> static inline Word hashed(Word x, uint32_t first, uint32_t second) {
+    x ^= first;
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= second;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+template <typename E>
+static void drop(E *out, index_t so, const E *x, index_t sx, index_t T, index_t n, index_t seed, float p, index_t add) {
+    const uint32_t low = (uint32_t)seed, high = (uint32_t)(seed >> 32), below = (uint32_t)(p * 4294967296.0);
+    const float scale = 1.0f / (1.0f - p);
+#pragma omp parallel for schedule(static)
+    for (index_t t = 0; t < T; t++) {
+        const E *row = x + t * sx;
+        E *to = out + t * so;
+        const uint32_t first = hashed((uint32_t)t, low, high), second = hashed((uint32_t)t, high, ~low);
+        each_vector(n, [&](index_t j, auto count) {
+            const words drawn = hashed((words)(first_lanes() + (int32_t)j), first, second);
+            const lanes kept = drawn >= below ? load(row + j, count) * scale : lanes{};
+            store(to + j, add ? load(to + j, count) + kept : kept, count);
+        });
+    }
+}
+
 // ---- rotary positions; out may be x
 
 template <typename E>
@@ -134,6 +165,7 @@ static void cross_entropy(float *loss, E *logits, index_t sl, const index_t *tar
 
 EXPORT(norm)
 EXPORT(norm_backward)
+EXPORT(drop)
 EXPORT(rotate)
 EXPORT(swiglu)
 EXPORT(swiglu_backward)

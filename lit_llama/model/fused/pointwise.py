@@ -52,6 +52,23 @@ def plain_norm_backward(
     again.copy_(direction * weight.float())
 
 
+def drop(out: Tensor, x: Tensor, seed: int, p: float, *, add: bool = False) -> None:
+    """Compute out = x / (1 - p), but zero where a number drawn for the place is below p; or add it to out. All (T, n).
+
+    The seed and the shape tell what is drawn: it comes again without being kept. A GPU draws by its own generator.
+    """
+    if native(x):
+        return call("drop", x.dtype, out, out.stride(0), x, x.stride(0), *x.shape, seed, p, int(add))
+    plain_drop(out, x, seed, p, add)
+
+
+def plain_drop(out: Tensor, x: Tensor, seed: int, p: float, add: bool) -> None:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
+    kept.mul_(x).mul_(1 / (1 - p))
+    out.add_(kept) if add else out.copy_(kept)
+
+
 def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """Turn all heads of x, or turn them back, into out: (T, N, D), cos and sin (T, D/2). It may be x itself."""
     sign = -1.0 if back else 1.0

@@ -26,10 +26,10 @@ class Unpacked(Joined):
         if residual is not None:
             out.add_(residual)
 
-    def product_back(self, dy: Tensor) -> Tensor:
+    def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
         inner, du = dy[:, : self.outputs], dy[:, self.outputs :]
-        weight = self._dense(dy)
-        return torch.addmm(torch.mm(du, self._down), inner, weight) if self.tail else torch.mm(inner, weight)
+        weight, adds = self._dense(dy), self.tail and update
+        return torch.addmm(torch.mm(du, self._down), inner, weight) if adds else torch.mm(inner, weight)
 
     def _dense(self, like: Tensor) -> Tensor:
         weight = like.new_empty(self.outputs, self.inputs)
@@ -63,11 +63,11 @@ class Float8(Unpacked):
             y.addmm_(x[:, self.inputs :], self._up.t())
         out.copy_(y) if residual is None else torch.add(y, residual, out=out)
 
-    def product_back(self, dy: Tensor) -> Tensor:
+    def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
         if not self.bases[0].training:
-            return super().product_back(dy)
+            return super().product_back(dy, update=update)
         dx = float8.product_back(dy[:, : self.outputs], self._turned, self._scales)
-        return dx.addmm_(dy[:, self.outputs :], self._down) if self.tail else dx
+        return dx.addmm_(dy[:, self.outputs :], self._down) if self.tail and update else dx
 
 
 KINDS: dict[type[nn.Module], type[Joined]] = {

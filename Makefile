@@ -36,10 +36,10 @@ docs: $(VENV)/docs ## Render README.md, docs/ and the API reference into build/d
 	PYTHONPATH=. $(PY) -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
 	echo "open build/docs/index.html" >&2
 
-# Half an hour; a short part of it is among the tests.
-ATTACK := --kills 500 --flips 500 --swaps 50 --races 100 --terminals 150 --seed 1
+# Forty minutes; a short part of it is among the tests.
+ATTACK := --kills 500 --flips 500 --swaps 50 --races 100 --terminals 150 --fuzz 5000 --seed 1
 
-attack: $(VENV)/test ## Kill, damage and race the commands for half an hour, and print a table
+attack: $(VENV)/test ## Kill, damage, race and fuzz the commands, and print a table
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(PY) tests/attack/run.py $(ATTACK)
 
 lint: $(VENV)/test ## Check style, types, the direction of imports and first lines of docstrings

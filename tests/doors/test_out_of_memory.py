@@ -83,7 +83,7 @@ def test_preparing_rows(more: int, large: Path, tmp_path: Path) -> None:
     flags = ["--source", large / "rows.json", "--tokenizer_path", large / "base", "--prompt_style", "alpaca"]
     made = tmp_path / "data"
     found = limited(
-        tmp_path, "prepare/records.py", "lit_llama.text.dataset.records", more, *flags, "--destination_path", made
+        tmp_path, "prepare/records.py", "lit_llama.text.dataset.prepare", more, *flags, "--destination_path", made
     )
     check(found)
     assert "--shard" in found.stderr and not made.exists()

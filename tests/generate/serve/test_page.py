@@ -195,7 +195,7 @@ def test_answers_keep_to_the_limits_of_the_server_and_are_counted(held: Held, st
         assert refused.status_code == 429 and list(store.get(path[19:]).records()) == before
         assert service.answers == 1 and server_module._stopped(service, False).startswith("stopped; 1 answer of the ")
         for thread in threading.enumerate():  # that of the limit
-            if isinstance(thread, threading.Timer):
+            if isinstance(thread, threading.Timer) and thread.ident is not None:
                 thread.join(60)
     finally:
         held.gate.set()

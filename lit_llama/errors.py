@@ -7,7 +7,7 @@ Their messages name parameters as flags; to a caller in Python, who has none, th
 import re
 
 _PROCESS = {"flags": False}
-_COMMAND_OR_FLAG = re.compile(r"(?P<command>(?:python|lit-llama) [^;,()\n]*)|(?<![\w-])--(?P<name>[a-z]\w*(?:\.\w+)*)")
+_COMMAND_OR_FLAG = re.compile(r"(?P<command>(?:python|lit-llama) [^;,()\n]*)|(?<![^\s(])--(?P<name>[a-z]\w*(?:\.\w+)*)")
 
 
 def name_flags(on: bool = True) -> bool:

@@ -348,3 +348,8 @@ def test_errors_name_parameters_as_the_caller_does() -> None:
     finally:
         name_flags(named)
     assert str(error) == said
+    named = name_flags(False)
+    try:
+        assert str(UserError("a/--seed does not exist")) == "a/--seed does not exist", "a path is no flag"
+    finally:
+        name_flags(named)

@@ -1,6 +1,7 @@
 """Files of answers that were made before, by generate/instruct.py or by any other program, in place of a model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.store import Key, Row
 from lit_llama.generate.evaluate.tasks import METRICS, Item, Task, usual_metrics
 from lit_llama.text.message import Conversation, instruct
+from lit_llama.text.read.questions import question_of
+from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.rows import read_rows
 
 
@@ -36,14 +39,17 @@ def _answer(row: Mapping[str, Any], number: int, where: str) -> tuple[Conversati
     if row.get("sample"):
         raise DataError(f"{where} is one of several answers to a question, expected one a row (without --num_samples)")
     texts = [row.get(key) or "" for key in ("instruction", "input", "output")]
-    turns = row.get("messages", ())
-    if not all(isinstance(text, str) for text in texts) or not isinstance(turns, list | tuple):
+    if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: expected instruction, input and output as text, or messages and output")
     instruction, given, output = texts
     question = instruct(instruction, given, output, number)
-    if turns:
+    if row.get("messages"):
+        try:
+            question = question_of({key: row[key] for key in ("messages", "tools") if row.get(key)}, number)
+        except RowError as error:
+            raise DataError(f"{where}: {error}") from error
         answer = ({"role": "assistant", "content": output},) if output else ()
-        question = Conversation((*turns, *answer), number, where, tools=tuple(row.get("tools") or ()))
+        question = replace(question, messages=(*question.prompt, *answer))
     return question, {"answer": row["answer"], "stopped": row.get("stopped")}
 
 

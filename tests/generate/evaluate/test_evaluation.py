@@ -17,6 +17,7 @@ from lit_llama.folder.lock import claim
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.evaluate import run as module
+from lit_llama.generate.evaluate.answers import read_answers
 from lit_llama.generate.evaluate.evaluation import Evaluation, evaluate, gather_tasks
 from lit_llama.generate.evaluate.models import loaded, open_models, short_names
 from lit_llama.generate.evaluate.tasks import Task, file_task
@@ -191,6 +192,32 @@ def test_answers_of_a_file_count_as_a_model(folders: list[Path], task: Task, tmp
     after.write_text(json.dumps({"instruction": "a"}))
     with pytest.raises(DataError, match="answer is None, expected text"):
         gather_tasks(None, [], [after])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [1]}, r"messages\[0\]: a message is a number"),
+        ({"messages": [{"content": "q"}]}, "a message has no role"),
+        ({"messages": [{"role": "user", "content": None}]}, "field content is null"),
+        ({"messages": "q"}, "expected a list of messages"),
+        ({"messages": [{"role": "user", "content": "q"}], "tools": 3}, "field tools holds a number"),
+        ({"instruction": 5}, "expected instruction, input and output as text"),
+    ],
+)
+def test_answers_to_no_question_are_named(row: dict[str, Any], said: str, put: Put) -> None:
+    """Catches a traceback for the turns of another program."""
+    path = put("answers.jsonl", json.dumps(row | {"answer": "x", "output": "y"}))
+    with pytest.raises(DataError, match=rf"answers\.jsonl:line 1: .*{said}"):
+        gather_tasks(None, [], [path])
+
+
+def test_chats_in_a_file_of_answers_keep_their_turns(put: Put) -> None:
+    """Catches turns, functions or the reference lost on their way out of a file that instruct.py wrote."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    path = put("answers.jsonl", json.dumps({"messages": turns, "output": "ref", "answer": "a", "stopped": True}))
+    [(question, row)] = read_answers(path)
+    assert [*question.prompt] == turns and question.response == "ref" and row == {"answer": "a", "stopped": True}
 
 
 def test_fields_groups_and_choices_are_told_apart(tiny_folder: Path, tmp_path: Path, put: Put) -> None:

@@ -85,7 +85,7 @@ def _generating(rows: Rows, checkpoint_dir: Path) -> list[dict[str, Any]]:
     """Loss of the base as generation holds its weights, printed."""
     from benchmarks.generation.losses import held_out_losses, table
 
-    found = held_out_losses(checkpoint_dir, rows.held_out, IGNORE_INDEX)
+    found = held_out_losses(checkpoint_dir, ((ids, labels) for ids, labels in rows.held_out), IGNORE_INDEX)
     print(f"\n{table(found)}")
     return found
 

@@ -1,6 +1,7 @@
 """Speed, memory and loss of LoRA fine-tuning, side by side with TRL + PEFT and litgpt on the same rows.
 
 python benchmarks/train.py --out train
+python benchmarks/train.py --task preference --out preference
 
 Every run is a process of its own, the peers' in environments of their own; rounds are interleaved.
 """
@@ -9,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no installed package
 
 from benchmarks.training.compare import Speed, agreement, speed, summary
-from benchmarks.training.contest import CONTENDERS, FILES, OURS, Contest, Run, Settings
+from benchmarks.training.contest import FILES, OURS, Contest, Run, Settings
 from benchmarks.training.environments import PEERS
 from benchmarks.training.process import check_idle
 from benchmarks.training.show import plot, table
@@ -48,6 +49,7 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     sample_tokens: int | None = None,
     quantize: Literal["nf4", "nf4-dq", "int8", "fp8"] | None = None,
+    task: Literal["supervised", "preference"] = "supervised",
 ) -> None:
     """Compare on the processor; or with --synthetic measure ours alone on a large model, on a GPU.
 
@@ -73,6 +75,7 @@ def main(
         device: For --synthetic.
         sample_tokens: For --synthetic: tokens of every sample instead of lengths like Alpaca's.
         quantize: For --synthetic: the base in 4 or 8 bits, as finetune/lora.py has it.
+        task: Preference trains with the loss of DPO on pairs: the answer of a row is chosen, that of the next rejected.
     """
     load = check_idle(warn=when_busy == "warn")
     if synthetic:
@@ -83,7 +86,6 @@ def main(
         if out:
             out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         return
-    chosen = _chosen(contenders)
     sizes = micro_batches or [1, 2, 4, 8]
     if bad := [size for size in sizes if size < 1 or batch_size % size]:
         raise UserError(f"--micro_batches has {bad[0]}, which does not divide --batch_size {batch_size}")
@@ -97,8 +99,10 @@ def main(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
+        preference=task == "preference",
     )
     contest = Contest(settings, environments, work_dir)
+    chosen = _chosen(contest.contenders, contenders)
     reference = contest.reference()
     best = {name: contest.best_micro_batch(name, sizes) for name in chosen}
     runs = _rounds(contest, chosen, best, rounds)
@@ -114,14 +118,15 @@ def main(
         known = {"machine": machine, "settings": asdict(settings), "peers": {n: asdict(p) for n, p in PEERS.items()}}
         result = {**known, "reference": reference, "results": lines, "runs": runs}
         out.with_suffix(".json").write_text(json.dumps(result, indent=2, default=str) + "\n", "utf-8")
-        plot(lines, out.with_suffix(".png"), f"LoRA on {checkpoint_dir.name}, {settings.batch_size} samples a step")
+        method = "DPO" if settings.preference else "LoRA"
+        plot(lines, out.with_suffix(".png"), f"{method} on {checkpoint_dir.name}, {settings.batch_size} samples a step")
 
 
-def _chosen(contenders: Sequence[str] | None) -> list[str]:
-    unknown = [name for name in contenders or () if name not in CONTENDERS]
+def _chosen(known: Collection[str], contenders: Sequence[str] | None) -> list[str]:
+    unknown = [name for name in contenders or () if name not in known]
     if unknown:
-        raise UserError(f"--contenders has {unknown[0]!r}, expected some of {', '.join(map(repr, CONTENDERS))}")
-    return [name for name in CONTENDERS if contenders is None or name in contenders]
+        raise UserError(f"--contenders has {unknown[0]!r}, expected some of {', '.join(map(repr, known))}")
+    return [name for name in known if contenders is None or name in contenders]
 
 
 def _rounds(contest: Contest, chosen: Sequence[str], micro_batch: dict[str, int], rounds: int) -> list[Run]:
@@ -153,7 +158,8 @@ def _lines(contest: Contest, runs: Sequence[Run], reference: Run, warmup: int) -
         "trained_tokens": sum(rows.trained_tokens(step) for step in all_steps[warmup:]),
         "tokens": sum(rows.tokens(step) for step in all_steps[warmup:]),
     }
-    speeds: dict[str, Speed] = {name: speed(of[name], warmup=warmup, **counted) for name in names}
+    trained = len(rows.train)
+    speeds: dict[str, Speed] = {name: speed(of[name], warmup=warmup, rows=trained, **counted) for name in names}
     lines = []
     for name, held in zip(names, losses, strict=True):
         first = of[name][0]

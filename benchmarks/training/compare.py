@@ -47,6 +47,7 @@ class Speed:
         peak_rss: Bytes, the most of all runs.
         first_step: Seconds from the start of the process to the end of its first step, the fewest of all runs.
         runs: How many.
+        with_reference: Samples per second where the time in which the reference of a preference run is computed counts.
     """
 
     samples: float
@@ -56,20 +57,25 @@ class Speed:
     peak_rss: int
     first_step: float
     runs: int
+    with_reference: float
 
 
-def speed(runs: Sequence[dict[str, Any]], *, warmup: int, samples: int, trained_tokens: int, tokens: int) -> Speed:
+def speed(
+    runs: Sequence[dict[str, Any]], *, warmup: int, samples: int, trained_tokens: int, tokens: int, rows: int = 0
+) -> Speed:
     """Sum up the runs of one contender.
 
     Args:
-        runs: With `seconds` (of each step), `peak_rss` and `first_step`.
+        runs: With `seconds` (of each step), `peak_rss`, `first_step` and `reference`, seconds for all rows.
         warmup: Steps at the beginning that are not counted.
         samples: In the steps that are counted, as the following two.
         trained_tokens: Labels with a loss.
         tokens: Without padding.
+        rows: Rows of which the reference is computed; samples if it is 0.
     """
     seconds = [sum(run["seconds"][warmup:]) for run in runs]
     median = statistics.median(seconds)
+    reference = statistics.median(run.get("reference", 0.0) for run in runs) / (rows or samples)
     return Speed(
         samples=samples / median,
         best_samples=samples / min(seconds),
@@ -78,6 +84,7 @@ def speed(runs: Sequence[dict[str, Any]], *, warmup: int, samples: int, trained_
         peak_rss=max(run["peak_rss"] for run in runs),
         first_step=min(run["first_step"] for run in runs),
         runs=len(runs),
+        with_reference=samples / (median + samples * reference),
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from lit_llama.folder.manifest import sha256_file
 
 Run = dict[str, Any]
 R, ALPHA = 8, 16
+TEST_ROWS = 2
+"""Rows that nobody uses; a data folder needs some."""
 FILES = [ROOT.parent / "shared" / "data" / name for name in ("alpaca_en_demo.json", "gsm8k_train.json")]
 """Rows that are trained on where none are named."""
 
@@ -45,6 +48,11 @@ CONTENDERS = {
     "TRL + PEFT, stock": Contender("peer_trl", "trl"),
     "litgpt, stock": Contender("peer_litgpt", "litgpt"),
 }
+PREFERENCE_CONTENDERS = {
+    OURS: Contender("ours"),
+    "TRL + PEFT, tuned": Contender("peer_trl_dpo", "trl", tuned=True),
+    "TRL + PEFT, stock": Contender("peer_trl_dpo", "trl"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
+    preference: bool = False
 
     def key(self) -> str:
         """Names the folder of everything made of these settings, files and weights."""
@@ -79,6 +88,7 @@ class Contest:
 
     def __init__(self, settings: Settings, environments: Path, work_dir: Path) -> None:
         self._settings, self._environments = settings, environments
+        self.contenders = PREFERENCE_CONTENDERS if settings.preference else CONTENDERS
         self.folder = work_dir.resolve() / settings.key()
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -96,9 +106,11 @@ class Contest:
                     "tokenizer_path": wanted.checkpoint_dir.resolve(),
                     "max_seq_length": wanted.max_seq_length,
                     "split": "shuffle",
-                    "test_split_size": 2,  # nobody's; a data folder needs some
+                    "test_split_size": TEST_ROWS,
                     "seed": wanted.seed,
                 }
+                if wanted.preference:
+                    flags["as"] = "preference"
                 words = [f"--{flag}={value}" for flag, value in flags.items()]
                 run([sys.executable, "prepare/records.py", *words], self.folder / f"{name}.log")
             numbers = map(str, (wanted.steps, wanted.batch_size, wanted.seed))
@@ -117,7 +129,7 @@ class Contest:
         folder = self.folder / "start"
         path = folder / "adapter" / "adapter_model.safetensors"
         if not path.exists():
-            self._train(CONTENDERS[OURS], folder, self._job(folder, steps=1, start_file=""))
+            self._train(self.contenders[OURS], folder, self._job(folder, steps=1, start_file=""))
         return path
 
     def reference(self) -> Run:
@@ -126,7 +138,7 @@ class Contest:
         if not path.exists():
             print("training the float32 reference, once", file=sys.stderr)
             folder = self.folder / "reference"
-            found = self._train(CONTENDERS[OURS], folder, replace(self._job(folder), precision="32-true"))
+            found = self._train(self.contenders[OURS], folder, replace(self._job(folder), precision="32-true"))
             base, held_out = self.held_out([folder / "adapter"])
             path.write_text(json.dumps({"losses": found["losses"], "held_out": held_out, "base_held_out": base}))
         reference: Run = json.loads(path.read_text())
@@ -134,18 +146,20 @@ class Contest:
 
     def train(self, name: str, number: int, micro_batch: int) -> Run:
         """One run of a contender; its adapter stays in the folder named by `adapter`."""
-        folder = self.folder / f"{CONTENDERS[name].module}-{'tuned' * CONTENDERS[name].tuned or 'stock'}-{number}"
-        job = replace(self._job(folder), micro_batch=micro_batch, tuned=CONTENDERS[name].tuned)
-        return {"contender": name, "round": number, **self._train(CONTENDERS[name], folder, job)}
+        contender = self.contenders[name]
+        folder = self.folder / f"{contender.module}-{'tuned' * contender.tuned or 'stock'}-{number}"
+        job = replace(self._job(folder), micro_batch=micro_batch, tuned=contender.tuned)
+        return {"contender": name, "round": number, **self._train(contender, folder, job)}
 
     def train_on(self, quantize: str, precision: Literal["bf16-true", "32-true"]) -> Run:
         """One run of ours on a base that is held otherwise; its adapter stays in the folder named by `adapter`."""
         folder = self.folder / f"base-{quantize or precision}"
-        return self._train(CONTENDERS[OURS], folder, replace(self._job(folder), precision=precision, quantize=quantize))
+        job = replace(self._job(folder), precision=precision, quantize=quantize)
+        return self._train(self.contenders[OURS], folder, job)
 
     def best_micro_batch(self, name: str, choices: Sequence[int]) -> int:
         """The fastest of some micro-batches of a tuned peer, by its second and third step."""
-        contender = CONTENDERS[name]
+        contender = self.contenders[name]
         if not contender.tuned or len(choices) == 1:
             return choices[0]
         times = {}
@@ -180,6 +194,7 @@ class Contest:
             r=R,
             alpha=ALPHA,
             seed=wanted.seed,
+            preference=wanted.preference,
         )
 
     def _train(self, contender: Contender, folder: Path, job: Job) -> Run:
@@ -214,9 +229,14 @@ def _write_sources(folder: Path, wanted: Settings) -> dict[str, Path]:
     """The first rows of each file to train on, and the ones behind them to hold out, as JSON lines."""
     train: list[Any] = []
     held: list[Any] = []
-    for path in wanted.files:
-        rows = _read(path)
-        train += rows[: wanted.rows]
+    for number, path in enumerate(wanted.files):
+        rows, count = _read(path), wanted.rows
+        if wanted.preference:
+            # No more than are trained on, as the reference of all is computed.
+            rows = _pairs(rows, path)
+            whole, rest = divmod(wanted.steps * wanted.batch_size + TEST_ROWS, len(wanted.files))
+            count = min(count, whole + (number < rest))
+        train += rows[:count]
         held += rows[wanted.rows :][: -(-wanted.held_out // len(wanted.files))]
     if len(held) < 3 or len(train) < wanted.steps * wanted.batch_size:
         files = ", ".join(map(str, wanted.files))
@@ -226,6 +246,25 @@ def _write_sources(folder: Path, wanted: Settings) -> dict[str, Path]:
     for path, rows in zip(paths.values(), (train, held), strict=True):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return paths
+
+
+def _pairs(rows: Sequence[Any], path: Path) -> list[Any]:
+    """Preferences: the answer of a row is chosen, that of the next row rejected."""
+    try:
+        found = [
+            (
+                "\n\n".join(filter(None, (row.get("instruction"), row.get("input"), row.get("question")))),
+                row.get("output") or row["answer"],
+            )
+            for row in rows
+        ]
+    except (AttributeError, KeyError) as error:
+        raise DataError(f"{path}: rows without instruction and output, or question and answer") from error
+    return [
+        {"prompt": prompt, "chosen": answer, "rejected": other}
+        for (prompt, answer), (_, other) in pairwise(found)
+        if prompt and answer.strip() and other.strip() and answer.strip() != other.strip()
+    ]
 
 
 def _read(path: Path) -> list[Any]:

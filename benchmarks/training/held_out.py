@@ -1,5 +1,7 @@
 """Loss of adapters on the rows held out, in float32, by transformers and PEFT for everybody alike.
 
+For pairs of answers it is the loss of DPO with a beta of 0.1; that of the base against itself is log 2.
+
 python -m benchmarks.training.held_out CHECKPOINT_DIR ROWS.npz ADAPTER_DIR [ADAPTER_DIR ...]
 
 prints a JSON array: the base's loss, then one for each adapter.
@@ -9,9 +11,12 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.training.rows import IGNORE_INDEX, load_rows
+
+BETA = 0.1
 
 
 def main() -> None:
@@ -22,11 +27,17 @@ def main() -> None:
     checkpoint_dir, rows_file, *adapters = sys.argv[1:]
     rows = load_rows(rows_file).held_out
     losses = []
+    reference: Any = None
     for adapter in (None, *adapters):
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
         if adapter:
             model = PeftModel.from_pretrained(model, adapter)
-        losses.append(_loss(model.eval(), rows))
+        if len(rows[0]) == 2:
+            losses.append(_loss(model.eval(), rows))
+        else:
+            leads = _leads(model.eval(), rows)
+            reference = leads if reference is None else reference
+            losses.append(-torch.nn.functional.logsigmoid(BETA * (leads - reference)).mean().item())
     print(json.dumps(losses))
 
 
@@ -41,6 +52,20 @@ def _loss(model: Any, rows: Any) -> float:
         total += loss.item()
         count += int((targets != IGNORE_INDEX).sum())
     return total / count
+
+
+@torch.no_grad()
+def _leads(model: Any, rows: Any) -> torch.Tensor:
+    """log p of the chosen answer less that of the rejected one, of each row, in float64."""
+    leads = []
+    for prompt, *answers in rows:
+        found = []
+        for answer in answers:
+            ids = torch.from_numpy(np.concatenate([prompt, answer])).long()
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]  # (tokens of the answer, V)
+            found.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None]).double().sum())
+        leads.append(found[0] - found[1])
+    return torch.stack(leads)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Job:
         precision: Of ours, as its flag.
         quantize: The same; empty for a base as it is stored.
         tuned: The peers' best settings instead of their defaults.
+        preference: The rows are pairs of answers, for the loss of DPO.
     """
 
     checkpoint_dir: str
@@ -47,6 +48,7 @@ class Job:
     precision: Literal["auto", "bf16-true", "32-true"] = "auto"
     quantize: str = ""
     tuned: bool = False
+    preference: bool = False
 
     def write(self, folder: Path) -> Path:
         """Save as job.json."""
@@ -69,12 +71,14 @@ class Course:
         seconds: Of each whole step: data, forward, backward, optimizer, logging.
         first_step: When the first one was over, in seconds of `time.monotonic`, which all processes share.
         trained_tokens: Of each step, where the contender counts them itself.
+        reference: Seconds before the first step in which a preference run computes what the base says to its answers.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     first_step: float = 0.0
     trained_tokens: list[int] = field(default_factory=list)
+    reference: float = 0.0
     _before: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:

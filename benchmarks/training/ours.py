@@ -1,24 +1,26 @@
-"""This project's contender, finetune/lora.py as it is: `python -m benchmarks.training.ours job.json`.
+"""This project's contender, finetune/lora.py or dpo.py as it is: `python -m benchmarks.training.ours job.json`.
 
 Its settings are the defaults, but for what all contenders share.
 """
 
 import runpy
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.training.job import Course, Job
 
-DOOR = Path(__file__).parent.parent.parent / "finetune" / "lora.py"
+DOORS = Path(__file__).parent.parent.parent / "finetune"
 
 
 def main() -> None:
     """Run the door, listening to what it logs."""
     from lit_llama.train.log import Log
+    from lit_llama.train.loop import Trainer
 
-    job, course, log_step = Job.read(), Course(), Log.step
+    job, course, log_step, compute_reference = Job.read(), Course(), Log.step, Trainer.refer
 
     def step(self: Log, metrics: Mapping[str, Any]) -> None:
         log_step(self, metrics)
@@ -29,9 +31,16 @@ def main() -> None:
         else:
             course.begin()
 
+    def refer(self: Trainer, tell: Callable[[int], None]) -> None:
+        begun = time.monotonic()
+        compute_reference(self, tell)
+        course.reference = time.monotonic() - begun
+
     Log.step = step  # type: ignore[method-assign]
-    sys.argv = [str(DOOR), *flags(job)]
-    runpy.run_path(str(DOOR), run_name="__main__")
+    Trainer.refer = refer  # type: ignore[method-assign]
+    door = str(DOORS / ("dpo.py" if job.preference else "lora.py"))
+    sys.argv = [door, *flags(job)]
+    runpy.run_path(door, run_name="__main__")
     course.write(job)
 
 

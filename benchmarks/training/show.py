@@ -1,4 +1,7 @@
-"""The result for people: a table, and bars."""
+"""The result for people: a table, and bars.
+
+Of preferences the table tells samples per second a second time, with the time in which their reference is computed.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ def table(lines: Sequence[Line]) -> str:
         f"{'':24}{'samples/s':>10}{'best':>7}{'trained tok/s':>15}{'tokens/s':>10}{'peak GB':>9}{'1st step s':>11}"
         f"{'ours is':>9}{'max d loss':>11}{'mean d':>9}{'held out':>10}"
     )
+    referred = any(line["with_reference"] < line["samples"] for line in lines)
+    head += f"{'with ref.':>11}" * referred
     rows = [head]
     for line in lines:
         ratio = f"x{line['ours_is_faster_by']:.2f}" if line["ours_is_faster_by"] else ""
@@ -22,7 +27,8 @@ def table(lines: Sequence[Line]) -> str:
             f"{line['contender']:24}{line['samples']:10.2f}{line['best_samples']:7.2f}{line['trained_tokens']:15.0f}"
             f"{line['tokens']:10.0f}{line['peak_rss'] / 1e9:9.2f}{line['first_step']:11.1f}{ratio:>9}"
             f"{line['loss_largest']:11.1e}{line['loss_mean']:9.1e}{line['loss_held_out']:10.2%}"
-            f"{'' if line['comparable'] else '  not comparable'}"
+            + f"{line['with_reference']:11.2f}" * referred
+            + f"{'' if line['comparable'] else '  not comparable'}"
         )
     rows.append(
         f"d loss: distance from our float32 run; at most {PER_STEP} at a step, {MEAN} on average and {HELD_OUT:.1%} "

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,11 +67,21 @@ def test_rows_of_a_step_are_counted_without_their_first_label() -> None:
     assert (rows.trained_tokens(0), rows.tokens(0)) == (3 + 2, 8)
 
 
+def test_pairs_come_back_and_are_counted_with_the_prompt_of_each_answer(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    train = [tuple(draw.integers(3, 9, n, dtype=np.int32) for n in lengths) for lengths in ((4, 2, 5), (3, 7, 1))]
+    save_rows(Rows(train, train[:1], [[0, 1]]), tmp_path / "rows.npz")
+    found = load_rows(tmp_path / "rows.npz")
+    assert equal(found.train, train) and equal(found.held_out, train[:1])
+    assert (found.trained_tokens(0), found.tokens(0)) == (2 + 5 + 7 + 1, 2 * 4 + 7 + 2 * 3 + 8)
+    assert [len(prompt) for prompt, _, _ in found.ordered(1, by_length=True)] == [3, 4]  # 3 + 7 is longer than 4 + 5
+
+
 def test_order_by_length_never_leaves_a_step() -> None:
     rows = rows_of(5, 2, 11, 7, steps=[[1, 0], [3, 2]])
     plain, sorted_ = (rows.ordered(2, by_length=by) for by in (False, True))
-    assert [len(ids) for ids, _ in plain] == [2, 5, 7, 11]
-    assert [len(ids) for ids, _ in sorted_] == [5, 2, 11, 7]
+    assert [len(sample[0]) for sample in plain] == [2, 5, 7, 11]
+    assert [len(sample[0]) for sample in sorted_] == [5, 2, 11, 7]
     assert len(rows.ordered(1, by_length=True)) == 2
 
 
@@ -152,12 +163,19 @@ def test_agreement_is_held_to_each_of_its_limits() -> None:
 def test_speed_is_that_of_the_median_run_after_the_warm_up() -> None:
     runs = [{"seconds": [90.0, x, x], "peak_rss": int(x), "first_step": 10 * x} for x in (1.0, 4.0, 2.0)]
     found = speed(runs, warmup=1, samples=32, trained_tokens=800, tokens=1600)
-    assert found == Speed(8.0, 16.0, 200.0, 400.0, 4, 10.0, 3)
+    assert found == Speed(8.0, 16.0, 200.0, 400.0, 4, 10.0, 3, with_reference=8.0)
+
+
+def test_the_reference_of_preferences_is_shared_out_over_their_rows() -> None:
+    runs = [{"seconds": [9.0, 2.0, 2.0], "peak_rss": 1, "first_step": 1.0, "reference": 6.0}]
+    found = speed(runs, warmup=1, samples=8, trained_tokens=1, tokens=1, rows=24)
+    assert found.samples == 2.0
+    assert found.with_reference == 8 / (4 + 8 * 6 / 24)
 
 
 def line(name: str, samples_per_second: float, *, held_out: float = 1.0) -> dict[str, Any]:
-    made = Speed(samples_per_second, samples_per_second, 1.0, 2.0, 10**9, 3.0, 1)
-    return summary(name, made, agreement([1.0], held_out, [1.0], 1.0), Speed(8, 8, 1, 2, 5 * 10**8, 3, 1), {})
+    made = Speed(samples_per_second, samples_per_second, 1.0, 2.0, 10**9, 3.0, 1, samples_per_second)
+    return summary(name, made, agreement([1.0], held_out, [1.0], 1.0), Speed(8, 8, 1, 2, 5 * 10**8, 3, 1, 8), {})
 
 
 def test_the_table_gives_ratios_and_says_what_is_not_comparable(tmp_path: Path) -> None:
@@ -166,6 +184,9 @@ def test_the_table_gives_ratios_and_says_what_is_not_comparable(tmp_path: Path) 
     assert "x4.00" in text[2] and "not comparable" not in text[2]
     assert "x2.00" in text[3] and text[3].endswith("not comparable")
     assert lines[1]["memory_of_ours"] == 2.0
+    assert "with ref." not in text[0]
+    lines[1]["with_reference"] = 1.5
+    assert show.table(lines).splitlines()[2].split()[-1] == "1.50"
     show.plot(lines, tmp_path / "bars.png", "title")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
@@ -306,6 +327,19 @@ def test_ours_trains_on_the_dumped_rows_from_the_dumped_start(
     apply_lora(fresh := load_model(Path(tiny_contest._settings.checkpoint_dir)), LoRAConfig(r=8, alpha=16))
     for name, module in adapters(fresh):
         assert torch.equal(start[f"base_model.model.{name}.lora_A.weight"], module.lora_A)
+
+
+def test_ours_learns_which_answer_is_the_rows_own(tiny_contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of DPO begins at log 2, and only pairs that are trained on have a reference computed."""
+    monkeypatch.setattr(process, "busy_share", lambda: 0.0)
+    pairs = Contest(replace(tiny_contest._settings, preference=True), Path("unused"), tiny_contest.folder)
+    found = pairs.train(OURS, 0, 1)
+    assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["reference"] > 0
+    assert len(pairs.rows.train) == 3 * 8
+    _, chosen, rejected = pairs.rows.train[0]
+    assert not np.array_equal(chosen, rejected)
 
 
 def test_other_rows_are_noticed(tmp_path: Path) -> None:

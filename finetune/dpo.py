@@ -18,7 +18,6 @@ from lit_llama.train.config import PREFERENCE, RunConfig
     "config",
     RunConfig,
     without=["dtype"],
-    fixed={"strategy": "ddp"},
     out_dir=Path("out/dpo/preferences"),
     data_dir=Path("data/preferences"),
     train=PREFERENCE,
@@ -26,8 +25,6 @@ from lit_llama.train.config import PREFERENCE, RunConfig
         "adapter_dir": "Adapter to go on with, from here or from PEFT, such as one of supervised training: it goes on "
         "training, and the reference is that adapter as it is now, not the bare base. The result is an adapter of its "
         "own in out_dir.",
-        "devices": "One; preference training on several is not there yet.",
-        "num_nodes": "One.",
         "data_dir": "Preference data folder made by prepare/records.py --as preference.",
     },
 )

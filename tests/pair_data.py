@@ -10,7 +10,7 @@ from small_runs import LORA
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.train.config import PreferenceConfig, Resume, RunConfig, TrainConfig
+from lit_llama.train.config import PreferenceConfig, Resume, RunConfig, Strategy, TrainConfig
 from lit_llama.train.method import Preference
 from lit_llama.train.run import finetune
 
@@ -80,6 +80,7 @@ def prefer(
     *,
     resume: Resume = "never",
     seed: int = 0,
+    strategy: Strategy = "auto",
     **preference: Any,
 ) -> Path:
     """finetune as the door of DPO calls it."""
@@ -93,6 +94,7 @@ def prefer(
         precision="32-true",
         seed=seed,
         resume=resume,
+        strategy=strategy,
     )
     finetune(Preference(LORA, preference=config.dpo), config)
     return out

@@ -13,8 +13,8 @@ from typing import Any
 from lit_llama.device import keep_few_products
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train import run as run_module
-from lit_llama.train.config import RunConfig, TrainConfig
-from lit_llama.train.method import Full, LoRA, Method
+from lit_llama.train.config import PreferenceConfig, RunConfig, TrainConfig
+from lit_llama.train.method import Full, LoRA, Method, Preference
 
 
 def high_water() -> int:
@@ -28,12 +28,16 @@ def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
         run_module.keep_freed_memory = lambda: None
     train = TrainConfig(**{"max_steps": 1, "batch_size": 8, "sample_prompts": 0} | setting.get("train", {}))
     lora = LoRAConfig(**setting.get("lora", {}))
+    dpo = PreferenceConfig(**setting.get("dpo", {}))
     method: Method = Full() if setting.get("full") else LoRA(lora)
+    if "dpo" in setting:
+        method = Preference(lora, preference=dpo)
     config = RunConfig(
         checkpoint_dir=folder / "model",
-        data_dir=folder / "data",
+        data_dir=folder / ("pairs" if "dpo" in setting else "data"),
         out_dir=folder / setting["name"],
         lora=lora,
+        dpo=dpo,
         train=train,
         precision=setting.get("precision", "bf16-true"),
         quantize=setting.get("quantize"),

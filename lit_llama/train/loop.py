@@ -31,9 +31,7 @@ from lit_llama.train.stopping import Best
 def largest_batch(
     split: Rows, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
 ) -> Batch:
-    """Find the largest micro-batch that the steps of a run meet, in whichever process; `share` as in `collate`.
-    `collate`.
-    """
+    """Find the largest micro-batch that the steps of a run meet, in whichever process; `share` as in `collate`."""
     rows = largest_group(
         split.lengths,
         batch_size=config.batch_size,

@@ -20,6 +20,7 @@ from lit_llama.train.inputs import Inputs, Kind
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.optim import decay_groups
 from lit_llama.train.preference import PairLoss
+from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.warm_start import Start
 
 
@@ -58,8 +59,8 @@ class Method(Protocol):
     def refers(self) -> bool:
         """Whether its loss compares with the model as it begins, on every row."""
 
-    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
-        """Build the module of a model together with what is minimized."""
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None, processes: Processes = ALONE) -> TokenLoss:
+        """Build the module of a model together with what is minimized, by these processes."""
 
     def apply(self, model: LLaMA) -> str:
         """Let the weights require gradients that are to train; says in a few words what they are.
@@ -127,7 +128,7 @@ class LoRA:
     def refers(self) -> bool:
         return False
 
-    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None, processes: Processes = ALONE) -> TokenLoss:
         return TokenLoss(model, numerics)
 
     @property
@@ -175,7 +176,7 @@ class Preference(LoRA):
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     door: str = "finetune/dpo.py"
-    own: tuple[str, ...] = ("adapter_dir", "lora", "dpo", "quantize")
+    own: tuple[str, ...] = ("adapter_dir", "lora", "dpo", "quantize", "strategy")
 
     @property
     def rows(self) -> Kind:
@@ -185,8 +186,8 @@ class Preference(LoRA):
     def refers(self) -> bool:
         return self.preference.refers
 
-    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
-        return PairLoss(model, numerics, self.preference)
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None, processes: Processes = ALONE) -> TokenLoss:
+        return PairLoss(model, numerics, self.preference, processes)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Full:
     rows: Kind = "samples"
     refers: bool = False
 
-    def loss_of(self, model: LLaMA, numerics: Numerics | None = None) -> TokenLoss:
+    def loss_of(self, model: LLaMA, numerics: Numerics | None = None, processes: Processes = ALONE) -> TokenLoss:
         return TokenLoss(model, numerics)
 
     def apply(self, model: LLaMA) -> str:

@@ -1,5 +1,8 @@
 """Losses of pairs of answers: DPO and its relatives, on the log probabilities of whole answers.
 
+Several processes divide the rows of a step, of an evaluation and of the reference. What is measured of the rows, or
+needed of all of them, is a sum over the processes.
+
 Shapes: R rows of a batch, N tokens of their answers. Two columns are the chosen and the rejected answer.
 """
 
@@ -16,13 +19,16 @@ from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError
 from lit_llama.model.attention import Layout
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch, Rows, micro_batches
+from lit_llama.text.dataset.folder import Batch, Rows, shared_micro_batches
 from lit_llama.text.dataset.pair_batches import PairBatch, PairRows
 from lit_llama.train.config import PreferenceConfig
 from lit_llama.train.loss import TokenLoss, linear_log_probs
+from lit_llama.train.processes import ALONE, Processes
 
 REFERENCE_FILE = "reference.safetensors"
 """In a state, log p of every answer before training."""
+_MEASURES = 10
+"""Sums that `PairLoss` keeps of its rows."""
 _SURE = -1e-7
 """Mean log p of an answer above which its odds are taken as this one's: those of a certain answer are infinite."""
 
@@ -80,11 +86,14 @@ class PairLoss(TokenLoss):
         model: What trains.
         numerics: In which numbers.
         config: Which loss.
+        processes: Those that share the rows; all of them must call what needs all rows.
     """
 
-    def __init__(self, model: LLaMA, numerics: Numerics | None, config: PreferenceConfig) -> None:
+    def __init__(
+        self, model: LLaMA, numerics: Numerics | None, config: PreferenceConfig, processes: Processes = ALONE
+    ) -> None:
         super().__init__(model, numerics)
-        self.config, self.baseline = config, 0.0
+        self.config, self.baseline, self._processes = config, 0.0, processes
         self._measured: list[Tensor] = []
 
     def of_batch(self, batch: Batch) -> Tensor:
@@ -98,6 +107,8 @@ class PairLoss(TokenLoss):
 
     def log_probs(self, batch: PairBatch) -> Tensor:
         """Compute log p of each answer: (R, 2) float64, 0 where there is none."""
+        if not batch.rows:  # of a process that computes along with others
+            return self.computed(batch).double().reshape(0, 2)
         # In float64, as differences of sums over hundreds of tokens decide; and one after the other, as atomic sums on
         # a GPU would come out otherwise each time.
         parts = self.computed(batch).double().split(batch.counts.flatten().tolist())
@@ -131,39 +142,51 @@ class PairLoss(TokenLoss):
             float((log_probs - batch.reference)[:, 0].sum())
             for batch, log_probs in self._computed(others, rows, micro_batch_tokens)
         ]
-        self.baseline = max(sum(found) / len(rows), 0.0)
+        (total,) = self._processes.sum([sum(found)], self._device)
+        self.baseline = max(total / len(rows), 0.0)
 
     def refer(self, split: Rows, micro_batch_tokens: int, tell: Callable[[int], None]) -> None:
-        """Fill in the reference of all rows with what the model computes now.
+        """Fill in the reference of all rows with what the model computes now, in every process.
 
         Args:
             split: The rows.
             micro_batch_tokens: Most tokens per forward pass.
-            tell: Takes how many rows are done, now and then; what it raises ends the work.
+            tell: Takes how many rows are done, as often in every process; what it raises ends the work.
         """
         assert isinstance(split, PairRows)
+        split.reference[:] = 0
         done = 0
         for rows in [split, *([split.others] if self.config.loss == "kto" else [])] if self.config.refers else []:
+            found = np.zeros_like(rows.reference)
             for batch, log_probs in self._computed(rows.counted(self.shares), range(len(rows)), micro_batch_tokens):
-                rows.reference[batch.rows] = log_probs
-                done += len(batch.rows)
+                found[batch.rows] = log_probs
+                done += int(self._processes.sum([len(batch.rows)], self._device)[0])
                 tell(done)
-        if not self.config.refers:
-            split.reference[:] = 0
+            # Of each row one process has the value, and the others have zero.
+            rows.reference[:] = np.reshape(self._processes.sum(found.ravel().tolist(), self._device), found.shape)
 
     @torch.no_grad()
     def _computed(
         self, split: PairRows, rows: "list[int] | range", tokens: int
     ) -> Iterator[tuple[PairBatch, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]]:
-        """Log p of the answers of rows without dropout or noise, batch by batch."""
-        training = self.training
+        """Log p of the answers of this process's share of rows, without dropout or noise, batch by batch.
+
+        There are as many batches in every process; those that fill up have no rows.
+        """
+        training, here = self.training, self._processes
         self.eval()
         try:
-            for batch in micro_batches(split, rows, tokens, share=self.shares):
+            for batch in shared_micro_batches(
+                split, rows, tokens, here.rank, here.size, even=here.size > 1, share_beginnings=self.shares
+            ):
                 assert isinstance(batch, PairBatch)
                 yield batch, self.log_probs(batch).cpu().numpy()
         finally:
             self.train(training)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.lm_head.weight.device
 
     def _measure(self, rewards: Tensor, moved: Tensor, counts: Tensor) -> None:
         """Add up what a batch says of its rows."""
@@ -176,11 +199,14 @@ class PairLoss(TokenLoss):
         )
 
     def measured(self) -> dict[str, float]:
-        """Return means over the rows since the last call, by the names of metrics.csv; what has no rows is left out."""
-        if not self._measured:
-            return {}
-        pairs, right, answers, drift, *sides = torch.stack(self._measured).sum(0).tolist()
+        """Return means over the rows of all processes since the last call, by the names of metrics.csv; what has no
+        rows is left out.
+        """
+        own = torch.stack(self._measured).sum(0).tolist() if self._measured else [0.0] * _MEASURES
         self._measured = []
+        pairs, right, answers, drift, *sides = self._processes.sum(own, self._device)
+        if not answers:
+            return {}
         rewards, there, tokens = sides[:2], sides[2:4], sides[4:]
         found = {"accuracy": right / pairs} if pairs else {}
         for name, reward, count, length in zip(("chosen", "rejected"), rewards, there, tokens, strict=True):

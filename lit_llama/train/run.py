@@ -95,8 +95,6 @@ def finetune(method: Method, config: RunConfig, *, owns_process: bool = False) -
     start = time.perf_counter()
     check_loggers(config.all_loggers)
     with join(config.devices, config.num_nodes) as processes:
-        if method.rows != "samples" and processes.size > 1:
-            raise UserError(f"{method.door} trains in one process, and there are {processes.size}: start it alone")
         run = Run(method, config, config.settings(method.own), processes)
         processes.first(run.check_out_dir)
         with process_kept(), claim(config.out_dir) if processes.is_first else nullcontext():
@@ -174,7 +172,7 @@ def _execute(
             log.say,
             numerics,
             processes,
-            run.method.loss_of(model, numerics),
+            run.method.loss_of(model, numerics, processes),
         )
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:

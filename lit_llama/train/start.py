@@ -49,11 +49,6 @@ def begin(method: Method, config: RunConfig) -> tuple[Method, RunConfig]:
         UserError: There is no base, or one that is an adapter.
     """
     base, adapter = config.checkpoint_dir, config.adapter_dir
-    if method.rows != "samples" and (config.devices, config.num_nodes) != (1, 1):
-        raise UserError(
-            f"--devices {config.devices} and --num_nodes {config.num_nodes}: {method.door} trains on one device, "
-            "expected 1 and 1"
-        )
     if config.verify:
         verify_folders(base, adapter, config.data_dir, base_dir=base if adapter else None)
     if base is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config, write_tokenizer
+from pair_data import write_pairs
 from safetensors.torch import save_file
 from small_runs import prepare
 
@@ -30,6 +31,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "dora", "lora": {"use_dora": True}, "returns": True},
     {"name": "embeddings", "lora": {"modules_to_save": ["embed_tokens"]}},
     {"name": "all weights", "full": True},
+    {"name": "preferences", "dpo": {}},
+    {"name": "preferences mixed", "dpo": {}, "precision": "bf16-mixed", "returns": True},
 ]
 """Those with `returns` run with a heap that keeps nothing: layers that are not fused leave holes in one that does."""
 WIDER: list[dict[str, Any]] = [
@@ -87,6 +90,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(36)
     ]
     prepare(made / "data", made / "model", rows, max_seq_length=1000)
+    pairs = [
+        tuple(draw.integers(3, 300, draw.integers(low, high)).tolist() for low, high in ((60, 120), (20, 80), (20, 80)))
+        for _ in range(36)
+    ]
+    write_pairs(made / "pairs", made / "model", pairs[4:], pairs[:4])
     return made
 
 

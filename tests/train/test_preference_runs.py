@@ -12,7 +12,7 @@ import torch
 from conftest import run_here
 from pair_data import PAIRED, Row, pair_rows, prefer, single_answers, write_pairs
 from safetensors.torch import load_file
-from small_runs import LORA, Killed, outcome, prepare, run, stop_after, through_the_door
+from small_runs import Killed, outcome, prepare, run, stop_after, through_the_door
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 import lit_llama
@@ -209,13 +209,6 @@ def test_data_of_another_kind_is_refused(
     empty = write_pairs(tmp_path / "empty", tiny_folder, [([5], [6], [7]), ([], [6], [7])], pair_rows(2))
     with pytest.raises(DataError, match="expected rows with a prompt and an answer"):
         prefer(tiny_folder, empty, tmp_path / "out")
-
-
-def test_several_devices_are_refused(tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    """Catches a baseline and measures that each process finds for itself."""
-    config = RunConfig(checkpoint_dir=tiny_folder, data_dir=pairs, out_dir=tmp_path / "out", devices=2)
-    with pytest.raises(UserError, match=r"--devices 2 .*one device, expected 1"):
-        begin(Preference(LORA), config)
 
 
 def test_another_loss_does_not_go_on(tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:

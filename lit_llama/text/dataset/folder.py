@@ -238,6 +238,11 @@ class Batch:
         parents = [*self.parents, -1] if self.parents else []
         return replace(self, input_ids=ids, lengths=[*self.lengths, missing], parents=parents)
 
+    def emptied(self) -> Self:
+        """Return a batch of the first place alone, without a loss."""
+        nothing = np.zeros(0, np.int64)
+        return replace(self, input_ids=self.input_ids[:1], lengths=[1], select=nothing, targets=nothing, parents=[])
+
 
 def collate(samples: Sequence[tuple[Ids, Ids]], *, share: bool = False) -> Batch:
     """Lay samples end to end. The shift between input and target happens here and nowhere else.
@@ -378,9 +383,8 @@ def shared_micro_batches(
     yield from micro_batches(split, divided[share], micro_batch_tokens, share=share_beginnings)
     if even:
         counts = [sum(1 for _ in _groups(split.lengths, part, micro_batch_tokens)) for part in divided]
-        nothing = np.zeros(0, np.int64)
         for _ in range(max(counts) - counts[share]):
-            yield Batch(split.batch(rows[:1], share=False).input_ids[:1], [1], nothing, nothing)
+            yield split.batch(rows[:1], share=False).emptied()
 
 
 _ORDERED = 1 << 16

@@ -5,7 +5,7 @@ Shapes: R rows, T places, N answer tokens.
 
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
 
@@ -34,6 +34,10 @@ class PairBatch(Batch):
     rows: list[int]  # of the split, one for each prompt
     counts: npt.NDArray[np.int64]  # (R, 2) tokens of the chosen and the rejected answers, in the order of the targets
     reference: npt.NDArray[np.float64]  # (R, 2) log p of the answers before training
+
+    def emptied(self) -> Self:
+        """Return a batch of one place and no row."""
+        return replace(super().emptied(), rows=[], counts=self.counts[:0], reference=self.reference[:0])
 
 
 class PairRows:

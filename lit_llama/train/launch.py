@@ -1,6 +1,13 @@
 """Starting the processes of a run on this machine, and ending them together. Imports no torch.
 
-torchrun and SLURM start the processes themselves; then there is nothing to do here but to read how many there are.
+torchrun and SLURM start the processes themselves; then there is nothing to do here but to read how many there are. In
+either case the processes meet through Lightning Fabric, see processes.py. Fabric's own launchers (of 2.6) are no
+substitute for this file:
+
+* Its script launcher runs `sys.argv` again out of the first process. When another one fails, a thread of the first
+  kills it by SIGKILL, up to five seconds later, without the error, status and signal of the one that failed; a call
+  from Python would run, and kill, the program that made it. `python -X` and `-c` are lost on the way.
+* Its spawning launcher passes no signal on, and the process that waits has to load torch before the others can begin.
 """
 
 import os

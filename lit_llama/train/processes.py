@@ -36,7 +36,8 @@ class Processes:
     one all-reduce of one flat buffer when the last micro-batch of a step is done. torch's DistributedDataParallel does
     the same in buckets during the backward pass, which hides the time it takes; a LoRA adapter takes less than a
     millisecond of it, and without the wrapper processes may have different numbers of micro-batches, or none, and
-    nothing has to be known of parameters that a pass leaves out.
+    nothing has to be known of parameters that a pass leaves out. The sums are torch's own, as `Fabric.all_reduce` has
+    all processes wait for each other before each of them.
 
     Args:
         rank: Number of this process, from 0.

@@ -1,6 +1,7 @@
 """Frozen decoder layers spread over the processes, for a base that no device holds alone (FSDP2).
 
-Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
+Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard. Of Fabric's strategies, FSDPStrategy refuses a
+CPU, on which the tests compare with one process, and ModelParallelStrategy calls a function like `shard` below.
 """
 
 from dataclasses import replace

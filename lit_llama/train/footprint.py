@@ -2,7 +2,8 @@
 
 The real model, its adapters and its loss run on tensors that have a shape and no content, while every storage that
 comes and goes is counted. Whatever autograd keeps, recomputes or copies is in the result, for any kind of adapter, and
-the result cannot drift from the code.
+the result cannot drift from the code. A run begins with its largest micro-batch, with numbers, so that one that does
+not fit ends in the first minute.
 
 Shapes: T tokens, C hidden.
 """
@@ -29,6 +30,9 @@ from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantize_shapes
+from lit_llama.text.dataset.folder import Batch, Rows, largest_group
+from lit_llama.train.config import TrainConfig
+from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
 
 _FEW, _MORE = 2, 3
@@ -264,3 +268,32 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def largest_batch(
+    split: Rows, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
+) -> Batch:
+    """Find the largest micro-batch that the steps of a run meet, in whichever process; `share` as in `collate`."""
+    rows = largest_group(
+        split.lengths,
+        batch_size=config.batch_size,
+        micro_batch_tokens=config.tokens_on(device),
+        seed=seed,
+        steps=config.steps(len(split)),
+        shares=processes,
+    )
+    return split.batch(rows, share=share)
+
+
+def probe(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
+    """Run `batch` forward and backward and leave no trace: no gradients, the same random numbers afterwards.
+
+    It runs twice, as the second time meets the gradients of the first, and real steps have several micro-batches.
+    """
+    device = next(loss_of.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            backward(loss_of.of_batch(batch))
+    for parameter in loss_of.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()

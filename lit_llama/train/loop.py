@@ -18,44 +18,15 @@ from lit_llama.device import Numerics, peak_memory, seed_micro_batch, trim_freed
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.fused.layer import give_back
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch, Rows, epoch_order, largest_group, shared_micro_batches
+from lit_llama.text.dataset.folder import Batch, Rows, epoch_order, shared_micro_batches
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.footprint import largest_batch, probe
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.optim import build_optimizer, learning_rate, overflowed, set_learning_rate, state_bytes
 from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.stopping import Best
-
-
-def largest_batch(
-    split: Rows, config: TrainConfig, device: str, seed: int, processes: int = 1, *, share: bool = False
-) -> Batch:
-    """Find the largest micro-batch that the steps of a run meet, in whichever process; `share` as in `collate`."""
-    rows = largest_group(
-        split.lengths,
-        batch_size=config.batch_size,
-        micro_batch_tokens=config.tokens_on(device),
-        seed=seed,
-        steps=config.steps(len(split)),
-        shares=processes,
-    )
-    return split.batch(rows, share=share)
-
-
-def probe(loss_of: TokenLoss, backward: Callable[[Tensor], object], batch: Batch) -> None:
-    """Run `batch` forward and backward and leave no trace: no gradients, the same random numbers afterwards.
-
-    It runs twice, as the second time meets the gradients of the first, and real steps have several micro-batches.
-    """
-    device = next(loss_of.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(2):
-            backward(loss_of.of_batch(batch))
-    for parameter in loss_of.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-
 
 PATIENCE = 5
 """Steps in a row that may be skipped because they are not finite; the last of them ends the run. So does an epoch."""
@@ -173,7 +144,9 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
         tokens, measured = self._train.places(rows), self._loss_of.measured()
-        self._advance(count, tokens)
+        self.progress.step += 1
+        self.progress.trained_tokens += count
+        self.progress.tokens += tokens
         if finite:
             self._look_at(loss, rows)
         elif spoilt:
@@ -206,11 +179,6 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
         return total.item(), norm.item()
-
-    def _advance(self, trained_tokens: int, tokens: int) -> None:
-        self.progress.step += 1
-        self.progress.trained_tokens += trained_tokens
-        self.progress.tokens += tokens
 
     def _look_at(self, loss: float, rows: Sequence[int]) -> None:
         """Remark a loss that stands far out."""

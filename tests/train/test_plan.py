@@ -23,8 +23,7 @@ from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.text.dataset.folder import Split
 from lit_llama.train.cards import CARDS
 from lit_llama.train.config import RunConfig, TrainConfig
-from lit_llama.train.footprint import Build, Shape
-from lit_llama.train.loop import largest_batch, probe
+from lit_llama.train.footprint import Build, Shape, largest_batch, probe
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import LoRA
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller

@@ -32,7 +32,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "embeddings", "lora": {"modules_to_save": ["embed_tokens"]}},
     {"name": "all weights", "full": True},
     {"name": "preferences", "dpo": {}},
-    {"name": "preferences mixed", "dpo": {}, "precision": "bf16-mixed", "returns": True},
+    {"name": "preferences with dropout", "dpo": {}, "lora": {"dropout": 0.1}, "returns": True},
 ]
 """Those with `returns` run with a heap that keeps nothing: layers that are not fused leave holes in one that does."""
 WIDER: list[dict[str, Any]] = [
@@ -44,6 +44,8 @@ WIDER: list[dict[str, Any]] = [
     {"name": "nf4 with dropout", "quantize": "nf4", "lora": {"dropout": 0.1}},
     {"name": "selective", "train": {"activation_checkpointing": "selective"}},
     {"name": "noise", "train": {"neftune_noise_alpha": 5.0}},
+    {"name": "preferences mixed", "dpo": {}, "precision": "bf16-mixed", "returns": True},
+    {"name": "preferences nf4, kept", "dpo": {}, "quantize": "nf4", "holes": True},
     {"name": "best", "train": {"keep": "best"}},
     {"name": "8 bits", "train": {"optimizer": "adamw_8bit"}},
     {"name": "all weights in 32", "full": True, "precision": "32-true"},

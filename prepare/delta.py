@@ -43,7 +43,7 @@ def apply(
         accept_rounded_base: Go on with a base in float16 that once was bfloat16.
         max_shard_size: Largest file of weights, such as 5GB or 200MB.
     """
-    from lit_llama.convert.delta.folders import apply as run
+    from lit_llama.convert.delta import apply as run
     from lit_llama.model.weights import parse_size
 
     run(
@@ -77,7 +77,7 @@ def make(
         dtype: Dtype of the delta; left out, base and target must be stored in the same.
         max_shard_size: Largest file of weights, such as 5GB or 200MB.
     """
-    from lit_llama.convert.delta.folders import make as run
+    from lit_llama.convert.delta import make as run
     from lit_llama.model.weights import parse_size
 
     size = parse_size(max_shard_size)
@@ -92,7 +92,7 @@ def verify(*, merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | 
         base_dir: The original model.
         delta_dir: What was added to it.
     """
-    from lit_llama.convert.delta.folders import verify as run
+    from lit_llama.convert.delta import verify as run
 
     run(merged_dir, base_dir, delta_dir)
 

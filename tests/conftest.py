@@ -319,10 +319,10 @@ def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fa
     """A Hub on localhost with one usable repository, without waiting between retries."""
     from huggingface_hub import close_session, constants
 
-    from lit_llama.convert.hub import transfer
+    from lit_llama.convert import download
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(transfer, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=lambda _: None))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     close_session()  # the next one reads the environment
     with FakeHub({REPO: dict(files)}) as hub:

@@ -179,7 +179,7 @@ def download(
         IntegrityError: A file arrived damaged.
     """
     with called(verbose) as talk:
-        from lit_llama.convert.hub.download import download as fetch
+        from lit_llama.convert.download import download as fetch
 
         made = fetch(repo_id, path_of(destination_path), revision=revision, file=file, endpoint=endpoint)
         return Result(folder=made, log=tuple(talk.lines))

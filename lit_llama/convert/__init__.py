@@ -79,8 +79,7 @@ def convert(
         raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
     if layout == "gguf":
         from lit_llama.convert.gguf.modelfile import check_modelfile
-        from lit_llama.convert.gguf.types import check_type
-        from lit_llama.convert.gguf.writer import check_file
+        from lit_llama.convert.gguf.writer import check_file, check_type
 
         check_file(destination)
         check_type(dtype)
@@ -96,17 +95,17 @@ def convert(
     exact = None if dtype is None else "float32"
     opened = open_source(source, exact if layout == "gguf" else dtype, rms_norm_eps)
     if resize_vocab is not None:
-        from lit_llama.convert.resize import resize
+        from lit_llama.convert.tensors import resize
 
         opened = resize(opened, resize_vocab)
     if layout == "hf":
         write_folder(opened, destination, max_shard_size=max_shard_size)
     elif layout == "meta":
-        from lit_llama.convert.meta.writer import write_meta
+        from lit_llama.convert.layouts.meta_writer import write_meta
 
         write_meta(opened, destination, num_shards)
     elif layout == "lit":
-        from lit_llama.convert.lit.lit_llama import write_lit
+        from lit_llama.convert.layouts.lit_llama import write_lit
 
         write_lit(opened, destination)
     else:
@@ -139,8 +138,7 @@ def _merge_hint(folder: Path) -> str:
 
 
 def _check_foreign(source: Path) -> None:
-    from lit_llama.convert.fp8 import is_fp8
-    from lit_llama.convert.native import has_safetensors
+    from lit_llama.convert.native import has_safetensors, is_fp8
 
     if source.is_dir() and has_safetensors(source) and not is_fp8(source):
         raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
@@ -187,9 +185,9 @@ def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha:
     Raises:
         CheckpointError: It is none of these, or does not fit the base.
     """
-    from lit_llama.convert import mlx
     from lit_llama.convert.gguf.adapter import read_adapter
-    from lit_llama.convert.lit.lit_llama import convert_lit_lora
+    from lit_llama.convert.layouts import mlx
+    from lit_llama.convert.layouts.lit_llama import convert_lit_lora
 
     if not source.exists():
         raise _absent(source)
@@ -213,7 +211,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
-    from lit_llama.convert.meta.reader import SHARD
+    from lit_llama.convert.layouts.meta import SHARD
 
     if SHARD.fullmatch(path.name):
         raise CheckpointError(
@@ -228,7 +226,7 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
     if (path.parent / SETTINGS_FILE).is_file() and path.suffix in (".safetensors", ".bin"):
         raise CheckpointError(f"--source: {path} is a file of the folder {path.parent}: name the folder")
     if start.startswith(b"PK") or path.suffix == ".pth":
-        from lit_llama.convert.lit.lit_llama import open_lit
+        from lit_llama.convert.layouts.lit_llama import open_lit
 
         return open_lit(path, rms_norm_eps).cast(dtype)
     what = describe_wrong_file(path) or f"none of these: it starts with {start!r}"
@@ -236,7 +234,7 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
 
 
 def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
-    from lit_llama.convert.gguf.parts import only_model
+    from lit_llama.convert.gguf.scan import only_model
 
     check_folder(folder)
     if (opened := _open_layout(folder, rms_norm_eps)) is not None:
@@ -258,9 +256,9 @@ def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) ->
 def _open_layout(folder: Path, rms_norm_eps: float | None) -> Source | None:
     """The layouts that a folder may be in, those first whose files leave no doubt."""
     from lit_llama.convert import native
-    from lit_llama.convert.lit import lit_llama as lit
-    from lit_llama.convert.lit import litgpt
-    from lit_llama.convert.meta import reader as meta
+    from lit_llama.convert.layouts import lit_llama as lit
+    from lit_llama.convert.layouts import litgpt
+    from lit_llama.convert.layouts import meta as meta
 
     if native.has_safetensors(folder):
         return native.open_folder(folder)

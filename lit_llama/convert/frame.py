@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_llama.convert.native import companions
 from lit_llama.convert.source import NAMES
 from lit_llama.convert.source import SETTINGS_FILE as CONFIG_FILE
-from lit_llama.convert.tokens.fast import complete
+from lit_llama.convert.tokens import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import check_space, write_json
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights

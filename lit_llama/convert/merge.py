@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
 from lit_llama.convert.gguf.modelfile import check_modelfile, write_modelfile
-from lit_llama.convert.gguf.parts import model_name
-from lit_llama.convert.gguf.types import check_type
-from lit_llama.convert.gguf.writer import check_file, write_gguf
+from lit_llama.convert.gguf.scan import model_name
+from lit_llama.convert.gguf.writer import check_file, check_type, write_gguf
 from lit_llama.convert.merged import Merged
 from lit_llama.convert.native import open_folder
-from lit_llama.convert.tokens.fast import complete
+from lit_llama.convert.tokens import complete
 from lit_llama.device import Precision, pick_device, pick_dtype, resident_memory, total_memory
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder.lock import reserving

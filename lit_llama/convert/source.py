@@ -192,7 +192,7 @@ def write_folder(source: Source, destination: Path, *, max_shard_size: int = MAX
         CheckpointError: Tensors and configuration do not fit each other.
         ResourceError: The disk has no room for it.
     """
-    from lit_llama.convert.tokens.fast import complete
+    from lit_llama.convert.tokens import complete
 
     check_shapes(source)
     with publish(destination, SETTINGS_FILE) as folder:

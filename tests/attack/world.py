@@ -22,7 +22,7 @@ from delta_files import delta_of, folder_of, state_of
 from killed_runs import count_calls, ended
 from small_runs import ROWS, flags_of, outcome
 
-import lit_llama.convert.delta.folders
+import lit_llama.convert.delta
 import lit_llama.convert.gguf.writer
 import lit_llama.convert.merge
 import lit_llama.generate.answer

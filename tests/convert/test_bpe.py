@@ -8,7 +8,7 @@ import pytest
 from conftest import write_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
+from lit_llama.convert.bpe import adds_bos, tokenizer_json
 from lit_llama.errors import CheckpointError
 
 TEXTS = [

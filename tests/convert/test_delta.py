@@ -12,8 +12,8 @@ from conftest import ROOT, run_door, run_here, tiny_config
 from delta_files import ROWS, assert_same, delta_of, folder_of, plain_sum, read, state_of
 from delta_files import base as base  # a fixture
 
-from lit_llama.convert.delta.folders import apply, make, verify
-from lit_llama.convert.delta.policy import Policy, blocks, mean_row
+from lit_llama.convert.delta import apply, make, verify
+from lit_llama.convert.delta_writing import Policy, blocks, mean_row
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.weights import INDEX_FILE, Stored, Weights
@@ -114,7 +114,7 @@ def test_memory_holds_a_block_and_not_a_model(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-import lit_llama.convert.delta.folders as folders
+import lit_llama.convert.delta as folders
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folders.apply(*map(Path, {[str(tmp_path / n) for n in ("base", "delta", "sum")]!r}), policy="add")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

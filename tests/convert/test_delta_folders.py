@@ -13,7 +13,7 @@ from conftest import ROOT
 from delta_files import assert_same, delta_of, folder_of, plain_sum, read
 from delta_files import base as base  # a fixture
 
-from lit_llama.convert.delta.folders import apply, verify
+from lit_llama.convert.delta import apply, verify
 from lit_llama.errors import IntegrityError, LockedError
 from lit_llama.folder.manifest import read_manifest
 from lit_llama.folder.publish import resume
@@ -22,8 +22,8 @@ KILLED = """
 import os, random, signal, sys
 from pathlib import Path
 from lit_llama.folder import publish as folder
-from lit_llama.convert.delta import writing
-from lit_llama.convert.delta.folders import apply
+from lit_llama.convert import delta_writing
+from lit_llama.convert.delta import apply
 steps, limit = [0], int(sys.argv[4])
 def counted(module, name):
     original = getattr(module, name)
@@ -34,7 +34,7 @@ def counted(module, name):
         return original(*a, **k)
     setattr(module, name, call)
 for name in ("combine", "write_shard", "write_index", "_write_settings", "_write_origin", "write_manifest"):
-    counted(writing, name)
+    counted(delta_writing, name)
 for name in ("sync", "_line"):
     counted(folder, name)
 apply(*map(Path, sys.argv[1:4]), max_shard_size=60_000)

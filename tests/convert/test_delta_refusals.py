@@ -11,7 +11,7 @@ from delta_files import assert_same, delta_of, folder_of, plain_sum, read, state
 from delta_files import base as base  # a fixture
 from safetensors.torch import save_file
 
-from lit_llama.convert.delta.folders import apply
+from lit_llama.convert.delta import apply
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.folder.manifest import MANIFEST
 

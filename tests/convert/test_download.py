@@ -19,8 +19,8 @@ from conftest import ROOT, tiny_config, write_adapter
 from fake_hub import CHUNK, REPO, FakeHub
 
 import lit_llama
-from lit_llama.convert.hub import download as module
-from lit_llama.convert.hub.download import download
+from lit_llama.convert import download as module
+from lit_llama.convert.download import download
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder.publish import publish
 

@@ -13,8 +13,7 @@ import sentencepiece
 from conftest import CORPUS
 from plain import write_sentencepiece
 
-from lit_llama.convert.tokens.fast import complete, fast_tokenizer
-from lit_llama.convert.tokens.files import read_vocabulary, tokenizer_model
+from lit_llama.convert.tokens import complete, fast_tokenizer, read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.hub import HubTokenizer

@@ -15,8 +15,7 @@ from llama_cpp import LlamaCpp
 
 from lit_llama.convert import convert
 from lit_llama.convert.gguf.reader import open_gguf
-from lit_llama.convert.gguf.types import plan
-from lit_llama.convert.gguf.writer import write_gguf
+from lit_llama.convert.gguf.writer import plan, write_gguf
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import Source
 from lit_llama.errors import ResourceError, UserError

@@ -13,8 +13,8 @@ from gguf_files import SHAPE, write_gguf
 from safetensors.torch import load_file
 
 from lit_llama.convert import convert, open_source
-from lit_llama.convert.gguf.parts import first_parts, model_name, part_names
 from lit_llama.convert.gguf.reader import open_gguf
+from lit_llama.convert.gguf.scan import first_parts, model_name, part_names
 from lit_llama.errors import CheckpointError
 from lit_llama.model.llama import LLaMA
 

@@ -10,12 +10,12 @@ from conftest import tiny_model, write_tokenizer
 from gguf_files import SHAPE, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from lit_llama.convert.bpe import tokenizer_json
 from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.gguf.tokenizer import vocabulary
 from lit_llama.convert.gguf.writer import write_gguf
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import write_folder
-from lit_llama.convert.tokens.bpe import tokenizer_json
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.base import Tokenizer as Ours
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_hub import REPO, FakeHub
 
-from lit_llama.convert.hub.download import download
+from lit_llama.convert.download import download
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 
 

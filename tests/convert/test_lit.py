@@ -13,7 +13,7 @@ from plain import Sizes, State, logits, native, random_state, write_sentencepiec
 from safetensors.torch import load_file
 
 from lit_llama.convert import convert
-from lit_llama.convert.lit.lit_llama import _EPS, convert_lit_lora, open_lit, write_lit
+from lit_llama.convert.layouts.lit_llama import _EPS, convert_lit_lora, open_lit, write_lit
 from lit_llama.convert.native import open_folder
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.adapter import base_of, load_adapter, read_adapter_config
@@ -78,7 +78,7 @@ def test_a_wrong_permutation_would_be_seen(
     tmp_path: Path, lit_file: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards the test above."""
-    monkeypatch.setattr("lit_llama.convert.rotary.halves_from_pairs", swapped)
+    monkeypatch.setattr("lit_llama.convert.tensors.halves_from_pairs", swapped)
     convert(lit_file, tmp_path / "made", rms_norm_eps=1e-5)
     assert (load_model(tmp_path / "made")(IDS) - logits(state, SIZES, IDS)).abs().max() > 0.1
 

@@ -12,10 +12,10 @@ from gguf_files import write_gguf as write_as_llama_cpp
 from llama_cpp import LlamaCpp
 from tokenizers import Tokenizer
 
+from lit_llama.convert.bpe import adds_bos, tokenizer_json
 from lit_llama.convert.gguf.scan import scan
 from lit_llama.convert.gguf.writer import write_gguf
 from lit_llama.convert.native import open_folder
-from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
 from lit_llama.model.config import RopeScaling
 from lit_llama.model.llama import LLaMA
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_llama.convert import convert
-from lit_llama.convert.meta import reader as meta
-from lit_llama.convert.meta.join import Joined
-from lit_llama.convert.meta.reader import open_meta
+from lit_llama.convert.layouts import meta as meta
+from lit_llama.convert.layouts.meta import open_meta
+from lit_llama.convert.tensors import Joined
 from lit_llama.errors import CheckpointError
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.pth.files import read_pth
@@ -76,7 +76,7 @@ def test_a_wrong_permutation_would_be_seen(
     """Guards the tests above: with heads of 16 neither direction is its own inverse."""
     sizes = Sizes()
     state = random_state(sizes)
-    monkeypatch.setattr("lit_llama.convert.rotary.halves_from_pairs", permute)
+    monkeypatch.setattr("lit_llama.convert.tensors.halves_from_pairs", permute)
     convert(write(tmp_path / "meta", state, sizes, vocabulary, 2), tmp_path / "made")
     assert (load_model(tmp_path / "made")(IDS) - logits(state, sizes, IDS)).abs().max() > 0.1
 
@@ -182,10 +182,10 @@ def test_memory_holds_a_tensor_and_not_the_model(tmp_path: Path, llama_tokenizer
     code = f"""
 from pathlib import Path
 from lit_llama.convert import convert, native
-from lit_llama.convert.lit import lit_llama as lit
-from lit_llama.convert.meta import reader as meta
-from lit_llama.convert.meta import writer as meta_writer
-from lit_llama.convert.tokens import files as vocabulary
+from lit_llama.convert.layouts import lit_llama as lit
+from lit_llama.convert.layouts import meta
+from lit_llama.convert.layouts import meta_writer
+from lit_llama.convert import tokens as vocabulary
 import torch, sentencepiece, lit_llama.model.llama
 def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 before = peak()
@@ -207,7 +207,7 @@ def test_any_rows_of_a_joined_tensor_can_be_read(
     for i, part in enumerate(whole.chunk(3, dim)):
         torch.save({"x": part}, tmp_path / f"{i}.pth")  # a column of parts is a view with strides
     parts = [read_pth(tmp_path / f"{i}.pth")["x"] for i in range(3)]
-    monkeypatch.setattr("lit_llama.convert.meta.join._BLOCK", 7 * 48)
+    monkeypatch.setattr("lit_llama.convert.tensors._BLOCK", 7 * 48)
     assert torch.equal(Joined("x", parts, dim).read(start, stop), whole[start:stop])
     doubled = Joined("x", [part for part in parts for _ in range(2)], dim, copies=2)
     assert doubled.shape == (48, 12) and torch.equal(doubled.read(start, stop), whole[start:stop])

@@ -13,7 +13,7 @@ from meta_files import vocabulary as vocabulary  # a fixture
 from plain import Sizes, State, random_state, write_sentencepiece
 
 from lit_llama.convert import convert
-from lit_llama.convert.meta.reader import open_meta
+from lit_llama.convert.layouts.meta import open_meta
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 
 

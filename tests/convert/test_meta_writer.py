@@ -12,9 +12,9 @@ from meta_files import vocabulary as vocabulary  # a fixture
 from plain import Sizes, random_state
 
 from lit_llama.convert import convert
-from lit_llama.convert.meta import writer as meta_writer
-from lit_llama.convert.meta.reader import open_meta
-from lit_llama.convert.meta.writer import ffn_width, write_meta
+from lit_llama.convert.layouts import meta_writer as meta_writer
+from lit_llama.convert.layouts.meta import open_meta
+from lit_llama.convert.layouts.meta_writer import ffn_width, write_meta
 from lit_llama.convert.native import open_folder
 from lit_llama.errors import CheckpointError, UserError
 

@@ -11,7 +11,7 @@ from foreign_adapters import IDS, peft_logits
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_llama.convert.mlx import WEIGHTS_FILE, convert_mlx
+from lit_llama.convert.layouts.mlx import WEIGHTS_FILE, convert_mlx
 from lit_llama.errors import CheckpointError
 from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lit_llama.convert.tokens.ranks import from_ranks
+from lit_llama.convert.gguf.tokenizer import from_ranks
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.pieces import SentencePieces
 from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer

@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_config, tiny_model, write_tokenizer
 from torch import Tensor
 
-from lit_llama.convert.resize import resize
 from lit_llama.convert.source import NAMES, Source, write_folder
+from lit_llama.convert.tensors import resize
 from lit_llama.errors import CheckpointError
 from lit_llama.model.checkpoint import load_model
 

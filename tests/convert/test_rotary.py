@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_llama.convert.rotary import halves_from_pairs, pairs_from_halves
+from lit_llama.convert.tensors import halves_from_pairs, pairs_from_halves
 
 
 @pytest.mark.parametrize("tail", [(), (3,)])

@@ -17,9 +17,8 @@ from conftest import ROOT
 from fake_hub import REPO, FakeHub
 from huggingface_hub import close_session, constants
 
-from lit_llama.convert.hub import transfer as module
-from lit_llama.convert.hub.download import download
-from lit_llama.convert.hub.transfer import transfer
+from lit_llama.convert import download as module
+from lit_llama.convert.download import download, transfer
 from lit_llama.errors import ResourceError
 
 DATA = bytes(range(256)) * 40

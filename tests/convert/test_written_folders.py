@@ -17,9 +17,9 @@ from test_lit import lit_state
 from tokenizer_files import in_transformers
 
 from lit_llama.convert import convert
-from lit_llama.convert.delta.folders import apply
+from lit_llama.convert.delta import apply
 from lit_llama.convert.merge import merge
-from lit_llama.convert.tokens.files import FILE
+from lit_llama.convert.tokens import FILE
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.pieces import SentencePieces
 

@@ -17,10 +17,10 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 
 from lit_llama.convert.gguf.config import GGUF_NAMES, architecture, in_rotary_pairs, native_name
-from lit_llama.convert.gguf.parts import Files, model_name, read_parts
 from lit_llama.convert.gguf.reader import GGUFTensor
+from lit_llama.convert.gguf.scan import Files, model_name, read_parts
 from lit_llama.convert.gguf.writer import add_key, check_file
-from lit_llama.convert.rotary import in_halves, in_pairs
+from lit_llama.convert.tensors import in_halves, in_pairs
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.manifest import check_folder
 from lit_llama.folder.place import aside

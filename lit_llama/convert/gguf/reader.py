@@ -17,15 +17,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from torch import Tensor
 
+from lit_llama.convert import listed
+from lit_llama.convert.bpe import adds_bos, tokenizer_json
 from lit_llama.convert.gguf.config import ROPE_FREQS, Reading, absent_biases, in_rotary_pairs, native_name
-from lit_llama.convert.gguf.parts import read_parts
-from lit_llama.convert.gguf.scan import Extent
-from lit_llama.convert.rotary import in_halves
+from lit_llama.convert.gguf.scan import Extent, read_parts
+from lit_llama.convert.listed import from_metadata
 from lit_llama.convert.source import NAMES, Source, settings
-from lit_llama.convert.tokens import listed
-from lit_llama.convert.tokens.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.tokens.fast import PLAIN_CLASS, class_settings, fast_tokenizer
-from lit_llama.convert.tokens.listed import from_metadata
+from lit_llama.convert.tensors import in_halves
+from lit_llama.convert.tokens import PLAIN_CLASS, class_settings, fast_tokenizer
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import encode_json
 from lit_llama.model.weights import Stored, check_finite

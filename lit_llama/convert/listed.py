@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_llama.convert.tokens import listed
+from lit_llama.convert import listed
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lit_llama.convert.meta.join import same
 from lit_llama.convert.native import companions
 from lit_llama.convert.source import (
     EMBEDDING,
@@ -23,6 +22,7 @@ from lit_llama.convert.source import (
     expected_shapes,
     settings,
 )
+from lit_llama.convert.tensors import same
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.weights import Stored

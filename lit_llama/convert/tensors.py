@@ -1,14 +1,54 @@
-"""One tensor that lies in parts, as Meta's shards keep it: any rows of the whole, part by part into place."""
+"""Tensors of other layouts: parts of one joined, rows of q and k in another order, and rows for new tokens.
+
+Meta's shards keep a tensor in parts, of which any rows can be read, part by part into place. The rows of q and k have
+rotary partners side by side (Meta, lit-llama, GGUF), or a head in two halves (Hugging Face).
+
+Shapes: H heads of the projection, D head size, in: input width, or nothing for a bias; R rows of the embedding, C
+hidden.
+"""
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lit_llama.convert.source import Source, check_shapes, read_tokenizer, write_files
 from lit_llama.errors import CheckpointError
+from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Stored
+
+
+def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Reorder rows of q or k from neighbouring pairs to the two halves of a head: (H D, in) -> same."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
+    """Reorder rows of q or k from the two halves of a head to neighbouring pairs: (H D, in) -> same."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def in_halves(name: str, weight: Tensor, config: LLaMAConfig) -> Tensor:
+    """Return the tensor that Hugging Face calls `name`, from a layout of pairs: rows move if it is of q or k."""
+    heads = _heads(name, config)
+    return halves_from_pairs(weight, heads) if heads else weight
+
+
+def in_pairs(name: str, weight: Tensor, config: LLaMAConfig) -> Tensor:
+    """Invert `in_halves`."""
+    heads = _heads(name, config)
+    return pairs_from_halves(weight, heads) if heads else weight
+
+
+def _heads(name: str, config: LLaMAConfig) -> int:
+    """Heads of a projection whose rows are rotated, else 0."""
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return rotated.get(name.split(".")[-2], 0)
+
 
 _BLOCK = 8 * 2**20  # bytes
 
@@ -107,3 +147,54 @@ def _blocks(tensor: Stored | Joined, start: int, stop: int) -> Iterator[tuple[in
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
+"""The matrices with a row for each id; a tied head is stored once."""
+
+
+def resize(source: Source, rows: int) -> Source:
+    """Return a model with an embedding and a head of `rows` rows and all else as it was.
+
+    Old rows keep every bit. A new one is the mean of the rows that have been trained, which are those of the tokenizer,
+    taken in float32 and rounded once: it says nothing of its own, and its logit is that of an average token.
+
+    Args:
+        source: The model.
+        rows: How many there are to be, more than now.
+
+    Raises:
+        CheckpointError: There would not be more, or still too few for the tokenizer.
+    """
+    check_shapes(source)
+    old = source.shape.vocab_size
+    if rows <= old:
+        what = "already has that many" if rows == old else f"has {old}, and rows that were trained are not thrown away"
+        raise CheckpointError(f"--resize_vocab is {rows}, but the embedding of {source.path} {what}")
+    tokens = _tokens(source)
+    if tokens is not None and rows < tokens:
+        raise CheckpointError(f"--resize_vocab is {rows}, but the tokenizer of {source.path} has {tokens} tokens")
+    trained = min(old, old if tokens is None else tokens)
+
+    def read(name: str) -> Tensor:
+        stored = source.read(name)  # (R, C) if it is resized
+        if name not in RESIZED:
+            return stored
+        grown = torch.empty(rows, stored.shape[1], dtype=stored.dtype)
+        grown[:old] = stored
+        grown[old:rows] = stored[:trained].mean(0, dtype=torch.float32).to(stored.dtype)
+        return grown
+
+    specs = {
+        name: (dtype, (rows, *shape[1:]) if name in RESIZED else shape) for name, (dtype, shape) in source.specs.items()
+    }
+    notes = {**source.notes, "resized_vocab": {"from": old, "to": rows, "mean_of_rows": trained}}
+    return replace(source, config={**source.config, "vocab_size": rows}, specs=specs, read=read, notes=notes)
+
+
+def _tokens(source: Source) -> int | None:
+    """Size of the tokenizer that comes with a model, if it can be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(source, Path(folder))
+        tokenizer = read_tokenizer(Path(folder))
+    return tokenizer.size if tokenizer else None

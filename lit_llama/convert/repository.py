@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from lit_llama.convert.gguf.parts import first_parts, part_names
+from lit_llama.convert.gguf.scan import first_parts, part_names
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.memory import amount

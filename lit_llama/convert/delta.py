@@ -10,8 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_llama.convert.delta.policy import VOCABULARY, Policy, Side, blocks, check_shapes, check_size, combine
-from lit_llama.convert.delta.writing import Work, write
+from lit_llama.convert.delta_writing import (
+    VOCABULARY,
+    Policy,
+    Side,
+    Work,
+    blocks,
+    check_shapes,
+    check_size,
+    combine,
+    write,
+)
 from lit_llama.convert.frame import TOKENIZER_PARTS
 from lit_llama.convert.native import open_folder
 from lit_llama.convert.source import META_FILE, Source

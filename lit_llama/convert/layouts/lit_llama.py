@@ -1,9 +1,11 @@
 """lit-llama's layout, one .pth with q, k and v in one matrix and no settings beside it <-> a Source.
 
-Rotary partners lie side by side, as in Meta's files; embedding and head are padded to a multiple of 64 rows.
+Rotary partners lie side by side, as in Meta's files; embedding and head are padded to a multiple of 64 rows. A torch
+file of another program is told by the names of its tensors, and refused with the way out.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.convert.kinds import foreign_kind
-from lit_llama.convert.lit.litgpt import FILE as LITGPT_FILE
-from lit_llama.convert.lit.litgpt import PARTS, open_litgpt
-from lit_llama.convert.meta.join import same
-from lit_llama.convert.rotary import halves_from_pairs, in_halves, in_pairs
+from lit_llama.convert.layouts.litgpt import FILE as LITGPT_FILE
+from lit_llama.convert.layouts.litgpt import PARTS, open_litgpt
 from lit_llama.convert.source import (
     EMBEDDING,
     HEAD,
@@ -28,7 +27,8 @@ from lit_llama.convert.source import (
     expected_shapes,
     settings,
 )
-from lit_llama.convert.tokens.files import read_vocabulary, write_tokenizer_model
+from lit_llama.convert.tensors import halves_from_pairs, in_halves, in_pairs, same
+from lit_llama.convert.tokens import read_vocabulary, write_tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE, read_adapter_weights, save_adapter
@@ -38,6 +38,55 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.pth.files import read_pth, write_pth
 from lit_llama.model.weights import Spec, Stored, byte_size, check_names
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    (
+        r"\.adapter_wte\.|\.gating_factor$|\.adapter_(?:bias|scale)$",
+        "holds LLaMA-Adapter weights of lit-llama (adapter_wte, gating_factor), which are no LoRA and have no layout "
+        "that other programs read: train a LoRA on the same data with finetune/lora.py",
+    ),
+    (
+        r"\.quant_weight$|\.qweight$|\.qzeros$",
+        "holds weights quantised with GPTQ, which are not read here: convert the 16-bit file that they were made from, "
+        "and hold that in few bits with --quantize",
+    ),
+    (
+        r"\.attn\.(?:qkv|proj)\..*lora_[AB]$|\.mlp\.fc_\d\..*lora_[AB]$|\.lm_head\..*lora_[AB]$",
+        "is a LoRA of litgpt: let litgpt put it into its base (litgpt merge_lora), and convert the folder of that",
+    ),
+    (
+        r"^layers\.\d+\.attn\.q_proj\.lora_a\.weight$",
+        "is a LoRA of torchtune: let torchtune write PEFT's layout (adapter_model with adapter_config.json beside it)",
+    ),
+    (
+        r"^layers\.\d+\.attn\.[qkv]_proj\.weight$|\.sa_norm\.scale$",
+        "holds weights in torchtune's own names: let torchtune write Hugging Face's layout (FullModelHFCheckpointer)",
+    ),
+    (
+        r"^layers\.\d+\.attention\.w[qkvo]\.weight$",
+        "is a part of Meta's layout: name the folder, in which the parts are called consolidated.00.pth and so on and "
+        "params.json and tokenizer.model lie",
+    ),
+    (
+        r"lora_[AB](?:\.\w+)?\.weight$",
+        "is a PEFT adapter: call it adapter_model.bin, put its adapter_config.json beside it, and use that folder",
+    ),
+    (
+        r"^(?:module\.|_orig_mod\.)*model\.layers\.\d+\.self_attn\.",
+        "holds weights in Hugging Face's names: call it pytorch_model.bin, put config.json and the tokenizer files "
+        "beside it, and name that folder",
+    ),
+)
+
+
+def foreign_kind(path: Path, names: Iterable[str]) -> str | None:
+    """Describe what a torch file of no layout converted here holds, as a sentence about `path`; None if unknown."""
+    known = list(names)
+    for pattern, what in _KINDS:
+        if any(re.search(pattern, name) for name in known):
+            return f"{path} {what}"
+    return None
+
 
 _TARGETS = ["q_proj", "v_proj"]
 ALPHA = 16

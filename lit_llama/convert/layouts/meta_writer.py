@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_llama.convert.meta.reader import (
+from lit_llama.convert.layouts.meta import (
     CHECKLIST_FILE,
     LLAMA3_THETA,
     META_NAMES,
@@ -15,9 +15,9 @@ from lit_llama.convert.meta.reader import (
     llama3_rope,
     md5_file,
 )
-from lit_llama.convert.rotary import in_pairs
 from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
-from lit_llama.convert.tokens.files import write_tokenizer_model
+from lit_llama.convert.tensors import in_pairs
+from lit_llama.convert.tokens import write_tokenizer_model
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig

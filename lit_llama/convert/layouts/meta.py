@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_llama.convert.meta.join import Joined, same
-from lit_llama.convert.rotary import in_halves
 from lit_llama.convert.source import (
     EMBEDDING,
     HEAD,
@@ -24,7 +22,8 @@ from lit_llama.convert.source import (
     expected_shapes,
     settings,
 )
-from lit_llama.convert.tokens.files import Vocabulary, read_vocabulary
+from lit_llama.convert.tensors import Joined, in_halves, same
+from lit_llama.convert.tokens import Vocabulary, read_vocabulary
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.pth.files import read_pth

@@ -6,7 +6,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
-from lit_llama.text.read.questions import read_questions
+from lit_llama.text.read.sources import read_questions
 
 
 def choose_questions(

@@ -10,9 +10,8 @@ from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.store import Key, Row
 from lit_llama.generate.evaluate.tasks import METRICS, Item, Task, usual_metrics
 from lit_llama.text.message import Conversation, instruct
-from lit_llama.text.read.questions import question_of
 from lit_llama.text.read.raw import RowError
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import question_of, read_rows
 
 
 def read_answers(path: Path) -> list[tuple[Conversation, Row]]:

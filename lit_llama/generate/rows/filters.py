@@ -16,7 +16,7 @@ from lit_llama.text.dataset.split import normalised
 from lit_llama.text.inspect.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.inspect.duplicates import NearIndex
 from lit_llama.text.inspect.findings import refused
-from lit_llama.text.read.questions import read_questions
+from lit_llama.text.read.sources import read_questions
 
 _MEDIA = re.compile(
     r"https?://|www\.\w|\b(?:(?:this|the following|attached|given|above|below) (?:image|picture|photo|photograph|video"

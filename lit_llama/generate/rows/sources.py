@@ -14,10 +14,9 @@ from lit_llama.errors import DataError
 from lit_llama.generate.rows.recipe import Source
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.read.documents import PDF_ENDING, TEXT_ENDINGS, pdf_text, read_documents
-from lit_llama.text.read.files import expand
-from lit_llama.text.read.questions import question_of
+from lit_llama.text.read.paths import expand
 from lit_llama.text.read.raw import RowError
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import question_of, read_rows
 
 PAGES = (".html", ".htm")
 _UNREAD = {"script", "style", "template", "noscript", "svg", "head", "nav", "footer"}

@@ -19,7 +19,7 @@ from lit_llama.text.dataset.records import prepare_records
 from lit_llama.text.prompts.folder_style import folder_style, named_style
 from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.raw import listed
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import read_rows
 from lit_llama.text.tokenizer.base import Tokenizer
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"

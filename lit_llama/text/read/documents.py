@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.text.dataset.config import Documents
-from lit_llama.text.read.files import UTF8, Dialect, Remark, check_file, decoded, open_bytes
+from lit_llama.text.read.files import UTF8, Dialect, decoded, open_bytes
+from lit_llama.text.read.paths import Remark, check_file
 from lit_llama.text.read.raw import LONGEST, RawRow
 
 PDF_ENDING = ".pdf"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
-from lit_llama.text.read.files import Remark
+from lit_llama.text.read.paths import Remark
 from lit_llama.text.read.raw import LENIENT, LONGEST, STRICT, RawRow, explain, holds_messages
 from lit_llama.text.read.schemas import FIELDS
 

@@ -14,13 +14,13 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.text.dataset.config import DataKind, Documents, OnError, Tree
 from lit_llama.text.message import Conversation, Dropped, Preference
 from lit_llama.text.read.fields import FieldLog
-from lit_llama.text.read.files import UTF8, Dialect, plain_suffix
-from lit_llama.text.read.oasst import join_messages
+from lit_llama.text.read.files import UTF8, Dialect
+from lit_llama.text.read.paths import plain_suffix
 from lit_llama.text.read.preferences import Judged, judgement, read_judged, refuse
-from lit_llama.text.read.raw import RawRow, RowError
+from lit_llama.text.read.published import join_messages
+from lit_llama.text.read.raw import RawRow, RowError, Where
 from lit_llama.text.read.schemas import FIELDS, complete, recognise
 from lit_llama.text.read.sources import Division, Part, resolve
-from lit_llama.text.read.where import Where
 
 
 class Reader:

@@ -10,19 +10,20 @@ from typing import Any
 
 from lit_llama.text.message import Message
 from lit_llama.text.read.fields import INPUTS, METADATA, SYSTEM, THOUGHTS, TOOLS, FieldLog, Row, says_nothing, suggest
-from lit_llama.text.read.glaive import GLAIVE, glaive_turns
 from lit_llama.text.read.messages import (
     OASST_FIELDS,
     Turns,
     as_list,
+    check_calls,
     in_a_field,
     read_message,
     read_messages,
     read_role,
+    read_tools,
+    repeats,
 )
-from lit_llama.text.read.oasst import Node, branches
+from lit_llama.text.read.published import GLAIVE, Node, branches, glaive_turns
 from lit_llama.text.read.raw import RowError, kind, listed, missing
-from lit_llama.text.read.tools import check_calls, read_tools, repeats
 
 _AFTER: dict[str, tuple[str, ...]] = {
     "": ("system", "user"),

@@ -1,4 +1,8 @@
-"""Sources -> parts: files, sheets of workbooks and splits of data sets, and which side of a given split each is."""
+"""Sources -> parts -> rows: files in any known format, sheets of workbooks and splits of data sets.
+
+Rows come one after another, in little memory; each part knows which side of a given split it is. Questions to be
+answered are rows whose answers may be missing.
+"""
 
 import re
 import shlex
@@ -12,12 +16,146 @@ from typing import Any
 from lit_llama.errors import DataError
 from lit_llama.folder.manifest import sha256_file
 from lit_llama.text.dataset.config import Documents
+from lit_llama.text.message import Conversation
 from lit_llama.text.read.documents import TEXT_ENDINGS, read_documents
-from lit_llama.text.read.files import ENDINGS, UTF8, WORKBOOKS, Dialect, Remark, expand, is_saved, unchanged
-from lit_llama.text.read.raw import RawRow, listed
-from lit_llama.text.read.rows import read_rows
-from lit_llama.text.read.tables import hash_dataset, is_hub_id, open_hub, open_saved, read_dataset
-from lit_llama.text.read.workbooks import read_sheet, sheet_names, split_sheet
+from lit_llama.text.read.fields import FieldLog
+from lit_llama.text.read.files import NOT_DATA, UTF8, Dialect, beginning, decoded, open_bytes
+from lit_llama.text.read.json_rows import read_json
+from lit_llama.text.read.paths import (
+    ENDINGS,
+    FORMATS,
+    WORKBOOKS,
+    Remark,
+    check_file,
+    expand,
+    is_saved,
+    plain_suffix,
+    unchanged,
+)
+from lit_llama.text.read.raw import RawRow, RowError, listed, shown
+from lit_llama.text.read.schemas import complete, recognise
+from lit_llama.text.read.spreadsheets import read_csv, read_sheet, sheet_names, split_sheet
+from lit_llama.text.read.tables import MAGIC, hash_dataset, is_hub_id, open_hub, open_saved, read_dataset, read_parquet
+
+
+def read_rows(path: Path, dialect: Dialect = UTF8, remark: Remark = lambda _: None) -> Iterator[RawRow]:
+    """Read the rows of a file, or of a folder saved by the datasets library, in their order.
+
+    A row is an object, or carries the error that concerns it alone. JSON is an array of objects, one object a line, or
+    objects one after another, whatever the name says.
+
+    Args:
+        path: The file or folder.
+        dialect: How its text is written.
+        remark: Takes what has to be said of it.
+
+    Raises:
+        DataError: The file cannot be read, or not from some place on; the message names it.
+    """
+    if is_saved(path):
+        for split, dataset in open_saved(path).items():
+            yield from read_dataset(dataset, str(path), split)
+        return
+    with unchanged(path):
+        if path.suffix.lower() in WORKBOOKS:
+            check_file(path)
+            for sheet in sheet_names(path):
+                yield from read_sheet(path, sheet, remark)
+        else:
+            yield from _read_file(path, dialect, remark)
+
+
+def _read_file(path: Path, dialect: Dialect, remark: Remark) -> Iterator[RawRow]:
+    ending = plain_suffix(path)
+    with open_bytes(path) as stream:
+        start = stream.peek(64)[:64]
+        if start.startswith(MAGIC) or ending == ".parquet":
+            yield from read_parquet(path)
+            return
+        looks_like_json = beginning(start).startswith(("{", "["))
+        text = decoded(stream, path, dialect, remark)
+        if ending in (".csv", ".tsv"):
+            if looks_like_json:
+                raise DataError(f"{path} is named {ending} but holds JSON: rename it to .json or .jsonl")
+            yield from read_csv(text, path, "\t" if ending == ".tsv" else None, dialect, remark)
+        elif ending in (".json", ".jsonl", ".ndjson") or looks_like_json:
+            yield from read_json(text, path, by_lines=ending in (".jsonl", ".ndjson"), remark=remark)
+        else:
+            prose = "; plain text is for prepare/text.py" if ending in TEXT_ENDINGS else ""
+            begins = f"it begins with {shown(start[:20])}"
+            raise DataError(f"{path}: its format is not known ({begins}); expected {FORMATS}{prose}")
+
+
+_ANSWERS = {"instruction": "output", "prompt": "completion"}  # fields that may be missing here
+
+
+def read_questions(path: Path) -> list[Conversation]:
+    """Read instructions to be answered: any file that prepare/records.py reads; the answers may be missing.
+
+    A chat is asked with all turns before its last answer, or with all turns if it ends in a question.
+
+    Raises:
+        DataError: The file is missing or unusable, or a row is of another form; the message names it.
+    """
+    questions = []
+    for number, raw in enumerate(read_rows(path)):
+        if raw.value is None:
+            assert raw.error
+            raise raw.error
+        try:
+            questions.append(question_of(raw.value, number))
+        except RowError as error:
+            raise DataError(f"{raw.where}: {error}") from error
+    return questions
+
+
+def question_of(row: Mapping[str, Any], number: int) -> Conversation:
+    """Build the conversation of a row, of which the last answer may be missing.
+
+    Raises:
+        RowError: Nothing.
+    """
+    for asked, answer in _ANSWERS.items():
+        if isinstance(row.get(asked), str) and not {"output", "response", "completion"} & row.keys():
+            row = {**row, answer: ""}
+    schema = recognise(row)
+    if schema.is_text:
+        raise RowError("plain text asks nothing", hint="expected an instruction or a chat")
+    found = schema.turns(row, FieldLog())[0]
+    turns = tuple(found.messages)
+    answered = bool(turns) and turns[-1]["role"] == "assistant"
+    before = turns[:-1] if answered else turns
+    complete([*before, {"role": "assistant", "content": "."}], schema)  # for its checks
+    return Conversation(
+        turns if answered and turns[-1]["content"] else before, number, f"row {number}", tools=tuple(found.tools)
+    )
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        DataError: It is missing, of another encoding, or something else saved under its name.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist (working folder: {Path.cwd()})") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, expected a file") from error
+    if not raw.strip():
+        raise DataError(f"{path} is empty")
+    for start, what in NOT_DATA.items():
+        if raw[:64].lstrip().lower().startswith(start):
+            raise DataError(f"{path} is {what}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; convert it first, "
+            f"for example: iconv -f CP1252 -t UTF-8 {path.name}"
+        ) from error
+
 
 _SPLIT = r"(train|test|valid(?:ation)?|val|dev|eval)"
 _BEGINS = re.compile(rf"{_SPLIT}(?=[._-]|$)", re.IGNORECASE)  # train-00000-of-00001.parquet, test_sft

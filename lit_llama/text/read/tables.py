@@ -10,8 +10,9 @@ from typing import Any
 
 from lit_llama.console import is_heard
 from lit_llama.errors import DataError, ResourceError, UserError
-from lit_llama.text.read.files import ENDINGS, most_unpacked, plain_suffix
+from lit_llama.text.read.files import most_unpacked
 from lit_llama.text.read.parquet import BATCH, batches, check_parquet, open_parquet
+from lit_llama.text.read.paths import ENDINGS, plain_suffix
 from lit_llama.text.read.raw import LONGEST, RawRow, shown
 
 MAGIC = b"PAR1"

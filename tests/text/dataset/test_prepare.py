@@ -27,7 +27,7 @@ from lit_llama.text.dataset.prepare import Texts
 from lit_llama.text.dataset.records import prepare_records
 from lit_llama.text.dataset.split import hash_side, shuffle_split
 from lit_llama.text.message import IGNORE_INDEX
-from lit_llama.text.read.questions import read_questions
+from lit_llama.text.read.sources import read_questions
 from lit_llama.text.tokenizer.base import Tokenizer
 
 Prepare = Callable[..., dict[str, Any]]

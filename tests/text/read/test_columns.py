@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raw_rows import CHAT, Put, values
 
 from lit_llama.text.read.json_rows import rows_of_table
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import read_rows
 
 ROWS = [{"instruction": f"q{n}", "input": "", "output": f"a{n}"} for n in range(3)]
 

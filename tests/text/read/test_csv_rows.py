@@ -9,7 +9,7 @@ import pytest
 from raw_rows import ROWS, Put, errors, read, values
 
 from lit_llama.text.read.files import UTF8, Dialect
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import read_rows
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])

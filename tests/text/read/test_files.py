@@ -11,7 +11,8 @@ import pytest
 
 from lit_llama.errors import DataError, UserError
 from lit_llama.text.read import files
-from lit_llama.text.read.files import Dialect, decoded, expand, open_bytes, unchanged
+from lit_llama.text.read.files import Dialect, decoded, open_bytes
+from lit_llama.text.read.paths import expand, unchanged
 
 
 def read(path: Path) -> str:

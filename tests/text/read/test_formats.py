@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lit_llama.errors import DataError
 from lit_llama.text.dataset.prepare import raw_row
 from lit_llama.text.message import Conversation, instruct
-from lit_llama.text.read.questions import read_questions, read_text
 from lit_llama.text.read.reading import read_conversations
+from lit_llama.text.read.sources import read_questions, read_text
 
 Put = Callable[[str, bytes | str], Path]
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

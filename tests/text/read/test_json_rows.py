@@ -7,7 +7,7 @@ import pytest
 from raw_rows import CHAT, FORMS, ROW, ROWS, Put, errors, read, values
 
 from lit_llama.errors import DataError
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import read_rows
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "json.gz"])

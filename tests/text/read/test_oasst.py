@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lit_llama.text.read.oasst import branches, join_messages
+from lit_llama.text.read.published import branches, join_messages
 from lit_llama.text.read.raw import RawRow, RowError
 
 

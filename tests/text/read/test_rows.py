@@ -18,7 +18,7 @@ from raw_rows import CHAT, FORMS, ROWS, Put, read, values
 
 from lit_llama.errors import DataError
 from lit_llama.text.read import raw
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import read_rows
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -100,7 +100,7 @@ def test_whatever_json_writes_is_read_back(put: Put, rows: list[dict[str, Any]])
 STREAM = """
 import re, sys
 from pathlib import Path
-from lit_llama.text.read.rows import read_rows
+from lit_llama.text.read.sources import read_rows
 def peak():  # not ru_maxrss, which begins with that of the parent
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 import pyarrow.parquet

@@ -11,8 +11,8 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.records import prepare_records
 from lit_llama.text.message import Conversation, Dropped
+from lit_llama.text.read.raw import parse
 from lit_llama.text.read.reading import read_conversations
-from lit_llama.text.read.where import parse
 
 SCORES = [5, 4, 3.5, "4.5", None, -1, "", 4.0]
 LANGS = ["en", "de"]

@@ -9,10 +9,10 @@ import openpyxl
 import pytest
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.read import workbooks
+from lit_llama.text.read import spreadsheets
 from lit_llama.text.read.reading import read_conversations
-from lit_llama.text.read.rows import read_rows
-from lit_llama.text.read.workbooks import sheet_names
+from lit_llama.text.read.sources import read_rows
+from lit_llama.text.read.spreadsheets import sheet_names
 
 
 def book(path: Path, **sheets: list[list[Any]]) -> Path:
@@ -72,7 +72,7 @@ def test_what_is_no_workbook_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DataError, match="holds no rows: its sheets are empty"):
         sheet_names(book(path, One=[]))
     book(path, One=[["a"], ["x" * 5000]])
-    monkeypatch.setattr(workbooks, "MOST", 1000)
+    monkeypatch.setattr(spreadsheets, "MOST", 1000)
     with pytest.raises(DataError, match=r"unpacks to [\d,]+ bytes, more than 1,000"):
         list(read_rows(path))
     monkeypatch.setitem(sys.modules, "python_calamine", None)

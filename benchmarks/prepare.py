@@ -234,7 +234,7 @@ def _unchanged(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], o
 
 def _texts(row: Row) -> tuple[str, str]:
     """Prompt and answer, as our style renders them."""
-    from lit_llama.text.prompts.folder_style import named_style
+    from lit_llama.text.prompts.encode import named_style
 
     style = named_style("alpaca")
     content = style.user(row["instruction"], row["input"])
@@ -297,7 +297,7 @@ def _chat_template(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[
     """What TRL's SFTTrainer does with prompt and completion: both rendered and encoded, then the prompt alone."""
     from transformers import AutoTokenizer
 
-    from lit_llama.text.prompts.folder_style import named_style
+    from lit_llama.text.prompts.encode import named_style
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_path)
     tokenizer.chat_template = named_style("alpaca").jinja(bos=False)

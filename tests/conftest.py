@@ -31,7 +31,7 @@ from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.dataset.writer import Samples, SplitWriter, finish
 from lit_llama.text.message import Conversation
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 from small_runs import LORA
 
 from lit_llama.text.dataset.folder import META_FILE
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.config import PreferenceConfig, Resume, RunConfig, Strategy, TrainConfig
 from lit_llama.train.method import Preference

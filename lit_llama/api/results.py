@@ -1,16 +1,26 @@
-"""Results of the package's functions: folders that other functions take, with what is to be known of them."""
+"""Results of the package's functions: folders that other functions take, with what is to be known of them.
+
+A call of the face keeps what it says, and puts the process back as it was.
+"""
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lit_llama.console import Talk, talking
+from lit_llama.device import process_kept
 
 if TYPE_CHECKING:
     from lit_llama.convert.merge import Proof
     from lit_llama.generate.evaluate.evaluation import Evaluation
     from lit_llama.train.plan import Plan
+
 
 Place = str | os.PathLike[str]
 """A path, or a result, which stands for its folder."""
@@ -125,3 +135,18 @@ class GeneratedRows(Result):
         """The rows."""
         text = (self.folder / "rows.jsonl").read_text("utf-8")
         return [json.loads(line) for line in text.split("\n") if line]
+
+
+@contextmanager
+def called(verbose: bool | None) -> Iterator[Talk]:
+    """Begin a call: what it says is kept, the process is put back."""
+    with warnings.catch_warnings():  # in a kernel without ipywidgets tqdm warns of that once, for bars nobody asked for
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import_module("tqdm.auto")
+    with talking(verbose) as talk, process_kept():
+        yield talk
+
+
+def path_of(place: Place | None) -> Path | None:
+    """Return a place as a path."""
+    return None if place is None else Path(place)

@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_llama.api.call import called, path_of
-from lit_llama.api.results import Evaluated, Finetuned, GeneratedRows, Place, Prepared
+from lit_llama.api.results import Evaluated, Finetuned, GeneratedRows, Place, Prepared, called, path_of
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.loading import Loading

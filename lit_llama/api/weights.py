@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.api.call import called, path_of
-from lit_llama.api.results import Merged, Place, Result
+from lit_llama.api.results import Merged, Place, Result, called, path_of
 from lit_llama.device import Precision
 from lit_llama.errors import UserError
 from lit_llama.model.config import GGUFType, Onto

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lit_llama.convert import listed
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer.pieces import Kind
+from lit_llama.text.tokenizer.bounds import Kind
 
 _KEY = "tokenizer.ggml.pre"
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

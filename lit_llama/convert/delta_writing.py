@@ -32,8 +32,7 @@ from lit_llama.model.checkpoint import fingerprint_stored
 from lit_llama.model.weights import DTYPES, Spec, Stored, byte_size, plan_shards, write_index, write_shard
 from lit_llama.progress import stderr, track
 from lit_llama.text.dataset.config import StyleName
-from lit_llama.text.prompts.encode import begins
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, folder_style, named_style
+from lit_llama.text.prompts.encode import TEMPLATE_FILE, begins, folder_style, named_style
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import identity
 

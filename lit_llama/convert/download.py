@@ -38,7 +38,7 @@ from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.places import describe_quantization, holds_fp8, of_sixteen_bits, repository
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import bar, reading, stderr
-from lit_llama.text.prompts.folder_style import folder_style
+from lit_llama.text.prompts.encode import folder_style
 from lit_llama.text.tokenizer.special import read_object
 
 _BROKEN = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)

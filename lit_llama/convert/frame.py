@@ -14,8 +14,7 @@ from lit_llama.convert.tokens import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import check_space, write_json
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights
-from lit_llama.text.prompts.encode import end_id
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, style_of
+from lit_llama.text.prompts.encode import TEMPLATE_FILE, end_id, style_of
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import ADDED_FILE, NAMES_FILE, SETTINGS_FILE, read_object

@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_llama.convert import listed
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
+from lit_llama.text.tokenizer.bounds import SPACE, Kind, Piece, SentencePieces
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> SentencePieces:

@@ -35,8 +35,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.weights import byte_size, write_weights
 from lit_llama.objects import read_object
 from lit_llama.progress import stderr
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, folder_style
+from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, prompt_ids
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, identity
 

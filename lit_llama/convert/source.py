@@ -28,7 +28,7 @@ from lit_llama.model.weights import (
 )
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
-from lit_llama.text.tokenizer.merges import MERGES_FILES
+from lit_llama.text.tokenizer.special import MERGES_FILES
 from lit_llama.text.tokenizer.vocabulary import identity
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -19,7 +19,7 @@ from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import encode_json, write_json
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.kinds import SentencePieceTokenizer
 from lit_llama.text.tokenizer.special import SETTINGS_FILE, added_tokens, read_object
 
 Token = TypeVar("Token", str, bytes)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Generator, Iterator
 
 from lit_llama.generate.engine.request import FinishReason, Sampling, Step
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.special import Place
 from lit_llama.text.tokenizer.stream import StopFinder, Streamer
 
 

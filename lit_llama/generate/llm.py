@@ -41,11 +41,18 @@ from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.config import StyleName
-from lit_llama.text.prompts.encode import answer_opening, end_id, for_style, place_behind, prompt_ids
-from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.prompts.encode import (
+    answer_opening,
+    end_id,
+    folder_style,
+    for_style,
+    named_style,
+    place_behind,
+    prompt_ids,
+)
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.special import Place
 from lit_llama.text.tokenizer.stream import token_bytes
 from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
 

@@ -16,7 +16,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import SPLITS, FolderKind, Rows, Split, data_fingerprint, read_meta
 from lit_llama.text.dataset.pair_batches import PairRows
 from lit_llama.text.dataset.pairs import PairSplit
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE
 from lit_llama.text.read.sources import read_text
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, special_ids

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from lit_llama.errors import IntegrityError
 from lit_llama.folder.place import aside, full_disk_explained, open_own
-from lit_llama.html.chart import Series
+from lit_llama.html import Series
 
 CURVE_FILE = "loss.png"
 

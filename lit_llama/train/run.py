@@ -38,7 +38,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.inspect.report import look_at
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, RunConfig

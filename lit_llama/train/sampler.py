@@ -15,7 +15,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.text.dataset.folder import TEST_FILE
 from lit_llama.text.message import Conversation
-from lit_llama.text.prompts.folder_style import folder_style
+from lit_llama.text.prompts.encode import folder_style
 from lit_llama.text.read.sources import question_of, read_questions
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import special_ids

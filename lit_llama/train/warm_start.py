@@ -21,7 +21,7 @@ from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.weights import Weights, weight_files
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE
 
 OWN = ("dropout", "loraplus_lr_ratio")
 """Of LoRAConfig: how an adapter is trained, which each run says for itself."""

@@ -48,7 +48,7 @@ from lit_llama.generate.rows.journal import open_journal
 from lit_llama.generate.rows.recipe import read_recipe
 from lit_llama.model.adapter import read_adapter_config, read_adapter_weights
 from lit_llama.model.checkpoint import load_model
-from lit_llama.text.prompts.folder_style import folder_style
+from lit_llama.text.prompts.encode import folder_style
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.inputs import read_inputs

@@ -16,8 +16,7 @@ from plain import write_sentencepiece
 from lit_llama.convert.tokens import complete, fast_tokenizer, read_vocabulary, tokenizer_model
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.hub import HubTokenizer
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.kinds import HubTokenizer, SentencePieceTokenizer
 
 PATTERN = (  # of meta-llama/llama3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -26,7 +26,7 @@ from lit_llama.generate.loading import Loading
 from lit_llama.generate.models import load_models
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style
 
 IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])
 

@@ -11,7 +11,7 @@ from lit_llama.convert import convert
 from lit_llama.convert.gguf.modelfile import go_template, modelfile
 from lit_llama.errors import UserError
 from lit_llama.text.dataset.config import StyleName
-from lit_llama.text.prompts.folder_style import named_style, style_of
+from lit_llama.text.prompts.encode import named_style, style_of
 
 TEMPLATES: dict[StyleName, str | None] = {
     "chatml": (

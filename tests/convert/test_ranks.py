@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from lit_llama.convert.gguf.tokenizer import from_ranks
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer.pieces import SentencePieces
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.bounds import SentencePieces
+from lit_llama.text.tokenizer.kinds import SentencePieceTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from lit_llama.convert.delta import apply
 from lit_llama.convert.merge import merge
 from lit_llama.convert.tokens import FILE
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.pieces import SentencePieces
+from lit_llama.text.tokenizer.bounds import SentencePieces
 
 TEXTS = (" Hello", "Hello", "  two", "a\n\n b", " ", "\n", "Zoë's naïve café", "北京 😀", "1 + 23 = 24")
 

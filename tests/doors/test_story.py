@@ -13,8 +13,7 @@ from meta_files import write, write_checklist
 from plain import Sizes, State, native, random_state, write_sentencepiece
 from safetensors.torch import load_file
 
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.prompts.encode import folder_style, named_style, prompt_ids
 from lit_llama.text.tokenizer.base import Tokenizer
 
 META, BASE, DELTA, ZIYA = "LLaMA/13B", "checkpoints/llama-13b", "checkpoints/Ziya-LLaMA-13B-v1", "checkpoints/ziya-13b"

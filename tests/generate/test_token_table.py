@@ -13,7 +13,7 @@ from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.special import Place
 from lit_llama.text.tokenizer.stream import token_bytes
 
 TEXTS = ["Zoë's naïve café, 北京 \U0001f600", '{"a": [1, true]}\n\t  x', "<SQL> select </SQL>", "ÿ\u0301 🇨🇿"]

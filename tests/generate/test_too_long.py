@@ -14,8 +14,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.overflow import fitted_messages, fitted_text, room
 from lit_llama.text.message import Conversation, instruct
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style, prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_core")
 LONG = "many more words " * 6

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lit_llama.html.chart import Chart, Line, chart, figure
+from lit_llama.html import Chart, Line, chart, figure
 
 
 def places(drawn: Chart, line: int = 0) -> list[tuple[float, float]]:

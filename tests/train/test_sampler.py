@@ -18,7 +18,7 @@ from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.paged import BLOCK
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.prompts.styles import Plain
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train import sampler as sampler_module

@@ -33,7 +33,7 @@ from lit_llama.model.lora import adaptable, adapters, apply_lora
 from lit_llama.model.low_rank import LoRAEmbedding, LoRALinear
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE
 
 _A, _B = ".lora_a", ".lora_b"
 _ALPHA, _TYPE = "adapter.lora.alpha", "adapter.type"

@@ -12,7 +12,7 @@ from lit_llama.convert.gguf.scan import scan
 from lit_llama.errors import UserError
 from lit_llama.folder.place import aside
 from lit_llama.progress import stderr
-from lit_llama.text.prompts.folder_style import style_of
+from lit_llama.text.prompts.encode import style_of
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.prompts.template import JinjaStyle
 

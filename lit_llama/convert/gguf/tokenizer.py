@@ -17,12 +17,10 @@ from lit_llama.convert.listed import padding
 from lit_llama.convert.tokens import merges
 from lit_llama.errors import CheckpointError
 from lit_llama.progress import stderr
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.bounds import read_bounded
-from lit_llama.text.tokenizer.hub import HubTokenizer
-from lit_llama.text.tokenizer.pieces import SPACE, Kind, Piece, SentencePieces
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.bounds import SPACE, Kind, Piece, SentencePieces, read_bounded
+from lit_llama.text.tokenizer.kinds import HubTokenizer, SentencePieceTokenizer
 from lit_llama.text.tokenizer.special import (
     ADDED_FILE,
     NAMES_FILE,

@@ -12,7 +12,7 @@ from rich.segment import Segment
 
 from lit_llama import progress
 from lit_llama.console import Results, harmless
-from lit_llama.text.prompts.thoughts import thoughts_of
+from lit_llama.text.prompts.teller import thoughts_of
 
 _FENCE = re.compile(r"\s{0,3}(```+|~~~+)")
 _OPENED = re.compile(r"\s*(<(think|thinking|thought|thoughts|reasoning)>|\[THINK\])")

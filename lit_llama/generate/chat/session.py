@@ -15,7 +15,7 @@ from lit_llama.generate.llm import LLM
 from lit_llama.generate.overflow import fitted_messages
 from lit_llama.text.message import Message
 from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.thoughts import opens
+from lit_llama.text.prompts.teller import opens
 
 SETTINGS = (
     "temperature",

@@ -14,7 +14,7 @@ from lit_llama.generate.rows.names import as_template
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.sources import Entry
 from lit_llama.generate.rows.teacher import Ask, Reply
-from lit_llama.text.prompts.sandbox import Sandbox
+from lit_llama.text.prompts.template import Sandbox
 
 Values = dict[str, Any]
 

@@ -23,9 +23,9 @@ from lit_llama.generate.rows.recipe import Recipe, read_recipe
 from lit_llama.generate.rows.report.summary import NGRAM, summarise
 from lit_llama.generate.rows.run import Limits, RowMaker, Tally
 from lit_llama.generate.rows.teacher import Teacher
-from lit_llama.html.render import render
+from lit_llama.html import render
 from lit_llama.progress import bar, stderr
-from lit_llama.text.inspect.page import histogram
+from lit_llama.text.inspect.report import histogram
 
 
 def write_report(folder: Path, maker: RowMaker) -> None:

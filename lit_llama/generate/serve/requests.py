@@ -15,11 +15,10 @@ from lit_llama.generate.serve.fields import Fields, biases, check_text, kind, to
 from lit_llama.generate.serve.messages import read_messages, read_tool_choice, read_tools
 from lit_llama.generate.serve.models import Models
 from lit_llama.generate.serve.tools import CallReader, call_form, call_grammar
-from lit_llama.text.prompts.encode import Cutter, for_style, ids_of
-from lit_llama.text.prompts.folder_style import JinjaStyle
+from lit_llama.text.prompts.encode import Cutter, JinjaStyle, for_style, ids_of
 from lit_llama.text.prompts.styles import Segment
-from lit_llama.text.prompts.thoughts import ThoughtsReader, opens
-from lit_llama.text.tokenizer.places import any_of
+from lit_llama.text.prompts.teller import ThoughtsReader, opens
+from lit_llama.text.tokenizer.special import any_of
 
 MAX_LOGPROBS = 20
 _STOPS, _STOP_LENGTH = 64, 1000

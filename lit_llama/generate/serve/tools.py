@@ -16,11 +16,10 @@ from lit_llama.errors import UserError
 from lit_llama.generate.llm import LLM
 from lit_llama.generate.serve.errors import refusal
 from lit_llama.text.message import Message
-from lit_llama.text.prompts.encode import for_style, rendered
-from lit_llama.text.prompts.folder_style import JinjaStyle, answer_end
+from lit_llama.text.prompts.encode import JinjaStyle, answer_end, for_style, rendered
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import any_of
+from lit_llama.text.tokenizer.special import any_of
 
 _NAMES = ("probed_function_one", "probed_function_two")
 _ID = "a1B2c3D4e"

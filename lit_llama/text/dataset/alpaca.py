@@ -16,7 +16,7 @@ from lit_llama.progress import reading, stderr
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.folder import raw_files
 from lit_llama.text.dataset.records import prepare_records
-from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.prompts.encode import folder_style, named_style
 from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.raw import listed
 from lit_llama.text.read.sources import read_rows

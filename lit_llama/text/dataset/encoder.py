@@ -19,8 +19,7 @@ from lit_llama.text.dataset.config import OnError, Overflow, ThoughtsRule, Train
 from lit_llama.text.dataset.render import Note, Rendered, Renderer
 from lit_llama.text.dataset.writer import Samples
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, Message
-from lit_llama.text.prompts.encode import Run, begins, for_style
-from lit_llama.text.prompts.folder_style import JinjaStyle
+from lit_llama.text.prompts.encode import JinjaStyle, Run, begins, for_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 

@@ -35,8 +35,7 @@ from lit_llama.text.inspect.findings import Findings
 from lit_llama.text.inspect.report import write_report
 from lit_llama.text.inspect.show import ShownSample, shown_sample
 from lit_llama.text.message import Conversation, Message, Preference
-from lit_llama.text.prompts.encode import begins
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE
+from lit_llama.text.prompts.encode import TEMPLATE_FILE, begins
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.read.reading import Reader
 from lit_llama.text.tokenizer.base import Tokenizer

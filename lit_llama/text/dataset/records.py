@@ -25,13 +25,12 @@ from lit_llama.text.dataset.shards import SHARD_FILE, Part, Shards, find_shards,
 from lit_llama.text.dataset.split import choose
 from lit_llama.text.inspect.findings import unchecked
 from lit_llama.text.inspect.report import REPORT_HTML, REPORT_JSON, look_at, noted
-from lit_llama.text.prompts.folder_style import TEMPLATE_FILE, folder_style, named_style
+from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, named_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
-from lit_llama.text.tokenizer.merges import MERGES_FILES
-from lit_llama.text.tokenizer.special import read_object
+from lit_llama.text.tokenizer.special import MERGES_FILES, read_object
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary
 
 FIELDS_SAID = {

@@ -9,13 +9,11 @@ from typing import Literal
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.dataset.config import OnError, ThoughtsRule, TrainOn, TypedEnds
 from lit_llama.text.message import Conversation, Dropped, Message
-from lit_llama.text.prompts.encode import Cutter, Run, rendered
-from lit_llama.text.prompts.folder_style import JinjaStyle
+from lit_llama.text.prompts.encode import Cutter, JinjaStyle, Run, rendered
 from lit_llama.text.prompts.styles import PromptStyle, Segment
-from lit_llama.text.prompts.teller import Told
-from lit_llama.text.prompts.thoughts import with_thoughts_inside, without_thoughts
+from lit_llama.text.prompts.teller import Told, with_thoughts_inside, without_thoughts
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import Place, any_of
+from lit_llama.text.tokenizer.special import Place, any_of
 
 Note = Literal["thoughts_left_out", "typed_ends", "looks_rendered", "opened", "joined"]
 """Of a row: its answer is trained without its thoughts; ends in an end that somebody typed; is a text that was rendered

@@ -7,24 +7,24 @@ import copy
 import hashlib
 import json
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError
 from lit_llama.memory import check_room
-from lit_llama.text.tokenizer.byte_level import ByteLevel
-from lit_llama.text.tokenizer.merges import MERGES_FILES, from_merges
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.quick import ByteLevel, Flat, Words
 from lit_llama.text.tokenizer.special import (
+    MERGES_FILES,
+    Place,
+    from_merges,
     named_tokens,
 )
-from lit_llama.text.tokenizer.words import Flat, Words
 
 _OF_A_CHARACTER = 64  # bytes, of what is told of its token meanwhile
 _MANY = 8_000  # texts, from which on looking for a quicker way pays
@@ -59,6 +59,13 @@ class Tokenizer:
     unknown: int | None
     remarks: list[str]
     _flat = 0  # texts that were encoded for training
+    _kinds: ClassVar[dict[str, Callable[..., "Tokenizer"]]] = {}  # by the endings of their files
+
+    def __init_subclass__(cls, *, ending: str = "", **more: Any) -> None:
+        """Have `from_path` read files of an ending as this kind, so that nothing here imports the kinds."""
+        super().__init_subclass__(**more)
+        if ending:
+            Tokenizer._kinds[ending] = cls
 
     @property
     def eos_id(self) -> int:
@@ -240,15 +247,12 @@ class Tokenizer:
         Raises:
             CheckpointError: There is none, or it cannot be used.
         """
-        from lit_llama.text.tokenizer.hub import HubTokenizer
-        from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
-
         if path.is_dir():
             found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
             if found:
                 return cls.from_path(found[0])
             if all((path / name).is_file() for name in MERGES_FILES):
-                return HubTokenizer(path / MERGES_FILES[0], from_merges(path))
+                return cls._kinds[".json"](path / MERGES_FILES[0], from_merges(path))
             raise CheckpointError(
                 f"{path} holds no {TOKENIZER_FILES[0]} and no {TOKENIZER_FILES[1]}, nor {' and '.join(MERGES_FILES)}"
             )
@@ -256,7 +260,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"tokenizer {path} does not exist; expected a tokenizer.model, a tokenizer.json or a model folder"
             )
-        return HubTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+        return cls._kinds[".json" if path.suffix == ".json" else ".model"](path)
 
 
 def _laid_out(ids: Sequence[Sequence[int]]) -> Flat:

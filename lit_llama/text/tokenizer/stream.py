@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.byte_level import CHARACTERS
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.quick import CHARACTERS
+from lit_llama.text.tokenizer.special import Place
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BYTES = {character: byte for byte, character in enumerate(CHARACTERS)}

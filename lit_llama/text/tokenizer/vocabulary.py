@@ -8,8 +8,7 @@ from typing import Any
 
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
-from lit_llama.text.tokenizer.merges import MERGES_FILES
-from lit_llama.text.tokenizer.special import read_object
+from lit_llama.text.tokenizer.special import MERGES_FILES, read_object
 
 _SHOWN = 3  # extra tokens that an error spells
 

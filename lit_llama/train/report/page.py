@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lit_llama.html.chart import Chart, Line, Series, chart, figure
-from lit_llama.html.render import render
+from lit_llama.html import Chart, Line, Series, chart, figure, render
 from lit_llama.memory import amount
 from lit_llama.train.metrics import smooth
 

@@ -12,7 +12,7 @@ from lit_llama.console import as_typed
 from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.errors import IntegrityError
 from lit_llama.folder.publish import encode_json, replace_file
-from lit_llama.html.chart import Series
+from lit_llama.html import Series
 from lit_llama.model.adapter import CONFIG_FILE, META_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.objects import Form, check_form, read_object, read_yaml

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lit_llama.html.chart import Series
+from lit_llama.html import Series
 
 Json = dict[str, Any]
 _ROSE = 1.02  # last test loss / best, from which on the run went on too long

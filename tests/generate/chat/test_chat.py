@@ -18,8 +18,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.llm import LLM, load
 from lit_llama.model.paged import BLOCK
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style, prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_core")
 

@@ -15,8 +15,8 @@ from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.service import Service
 from lit_llama.generate.serve.tools import CallForm, CallReader, call_form, call_grammar
-from lit_llama.text.prompts.thoughts import ThoughtsReader
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.prompts.teller import ThoughtsReader
+from lit_llama.text.tokenizer.special import Place
 
 pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
 WEATHER = {

@@ -21,7 +21,7 @@ from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.folder import Split, read_meta
 from lit_llama.text.dataset.split import shuffle_split
 from lit_llama.text.message import IGNORE_INDEX
-from lit_llama.text.prompts.folder_style import folder_style, named_style
+from lit_llama.text.prompts.encode import folder_style, named_style
 from lit_llama.text.tokenizer.base import Tokenizer
 
 Rows = list[dict[str, str]]

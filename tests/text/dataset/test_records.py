@@ -18,7 +18,7 @@ from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.dataset import records
 from lit_llama.text.dataset.config import NEAR_DUPLICATES
 from lit_llama.text.dataset.folder import read_meta
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from conftest import CORPUS, Sample, samples_of
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Message
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import JinjaStyle, named_style
+from lit_llama.text.prompts.encode import JinjaStyle, named_style, prompt_ids
 from lit_llama.text.prompts.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.special import Place
 
 WORDS = ["Zoë", "北京", "😀", "plain", "two  blanks", "\nline", " before", "after ", "<|im_end|>", "</s>", "<s>", "1,2"]
 CHATML = JinjaStyle(

@@ -8,15 +8,13 @@ import pytest
 from conftest import encode_examples
 from pages import Page, check_alone, in_chromium
 
-from lit_llama.html.render import percent
+from lit_llama.html import percent
 from lit_llama.text.dataset.folder import step_plan
-from lit_llama.text.inspect.findings import Findings
-from lit_llama.text.inspect.page import differences, histogram
-from lit_llama.text.inspect.pairs import CUT
-from lit_llama.text.inspect.report import account, warnings, write_report
+from lit_llama.text.inspect.findings import CUT, Findings
+from lit_llama.text.inspect.report import account, differences, histogram, warnings, write_report
 from lit_llama.text.inspect.show import ShownSample, shown_sample
 from lit_llama.text.message import instruct
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.tokenizer.base import Tokenizer
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&amp; {{ 7 * 7 }} \x1b[31m"

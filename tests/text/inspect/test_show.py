@@ -15,7 +15,7 @@ from lit_llama.errors import UserError
 from lit_llama.folder.manifest import forget
 from lit_llama.text.inspect.show import ShownSample, coloured_text, parse_rows, plain_text, shown_sample, visible
 from lit_llama.text.message import IGNORE_INDEX, instruct
-from lit_llama.text.prompts.folder_style import named_style
+from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.tokenizer.base import Tokenizer
 
 TEXTS = [

@@ -12,11 +12,10 @@ from conftest import Sample, encode_examples
 from lit_llama.errors import CheckpointError, DataError, UserError
 from lit_llama.text.dataset.encoder import Encoded
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, instruct
-from lit_llama.text.prompts.encode import answer_opening, end_id, prompt_ids
-from lit_llama.text.prompts.folder_style import JinjaStyle, named_style
+from lit_llama.text.prompts.encode import JinjaStyle, answer_opening, end_id, named_style, prompt_ids
 from lit_llama.text.prompts.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.places import Place
+from lit_llama.text.tokenizer.special import Place
 
 RESPONSES = [
     "Hello.",

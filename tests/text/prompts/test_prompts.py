@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import (
+from lit_llama.text.prompts.encode import (
     JinjaStyle,
     StyleName,
     answer_end,
     folder_style,
     named_style,
+    prompt_ids,
     style_of,
     trained_ends,
 )

@@ -15,8 +15,7 @@ from tokenizer_zoo import SHAPES, TEMPLATES, THINKING, TOOLS, WORDS, write_shape
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Message
-from lit_llama.text.prompts.encode import for_style, prompt_ids
-from lit_llama.text.prompts.folder_style import JinjaStyle, style_of
+from lit_llama.text.prompts.encode import JinjaStyle, for_style, prompt_ids, style_of
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 
@@ -103,7 +102,7 @@ def test_a_very_long_conversation_is_trained_as_a_short_one(zoo: dict[str, Path]
 
 def test_text_comes_back_behind_a_prompt(zoo: dict[str, Path]) -> None:
     """Catches an answer that is shown without the blank that it begins with, or with one of the tokenizer's own."""
-    from lit_llama.text.tokenizer.places import Place
+    from lit_llama.text.tokenizer.special import Place
     from lit_llama.text.tokenizer.stream import Streamer
 
     for name, folder in zoo.items():

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.prompts import sandbox
-from lit_llama.text.prompts.sandbox import Sandbox
-from lit_llama.text.prompts.template import JinjaStyle
+from lit_llama.text.prompts import template
+from lit_llama.text.prompts.template import JinjaStyle, Sandbox
 
 READ = "open('CANARY').read()"
 ESCAPES = [
@@ -194,7 +193,7 @@ def test_an_interrupt_leaves_no_reply_behind(monkeypatch: pytest.MonkeyPatch) ->
     def interrupted(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox.json, "loads", interrupted)
+    monkeypatch.setattr(template.json, "loads", interrupted)
     with pytest.raises(KeyboardInterrupt):
         box.render("b", {}, chats)
     monkeypatch.undo()

@@ -10,8 +10,7 @@ from test_prompts import CHATS, FUZZ, Chat, chat, chats, same_ids, text_of
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.prompts.folder_style import answer_end, folder_style, trained_ends
+from lit_llama.text.prompts.encode import answer_end, folder_style, prompt_ids, trained_ends
 from lit_llama.text.prompts.styles import Segment
 from lit_llama.text.prompts.template import JinjaStyle
 from lit_llama.text.tokenizer.base import Tokenizer

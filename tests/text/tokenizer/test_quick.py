@@ -18,12 +18,10 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import DataError
-from lit_llama.text.tokenizer import words
+from lit_llama.text.tokenizer import quick as module
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.byte_level import _CL100K, ByteLevel, byte_level, merges_by_id
-from lit_llama.text.tokenizer.places import Place
-from lit_llama.text.tokenizer.special import without_prefix
-from lit_llama.text.tokenizer.words import Words, splits_at_spaces
+from lit_llama.text.tokenizer.quick import _CL100K, ByteLevel, Words, byte_level, merges_by_id, splits_at_spaces
+from lit_llama.text.tokenizer.special import Place, without_prefix
 
 CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -181,7 +179,7 @@ def test_words_are_those_of_sentencepiece(name: str, request: pytest.FixtureRequ
 
 def test_the_book_of_words_stays_small(llama_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches memory that grows with the data, and ids of words that were forgotten."""
-    monkeypatch.setattr(words, "_REMEMBERED", 500)
+    monkeypatch.setattr(module, "_REMEMBERED", 500)
     model = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer))
     quick = Words(model, model)
     for start in range(0, 600, 20):

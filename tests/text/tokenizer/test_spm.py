@@ -10,8 +10,8 @@ import sentencepiece
 
 from lit_llama.convert.listed import from_metadata, padding
 from lit_llama.errors import CheckpointError
-from lit_llama.text.tokenizer.pieces import Kind, Piece, SentencePieces
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.bounds import Kind, Piece, SentencePieces
+from lit_llama.text.tokenizer.kinds import SentencePieceTokenizer
 
 ODD = [
     "",

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import CheckpointError, DataError
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.kinds import SentencePieceTokenizer
 from lit_llama.text.tokenizer.stream import Streamer
 
 KINDS = ["tokenizer.json", "trained tokenizer.model", "llama tokenizer.model"]

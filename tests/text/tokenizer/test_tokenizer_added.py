@@ -10,9 +10,8 @@ import sentencepiece
 
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.hub import HubTokenizer
-from lit_llama.text.tokenizer.places import Place
-from lit_llama.text.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lit_llama.text.tokenizer.kinds import HubTokenizer, SentencePieceTokenizer
+from lit_llama.text.tokenizer.special import Place
 from lit_llama.text.tokenizer.stream import Streamer
 
 Beside = Callable[..., Path]

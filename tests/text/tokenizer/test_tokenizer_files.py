@@ -10,9 +10,9 @@ from conftest import write_tokenizer
 from tokenizers import Tokenizer as Backend
 
 from lit_llama.errors import CheckpointError, DataError
-from lit_llama.text.tokenizer import hub as module
+from lit_llama.text.tokenizer import kinds as module
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.text.tokenizer.hub import HubTokenizer
+from lit_llama.text.tokenizer.kinds import HubTokenizer
 
 Change = Callable[[dict[str, Any]], object]
 END = {"eos_token": "<|im_end|>"}

@@ -13,7 +13,7 @@ from lit_llama.console import harmless
 from lit_llama.generate.evaluate.report.summary import Line, Outcome, lines, outcomes
 from lit_llama.generate.evaluate.run import Rows
 from lit_llama.generate.evaluate.tasks import Item, Task
-from lit_llama.html.render import render
+from lit_llama.html import render
 from lit_llama.progress import stdout
 
 _WIDTH, _SHORT = 112, 160

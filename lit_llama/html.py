@@ -1,4 +1,8 @@
-"""Parts that pages of reports share: rendering of their templates and styles, and charts as SVG."""
+"""Pages of reports that load nothing and run nothing, every text in them escaped, and their charts.
+
+Charts are lines over the steps of a run, as shapes in a square of 100 by 100 that the page stretches; words are set
+beside.
+"""
 
 import math
 import re

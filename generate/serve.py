@@ -55,7 +55,8 @@ def main(
             that becomes too long go on behind the later half.
         log_content: Write to the log what is asked and answered, too.
     """
-    from lit_llama.generate.chat.store import Store, default_folder
+    from lit_llama.generate.chat.files import default_folder
+    from lit_llama.generate.chat.store import Store
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.serve.page.routes import page_routes
     from lit_llama.generate.serve.start import Settings, check_folders, start

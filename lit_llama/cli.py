@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import inspect
 import io
-import json
 import os
 import re
 import select
@@ -15,14 +14,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args, get_origin
+from typing import Any, TextIO, get_args
 
 from lit_llama import signals
 from lit_llama.console import as_typed, guarded, shown, verbose
 from lit_llama.errors import Interrupted, ResourceError, UserError, name_flags
-from lit_llama.flags import SPELLED, plain
+from lit_llama.flags import SPELLED, gathered, plain
 from lit_llama.habits import answer, explain
 from lit_llama.memory import amount, check_addresses, ran_out, remedy, wanted
 from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
@@ -211,7 +209,7 @@ def _lenient(parser: type[Any]) -> type[Any]:
                     self._option_string_actions[f"--{word}"] = action
             words = sys.argv[1:] if args is None else args
             try:
-                return super().parse_args(_gathered(words, self._actions), *more, **kwargs)
+                return super().parse_args(gathered(words, self._actions), *more, **kwargs)
             except OverflowError as error:
                 raise UserError(f"a value is beyond all numbers that are computed with: {error}") from error
 
@@ -219,68 +217,6 @@ def _lenient(parser: type[Any]) -> type[Any]:
             return as_typed(super().format_help())
 
     return Parser
-
-
-_Held = Literal["text or texts", "texts", "numbers", "pairs", "literal texts"]
-
-
-def _held(kind: Any) -> _Held | None:
-    """What a parameter of this type holds several of.
-
-    In a Sequence[str] every word is a text as it stands; in a list[str], [a,b] is two.
-    """
-    if get_origin(kind) is Sequence:
-        return "literal texts"
-    if get_origin(kind) is list:
-        return "numbers" if get_args(kind)[0] in (int, float) else "texts"
-    if get_origin(kind) is dict:
-        return "pairs"
-    inside: _Held | None = next(filter(None, map(_held, get_args(kind))), None)
-    if inside == "texts" and str in get_args(kind):
-        return "text or texts"
-    return inside
-
-
-def _gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
-    """A command line in which all that is said of a list or mapping stands behind one flag, as JSON.
-
-    A shell makes several words of a pattern, and of several equal flags argparse would silently keep the last.
-    """
-    several = {
-        option: held
-        for action in actions
-        if (held := _held(getattr(action, "_typehint", None)))
-        for option in action.option_strings
-        if not option.endswith("+")
-    }
-    given: dict[str, list[str]] = {}
-    others: list[str] = []
-    into = others
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option in several:
-            into = given.setdefault(option, [])
-            into += [value] if equals else []
-        else:
-            into = others if re.match("--?[a-zA-Z]", word) else into
-            into.append(word)
-    return others + [word for option, values in given.items() for word in _flag(option, values, several[option])]
-
-
-def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
-    """The flag with all its values; what is no list, mapping or part of one stays as it is."""
-    if held == "literal texts" and values:
-        return [f"{option}={json.dumps(values)}"]
-    if held == "pairs" and values and all(re.match(r"\w+=", value) for value in values):
-        pairs = [part.partition("=") for value in values for part in re.split(r",\s*(?=\w+=)", value)]
-        return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
-    if held == "numbers" and values and values != ["null"]:
-        return [f"{option}=[{','.join(value.strip('[]') for value in values)}]"]
-    alone = held != "texts" or values[:1] == ["null"] or "".join(values).startswith("[")
-    if not values or (len(values) == 1 and alone):
-        return [option, *values]
-    lists = [value[1:-1].split(",") if re.fullmatch(r"\[.*\]", value) else [value] for value in values]
-    return [f"{option}={json.dumps([*chain.from_iterable(lists)])}"]
 
 
 _UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '?(?P<key>[-\w.]+)")

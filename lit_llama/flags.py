@@ -1,10 +1,15 @@
-"""Flags out of configurations: a door takes one configuration, and its command line the fields of it."""
+"""Flags out of configurations, and lists and mappings on a command line.
+
+A door takes one configuration, and its command line the fields of it.
+"""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from itertools import chain
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Door = Callable[..., None]
 SPELLED = {"data_kind": "as"}
@@ -104,3 +109,65 @@ def plain(message: str) -> str:
 
 
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}
+
+
+_Held = Literal["text or texts", "texts", "numbers", "pairs", "literal texts"]
+
+
+def _held(kind: Any) -> _Held | None:
+    """What a parameter of this type holds several of.
+
+    In a Sequence[str] every word is a text as it stands; in a list[str], [a,b] is two.
+    """
+    if get_origin(kind) is Sequence:
+        return "literal texts"
+    if get_origin(kind) is list:
+        return "numbers" if get_args(kind)[0] in (int, float) else "texts"
+    if get_origin(kind) is dict:
+        return "pairs"
+    inside: _Held | None = next(filter(None, map(_held, get_args(kind))), None)
+    if inside == "texts" and str in get_args(kind):
+        return "text or texts"
+    return inside
+
+
+def gathered(words: Sequence[str], actions: Sequence[Any]) -> list[str]:
+    """Return a command line in which all that is said of a list or mapping stands behind one flag, as JSON.
+
+    A shell makes several words of a pattern, and of several equal flags argparse would silently keep the last.
+    """
+    several = {
+        option: kind
+        for action in actions
+        if (kind := _held(getattr(action, "_typehint", None)))
+        for option in action.option_strings
+        if not option.endswith("+")
+    }
+    given: dict[str, list[str]] = {}
+    others: list[str] = []
+    into = others
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in several:
+            into = given.setdefault(option, [])
+            into += [value] if equals else []
+        else:
+            into = others if re.match("--?[a-zA-Z]", word) else into
+            into.append(word)
+    return others + [word for option, values in given.items() for word in _flag(option, values, several[option])]
+
+
+def _flag(option: str, values: Sequence[str], held: _Held) -> list[str]:
+    """The flag with all its values; what is no list, mapping or part of one stays as it is."""
+    if held == "literal texts" and values:
+        return [f"{option}={json.dumps(values)}"]
+    if held == "pairs" and values and all(re.match(r"\w+=", value) for value in values):
+        pairs = [part.partition("=") for value in values for part in re.split(r",\s*(?=\w+=)", value)]
+        return [f"{option}={json.dumps({name: value for name, _, value in pairs})}"]
+    if held == "numbers" and values and values != ["null"]:
+        return [f"{option}=[{','.join(value.strip('[]') for value in values)}]"]
+    alone = held != "texts" or values[:1] == ["null"] or "".join(values).startswith("[")
+    if not values or (len(values) == 1 and alone):
+        return [option, *values]
+    lists = [value[1:-1].split(",") if re.fullmatch(r"\[.*\]", value) else [value] for value in values]
+    return [f"{option}={json.dumps([*chain.from_iterable(lists)])}"]

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast, get_args, overload
+from typing import Any, cast, overload
 
 import torch
 
 from lit_llama.convert.merged import Merged
-from lit_llama.device import cores, peak_memory
+from lit_llama.device import cores
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.folder.manifest import check_folder
 from lit_llama.generate.answer_text import AnswerText, Stream
@@ -31,7 +31,6 @@ from lit_llama.generate.plan import (
     shortfall,
 )
 from lit_llama.generate.text_model import Messages, TextModel, TextStream
-from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE, base_of, trained_on, verify_folders
 from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import load_model
@@ -40,7 +39,6 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.prompts.encode import (
     answer_opening,
     end_id,
@@ -49,6 +47,7 @@ from lit_llama.text.prompts.encode import (
     named_style,
     place_behind,
     prompt_ids,
+    required_style,
 )
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
@@ -180,7 +179,7 @@ class LLM(TextModel):
         Raises:
             CheckpointError: It has none, so nobody knows how to ask.
         """
-        return _required(self.style, self.tokenizer)
+        return required_style(self.style, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,9 @@ class Opened:
             UserError: The style has no system message.
         """
         turns = [{"role": "system", "content": system}] if system else []
-        prompt_ids(self.tokenizer, _required(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}])
+        prompt_ids(
+            self.tokenizer, required_style(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}]
+        )
 
     def plan(self) -> GenerationPlan:
         """Return the memory that answers take, known before a weight is read.
@@ -357,21 +358,6 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
     return draft
 
 
-def _required(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
-    if style is None:
-        raise CheckpointError(
-            "the folder has no chat template, so it does not say how to put an instruction; name the style the model "
-            f"was trained with (its tokenizer could carry --prompt_style {', '.join(carried(tokenizer))}), or continue "
-            "raw text with generate/base.py"
-        )
-    return style
-
-
-def carried(tokenizer: Tokenizer) -> list[str]:
-    """Return the names of the built-in prompt styles whose tokens a tokenizer has."""
-    return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
-
-
 def _base(folder: Path, loading: Loading) -> Path:
     """The model that a folder holds, or that its adapter belongs to."""
     if (folder / CONFIG_FILE).is_file():
@@ -412,18 +398,3 @@ def _texts(tokenizer: Tokenizer, style: PromptStyle | None, ends: frozenset[int]
         "stop_ids": ends if end is None else ends | {end},
         "opening": answer_opening(tokenizer, style) if style else "",
     }
-
-
-def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:
-    """Report speed and peak memory on stderr.
-
-    Args:
-        tokens: That were made.
-        seconds: That it took.
-        device: Where.
-        ending: How the answer ended, where that should be said.
-    """
-    stderr().print(
-        f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s; "
-        f"peak memory {amount(peak_memory(device))}{ending}"
-    )

@@ -15,6 +15,7 @@ from lit_llama.device import (
     Precision,
     describe,
     parse_memory,
+    peak_memory,
     pick_device,
     pick_dtype,
     resident_memory,
@@ -296,3 +297,18 @@ def print_plan(plan: GenerationPlan, name: str = "") -> None:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f}"
+
+
+def report(tokens: int, seconds: float, device: torch.device, ending: str = "") -> None:
+    """Report speed and peak memory on stderr.
+
+    Args:
+        tokens: That were made.
+        seconds: That it took.
+        device: Where.
+        ending: How the answer ended, where that should be said.
+    """
+    stderr().print(
+        f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s; "
+        f"peak memory {amount(peak_memory(device))}{ending}"
+    )

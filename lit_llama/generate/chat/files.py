@@ -6,9 +6,10 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from lit_llama.errors import LockedError, ResourceError
+from lit_llama.errors import LockedError, ResourceError, UserError
 from lit_llama.folder.place import aside, full_disk_explained, is_full, open_own
 
 _WAIT = 10.0
@@ -77,3 +78,36 @@ def write_new(path: Path, data: bytes) -> None:
     with aside(path) as part:
         part.write_bytes(data)
         part.chmod(0o600)
+
+
+def default_folder() -> Path:
+    """Return the place of a user's data, by the XDG base directory specification or as macOS has it."""
+    if home := os.environ.get("XDG_DATA_HOME"):
+        return Path(home) / "lit_llama" / "conversations"
+    import sys
+
+    share = "Library/Application Support" if sys.platform == "darwin" else ".local/share"
+    return Path.home() / share / "lit_llama" / "conversations"
+
+
+class NoConversation(UserError):
+    """Absence of a conversation of this id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A conversation in a list.
+
+    Attributes:
+        id: Its name on the disk.
+        name: As people call it.
+        changed: When it changed last, in seconds since 1970.
+        messages: How many the branch in use has.
+        model: Name of the model that was set, "" for none.
+    """
+
+    id: str
+    name: str
+    changed: float
+    messages: int
+    model: str

@@ -19,46 +19,13 @@ from pathlib import Path
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder.place import check_writable, open_own, sync
 from lit_llama.generate.chat.dialogue import FORMAT, Dialogue, Record
-from lit_llama.generate.chat.files import append, locked, write_new
+from lit_llama.generate.chat.files import NoConversation, Summary, append, locked, write_new
 from lit_llama.generate.chat.lines import Reading, encode, read, split
 
 SUFFIX = ".jsonl"
 DAMAGED = ".damaged"
 MAX_NAME = 100
 _OPEN = 64
-
-
-def default_folder() -> Path:
-    """Return the place of a user's data, by the XDG base directory specification or as macOS has it."""
-    if home := os.environ.get("XDG_DATA_HOME"):
-        return Path(home) / "lit_llama" / "conversations"
-    import sys
-
-    share = "Library/Application Support" if sys.platform == "darwin" else ".local/share"
-    return Path.home() / share / "lit_llama" / "conversations"
-
-
-class NoConversation(UserError):
-    """Absence of a conversation of this id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """A conversation in a list.
-
-    Attributes:
-        id: Its name on the disk.
-        name: As people call it.
-        changed: When it changed last, in seconds since 1970.
-        messages: How many the branch in use has.
-        model: Name of the model that was set, "" for none.
-    """
-
-    id: str
-    name: str
-    changed: float
-    messages: int
-    model: str
 
 
 @dataclass

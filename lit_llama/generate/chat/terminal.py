@@ -22,9 +22,10 @@ from lit_llama.console import harmless, own, visible
 from lit_llama.errors import UserError
 from lit_llama.generate.chat.chat import Chat
 from lit_llama.generate.chat.commands import COMMANDS, HELP, Leave, take
+from lit_llama.generate.chat.files import default_folder
 from lit_llama.generate.chat.screen import Plain, Screen, Terminal
 from lit_llama.generate.chat.session import SETTINGS
-from lit_llama.generate.chat.store import Store, default_folder
+from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.llm import LLM
 from lit_llama.progress import stderr

@@ -1,4 +1,4 @@
-"""Messages and tools of a request -> the words of prompt styles."""
+"""Messages and tools of a request -> the words of prompt styles, and the form that its answer has to have."""
 
 import json
 import re
@@ -171,3 +171,23 @@ def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> str | Mapping[s
     if chosen is None:
         raise refusal("tool_choice.function.name", f"is {str(name)[:70]!r}, which is none of the tools")
     return chosen
+
+
+def response_schema(fields: Fields | None) -> Mapping[str, Any] | None:
+    """Return the schema that an answer has to keep to; None for any text."""
+    if fields is None:
+        return None
+    what = fields.choice("type", ("text", "json_object", "json_schema"), "text")
+    inner = fields.inner("json_schema") if what == "json_schema" else None
+    fields.end()
+    if what != "json_schema":
+        return {"type": "object"} if what == "json_object" else None
+    if inner is None:
+        raise refusal("response_format.json_schema", "is missing")
+    inner.ignore("name", "description")
+    inner.flag("strict")  # answers keep to their schemas in any case
+    schema = inner.object("schema")
+    if schema is None:
+        raise refusal(inner.name("schema"), "is missing")
+    inner.end()
+    return schema

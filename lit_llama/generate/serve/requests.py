@@ -12,7 +12,7 @@ from lit_llama.generate.llm import LLM
 from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text
 from lit_llama.generate.serve.errors import ApiError, refusal
 from lit_llama.generate.serve.fields import Fields, biases, check_text, kind, token_ids
-from lit_llama.generate.serve.messages import read_messages, read_tool_choice, read_tools
+from lit_llama.generate.serve.messages import read_messages, read_tool_choice, read_tools, response_schema
 from lit_llama.generate.serve.models import Models
 from lit_llama.generate.serve.tools import CallReader, call_form, call_grammar
 from lit_llama.text.prompts.encode import Cutter, JinjaStyle, for_style, ids_of
@@ -88,7 +88,7 @@ def chat_request(body: Mapping[str, Any], models: Models) -> Asked:
     values = _sampling(fields, llm)
     values["logprobs"] = _chat_logprobs(fields)
     most = _most(fields, "max_completion_tokens", "max_tokens")
-    schema = _response_format(fields.inner("response_format"))
+    schema = response_schema(fields.inner("response_format"))
     more = template_values(fields.object("chat_template_kwargs"), llm)
     stream, include_usage = _stream(fields)
     _refuse_others(fields)
@@ -288,26 +288,6 @@ def _most(fields: Fields, *names: str) -> int | None:
     if len(names) > 1 and 0 in found.values():
         raise refusal(names[-1], "is 0, expected 1 or more")
     return next(iter(found.values()), None)
-
-
-def _response_format(fields: Fields | None) -> Mapping[str, Any] | None:
-    """The schema that an answer has to keep to; None for any text."""
-    if fields is None:
-        return None
-    what = fields.choice("type", ("text", "json_object", "json_schema"), "text")
-    inner = fields.inner("json_schema") if what == "json_schema" else None
-    fields.end()
-    if what != "json_schema":
-        return {"type": "object"} if what == "json_object" else None
-    if inner is None:
-        raise refusal("response_format.json_schema", "is missing")
-    inner.ignore("name", "description")
-    inner.flag("strict")  # answers keep to their schemas in any case
-    schema = inner.object("schema")
-    if schema is None:
-        raise refusal(inner.name("schema"), "is missing")
-    inner.end()
-    return schema
 
 
 def template_values(values: Mapping[str, Any] | None, llm: LLM) -> dict[str, Any]:

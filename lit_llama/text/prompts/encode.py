@@ -345,3 +345,19 @@ class Cutter:
 
 
 _NEITHER = (False, False)
+
+
+def carried(tokenizer: Tokenizer) -> list[str]:
+    """Return the names of the built-in prompt styles whose tokens a tokenizer has."""
+    return [name for name in get_args(StyleName) if set(named_style(name).tokens) <= tokenizer.control.keys()]
+
+
+def required_style(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptStyle:
+    """Return the style of a folder; raise CheckpointError if it has none, so that nobody knows how to ask."""
+    if style is None:
+        raise CheckpointError(
+            "the folder has no chat template, so it does not say how to put an instruction; name the style the model "
+            f"was trained with (its tokenizer could carry --prompt_style {', '.join(carried(tokenizer))}), or continue "
+            "raw text with generate/base.py"
+        )
+    return style

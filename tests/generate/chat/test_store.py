@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from lit_llama.errors import LockedError, ResourceError, UserError
 from lit_llama.generate.chat import files
 from lit_llama.generate.chat.dialogue import Dialogue
-from lit_llama.generate.chat.store import Store, default_folder
+from lit_llama.generate.chat.files import default_folder
+from lit_llama.generate.chat.store import Store
 
 
 def said(id: int, parent: int, role: str, content: str = "x", **more: Any) -> dict[str, Any]:

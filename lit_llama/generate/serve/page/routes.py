@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 from lit_llama.errors import UserError
 from lit_llama.generate.chat import rows
 from lit_llama.generate.chat.dialogue import Dialogue, Record
+from lit_llama.generate.chat.files import NoConversation
 from lit_llama.generate.chat.lines import encode
 from lit_llama.generate.chat.session import (
     SETTINGS,
@@ -24,7 +25,7 @@ from lit_llama.generate.chat.session import (
     system_records,
     title,
 )
-from lit_llama.generate.chat.store import NoConversation, Store
+from lit_llama.generate.chat.store import Store
 from lit_llama.generate.serve.errors import ApiError, refusal
 from lit_llama.generate.serve.fields import Fields
 from lit_llama.generate.serve.page.desk import Desk, Listener

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from lit_llama.cli import CLI
 from lit_llama.generate.engine.request import Overflow
-from lit_llama.generate.flags import Asked, loading_flags, sampling_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Asked, Loading, loading_flags, sampling_flags
 
 
 @sampling_flags(max_new_tokens=50)

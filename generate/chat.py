@@ -12,8 +12,7 @@ from pathlib import Path
 
 from lit_llama.cli import CLI
 from lit_llama.generate.engine.request import Overflow
-from lit_llama.generate.flags import Asked, loading_flags, sampling_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Asked, Loading, loading_flags, sampling_flags
 
 
 @sampling_flags(samples=False, max_new_tokens=512, temperature=0.7, top_p=0.9)

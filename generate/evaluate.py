@@ -11,8 +11,7 @@ signals.begin(__name__)
 from pathlib import Path
 
 from lit_llama.cli import CLI
-from lit_llama.generate.flags import Asked, loading_flags, sampling_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Asked, Loading, loading_flags, sampling_flags
 
 
 @sampling_flags(samples=False, folders=False, max_new_tokens=256)
@@ -54,8 +53,8 @@ def main(
         loading: How all of them are loaded.
     """
     from lit_llama.api.stages import evaluate
-    from lit_llama.generate.evaluate.models import open_models
-    from lit_llama.generate.evaluate.report.page import print_results, print_rows
+    from lit_llama.generate.evaluate.page import print_results, print_rows
+    from lit_llama.generate.models import open_models
     from lit_llama.generate.plan import print_plan
 
     if loading.only_planned:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from lit_llama.cli import CLI
 from lit_llama.generate.engine.request import Overflow
-from lit_llama.generate.flags import EXAMPLE_PROMPT, Asked, loading_flags, sampling_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import EXAMPLE_PROMPT, Asked, Loading, loading_flags, sampling_flags
 
 
 @sampling_flags(max_new_tokens=256)
@@ -52,8 +51,8 @@ def main(
     """
     from lit_llama.folder.lock import reserve
     from lit_llama.generate.answer import answer
-    from lit_llama.generate.evaluate.models import identity
     from lit_llama.generate.llm import open_folder
+    from lit_llama.generate.models import identity
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.questions import choose_questions
 

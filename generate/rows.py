@@ -11,8 +11,7 @@ signals.begin(__name__)
 from pathlib import Path
 
 from lit_llama.cli import CLI
-from lit_llama.generate.flags import loading_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Loading, loading_flags
 
 
 @loading_flags(without=["draft_dir", "plan", "plan_memory"])

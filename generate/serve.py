@@ -12,8 +12,7 @@ from pathlib import Path
 
 from lit_llama.cli import CLI
 from lit_llama.generate.engine.request import Overflow
-from lit_llama.generate.flags import loading_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Loading, loading_flags
 
 
 @loading_flags()
@@ -55,11 +54,11 @@ def main(
             that becomes too long go on behind the later half.
         log_content: Write to the log what is asked and answered, too.
     """
-    from lit_llama.generate.chat.files import default_folder
+    from lit_llama.generate.chat.lines import default_folder
     from lit_llama.generate.chat.store import Store
     from lit_llama.generate.plan import print_plan
     from lit_llama.generate.serve.page.routes import page_routes
-    from lit_llama.generate.serve.start import Settings, check_folders, start
+    from lit_llama.generate.serve.server import Settings, check_folders, start
 
     settings = Settings(
         host=host,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_llama.api.results import Evaluated, Finetuned, GeneratedRows, Place, Prepared, called, path_of
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Loading
 from lit_llama.model.config import LoRAConfig
 from lit_llama.settings import check_choice, check_names, names_of, settled, written
 from lit_llama.text.dataset.config import PrepareConfig
@@ -234,7 +234,7 @@ def evaluate(
         from lit_llama.generate.evaluate.evaluation import evaluate as run
         from lit_llama.generate.evaluate.evaluation import gather_tasks, place_of_report
         from lit_llama.generate.evaluate.judge import make_judge
-        from lit_llama.generate.evaluate.models import open_models
+        from lit_llama.generate.models import open_models
 
         found = gather_tasks(data, named, files, limit)
         judge = make_judge(judge_url, judge_model, os.environ.get("OPENAI_API_KEY"))

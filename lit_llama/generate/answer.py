@@ -19,13 +19,13 @@ from lit_llama.folder.place import check_output
 from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import FinishReason, Overflow, Request, Sampling
-from lit_llama.generate.evaluate.metrics import Answer as Answer
-from lit_llama.generate.evaluate.metrics import measure as measure
-from lit_llama.generate.evaluate.metrics import notes
-from lit_llama.generate.evaluate.store import Row, RowStore, described, unfinished
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text, room
+from lit_llama.generate.metrics import Answer as Answer
+from lit_llama.generate.metrics import measure as measure
+from lit_llama.generate.metrics import notes
 from lit_llama.generate.plan import report
+from lit_llama.generate.questions import Fitted, fitted_messages, fitted_text, room
+from lit_llama.generate.store import Row, RowStore, described, unfinished
 from lit_llama.progress import bar, stderr
 from lit_llama.text.message import Conversation, headed
 from lit_llama.text.prompts.encode import Cutter, ids_of, prompt_ids

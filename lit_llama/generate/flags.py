@@ -1,14 +1,76 @@
-"""Flags of sampling and of loading: typed once in `Sampling` and `Loading`, and given to every door that generates."""
+"""Flags of sampling and of loading: typed once in `Sampling` and `Loading`, and given to every door that generates.
+
+How its publisher samples a model stands in the generation_config.json of its folder. Doors name this file, so that
+nothing here imports torch before it is used.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from lit_llama.errors import UserError
+from lit_llama.device import Precision
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.flags import config_flags, entries, expanded
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.loading import Loading
+from lit_llama.model.config import Held, KVCacheType
+from lit_llama.text.dataset.config import StyleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Settings by which a checkpoint folder, or an adapter folder with its base, is loaded to generate.
+
+    Args:
+        base_dir: The base model of an adapter, where it is not found where the adapter says.
+        merge_adapter: Make an adapter part of the weights of its base as they are loaded, with the numbers that
+            finetune/merge.py writes, in place of keeping it apart.
+        prompt_style: Ask in this style instead of the one the folder carries.
+        precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
+        quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
+            CPU, int8 and int4 are the fast ones.
+        kv_cache: Hold keys and values in the numbers of activations (auto), or in 8 bits (int8), which take half of the
+            memory and a little of the accuracy.
+        draft_dir: A smaller checkpoint of the same tokenizer that guesses tokens: the same answers, sooner.
+        batch_size: Answers that are made together.
+        plan: Say what memory the model needs and whether it fits, and load nothing.
+        plan_memory: The same for another amount of memory, such as 16GB, in place of what is free here.
+        verify: Hash every file that is read, however large, before the work; small ones always are.
+        packed: On a CPU, pack the weights for its instructions, which the model then has no more; False keeps
+            `LLM.model`, as for a look into it.
+
+    Raises:
+        UserError: No answer is to be made, or keys and values are to be held in a way that is not known.
+    """
+
+    base_dir: Path | None = None
+    merge_adapter: bool = False
+    prompt_style: StyleName | None = None
+    precision: Precision = "auto"
+    quantize: Held | None = None
+    kv_cache: KVCacheType = "auto"
+    draft_dir: Path | None = None
+    batch_size: int = 32
+    plan: bool = False
+    plan_memory: str | None = None
+    verify: bool = False
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("base_dir", "draft_dir"):
+            if (place := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(place))
+        if self.kv_cache not in get_args(KVCacheType):
+            raise UserError(f"--kv_cache is {self.kv_cache!r}, expected {' or '.join(get_args(KVCacheType))}")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+
+    @property
+    def only_planned(self) -> bool:
+        """Whether nothing is to be loaded."""
+        return self.plan or self.plan_memory is not None
+
 
 EXAMPLE_PROMPT = "What food do llamas eat?"
 DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -154,3 +216,69 @@ def _shown(value: Any) -> str:
     if isinstance(value, str | int | float):
         return repr(value) if isinstance(value, str) else f"{value:g}"
     return ", ".join(map(repr, sorted(value) if isinstance(value, frozenset) else value))
+
+
+FILE = "generation_config.json"
+_NAMES = {
+    **{name: name for name in DRAWING},
+    "repetition_penalty": "repetition_penalty",
+    "stop_strings": "stop",
+    "suppress_tokens": "banned_ids",
+}
+_NEUTRAL: Mapping[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "typical_p": 1,
+    "top_h": 0,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": [],
+    "sequence_bias": {},
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
+"""Settings that change an answer and are not done here, each with the value that changes nothing."""
+
+
+def folder_sampling(*folders: Path) -> FolderSampling:
+    """Read the sampling in the generation_config.json of the first of these folders that holds one.
+
+    As in transformers, `do_sample: false` is greedy whatever stands beside it. Where it is left out, a temperature,
+    top_k, top_p or min_p is meant to be used, as vLLM has it. Lengths are the business of who asks.
+
+    Raises:
+        CheckpointError: The file is no JSON object, or a value is out of its range.
+    """
+    from lit_llama.text.tokenizer.special import read_object
+
+    path = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+    if path is None:
+        return FolderSampling()
+    config = {key: value for key, value in read_object(path).items() if value is not None}
+    values: dict[str, Any] = {ours: config[key] for key, ours in _NAMES.items() if key in config}
+    if config.get("do_sample") is False:
+        values = {key: value for key, value in values.items() if key not in DRAWING} | {"temperature": 0.0}
+    elif config.get("do_sample") is True:
+        values.setdefault("temperature", DRAWING["temperature"])
+    values = {key: value for key, value in values.items() if _changes(key, value)}
+    for key, value in values.items():
+        try:
+            Sampling(**{key: value})
+        except (UserError, TypeError) as error:
+            name = next(theirs for theirs, ours in _NAMES.items() if ours == key)
+            raise CheckpointError(f"{path}: {name} is {value!r}: {error}; mend the file, or delete it") from error
+    ignored = [f"{key} {config[key]}" for key, neutral in _NEUTRAL.items() if key in config and config[key] != neutral]
+    return FolderSampling(str(path), values, ignored)
+
+
+def _changes(key: str, value: Any) -> bool:
+    """Whether a setting says anything; a repetition penalty of 1 and an empty list of stop strings do not."""
+    return not (key == "repetition_penalty" and value == 1) and value != []

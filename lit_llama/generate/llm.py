@@ -13,24 +13,23 @@ from lit_llama.convert.merged import Merged
 from lit_llama.device import cores
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.folder.manifest import check_folder
-from lit_llama.generate.answer_text import AnswerText, Stream
-from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Request, Sampling
-from lit_llama.generate.engines import packed_engine, speculate, torch_engine
-from lit_llama.generate.flags import FolderSampling
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import FolderSampling, Loading, folder_sampling
 from lit_llama.generate.plan import (
     GenerationPlan,
     cache_limit,
     numbers,
     offloading,
+    packed_engine,
     plan_generation,
     remedy,
     shortfall,
+    speculate,
+    torch_engine,
 )
-from lit_llama.generate.text_model import Messages, TextModel, TextStream
+from lit_llama.generate.text_model import AnswerText, Messages, Stream, TextModel, TextStream
 from lit_llama.model.adapter import CONFIG_FILE, base_of, trained_on, verify_folders
 from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import load_model

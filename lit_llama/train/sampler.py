@@ -9,8 +9,8 @@ from typing import Any
 from lit_llama.errors import DataError
 from lit_llama.generate.answer import Answer, answer_requests, question_ids
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.engines import torch_engine
 from lit_llama.generate.llm import LLM, make_llm
+from lit_llama.generate.plan import torch_engine
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.text.dataset.folder import TEST_FILE

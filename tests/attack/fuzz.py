@@ -41,11 +41,11 @@ from lit_llama.convert.gguf.writer import write_gguf
 from lit_llama.errors import UserError
 from lit_llama.folder.manifest import MANIFEST, check_folder, write_manifest
 from lit_llama.folder.publish import Staging
-from lit_llama.generate.evaluate.store import RowStore
 from lit_llama.generate.evaluate.tasks import read_tasks
 from lit_llama.generate.llm import open_folder
 from lit_llama.generate.rows.journal import open_journal
 from lit_llama.generate.rows.recipe import read_recipe
+from lit_llama.generate.store import RowStore
 from lit_llama.model.adapter import read_adapter_config, read_adapter_weights
 from lit_llama.model.checkpoint import load_model
 from lit_llama.text.prompts.encode import folder_style

@@ -20,10 +20,9 @@ from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.merge import merge, merge_into_gguf
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.evaluate.models import loaded, open_models
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import load
-from lit_llama.generate.loading import Loading
-from lit_llama.generate.models import load_models
+from lit_llama.generate.models import load_models, loaded, open_models
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.weights import Weights, write_weights
 from lit_llama.text.prompts.encode import named_style

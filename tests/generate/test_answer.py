@@ -23,11 +23,10 @@ from lit_llama.generate.answer import (
 )
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
-from lit_llama.generate.evaluate.store import RowStore
-from lit_llama.generate.flags import EXAMPLE_PROMPT
+from lit_llama.generate.flags import EXAMPLE_PROMPT, Loading
 from lit_llama.generate.llm import LLM, load, open_folder
-from lit_llama.generate.loading import Loading
 from lit_llama.generate.questions import choose_questions
+from lit_llama.generate.store import RowStore
 from lit_llama.text.message import instruct
 from lit_llama.text.prompts.encode import prompt_ids
 

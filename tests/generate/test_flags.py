@@ -10,10 +10,8 @@ import pytest
 
 from lit_llama.cli import CLI
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.generate.defaults import folder_sampling
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.flags import Asked, FolderSampling, loading_flags, sampling_flags
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Asked, FolderSampling, Loading, folder_sampling, loading_flags, sampling_flags
 
 
 def door(command: list[str], monkeypatch: pytest.MonkeyPatch, **defaults: Any) -> dict[str, Any]:

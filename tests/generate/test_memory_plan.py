@@ -8,8 +8,8 @@ import torch
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import open_folder
-from lit_llama.generate.loading import Loading
 from lit_llama.generate.plan import GenerationPlan, lighter, plan_generation, print_plan, remedy
 from lit_llama.model.adapter import load_adapter
 from lit_llama.model.checkpoint import load_model

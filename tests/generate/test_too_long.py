@@ -12,7 +12,7 @@ from lit_llama.generate.chat.session import Answer, message
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
-from lit_llama.generate.overflow import fitted_messages, fitted_text, room
+from lit_llama.generate.questions import fitted_messages, fitted_text, room
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prompts.encode import named_style, prompt_ids
 

@@ -12,8 +12,8 @@ from conftest import as_transformers, tiny_model
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.engine.request import Request
-from lit_llama.generate.engines import torch_engine
 from lit_llama.generate.llm import LLM, make_llm
+from lit_llama.generate.plan import torch_engine
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora, lora_parameters

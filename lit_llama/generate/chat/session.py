@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.generate.answer_text import Stream
 from lit_llama.generate.chat.dialogue import Dialogue, Node, Record
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Overflow, Request, Sampling, Step
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.overflow import fitted_messages
+from lit_llama.generate.questions import fitted_messages
+from lit_llama.generate.text_model import Stream
 from lit_llama.text.message import Message
 from lit_llama.text.prompts.encode import prompt_ids
 from lit_llama.text.prompts.teller import opens

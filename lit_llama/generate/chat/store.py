@@ -19,8 +19,17 @@ from pathlib import Path
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder.place import check_writable, open_own, sync
 from lit_llama.generate.chat.dialogue import FORMAT, Dialogue, Record
-from lit_llama.generate.chat.files import NoConversation, Summary, append, locked, write_new
-from lit_llama.generate.chat.lines import Reading, encode, read, split
+from lit_llama.generate.chat.lines import (
+    NoConversation,
+    Reading,
+    Summary,
+    append,
+    encode,
+    locked,
+    read,
+    split,
+    write_new,
+)
 
 SUFFIX = ".jsonl"
 DAMAGED = ".damaged"

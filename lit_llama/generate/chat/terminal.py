@@ -20,10 +20,9 @@ from prompt_toolkit.output.defaults import create_output
 
 from lit_llama.console import harmless, own, visible
 from lit_llama.errors import UserError
-from lit_llama.generate.chat.chat import Chat
+from lit_llama.generate.chat.chat import Chat, Plain, Screen, Terminal
 from lit_llama.generate.chat.commands import COMMANDS, HELP, Leave, take
-from lit_llama.generate.chat.files import default_folder
-from lit_llama.generate.chat.screen import Plain, Screen, Terminal
+from lit_llama.generate.chat.lines import default_folder
 from lit_llama.generate.chat.session import SETTINGS
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Overflow, Sampling

@@ -12,9 +12,8 @@ from dataclasses import replace
 import torch
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.generate.engine.answers import Answers
 from lit_llama.generate.engine.cache import BlockPool
-from lit_llama.generate.engine.drawing import Drawing
+from lit_llama.generate.engine.drawing import Answers, Drawing
 from lit_llama.generate.engine.request import Request, Step
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.scheduler import Part, Plan, QueueFull, Scheduler, Sequence

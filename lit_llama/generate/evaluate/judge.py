@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.errors import ResourceError, UserError
-from lit_llama.generate.evaluate.intervals import mean
 from lit_llama.generate.evaluate.run import Rows
-from lit_llama.generate.evaluate.store import RowStore, open_rows
 from lit_llama.generate.evaluate.tasks import Task
+from lit_llama.generate.metrics import mean
+from lit_llama.generate.store import RowStore, open_rows
 from lit_llama.progress import stderr
 from lit_llama.text.message import Conversation
 

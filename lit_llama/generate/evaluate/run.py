@@ -14,11 +14,11 @@ from lit_llama.folder.publish import encode_json, replace_file
 from lit_llama.generate.answer import answer_requests, question_ids, raw_ids
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.evaluate.likelihood import Likelihood, Text, chat_texts, likelihoods, raw_texts
-from lit_llama.generate.evaluate.metrics import Answer
-from lit_llama.generate.evaluate.models import Model, identity, loaded
-from lit_llama.generate.evaluate.store import Key, Row, RowStore, described, open_rows
 from lit_llama.generate.evaluate.tasks import Part, Task
 from lit_llama.generate.llm import LLM
+from lit_llama.generate.metrics import Answer
+from lit_llama.generate.models import Model, identity, loaded
+from lit_llama.generate.store import Key, Row, RowStore, described, open_rows
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import bar, stderr
 from lit_llama.text.message import Conversation

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.generate.evaluate.metrics import compiled, is_json, json_keys
+from lit_llama.generate.metrics import compiled, is_json, json_keys
 from lit_llama.objects import ObjectError, load_yaml
 from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct

@@ -10,7 +10,7 @@ from typing import Any
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.engine.request import MAX_SEED
 from lit_llama.generate.rows.columns import Column, Validator, load_callable
-from lit_llama.generate.rows.names import as_template
+from lit_llama.generate.rows.fields import as_template
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.sources import Entry
 from lit_llama.generate.rows.teacher import Ask, Reply

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lit_llama.generate.rows.rouge import common, words_of
+from lit_llama.generate.rows.filters import common, words_of
 from lit_llama.text.dataset.split import normalised
 from lit_llama.text.read.raw import STRICTEST
 

@@ -12,8 +12,15 @@ from typing import Any, Literal, cast, get_args
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.rows.fields import RESERVED, check_keys, check_name, check_names, word
-from lit_llama.generate.rows.names import expression_names, template_names
+from lit_llama.generate.rows.fields import (
+    RESERVED,
+    check_keys,
+    check_name,
+    check_names,
+    expression_names,
+    template_names,
+    word,
+)
 from lit_llama.text.read.raw import STRICTEST, explain
 
 _END = 256

@@ -16,12 +16,12 @@ from lit_llama.console import shown
 from lit_llama.errors import UserError
 from lit_llama.folder.manifest import sha256_file
 from lit_llama.folder.publish import encode_json, replace_file, replace_text
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE, open_journal
 from lit_llama.generate.rows.recipe import Recipe, read_recipe
-from lit_llama.generate.rows.report.summary import NGRAM, summarise
 from lit_llama.generate.rows.run import Limits, RowMaker, Tally
+from lit_llama.generate.rows.summary import NGRAM, summarise
 from lit_llama.generate.rows.teacher import Teacher
 from lit_llama.html import render
 from lit_llama.progress import bar, stderr
@@ -38,7 +38,7 @@ def write_report(folder: Path, maker: RowMaker) -> None:
     report = summarise(folder, maker)
     replace_file(folder / "report.json", encode_json(report))
     page = render(
-        "lit_llama.generate.rows.report",
+        "lit_llama.generate.rows",
         "rows.html.jinja",
         report,
         styles=["rows.css"],

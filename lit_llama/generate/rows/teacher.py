@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lit_llama.errors import UserError
-from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.engine.constraint import Constraint
 from lit_llama.generate.engine.engine import Ticket
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM
+from lit_llama.generate.text_model import AnswerText
 from lit_llama.text.message import Message
 from lit_llama.text.prompts.encode import Cutter, for_style, ids_of, prompt_ids, rendered
 

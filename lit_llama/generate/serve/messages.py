@@ -5,8 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lit_llama.generate.serve.errors import refusal
-from lit_llama.generate.serve.fields import Fields, check_text, kind
+from lit_llama.generate.serve.fields import Fields, check_text, kind, refusal
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

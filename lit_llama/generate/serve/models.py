@@ -8,7 +8,7 @@ from typing import Any
 from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.serve.errors import ApiError
+from lit_llama.generate.serve.fields import ApiError
 from lit_llama.model.paged import BLOCK
 
 MAX_NEW_TOKENS = 4096

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_llama.generate.engine.request import TokenLogprobs
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.serve.errors import ApiError
+from lit_llama.generate.serve.fields import ApiError
 from lit_llama.generate.serve.requests import Asked
 from lit_llama.generate.serve.running import Part, Running
 from lit_llama.generate.serve.tools import call_id

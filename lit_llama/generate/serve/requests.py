@@ -9,9 +9,8 @@ from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.constraint import Constraint
 from lit_llama.generate.engine.request import MAX_SEED, Overflow, Request, Sampling
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.overflow import Fitted, fitted_messages, fitted_text
-from lit_llama.generate.serve.errors import ApiError, refusal
-from lit_llama.generate.serve.fields import Fields, biases, check_text, kind, token_ids
+from lit_llama.generate.questions import Fitted, fitted_messages, fitted_text
+from lit_llama.generate.serve.fields import ApiError, Fields, biases, check_text, kind, refusal, token_ids
 from lit_llama.generate.serve.messages import read_messages, read_tool_choice, read_tools, response_schema
 from lit_llama.generate.serve.models import Models
 from lit_llama.generate.serve.tools import CallReader, call_form, call_grammar

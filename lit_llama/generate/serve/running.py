@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_llama.errors import NumericalError, ResourceError, UserError
-from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.engine.request import Step, TokenLogprobs
 from lit_llama.generate.engine.worker import EngineFailed, EngineThread, Handle
-from lit_llama.generate.serve.errors import ApiError
+from lit_llama.generate.serve.fields import ApiError
 from lit_llama.generate.serve.requests import Asked
 from lit_llama.generate.serve.tools import Piece
+from lit_llama.generate.text_model import AnswerText
 
 PING = 15.0
 """Seconds of silence after which a stream says that it is alive."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.generate.llm import LLM
-from lit_llama.generate.serve.errors import refusal
+from lit_llama.generate.serve.fields import refusal
 from lit_llama.text.message import Message
 from lit_llama.text.prompts.encode import JinjaStyle, answer_end, for_style, rendered
 from lit_llama.text.prompts.styles import PromptStyle

@@ -11,14 +11,13 @@ from talking import Recorder, recorder
 
 from lit_llama.errors import DataError, ResourceError, UserError
 from lit_llama.generate.chat import session
-from lit_llama.generate.chat.chat import Chat
+from lit_llama.generate.chat.chat import Chat, Plain
 from lit_llama.generate.chat.commands import COMMANDS, take
-from lit_llama.generate.chat.screen import Plain
 from lit_llama.generate.chat.session import Answer
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import LLM, load
-from lit_llama.generate.loading import Loading
 from lit_llama.generate.models import load_models
 from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.paged import BLOCK

@@ -8,8 +8,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
-from lit_llama.generate.chat.chat import Chat
-from lit_llama.generate.chat.screen import Plain, Terminal, finished, folded
+from lit_llama.generate.chat.chat import Chat, Plain, Terminal, finished, folded
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.chat.terminal import Names
 from lit_llama.generate.engine.request import Sampling

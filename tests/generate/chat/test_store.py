@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_llama.errors import LockedError, ResourceError, UserError
-from lit_llama.generate.chat import files
+from lit_llama.generate.chat import lines
 from lit_llama.generate.chat.dialogue import Dialogue
-from lit_llama.generate.chat.files import default_folder
+from lit_llama.generate.chat.lines import default_folder
 from lit_llama.generate.chat.store import Store
 
 
@@ -223,7 +223,7 @@ def test_many_rows_are_loaded_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(set(ids)) == 40 and texts(store.get(ids[7])) == ["question 7"]
     names = [store.get(id).name for id in ids]
     assert names[:4] == ["rows", "rows 2", "rows 4", "rows 5"] and len(set(names)) == 40
-    write, before = files.write_new, sorted(tmp_path.rglob("*"))
+    write, before = lines.write_new, sorted(tmp_path.rglob("*"))
 
     def full(path: Path, data: bytes) -> None:
         if b"question 3" in data:
@@ -294,10 +294,10 @@ def test_threads_and_stores_lose_no_record(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_not_let_go_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat that hangs for ever behind another process."""
-    monkeypatch.setattr(files, "_WAIT", 0.0)
+    monkeypatch.setattr(lines, "_WAIT", 0.0)
     store = Store(tmp_path)
     filled(store)
-    with files.locked(tmp_path / ".lock"), pytest.raises(LockedError, match="another process holds"):
+    with lines.locked(tmp_path / ".lock"), pytest.raises(LockedError, match="another process holds"):
         Store(tmp_path).list()
     assert len(store.list()) == 1
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_llama.generate.evaluate.store import RowStore
+from lit_llama.generate.store import RowStore
 
 HEADER = {"model": "m"}
 ROWS: list[dict[str, Any]] = [{"task": "a", "index": index, "answer": "x"} for index in range(4)]

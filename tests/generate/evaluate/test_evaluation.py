@@ -17,12 +17,11 @@ from lit_llama.folder.lock import claim
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.evaluate import run as module
-from lit_llama.generate.evaluate.answers import read_answers
-from lit_llama.generate.evaluate.evaluation import Evaluation, evaluate, gather_tasks
-from lit_llama.generate.evaluate.models import loaded, open_models, short_names
+from lit_llama.generate.evaluate.evaluation import Evaluation, evaluate, gather_tasks, read_answers
 from lit_llama.generate.evaluate.tasks import Task, file_task
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import load, open_folder
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.models import loaded, open_models, short_names
 
 pytestmark = pytest.mark.usefixtures("one_core")
 Put = Callable[[str, bytes | str], Path]
@@ -124,9 +123,9 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_bytes(folders: list[Pa
         "from pathlib import Path\n"
         "from lit_llama.generate.engine.request import Sampling\n"
         "from lit_llama.generate.evaluate.evaluation import evaluate\n"
-        "from lit_llama.generate.evaluate.models import open_models\n"
-        "from lit_llama.generate.loading import Loading\n"
-        "from lit_llama.generate.evaluate.store import RowStore\n"
+        "from lit_llama.generate.models import open_models\n"
+        "from lit_llama.generate.flags import Loading\n"
+        "from lit_llama.generate.store import RowStore\n"
         "from lit_llama.generate.evaluate.tasks import file_task\n"
         "add, left = RowStore.add, [8]\n"
         "def killed(self, row):\n"

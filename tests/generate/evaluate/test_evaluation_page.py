@@ -4,9 +4,9 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from lit_llama.generate.evaluate.report.page import render_page
-from lit_llama.generate.evaluate.report.summary import summarise
+from lit_llama.generate.evaluate.page import render_page
 from lit_llama.generate.evaluate.run import Rows
+from lit_llama.generate.evaluate.summary import summarise
 from lit_llama.generate.evaluate.tasks import Item, Task
 from lit_llama.text.message import instruct
 

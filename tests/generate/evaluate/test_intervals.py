@@ -5,8 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from lit_llama.generate.evaluate.intervals import RESAMPLES, SEED, difference, mean
-from lit_llama.generate.evaluate.metrics import rouge_l
+from lit_llama.generate.metrics import RESAMPLES, SEED, difference, mean, rouge_l
 
 
 def drawn(rows: int) -> list[list[int]]:
@@ -69,7 +68,7 @@ def test_many_rows_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix of gigabytes, or other rows where it is cut."""
     values = [float(row % 7) for row in range(50)]
     whole = mean(values)
-    monkeypatch.setattr("lit_llama.generate.evaluate.intervals._AT_ONCE", 333)
+    monkeypatch.setattr("lit_llama.generate.metrics._AT_ONCE", 333)
     assert mean(values) == whole
 
 

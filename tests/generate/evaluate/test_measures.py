@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lit_llama.errors import UserError
-from lit_llama.generate.evaluate import metrics
-from lit_llama.generate.evaluate.metrics import Answer, measure, notes, regex_match
+from lit_llama.generate import metrics
+from lit_llama.generate.metrics import Answer, measure, notes, regex_match
 from lit_llama.text.message import instruct
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_llama.errors import LockedError, ResourceError, UserError
-from lit_llama.generate.evaluate.store import open_rows, unfinished
+from lit_llama.generate.store import open_rows, unfinished
 
 KEY = ("row",)
 

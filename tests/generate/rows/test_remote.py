@@ -13,7 +13,7 @@ import pytest
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.generate.loading import Loading
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.rows.make import open_teacher
 from lit_llama.generate.rows.remote import RemoteTeacher, Waits
 from lit_llama.generate.rows.teacher import Ask, Key, Reply

@@ -2,7 +2,7 @@
 
 import random
 
-from lit_llama.generate.rows.rouge import RougeIndex, common, rouge_l, words_of
+from lit_llama.generate.rows.filters import RougeIndex, common, rouge_l, words_of
 
 
 def table(one: list[str], other: list[str]) -> int:

@@ -11,8 +11,7 @@ from starlette.routing import Route
 
 from lit_llama.generate.serve import service as service_module
 from lit_llama.generate.serve.app import create_app
-from lit_llama.generate.serve.errors import ApiError
-from lit_llama.generate.serve.fields import once
+from lit_llama.generate.serve.fields import ApiError, once
 from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.service import Service
 

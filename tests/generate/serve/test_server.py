@@ -15,9 +15,8 @@ from servers import events, service, tiny
 
 from lit_llama.errors import CheckpointError, Interrupted, ResourceError, UserError
 from lit_llama.generate.serve.app import create_app
-from lit_llama.generate.serve.server import addresses, listen, read_keys, serve
+from lit_llama.generate.serve.server import Settings, addresses, listen, read_keys, serve, start
 from lit_llama.generate.serve.service import Service
-from lit_llama.generate.serve.start import Settings, start
 
 pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
 

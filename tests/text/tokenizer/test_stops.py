@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_llama.generate.answer_text import AnswerText
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.text_model import AnswerText
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.stream import StopFinder
 

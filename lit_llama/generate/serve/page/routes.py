@@ -15,8 +15,7 @@ from starlette.routing import BaseRoute, Route
 from lit_llama.errors import UserError
 from lit_llama.generate.chat import rows
 from lit_llama.generate.chat.dialogue import Dialogue, Record
-from lit_llama.generate.chat.files import NoConversation
-from lit_llama.generate.chat.lines import encode
+from lit_llama.generate.chat.lines import NoConversation, encode
 from lit_llama.generate.chat.session import (
     SETTINGS,
     check_settings,
@@ -26,8 +25,7 @@ from lit_llama.generate.chat.session import (
     title,
 )
 from lit_llama.generate.chat.store import Store
-from lit_llama.generate.serve.errors import ApiError, refusal
-from lit_llama.generate.serve.fields import Fields
+from lit_llama.generate.serve.fields import ApiError, Fields, refusal
 from lit_llama.generate.serve.page.desk import Desk, Listener
 from lit_llama.generate.serve.service import Endpoint, Service, json_response, route
 

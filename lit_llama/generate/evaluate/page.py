@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 from lit_llama.console import harmless
-from lit_llama.generate.evaluate.report.summary import Line, Outcome, lines, outcomes
 from lit_llama.generate.evaluate.run import Rows
+from lit_llama.generate.evaluate.summary import Line, Outcome, lines, outcomes
 from lit_llama.generate.evaluate.tasks import Item, Task
 from lit_llama.html import render
 from lit_llama.progress import stdout
@@ -171,7 +171,7 @@ def render_page(
         filters.append([entry for entry, _ in picked])
         rows.append(_rows(task, found, models, picked))
     return render(
-        "lit_llama.generate.evaluate.report",
+        "lit_llama.generate.evaluate",
         "evaluation.html.jinja",
         results,
         styles=("evaluation.css",),

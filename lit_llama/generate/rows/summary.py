@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.generate.rows.attempt import prompt_and_answer
+from lit_llama.generate.rows.filters import rouge_l, words_of
 from lit_llama.generate.rows.journal import REJECTED_FILE, ROWS_FILE
-from lit_llama.generate.rows.rouge import rouge_l, words_of
 from lit_llama.generate.rows.run import RowMaker
 from lit_llama.text.inspect.findings import lengths
 

@@ -5,19 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_llama.generate.evaluate.intervals import Estimate, difference, mean
-from lit_llama.generate.evaluate.metrics import (
+from lit_llama.generate.evaluate.run import Rows
+from lit_llama.generate.evaluate.tasks import METRICS, Item, Metric, Task
+from lit_llama.generate.metrics import (
+    Estimate,
     contains,
+    difference,
     exact_match,
     json_fields,
     json_keys,
     json_match,
+    mean,
     regex_match,
     rouge_l,
 )
-from lit_llama.generate.evaluate.run import Rows
-from lit_llama.generate.evaluate.store import Row
-from lit_llama.generate.evaluate.tasks import METRICS, Item, Metric, Task
+from lit_llama.generate.store import Row
 
 Outcome = Literal["won", "lost", "same"]
 _EQUAL = 1e-9

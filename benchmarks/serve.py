@@ -25,8 +25,8 @@ from benchmarks.serving.soak import Counts, Soak
 from benchmarks.training.process import check_idle
 from lit_llama.cli import CLI
 from lit_llama.errors import IntegrityError
+from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import open_folder
-from lit_llama.generate.loading import Loading
 
 T = TypeVar("T")
 _PARTS = 10

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 
 from lit_llama.console import harmless
 from lit_llama.convert.gguf.scan import model_name
+from lit_llama.convert.hub import Choice, File, Repo, choose, explained, read_parts, read_repo
 from lit_llama.convert.native import open_folder
-from lit_llama.convert.repository import Choice, File, Repo, choose, explained, read_parts, read_repo
 from lit_llama.convert.source import META_FILE, SETTINGS_FILE
 from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, UserError
 from lit_llama.folder.lock import reserve

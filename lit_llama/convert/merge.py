@@ -22,11 +22,7 @@ from lit_llama.folder.manifest import check_folder, sha256_file
 from lit_llama.folder.place import temporary_folder
 from lit_llama.folder.publish import check_destination, check_space, publish, write_json
 from lit_llama.memory import amount, amounts
-from lit_llama.model.adapter import (
-    META_FILE,
-    base_of,
-    trained_on,
-)
+from lit_llama.model.adapter import META_FILE, base_of, trained_on
 from lit_llama.model.adapters.tensors import find_file
 from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import fingerprint, load_model

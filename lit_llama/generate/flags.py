@@ -218,7 +218,7 @@ def _shown(value: Any) -> str:
     return ", ".join(map(repr, sorted(value) if isinstance(value, frozenset) else value))
 
 
-FILE = "generation_config.json"
+_GENERATION_FILE = "generation_config.json"
 _NAMES = {
     **{name: name for name in DRAWING},
     "repetition_penalty": "repetition_penalty",
@@ -259,7 +259,7 @@ def folder_sampling(*folders: Path) -> FolderSampling:
     """
     from lit_llama.text.tokenizer.special import read_object
 
-    path = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+    path = next((folder / _GENERATION_FILE for folder in folders if (folder / _GENERATION_FILE).is_file()), None)
     if path is None:
         return FolderSampling()
     config = {key: value for key, value in read_object(path).items() if value is not None}

@@ -19,12 +19,7 @@ import numpy.typing as npt
 from lit_llama.errors import CheckpointError, DataError
 from lit_llama.memory import check_room
 from lit_llama.text.tokenizer.quick import ByteLevel, Flat, Words
-from lit_llama.text.tokenizer.special import (
-    MERGES_FILES,
-    Place,
-    from_merges,
-    named_tokens,
-)
+from lit_llama.text.tokenizer.special import MERGES_FILES, Place, from_merges, named_tokens
 
 _OF_A_CHARACTER = 64  # bytes, of what is told of its token meanwhile
 _MANY = 8_000  # texts, from which on looking for a quicker way pays

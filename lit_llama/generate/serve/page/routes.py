@@ -16,14 +16,7 @@ from lit_llama.errors import UserError
 from lit_llama.generate.chat import rows
 from lit_llama.generate.chat.dialogue import Dialogue, Record
 from lit_llama.generate.chat.lines import NoConversation, encode
-from lit_llama.generate.chat.session import (
-    SETTINGS,
-    check_settings,
-    check_system,
-    message,
-    system_records,
-    title,
-)
+from lit_llama.generate.chat.session import SETTINGS, check_settings, check_system, message, system_records, title
 from lit_llama.generate.chat.store import Store
 from lit_llama.generate.serve.fields import ApiError, Fields, refusal
 from lit_llama.generate.serve.page.desk import Desk, Listener

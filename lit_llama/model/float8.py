@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.errors import ResourceError
-from lit_llama.model.fused.pointwise import round_rows
+from lit_llama.model.operators.pointwise import round_rows
 
 
 def check(device: torch.device) -> None:

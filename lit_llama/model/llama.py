@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.rope import rotary, rotate
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lit_llama.model.attention import Layout
+from lit_llama.model.attention.layout import Layout
 from lit_llama.model.llama import LLaMA
 
 

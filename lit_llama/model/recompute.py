@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.model.attention import Layout
+from lit_llama.model.attention.layout import Layout
 from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused.layer import FusedLayer
 from lit_llama.model.llama import MLP, DecoderLayer, LLaMA

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lit_llama.model.attention import Layout
+from lit_llama.model.attention.layout import Layout
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 
 

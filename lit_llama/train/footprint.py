@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llama.device import Numerics
 from lit_llama.model.assemble import Assembly, assemble
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.checkpoint import linear_weights
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
-from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.quantize import is_quantized, quantize_shapes
 from lit_llama.text.dataset.folder import Batch, Rows, largest_group
 from lit_llama.train.config import TrainConfig

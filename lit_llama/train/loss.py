@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.device import Numerics
-from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.fused.layer import can_share
-from lit_llama.model.fused.pointwise import cross_entropy
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.operators.pointwise import cross_entropy
 from lit_llama.text.dataset.folder import Batch, Rows
 
 CHUNK = 512

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError
-from lit_llama.model.attention import Layout
+from lit_llama.model.attention.layout import Layout
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset.folder import Batch, Rows, shared_micro_batches
 from lit_llama.text.dataset.pair_batches import PairBatch, PairRows

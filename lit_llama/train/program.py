@@ -17,7 +17,7 @@ from lit_llama.device import (
     trim_freed_memory,
 )
 from lit_llama.model.assemble import assemble
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, library, quantized

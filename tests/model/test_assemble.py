@@ -14,10 +14,10 @@ from lit_llama.device import Numerics
 from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora
+from lit_llama.model.operators.kernels import compiled
 from lit_llama.train.footprint import Build
 from lit_llama.train.method import Full, LoRA, Method
 

@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_model
 from paged_steps import Steps
 from torch import Tensor
 
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 WINDOWS = [None, 1, 4, 23, 24, 1000]

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model import attention
-from lit_llama.model.attention import QUERIES, Packed, causal_attention
-from lit_llama.model.fused import kernels
+from lit_llama.model.attention import layout as attention
+from lit_llama.model.attention.layout import QUERIES, Packed, causal_attention
+from lit_llama.model.operators import kernels
 
 SHAPES = [(1, 1, 1, 1, 4), (2, 4, 2, 7, 8), (3, 6, 2, QUERIES, 8), (2, 9, 3, QUERIES + 1, 16), (1, 4, 4, 150, 8)]
 

@@ -16,7 +16,7 @@ from lit_llama.convert.merge import merge
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.adapter import load_adapter
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA

@@ -9,12 +9,12 @@ from conftest import tiny_model
 from paged_steps import Steps
 from torch import Tensor, nn
 
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
-from lit_llama.model.fused import attention, kernels, pointwise
 from lit_llama.model.fused.layer import FusedLayer, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.model.operators import attention, kernels, pointwise
 from lit_llama.train.loss import TokenLoss
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

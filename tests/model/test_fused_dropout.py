@@ -9,12 +9,12 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 from lit_llama.model.config import LINEARS, LoRAConfig, Quantization
-from lit_llama.model.fused import kernels, pointwise
 from lit_llama.model.fused.joined import Dropped, Joined
 from lit_llama.model.fused.layer import FusedLayer, can_share, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized
+from lit_llama.model.operators import kernels, pointwise
 from lit_llama.model.quantize import quantized, through
 from lit_llama.train.loss import TokenLoss
 

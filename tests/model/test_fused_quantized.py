@@ -8,10 +8,10 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 from lit_llama.model.config import LINEARS, LoRAConfig, Quantization
-from lit_llama.model.fused import kernels
 from lit_llama.model.fused.layer import FusedLayer, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
+from lit_llama.model.operators import kernels
 from lit_llama.model.quantize import QuantizedLinear, quantized, through
 from lit_llama.train.loss import TokenLoss
 

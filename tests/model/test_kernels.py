@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_llama.model.fused import kernels
+from lit_llama.model.operators import kernels
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux")
 

@@ -5,7 +5,7 @@ import math
 import torch
 from conftest import tiny_model
 
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora
 from lit_llama.model.neftune import EmbeddingNoise, add_noise

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config
 from paged_steps import Steps
 
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.rope import attention_factor, frequencies, rotary, rotate
 

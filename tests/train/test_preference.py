@@ -12,7 +12,7 @@ from pair_data import Row, pair_rows, single_answers
 from torch import Tensor
 
 from lit_llama.errors import UserError
-from lit_llama.model.attention import Packed
+from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA

@@ -120,7 +120,7 @@ def test_answers_are_those_of_greedy_decoding_elsewhere(tiny_folder: Path, file:
 def test_training_does_not_notice(tiny_folder: Path, file: Path, dtype: torch.dtype) -> None:
     """A step of training before and after answers gives the same gradients; catches a random number that is drawn, a
     mode that stays, gradients that are cleared or added to, and tensors that can no longer be trained on."""
-    from lit_llama.model.attention import Packed
+    from lit_llama.model.attention.layout import Packed
 
     made = make(tiny_folder, dtype)
     sampler = Sampler(made, test_prompts(made, file, 2), 4096)

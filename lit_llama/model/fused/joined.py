@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_llama.model.fused.kernels import call, native
-from lit_llama.model.fused.pointwise import drop
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
+from lit_llama.model.operators.kernels import call, native
+from lit_llama.model.operators.pointwise import drop
 
 Dropped = Sequence[tuple[int, float]]
 """Seed and probability with which each update drops values of its input; none where no update does."""

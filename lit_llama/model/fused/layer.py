@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_llama.model.attention import Layout, Packed
+from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import Checkpointing
-from lit_llama.model.fused import pointwise
-from lit_llama.model.fused.attention import Heads, attend, attend_backward
 from lit_llama.model.fused.joined import Dropped
-from lit_llama.model.fused.kernels import native
 from lit_llama.model.fused.quantized import join, kind_of
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
 from lit_llama.model.low_rank import DoRALinear, base_of
+from lit_llama.model.operators import pointwise
+from lit_llama.model.operators.attention import Heads, attend, attend_backward
+from lit_llama.model.operators.kernels import native
 
 ALIGNED = 64
 """Values at whose multiples parts begin, so that vectors do not cross lines of the cache."""

@@ -6,7 +6,7 @@ Shapes: N rows, V tokens, P places of what is counted.
 import torch
 from torch import Tensor
 
-from lit_llama.model.fused.kernels import DTYPES, call, compiled
+from lit_llama.model.operators.kernels import DTYPES, call, compiled
 
 
 def chooses(scores: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model.fused.kernels import call, native
+from lit_llama.model.operators.kernels import call, native
 
 
 class MappedFiles:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_llama.generate.engine import sampling
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.sampling import Sampler
-from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.operators.kernels import compiled
 
 pytestmark = [
     pytest.mark.skipif(compiled() is None, reason="no C++ compiler"),

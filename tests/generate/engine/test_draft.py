@@ -12,7 +12,7 @@ from lit_llama.generate.engine.draft import DraftModel
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.speculative import PromptLookups
-from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import PagedBatch
 
 pytestmark = pytest.mark.usefixtures("one_core")

@@ -14,7 +14,7 @@ from lit_llama.errors import NumericalError, ResourceError, UserError
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling, Step
 from lit_llama.generate.engine.worker import EngineFailed, EngineThread, Handle
-from lit_llama.model.fused.kernels import compiled
+from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import PagedBatch
 
 pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]

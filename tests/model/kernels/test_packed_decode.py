@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import KVCacheType, LoRAConfig
-from lit_llama.model.fused.kernels import compiled
 from lit_llama.model.kernels import packing
 from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
 from lit_llama.model.kernels.packing import (
@@ -35,6 +34,7 @@ from lit_llama.model.kernels.packing import (
 )
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 
 pytestmark = [

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.fused import kernels
 from lit_llama.model.fused.layer import can_share, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.neftune import add_noise
+from lit_llama.model.operators import kernels
 from lit_llama.text.dataset.folder import Batch, collate
 from lit_llama.text.dataset.sharing import LEAST, beginnings
 from lit_llama.text.message import IGNORE_INDEX

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "../../fused/exported.h"
+#include "../../operators/cpu/exported.h"
 #include "attention.h"
 
 // ---- what lies between the products

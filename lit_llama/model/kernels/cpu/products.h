@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "../../fused/tiles.h"
+#include "../../operators/cpu/tiles.h"
 #ifdef __AMX_BF16__
 #include <immintrin.h>
 #include <sys/syscall.h>

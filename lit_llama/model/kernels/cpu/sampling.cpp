@@ -12,8 +12,8 @@
 #include <omp.h>
 #include <vector>
 
-#include "../../fused/exported.h"
-#include "../../fused/numbers.h"
+#include "../../operators/cpu/exported.h"
+#include "../../operators/cpu/numbers.h"
 
 static const index_t BUCKETS = 1024, COPIES = 4;  // a copy would mostly wait for the last sum of its own bucket
 static const index_t BLOCK = 256;                 // tokens that are summed up first, as in candidates.py

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_llama.model.fused.kernels import E4M3, TINY
+from lit_llama.model.operators.kernels import E4M3, TINY
 
 COLUMNS = 1024
 """Columns of a row at a time, where they do not depend on each other."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model.fused.attention import packed_attention
+from lit_llama.model.operators.attention import packed_attention
 
 QUERIES = 64
 """Queries at a time: fewer waste less on keys that are not seen, more make larger matrices."""

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lit_llama.model.fused.kernels import call, native
-from lit_llama.model.fused.pointwise import copy
+from lit_llama.model.operators.kernels import call, native
+from lit_llama.model.operators.pointwise import copy
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q (T, H, D), k and v (T, G, D)."""

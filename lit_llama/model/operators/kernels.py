@@ -22,7 +22,7 @@ from lit_llama.folder.place import temporary_folder
 from lit_llama.progress import stderr
 
 HERE = Path(__file__).parent
-SOURCES = (HERE, HERE.parent / "kernels" / "cpu")
+SOURCES = (HERE / "cpu", HERE.parent / "kernels" / "cpu")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 E4M3 = 448.0

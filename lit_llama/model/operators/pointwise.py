@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_llama.model.fused.kernels import E4M3, TINY, call, native
+from lit_llama.model.operators.kernels import E4M3, TINY, call, native
 
 
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -182,7 +182,7 @@ def _triton(name: str, device: torch.device) -> Callable[..., Any] | None:
         return None
     if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return None
-    from lit_llama.model.fused import triton_kernels
+    from lit_llama.model.operators import triton_kernels
 
     found: Callable[..., Any] = getattr(triton_kernels, name)
     return found

@@ -3,9 +3,12 @@
 torch is imported where it is used, because scripts name the precisions and their `--help` has to be quick.
 """
 
+import functools
+import importlib.util
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +44,55 @@ def pick_device() -> "torch.device":
         return torch.device("cpu")
     _check_build()
     return torch.device("cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Properties of a device that decide what computes on it, asked of the hardware once.
+
+    Attributes:
+        kind: Type of the device, such as cpu or cuda.
+        bfloat16: It multiplies bfloat16 fast.
+        flash_attention: torch's kernels of FlashAttention run there: GPUs from compute capability 8.0 on.
+        triton: Triton compiles for it: the same GPUs, with the package and a C compiler for what starts its kernels.
+        float8: It multiplies 8-bit floats: GPUs from compute capability 8.9 on, and any CPU, slowly.
+    """
+
+    kind: str
+    bfloat16: bool
+    flash_attention: bool = False
+    triton: bool = False
+    float8: bool = True
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is the processor itself."""
+        return self.kind == "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a GPU of CUDA or ROCm."""
+        return self.kind == "cuda"
+
+
+@functools.cache
+def capabilities(device: "torch.device") -> Capabilities:
+    """Find out what a device can do; the hardware is asked the first time only."""
+    import torch
+
+    fast = _fast_bf16(device)
+    if device.type != "cuda":
+        return Capabilities(kind=device.type, bfloat16=fast)
+    capability = torch.cuda.get_device_capability(device)
+    compiles = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+    recent = capability >= (8, 0)
+    return Capabilities(
+        kind="cuda",
+        bfloat16=fast,
+        flash_attention=recent,
+        triton=recent and compiles,
+        float8=capability >= (8, 9),
+    )
 
 
 def _check_build() -> None:

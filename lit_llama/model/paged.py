@@ -11,9 +11,9 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.model.attention.reference import masked
 from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.llama import LLaMA
 
@@ -126,7 +126,7 @@ class PagedCache:
 
 
 class Paged:
-    """The layout of a step, see attention.Layout: attention over the blocks of each sequence.
+    """The layout of a step, see `Layout`: attention over the blocks of each sequence.
 
     Sequences with one new token are computed together, their keys gathered to one length; others one by one.
     """
@@ -154,8 +154,17 @@ class Paged:
                 own = torch.tensor(places, device=device)
                 self._groups.append((own, tables, self.position_ids[own].unflatten(0, (len(group), -1))))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Compute causal softmax attention over the cache: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Compute causal softmax attention over the cache, see `Layout`."""
         self._cache.write(layer, self._blocks, self._places, k, v)
         out = torch.empty_like(q)
         for own, tables, position in self._groups:
@@ -165,8 +174,7 @@ class Paged:
             mask = distance >= 0
             if window is not None:
                 mask &= distance < window
-            grouped = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(query, key, value, mask[:, None], enable_gqa=grouped)
+            y = masked(query, key, value, mask[:, None], scale, softcap)
             out[own] = y.transpose(1, 2).flatten(0, 1)
         return out
 

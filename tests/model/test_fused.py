@@ -9,12 +9,13 @@ from conftest import tiny_model
 from paged_steps import Steps
 from torch import Tensor, nn
 
+from lit_llama.model.attention.dispatch import Kept, attend_backward, attend_into
 from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.fused.layer import FusedLayer, fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.model.operators import attention, kernels, pointwise
+from lit_llama.model.operators import kernels, pointwise
 from lit_llama.train.loss import TokenLoss
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -271,7 +272,7 @@ def test_what_is_no_number_stays_none(way: str) -> None:
 @pytest.mark.parametrize("window", [None, 1, 50, 500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(4, 2, 16), (3, 3, 6), (9, 3, 64)], ids=str)
-@pytest.mark.parametrize("lengths", [LENGTHS, [attention.LONG] * 2], ids=len)
+@pytest.mark.parametrize("lengths", [LENGTHS, [512] * 2], ids=len)
 def test_attention_is_the_formula(
     way: str, lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype, window: int | None, device: str
 ) -> None:
@@ -285,9 +286,9 @@ def test_attention_is_the_formula(
     dy = _draw(torch.float32, sum(lengths) + 1, heads * size)[1:].unflatten(1, (heads, size)).to(device, dtype)
     layout, y = Packed(lengths, device), torch.empty_like(dy)
     q, k, v = parts
-    kept = attention.attend(y, (q, k, v), layout, window)
+    kept = attend_into(y, (q, k, v), layout, window)
     room = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    gradients = attention.attend_backward(room, dy, y, kept, (q, k, v), layout, window)
+    gradients = attend_backward(room, dy, y, kept, (q, k, v), layout, window)
     exact = [x.double().cpu().requires_grad_() for x in parts]
     wanted = _formula(exact, lengths, window)
     exact_gradients = torch.autograd.grad(wanted, exact, dy.double().cpu())
@@ -311,8 +312,8 @@ def test_threads_change_nothing(dtype: torch.dtype) -> None:
         for number in (1, 3):
             torch.set_num_threads(number)
             y, room = torch.empty_like(q), (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-            kept = attention.attend(y, (q, k, v), layout, None)
-            found.append([y, *kept, *attention.attend_backward(room, dy, y, kept, (q, k, v), layout, None)])
+            kept = attend_into(y, (q, k, v), layout, None)
+            found.append([y, *kept.tensors, *attend_backward(room, dy, y, kept, (q, k, v), layout, None)])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*each) for each in zip(*found, strict=True))
@@ -326,9 +327,9 @@ def test_memory_that_ends_is_an_error() -> None:
     layout.__dict__["offsets"] = torch.tensor([0, 1 << 44])
     y, lse = torch.empty_like(q), torch.empty(4, 2)
     with pytest.raises(MemoryError, match="attend"):
-        attention.attend(y, (q, q, q), layout, None)
+        attend_into(y, (q, q, q), layout, None)
     with pytest.raises(MemoryError, match="attend_backward"):
-        attention.attend_backward((y, y, y), q, y, [lse], (q, q, q), layout, None)
+        attend_backward((y, y, y), q, y, Kept([lse]), (q, q, q), layout, None)
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -344,9 +345,9 @@ def test_samples_that_go_on_from_another_are_as_if_they_repeated_it(
     q, k, v = (x.unflatten(1, (-1, size)) for x in qkv.split([heads * size, groups * size, groups * size], dim=1))
     dy = _draw(torch.float32, sum(lengths) + 1, heads * size)[1:].unflatten(1, (heads, size)).to(dtype)
     layout, y = Packed(lengths, parents=parents), torch.empty_like(dy)
-    kept = attention.attend(y, (q, k, v), layout, window)
+    kept = attend_into(y, (q, k, v), layout, window)
     room = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    gradients = attention.attend_backward(room, dy, y, kept, (q, k, v), layout, window)
+    gradients = attend_backward(room, dy, y, kept, (q, k, v), layout, window)
 
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     starts = [sum(lengths[:number]) for number in range(len(lengths))]

@@ -22,6 +22,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 LENGTHS = [130, 73, 47, 10, 1]
 P = 0.3
+SEED = torch.tensor(5)
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -228,7 +229,7 @@ def test_what_is_dropped_looks_drawn(way: str, p: float) -> None:
     masks = []
     for seed in (0, 1, (3 << 32) + 2, (1 << 62) - 1):
         out = torch.empty(rows, columns + 3)[:, :columns]
-        pointwise.drop(out, torch.ones(rows, columns), seed, p)
+        pointwise.drop(out, torch.ones(rows, columns), torch.tensor(seed), p)
         masks.append((out == 0).double() - p)
         assert ((out == 0) | ((out - 1 / (1 - p)).abs() < 1e-6)).all()
     variance, flat = p * (1 - p), [mask.flatten() for mask in masks]
@@ -251,16 +252,16 @@ def test_what_is_dropped_depends_on_the_place_alone(way: str) -> None:
         for number in (1, 3):
             torch.set_num_threads(number)
             found.append(torch.empty(67, 96)[:, :90])
-            pointwise.drop(found[-1], x, 5, P)
+            pointwise.drop(found[-1], x, SEED, P)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
     added, inside = x.clone(), x.clone()
-    pointwise.drop(added, x, 5, P, add=True)
-    pointwise.drop(inside, inside, 5, P)
+    pointwise.drop(added, x, SEED, P, add=True)
+    pointwise.drop(inside, inside, SEED, P)
     torch.testing.assert_close(added, x + found[0])
     assert torch.equal(inside, found[0])
     torch.testing.assert_close(found[0], torch.where(found[0] == 0, 0.0, x / (1 - P)))
     half = torch.empty(67, 90, dtype=torch.bfloat16)
-    pointwise.drop(half, x.bfloat16(), 5, P)
+    pointwise.drop(half, x.bfloat16(), SEED, P)
     assert torch.equal(half == 0, found[0] == 0)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_llama.model.fused import joined as narrow
-from lit_llama.model.operators import kernels
+from lit_llama.model.operators import kernels, narrow
 
 SHAPES = [(7, 6, 3), (1, 2, 1), (33, 70, 9), (12, 576, 16), (200, 96, 24), (65, 130, 64), (5, 34, 80), (5, 33, 4)]
 """T, n, R: rows that fill no tile, more columns than the kernels take, and an odd number of neighbours."""

@@ -12,63 +12,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
-from lit_llama.model.operators.kernels import call, native
+from lit_llama.model.operators.narrow import apart, outer, project, project_back
 from lit_llama.model.operators.pointwise import drop
 
-Dropped = Sequence[tuple[int, float]]
+Dropped = Sequence[tuple[Tensor, float]]
 """Seed and probability with which each update drops values of its input; none where no update does."""
-MOST = 64
-"""Columns of the narrow side; with more, products are the library's."""
 
 
-def project(out: Tensor, x: Tensor, a: Tensor) -> None:
-    """Compute out (T, R) = x a', for x (T, n) and a (R, n)."""
-    if _is_narrow(x, a, len(a)):
-        return call("project", x.dtype, *_rows(out, x, a), *x.shape, len(a))
-    torch.mm(_apart(x), _apart(a).t(), out=out)
-
-
-def project_back(out: Tensor, x: Tensor, b: Tensor) -> None:
-    """Compute out (T, R) = x b, for x (T, n) and b (n, R)."""
-    if _is_narrow(x, b, b.shape[1]):
-        return call("project_back", x.dtype, *_rows(out, x, b), *x.shape, b.shape[1])
-    torch.mm(_apart(x), _apart(b), out=out)
-
-
-def outer(u: Tensor, x: Tensor) -> Tensor:
-    """Compute u' x (R, n) in float32, for u (T, R) and x (T, n)."""
-    if _is_narrow(x, u, u.shape[1]):
-        out = x.new_empty(u.shape[1], x.shape[1], dtype=torch.float32)
-        call("outer", x.dtype, *_rows(out, u, x), *x.shape, u.shape[1])
-        return out
-    return torch.mm(_apart(u).t(), _apart(x)).float()
-
-
-def _dropped(room: Tensor, x: Tensor, seed: int, p: float) -> Tensor:
+def _dropped(room: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x (T, n) without the values that are dropped, in the room of as many; x itself where none are."""
     if not p:
         return x
     drop(room, x, seed, p)
     return room
-
-
-def _apart(x: Tensor) -> Tensor:
-    """Rows in one piece: processors with AMX have the library multiply what lies behind a row by zero, and what is no
-    number there stays none."""
-    return x.contiguous() if x.device.type == "cpu" else x
-
-
-def _is_narrow(x: Tensor, other: Tensor, columns: int) -> bool:
-    """Whether the kernels take it: they read two neighbours of bfloat16 at a time."""
-    neighbours = x.stride(1) == other.stride(1) == 1 and not x.shape[1] % 2 and not x.stride(0) % 2
-    return columns <= MOST and neighbours and native(x, other)
-
-
-def _rows(*tensors: Tensor) -> list[Tensor | int]:
-    return [part for tensor in tensors for part in (tensor, tensor.stride(0))]
 
 
 ALIGNED = {"cpu": 8, "cuda": 64}
@@ -143,8 +101,7 @@ class Joined:
         if not any(chances := self.chances):
             return ()
         seeds = torch.randint(1 << 62, (len(chances),), device="cpu")
-        numbers = [0] * len(chances) if isinstance(seeds, FakeTensor) else seeds.tolist()
-        return list(zip(numbers, chances, strict=True))
+        return list(zip(seeds.unbind(), chances, strict=True))
 
     def buffer_in(self, x: Tensor) -> Tensor:
         """Return room for x and u: (T, in + R)."""
@@ -179,7 +136,7 @@ class Joined:
         if dropped:
             du, room = dy[:, self.outputs :], torch.empty_like(dx)
             for (_, columns), (seed, p) in zip(self._places, dropped, strict=True):
-                torch.mm(_apart(du[:, columns]), _apart(self._down[columns]), out=room)
+                torch.mm(apart(du[:, columns]), apart(self._down[columns]), out=room)
                 drop(dx, room, seed, p, add=True)
         return dx
 

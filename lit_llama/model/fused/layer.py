@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lit_llama.model.attention.dispatch import Heads, Kept, attend_backward, attend_into
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused.joined import Dropped
@@ -24,7 +25,6 @@ from lit_llama.model.fused.quantized import join, kind_of
 from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
 from lit_llama.model.low_rank import DoRALinear, base_of
 from lit_llama.model.operators import pointwise
-from lit_llama.model.operators.attention import Heads, attend, attend_backward
 from lit_llama.model.operators.kernels import native
 
 ALIGNED = 64
@@ -208,16 +208,16 @@ class _Kept:
     u_down: Tensor
     gate_up: Tensor  # (T, 2 I); it and its u are empty where they are computed again
     u_gate_up: Tensor
-    attention: list[Tensor]
+    attention: Kept
 
     def tensors(self) -> list[Tensor]:
         named = [self.qkv, self.attended, self.middle, self.u_qkv, self.u_down, self.gate_up, self.u_gate_up]
-        return [*named, *self.attention]
+        return [*named, *self.attention.tensors]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "_Kept":
+    def of(cls, tensors: Sequence[Tensor], graph: Any = None) -> "_Kept":
         qkv, attended, middle, u_qkv, u_down, gate_up, u_gate_up, *attention = tensors
-        return cls(qkv, attended, middle, u_qkv, u_down, gate_up, u_gate_up, attention)
+        return cls(qkv, attended, middle, u_qkv, u_down, gate_up, u_gate_up, Kept(attention, graph))
 
     @classmethod
     def within(cls, layer: FusedLayer, x: Tensor) -> "tuple[Tensor, Tensor, _Kept]":
@@ -249,7 +249,7 @@ def _forward(
         for part in heads[:2]:
             pointwise.rotate(part, part, cos, sin)
     attended = kept.attended[:, : layer.out.inputs].unflatten(1, (-1, layer.self_attn.head_dim))  # (T, H, D)
-    kept.attention = attend(attended, heads, layout, layer.self_attn.window)
+    kept.attention = attend_into(attended, heads, layout, layer.self_attn.window, again=bool(layer.head_norms))
     del heads
     layer.out(kept.middle, kept.attended, residual=x, dropped=drops.out)
     gate_up = _gate_up(layer, kept, drops)
@@ -306,7 +306,7 @@ class _Layer(torch.autograd.Function):
         y, piece, kept = _forward(layer, x, rotation, layout, drops)
         ctx.layer, ctx.rotation, ctx.layout, ctx.drops = layer, rotation, layout, drops
         if backward and layer.leave != "full":
-            ctx.piece = piece
+            ctx.piece, ctx.graph = piece, kept.attention.graph
             ctx.save_for_backward(x, *kept.tensors())
         else:
             y = y.clone()
@@ -319,7 +319,7 @@ class _Layer(torch.autograd.Function):
         layer, rotation, layout, drops = ctx.layer, ctx.rotation, ctx.layout, ctx.drops
         x, *tensors = ctx.saved_tensors
         if tensors:
-            piece, kept = ctx.piece, _Kept.of(tensors)
+            piece, kept = ctx.piece, _Kept.of(tensors, ctx.graph)
         else:
             _, piece, kept = _forward(layer, x, rotation, layout, drops)
         if not kept.gate_up.numel():

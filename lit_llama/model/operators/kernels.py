@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lit_llama.device import capabilities
 from lit_llama.folder.place import temporary_folder
 from lit_llama.progress import stderr
 
@@ -35,13 +35,9 @@ Argument = Tensor | int | float | ctypes.Structure | ctypes.c_int64
 def call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
     """Call a kernel: tensors and structures as pointers, whole numbers as index_t, others as float.
 
-    On tensors without numbers, with which the plan of a run is made, there is nothing to do.
-
     Raises:
         MemoryError: There was not enough.
     """
-    if any(isinstance(value, FakeTensor) for value in arguments):
-        return
     if _function(name, dtype)(*map(_converted, arguments)):
         raise MemoryError(f"not enough memory for {name}")
 
@@ -65,12 +61,10 @@ def _converted(value: Argument) -> Any:
 
 
 def native(*tensors: Tensor) -> bool:
-    """Whether a kernel computes with these; what has no numbers counts as if it would."""
+    """Whether a kernel computes with these."""
     first = tensors[0]
-    if isinstance(first, FakeTensor):
-        return True
-    alike = first.device.type == "cpu" and first.dtype in DTYPES and all(x.dtype == first.dtype for x in tensors)
-    return alike and compiled() is not None
+    alike = first.dtype in DTYPES and all(x.dtype == first.dtype for x in tensors)
+    return alike and capabilities(first.device).on_cpu and compiled() is not None
 
 
 @functools.cache

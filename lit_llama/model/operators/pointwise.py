@@ -1,29 +1,25 @@
-"""Operations between the matrix products of a decoder layer, each in as few passes as it takes.
+"""Operators between the matrix products of a decoder layer, each in as few passes as it takes.
 
-Every operation writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
+Every one writes into a tensor that it is given, which may be columns of a wider one. It exists three times: here,
 plainly and in float32, as it is meant; in pointwise.cpp, for a CPU; in triton_kernels.py, for a GPU.
 
 Shapes: T tokens, C hidden, I intermediate, N heads, D head size, V vocabulary, n trained tokens.
 """
 
-import functools
-import importlib.util
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lit_llama.device import capabilities
+from lit_llama.model.operators.define import define
 from lit_llama.model.operators.kernels import E4M3, TINY, call, native
 
 
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """Compute out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
-    if native(x, weight):
-        return call("norm", x.dtype, out, out.stride(0), x, x.stride(0), weight, *x.shape, eps)
-    _by(plain_norm, out, x, weight, eps)
+    _norm(out, x, weight, eps)
 
 
 def plain_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -35,10 +31,7 @@ def norm_backward(
     dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
 ) -> None:
     """Compute dx = residual + the gradient of the norm's input; again = the norm itself. All (T, C)."""
-    if native(x, weight):
-        rows = (v for tensor in (dx, again, dy, x) for v in (tensor, tensor.stride(0)))
-        return call("norm_backward", x.dtype, *rows, weight, residual, residual.stride(0), *x.shape, eps)
-    _by(plain_norm_backward, dx, again, dy, x, weight, residual, eps)
+    _norm_backward(dx, again, dy, x, weight, residual, eps)
 
 
 def plain_norm_backward(
@@ -52,18 +45,17 @@ def plain_norm_backward(
     again.copy_(direction * weight.float())
 
 
-def drop(out: Tensor, x: Tensor, seed: int, p: float, *, add: bool = False) -> None:
+def drop(out: Tensor, x: Tensor, seed: Tensor, p: float, *, add: bool = False) -> None:
     """Compute out = x / (1 - p), but zero where a number drawn for the place is below p; or add it to out. All (T, n).
 
-    The seed and the shape tell what is drawn: it comes again without being kept. A GPU draws by its own generator.
+    The seed, a whole number in a tensor () on the CPU, and the shape tell what is drawn: it comes again without being
+    kept. A GPU draws by its own generator.
     """
-    if native(x):
-        return call("drop", x.dtype, out, out.stride(0), x, x.stride(0), *x.shape, seed, p, int(add))
-    plain_drop(out, x, seed, p, add)
+    _drop(out, x, seed, p, add)
 
 
-def plain_drop(out: Tensor, x: Tensor, seed: int, p: float, add: bool) -> None:
-    generator = torch.Generator(x.device).manual_seed(seed)
+def plain_drop(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool) -> None:
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
     kept.mul_(x).mul_(1 / (1 - p))
     out.add_(kept) if add else out.copy_(kept)
@@ -71,11 +63,7 @@ def plain_drop(out: Tensor, x: Tensor, seed: int, p: float, add: bool) -> None:
 
 def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """Turn all heads of x, or turn them back, into out: (T, N, D), cos and sin (T, D/2). It may be x itself."""
-    sign = -1.0 if back else 1.0
-    if native(x, cos):
-        sizes = (len(x), x.shape[1], cos.shape[1])
-        return call("rotate", x.dtype, out, out.stride(0), x, x.stride(0), cos, sin, *sizes, sign)
-    _by(plain_rotate, out, x, cos, sin, sign)
+    _rotate(out, x, cos, sin, -1.0 if back else 1.0)
 
 
 def plain_rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
@@ -88,8 +76,10 @@ def copy(out: Tensor, x: Tensor) -> None:
     """Copy x to out, both (T, C): where it is one of the two that has longer rows, a GPU does it at half the speed
     itself.
     """
-    if out.numel() and (twin := _triton("copy", x.device)):
-        return twin(out, x)
+    _copy(out, x)
+
+
+def plain_copy(out: Tensor, x: Tensor) -> None:
     out.copy_(x)
 
 
@@ -99,7 +89,7 @@ def round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None
 
     The largest magnitude of a row becomes the largest that e4m3 has.
     """
-    (_triton("round_rows", x.device) or plain_round_rows)(values, scales, x, columns)
+    _round_rows(values, scales, x, columns)
 
 
 def plain_round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None) -> None:
@@ -111,9 +101,7 @@ def plain_round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor 
 
 def swiglu(out: Tensor, gate_up: Tensor) -> None:
     """Compute out (T, I) = silu(gate) * up, side by side in gate_up (T, 2 I)."""
-    if native(gate_up):
-        return call("swiglu", out.dtype, out, out.stride(0), gate_up, gate_up.stride(0), *out.shape)
-    _by(plain_swiglu, out, gate_up)
+    _swiglu(out, gate_up)
 
 
 def plain_swiglu(out: Tensor, gate_up: Tensor) -> None:
@@ -126,10 +114,7 @@ def swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
 
     Afterwards `out` holds silu(gate) * up itself.
     """
-    if native(gate_up):
-        rows = (v for tensor in (d_gate_up, out, gate_up) for v in (tensor, tensor.stride(0)))
-        return call("swiglu_backward", out.dtype, *rows, *out.shape)
-    _by(plain_swiglu_backward, d_gate_up, out, gate_up)
+    _swiglu_backward(d_gate_up, out, gate_up)
 
 
 def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
@@ -144,14 +129,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """Compute -log p(target) of each row in float32 (n,); logits (n, V) become `scale` times their gradient, unless it
     is 0.
     """
-    if native(logits):
-        # What lies outside would be read and written wherever that is in memory.
-        if not isinstance(logits, FakeTensor) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-            raise IndexError(f"a target is none of the {logits.shape[1]} tokens")
-        loss = logits.new_empty(len(targets), dtype=torch.float32)
-        call("cross_entropy", logits.dtype, loss, logits, logits.stride(0), targets, *logits.shape, scale)
-        return loss
-    found: Tensor = _by(plain_cross_entropy, logits, targets, scale)
+    found: Tensor = _cross_entropy(logits, targets, scale)
     return found
 
 
@@ -165,24 +143,134 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor
     return loss
 
 
-def _by(plain: Callable[..., Any], *arguments: Any) -> Any:
-    """A plain operation, or its twin for a GPU."""
-    known = arguments[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-    twin = _triton(plain.__name__.removeprefix("plain_"), arguments[0].device) if known else None
-    return (twin or plain)(*arguments)
+# ---- the kernels of pointwise.cpp, and without them the plain operations
 
 
-@functools.cache
-def _triton(name: str, device: torch.device) -> Callable[..., Any] | None:
-    """The function of this name in triton_kernels.py; None where Triton cannot be had.
+def _cpu_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    if not native(x, weight):
+        return plain_norm(out, x, weight, eps)
+    call("norm", x.dtype, out, out.stride(0), x, x.stride(0), weight, *x.shape, eps)
 
-    It compiles for GPUs from Ampere on, which a V100 is not, and needs a C compiler for what starts its kernels.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return None
-    from lit_llama.model.operators import triton_kernels
 
-    found: Callable[..., Any] = getattr(triton_kernels, name)
-    return found
+def _cpu_norm_backward(
+    dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
+) -> None:
+    if not native(x, weight):
+        return plain_norm_backward(dx, again, dy, x, weight, residual, eps)
+    rows = (v for tensor in (dx, again, dy, x) for v in (tensor, tensor.stride(0)))
+    call("norm_backward", x.dtype, *rows, weight, residual, residual.stride(0), *x.shape, eps)
+
+
+def _cpu_drop(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool) -> None:
+    if not native(x):
+        return plain_drop(out, x, seed, p, add)
+    call("drop", x.dtype, out, out.stride(0), x, x.stride(0), *x.shape, int(seed), p, int(add))
+
+
+def _cpu_rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    if not native(x, cos):
+        return plain_rotate(out, x, cos, sin, sign)
+    sizes = (len(x), x.shape[1], cos.shape[1])
+    call("rotate", x.dtype, out, out.stride(0), x, x.stride(0), cos, sin, *sizes, sign)
+
+
+def _cpu_swiglu(out: Tensor, gate_up: Tensor) -> None:
+    if not native(gate_up):
+        return plain_swiglu(out, gate_up)
+    call("swiglu", out.dtype, out, out.stride(0), gate_up, gate_up.stride(0), *out.shape)
+
+
+def _cpu_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
+    if not native(gate_up):
+        return plain_swiglu_backward(d_gate_up, out, gate_up)
+    rows = (v for tensor in (d_gate_up, out, gate_up) for v in (tensor, tensor.stride(0)))
+    call("swiglu_backward", out.dtype, *rows, *out.shape)
+
+
+def _cpu_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    if not native(logits):
+        return plain_cross_entropy(logits, targets, scale)
+    # What lies outside would be read and written wherever that is in memory.
+    if not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(f"a target is none of the {logits.shape[1]} tokens")
+    loss = _losses(logits, targets)
+    call("cross_entropy", logits.dtype, loss, logits, logits.stride(0), targets, *logits.shape, scale)
+    return loss
+
+
+def _losses(logits: Tensor, targets: Tensor, scale: float = 0.0) -> Tensor:
+    return logits.new_empty(len(targets), dtype=torch.float32)
+
+
+# ---- the operators
+
+
+def _on_gpu(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The twin of a plain operation in triton_kernels.py, where Triton is and knows the dtype, or the plain one."""
+    name = plain.__name__.removeprefix("plain_")
+    known = (torch.float32, torch.bfloat16, torch.float16)
+
+    def twin(*arguments: Any) -> Any:
+        first, given = arguments[0], arguments[2] if name == "round_rows" else arguments[0]
+        if not capabilities(first.device).triton or given.dtype not in known or not first.numel():
+            return plain(*arguments)
+        from lit_llama.model.operators import triton_kernels
+
+        return getattr(triton_kernels, name)(*arguments)
+
+    return twin
+
+
+_norm = define(
+    "norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()",
+    plain_norm,
+    cpu=_cpu_norm,
+    cuda=_on_gpu(plain_norm),
+)
+_norm_backward = define(
+    "norm_backward(Tensor(a!) dx, Tensor(b!) again, Tensor dy, Tensor x, Tensor weight, Tensor residual, float eps)"
+    " -> ()",
+    plain_norm_backward,
+    cpu=_cpu_norm_backward,
+    cuda=_on_gpu(plain_norm_backward),
+)
+_drop = define(
+    "drop(Tensor(a!) out, Tensor x, Tensor seed, float p, bool add) -> ()",
+    plain_drop,
+    cpu=_cpu_drop,
+)
+_rotate = define(
+    "rotate(Tensor(a!) out, Tensor x, Tensor cos, Tensor sin, float sign) -> ()",
+    plain_rotate,
+    cpu=_cpu_rotate,
+    cuda=_on_gpu(plain_rotate),
+)
+_copy = define(
+    "copy(Tensor(a!) out, Tensor x) -> ()",
+    plain_copy,
+    cuda=_on_gpu(plain_copy),
+)
+_round_rows = define(
+    "round_rows(Tensor(a!) values, Tensor(b!) scales, Tensor x, Tensor? columns) -> ()",
+    plain_round_rows,
+    cuda=_on_gpu(plain_round_rows),
+)
+_swiglu = define(
+    "swiglu(Tensor(a!) out, Tensor gate_up) -> ()",
+    plain_swiglu,
+    cpu=_cpu_swiglu,
+    cuda=_on_gpu(plain_swiglu),
+)
+_swiglu_backward = define(
+    "swiglu_backward(Tensor(a!) d_gate_up, Tensor(b!) out, Tensor gate_up) -> ()",
+    plain_swiglu_backward,
+    cpu=_cpu_swiglu_backward,
+    cuda=_on_gpu(plain_swiglu_backward),
+)
+_cross_entropy = define(
+    "cross_entropy(Tensor(a!) logits, Tensor targets, float scale) -> Tensor",
+    plain_cross_entropy,
+    cpu=_cpu_cross_entropy,
+    cuda=_on_gpu(plain_cross_entropy),
+    fake=_losses,
+)

@@ -14,13 +14,13 @@ from lit_llama.model.adapters.base import META_FILE as META_FILE
 from lit_llama.model.adapters.base import base_of as base_of
 from lit_llama.model.adapters.base import verify_folders as verify_folders
 from lit_llama.model.adapters.place import OTHER_BASE, Placed, adapted_module, copied_module, place
-from lit_llama.model.adapters.rows import TrainedRows
 from lit_llama.model.adapters.settings import CONFIG_FILE as CONFIG_FILE
 from lit_llama.model.adapters.settings import read_settings
 from lit_llama.model.adapters.tensors import PREFIX, AdapterFile, read_adapter_file
 from lit_llama.model.adapters.tensors import WEIGHTS_FILE as WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig, Quantization
 from lit_llama.model.lora import adapters
+from lit_llama.model.rows import TrainedRows
 from lit_llama.model.weights import check_names
 from lit_llama.objects import as_object, read_text
 

@@ -28,6 +28,7 @@ class Assembly:
         plain: Why no layer is to be fused, for people; "" to fuse all that can be.
         checkpointing: What is computed again in the backward pass.
         dress: Changes modules after layers are fused.
+        keep_memory: Fused layers keep their memory from step to step.
     """
 
     adapt: Callable[[LLaMA], str] | None = None
@@ -36,6 +37,7 @@ class Assembly:
     plain: str = ""
     checkpointing: Checkpointing = "none"
     dress: Callable[[LLaMA], object] | None = None
+    keep_memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def assemble(base: LLaMA | Callable[[], LLaMA], assembly: Assembly) -> Assembled
         if reason := assembly.plain or why_plain(layer):
             reasons[reason] += 1
     if not assembly.plain:
-        fuse(model, assembly.checkpointing)
+        fuse(model, assembly.checkpointing, keep_memory=assembly.keep_memory)
     if assembly.dress:
         assembly.dress(model)
     recompute_activations(model, assembly.checkpointing)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.device import capabilities
 from lit_llama.errors import ResourceError
 from lit_llama.model.operators.pointwise import round_rows
 
@@ -26,7 +27,7 @@ def check(device: torch.device) -> None:
         raise ResourceError(
             f"--quantize fp8 needs torch.nn.functional.scaled_mm, which torch {torch.__version__} lacks"
         )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if not capabilities(device).float8:
         raise ResourceError(
             f"--quantize fp8: {torch.cuda.get_device_name(device)} does not multiply 8-bit floats, which GPUs do from "
             "compute capability 8.9 on; use int8 or nf4, or leave --quantize out"
@@ -56,6 +57,6 @@ def product_back(dy: Tensor, turned: Tensor, scales: Tensor) -> Tensor:
 def _multiplied(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """(a * rows) (b * columns); with a scale for each row, GPUs give bfloat16 only."""
     kind = F.ScalingType.RowWise
-    result = torch.bfloat16 if a.is_cuda else dtype
+    result = torch.bfloat16 if capabilities(a.device).on_gpu else dtype
     scales = rows[:, None], columns[None].contiguous()
     return F.scaled_mm(a, b, scales[0], kind, scales[1], kind, output_dtype=result).to(dtype)

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from lit_llama.errors import UserError
-from lit_llama.model.adapters.rows import whole
 from lit_llama.model.config import LoRAConfig, matches_pattern
 from lit_llama.model.low_rank import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, LoRAOnQuantized
 from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
+from lit_llama.model.rows import whole
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:

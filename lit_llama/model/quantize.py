@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_llama.errors import ResourceError
 from lit_llama.model import float8
@@ -43,7 +42,8 @@ class QuantizedLinear(nn.Module):
     Args:
         shape: Of the weight, (out, in).
         packed: Its values.
-        state: What is needed to unpack them: bitsandbytes' state of nf4, else the scales (out,).
+        state: What is needed to unpack them: bitsandbytes' state of nf4, else the scales (out,). None for values that
+            are not there, as in the plan of a run.
         bias: (out,) or None.
     """
 
@@ -115,8 +115,9 @@ def quantize_shapes(model: nn.Module, method: Quantization) -> None:
         if is_quantized(f"{name}.weight"):
             assert isinstance(linear, nn.Linear)
             weight = linear.weight
-            packed, scales = weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(len(weight)).float()
-            model.set_submodule(name, _kind(method)(weight.shape, packed, scales, linear.bias))
+            packed = weight.new_empty(weight.shape, dtype=dtype)
+            state = None if dtype == torch.uint8 else weight.new_empty(len(weight)).float()
+            model.set_submodule(name, _kind(method)(weight.shape, packed, state, linear.bias))
 
 
 def _kind(method: Quantization) -> type[QuantizedLinear]:
@@ -179,7 +180,7 @@ def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
 
 
 def _unpack(packed: Tensor, state: Any, shape: torch.Size, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    if isinstance(packed, FakeTensor):  # there are no numbers
+    if state is None:
         return packed.new_empty(shape, dtype=dtype) if out is None else out
     if isinstance(state, Tensor):
         values = packed.float() if packed.is_floating_point() else packed

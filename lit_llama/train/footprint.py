@@ -172,7 +172,6 @@ class Build:
 
     def _run(self, shape: Shape, *, train: bool) -> int:
         layout = Packed(shape.lengths, parents=shape.parents)
-        assert layout.blocks  # made with numbers, as where the padding goes depends on them
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             loss_of = self.method.loss_of(self._model()).train(train)
@@ -190,7 +189,8 @@ class Build:
     def _model(self) -> LLaMA:
         """The assembled model, on tensors without content."""
         on_gpu = self.numerics.device.type == "cuda"
-        return assemble(self._stored, replace(self.assembly(), dress=_fuse_norms if on_gpu else None)).model
+        assembly = replace(self.assembly(), dress=_fuse_norms if on_gpu else None, keep_memory=False)
+        return assemble(self._stored, assembly).model
 
     def _stored(self) -> LLaMA:
         """The model of the base without content, as checkpoint.load_model stores it."""

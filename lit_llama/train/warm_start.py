@@ -14,10 +14,10 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.folder.manifest import check_folder
 from lit_llama.model.adapter import META_FILE, base_of, load_adapter
-from lit_llama.model.adapters.rows import TrainedRows, Whole
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.rows import TrainedRows, Whole
 from lit_llama.model.weights import Weights, weight_files
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr

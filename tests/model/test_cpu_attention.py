@@ -1,4 +1,4 @@
-"""Choice among the kernel of a CPU, torch's attention for samples of any length, and the reference; each as the formula."""
+"""Choice among the kernel of a CPU, torch's varlen_attn and the reference; each of them as the formula."""
 
 import math
 from typing import Any

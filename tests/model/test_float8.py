@@ -8,6 +8,7 @@ from conftest import run_here
 from small_runs import ROWS, prepare
 from torch import Tensor, nn
 
+from lit_llama.device import Capabilities
 from lit_llama.errors import ResourceError
 from lit_llama.model import float8
 from lit_llama.model.quantize import Float8Linear, quantized, through
@@ -84,7 +85,7 @@ def test_what_comes_of_it_is_near_the_plain_product() -> None:
 
 def test_a_gpu_that_cannot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a crash deep inside of a product."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(float8, "capabilities", lambda _: Capabilities(kind="cuda", bfloat16=True, float8=False))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     with pytest.raises(ResourceError, match=r"--quantize fp8: A100 does not multiply 8-bit floats.*8\.9.*int8 or nf4"):
         float8.check(torch.device("cuda", 0))

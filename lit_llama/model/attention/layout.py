@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_llama.device import capabilities
 from lit_llama.model.attention.dispatch import attend
 
 PADDING = 1.15
@@ -72,7 +73,7 @@ class Packed:
         self.lengths = [own + shared for own, shared in zip(lengths, before, strict=True)]
         ranges = [torch.arange(shared, total) for shared, total in zip(before, self.lengths, strict=True)]
         self.position_ids = torch.cat(ranges).to(device)  # (T,)
-        self._device = device
+        self._device = torch.device(device)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, Tensor | None, Tensor | None, int]]:
@@ -96,7 +97,7 @@ class Packed:
     def offsets(self) -> Tensor:
         """Offsets (B + 1,) of the samples, and the end of the last; int64 on a CPU, int32 on a GPU for its kernels."""
         ends = torch.tensor([0, *accumulate(self.counts)])
-        return ends if torch.device(self._device).type == "cpu" else ends.to(self._device, torch.int32)
+        return ends if capabilities(self._device).on_cpu else ends.to(self._device, torch.int32)
 
     @cached_property
     def parent_indices(self) -> Tensor:

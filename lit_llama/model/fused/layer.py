@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lit_llama.device import capabilities
 from lit_llama.model.attention.dispatch import Heads, Kept, attend_backward, attend_into
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import Checkpointing
@@ -31,7 +31,7 @@ ALIGNED = 64
 """Values at whose multiples parts begin, so that vectors do not cross lines of the cache."""
 SLACK = 8
 """A piece is larger than needed by one part in so many, as the next micro-batch may be. Nothing is there until it is
-used, so a plan does not count it."""
+used."""
 
 
 class Arena:
@@ -42,10 +42,11 @@ class Arena:
 
     Args:
         pieces: How many are taken at most until the first is given back.
+        kept: Whether pieces are used again; a plan counts each as it comes and goes.
     """
 
-    def __init__(self, pieces: int) -> None:
-        self._pieces, self._size = pieces, 0
+    def __init__(self, pieces: int, *, kept: bool = True) -> None:
+        self._pieces, self._size, self._kept = pieces, 0, kept
         self._held = False
         self._free: list[Tensor] = []
 
@@ -57,7 +58,7 @@ class Arena:
         return piece, [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
     def _piece(self, like: Tensor, size: int) -> Tensor:
-        if like.device.type != "cpu" or isinstance(like, FakeTensor):
+        if not self._kept or not capabilities(like.device).on_cpu:
             return like.new_empty(size)
         if (size > self._size or not self._held) and len(self._free) == self._pieces * self._held:
             self._free.clear()  # first of all, so that its memory can be had again
@@ -81,7 +82,7 @@ class Arena:
             self._held = False
 
 
-def fuse(model: LLaMA, leave: Checkpointing = "none") -> int:
+def fuse(model: LLaMA, leave: Checkpointing = "none", *, keep_memory: bool = True) -> int:
     """Replace the layers that can be by fused ones, in place; gives their number.
 
     Call it when all other replacements are done and the weights are where they stay, and not where autocast is to
@@ -90,9 +91,10 @@ def fuse(model: LLaMA, leave: Checkpointing = "none") -> int:
     Args:
         model: Frozen but for its adapters.
         leave: What is computed again in the backward pass.
+        keep_memory: Layers keep their memory from step to step.
     """
     layers = model.model.layers
-    arena = Arena(1 if leave == "full" else len(layers))
+    arena = Arena(1 if leave == "full" else len(layers), kept=keep_memory)
     for index, layer in enumerate(layers):
         if isinstance(layer, DecoderLayer) and not why_plain(layer):
             layers[index] = FusedLayer(layer, leave, arena)

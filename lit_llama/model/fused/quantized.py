@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_llama.device import capabilities
 from lit_llama.model import float8
 from lit_llama.model.fused.joined import Joined, OneMatrix
 from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
@@ -52,7 +53,9 @@ class Float8(Unpacked):
         self._scales = torch.cat([base.state for base in bases])  # (out,)
         for base, rows in zip(bases, self._packed.split(self.sizes), strict=True):
             base.packed = nn.Parameter(rows, requires_grad=False)
-        self._turned = self._packed.t().contiguous() if like.is_cuda else self._packed.t()  # (in, out)
+        self._turned = (
+            self._packed.t().contiguous() if capabilities(like.device).on_gpu else self._packed.t()
+        )  # (in, out)
         return super().take(like)
 
     def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:

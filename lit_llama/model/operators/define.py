@@ -21,7 +21,7 @@ def define(
     cuda: Callable[..., Any] | None = None,
     fake: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define an operator and return what calls it.
+    """Make an operator and return what calls it.
 
     Args:
         schema: Its name and arguments, without the namespace; what it writes to is marked, as in `Tensor(a!) out`.

@@ -95,7 +95,8 @@ def _write_target(base: Path, target: Path) -> None:
     write_json(target / "added_tokens.json", {"<human>": 32000, "<bot>": 32001})
     config = json.loads((base / "config.json").read_text())
     write_json(target / "config.json", config | {"vocab_size": ZIYA_ROWS})
-    from lit_llama.model.weights import Weights, write_index
+    from lit_llama.model.shards import write_index
+    from lit_llama.model.weights import Weights
 
     weights, shards, specs = Weights(base), {}, {}
     for number, name in enumerate(weights):

@@ -44,7 +44,7 @@ def apply(
         max_shard_size: Largest file of weights, such as 5GB or 200MB.
     """
     from lit_llama.convert.delta import apply as run
-    from lit_llama.model.weights import parse_size
+    from lit_llama.model.shards import parse_size
 
     run(
         base_dir,
@@ -78,7 +78,7 @@ def make(
         max_shard_size: Largest file of weights, such as 5GB or 200MB.
     """
     from lit_llama.convert.delta import make as run
-    from lit_llama.model.weights import parse_size
+    from lit_llama.model.shards import parse_size
 
     size = parse_size(max_shard_size)
     run(base_dir, target_dir, destination_path, policy=policy, dtype=dtype, max_shard_size=size)

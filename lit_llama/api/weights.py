@@ -127,7 +127,7 @@ def convert(
         from lit_llama.convert import convert as write
         from lit_llama.convert import convert_adapter
         from lit_llama.model.adapter import verify_folders
-        from lit_llama.model.weights import parse_size
+        from lit_llama.model.shards import parse_size
 
         adapter = base is not None and format == "hf"
         if verify:

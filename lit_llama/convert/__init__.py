@@ -16,7 +16,8 @@ from lit_llama.folder.manifest import check_folder
 from lit_llama.folder.publish import check_destination
 from lit_llama.model.config import PlainType
 from lit_llama.model.places import foreign_adapter, repository, wrong_place
-from lit_llama.model.weights import MAX_SHARD_SIZE, describe_wrong_file
+from lit_llama.model.shards import MAX_SHARD_SIZE
+from lit_llama.model.weights import describe_wrong_file
 from lit_llama.progress import stderr
 
 Layout = Literal["hf", "meta", "lit", "gguf"]

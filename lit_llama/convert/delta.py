@@ -30,7 +30,7 @@ from lit_llama.folder.lock import reserving
 from lit_llama.folder.manifest import MANIFEST, check_folder, read_manifest
 from lit_llama.folder.publish import check_absent, check_apart
 from lit_llama.model.checkpoint import fingerprint_stored
-from lit_llama.model.weights import MAX_SHARD_SIZE
+from lit_llama.model.shards import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
 from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.tokenizer.base import Tokenizer

@@ -29,7 +29,8 @@ from lit_llama.errors import CheckpointError
 from lit_llama.folder.manifest import write_manifest
 from lit_llama.folder.publish import Staging, check_space, resume, write_json
 from lit_llama.model.checkpoint import fingerprint_stored
-from lit_llama.model.weights import DTYPES, Spec, Stored, byte_size, plan_shards, write_index, write_shard
+from lit_llama.model.shards import plan_shards, write_index, write_shard
+from lit_llama.model.weights import DTYPES, Spec, Stored, byte_size
 from lit_llama.progress import stderr, track
 from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, begins, folder_style, named_style

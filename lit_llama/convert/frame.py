@@ -13,7 +13,8 @@ from lit_llama.convert.source import SETTINGS_FILE as CONFIG_FILE
 from lit_llama.convert.tokens import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import check_space, write_json
-from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size, write_weights
+from lit_llama.model.shards import write_weights
+from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, end_id, style_of
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer

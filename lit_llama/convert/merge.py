@@ -28,7 +28,8 @@ from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import fingerprint, load_model
 from lit_llama.model.config import LLaMAConfig, Onto, PlainType
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.weights import byte_size, write_weights
+from lit_llama.model.shards import write_weights
+from lit_llama.model.weights import byte_size
 from lit_llama.objects import read_object
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, prompt_ids

@@ -16,16 +16,8 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.weights import (
-    DTYPES,
-    MAX_SHARD_SIZE,
-    Spec,
-    Stored,
-    byte_size,
-    check_finite,
-    check_names,
-    write_weights,
-)
+from lit_llama.model.shards import MAX_SHARD_SIZE, write_weights
+from lit_llama.model.weights import DTYPES, Spec, Stored, byte_size, check_finite, check_names
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.tokenizer.special import MERGES_FILES

@@ -21,7 +21,7 @@ from lit_llama.generate.llm import LLM, Opened, open_folder
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, trained_on
 from lit_llama.model.checkpoint import fingerprint
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.kernels.decode import Factors, factors_of
+from lit_llama.model.kernels.trained import Factors, factors_of
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters as adapters_of
 from lit_llama.model.weights import Weights

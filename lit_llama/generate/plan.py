@@ -28,8 +28,9 @@ from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.memory import amount, amounts
 from lit_llama.model.config import Held, KVCacheType, LLaMAConfig, Quantization
-from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, packs
 from lit_llama.model.kernels.packing import Weights
+from lit_llama.model.kernels.trained import factors_of
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK
 from lit_llama.model.quantize import is_quantized

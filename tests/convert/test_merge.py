@@ -24,7 +24,8 @@ from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import load
 from lit_llama.generate.models import load_models, loaded, open_models
 from lit_llama.model.checkpoint import load_model
-from lit_llama.model.weights import Weights, write_weights
+from lit_llama.model.shards import write_weights
+from lit_llama.model.weights import Weights
 from lit_llama.text.prompts.encode import named_style
 
 IDS = torch.tensor([[5, 80, 200, 31, 7, 7, 340]])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lit_llama.errors import CheckpointError
 from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights, write_weights
+from lit_llama.model.shards import write_weights
+from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights
 
 NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -22,7 +22,7 @@ from lit_llama.generate.engine.ticket import Answer, Statistics
 from lit_llama.generate.engine.ticket import EngineConfig as EngineConfig
 from lit_llama.generate.engine.ticket import Ticket as Ticket
 from lit_llama.memory import ran_out
-from lit_llama.model.kernels.decode import Factors
+from lit_llama.model.kernels.trained import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
 
 PROMPT_TOKENS = {"cpu": 96, "gpu": 256}

@@ -11,7 +11,7 @@ import ctypes
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.kernels.packing import DEPTH, PAIR, MappedFiles, Weights, in_turns, packed, packed_matrix
+from lit_llama.model.kernels.trained import Factors, bias_of, give_up, weight_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.low_rank import Adapter, LowRank
 from lit_llama.model.operators.kernels import call, compiled
 from lit_llama.model.paged import BLOCK, PagedBatch, untouched_zeros
-from lit_llama.model.quantize import QuantizedLinear
 from lit_llama.model.rope import rotary
 
 TALL = 32
@@ -83,14 +82,6 @@ class _Step(ctypes.Structure):
     )
 
 
-class Factors(NamedTuple):
-    """An update of low rank: scale B A, with A (r, in) and B (out, r)."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
 def packs(config: LLaMAConfig, dtype: torch.dtype) -> bool:
     """Whether a model of this shape can be packed here."""
     fits = config.head_dim % 2 == 0 and config.head_dim <= 256
@@ -140,11 +131,11 @@ class PackedLLaMA:
         layers = (_Layer * config.num_hidden_layers)(
             *map(self._layer, model.model.layers, range(len(model.model.layers)))
         )
-        rows = _weight_of(model.model.embed_tokens, whole=True)
-        tied = _weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
+        rows = weight_of(model.model.embed_tokens, whole=True)
+        tied = weight_of(model.lm_head, whole=True).data_ptr() == rows.data_ptr() and weights == "stored"
         # A copy, where the model is given up: a part of a mapped file would keep all of it.
         embedding = None if tied else self._keep(rows.to(dtype, copy=consume).contiguous())
-        head = self._pack([_weight_of(model.lm_head, whole=True)], None, None if weights == "stored" else 8)
+        head = self._pack([weight_of(model.lm_head, whole=True)], None, None if weights == "stored" else 8)
         self._model = _Model(
             config.num_hidden_layers,
             config.hidden_size,
@@ -155,7 +146,7 @@ class PackedLLaMA:
             config.vocab_size,
             config.rms_norm_eps,
             layers,
-            self._vector(_weight_of(model.model.norm)),
+            self._vector(weight_of(model.model.norm)),
             embedding,
             embedding is None,
             head,
@@ -169,13 +160,13 @@ class PackedLLaMA:
         modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
         matrices = [self._matrix([modules[name] for name in names]) for names in TARGETS]
         norms = [modules[name] for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")]
-        vectors = [None if isinstance(norm, nn.Identity) else self._vector(_weight_of(norm)) for norm in norms]
+        vectors = [None if isinstance(norm, nn.Identity) else self._vector(weight_of(norm)) for norm in norms]
         window = self.config.window(index)
         return _Layer(*vectors, *matrices, 1 << 40 if window is None else window)
 
     def _matrix(self, layers: Sequence[nn.Module], bits: int | None = None) -> _Matrix:
         """One matrix of layers that read the same inputs: one below the other, or in turns where gate and up are."""
-        weights, biases = [_weight_of(layer) for layer in layers], [_bias_of(layer) for layer in layers]
+        weights, biases = [weight_of(layer) for layer in layers], [bias_of(layer) for layer in layers]
         bias = None
         if any(b is not None for b in biases):
             vectors = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
@@ -183,7 +174,7 @@ class PackedLLaMA:
         made = self._pack(weights, bias, bits)
         if self._consume:
             for layer in layers:
-                _give_up(layer, self._files)
+                give_up(layer, self._files)
         return made
 
     def _pack(self, weights: Sequence[Tensor], bias: Tensor | None, bits: int | None) -> _Matrix:
@@ -377,46 +368,9 @@ class PackedCache:
         self.blocks[:, block] = 0
 
 
-def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """Return the updates of low rank on the decoder's layers of a model, by their full names; what else was trained is
-    in its packed weights.
-    """
-    return {
-        name: Factors(module.lora_A, module.lora_B, module.scale)
-        for name, module in model.named_modules()
-        if isinstance(module, LowRank) and _is_plain(module) and name.startswith("model.layers.")
-    }
-
-
 def _sums(counts: Iterable[int]) -> list[int]:
     total, sums = 0, []
     for count in counts:
         total += count
         sums.append(total)
     return sums
-
-
-def _is_plain(module: nn.Module) -> TypeGuard[LowRank]:
-    """Whether what was trained of a module is an update B A and no more."""
-    return isinstance(module, LowRank) and module.PARTS == LowRank.PARTS
-
-
-def _weight_of(module: nn.Module, *, whole: bool = False) -> Tensor:
-    """The weight of a layer without its update of low rank, or with it; merged with what else was trained of it."""
-    base = getattr(module, "base_layer", module)
-    weight = base.dense(torch.float32) if isinstance(base, QuantizedLinear) else base.get_parameter("weight")
-    if isinstance(module, Adapter) and (whole or not _is_plain(module)):
-        weight = module.merged(weight)
-    return weight.detach()
-
-
-def _bias_of(module: nn.Module) -> Tensor | None:
-    bias = getattr(getattr(module, "base_layer", module), "bias", None)
-    return None if bias is None else bias.detach()
-
-
-def _give_up(module: nn.Module, files: MappedFiles) -> None:
-    base = getattr(module, "base_layer", module)
-    name = "packed" if isinstance(base, QuantizedLinear) else "weight"
-    files.forget(base.get_parameter(name))
-    base.register_parameter(name, nn.Parameter(torch.empty(0), requires_grad=False))

@@ -18,7 +18,7 @@ from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.kernels.decode import factors_of
+from lit_llama.model.kernels.trained import factors_of
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import BLOCK, PagedBatch

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_llama.errors import ResourceError
 from lit_llama.model.config import KVCacheType, LoRAConfig
 from lit_llama.model.kernels import packing
-from lit_llama.model.kernels.decode import Factors, PackedCache, PackedLLaMA, factors_of, packs
+from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, packs
 from lit_llama.model.kernels.packing import (
     GROUP,
     ZERO,
@@ -32,6 +32,7 @@ from lit_llama.model.kernels.packing import (
     packed_scales,
     quantized,
 )
+from lit_llama.model.kernels.trained import Factors, factors_of
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.operators.kernels import compiled

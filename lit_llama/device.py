@@ -122,7 +122,7 @@ def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
     """
     import torch
 
-    fast = _fast_bf16(device)
+    fast = capabilities(device).bfloat16
     if precision == "bf16-true" and device.type == "cuda" and not fast:
         raise ResourceError("--precision bf16-true: this GPU has no bfloat16; use --precision 32-true")
     return torch.bfloat16 if precision == "bf16-true" or (precision == "auto" and fast) else torch.float32
@@ -183,7 +183,7 @@ def numerics(precision: TrainingPrecision, device: "torch.device", *, whole: boo
     Raises:
         ResourceError: The device does not compute so; the message names what it does.
     """
-    fast = _fast_bf16(device)
+    fast = capabilities(device).bfloat16
     if precision == "auto" and not fast:
         precision = "16-mixed" if device.type == "cuda" else "32-true"
     if precision.startswith("bf16") and device.type == "cuda" and not fast:

@@ -4,12 +4,14 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import tiny_model
 
 from lit_llama import device
+from lit_llama.device import Capabilities
 from lit_llama.errors import ResourceError
 from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LoRAConfig
@@ -19,10 +21,41 @@ from lit_llama.train.loss import TokenLoss
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    """Each test asks the hardware that it pretends to have, and the ones after it the real one."""
+    device.capabilities.cache_clear()
+    yield
+    device.capabilities.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"),
+    [((7, 0), (False, False, False)), ((8, 6), (True, True, False)), ((9, 0), (True, True, True))],
+)
+def test_a_gpu_is_asked_once(
+    capability: tuple[int, int], wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a V100 that is given kernels of Ampere, and a question for each operator."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: asked.append(which) or capability)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
+    gpu = torch.device("cuda", 0)
+    found = [device.capabilities(gpu) for _ in range(3)]
+    assert asked == [gpu] and found[0].on_gpu and not found[0].on_cpu
+    assert (found[2].flash_attention, found[2].triton, found[2].float8) == wanted
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    device.capabilities.cache_clear()
+    assert not device.capabilities(gpu).triton, "what starts its kernels is compiled"
+
+
 def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches bfloat16 on a processor that emulates it several times slower, and float32 on one that has it."""
     for flags, dtype in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16), ({"amx_bf16": 0}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        device.capabilities.cache_clear()
         assert device.pick_dtype("auto", CPU) == dtype
     assert device.pick_dtype("32-true", CPU) == torch.float32
     assert device.pick_dtype("bf16-true", CPU) == torch.bfloat16
@@ -35,6 +68,7 @@ def test_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert device.pick_device().type == ("cuda" if there else "cpu")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     assert device.pick_dtype("auto", torch.device("cuda")) == torch.float32
     with pytest.raises(ResourceError, match="--precision 32-true"):
         device.pick_dtype("bf16-true", torch.device("cuda"))
@@ -73,7 +107,7 @@ def test_a_gpu_without_code_is_told(
 def test_training_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches bfloat16 emulated on a V100 and float16 on a processor, and an error that names what is as wrong."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr(device, "_fast_bf16", lambda where: False)
+    monkeypatch.setattr(device, "capabilities", lambda where: Capabilities(kind=where.type, bfloat16=False))
     assert device.numerics("auto", CPU).linear == torch.float32
     mixed = device.numerics("auto", gpu)
     assert (mixed.linear, mixed.rest, mixed.product, mixed.scaled) == (
@@ -87,7 +121,7 @@ def test_training_precision_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> 
             device.numerics(precision, gpu)  # type: ignore[arg-type]
     with pytest.raises(ResourceError, match="16-mixed is for GPUs; on this cpu use --precision 32-true"):
         device.numerics("16-mixed", CPU)
-    monkeypatch.setattr(device, "_fast_bf16", lambda where: True)
+    monkeypatch.setattr(device, "capabilities", lambda where: Capabilities(kind=where.type, bfloat16=True))
     assert device.numerics("auto", gpu).linear == torch.bfloat16
     assert not device.numerics("bf16-mixed", gpu).scaled
     with pytest.raises(ResourceError, match="use --precision bf16-true, bf16-mixed or 32-true"):
@@ -120,6 +154,7 @@ def test_peak_memory_counts_what_was_held() -> None:
 _FREED = """
 import ctypes, re, threading
 from lit_llama import device
+from lit_llama.device import Capabilities
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 device.share_freed_memory()

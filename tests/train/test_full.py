@@ -188,7 +188,8 @@ def test_mixed_precisions_hold_trained_weights_in_float32(monkeypatch: pytest.Mo
     """Catches master weights in half, in which most steps of full fine-tuning are lost, chosen unasked."""
     cpu = torch.device("cpu")
     for fast, named in ((True, "float32 and bfloat16"), (False, "float32")):
-        monkeypatch.setattr(device, "_fast_bf16", lambda _, fast=fast: fast)
+        able = device.Capabilities(kind="cpu", bfloat16=fast)
+        monkeypatch.setattr(device, "capabilities", lambda _, able=able: able)
         assert str(device.numerics("auto", cpu, whole=True)) == named
     for precision in ("auto", "bf16-mixed", "16-mixed", "32-true"):
         found = device.gpu_numerics(precision, whole=True)  # type: ignore[arg-type]

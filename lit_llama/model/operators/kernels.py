@@ -1,4 +1,4 @@
-"""The C++ of this folder and of kernels/cpu, compiled once for this processor and kept, where there is a compiler.
+"""The C++ of operators/cpu and of kernels/cpu, compiled once for this processor and kept, where there is a compiler.
 
 Without one, or where it fails, everything still runs, by the plain functions, which are slower.
 """

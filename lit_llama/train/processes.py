@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PATIENCE = 2.0
 """Seconds that a process with an error gives to the others: the launcher ends it when one of them has said it all."""
+_LONG = 10.0
+"""The same for an error of which the first process most likely speaks itself, however slowly it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +165,12 @@ def join(devices: int | Literal["auto"], num_nodes: int) -> Iterator[Processes]:
                 sys.exit(error.exit_status)
             raise
         except Exception as error:
-            if rank or isinstance(error, LostError) or not isinstance(error, UserError):
+            if isinstance(error, LostError):  # the reason may be another one's to tell
+                time.sleep(_LONG + _PATIENCE)
+            elif not isinstance(error, UserError):
                 time.sleep(_PATIENCE)
+            elif rank:
+                time.sleep(_LONG)
             raise
 
 

@@ -151,7 +151,7 @@ def test_a_process_that_dies_ends_the_other(tiny_folder: Path, data: Path, tmp_p
     assert not (tmp_path / "out" / CONFIG_FILE).exists()
 
 
-@pytest.mark.parametrize(("rank", "waited"), [(0, []), (1, [2.0])])
+@pytest.mark.parametrize(("rank", "waited"), [(0, []), (1, [10.0])])
 def test_what_all_find_wrong_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, waited: list[float]
 ) -> None:

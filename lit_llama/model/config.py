@@ -3,74 +3,21 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.model.families import ROPE_KEYS, read_fields, write_fields
+from lit_llama.model.config_json import read_fields, write_fields
+from lit_llama.model.families import SLIDING
 from lit_llama.model.patterns import check_pattern, matches_whole
 from lit_llama.model.places import describe_quantization, wrong_place
+from lit_llama.model.rope_scaling import RopeScaling as RopeScaling
+from lit_llama.model.rope_scaling import is_number
 from lit_llama.objects import ObjectError, as_object, read_text
 
 _LARGEST = 1 << 31
 """Sizes and ids are below."""
-
-
-def _is_number(value: object) -> bool:
-    """Whether a value is a finite number, which true and false are not."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Scaling of rotary positions beyond the context that a model was first trained on; see rope.py.
-
-    Args:
-        rope_type: linear, dynamic, llama3 or yarn.
-        factor: How many times as far.
-        original_max_position_embeddings: The first context, in tokens.
-        low_freq_factor: llama3: wavelengths above original / low are stretched in full.
-        high_freq_factor: llama3: wavelengths below original / high are left alone.
-        attention_factor: yarn: cosine and sine are multiplied by it; None follows from `factor`.
-        beta_fast: yarn: what turns more often than this within the first context is left alone.
-        beta_slow: yarn: what turns less often is stretched in full.
-        truncate: yarn: the bounds between them are rounded outwards to whole components.
-    """
-
-    rope_type: str
-    factor: float
-    original_max_position_embeddings: int
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name not in ("rope_type", "truncate") and not (value is None or _is_number(value)):
-                raise CheckpointError(
-                    f"rotary scaling of type {self.rope_type}: {entry.name} cannot be {value!r:.60}: it is a number"
-                )
-        if not isinstance(self.truncate, bool):
-            raise CheckpointError(f"rotary scaling: truncate is {self.truncate!r:.60}, expected true or false")
-        for name, right in {
-            "rope_type": self.rope_type in ROPE_KEYS and self.rope_type != "default",
-            "factor": 1 <= self.factor < math.inf,
-            "original_max_position_embeddings": self.original_max_position_embeddings >= 1,
-            "low_freq_factor": 0 < self.low_freq_factor < self.high_freq_factor,
-            "attention_factor": self.attention_factor is None or 0 < self.attention_factor < math.inf,
-            "beta_slow": 0 < self.beta_slow < self.beta_fast,
-        }.items():
-            if not right:
-                raise CheckpointError(
-                    f"rotary scaling of type {self.rope_type}: {name} cannot be {getattr(self, name)!r}"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +38,7 @@ class LLaMAConfig:
         rms_norm_eps: Added to the mean square before the root.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: How they are stretched, if they are.
+        no_rope_layers: 1 for each layer that rotates queries and keys, 0 for one that does not; empty: all do.
         attention_bias: The projections to queries, keys and values add a bias.
         attention_out_bias: The projection out of the attention does.
         mlp_bias: The three of the MLP do.
@@ -115,6 +63,7 @@ class LLaMAConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    no_rope_layers: tuple[int, ...] = ()
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
@@ -135,11 +84,11 @@ class LLaMAConfig:
                 )
             if entry.type is bool and not isinstance(value, bool):
                 raise CheckpointError(f"{entry.name} is {value!r}, expected true or false")
-        if not (_is_number(self.rms_norm_eps) and 0 <= self.rms_norm_eps < 1):
+        if not (is_number(self.rms_norm_eps) and 0 <= self.rms_norm_eps < 1):
             raise CheckpointError(
                 f"rms_norm_eps is {self.rms_norm_eps!r:.60}, expected a number from 0 to 1, such as 1e-6"
             )
-        if not (_is_number(self.rope_theta) and self.rope_theta > 0):
+        if not (is_number(self.rope_theta) and self.rope_theta > 0):
             raise CheckpointError(f"rope_theta is {self.rope_theta!r:.60}, expected a number above 0, such as 10000")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
@@ -157,13 +106,39 @@ class LLaMAConfig:
             raise CheckpointError(
                 f"sliding_window is {self.sliding_window!r}, expected a positive whole number or none"
             )
-        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
-            raise CheckpointError(f"layer_types has {len(self.layer_types)} entries, one for each layer is needed")
+        for name in ("layer_types", "no_rope_layers"):
+            if (count := len(getattr(self, name))) not in (0, self.num_hidden_layers):
+                raise CheckpointError(f"{name} has {count} entries, one for each layer is needed")
 
     def window(self, layer: int) -> int | None:
         """Return the tokens that a token sees in a layer, itself the last of them; None is all."""
-        sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
-        return self.sliding_window if sliding else None
+        return self.sliding_window if self._slides(layer) else None
+
+    def _slides(self, layer: int) -> bool:
+        return not self.layer_types or self.layer_types[layer] == SLIDING
+
+    def rotary(self, layer: int) -> "LLaMAConfig | None":
+        """Return a configuration whose rotary fields are those of a layer; None if it rotates nothing."""
+        return None if self.no_rope_layers and not self.no_rope_layers[layer] else self
+
+    def beyond(self, layer: int) -> str:
+        """Name the first thing that a layer computes and the fused layers and the packed kernels do not, for people;
+        "" if there is none.
+        """
+        there = {"no rotary positions": self.rotary(layer) is None}
+        return next((name for name, is_so in there.items() if is_so), "")
+
+    @property
+    def beyond_llama(self) -> str:
+        """Name the first thing that the packed kernels do not compute, of any layer or outside the layers; "" if there
+        is none.
+        """
+        return next((name for layer in range(self.num_hidden_layers) if (name := self.beyond(layer))), "")
+
+    def shortened(self, layers: int) -> "LLaMAConfig":
+        """Return the configuration of a model of the first layers alone."""
+        types, rotated = self.layer_types[:layers], self.no_rope_layers[:layers]
+        return replace(self, num_hidden_layers=layers, layer_types=types, no_rope_layers=rotated)
 
     @property
     def context_length(self) -> int:

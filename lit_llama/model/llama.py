@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.rope import rotary, rotate
+from lit_llama.model.rope import Rotation, rotary, rotate
 
 
 class LLaMA(nn.Module):
@@ -55,6 +55,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.rotary = [config.rotary(index) for index in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.noise: nn.Module | None = None  # what training may add to the embeddings; see neftune.py
 
@@ -63,9 +64,9 @@ class Decoder(nn.Module):
         layout = layout or Packed([len(input_ids)], input_ids.device)
         x = self.embed_tokens(input_ids)  # (T, C)
         x = x if self.noise is None else self.noise(x, layout)
-        rotation = rotary(self.config, layout, x.dtype)
-        for layer in self.layers:
-            x = layer(x, rotation, layout)
+        rotations = {config: rotary(config, layout, x.dtype) for config in {*self.rotary} if config}
+        for layer, config in zip(self.layers, self.rotary, strict=True):
+            x = layer(x, rotations[config] if config else None, layout)
         return self.norm(x)
 
 
@@ -74,12 +75,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
+        self.beyond = config.beyond(index)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Add attention and MLP to the residual: (T, C) -> (T, C)."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -98,12 +100,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Attend to the tokens of the layout: (T, C) -> (T, C)."""
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, D)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
-        y = layout.attend(self.index, rotate(q, rotation), rotate(k, rotation), v, self.window)  # (T, H, D)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        y = layout.attend(self.index, q, k, v, self.window)  # (T, H, D)
         return self.o_proj(y.flatten(1))
 
 

@@ -13,6 +13,7 @@ from lit_llama.model.attention.layout import Layout
 from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused.layer import FusedLayer
 from lit_llama.model.llama import MLP, DecoderLayer, LLaMA
+from lit_llama.model.rope import Rotation
 
 
 class RecomputedLayer(DecoderLayer):
@@ -21,7 +22,7 @@ class RecomputedLayer(DecoderLayer):
     def __init__(self, layer: DecoderLayer) -> None:
         _adopt(self, layer)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Run the layer: (T, C) -> (T, C). Dropout draws the same again: the state of the generators is put back for
         it.
         """

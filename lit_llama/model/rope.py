@@ -14,8 +14,11 @@ from torch import Tensor
 from lit_llama.model.attention.layout import Layout
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine, each (T, 1, D/2)."""
 
-def rotary(config: LLaMAConfig, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def rotary(config: LLaMAConfig, layout: Layout, dtype: torch.dtype) -> Rotation:
     """Compute cosine and sine of position * frequency for the tokens of a layout: two of (T, 1, D/2), in float32."""
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
@@ -29,7 +32,7 @@ def rotary(config: LLaMAConfig, layout: Layout, dtype: torch.dtype) -> tuple[Ten
     return (angle.cos() * factor).to(dtype)[:, None], (angle.sin() * factor).to(dtype)[:, None]
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate component i of each head against component i + D/2: (T, H, D) -> (T, H, D)."""
     cos, sin = rotation
     left, right = x.chunk(2, dim=-1)

@@ -144,7 +144,8 @@ class Build:
 
     def _deep(self, peak: Callable[["Build"], int]) -> int:
         """The peak of all layers from that of a few, where the layers are alike."""
-        layers, alike = self.config.num_hidden_layers, len(set(self.config.layer_types)) < 2
+        layers = self.config.num_hidden_layers
+        alike = len({(self.config.window(index), self.config.beyond(index)) for index in range(layers)}) < 2
         if layers <= _MORE or not alike or not self.method.uniform:
             return peak(self)
         few, more = (peak(self._with_layers(number)) for number in (_FEW, _MORE))
@@ -167,8 +168,7 @@ class Build:
             return can_share(self._with_layers(1)._model().train(train))
 
     def _with_layers(self, number: int) -> "Build":
-        types = self.config.layer_types[:number]
-        return replace(self, config=replace(self.config, num_hidden_layers=number, layer_types=types))
+        return replace(self, config=self.config.shortened(number))
 
     def _run(self, shape: Shape, *, train: bool) -> int:
         layout = Packed(shape.lengths, parents=shape.parents)

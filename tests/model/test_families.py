@@ -11,6 +11,7 @@ from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.families import FAMILIES
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 # What one release or another wrote beside the mathematics.
 V4: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -168,6 +169,16 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"max_window_layers": 3, "sliding_window": 4096, "use_sliding_window": True},
         {"sliding_window": 4096, "layer_types": ("full_attention",) * 3 + ("sliding_attention",)},
     ),
+    "SmolLM 3 3B": (
+        LLAMA
+        | shape(36, 2048, 16, 4, 11008, 65536)
+        | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "vocab_size": 128256}
+        | {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "layer_types": [FULL] * 36}
+        | {"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False, "rope_theta": 5000000.0}
+        | {"rms_norm_eps": 1e-06, "pretraining_tp": 2, "tie_word_embeddings": True}
+        | {"bos_token_id": 128000, "eos_token_id": 128012, "pad_token_id": 128004},
+        {"no_rope_layers": (1, 1, 1, 0) * 9, "sliding_window": None, "rope_theta": 5000000.0},
+    ),
     "Qwen 3 0.6B": (
         QWEN2
         | shape(28, 1024, 16, 8, 3072, 40960)
@@ -188,7 +199,7 @@ def test_published_configurations_are_read_in_both_spellings(
 
     config = LLaMAConfig.from_dict(raw)
     assert {name: getattr(config, name) for name in wanted} == wanted
-    theirs = AutoConfig.for_model(**{name: value for name, value in raw.items() if name != "pad_token_id"})
+    theirs = AutoConfig.for_model(**raw | {"pad_token_id": None})
     theirs.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in saved and "rope_theta" not in saved, "this is not the newer spelling"
@@ -244,7 +255,6 @@ def test_absent_fields_mean_what_they_mean_to_transformers(model_type: str) -> N
 LAYERS = 4
 SMALL: dict[str, Any] = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 9, "num_attention_heads": 4}
 SMALL |= {"num_hidden_layers": LAYERS, "num_key_value_heads": 2}
-FULL, SLIDING = "full_attention", "sliding_attention"
 # A window is on: 3 layers see all.
 WINDOWED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
 
@@ -278,7 +288,11 @@ def rope(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gemma2"}, "model_type is 'gemma2', expected one of llama, mistral, qwen2, qwen3"),
+    ({"model_type": "gemma2"}, "model_type is 'gemma2', expected one of llama, mistral, qwen2, qwen3, "),
+    ({"model_type": "llama", "no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers is"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 1, 2, 0]}, "no_rope_layers is .*expected 0 or 1 for each of 4"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers is .*expected 0 or 1 for each of 4"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
     ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
     ({"model_type": "qwen3", "num_experts": 128}, "num_experts is 128"),
     ({"model_type": "mistral", "num_local_experts": 8}, "num_local_experts is 8"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import write_adapter, write_tokenizer
 from paged_steps import Steps, made_by
+from tiny_families import SHAPE, random_ids, write_model
 from torch import Tensor
 
 from lit_llama.convert.merge import merge
@@ -21,18 +22,7 @@ from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 
-TINY: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3}
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Settings as transformers 5 spells them, and fields of ours which, changed, must change the logits visibly.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -110,23 +100,6 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 LENGTH = 150  # beyond every window, and beyond the first context
 
 
-def random_ids(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 384, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def write_model(folder: Path, settings: dict[str, Any]) -> Any:
-    """A random model that transformers makes and saves, large enough in all its weights for differences to show."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**TINY | settings, attn_implementation="eager")
-    theirs = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
-    torch.manual_seed(0)
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.15 if parameter.ndim > 1 else 0.5)
-    theirs.save_pretrained(folder)
-    return theirs
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, LLaMA]]:
     """Gives the folder, transformers' model and ours for a name of MODELS."""
@@ -135,7 +108,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
     def get(name: str) -> tuple[Path, Any, LLaMA]:
         if name not in made:
             folder = tmp_path_factory.mktemp("family")
-            theirs = write_model(folder, MODELS[name][0])
+            theirs = write_model(folder, TINY | MODELS[name][0])
             made[name] = folder, theirs, load_model(folder)
         return made[name]
 
@@ -277,7 +250,7 @@ def test_an_adapter_and_its_merge_equal_those_of_peft(models: Models, name: str,
     from peft import PeftModel
 
     base, _, model = tmp_path / "base", *models(name)[1:]
-    theirs = write_model(base, MODELS[name][0])
+    theirs = write_model(base, TINY | MODELS[name][0])
     write_tokenizer(base)
     adapter = write_adapter(tmp_path / "adapter", base)
     ids = random_ids(60)

@@ -96,8 +96,15 @@ def native_name(name: str) -> str | None:
 
 
 def architecture(config: LLaMAConfig) -> str:
-    """Return GGUF's name of the family: Mistral is a LLaMA there."""
-    return "llama" if config.model_type == "mistral" else config.model_type
+    """Return GGUF's name of the family: Mistral is a LLaMA there.
+
+    Raises:
+        CheckpointError: Its form in GGUF is not implemented.
+    """
+    name = "llama" if config.model_type == "mistral" else config.model_type
+    if name not in _ARCHITECTURES:
+        raise CheckpointError(f"model_type {name!r} is not written as GGUF, only {', '.join(_ARCHITECTURES)} are")
+    return name
 
 
 def in_rotary_pairs(config: LLaMAConfig) -> bool:

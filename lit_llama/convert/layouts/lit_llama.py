@@ -307,6 +307,7 @@ def _check_expressible(source: Source) -> None:
         "rope_theta": (config.rope_theta, _THETA),
         "rope_scaling": (config.rope_scaling, None),
         "sliding_window": (config.sliding_window, None),
+        "beyond_llama": (config.beyond_llama, ""),
     }
     for name, (found, only) in values.items():
         if found != only:

@@ -74,6 +74,8 @@ def _params(source: Source) -> dict[str, Any]:
             f"{source.path}: head_dim is {config.head_dim}, in Meta's layout it is hidden_size / num_attention_heads = "
             f"{config.hidden_size / config.num_attention_heads:g}"
         )
+    if beyond := config.beyond_llama:
+        raise CheckpointError(f"{source.path}: the model has {beyond}, Meta's code knows none")
     if config.sliding_window is not None:
         raise CheckpointError(f"{source.path}: sliding_window is {config.sliding_window}, Meta's code knows none")
     multiple, multiplier = _width(config.hidden_size, config.intermediate_size)

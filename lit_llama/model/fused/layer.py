@@ -26,6 +26,7 @@ from lit_llama.model.llama import Attention, DecoderLayer, LLaMA
 from lit_llama.model.low_rank import DoRALinear, base_of
 from lit_llama.model.operators import pointwise
 from lit_llama.model.operators.kernels import native
+from lit_llama.model.rope import Rotation
 
 ALIGNED = 64
 """Values at whose multiples parts begin, so that vectors do not cross lines of the cache."""
@@ -125,6 +126,8 @@ def can_share(model: LLaMA) -> bool:
 
 def why_plain(layer: DecoderLayer) -> str:
     """Explain why a layer cannot be fused, for people; "" if it has no more than what is written here."""
+    if layer.beyond:
+        return layer.beyond
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -176,7 +179,7 @@ class FusedLayer(DecoderLayer):
         self.down = join([mlp.down_proj], like)
         self.joined = (self.qkv, self.out, self.gate_up, self.down)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Run the layer: (T, C) -> (T, C)."""
         if not isinstance(layout, Packed) or x.dtype != self.input_layernorm.weight.dtype:
             return super().forward(x, rotation, layout)

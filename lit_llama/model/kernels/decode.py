@@ -88,6 +88,7 @@ def packs(config: LLaMAConfig, dtype: torch.dtype) -> bool:
     scaling = config.rope_scaling
     return (
         fits
+        and not config.beyond_llama
         and (scaling is None or scaling.rope_type != "dynamic")
         and config.num_attention_heads // config.num_key_value_heads <= TALL
         and dtype in (torch.bfloat16, torch.float32)

@@ -1,0 +1,172 @@
+"""config.json of Hugging Face -> the fields of LLaMAConfig, and back, by the entries of families.py."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_llama.errors import CheckpointError
+from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, ROPE_KEYS, SLIDING, Family, Own
+
+_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SAME = (
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "bos_token_id",
+    "pad_token_id",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+"""Fields of LLaMAConfig that config.json has under the same name and with the same meaning, where the family has
+them."""
+
+
+def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of LLaMAConfig out of a config.json, in the spelling of transformers 4 or 5.
+
+    Raises:
+        CheckpointError: A field is missing, or asks for mathematics this model does not compute.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    decided = (family.defaults.keys() | family.implied.keys()) - family.fixed.keys()
+    for name, allowed in {**FIXED, **family.fixed}.items():
+        if name not in decided and raw.get(name, allowed[0]) not in allowed:
+            raise CheckpointError(f"{name} is {raw[name]!r}, only {allowed[0]!r} is implemented")
+    if missing := [name for name in _SHAPE if name not in raw]:
+        raise CheckpointError(f"missing {', '.join(missing)}")
+    for name in _SHAPE:
+        if type(raw[name]) is not int or raw[name] < 1:
+            raise CheckpointError(f"{name} is {raw[name]!r:.60}, expected a positive whole number")
+    own = {name: raw.get(name, default) for name, default in {**ALL, **family.defaults}.items()}
+    heads, bias, eos = raw["num_attention_heads"], own.get("attention_bias") or False, own["eos_token_id"]
+    window, layer_types = _read_window(raw, own, family)
+    return {
+        "model_type": model_type,
+        **{name: raw[name] for name in _SHAPE},
+        **{name: own[name] for name in _SAME if name in own},
+        "num_key_value_heads": own["num_key_value_heads"] or heads,
+        "head_dim": own["head_dim"] or raw["hidden_size"] // heads,
+        **_read_rope(raw, own, family),
+        "no_rope_layers": _read_no_rope(own, raw["num_hidden_layers"]),
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "mlp_bias": own.get("mlp_bias") or False,
+        "sliding_window": window,
+        "layer_types": layer_types,
+        "tie_word_embeddings": own["tie_word_embeddings"] or False,
+        "eos_token_id": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        **{name: value(raw) if callable(value) else value for name, value in family.implied.items()},
+    }
+
+
+def write_fields(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Write fields of LLaMAConfig, as plain values, as a config.json that transformers 4 and 5 both read."""
+    family = FAMILIES[fields["model_type"]]
+    layers = fields["num_hidden_layers"]
+    eos, window, scaling = list(fields["eos_token_id"]), fields["sliding_window"], fields["rope_scaling"]
+    types = list(fields["layer_types"]) or [FULL if window is None else SLIDING] * layers
+    if scaling:
+        must, may = ROPE_KEYS[scaling["rope_type"]]
+        scaling = {name: scaling[name] for name in ("rope_type", *must, *may) if scaling[name] is not None}
+    values = {
+        **family.defaults,  # of what is only read
+        **fields,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "rope_scaling": scaling,
+        "no_rope_layers": list(fields["no_rope_layers"]) or [1] * layers,
+        "use_sliding_window": window is not None,
+        "max_window_layers": types.count(FULL),  # older releases know this, newer ones layer_types
+        "layer_types": types,
+    }
+    return {
+        "architectures": [family.architecture],
+        "model_type": fields["model_type"],
+        **{name: values[name] for name in (*_SHAPE, *{**ALL, **family.defaults})},
+        "hidden_act": "silu",
+        **{name: allowed[0] for name, allowed in family.fixed.items()},
+        "torch_dtype": dtype,
+    }
+
+
+def _read_no_rope(own: Own, layers: int) -> tuple[int, ...]:
+    """1 for each layer that rotates queries and keys, 0 for one that does not; empty if all do."""
+    if "no_rope_layers" not in own:
+        return ()
+    given, step = own["no_rope_layers"], own["no_rope_layer_interval"]
+    if given is None:
+        if type(step) is not int or step < 1:
+            raise CheckpointError(f"no_rope_layer_interval is {step!r:.60}, expected a positive whole number")
+        given = [int((layer + 1) % step != 0) for layer in range(layers)]
+    if not isinstance(given, list) or len(given) < layers or any(value not in (0, 1) for value in given):
+        raise CheckpointError(f"no_rope_layers is {given!r:.60}, expected 0 or 1 for each of {layers} layers")
+    rotated = tuple(map(int, given[:layers]))
+    return () if all(rotated) else rotated
+
+
+def _read_window(raw: Mapping[str, Any], own: Own, family: Family) -> tuple[int | None, tuple[str, ...]]:
+    """Size of the sliding window, and the types of the layers unless all have it."""
+    window = own.get("sliding_window") if own.get("use_sliding_window", True) else None
+    if window is None and not raw.get("layer_types"):
+        return None, ()
+    layers = range(raw["num_hidden_layers"])
+    usual = [FULL if window is None else family.layer_type(own, layer) for layer in layers]
+    types = raw.get("layer_types") or usual
+    # Families without this field are computed as usual whatever it says, so it may not say anything else.
+    if types != usual and ("layer_types" not in own or window is None or set(types) - {FULL, SLIDING}):
+        kinds = ", ".join(sorted(set(types)))
+        raise CheckpointError(f"layer_types has {kinds}: not implemented for this family with sliding_window {window}")
+    if SLIDING not in types:
+        return None, ()
+    return window, tuple(types) if FULL in types else ()
+
+
+def _read_rope(raw: Mapping[str, Any], own: Own, family: Family) -> dict[str, Any]:
+    """Base of the frequencies, and the fields of RopeScaling.
+
+    transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters with both inside.
+    """
+    ropes = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    scalings = [_read_scaling(name, rope, own["max_position_embeddings"]) for name, rope in ropes.items()]
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise CheckpointError(f"rope_scaling {ropes['rope_scaling']} contradicts rope_parameters")
+    theta = _one_number("rope_theta", [source.get("rope_theta") for source in (raw, *ropes.values())])
+    return {
+        "rope_theta": own["rope_theta"] if theta is None else theta,
+        "rope_scaling": scalings[0] if scalings else None,
+    }
+
+
+def _one_number(name: str, given: list[Any]) -> float | None:
+    """The number that a field is given as, wherever it stands; None if nowhere."""
+    found = set[float]()
+    for value in given:
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{name} is {value!r:.60}, expected a number such as 10000")
+        found.add(float(value))
+    if len(found) > 1:
+        raise CheckpointError(f"{name} is given twice: {' and '.join(map(str, sorted(found)))}")
+    return found.pop() if found else None
+
+
+def _read_scaling(name: str, rope: Mapping[str, Any], context: int) -> dict[str, Any] | None:
+    if layers := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise CheckpointError(f"{name} differs by layer ({', '.join(layers)}), which is not implemented")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_KEYS:
+        raise CheckpointError(f"{name}: rope_type is {kind!r}, expected one of {', '.join(ROPE_KEYS)}")
+    given = {key: value for key, value in rope.items() if value is not None}
+    given = {key: value for key, value in given.items() if key not in ("rope_type", "type", "rope_theta")}
+    if given.get("partial_rotary_factor") == 1:
+        del given["partial_rotary_factor"]
+    must, may = ROPE_KEYS[kind]
+    for key, value in given.items():
+        if key not in must + may:
+            raise CheckpointError(f"{name}: {key} is {value!r}, which is not implemented for rope_type {kind!r}")
+    if missing := [key for key in must if key not in given]:
+        raise CheckpointError(f"{name}: rope_type {kind!r} needs {', '.join(missing)}")
+    return {"rope_type": kind, "original_max_position_embeddings": context, **given} if must else None

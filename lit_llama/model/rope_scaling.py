@@ -1,0 +1,63 @@
+"""The way in which rotary positions are stretched, as config.json says it. Imports no torch."""
+
+import math
+from dataclasses import dataclass, fields
+
+from lit_llama.errors import CheckpointError
+from lit_llama.model.families import ROPE_KEYS
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a finite number, which true and false are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Scaling of rotary positions beyond the context that a model was first trained on; see rope.py.
+
+    Args:
+        rope_type: linear, dynamic, llama3 or yarn.
+        factor: How many times as far.
+        original_max_position_embeddings: The first context, in tokens.
+        low_freq_factor: llama3: wavelengths above original / low are stretched in full.
+        high_freq_factor: llama3: wavelengths below original / high are left alone.
+        attention_factor: yarn: cosine and sine are multiplied by it; None follows from `factor`.
+        beta_fast: yarn: what turns more often than this within the first context is left alone.
+        beta_slow: yarn: what turns less often is stretched in full.
+        truncate: yarn: the bounds between them are rounded outwards to whole components.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in ("rope_type", "truncate") and not (value is None or is_number(value)):
+                raise CheckpointError(
+                    f"rotary scaling of type {self.rope_type}: {entry.name} cannot be {value!r:.60}: it is a number"
+                )
+        if not isinstance(self.truncate, bool):
+            raise CheckpointError(f"rotary scaling: truncate is {self.truncate!r:.60}, expected true or false")
+        for name, right in {
+            "rope_type": self.rope_type in ROPE_KEYS and self.rope_type != "default",
+            "factor": 1 <= self.factor < math.inf,
+            "original_max_position_embeddings": self.original_max_position_embeddings >= 1,
+            "low_freq_factor": 0 < self.low_freq_factor < self.high_freq_factor,
+            "attention_factor": self.attention_factor is None or 0 < self.attention_factor < math.inf,
+            "beta_slow": 0 < self.beta_slow < self.beta_fast,
+        }.items():
+            if not right:
+                raise CheckpointError(
+                    f"rotary scaling of type {self.rope_type}: {name} cannot be {getattr(self, name)!r}"
+                )

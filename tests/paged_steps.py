@@ -16,6 +16,7 @@ class Steps:
     """A cache for sequences that are fed in pieces, the blocks of which lie in turns."""
 
     def __init__(self, config: LLaMAConfig, batch: int, capacity: int) -> None:
+        self._bound = capacity
         blocks = -(-capacity // BLOCK)
         self._tables = [[batch * index + row for index in range(blocks)] for row in range(batch)]
         self._cache = PagedCache(config, batch * blocks, "cpu", torch.float32)
@@ -25,7 +26,8 @@ class Steps:
         """The layout of the next tokens: `counts[b]` more of sequence b, laid end to end."""
         starts, ids = self.lengths, [[0] * count for count in counts]
         self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-        return Paged(PagedBatch(ids=ids, starts=starts, tables=self._tables, logits=counts), self._cache)
+        batch = PagedBatch(ids=ids, starts=starts, tables=self._tables, logits=counts, bounds=[self._bound] * len(ids))
+        return Paged(batch, self._cache)
 
 
 def made_by(

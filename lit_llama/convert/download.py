@@ -355,6 +355,8 @@ def _delta(folder: Path) -> str | None:
     """What to do with the weights, if they are what is to be added to those of a base."""
     try:
         source = open_folder(folder)
+        if source.shape.norm_offset:  # norms of a model may be near zero
+            return None
     except CheckpointError:  # which whoever uses them says
         return None
     try:

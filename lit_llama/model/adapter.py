@@ -18,7 +18,7 @@ from lit_llama.model.adapters.settings import CONFIG_FILE as CONFIG_FILE
 from lit_llama.model.adapters.settings import read_settings
 from lit_llama.model.adapters.tensors import PREFIX, AdapterFile, read_adapter_file
 from lit_llama.model.adapters.tensors import WEIGHTS_FILE as WEIGHTS_FILE
-from lit_llama.model.config import LoRAConfig, Quantization
+from lit_llama.model.config import ALL_LINEAR, LoRAConfig, Quantization
 from lit_llama.model.lora import adapters
 from lit_llama.model.rows import TrainedRows
 from lit_llama.model.weights import check_names
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": config.pattern or config.targets,
+        "target_modules": config.pattern or _targets(model, config),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": config.rank_pattern,
@@ -62,6 +62,12 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base_model:
         "inference_mode": True,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def _targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the adapted modules; of all linear layers those that the model has."""
+    there = {name.rpartition(".")[2] for name, _ in adapters(model)}
+    return [name for name in config.targets if config.target_modules not in ALL_LINEAR or name in there]
 
 
 def _trained_rows(model: nn.Module) -> dict[str, list[int]]:

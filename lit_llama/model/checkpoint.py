@@ -99,7 +99,8 @@ def load_model(
     if tied:
         expected.pop("lm_head.weight")
     check_names(folder, set(expected), dict.fromkeys(names))
-    check_no_delta(folder, (whole(name) for name in weights if name.endswith("norm.weight")))
+    if not config.norm_offset:  # else those of a model may be near zero
+        check_no_delta(folder, (whole(name) for name in weights if name.endswith("norm.weight")))
     state: dict[str, torch.Tensor] = {}
     for name in track(names, f"loading {folder}"):
         stored, shape = weights.spec(name)

@@ -16,6 +16,18 @@ from lit_llama.model.rope_scaling import RopeScaling as RopeScaling
 from lit_llama.model.rope_scaling import is_number
 from lit_llama.objects import ObjectError, as_object, read_text
 
+_ABOVE_ZERO = {
+    "rope_theta": 10000,
+    "local_rope_theta": 10000,
+    "partial_rotary_factor": 0.5,
+    "attention_multiplier": 0.125,
+    "query_pre_attn_scalar": 256,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+}
+"""Fields that are numbers above zero, and an example."""
+_MAY_LACK = ("local_rope_theta", "attention_multiplier", "query_pre_attn_scalar")
 _LARGEST = 1 << 31
 """Sizes and ids are below."""
 
@@ -38,11 +50,25 @@ class LLaMAConfig:
         rms_norm_eps: Added to the mean square before the root.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: How they are stretched, if they are.
+        local_rope_theta: Base in layers with a window where these are not stretched; None: all layers turn alike.
+        partial_rotary_factor: Share of the components of a head that are rotated, the first ones.
+        rope_interleaved: Component 2 i turns against 2 i + 1, instead of i against i + half of them.
         no_rope_layers: 1 for each layer that rotates queries and keys, 0 for one that does not; empty: all do.
         attention_bias: The projections to queries, keys and values add a bias.
         attention_out_bias: The projection out of the attention does.
         mlp_bias: The three of the MLP do.
-        use_qk_norm: Queries and keys are normalised head by head, before their rotation.
+        joined_qkv: The projections to queries, keys and values are one, qkv_proj.
+        joined_gate_up: Those to gate and up are one, gate_up_proj.
+        hidden_act: What is applied to the gate, see llama.ACTIVATIONS.
+        layer_norms: Names of the norms before and after the attention, and before and after the MLP; "" for none.
+        norm_offset: Added to the weight of every norm.
+        use_qk_norm: Queries and keys are normalised before their rotation, head by head.
+        joined_qk_norm: The heads of a token are normalised together.
+        attention_multiplier: Factor of the scores; None is 1 / sqrt(D).
+        query_pre_attn_scalar: Number whose inverse root is that factor; None for none.
+        embedding_multiplier: Factor of the embeddings, rounded to their dtype.
+        residual_multiplier: Factor of what attention and MLP add to the stream.
+        logits_scaling: Divisor of the logits.
         sliding_window: Tokens that a token sees, itself the last of them; None is all.
         layer_types: sliding_attention or full_attention for each layer; empty: all have the window.
         tie_word_embeddings: The output head is the embedding matrix.
@@ -63,11 +89,25 @@ class LLaMAConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False
     no_rope_layers: tuple[int, ...] = ()
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    joined_qkv: bool = False
+    joined_gate_up: bool = False
+    hidden_act: str = "silu"
+    layer_norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    norm_offset: float = 0.0
     use_qk_norm: bool = False
+    joined_qk_norm: bool = False
+    attention_multiplier: float | None = None
+    query_pre_attn_scalar: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
@@ -88,8 +128,15 @@ class LLaMAConfig:
             raise CheckpointError(
                 f"rms_norm_eps is {self.rms_norm_eps!r:.60}, expected a number from 0 to 1, such as 1e-6"
             )
-        if not (is_number(self.rope_theta) and self.rope_theta > 0):
-            raise CheckpointError(f"rope_theta is {self.rope_theta!r:.60}, expected a number above 0, such as 10000")
+        for name, usual in _ABOVE_ZERO.items():
+            value = getattr(self, name)
+            if not ((value is None and name in _MAY_LACK) or (is_number(value) and value > 0)):
+                raise CheckpointError(f"{name} is {value!r:.60}, expected a number above 0, such as {usual}")
+        if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
+            raise CheckpointError(
+                f"partial_rotary_factor is {self.partial_rotary_factor}, which rotates {self.rotary_dim} of the "
+                f"{self.head_dim} components of a head; an even number of them is needed"
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
             for index in ids if isinstance(ids, tuple) else [] if ids is None else [ids]:
@@ -119,13 +166,42 @@ class LLaMAConfig:
 
     def rotary(self, layer: int) -> "LLaMAConfig | None":
         """Return a configuration whose rotary fields are those of a layer; None if it rotates nothing."""
-        return None if self.no_rope_layers and not self.no_rope_layers[layer] else self
+        if self.no_rope_layers and not self.no_rope_layers[layer]:
+            return None
+        if self.local_rope_theta is None or self.window(layer) is None:
+            return self
+        return replace(self, rope_theta=self.local_rope_theta, rope_scaling=None)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Components of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of the scores; None is 1 / sqrt(D)."""
+        scalar = self.query_pre_attn_scalar
+        return self.attention_multiplier if scalar is None else scalar**-0.5
 
     def beyond(self, layer: int) -> str:
         """Name the first thing that a layer computes and the fused layers and the packed kernels do not, for people;
         "" if there is none.
         """
-        there = {"no rotary positions": self.rotary(layer) is None}
+        usual = LLaMAConfig.layer_norms
+        there = {
+            "no rotary positions": self.rotary(layer) is None,
+            "partly rotated heads": self.rotary_dim < self.head_dim,
+            "interleaved rotary positions": self.rope_interleaved,
+            "two kinds of rotary positions": self.local_rope_theta is not None,
+            "norms elsewhere than before attention and MLP": self.layer_norms != usual,
+            "norms with an offset": bool(self.norm_offset),
+            "norms over all heads": self.joined_qk_norm,
+            "projections that are one": self.joined_qkv or self.joined_gate_up,
+            f"activation {self.hidden_act}": self.hidden_act != "silu",
+            "a scale of the scores": self.attention_scale is not None,
+            "queries scaled by position": bool(self.rope_scaling and self.rope_scaling.llama_4_scaling_beta),
+            "a scale of the residuals": self.residual_multiplier != 1,
+        }
         return next((name for name, is_so in there.items() if is_so), "")
 
     @property
@@ -133,7 +209,12 @@ class LLaMAConfig:
         """Name the first thing that the packed kernels do not compute, of any layer or outside the layers; "" if there
         is none.
         """
-        return next((name for layer in range(self.num_hidden_layers) if (name := self.beyond(layer))), "")
+        outer = {
+            "a scale of the embeddings": self.embedding_multiplier != 1,
+            "a scale of the logits": self.logits_scaling != 1,
+        }
+        found = next((name for layer in range(self.num_hidden_layers) if (name := self.beyond(layer))), "")
+        return found or next((name for name, is_so in outer.items() if is_so), "")
 
     def shortened(self, layers: int) -> "LLaMAConfig":
         """Return the configuration of a model of the first layers alone."""
@@ -144,7 +225,7 @@ class LLaMAConfig:
     def context_length(self) -> int:
         """Longest sequence the model is made for, in tokens."""
         scaling = self.rope_scaling
-        if scaling is None or scaling.rope_type == "llama3":  # whose max_position_embeddings is the stretched one
+        if scaling is None or scaling.rope_type in ("llama3", "longrope"):  # whose limit is the stretched one
             return self.max_position_embeddings
         return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings))
 
@@ -184,8 +265,8 @@ class LLaMAConfig:
         return raw
 
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of one decoder layer, which `all-linear` stands for."""
+LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""The linear layers of decoder layers, which `all-linear` stands for; a model has those of its configuration."""
 
 ALL_LINEAR = ("all-linear", "all")
 """What target_modules may say for them: PEFT's word, and the one that others have made common."""
@@ -283,10 +364,20 @@ class LoRAConfig:
     def targets(self) -> list[str]:
         """Names of the modules to adapt, or one regular expression."""
         if self.target_modules in ALL_LINEAR:
-            return list(LINEARS)
+            return list(LINEARS)  # a model has some of them
         if self.pattern is not None:
             return [self.pattern]
         return _names(self.target_modules) or [""]
+
+    @property
+    def covers_linears(self) -> bool:
+        """Whether the targets are all linear layers of a decoder, by that word or by their names."""
+        if self.target_modules in ALL_LINEAR:
+            return True
+        named = set(self.targets)
+        ways = ({"qkv_proj"}, {"q_proj", "k_proj", "v_proj"}), ({"gate_up_proj"}, {"gate_proj", "up_proj"})
+        rest = {"o_proj", "down_proj"}
+        return named <= {*LINEARS} and rest <= named and all(any(way <= named for way in either) for either in ways)
 
     @property
     def pattern(self) -> str | None:

@@ -1,10 +1,11 @@
 """config.json of Hugging Face -> the fields of LLaMAConfig, and back, by the entries of families.py."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, ROPE_KEYS, SLIDING, Family, Own
+from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, SLIDING, Family, Own
 
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SAME = (
@@ -16,6 +17,7 @@ _SAME = (
     "attention_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "query_pre_attn_scalar",
 )
 """Fields of LLaMAConfig that config.json has under the same name and with the same meaning, where the family has
 them."""
@@ -32,6 +34,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     decided = (family.defaults.keys() | family.implied.keys()) - family.fixed.keys()
+    decided |= {*family.ignored}
     for name, allowed in {**FIXED, **family.fixed}.items():
         if name not in decided and raw.get(name, allowed[0]) not in allowed:
             raise CheckpointError(f"{name} is {raw[name]!r}, only {allowed[0]!r} is implemented")
@@ -68,9 +71,16 @@ def write_fields(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     layers = fields["num_hidden_layers"]
     eos, window, scaling = list(fields["eos_token_id"]), fields["sliding_window"], fields["rope_scaling"]
     types = list(fields["layer_types"]) or [FULL if window is None else SLIDING] * layers
+    local = fields["local_rope_theta"]
     if scaling:
-        must, may = ROPE_KEYS[scaling["rope_type"]]
-        scaling = {name: scaling[name] for name in ("rope_type", *must, *may) if scaling[name] is not None}
+        must, may = family.ropes[scaling["rope_type"]]
+        names = {"rope_type", *must, *may} - family.defaults.keys()
+        scaling = {name: value for name, value in scaling.items() if name in names and value is not None}
+        if scaling["rope_type"] == "longrope":  # transformers 4 takes three fields and no more
+            original = fields["rope_scaling"]["original_max_position_embeddings"]
+            scaling["type"] = scaling.pop("rope_type")
+            if scaling["factor"] == max(fields["max_position_embeddings"] / original, 1.0):
+                del scaling["factor"]
     values = {
         **family.defaults,  # of what is only read
         **fields,
@@ -80,11 +90,19 @@ def write_fields(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "use_sliding_window": window is not None,
         "max_window_layers": types.count(FULL),  # older releases know this, newer ones layer_types
         "layer_types": types,
+        "original_max_position_embeddings": (fields["rope_scaling"] or fields)[
+            "original_max_position_embeddings" if fields["rope_scaling"] else "max_position_embeddings"
+        ],
     }
+    if local is not None and family.sliding_theta != "rope_theta":
+        values[family.sliding_theta] = local
+    full = {"rope_theta": fields["rope_theta"], **(scaling or {"rope_type": "default"})}
+    apart = {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}
     return {
         "architectures": [family.architecture],
         "model_type": fields["model_type"],
         **{name: values[name] for name in (*_SHAPE, *{**ALL, **family.defaults})},
+        **({"rope_parameters": apart} if local is not None else {}),
         "hidden_act": "silu",
         **{name: allowed[0] for name, allowed in family.fixed.items()},
         "torch_dtype": dtype,
@@ -124,19 +142,34 @@ def _read_window(raw: Mapping[str, Any], own: Own, family: Family) -> tuple[int 
 
 
 def _read_rope(raw: Mapping[str, Any], own: Own, family: Family) -> dict[str, Any]:
-    """Base of the frequencies, and the fields of RopeScaling.
+    """Base of the frequencies, in layers with a window too, which components turn, and the fields of RopeScaling.
 
-    transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters with both inside.
+    transformers 4 writes rope_theta and rope_scaling, 5 writes rope_parameters with both inside, apart for the types of
+    layers where they differ.
     """
     ropes = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
-    scalings = [_read_scaling(name, rope, own["max_position_embeddings"]) for name, rope in ropes.items()]
+    if not ropes and own["rope_scaling"]:
+        ropes = {"rope_scaling": own["rope_scaling"]}
+    local = dict[str, Mapping[str, Any]]()
+    if family.sliding_theta and (both := ropes.get("rope_parameters")):
+        if not all(isinstance(both.get(kind), Mapping) for kind in (FULL, SLIDING)) or set(both) - {FULL, SLIDING}:
+            raise CheckpointError(f"rope_parameters has {', '.join(both)}, expected {FULL} and {SLIDING}")
+        ropes["rope_parameters"], local["rope_parameters"] = both[FULL], both[SLIDING]
+    context = own.get("original_max_position_embeddings") or own["max_position_embeddings"]
+    scalings = [_read_scaling(name, rope, own, family, context) for name, rope in ropes.items()]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise CheckpointError(f"rope_scaling {ropes['rope_scaling']} contradicts rope_parameters")
-    theta = _one_number("rope_theta", [source.get("rope_theta") for source in (raw, *ropes.values())])
-    return {
-        "rope_theta": own["rope_theta"] if theta is None else theta,
-        "rope_scaling": scalings[0] if scalings else None,
-    }
+    values: dict[str, Any] = {"rope_scaling": scalings[0] if scalings else None}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        given = _one_number(name, [source.get(name) for source in (raw, *ropes.values())])
+        values[name] = own.get(name, 1.0) if given is None else given
+    if family.sliding_theta:
+        if any(_read_scaling(name, rope, own, family, context) for name, rope in local.items()):
+            raise CheckpointError(f"rope_parameters stretches {SLIDING}, which is not implemented")
+        thetas = [rope.get("rope_theta") for rope in local.values()] or [raw.get(family.sliding_theta)]
+        given = _one_number(family.sliding_theta, thetas)
+        values["local_rope_theta"] = own[family.sliding_theta] if given is None else given
+    return values
 
 
 def _one_number(name: str, given: list[Any]) -> float | None:
@@ -153,20 +186,39 @@ def _one_number(name: str, given: list[Any]) -> float | None:
     return found.pop() if found else None
 
 
-def _read_scaling(name: str, rope: Mapping[str, Any], context: int) -> dict[str, Any] | None:
+def _read_scaling(name: str, rope: Mapping[str, Any], own: Own, family: Family, context: int) -> dict[str, Any] | None:
     if layers := [key for key, value in rope.items() if isinstance(value, Mapping)]:
         raise CheckpointError(f"{name} differs by layer ({', '.join(layers)}), which is not implemented")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_KEYS:
-        raise CheckpointError(f"{name}: rope_type is {kind!r}, expected one of {', '.join(ROPE_KEYS)}")
+    kind = family.rope_aliases.get(kind, kind)
+    if kind not in family.ropes:
+        raise CheckpointError(f"{name}: rope_type is {kind!r}, expected one of {', '.join(family.ropes)}")
     given = {key: value for key, value in rope.items() if value is not None}
-    given = {key: value for key, value in given.items() if key not in ("rope_type", "type", "rope_theta")}
-    if given.get("partial_rotary_factor") == 1:
-        del given["partial_rotary_factor"]
-    must, may = ROPE_KEYS[kind]
+    for key in ("rope_type", "type", "rope_theta", *family.rope_ignored):
+        given.pop(key, None)
+    if given.get("partial_rotary_factor") == 1 or "partial_rotary_factor" in own:
+        given.pop("partial_rotary_factor", None)
+    must, may = family.ropes[kind]
+    if {"mscale", "mscale_all_dim"} <= given.keys() and kind == "yarn":
+        _fold_mscale(given)
     for key, value in given.items():
         if key not in must + may:
             raise CheckpointError(f"{name}: {key} is {value!r}, which is not implemented for rope_type {kind!r}")
     if missing := [key for key in must if key not in given]:
         raise CheckpointError(f"{name}: rope_type {kind!r} needs {', '.join(missing)}")
-    return {"rope_type": kind, "original_max_position_embeddings": context, **given} if must else None
+    if not must:
+        return None
+    if "original_max_position_embeddings" in own and given.get("original_max_position_embeddings", context) != context:
+        raise CheckpointError(f"original_max_position_embeddings is {context}, which contradicts {name}")
+    scaling = {"rope_type": kind, "original_max_position_embeddings": context, **given}
+    if kind == "longrope":
+        scaling.setdefault("factor", max(own["max_position_embeddings"] / context, 1.0))
+        scaling |= {key: tuple(scaling[key]) for key in ("short_factor", "long_factor")}
+    return scaling
+
+
+def _fold_mscale(given: dict[str, Any]) -> None:
+    """Replace the two factors of DeepSeek's yarn by that of cosine and sine, which is all they are for."""
+    stretch = 0.1 * math.log(max(given["factor"], 1.0))
+    one, other = (given.pop(key) * stretch + 1.0 for key in ("mscale", "mscale_all_dim"))
+    given.setdefault("attention_factor", one / other)

@@ -36,6 +36,24 @@ def _full_every(step: int) -> Callable[[Own, int], str]:
     return kind
 
 
+ROPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
+    ),
+}
+"""Rope types of most families, with the keys that each must have and those it may have."""
+_LONGROPE = {
+    "default": ((), ()),
+    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
+}
+_LLAMA4_YARN = {"yarn": ((*ROPES["yarn"][0], "llama_4_scaling_beta"), ROPES["yarn"][1])}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Family of models that a model_type stands for.
@@ -45,19 +63,25 @@ class Family:
         defaults: Fields that it has beside those of all families, with what an absent one means.
         implied: Fields of LLaMAConfig that are so whatever config.json says; a function finds one from the fields.
         fixed: Fields in which it allows other values than FIXED; the first is the one that is written.
+        ignored: Fields of FIXED that decide nothing in it.
         layer_type: Type of a layer where config.json has a window and no layer_types.
         sliding_theta: Name of the field with the base of the rotary frequencies of layers with a window, which are
             not stretched; "" where all layers turn alike.
-        ropes: Rope types that it may have; empty for all but longrope.
+        ropes: Rope types that it may have, with the keys that each must have and those it may have.
+        rope_aliases: Other names of rope types.
+        rope_ignored: Keys that transformers does not look at, either.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
     implied: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     layer_type: Callable[[Own, int], str] = _all_sliding
     sliding_theta: str = ""
-    ropes: tuple[str, ...] = ()
+    ropes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=lambda: ROPES)
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    rope_ignored: tuple[str, ...] = ()
 
 
 ALL: dict[str, Any] = {
@@ -88,6 +112,32 @@ _QWEN2 = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+_OLMO2 = {
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": 50279,
+    "pad_token_id": 1,
+    "attention_bias": False,
+}
+_NORMS_AFTER = {
+    "layer_norms": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "use_qk_norm": True,
+    "joined_qk_norm": True,
+}
+_GLM = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-07,
+    "bos_token_id": None,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
+_GLM_IMPLIED = {"joined_gate_up": True, "attention_out_bias": False, "rope_interleaved": True}
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM", defaults=_LLAMA),
     "mistral": Family(
@@ -130,6 +180,80 @@ FAMILIES = {
             "layer_types": None,
         },
         layer_type=_sliding_without_positions,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        defaults=_LLAMA
+        | {
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "olmo2": Family(architecture="Olmo2ForCausalLM", defaults=_OLMO2, implied=_NORMS_AFTER),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        defaults=_OLMO2 | {"rope_theta": 500000.0, "sliding_window": 4096, "layer_types": None},
+        implied=_NORMS_AFTER,
+        layer_type=_full_every(4),
+        sliding_theta="rope_theta",
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+            "sliding_window": None,
+            "partial_rotary_factor": 1.0,
+        },
+        implied={"joined_qkv": True, "joined_gate_up": True},
+        ropes=_LONGROPE,
+        ignored=("auto_map",),  # to the code that transformers has as well
+        rope_aliases={"su": "longrope"},
+    ),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 11,
+            "sliding_window": None,
+        },
+        ropes=_LLAMA4_YARN,
+        rope_ignored=("max_position_embeddings",),
+    ),
+    "glm": Family(architecture="GlmForCausalLM", defaults=_GLM, implied=_GLM_IMPLIED),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        defaults=_GLM,
+        implied=_GLM_IMPLIED
+        | {
+            "layer_norms": (
+                "input_layernorm",
+                "post_self_attn_layernorm",
+                "post_attention_layernorm",
+                "post_mlp_layernorm",
+            )
+        },
     ),
 }
 """By model_type. The defaults are those of the configuration classes in transformers."""
@@ -178,15 +302,3 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that change the mathematics, with the only values that this model computes, unless the family has the field.
 Anything else in them is refused, because ignoring it would give wrong logits in silence."""
-
-ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (
-        ("factor",),
-        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
-    ),
-}
-"""Rope types, with the keys that each must have and those it may have."""

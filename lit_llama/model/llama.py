@@ -3,10 +3,15 @@
 Root-mean-square norm before each block (Zhang and Sennrich 2019, arXiv:1910.07467), rotary positions (rope.py),
 grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and a gated SiLU MLP (Shazeer 2020, arXiv:2002.05202).
 Families differ by fields of the configuration: biases, norms of queries and keys (Henry et al. 2020, arXiv:2010.04245),
-a sliding window (Jiang et al. 2023, arXiv:2310.06825). Modules carry Hugging Face's names, so state dicts are the same.
+a sliding window (Jiang et al. 2023, arXiv:2310.06825), norms elsewhere, scales. Modules carry Hugging Face's names, so
+state dicts are the same.
 
 Shapes: T tokens of all samples, C hidden, I intermediate, H query heads, G key/value heads, D head size, V vocabulary.
 """
+
+import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.rope import Rotation, rotary, rotate
+from lit_llama.model.rope import Rotation, query_factor, rotary, rotate
 
 
 class LLaMA(nn.Module):
@@ -56,35 +61,52 @@ class Decoder(nn.Module):
         self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.rotary = [config.rotary(index) for index in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm(config, config.hidden_size)
         self.noise: nn.Module | None = None  # what training may add to the embeddings; see neftune.py
 
     def forward(self, input_ids: Tensor, layout: Layout | None = None) -> Tensor:
         """Run all layers: (T,) -> (T, C)."""
         layout = layout or Packed([len(input_ids)], input_ids.device)
         x = self.embed_tokens(input_ids)  # (T, C)
+        x = _times(x, torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device="cpu").item())
         x = x if self.noise is None else self.noise(x, layout)
         rotations = {config: rotary(config, layout, x.dtype) for config in {*self.rotary} if config}
         for layer, config in zip(self.layers, self.rotary, strict=True):
             x = layer(x, rotations[config] if config else None, layout)
-        return self.norm(x)
+        return _times(self.norm(x), 1 / self.config.logits_scaling)  # as the head is linear
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP, each on the normalised stream and added to it."""
+    """Attention, then MLP, each added to the stream, with norms before or after them."""
+
+    input_layernorm: nn.RMSNorm
+    post_attention_layernorm: nn.RMSNorm
 
     def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
         self.beyond = config.beyond(index)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norms, self.multiplier = config.layer_norms, config.residual_multiplier
+        before, after, before_mlp, after_mlp = self.norms
+        self._add(config, before)
         self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._add(config, after)
+        self._add(config, before_mlp)
         self.mlp = MLP(config)
+        self._add(config, after_mlp)
 
     def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Add attention and MLP to the residual: (T, C) -> (T, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, layout)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + _times(self._normed(1, self.self_attn(self._normed(0, x), rotation, layout)), self.multiplier)
+        return x + _times(self._normed(3, self.mlp(self._normed(2, x))), self.multiplier)
+
+    def _add(self, config: LLaMAConfig, name: str) -> None:
+        if name:
+            self.add_module(name, norm(config, config.hidden_size))
+
+    def _normed(self, place: int, x: Tensor) -> Tensor:
+        name = self.norms[place]
+        y: Tensor = getattr(self, name)(x) if name else x
+        return y
 
 
 class Attention(nn.Module):
@@ -92,28 +114,41 @@ class Attention(nn.Module):
 
     def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
-        self.index, self.head_dim, self.window = index, config.head_dim, config.window(index)
+        self.config, self.index, self.head_dim, self.window = config, index, config.head_dim, config.window(index)
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        if config.joined_qkv:
+            self.qkv_proj = nn.Linear(config.hidden_size, queries + 2 * keys, bias=config.attention_bias)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+            self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+            self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        self.q_norm, self.k_norm = (qk_norm(config, size) for size in (queries, keys))
 
     def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Attend to the tokens of the layout: (T, C) -> (T, C)."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, D)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, G, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
+        q, k, v = self._heads(x)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = (rotate(part, rotation, self.config.rope_interleaved) for part in (q, k))
+        if (factor := query_factor(self.config.rope_scaling, layout)) is not None:
+            q = q * factor.to(q.dtype)
+        if (scale := self.config.attention_scale) is not None:
+            q = _times(q, scale * math.sqrt(self.head_dim))
         y = layout.attend(self.index, q, k, v, self.window)  # (T, H, D)
         return self.o_proj(y.flatten(1))
 
-
-def head_norm(config: LLaMAConfig) -> nn.Module:
-    """Build the norm of each query or key head, where there is one."""
-    return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, D), keys and values (T, G, D)."""
+        config, size = self.config, self.head_dim
+        if config.joined_qkv:
+            heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+            q, k, v = self.qkv_proj(x).split([count * size for count in heads], dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if config.joined_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, size)) for part in (q, k, v))
+        return (q, k, v) if config.joined_qk_norm else (self.q_norm(q), self.k_norm(k), v)
 
 
 class MLP(nn.Module):
@@ -121,13 +156,62 @@ class MLP(nn.Module):
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width = config.intermediate_size
+        if config.joined_gate_up:
+            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=config.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+            self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.joined, self.activation = config.joined_gate_up, ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the gated MLP: (T, C) -> (T, C)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Compute silu(gate(x)) * up(x), or with another activation: (T, C) -> (T, I)."""
+        if self.joined:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            return self.activation(gate) * up
+        return self.activation(self.gate_proj(x)) * self.up_proj(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""By the names of config.json."""
+
+
+class OffsetNorm(nn.RMSNorm):
+    """A norm whose weight is stored as its difference from an offset."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__(size, eps=eps)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise in float32: (..., C) -> (..., C)."""
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
+
+
+def norm(config: LLaMAConfig, size: int) -> nn.RMSNorm:
+    """Build a norm of the model."""
+    if config.norm_offset:
+        return OffsetNorm(size, config.rms_norm_eps, config.norm_offset)
+    return nn.RMSNorm(size, eps=config.rms_norm_eps)
+
+
+def qk_norm(config: LLaMAConfig, size: int) -> nn.Module:
+    """Build the norm of the queries or of the keys, where there is one; `size` are all of them of a token."""
+    if not config.use_qk_norm:
+        return nn.Identity()
+    return norm(config, size if config.joined_qk_norm else config.head_dim)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
 
 
 def _embedding(rows: int, columns: int) -> nn.Embedding:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lit_llama.errors import UserError
-from lit_llama.model.config import LoRAConfig, matches_pattern
+from lit_llama.model.config import ALL_LINEAR, LoRAConfig, matches_pattern
 from lit_llama.model.low_rank import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, LoRAOnQuantized
 from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
@@ -95,7 +95,8 @@ def _adapted(able: Iterable[str], config: LoRAConfig) -> list[str]:
             f"the model; it is for whole names such as {next(name for name in able if 'layers' in name)}, so begin it "
             "with .* where any beginning will do"
         )
-    for target in config.targets:
+    named = [] if config.target_modules in ALL_LINEAR else config.targets
+    for target in named:
         if not any(_matches(name, target) for name in able):
             near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
             raise UserError(

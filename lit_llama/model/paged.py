@@ -31,6 +31,8 @@ class PagedBatch:
         tables: Blocks of each sequence, in order; those that nothing sees any more may be -1.
         logits: How many of the last tokens of each sequence want logits.
         adapters: Name of the adapter of each sequence, None for the base; empty where all are None.
+        bounds: Tokens that each sequence may have in the end, from which positions of the type longrope follow, so that
+            those in the cache and later ones turn alike; empty: as many as it has.
     """
 
     ids: Sequence[Sequence[int]]
@@ -38,6 +40,7 @@ class PagedBatch:
     tables: Sequence[Sequence[int]]
     logits: Sequence[int]
     adapters: Sequence[str | None] = field(default=())
+    bounds: Sequence[int] = field(default=())
 
     @property
     def selected(self) -> list[int]:
@@ -135,6 +138,7 @@ class Paged:
         device = cache.device
         self.counts = [len(ids) for ids in batch.ids]
         self.lengths = [start + count for start, count in zip(batch.starts, self.counts, strict=True)]
+        self.bounds = list(batch.bounds) or self.lengths
         spans = list(zip(batch.starts, self.lengths, strict=True))
         positions = [position for start, end in spans for position in range(start, end)]
         self.position_ids = torch.tensor(positions, device=device)

@@ -5,7 +5,6 @@ Shapes: T tokens, C hidden, I intermediate.
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,10 +41,7 @@ class RecomputedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the MLP: (T, C) -> (T, C)."""
-        return self.down_proj(checkpoint(self._product, x, use_reentrant=False))
-
-    def _product(self, x: Tensor) -> Tensor:
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(checkpoint(self.product, x, use_reentrant=False))
 
 
 def recompute_activations(model: LLaMA, mode: Checkpointing) -> None:

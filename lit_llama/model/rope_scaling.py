@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, fields
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.families import ROPE_KEYS
 
 
 def is_number(value: object) -> bool:
@@ -19,15 +18,18 @@ class RopeScaling:
     """Scaling of rotary positions beyond the context that a model was first trained on; see rope.py.
 
     Args:
-        rope_type: linear, dynamic, llama3 or yarn.
+        rope_type: linear, dynamic, llama3, yarn or longrope.
         factor: How many times as far.
         original_max_position_embeddings: The first context, in tokens.
         low_freq_factor: llama3: wavelengths above original / low are stretched in full.
         high_freq_factor: llama3: wavelengths below original / high are left alone.
-        attention_factor: yarn: cosine and sine are multiplied by it; None follows from `factor`.
+        attention_factor: yarn, longrope: cosine and sine are multiplied by it; None follows from `factor`.
         beta_fast: yarn: what turns more often than this within the first context is left alone.
         beta_slow: yarn: what turns less often is stretched in full.
         truncate: yarn: the bounds between them are rounded outwards to whole components.
+        short_factor: longrope: divisors of the frequencies of samples within the first context.
+        long_factor: longrope: those of longer samples.
+        llama_4_scaling_beta: Queries are multiplied by 1 + beta ln(1 + floor(position / original)); None for 0.
     """
 
     rope_type: str
@@ -39,18 +41,25 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    llama_4_scaling_beta: float | None = None
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name not in ("rope_type", "truncate") and not (value is None or is_number(value)):
-                raise CheckpointError(
-                    f"rotary scaling of type {self.rope_type}: {entry.name} cannot be {value!r:.60}: it is a number"
-                )
+            if isinstance(value, tuple):
+                if all(is_number(item) and item > 0 for item in value):
+                    continue
+            elif entry.name in ("rope_type", "truncate") or value is None or is_number(value):
+                continue
+            raise CheckpointError(
+                f"rotary scaling of type {self.rope_type}: {entry.name} cannot be {value!r:.60}: it is a number"
+            )
         if not isinstance(self.truncate, bool):
             raise CheckpointError(f"rotary scaling: truncate is {self.truncate!r:.60}, expected true or false")
         for name, right in {
-            "rope_type": self.rope_type in ROPE_KEYS and self.rope_type != "default",
+            "rope_type": self.rope_type in ("linear", "dynamic", "llama3", "yarn", "longrope"),
             "factor": 1 <= self.factor < math.inf,
             "original_max_position_embeddings": self.original_max_position_embeddings >= 1,
             "low_freq_factor": 0 < self.low_freq_factor < self.high_freq_factor,
@@ -61,3 +70,12 @@ class RopeScaling:
                 raise CheckpointError(
                     f"rotary scaling of type {self.rope_type}: {name} cannot be {getattr(self, name)!r}"
                 )
+
+    def turns_long(self, length: int) -> bool:
+        """Tell whether samples of a length turn by `long_factor`."""
+        return self.rope_type == "longrope" and length > self.original_max_position_embeddings
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles of a sample follow from its length."""
+        return self.rope_type in ("dynamic", "longrope")

@@ -56,12 +56,12 @@ class WholeNorm(Whole, nn.RMSNorm):
 
     def __init__(self, base: nn.RMSNorm) -> None:
         super().__init__(base.normalized_shape, eps=base.eps, device="meta")
-        self.weight = base.weight
+        self.weight, self.offset = base.weight, getattr(base, "offset", 0.0)
         self.start(base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize with the trained weight: (..., C) -> (..., C)."""
-        return F.rms_norm(x, self.normalized_shape, self.trained.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, (self.trained + self.offset).to(x.dtype), self.eps)
 
 
 def whole(module: nn.Module) -> Whole | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.folder.manifest import check_folder
 from lit_llama.model.adapter import META_FILE, base_of, load_adapter
-from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.config import ALL_LINEAR, LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.rows import TrainedRows, Whole
@@ -120,7 +120,8 @@ def _trainable(found: LoRAConfig, adapter_dir: Path, asked: LoRAConfig) -> LoRAC
 def _shape(config: LoRAConfig) -> dict[str, Any]:
     """The settings of a shape, names of modules in one order."""
     settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN}
-    return settings | {"target_modules": sorted(config.targets), "modules_to_save": sorted(config.saved)}
+    targets = list(ALL_LINEAR[:1]) if config.covers_linears else sorted(config.targets)
+    return settings | {"target_modules": targets, "modules_to_save": sorted(config.saved)}
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -179,6 +179,73 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"bos_token_id": 128000, "eos_token_id": 128012, "pad_token_id": 128004},
         {"no_rope_layers": (1, 1, 1, 0) * 9, "sliding_window": None, "rope_theta": 5000000.0},
     ),
+    "Granite 3.3 2B": (
+        LLAMA
+        | shape(40, 2048, 32, 8, 8192, 131072)
+        | {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "attention_dropout": 0.0}
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
+        | {"residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_theta": 10000000.0, "tie_word_embeddings": True}
+        | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 49159},
+        {"attention_scale": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
+    ),
+    "OLMo 2 7B": (
+        V4
+        | shape(32, 4096, 32, 32, 11008, 4096)
+        | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False}
+        | {"bos_token_id": None, "eos_token_id": 100257, "pad_token_id": 100277, "vocab_size": 100352}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 500000},
+        {"use_qk_norm": True, "joined_qk_norm": True, "eos_token_id": (100257,), "local_rope_theta": None},
+    ),
+    "OLMo 3 7B": (
+        V4
+        | shape(32, 4096, 32, 32, 11008, 65536)
+        | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "attention_bias": False}
+        | {"bos_token_id": None, "eos_token_id": 100257, "pad_token_id": 100277, "vocab_size": 100278}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 500000, "sliding_window": 4096}
+        | {"layer_types": ([SLIDING] * 3 + [FULL]) * 8}
+        | {
+            "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0}
+            | {"original_max_position_embeddings": 8192, "rope_type": "yarn"}
+        },
+        {"sliding_window": 4096, "local_rope_theta": 500000.0, "rope_theta": 500000.0},
+    ),
+    "Phi 3 mini 4k": (
+        V4
+        | shape(32, 3072, 32, 32, 8192, 4096)
+        | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False, "embd_pdrop": 0.0}
+        | {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}, "resid_pdrop": 0.0}
+        | {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000, "vocab_size": 32064}
+        | {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_theta": 10000.0}
+        | {"sliding_window": 2047},
+        {"sliding_window": 2047, "joined_qkv": True, "rope_scaling": None, "head_dim": 96},
+    ),
+    "Phi 4 mini": (
+        V4
+        | shape(32, 3072, 24, 8, 8192, 131072)
+        | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False, "embd_pdrop": 0.0}
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "resid_pdrop": 0.0}
+        | {"bos_token_id": 199999, "eos_token_id": 199999, "pad_token_id": 199999, "vocab_size": 200064}
+        | {"original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-05}
+        | {"rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True}
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48}},
+        {"rotary_dim": 96, "context_length": 131072, "tie_word_embeddings": True},
+    ),
+    "GLM 4 9B 0414": (
+        V4
+        | shape(40, 4096, 32, 2, 13696, 32768)
+        | {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": False, "head_dim": 128}
+        | {"eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329, "partial_rotary_factor": 0.5}
+        | {"rms_norm_eps": 1e-05, "rope_theta": 10000.0, "vocab_size": 151552},
+        {"rotary_dim": 64, "rope_interleaved": True, "joined_gate_up": True, "attention_bias": False},
+    ),
+    "GLM 4 9B": (
+        V4
+        | shape(40, 4096, 32, 2, 13696, 131072)
+        | {"architectures": ["GlmForCausalLM"], "model_type": "glm", "attention_bias": True, "head_dim": 128}
+        | {"eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329, "rms_norm_eps": 1.5625e-07}
+        | {"rope_theta": 10000.0, "vocab_size": 151552},
+        {"rotary_dim": 64, "attention_bias": True, "attention_out_bias": False},
+    ),
     "Qwen 3 0.6B": (
         QWEN2
         | shape(28, 1024, 16, 8, 3072, 40960)
@@ -223,6 +290,8 @@ def test_what_is_written_means_the_same_to_transformers(raw: dict[str, Any]) -> 
     wanted["rope_parameters"].pop("type", None)
     for ropes in (found, wanted):
         ropes |= ropes.pop("rope_parameters")
+        for kind in (FULL, SLIDING):  # where these differ
+            ropes |= {f"{kind} {name}": value for name, value in ropes.pop(kind, {}).items()}
     same = wanted.keys() & found.keys() - {"architectures", "transformers_version"}
     assert {name: found[name] for name in same} == {name: wanted[name] for name in same}
     assert found["architectures"] == [FAMILIES[config.model_type].architecture]
@@ -239,12 +308,12 @@ def test_absent_fields_mean_what_they_mean_to_transformers(model_type: str) -> N
     for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(config, name) == getattr(theirs, name), name
     assert config.head_dim == getattr(theirs, "head_dim", 512 // 32)
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    ropes = theirs.rope_parameters
+    assert config.rope_theta == ropes.get(FULL, ropes)["rope_theta"]
+    assert config.local_rope_theta == ropes.get(SLIDING, {}).get("rope_theta")
     assert config.sliding_window == getattr(theirs, "sliding_window", None)
-    assert (config.bos_token_id, config.eos_token_id) == (
-        theirs.bos_token_id,
-        (theirs.eos_token_id,) * bool(theirs.eos_token_id),
-    )
+    ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    assert (config.bos_token_id, config.eos_token_id) == (theirs.bos_token_id, tuple(end for end in ends if end))
     assert FAMILIES[model_type].architecture == type(theirs).__name__.replace("Config", "ForCausalLM")
     for name in ("use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias"):
         assert FAMILIES[model_type].defaults.get(name) == getattr(theirs, name, None), name

@@ -47,6 +47,98 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
         [{"layer_types": (FULL, SLIDING, SLIDING)}],
         {"no rotary positions": 2},
     ),
+    "granite": (
+        {
+            "model_type": "granite",
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.5,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 0.25,
+        },
+        [
+            {"embedding_multiplier": 1.0},
+            {"attention_multiplier": None},
+            {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ],
+        {"a scale of the scores": 2},
+    ),
+    "granite, tied, biases": (
+        {"model_type": "granite", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        [{"attention_multiplier": None}],
+        {"a scale of the scores": 2},
+    ),
+    "olmo2": (
+        {"model_type": "olmo2"},
+        [{"layer_norms": ("post_attention_layernorm", "", "post_feedforward_layernorm", "")}],
+        {"norms elsewhere than before attention and MLP": 2},
+    ),
+    "olmo3": (
+        {"model_type": "olmo3", "num_hidden_layers": 3, "sliding_window": 7, "layer_types": [SLIDING, FULL, SLIDING]}
+        | {
+            "rope_parameters": {
+                FULL: {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e3},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e3},
+            }
+        },
+        [{"local_rope_theta": None}, {"local_rope_theta": 5e3}, {"rope_scaling": None}, {"sliding_window": 8}],
+        {"two kinds of rotary positions": 3},
+    ),
+    "olmo3, as published": (
+        {"model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 7},
+        [{"layer_types": (FULL, SLIDING, SLIDING, SLIDING)}],
+        {"two kinds of rotary positions": 4},
+    ),
+    "phi3": (
+        {"model_type": "phi3", "sliding_window": 9},
+        [{"sliding_window": 8}],
+        {"projections that are one": 2},
+    ),
+    "phi3, long": (
+        {
+            "model_type": "phi3",
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [2.0, 3.0, 5.0],
+            },
+        },
+        [{"rope_scaling": None}],
+        {"partly rotated heads": 2},
+    ),
+    "ministral3": (
+        {
+            "model_type": "ministral3",
+            "head_dim": 8,
+            "sliding_window": 100,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+        [{"rope_scaling": None}, {"sliding_window": None}],
+        {"queries scaled by position": 2},
+    ),
+    "glm": (
+        {"model_type": "glm", "head_dim": 8},
+        [{"rope_interleaved": False}, {"partial_rotary_factor": 1.0}],
+        {"partly rotated heads": 2},
+    ),
+    "glm4": (
+        {"model_type": "glm4", "head_dim": 8, "attention_bias": False, "rope_parameters": {"rope_theta": 1e3}},
+        [{"layer_norms": ("input_layernorm", "", "post_attention_layernorm", "")}],
+        {"partly rotated heads": 2},
+    ),
 }
 LENGTH = 150  # beyond every window, and beyond the first context
 

@@ -138,7 +138,8 @@ class BlockPool:
 
         What follows the blocks of its first tokens is not found any more, and its place is used again in time.
         """
-        self.forget([index for (parent, _), index in self._known.items() if parent == ("adapter", name)])
+        first = [("adapter", name, long) for long in (False, True)]
+        self.forget([index for (parent, _), index in self._known.items() if parent in first])
 
     def _forget(self, block: _Block) -> None:
         assert block.key is not None

@@ -88,6 +88,8 @@ class Engine:
             ticket = Ticket(request, notify=notify)
             sampling = request.sampling
             first: Sequence | None = None
+            bound, scaling = len(request.ids) + sampling.max_new_tokens, self.runner.config.rope_scaling
+            long = scaling is not None and scaling.turns_long(bound)
             for index in range(sampling.n):
                 scored = None
                 if request.prompt_logprobs is not None and index == 0:
@@ -95,6 +97,8 @@ class Engine:
                 sequence = Sequence(
                     ids=list(request.ids),
                     adapter=request.adapter,
+                    bound=bound,
+                    long=long,
                     priority=-request.priority,
                     scored=scored,
                     source=first,
@@ -316,4 +320,5 @@ def _batch(parts: list[Part]) -> PagedBatch:
         tables=[part.sequence.blocks for part in parts],
         logits=[part.logits for part in parts],
         adapters=[part.sequence.adapter for part in parts],
+        bounds=[part.sequence.bound for part in parts],
     )

@@ -24,6 +24,8 @@ class Sequence:
     Attributes:
         ids: Prompt and answer so far.
         adapter: Name of the adapter that computes it; None for the base.
+        bound: Tokens that it may have in the end.
+        long: Its positions turn as those of long sequences do, see RopeScaling.turns_long.
         priority: A higher one is admitted earlier.
         scored: Prompt tokens whose logits are wanted: all from this one on. Known blocks do not stand in for them.
         source: A sequence with the same prompt, whose blocks are taken over once it has computed it; None after that.
@@ -36,6 +38,8 @@ class Sequence:
 
     ids: list[int]
     adapter: str | None = None
+    bound: int = 0
+    long: bool = False
     priority: int = 0
     scored: int | None = None
     source: "Sequence | None" = None
@@ -360,7 +364,7 @@ class Scheduler:
             sequence.blocks[:unseen] = [-1] * unseen
 
     def _parent(self, sequence: Sequence) -> Hashable:
-        return sequence.chain[-1] if sequence.chain else ("adapter", sequence.adapter)
+        return sequence.chain[-1] if sequence.chain else ("adapter", sequence.adapter, sequence.long)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.size)

@@ -27,6 +27,7 @@ class Layout(Protocol):
     position_ids: Tensor  # (T,)
     counts: list[int]  # how many of the T tokens each sample has, in order
     lengths: list[int]  # tokens of each sample so far, those in a cache included
+    bounds: list[int]  # tokens that each sample may have in the end
 
     def attend(
         self,
@@ -71,6 +72,7 @@ class Packed:
         self.counts, self.parents = list(lengths), list(parents) or [-1] * len(lengths)
         before = [0 if parent < 0 else lengths[parent] for parent in self.parents]
         self.lengths = [own + shared for own, shared in zip(lengths, before, strict=True)]
+        self.bounds = self.lengths
         ranges = [torch.arange(shared, total) for shared, total in zip(before, self.lengths, strict=True)]
         self.position_ids = torch.cat(ranges).to(device)  # (T,)
         self._device = torch.device(device)

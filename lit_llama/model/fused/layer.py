@@ -119,7 +119,7 @@ def can_share(model: LLaMA) -> bool:
     return (
         all(isinstance(layer, FusedLayer) and not layer.drops for layer in model.model.layers)
         and model.model.noise is None
-        and (scaling is None or scaling.rope_type != "dynamic")
+        and (scaling is None or not scaling.by_length)
         and native(weight)
     )
 

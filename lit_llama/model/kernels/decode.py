@@ -89,7 +89,7 @@ def packs(config: LLaMAConfig, dtype: torch.dtype) -> bool:
     return (
         fits
         and not config.beyond_llama
-        and (scaling is None or scaling.rope_type != "dynamic")
+        and (scaling is None or not scaling.by_length)
         and config.num_attention_heads // config.num_key_value_heads <= TALL
         and dtype in (torch.bfloat16, torch.float32)
         and compiled() is not None

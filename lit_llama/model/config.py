@@ -22,12 +22,20 @@ _ABOVE_ZERO = {
     "partial_rotary_factor": 0.5,
     "attention_multiplier": 0.125,
     "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50,
+    "final_logit_softcapping": 30,
     "embedding_multiplier": 1,
     "residual_multiplier": 1,
     "logits_scaling": 1,
 }
 """Fields that are numbers above zero, and an example."""
-_MAY_LACK = ("local_rope_theta", "attention_multiplier", "query_pre_attn_scalar")
+_MAY_LACK = (
+    "local_rope_theta",
+    "attention_multiplier",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 _LARGEST = 1 << 31
 """Sizes and ids are below."""
 
@@ -66,6 +74,8 @@ class LLaMAConfig:
         joined_qk_norm: The heads of a token are normalised together.
         attention_multiplier: Factor of the scores; None is 1 / sqrt(D).
         query_pre_attn_scalar: Number whose inverse root is that factor; None for none.
+        attn_logit_softcapping: Bound c of the scores s, which are c tanh(s / c); None for none.
+        final_logit_softcapping: That of the logits.
         embedding_multiplier: Factor of the embeddings, rounded to their dtype.
         residual_multiplier: Factor of what attention and MLP add to the stream.
         logits_scaling: Divisor of the logits.
@@ -105,6 +115,8 @@ class LLaMAConfig:
     joined_qk_norm: bool = False
     attention_multiplier: float | None = None
     query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
@@ -149,6 +161,10 @@ class LLaMAConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}, rotary embedding needs an even number")
+        scaling = self.rope_scaling
+        for name in ("short_factor", "long_factor") if scaling and scaling.rope_type == "longrope" else ():
+            if (count := len(getattr(scaling, name))) != self.rotary_dim // 2:
+                raise CheckpointError(f"{name} has {count} entries, expected {self.rotary_dim // 2}")
         if self.sliding_window is not None and not (type(self.sliding_window) is int and self.sliding_window >= 1):
             raise CheckpointError(
                 f"sliding_window is {self.sliding_window!r}, expected a positive whole number or none"
@@ -198,6 +214,7 @@ class LLaMAConfig:
             "norms over all heads": self.joined_qk_norm,
             "projections that are one": self.joined_qkv or self.joined_gate_up,
             f"activation {self.hidden_act}": self.hidden_act != "silu",
+            "a bound of the scores": self.attn_logit_softcapping is not None,
             "a scale of the scores": self.attention_scale is not None,
             "queries scaled by position": bool(self.rope_scaling and self.rope_scaling.llama_4_scaling_beta),
             "a scale of the residuals": self.residual_multiplier != 1,
@@ -212,6 +229,7 @@ class LLaMAConfig:
         outer = {
             "a scale of the embeddings": self.embedding_multiplier != 1,
             "a scale of the logits": self.logits_scaling != 1,
+            "a bound of the logits": self.final_logit_softcapping is not None,
         }
         found = next((name for layer in range(self.num_hidden_layers) if (name := self.beyond(layer))), "")
         return found or next((name for name, is_so in outer.items() if is_so), "")

@@ -18,6 +18,8 @@ _SAME = (
     "residual_multiplier",
     "logits_scaling",
     "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
 )
 """Fields of LLaMAConfig that config.json has under the same name and with the same meaning, where the family has
 them."""

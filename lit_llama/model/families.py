@@ -54,6 +54,10 @@ _LONGROPE = {
 _LLAMA4_YARN = {"yarn": ((*ROPES["yarn"][0], "llama_4_scaling_beta"), ROPES["yarn"][1])}
 
 
+def _full_by_pattern(own: Own, layer: int) -> str:
+    return SLIDING if (layer + 1) % own["sliding_window_pattern"] else FULL
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Family of models that a model_type stands for.
@@ -125,6 +129,30 @@ _NORMS_AFTER = {
     "layer_norms": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
     "use_qk_norm": True,
     "joined_qk_norm": True,
+}
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_GEMMA_FIXED = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh", None)}
+_GEMMA_IMPLIED = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "norm_offset": 1.0,
+    "layer_norms": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "embedding_multiplier": lambda raw: raw["hidden_size"] ** 0.5,
 }
 _GLM = {
     "num_key_value_heads": 2,
@@ -254,6 +282,29 @@ FAMILIES = {
                 "post_mlp_layernorm",
             )
         },
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        defaults=_GEMMA
+        | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        implied=_GEMMA_IMPLIED,
+        fixed=_GEMMA_FIXED,
+        layer_type=_full_every(2),
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        defaults=_GEMMA
+        | {
+            "max_position_embeddings": 131072,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+        },
+        implied=_GEMMA_IMPLIED | {"use_qk_norm": True},
+        fixed=_GEMMA_FIXED,
+        layer_type=_full_by_pattern,
+        sliding_theta="rope_local_base_freq",
     ),
 }
 """By model_type. The defaults are those of the configuration classes in transformers."""

@@ -9,7 +9,6 @@ state dicts are the same.
 Shapes: T tokens of all samples, C hidden, I intermediate, H query heads, G key/value heads, D head size, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -49,7 +48,12 @@ class LLaMA(nn.Module):
             (T, V) or (N, V), in the dtype of the weights.
         """
         hidden = self.model(input_ids, layout)  # (T, C)
-        return self.lm_head(hidden if select is None else hidden.index_select(0, select))
+        return self.logits(hidden if select is None else hidden.index_select(0, select))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits of the last hidden states: (T, C) -> (T, V)."""
+        cap, logits = self.config.final_logit_softcapping, self.lm_head(hidden)
+        return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class Decoder(nn.Module):
@@ -132,9 +136,8 @@ class Attention(nn.Module):
             q, k = (rotate(part, rotation, self.config.rope_interleaved) for part in (q, k))
         if (factor := query_factor(self.config.rope_scaling, layout)) is not None:
             q = q * factor.to(q.dtype)
-        if (scale := self.config.attention_scale) is not None:
-            q = _times(q, scale * math.sqrt(self.head_dim))
-        y = layout.attend(self.index, q, k, v, self.window)  # (T, H, D)
+        scale, cap = self.config.attention_scale, self.config.attn_logit_softcapping
+        y = layout.attend(self.index, q, k, v, self.window, scale, cap)  # (T, H, D)
         return self.o_proj(y.flatten(1))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +195,7 @@ class OffsetNorm(nn.RMSNorm):
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise in float32: (..., C) -> (..., C)."""
+        """Normalize in float32: (..., C) -> (..., C)."""
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 

@@ -93,11 +93,11 @@ class TokenLoss(nn.Module):
         hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
         head = self.model.lm_head
         if type(head) is nn.Linear:
-            return linear_cross_entropy(hidden, head.weight, targets)
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+            return linear_cross_entropy(hidden, head.weight, targets, self.model.config.final_logit_softcapping)
+        return F.cross_entropy(self.model.logits(hidden).float(), targets, reduction="sum")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Compute the summed cross entropy of `hidden @ weight.T` without ever holding all logits.
 
     The gradients are formed along with the loss, chunk by chunk in the buffer of the logits (after Hsu et al. 2024,
@@ -107,39 +107,41 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden: (N, C).
         weight: (V, C).
         targets: (N,).
+        softcap: Bound c of the logits, which are c tanh(logits / c); None for none.
 
     Returns:
         A float32 scalar.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()  # or the function would think that its gradient is wanted
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
     return loss
 
 
-def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Compute log p of each target under `hidden @ weight.T`, for a frozen weight, as `linear_cross_entropy` does.
 
     Args:
         hidden: (N, C).
         weight: (V, C).
         targets: (N,).
+        softcap: Bound of the logits.
 
     Returns:
         (N,) float32.
     """
-    found: Tensor = _LinearLogProbs.apply(hidden, weight.detach(), targets)  # type: ignore[no-untyped-call]
+    found: Tensor = _LinearLogProbs.apply(hidden, weight.detach(), targets, softcap)  # type: ignore[no-untyped-call]
     return found
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted, trained = ctx.needs_input_grad[:2]
         gradient = torch.empty_like(hidden) if wanted else None
         summed = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        for part, losses, logits, given, head, lift in _chunks(hidden, weight, targets, wanted or trained):
+        for part, losses, logits, given, head, lift in _chunks(hidden, weight, targets, softcap, wanted or trained):
             total += losses.sum()
             if summed is not None:
                 _add_product(summed, logits, given, lift)
@@ -149,23 +151,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradient, summed = ctx.saved_tensors
         factor = grad_outputs[0]
         return (
             None if gradient is None else gradient * factor.to(gradient.dtype),
             None if summed is None else summed.mul_(factor.to(summed.dtype)),  # in place, as it is large
             None,
+            None,
         )
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         found = torch.empty(len(targets), device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None  # of each token's own, whatever it will count
-        for part, losses, logits, _, head, lift in _chunks(hidden, weight, targets, wanted):
+        for part, losses, logits, _, head, lift in _chunks(hidden, weight, targets, softcap, wanted):
             found[part] = -losses
             if gradient is not None:
                 gradient[part] = (logits @ head).to(gradient.dtype) / -lift
@@ -173,15 +176,17 @@ class _LinearLogProbs(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None
+        return None if gradient is None else gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None, None
 
 
 _Chunk = tuple[slice, Tensor, Tensor, Tensor, Tensor, float]
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> Iterator[_Chunk]:
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, gradients: bool
+) -> Iterator[_Chunk]:
     """A part of the tokens at a time: which, their cross entropies, in the buffer of their logits the gradient of
     these times a factor, their hidden states and the head as they were multiplied, and that factor."""
     kind = hidden.device.type
@@ -193,7 +198,19 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) ->
             part = slice(start, start + CHUNK)
             given = hidden[part].to(product)
             logits = torch.mm(given, head.t(), out=buffer[: len(given)])  # (n, V)
-            yield part, cross_entropy(logits, targets[part], lift if gradients else 0.0), logits, given, head, lift
+            slope = None if softcap is None else _bound(logits, softcap)
+            losses = cross_entropy(logits, targets[part], lift if gradients else 0.0)
+            if slope is not None and gradients:
+                logits *= slope
+            yield part, losses, logits, given, head, lift
+
+
+def _bound(logits: Tensor, softcap: float) -> Tensor:
+    """Bound logits in place; the slope of the bounded ones."""
+    ratio = logits.div_(softcap).tanh_()
+    slope = 1 - ratio.square()
+    logits.mul_(softcap)
+    return slope
 
 
 def _add_product(summed: Tensor, logits: Tensor, hidden: Tensor, lift: float) -> None:

@@ -119,8 +119,8 @@ class PairLoss(TokenLoss):
         hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
         head = self.model.lm_head
         if type(head) is nn.Linear and not head.weight.requires_grad:
-            return linear_log_probs(hidden, head.weight, targets)
-        return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+            return linear_log_probs(hidden, head.weight, targets, self.model.config.final_logit_softcapping)
+        return -F.cross_entropy(self.model.logits(hidden).float(), targets, reduction="none")
 
     def divisor(self, split: Rows, rows: list[int]) -> int:
         """Count pairs; of kto, answers."""

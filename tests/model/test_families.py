@@ -23,6 +23,7 @@ V4: dict[str, Any] = {
     "transformers_version": "4.43.1",
     "use_cache": True,
 }
+GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}
 LLAMA = V4 | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
 MISTRAL = V4 | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2}
 QWEN2 = V4 | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
@@ -238,6 +239,28 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"rms_norm_eps": 1e-05, "rope_theta": 10000.0, "vocab_size": 151552},
         {"rotary_dim": 64, "rope_interleaved": True, "joined_gate_up": True, "attention_bias": False},
     ),
+    "Gemma 2 2B": (
+        V4
+        | shape(26, 2304, 8, 4, 9216, 8192)
+        | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attention_bias": False, "head_dim": 256}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}
+        | GELU
+        | {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_theta": 10000.0}
+        | {"sliding_window": 4096, "vocab_size": 256000, "tie_word_embeddings": True},
+        {"embedding_multiplier": 48.0, "attention_scale": 0.0625, "layer_types": (SLIDING, FULL) * 13},
+    ),
+    "Gemma 3 1B": (
+        V4
+        | shape(26, 1152, 4, 1, 6912, 32768)
+        | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 256}
+        | GELU
+        | {"head_dim": 256}
+        | {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "rms_norm_eps": 1e-06}
+        | {"rope_local_base_freq": 10000, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6}
+        | {"vocab_size": 262144, "tie_word_embeddings": True},
+        {"sliding_window": 512, "local_rope_theta": 10000.0, "rope_theta": 1000000.0, "norm_offset": 1.0},
+    ),
     "GLM 4 9B": (
         V4
         | shape(40, 4096, 32, 2, 13696, 131072)
@@ -314,7 +337,9 @@ def test_absent_fields_mean_what_they_mean_to_transformers(model_type: str) -> N
     assert config.sliding_window == getattr(theirs, "sliding_window", None)
     ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
     assert (config.bos_token_id, config.eos_token_id) == (theirs.bos_token_id, tuple(end for end in ends if end))
-    assert FAMILIES[model_type].architecture == type(theirs).__name__.replace("Config", "ForCausalLM")
+    assert FAMILIES[model_type].architecture == type(theirs).__name__.replace("Text", "").replace(
+        "Config", "ForCausalLM"
+    )
     for name in ("use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias"):
         assert FAMILIES[model_type].defaults.get(name) == getattr(theirs, name, None), name
     windowed = LLaMAConfig.from_dict(raw | {"use_sliding_window": True}) if "qwen" in model_type else None
@@ -356,12 +381,32 @@ def rope(**changes: Any) -> dict[str, Any]:
     return {"model_type": "llama", "max_position_embeddings": 64, "rope_scaling": {"factor": 2.0} | changes}
 
 
+LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gemma2"}, "model_type is 'gemma2', expected one of llama, mistral, qwen2, qwen3, "),
+    ({"model_type": "gemma"}, "model_type is 'gemma', expected one of llama, mistral, qwen2, qwen3, "),
     ({"model_type": "llama", "no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers is"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 1, 2, 0]}, "no_rope_layers is .*expected 0 or 1 for each of 4"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers is .*expected 0 or 1 for each of 4"),
     ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, "expected full_attention and sliding"),
+    (
+        {"model_type": "olmo3", "rope_parameters": {FULL: {}, SLIDING: {"rope_type": "linear", "factor": 2.0}}},
+        "stretches sliding_attention",
+    ),
+    ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv is 8.0"),
+    ({"model_type": "granite", "residual_multiplier": 0}, "residual_multiplier is 0, expected a number above 0"),
+    ({"model_type": "phi3", "partial_rotary_factor": 0.1}, "partial_rotary_factor is 0.1, which rotates 1 of the 16"),
+    (
+        {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2}},
+        "rope_type is 'yarn', expected one",
+    ),
+    ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1]}}, "needs long_factor"),
+    ({"model_type": "phi3", "rope_scaling": LONG | {"long_factor": [2.0]}}, "long_factor has 1 entries, expected 8"),
+    ({"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [0.0] * 8}}, "short_factor cannot be"),
+    ({"model_type": "ministral3", "rope_scaling": {"type": "yarn", "factor": 2}}, "needs llama_4_scaling_beta"),
     ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
     ({"model_type": "qwen3", "num_experts": 128}, "num_experts is 128"),
     ({"model_type": "mistral", "num_local_experts": 8}, "num_local_experts is 8"),
@@ -382,7 +427,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (WINDOWED | {"sliding_window": 0}, "sliding_window is 0"),
     (rope(type="longrope"), "rope_type is 'longrope'"),
     (rope(type="su"), "rope_type is 'su'"),
-    (rope(rope_type="proportional"), "rope_type is 'proportional', expected one of default, linear, dynamic"),
+    (rope(rope_type="proportional"), "rope_type is 'proportional', expected onelt, linear, dynamic"),
     (rope(type="linear", mrope_section=[1, 2]), r"mrope_section is \[1, 2\]"),
     (rope(type="default"), "factor is 2.0"),
     (rope(type="yarn", mscale=0.7), "mscale is 0.7"),

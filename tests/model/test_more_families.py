@@ -139,6 +139,52 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
         [{"layer_norms": ("input_layernorm", "", "post_attention_layernorm", "")}],
         {"partly rotated heads": 2},
     ),
+    "gemma2": (
+        {
+            "model_type": "gemma2",
+            "head_dim": 12,
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "sliding_window": 7,
+        },
+        [
+            {"query_pre_attn_scalar": None},
+            {"attn_logit_softcapping": None},
+            {"final_logit_softcapping": None},
+            {"layer_types": (FULL, SLIDING)},
+            {"norm_offset": 0.0},
+            {"hidden_act": "silu"},
+            {"embedding_multiplier": 1.0},
+        ],
+        {"norms elsewhere than before attention and MLP": 2},
+    ),
+    "gemma2, no bounds": (
+        {"model_type": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 8},
+        [{"attn_logit_softcapping": 1.0}],
+        {"norms elsewhere than before attention and MLP": 2},
+    ),
+    "gemma3": (
+        {
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "sliding_window": 7,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+        [{"local_rope_theta": 1e6}, {"rope_scaling": None}, {"query_pre_attn_scalar": None}],
+        {"two kinds of rotary positions": 3},
+    ),
+    "gemma3, as published": (
+        {"model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 8, "sliding_window": 7},
+        [{"layer_types": (FULL, *[SLIDING] * 5)}],
+        {"two kinds of rotary positions": 6},
+    ),
 }
 LENGTH = 150  # beyond every window, and beyond the first context
 

@@ -27,6 +27,14 @@ from lit_llama.text.tokenizer.base import Tokenizer
 
 IDS = torch.arange(2, 50)
 FAMILIES: dict[str, dict[str, Any]] = {
+    "granite": {
+        "model_type": "granite",
+        "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": (1, 1, 1, 0)},
     "llama": {"head_dim": 24},
     "biases": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral"},

@@ -29,6 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "use_qk_norm": True, "head_dim": 32},
     "llama3": {"rope_theta": 5e5, "rope_scaling": RopeScaling(rope_type="llama3", factor=8, **LONG)},
     "linear": {"rope_scaling": RopeScaling(rope_type="linear", factor=4, original_max_position_embeddings=256)},
+    "granite": {
+        "model_type": "granite",
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 0.5,
+    },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": (1, 1, 1, 0)},
     "yarn": {"rope_scaling": RopeScaling(rope_type="yarn", factor=4, beta_fast=16, **LONG)},
 }
 IDS = [(7 * index) % 380 + 3 for index in range(200)]

@@ -427,7 +427,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (WINDOWED | {"sliding_window": 0}, "sliding_window is 0"),
     (rope(type="longrope"), "rope_type is 'longrope'"),
     (rope(type="su"), "rope_type is 'su'"),
-    (rope(rope_type="proportional"), "rope_type is 'proportional', expected onelt, linear, dynamic"),
+    (rope(rope_type="proportional"), "rope_type is 'proportional', expected one of default, linear, dynamic"),
     (rope(type="linear", mrope_section=[1, 2]), r"mrope_section is \[1, 2\]"),
     (rope(type="default"), "factor is 2.0"),
     (rope(type="yarn", mscale=0.7), "mscale is 0.7"),

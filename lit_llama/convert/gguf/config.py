@@ -20,7 +20,18 @@ from lit_llama.model.rope import attention_factor, frequencies
 ROPE_FREQS = "rope_freqs.weight"
 """Tensor with the divisors (D/2,) of the rotary frequencies of Llama 3."""
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "granite", "smollm3")
+_PAIRED = ("llama", "granite", "smollm3")
+"""Those that are LLaMAs with more, their rotary partners side by side."""
+_SCALES = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+"""Of the architecture granite."""
+_STEP = 4
+"""Of every so many layers of smollm3, llama.cpp rotates all but the last."""
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
     "attn_norm": "input_layernorm",
@@ -109,7 +120,7 @@ def architecture(config: LLaMAConfig) -> str:
 
 def in_rotary_pairs(config: LLaMAConfig) -> bool:
     """Whether the rows of q and k stand side by side in GGUF, two and two."""
-    return architecture(config) == "llama"
+    return architecture(config) in _PAIRED
 
 
 class Reading:
@@ -176,13 +187,17 @@ class Reading:
             "rope_theta": shortest(self.get("rope.freq_base", float, 10000.0)),
             "attention_bias": biased,
             "attention_out_bias": biased and self.architecture != "qwen2",
-            "mlp_bias": self.architecture == "llama" and _has_bias(shapes, _MLP),
+            "mlp_bias": self.architecture in _PAIRED and _has_bias(shapes, _MLP),
             "use_qk_norm": self.architecture == "qwen3",
             "tie_word_embeddings": "lm_head.weight" not in shapes,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": tuple(dict.fromkeys(ends)),
             "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
+        if self.architecture == "granite":
+            values |= {name: shortest(self.get(key, float)) for name, key in _SCALES.items()}
+        if self.architecture == "smollm3":
+            values["no_rope_layers"] = _rotated(values["num_hidden_layers"])
         config = LLaMAConfig(**values, rope_scaling=self._scaling(values["max_position_embeddings"]))
         return config if divisors is None else self._llama3(config, divisors)
 
@@ -190,6 +205,8 @@ class Reading:
         prefix = f"{self.architecture}."
         for name, value in self.metadata.items():
             key = name.removeprefix(prefix)
+            if self.architecture == "granite" and key in _SCALES.values():
+                continue
             if not name.startswith(prefix) or key in _READ | _IGNORED or self._is_neutral(key, _uniform(value)):
                 continue
             only = f", only {_NEUTRAL[key][0]!r} is" if key in _NEUTRAL else ", which is not"
@@ -261,8 +278,11 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
     """Return the keys of `<architecture>.*`, without the prefix.
 
     Raises:
-        CheckpointError: llama.cpp has no word for the scaling of the positions.
+        CheckpointError: llama.cpp has no word for the scaling of the positions, or does not rotate the same layers.
     """
+    name = architecture(config)
+    if name == "smollm3" and config.no_rope_layers != (only := _rotated(config.num_hidden_layers)):
+        raise CheckpointError(f"no_rope_layers is {config.no_rope_layers}, llama.cpp computes only {only}")
     values: dict[str, Any] = {key: getattr(config, name) for name, key in _REQUIRED.items()}
     values["context_length"] = min(
         config.max_position_embeddings, config.sliding_window or config.max_position_embeddings
@@ -275,6 +295,8 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": config.rope_theta,
     }
+    if name == "granite":
+        values |= {key: float(getattr(config, field)) for field, key in _SCALES.items()}
     scaling = config.rope_scaling
     if scaling is None:
         return values
@@ -282,16 +304,21 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
         scaling.rope_type,
         {"rope.scaling.original_context_length": scaling.original_max_position_embeddings},
     )
-    if kind == "llama3" and architecture(config) == "llama":  # the tensor rope_freqs says the rest
+    if kind == "llama3" and name == "llama":  # the tensor rope_freqs says the rest
         return values | (original if scaling.original_max_position_embeddings != _CONTEXT else {})
-    usual = attention_factor(replace(scaling, attention_factor=None))
-    if kind not in ("linear", "yarn") or not scaling.truncate or scaling.attention_factor not in (None, usual):
-        raise CheckpointError(f"{scaling} has no form in GGUF for {architecture(config)!r}")
+    known = attention_factor(replace(scaling, attention_factor=None))
+    if kind not in ("linear", "yarn") or not scaling.truncate or scaling.attention_factor not in (None, known):
+        raise CheckpointError(f"{scaling} has no form in GGUF for {name!r}")
     values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling.factor)}
     if kind == "yarn":
         betas = {name: float(getattr(scaling, name)) for name in _BETAS}
         values |= original | ({} if betas == _BETAS else {f"rope.scaling.yarn_{key}": betas[key] for key in betas})
     return values
+
+
+def _rotated(layers: int) -> tuple[int, ...]:
+    rotated = tuple(int((layer + 1) % _STEP != 0) for layer in range(layers))
+    return () if all(rotated) else rotated
 
 
 def shortest(value: float) -> float:

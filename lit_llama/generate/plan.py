@@ -100,7 +100,7 @@ class GenerationPlan:
     def _counts(self) -> tuple[int, int, int]:
         """Values of the linear layers of a decoder layer, of its other parameters, and of all that is in no layer."""
         with torch.device("meta"):
-            model = LLaMA(replace(self.config, num_hidden_layers=1))
+            model = LLaMA(self.config.shortened(1))
         counts = {"linear": 0, "other": 0, "outside": 0}
         for name, parameter in model.named_parameters():  # a head that is the embedding comes once
             inside = "other" if name.startswith("model.layers.") else "outside"
@@ -212,6 +212,8 @@ def plan_generation(
         program=resident_memory() if on_cpu else _CUDA_BYTES,
         kv_cache=kv_cache,
     )
+    if held == "int4" and on_cpu and (beyond := config.beyond_llama):
+        raise ResourceError(f"int4 is for packed kernels, which know no {beyond}; nf4 takes as little memory")
     if held == "int4" and not plan.packs:
         raise ResourceError(
             f"int4 is for CPUs and a C++ compiler, but this is {describe(device)}{'' if on_cpu else ', a GPU'}; nf4 "
@@ -264,6 +266,8 @@ def offloading(plan: GenerationPlan) -> str:
 def table(plan: GenerationPlan, name: str = "") -> Table:
     """Build the table of a plan, of a model of some name."""
     how = "packed for this CPU" if plan.packed else "as torch has them"
+    if plan.device.type == "cpu" and (beyond := plan.config.beyond_llama):
+        how += f", as the packed kernels know no {beyond}"
     found = Table(
         title=f"Plan{name and f' of {name}'}: {plan.config.num_hidden_layers} layers in {numbers(plan)}",
         box=box.SIMPLE_HEAD,

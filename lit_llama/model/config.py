@@ -205,7 +205,7 @@ class LLaMAConfig:
         """
         usual = LLaMAConfig.layer_norms
         there = {
-            "no rotary positions": self.rotary(layer) is None,
+            "layers without rotary positions": self.rotary(layer) is None,
             "partly rotated heads": self.rotary_dim < self.head_dim,
             "interleaved rotary positions": self.rope_interleaved,
             "two kinds of rotary positions": self.local_rope_theta is not None,
@@ -214,10 +214,10 @@ class LLaMAConfig:
             "norms over all heads": self.joined_qk_norm,
             "projections that are one": self.joined_qkv or self.joined_gate_up,
             f"activation {self.hidden_act}": self.hidden_act != "silu",
-            "a bound of the scores": self.attn_logit_softcapping is not None,
-            "a scale of the scores": self.attention_scale is not None,
+            "bound of the scores": self.attn_logit_softcapping is not None,
+            "scale of the scores": self.attention_scale is not None,
             "queries scaled by position": bool(self.rope_scaling and self.rope_scaling.llama_4_scaling_beta),
-            "a scale of the residuals": self.residual_multiplier != 1,
+            "scale of the residuals": self.residual_multiplier != 1,
         }
         return next((name for name, is_so in there.items() if is_so), "")
 
@@ -227,9 +227,9 @@ class LLaMAConfig:
         is none.
         """
         outer = {
-            "a scale of the embeddings": self.embedding_multiplier != 1,
-            "a scale of the logits": self.logits_scaling != 1,
-            "a bound of the logits": self.final_logit_softcapping is not None,
+            "scale of the embeddings": self.embedding_multiplier != 1,
+            "scale of the logits": self.logits_scaling != 1,
+            "bound of the logits": self.final_logit_softcapping is not None,
         }
         found = next((name for layer in range(self.num_hidden_layers) if (name := self.beyond(layer))), "")
         return found or next((name for name, is_so in outer.items() if is_so), "")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_llama.convert.merge import merge
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.plan import plan_generation, table
 from lit_llama.model.adapter import load_adapter, save_adapter
 from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.attention.layout import Packed
@@ -33,7 +34,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
     "smollm3": (
         {"model_type": "smollm3", "no_rope_layer_interval": 2, "num_hidden_layers": 3},
         [{"no_rope_layers": ()}, {"no_rope_layers": (0, 1, 1)}],
-        {"no rotary positions": 1},
+        {"layers without rotary positions": 1},
     ),
     "smollm3, window": (
         {
@@ -45,7 +46,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
             "tie_word_embeddings": False,
         },
         [{"layer_types": (FULL, SLIDING, SLIDING)}],
-        {"no rotary positions": 2},
+        {"layers without rotary positions": 2},
     ),
     "granite": (
         {
@@ -61,12 +62,12 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
             {"residual_multiplier": 1.0},
             {"logits_scaling": 1.0},
         ],
-        {"a scale of the scores": 2},
+        {"scale of the scores": 2},
     ),
     "granite, tied, biases": (
         {"model_type": "granite", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         [{"attention_multiplier": None}],
-        {"a scale of the scores": 2},
+        {"scale of the scores": 2},
     ),
     "olmo2": (
         {"model_type": "olmo2"},
@@ -326,3 +327,14 @@ def test_the_engine_answers_as_transformers_and_packs_nothing_it_does_not_know(m
     config = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
     wanted = theirs.generate(prompt[None], attention_mask=torch.ones(1, 40), **config)[0, 40:].tolist()
     assert made_by(model, [prompt.tolist()], Sampling(max_new_tokens=count)) == [wanted]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_count_the_model_and_say_why_it_is_not_packed(models: Models, name: str) -> None:
+    """Catches a plan that builds one layer with the types of all, and a slow way that is not told."""
+    _, _, model = models(name)
+    plan = plan_generation(model.config, precision="32-true", memory="1GB")
+    stored = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert plan.weights == stored and not plan.packed
+    text = [str(cell) for cell in table(plan).columns[2].cells]
+    assert any(f"know no {model.config.beyond_llama}" in cell for cell in text)

@@ -338,3 +338,21 @@ def test_plans_count_the_model_and_say_why_it_is_not_packed(models: Models, name
     assert plan.weights == stored and not plan.packed
     text = [str(cell) for cell in table(plan).columns[2].cells]
     assert any(f"know no {model.config.beyond_llama}" in cell for cell in text)
+
+
+def test_a_request_that_may_grow_long_turns_so_from_its_first_token(models: Models) -> None:
+    """The same prompt with short and with long answers at once, against transformers with the factors of either;
+    catches keys of one kind beside queries of the other, and blocks of the cache that both would share."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, theirs, model = models("phi3, long")
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
+    long = AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager").eval()
+    prompt, wanted = random_ids(40), []
+    for other, count in ((theirs, 24), (long, 25)):
+        options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+        wanted.append(other.generate(prompt[None], attention_mask=torch.ones(1, 40), **options)[0, 40:].tolist())
+    assert wanted[0] != wanted[1][:24]
+    found = made_by(model, [prompt.tolist()] * 2, [Sampling(max_new_tokens=count) for count in (24, 25)])
+    assert found == wanted

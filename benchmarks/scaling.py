@@ -95,7 +95,7 @@ def _step(axis: Axis, value: int, repeats: int) -> Point:
     from lit_llama.model.fused.layer import fuse
     from lit_llama.model.llama import LLaMA
     from lit_llama.model.lora import apply_lora, lora_parameters
-    from lit_llama.text.dataset.folder import collate
+    from lit_llama.text.dataset.batches import collate
     from lit_llama.train.loss import TokenLoss
 
     keep_freed_memory()
@@ -130,7 +130,8 @@ def _rows(count: int) -> Point:
     """Seconds from a data folder of so many rows to the first batch, and the memory of it."""
     import datasets
 
-    from lit_llama.text.dataset.folder import Split, epoch_order, micro_batches
+    from lit_llama.text.dataset.batches import epoch_order, micro_batches
+    from lit_llama.text.dataset.folder import Split
 
     with tempfile.TemporaryDirectory(prefix="scaling-") as home:
         lengths = np.full(count, 32)

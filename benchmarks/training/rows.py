@@ -99,7 +99,8 @@ def load_rows(path: str | Path) -> Rows:
 
 def dump(data_dir: Path, held_out_dir: Path, path: Path, *, steps: int, batch_size: int, seed: int) -> None:
     """Take the training splits of two data folders, and the order in which finetune/ takes the first's rows."""
-    from lit_llama.text.dataset.folder import Split, epoch_order
+    from lit_llama.text.dataset.batches import epoch_order
+    from lit_llama.text.dataset.folder import Split
     from lit_llama.text.dataset.pairs import PairSplit
 
     meta = json.loads((data_dir / "meta.json").read_text("utf-8"))

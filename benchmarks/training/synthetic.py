@@ -18,7 +18,7 @@ from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.quantize import is_quantized, quantized
-from lit_llama.text.dataset.folder import Batch, collate
+from lit_llama.text.dataset.batches import Batch, collate
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train.loss import TokenLoss
 

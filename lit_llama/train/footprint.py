@@ -30,7 +30,7 @@ from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.quantize import is_quantized, quantize_shapes
-from lit_llama.text.dataset.folder import Batch, Rows, largest_group
+from lit_llama.text.dataset.batches import Batch, Rows, largest_group
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method

@@ -13,7 +13,8 @@ from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
-from lit_llama.text.dataset.folder import SPLITS, FolderKind, Rows, Split, data_fingerprint, read_meta
+from lit_llama.text.dataset.batches import Rows
+from lit_llama.text.dataset.folder import SPLITS, FolderKind, Split, data_fingerprint, read_meta
 from lit_llama.text.dataset.pair_batches import PairRows
 from lit_llama.text.dataset.pairs import PairSplit
 from lit_llama.text.prompts.encode import TEMPLATE_FILE

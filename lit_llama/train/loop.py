@@ -18,7 +18,7 @@ from lit_llama.device import Numerics, peak_memory, seed_micro_batch, trim_freed
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.model.fused.layer import give_back
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch, Rows, epoch_order, shared_micro_batches
+from lit_llama.text.dataset.batches import Batch, Rows, epoch_order, shared_micro_batches
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.footprint import largest_batch, probe
 from lit_llama.train.interrupt import Interrupt

@@ -16,7 +16,7 @@ from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.fused.layer import can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.operators.pointwise import cross_entropy
-from lit_llama.text.dataset.folder import Batch, Rows
+from lit_llama.text.dataset.batches import Batch, Rows
 
 CHUNK = 512
 """Trained tokens whose logits are held at a time."""

@@ -16,7 +16,7 @@ from lit_llama.device import (
 from lit_llama.generate.plan import step_bytes
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
 from lit_llama.model.paged import PagedCache
-from lit_llama.text.dataset.folder import Rows, largest_group
+from lit_llama.text.dataset.batches import Rows, largest_group
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.footprint import Build, Shape, Sizes
 from lit_llama.train.loss import CHUNK

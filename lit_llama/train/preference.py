@@ -19,7 +19,7 @@ from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError
 from lit_llama.model.attention.layout import Layout
 from lit_llama.model.llama import LLaMA
-from lit_llama.text.dataset.folder import Batch, Rows, shared_micro_batches
+from lit_llama.text.dataset.batches import Batch, Rows, shared_micro_batches
 from lit_llama.text.dataset.pair_batches import PairBatch, PairRows
 from lit_llama.train.config import PreferenceConfig
 from lit_llama.train.loss import TokenLoss, linear_log_probs

@@ -17,7 +17,7 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import NumericalError
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, base_of
-from lit_llama.text.dataset.folder import epoch_order
+from lit_llama.text.dataset.batches import epoch_order
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.metrics import read_metrics
 from lit_llama.train.optim import OPTIMIZER_FILE

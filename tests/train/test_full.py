@@ -17,7 +17,8 @@ from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
-from lit_llama.text.dataset.folder import Split, epoch_order
+from lit_llama.text.dataset.batches import epoch_order
+from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.loop import evaluate

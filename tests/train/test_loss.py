@@ -15,7 +15,8 @@ from lit_llama.device import numerics
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters, parameter_groups
-from lit_llama.text.dataset.folder import Split, collate
+from lit_llama.text.dataset.batches import collate
+from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train import loss as loss_module
 from lit_llama.train.config import TrainConfig

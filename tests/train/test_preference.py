@@ -17,7 +17,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.text.dataset.folder import micro_batches
+from lit_llama.text.dataset.batches import micro_batches
 from lit_llama.text.dataset.pair_batches import Mismatched, PairRows
 from lit_llama.train.config import PreferenceConfig, PreferenceLoss
 from lit_llama.train.loss import linear_log_probs

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.dataset.folder import Batch, Ids
+from lit_llama.text.dataset.batches import Batch, Ids
 
 
 class Source(Protocol):

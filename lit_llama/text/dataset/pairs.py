@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError
+from lit_llama.text.dataset.batches import Ids
 from lit_llama.text.dataset.encoder import Encoded, Encoder
-from lit_llama.text.dataset.folder import Column, Ids
+from lit_llama.text.dataset.folder import Column
 from lit_llama.text.dataset.render import Note, Rendered
 from lit_llama.text.dataset.writer import List, Samples, SplitWriter
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, Message, Preference

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from lit_llama.errors import DataError
 from lit_llama.folder.publish import publish, write_json
+from lit_llama.text.dataset.batches import step_plan
 from lit_llama.text.dataset.blocks import Block, encode_blocks, rare_collections, read_blocks
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.encoder import Encoded, Encoder
-from lit_llama.text.dataset.folder import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE, step_plan
+from lit_llama.text.dataset.folder import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE
 from lit_llama.text.dataset.held_out import HeldOut, opening, opening_key
 from lit_llama.text.dataset.pairs import (
     Judgements,

@@ -13,19 +13,16 @@ import pytest
 from conftest import Sample, write_splits
 
 from lit_llama.errors import DataError
-from lit_llama.text.dataset.folder import (
-    FORMAT,
-    Split,
+from lit_llama.text.dataset.batches import (
     collate,
-    data_fingerprint,
     epoch_order,
     largest_group,
     micro_batches,
-    read_meta,
     share_out,
     shared_micro_batches,
     step_plan,
 )
+from lit_llama.text.dataset.folder import FORMAT, Split, data_fingerprint, read_meta
 from lit_llama.text.message import IGNORE_INDEX
 
 

@@ -15,8 +15,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.neftune import add_noise
 from lit_llama.model.operators import kernels
-from lit_llama.text.dataset.folder import Batch, collate
-from lit_llama.text.dataset.sharing import LEAST, beginnings
+from lit_llama.text.dataset.batches import LEAST, Batch, beginnings, collate
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train.loss import TokenLoss
 

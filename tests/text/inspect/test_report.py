@@ -9,7 +9,7 @@ from conftest import encode_examples
 from pages import Page, check_alone, in_chromium
 
 from lit_llama.html import percent
-from lit_llama.text.dataset.folder import step_plan
+from lit_llama.text.dataset.batches import step_plan
 from lit_llama.text.inspect.findings import CUT, Findings
 from lit_llama.text.inspect.report import account, differences, histogram, warnings, write_report
 from lit_llama.text.inspect.show import ShownSample, shown_sample

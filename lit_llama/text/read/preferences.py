@@ -1,7 +1,7 @@
 """Preferences: rows with answers that people or models judged -> conversations that end in a judged answer.
 
-A row holds a chosen and a rejected answer (TRL, LLaMA-Factory, HH-RLHF), one answer with a label that is true or false
-(KTO), or several completions with ratings (UltraFeedback), of which the best and the worst are taken.
+A row holds a chosen and a rejected answer (TRL, LLaMA-Factory, HH-RLHF), one answer with a label that is true or false,
+1 or 0 (KTO), or several completions with ratings (UltraFeedback), of which the best and the worst are taken.
 """
 
 import re
@@ -27,6 +27,7 @@ _RATINGS = ("rating", "score", "fine-grained_score", "overall_score", "overall_r
 tens in place of ones."""
 _TEXTS = ("response", "completion", "content", "text", "output", "answer")
 _TRUTH = {"true": True, "false": False}
+_NUMBERS = {"1": True, "0": False}
 _SPOKEN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 _HEARD = {"Human": "user", "Assistant": "assistant"}
 
@@ -50,8 +51,13 @@ class Judged:
     cut: int = 0
 
 
-def judgement(row: Row) -> str:
-    """Name the kind of preferences that a row is of; "" if it is of none."""
+def judgement(row: Row, *, wanted: bool) -> str:
+    """Name the kind of preferences that a row is of; "" if it is of none.
+
+    Args:
+        row: The row.
+        wanted: Somebody has said that rows are judged: then a label that is 0 or 1 judges, and is no class of a text.
+    """
     names = row.keys()
     if names >= {"input", *_PREFERRED} and isinstance(row["input"], dict):
         return "preferred and other output (OpenAI)"
@@ -59,7 +65,7 @@ def judgement(row: Row) -> str:
         return "chosen and rejected"
     if names.isdisjoint(_ASKED):
         return ""
-    if any(_verdict(row, name) is not None for name in LABELS if name in names):
+    if any(_verdict(row, name, wanted) is not None for name in LABELS if name in names):
         return "answers with a label (KTO)"
     return "rated completions" if COMPLETIONS in names and _is_rated(row) else ""
 
@@ -88,10 +94,13 @@ def truth(value: Any) -> bool | None:
     return _TRUTH.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def _verdict(row: Row, name: str) -> bool | None:
-    """Whether an answer is wanted, None where a field says nothing of it; numbers are classes but in kto_tag."""
+def _verdict(row: Row, name: str, numbers: bool) -> bool | None:
+    """Whether an answer is wanted, None where a field says nothing of it; numbers may be classes, but in kto_tag."""
     value = row[name]
-    return bool(value) if name == "kto_tag" and value in (0, 1) else truth(value)
+    if numbers or name == "kto_tag":
+        value = _NUMBERS.get(value.strip(), value) if isinstance(value, str) else value  # as CSV has them
+        return bool(value) if value in (0, 1) else truth(value)
+    return truth(value)
 
 
 def _openai(row: Row) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def _learned(answer: Words) -> Words:
 
 def _labelled(row: Row, log: FieldLog) -> Iterator[Judged]:
     """Answers that are wanted or not, of a row of any kind."""
-    there = {name: verdict for name in LABELS if name in row and (verdict := _verdict(row, name)) is not None}
+    there = {name: verdict for name in LABELS if name in row and (verdict := _verdict(row, name, True)) is not None}
     if len(set(there.values())) > 1:
         raise RowError(f"the fields {listed(list(there))} are for one place, and differ")
     wanted = next(iter(there.values()))

@@ -181,6 +181,8 @@ _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }  # fmt: skip
 _TRUTH: dict[str, bool] = {"true": True, "false": False}
 _NAMED = 100
+_LISTED = 100  # fields that are remembered for an error
+_ABSENT = object()
 _LONGEST = 2000  # characters; Python's parser takes longer for deeper ones
 _EXAMPLE = "score >= 4 and lang == 'en'"
 
@@ -258,7 +260,7 @@ class Where:
 
     def begin(self) -> None:
         """Begin anew, with no row seen."""
-        self._unseen = {comparison.path[0] for comparison in self._comparisons}
+        self._unseen = {comparison.path for comparison in self._comparisons}
         self._fields: dict[str, None] = {}
 
     def holds(self, row: Mapping[str, Any]) -> bool:
@@ -268,21 +270,28 @@ class Where:
             RowError: A field cannot be compared.
         """
         if self._unseen:
-            names = {name: None for name in row}
-            self._unseen -= names.keys() | {theirs for theirs, ours in self._renamed.items() if ours in row}
-            self._fields.update(names if len(self._fields) < 100 else {})
-        return all(comparison.holds(self._value(row, comparison.path)) for comparison in self._comparisons)
+            self._unseen -= {path for path in self._unseen if self._value(row, path) is not _ABSENT}
+            if len(self._fields) < _LISTED:
+                self._fields.update({name: None for name in row})
+                for path in self._unseen:  # the fields beside one that is nested
+                    for depth in range(1, len(path)):
+                        there = self._value(row, path[:depth])
+                        inner = there if isinstance(there, Mapping) else {}
+                        self._fields.update({".".join((*path[:depth], str(name))): None for name in inner})
+        found = ((comparison, self._value(row, comparison.path)) for comparison in self._comparisons)
+        return all(comparison.holds(None if value is _ABSENT else value) for comparison, value in found)
 
     def _value(self, row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+        """What stands in a field, `_ABSENT` where the row has none."""
         first, *inner = path
-        value = row.get(first, row.get(self._renamed.get(first, first)))
+        value = row.get(first, row.get(self._renamed.get(first, first), _ABSENT))
         for name in inner:
-            value = value.get(name) if isinstance(value, Mapping) else None
+            value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
         return value
 
     def check(self) -> None:
         """Raise DataError if a field was in no row."""
-        for name in self._unseen:
+        for name in sorted(map(".".join, self._unseen)):
             raise DataError(f"--where {self.text!r}: no row has a field {name}, but {listed(list(self._fields))}")
 
 

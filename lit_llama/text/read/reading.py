@@ -150,7 +150,7 @@ class Reader:
                 yield Dropped(self.rows, raw.where, f"not asked for by --where {self._where.text}", by_choice=True)
                 return
             row = self.log.wanted(raw.value)
-            if found := judgement(row):
+            if found := judgement(row, wanted=self._kind != "auto"):
                 yield from self._judged(row, found, raw.where, split)
                 return
             if self._kind == "preference":

@@ -156,6 +156,21 @@ def test_numbers_judge_where_the_name_says_so(put: Put) -> None:
     assert [type(one) for one in found] == [Conversation, Dropped]
 
 
+@pytest.mark.parametrize("kind", ["preference", "sft-chosen"])
+def test_labels_of_numbers_judge_where_rows_are_judged(kind: str, put: Put) -> None:
+    """Catches a table's 0 and 1 refused as no judgement, 0 among the wanted answers, and a class taken for one."""
+    rows = [KTO["TRL"] | {"label": label} for label in (1, 0, 1.0, "0", " 1 ")]
+    found, reader = read(put, *rows, data_kind=kind)
+    wanted = [True, False, True, False, True]
+    if kind == "preference":
+        assert [one.wanted for one in found] == wanted
+    else:
+        assert [type(one) is Conversation for one in found] == wanted
+    assert not reader.log.unused
+    with pytest.raises(DataError, match="no answer of the row was judged"):
+        read(put, KTO["TRL"] | {"label": 2}, data_kind="preference")
+
+
 def test_what_only_looks_like_a_judgement_is_none(put: Put) -> None:
     """Catches classes of a text, numbers of classes and fields that are null taken for judgements."""
     rows = [

@@ -87,6 +87,24 @@ def test_a_field_that_no_row_has_is_an_error(put: Put) -> None:
         list(read_conversations([str(path)], where="scroe > 1"))
 
 
+def test_a_nested_field_that_no_row_has_is_an_error(put: Put) -> None:
+    """Catches score.x, where score is a number or holds y, that drops every row as not asked for."""
+    path = put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    for where, said in (
+        ("score.x > 1", "no row has a field score.x, but instruction, output, score"),
+        ("meta.m > 1", "no row has a field meta.m, but .*meta, meta.n$"),
+        ("meta.n.deep > 1", "no row has a field meta.n.deep, but .*meta, meta.n$"),
+        ("lang == 'en' and row['meta']['m'] == 1", "no row has a field meta.m"),
+        ("lang == 'fr' and row['meta']['m'] == 1", "no row has a field meta.m"),
+    ):
+        with pytest.raises(DataError, match=said):
+            list(read_conversations([str(path)], where=where))
+    sparse = [{"instruction": "q", "output": "a", "meta": None}, {"instruction": "q", "output": "a", "meta": {"n": 2}}]
+    path = put("sparse.jsonl", "".join(json.dumps(row) + "\n" for row in sparse))
+    found = read_conversations([str(path)], where="meta.n > 1")
+    assert [type(one) for one in found] == [Dropped, Conversation]
+
+
 def test_what_cannot_be_compared_stops_or_is_counted(put: Put) -> None:
     """Catches an order between a word and a number."""
     path = put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in [ROWS[0] | {"score": "high"}, ROWS[1]]))

@@ -62,6 +62,12 @@ class LockedError(ResourceError):
     exit_status = 75
 
 
+class ClusterError(ResourceError):
+    """A cluster that is not there, or was lost; running the same command again later may help (EX_UNAVAILABLE)."""
+
+    exit_status = 69
+
+
 class IntegrityError(UserError):
     """Something is not what its folder says it is."""
 

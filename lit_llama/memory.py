@@ -29,10 +29,9 @@ _ALONE = "lower --max_new_tokens, or hold less: --quantize int8, --kv_cache int8
 _GENERATING = "lower --batch_size or --max_new_tokens, or hold less: --quantize int8, --kv_cache int8"
 _PLANS = "; --plan true says what is needed"
 _TUNING = "lower --train.micro_batch_tokens, set --train.activation_checkpointing full"
-_ROWS = "encode it in parts, --shard 0/4 to 3/4, or leave out the search for near duplicates, --near_duplicates 0"
+_ROWS = "leave out the search for near duplicates, --near_duplicates 0, or take a machine with more memory"
 _REMEDIES = {
-    "prepare/alpaca.py": "leave out the search for near duplicates, --near_duplicates 0, or take prepare/records.py, "
-    "which encodes in parts, --shard 0/4 to 3/4",
+    "prepare/alpaca.py": _ROWS,
     "prepare/checkpoint.py": "take smaller files, --max_shard_size 1GB, or a machine with more memory",
     "prepare/delta.py": "take smaller files, --max_shard_size 1GB, or a machine with more memory",
     "prepare/records.py": _ROWS,

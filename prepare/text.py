@@ -15,7 +15,7 @@ from lit_llama.text.dataset.config import Documents, PrepareConfig
 
 OFFERED = [
     *("source", "destination_path", "tokenizer_path", "documents", "rendered", "max_seq_length", "overflow", "split"),
-    *("test_split_size", "seed", "split_from", "near_duplicates", "encoding", "shard", "shards"),
+    *("test_split_size", "seed", "split_from", "near_duplicates", "encoding", "executor", "ray_address"),
 ]
 
 

@@ -49,7 +49,7 @@ class Prepared(Result):
     """A data folder.
 
     Attributes:
-        meta: What stands in its meta.json; of a shard, in shard.json.
+        meta: What stands in its meta.json.
     """
 
     meta: Mapping[str, Any] = field(repr=False)

@@ -86,7 +86,7 @@ def test_preparing_rows(more: int, large: Path, tmp_path: Path) -> None:
         tmp_path, "prepare/records.py", "lit_llama.text.dataset.prepare", more, *flags, "--destination_path", made
     )
     check(found)
-    assert "--shard" in found.stderr and not made.exists()
+    assert "--near_duplicates 0" in found.stderr and not made.exists()
 
 
 @pytest.mark.parametrize("more", [60, 330])
@@ -177,7 +177,7 @@ def test_what_is_to_be_lowered_is_there(door: str) -> None:
     """Catches advice with a flag that its door does not have."""
     main = runpy.run_path(str(ROOT / door))
     known = {name for function in ("main", "apply", "make") if function in main for name in _names(main[function])}
-    flags = re.findall(r"--([\w.]+)", remedy(door).replace("prepare/records.py, which encodes in parts, --shard", ""))
+    flags = re.findall(r"--([\w.]+)", remedy(door))
     assert set(flags) <= known and (flags or door == "prepare/download.py")
 
 

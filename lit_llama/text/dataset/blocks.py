@@ -1,13 +1,13 @@
-"""Rows a block at a time: read, rendered and encoded at once, each by a thread of its own."""
+"""Rows a block at a time: read, rendered and encoded at once, here by a thread for each of these."""
 
 import contextlib
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from lit_llama import progress
 from lit_llama.text.dataset.encoder import Encoded, Encoder
@@ -57,23 +57,39 @@ def read_blocks(reader: Reader) -> Iterator[Block]:
         yield Block(number, conversations, [row for row in some if isinstance(row, Dropped)])
 
 
-def encode_blocks(blocks: Iterable[Block], encoder: Encoder) -> Iterator[tuple[Block, Encoded]]:
-    """Encode each block into the samples that it comes to.
+class Executor(Protocol):
+    """Encoder of blocks, whoever does the work: blocks go in, and come out in the same order with their samples."""
 
-    Raises:
-        UserError: What `Encoder` says of a row.
+    def encode(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Encoded]]:
+        """Encode each block into the samples that it comes to.
+
+        Raises:
+            UserError: What `Encoder` says of a row.
+        """
+        ...
+
+
+class LocalExecutor:
+    """Executor in this process: a thread renders, another encodes.
+
+    Args:
+        encoder: Makes samples of rows.
     """
-    return ahead(_encoded(ahead(_rendered(blocks, encoder)), encoder))
 
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
 
-def _rendered(blocks: Iterable[Block], encoder: Encoder) -> Iterator[tuple[Block, Rendered]]:
-    for block in blocks:
-        yield block, encoder.render(block.conversations)
+    def encode(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Encoded]]:
+        """See Executor."""
+        return ahead(self._encoded(ahead(self._rendered(blocks))))
 
+    def _rendered(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rendered]]:
+        for block in blocks:
+            yield block, self._encoder.render(block.conversations)
 
-def _encoded(rendered: Iterable[tuple[Block, Rendered]], encoder: Encoder) -> Iterator[tuple[Block, Encoded]]:
-    for block, part in rendered:
-        yield block, encoder.encode(part)
+    def _encoded(self, rendered: Iterator[tuple[Block, Rendered]]) -> Iterator[tuple[Block, Encoded]]:
+        for block, part in rendered:
+            yield block, self._encoder.encode(part)
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

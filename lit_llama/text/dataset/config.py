@@ -18,6 +18,7 @@ Tree = Literal["best", "all"]
 OnError = Literal["stop", "skip"]
 Quoting = Literal["double", "none"]
 DataKind = Literal["auto", "sft-chosen", "preference"]
+ExecutorName = Literal["local", "ray"]
 
 ENCODING = 1
 """Version of what rows become. Every change of ids, labels or splits for the same rows and settings raises it, so that
@@ -79,8 +80,10 @@ class PrepareConfig:
         encoding: Of files that are not UTF-8, such as cp1252.
         quoting: Of CSV: quotes around a field are no part of it and doubled inside, or (none) part of the text.
         escape: Of CSV: the character before a quote inside a field, where it is not doubled, such as a backslash.
-        shard: Encode one part of the rows only, such as 0/3, 1/3 or 2/3, into a folder of its own.
-        shards: The folders, or a pattern, of all these parts: put them together, as if all had been encoded here.
+        executor: Who encodes the rows: this process, or tasks of Ray, on all cores of this machine or on a cluster. The
+            folder is the same.
+        ray_address: Cluster that is joined, as HOST:PORT, or auto for the one that runs on this machine; without it
+            Ray is started here for this command.
 
     Raises:
         UserError: A number is out of its range, or two settings exclude each other.
@@ -115,8 +118,8 @@ class PrepareConfig:
     encoding: str | None = None
     quoting: Quoting = "double"
     escape: str | None = None
-    shard: str | None = None
-    shards: str | list[str] | None = None
+    executor: ExecutorName = "local"
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -124,8 +127,8 @@ class PrepareConfig:
             raise DataError(f"--max_seq_length is {self.max_seq_length}, expected 3 or more tokens, below {2**31}")
         if self.near_duplicates < 0:
             raise UserError(f"--near_duplicates is {self.near_duplicates}, expected a number of rows, or 0 for none")
-        if self.shard and self.shards:
-            raise UserError("--shard makes one shard and --shards takes all together: give one of them")
+        if self.ray_address is not None and self.executor != "ray":
+            raise UserError(f"--ray_address {self.ray_address} is for --executor ray: give that, too")
         if self.data_kind == "preference":
             self._check_preference()
 
@@ -136,8 +139,6 @@ class PrepareConfig:
             ("overflow", self.overflow not in ("drop", "error"), "is compared whole: use --overflow drop or error"),
             ("rendered", self.rendered, "is no plain text: leave it out"),
             ("documents", self.documents is not None, "is no plain text: leave it out"),
-            ("shard", self.shard is not None, "is prepared in one run: leave it out"),
-            ("shards", self.shards is not None, "is prepared in one run: leave it out"),
         ):
             if wrong:
                 raise UserError(f"--{name} {getattr(self, name)} with --as preference: a preference {why}")

@@ -22,7 +22,7 @@ META_FILE, TEST_FILE = "meta.json", "test.jsonl"
 TEST_KEYS_FILE = "test_keys.txt"
 """In a data folder: for each line of test.jsonl, the key of what its row opened with before anything was cut."""
 SPLITS = ("train", "test")
-_WRITTEN = (META_FILE, TEST_FILE, "lost.jsonl", "report.json", "dataset_dict.json", "shard.json")
+_WRITTEN = (META_FILE, TEST_FILE, "lost.jsonl", "report.json", "dataset_dict.json")
 """Files of a data folder that look like raw data."""
 _PROSE = (".txt", ".text", ".md")
 _RAW = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx")

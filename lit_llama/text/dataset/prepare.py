@@ -15,21 +15,19 @@ import numpy.typing as npt
 from lit_llama.errors import DataError
 from lit_llama.folder.publish import publish, write_json
 from lit_llama.text.dataset.batches import step_plan
-from lit_llama.text.dataset.blocks import Block, encode_blocks, rare_collections, read_blocks
+from lit_llama.text.dataset.blocks import Block, Executor, rare_collections, read_blocks
 from lit_llama.text.dataset.config import PrepareConfig
-from lit_llama.text.dataset.encoder import Encoded, Encoder
+from lit_llama.text.dataset.encoder import Encoded
 from lit_llama.text.dataset.folder import FORMAT, META_FILE, SPLITS, TEST_FILE, TEST_KEYS_FILE
 from lit_llama.text.dataset.held_out import HeldOut, opening, opening_key
 from lit_llama.text.dataset.pairs import (
     Judgements,
-    PairEncoder,
     PairWriter,
     Verdict,
     one_answer,
     raw_preference,
 )
 from lit_llama.text.dataset.reject_log import RejectLog, Tally, keep_long_rows
-from lit_llama.text.dataset.shards import Shards
 from lit_llama.text.dataset.split import Choice, far_from, hash_side, held_rows, shuffle_split, side_few, usable
 from lit_llama.text.dataset.writer import Sides, SplitWriter, trained_tokens
 from lit_llama.text.inspect.findings import Findings
@@ -81,12 +79,12 @@ def prepare(
     *,
     config: PrepareConfig,
     choice: Choice,
+    executor: Executor,
     tokenizer: Tokenizer,
     style: PromptStyle,
     key: str = "",
     made_of: Mapping[str, Any] | None = None,
     members: HeldOut | None = None,
-    shards: Shards | None = None,
     plan: Mapping[str, int] | None = None,
     commands: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -96,12 +94,12 @@ def prepare(
         reader: The raw rows.
         config: How rows become samples.
         choice: How they are divided into train and test.
+        executor: Encodes the rows.
         tokenizer: Of the model to be tuned.
         style: How conversations are rendered.
         key: Identity of everything that decides the contents.
         made_of: What that key stands for, each thing by its name.
         members: Which rows are for testing, where the split is "from" other data.
-        shards: Encoded rows; without them all rows are encoded here.
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
         commands: For the report: what made this folder.
 
@@ -112,11 +110,10 @@ def prepare(
         DataError: Rows that cannot be used, or a split without rows.
     """
     pairs = config.data_kind == "preference"
-    encoder, destination = new_encoder(tokenizer, style, config), config.destination_path
+    destination = config.destination_path
     made = publish(destination, META_FILE, replace=True)
     with rare_collections(), made as folder, _Work(folder, config, choice, members) as work:
-        blocks = read_blocks(reader)
-        for block, encoded in shards.encoded(blocks) if shards else encode_blocks(blocks, encoder):
+        for block, encoded in executor.encode(read_blocks(reader)):
             work.add(block, encoded)
         work.finish(reader.rows)
         findings = work.findings.result(work.text_of)
@@ -156,23 +153,6 @@ def prepare(
         }
         write_json(folder / META_FILE, meta)
     return meta
-
-
-def new_encoder(tokenizer: Tokenizer, style: PromptStyle, config: PrepareConfig) -> Encoder:
-    """Build the encoder of a configuration."""
-    kind = PairEncoder if config.data_kind == "preference" else Encoder
-    return kind(
-        tokenizer,
-        style,
-        max_seq_length=config.max_seq_length,
-        mask_inputs=config.mask_inputs,
-        train_on=config.train_on,
-        overflow=config.overflow,
-        on_error=config.on_error,
-        thoughts=config.thoughts,
-        spelled=config.rendered,
-        typed_ends=config.typed_ends,
-    )
 
 
 class _Work:

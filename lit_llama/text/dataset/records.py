@@ -3,34 +3,35 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lit_llama.console import as_typed
 from lit_llama.errors import UserError
 from lit_llama.folder.lock import reserve
-from lit_llama.folder.manifest import check_folder, is_intact, sha256_file
+from lit_llama.folder.manifest import check_folder, is_intact
 from lit_llama.progress import stderr
-from lit_llama.text.dataset.config import ENCODING, PrepareConfig, StyleChoice
+from lit_llama.text.dataset.blocks import Executor, LocalExecutor
+from lit_llama.text.dataset.config import ENCODING, PrepareConfig
+from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.dataset.held_out import read_held_out
-from lit_llama.text.dataset.prepare import new_encoder, prepare
+from lit_llama.text.dataset.prepare import prepare
+from lit_llama.text.dataset.recipe import Recipe, choose_style, folder_of, new_encoder, packages, tokenizer_files
 from lit_llama.text.dataset.reject_log import LOST_FILE, keep_long_rows
-from lit_llama.text.dataset.shards import SHARD_FILE, Part, Shards, find_shards, write_shard
 from lit_llama.text.dataset.split import choose
 from lit_llama.text.inspect.findings import unchecked
 from lit_llama.text.inspect.report import REPORT_HTML, REPORT_JSON, look_at, noted
-from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, named_style
+from lit_llama.text.prompts.encode import folder_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.reading import read_conversations
-from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
-from lit_llama.text.tokenizer.special import MERGES_FILES, read_object
+from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.text.tokenizer.special import read_object
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary
 
 FIELDS_SAID = {
@@ -52,11 +53,12 @@ def prepare_records(config: PrepareConfig, *, plan: Mapping[str, int] | None = N
         plan: For the report: batch_size and micro_batch_tokens to count steps with.
 
     Returns:
-        What stands in meta.json; with `shard`, in shard.json.
+        What stands in meta.json.
 
     Raises:
         DataError: Rows that cannot be used, or too few of them.
         CheckpointError: The tokenizer is missing or unusable, or does not know the tokens of the style.
+        ClusterError: The cluster is not there, or was lost.
     """
     with reserve(config.destination_path, required=False):
         return _prepare(config, plan)
@@ -67,8 +69,6 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
         config, plan = replace(config, train_on="last"), None
     destination, tokenizer_path, prompt_style = config.destination_path, config.tokenizer_path, config.prompt_style
     ignore_fields = [name for given in config.ignore_fields or () for name in given.split(",")]  # of a command line
-    shards = [config.shards] if isinstance(config.shards, str) else config.shards or ()
-    part = Part.parse(config.shard) if config.shard else None
     dialect = Dialect(config.encoding, config.quoting, config.escape)
     read = partial(
         read_conversations,
@@ -97,9 +97,9 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
     )
     made_of: dict[str, Any] = {
         "sources": [list(source) for source in reader.identity()],
-        "tokenizer": _tokenizer_files(tokenizer_path),
+        "tokenizer": tokenizer_files(tokenizer_path),
         "version of the encoding": ENCODING,
-        "version of a package": _packages(),
+        "version of a package": packages(),
         "--documents": config.documents,
         "--prompt_style": prompt_style,
         **{f"--{name}": value for name, value in (config.rules() | choice.rules()).items()},
@@ -118,39 +118,45 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
     if config.where is not None:
         made_of["--where"] = config.where
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    meta = read_object(destination / (SHARD_FILE if part else META_FILE))
-    if meta.get("key") == key and _complete(destination, meta) and meta.get("shard") == config.shard:
+    meta = read_object(destination / META_FILE)
+    if meta.get("key") == key and _complete(destination, meta):
         stderr().print(f"{destination}: unchanged, made of the same data by the same rules")
         return meta
     if changes := _changes(meta.get("made_of", {}), made_of):
         stderr().print(f"{destination}: made anew, since {changes}")
-    if not part and (destination / SHARD_FILE).exists():
-        raise UserError(f"--destination_path {destination} is a shard; name another folder for the data")
-    together = Shards(find_shards(shards), key=key, made_of=made_of) if shards else None
     tokenizer = _read_tokenizer(tokenizer_path)
-    style = _style(prompt_style, tokenizer_path)
+    style = choose_style(prompt_style, tokenizer_path)
     if prompt_style is None:
-        stderr().print(_chosen(style, _folder_of(tokenizer_path)), markup=False)
-    if part:
-        encoder = new_encoder(tokenizer, style, config)
-        made = write_shard(reader, encoder, destination, part, key=key, made_of=made_of)
-        _shard_summary(destination, made, part)
-        return made
-    meta = prepare(
-        reader,
-        config=config,
-        choice=choice,
-        tokenizer=tokenizer,
-        style=style,
-        key=key,
-        made_of=made_of,
-        members=members,
-        shards=together,
-        plan=plan,
-        commands=_next_commands(destination, tokenizer_path, _door(config)),
-    )
+        stderr().print(_chosen(style, folder_of(tokenizer_path)), markup=False)
+    encoder = new_encoder(tokenizer, style, config)
+    with _executor(config, encoder) as executor:
+        meta = prepare(
+            reader,
+            config=config,
+            choice=choice,
+            executor=executor,
+            tokenizer=tokenizer,
+            style=style,
+            key=key,
+            made_of=made_of,
+            members=members,
+            plan=plan,
+            commands=_next_commands(destination, tokenizer_path, _door(config)),
+        )
     _summary(destination, meta, tokenizer, _door(config))
     return meta
+
+
+@contextmanager
+def _executor(config: PrepareConfig, encoder: Encoder) -> Iterator[Executor]:
+    """Who encodes the rows."""
+    if config.executor == "local":
+        yield LocalExecutor(encoder)
+        return
+    from lit_llama.text.dataset.ray_executor import RayExecutor
+
+    with RayExecutor(Recipe.of(config), config.ray_address) as executor:
+        yield executor
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -185,21 +191,6 @@ def _door(config: PrepareConfig) -> str:
     return "dpo" if config.data_kind == "preference" else "lora"
 
 
-def _style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
-    """The style of a name; without one that of the model folder, or Alpaca's where the folder has none."""
-    if name not in (None, "chat_template"):
-        return named_style(name)
-    folder = _folder_of(tokenizer_path)
-    style = folder_style(folder)
-    if style is None and name is not None:
-        raise UserError(f"--prompt_style chat_template: {folder} has no {TEMPLATE_FILE}; name a built-in style")
-    return style or named_style("alpaca")
-
-
-def _folder_of(tokenizer_path: Path) -> Path:
-    return tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
-
-
 def _chosen(style: PromptStyle, folder: Path) -> str:
     """Which style is taken where none is named."""
     if folder_style(folder) is None:
@@ -210,7 +201,7 @@ def _chosen(style: PromptStyle, folder: Path) -> str:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer that fits the embedding, where the path is a model folder and so has one."""
-    check_folder(_folder_of(path), weights=False)
+    check_folder(folder_of(path), weights=False)
     tokenizer = Tokenizer.from_path(path)
     rows = read_object(path / "config.json").get("vocab_size")
     if isinstance(rows, int):
@@ -220,26 +211,6 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     for remark in tokenizer.remarks:
         stderr().print(remark)
     return tokenizer
-
-
-def _tokenizer_files(path: Path) -> dict[str, str]:
-    """Sha256 of all that says how texts are encoded and rendered."""
-    folder = path if path.is_dir() else path.parent
-    beside = (
-        *(*TOKENIZER_FILES, *MERGES_FILES, TEMPLATE_FILE),
-        *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
-    )
-    files = {name: sha256_file(folder / name) for name in beside if (folder / name).is_file()}
-    return files | {"tokenizer": sha256_file(path) if path.is_file() else ""}
-
-
-def _packages() -> dict[str, str]:
-    """Versions of what encodes and renders: another may give other tokens."""
-    found = {}
-    for name in ("tokenizers", "sentencepiece", "tiktoken", "jinja2"):
-        with suppress(PackageNotFoundError):  # not all are needed
-            found[name] = version(name)
-    return found
 
 
 def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer, door: str) -> None:
@@ -293,10 +264,3 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer, d
         say(f"  {line}")
     ready = f"ready for finetune/{door}.py --data_dir {shlex.quote(str(destination))}"
     say(f"{destination}: look at {REPORT_HTML}; {ready}")
-
-
-def _shard_summary(destination: Path, made: Mapping[str, Any], part: Part) -> None:
-    stderr().print(
-        f"{destination}: shard {part}, {made['rows']} of {made['of_rows']} rows encoded, {made['tokens']:,} tokens; "
-        f"when all {part.of} are made, run the same command with --shards and the folders of all"
-    )

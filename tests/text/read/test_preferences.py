@@ -285,7 +285,6 @@ def test_names_of_fields_are_mapped(put: Put) -> None:
         ({"mask_inputs": False}, "--mask_inputs False with --as preference"),
         ({"overflow": "split"}, "--overflow split with --as preference: a preference is compared whole"),
         ({"rendered": True}, "--rendered True"),
-        ({"shard": "0/2"}, "--shard 0/2"),
     ],
 )
 def test_settings_without_a_meaning_for_pairs_are_refused(setting: dict[str, Any], words: str) -> None:

@@ -80,7 +80,7 @@ class LocalExecutor:
         self._encoder = encoder
 
     def encode(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Encoded]]:
-        """See Executor."""
+        """Encode as Executor says."""
         return ahead(self._encoded(ahead(self._rendered(blocks))))
 
     def _rendered(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rendered]]:

@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Self
 
-import lit_llama
 from lit_llama.errors import ClusterError, ResourceError, UserError
 from lit_llama.text.dataset import ray_relay as relay
 from lit_llama.text.dataset.blocks import Block
@@ -50,7 +50,7 @@ class RayExecutor:
         if address is not None and address != "auto":
             _reach(address)
         self._address = address
-        root = str(Path(lit_llama.__file__).parent.parent)
+        root = str(Path(__file__).parents[3])  # of this very library, wherever it is
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [
@@ -162,19 +162,19 @@ class RayExecutor:
             f"the Ray cluster ({which}) could not encode the rows from {rows}: {content.decode()}; nothing was written"
         )
 
-    def _end(self, patience: int = _STOP) -> None:
+    def _end(self, patience: float = _STOP) -> None:
         """End the relay, which ends the cluster that it has started; after so many seconds by force."""
         with contextlib.suppress(OSError):
             self._to.close()
+        number, last = self._process.pid, time.monotonic() + patience
         try:
-            self._process.wait(patience)
-        except BaseException as error:  # a second Ctrl-C
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+            while time.monotonic() < last and not os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                time.sleep(0.02)
         finally:
+            # What a lost cluster left is of the relay's group, whose number is nobody else's until it is waited for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(number, signal.SIGKILL)
+            self._process.wait()
             self._from.close()
 
 

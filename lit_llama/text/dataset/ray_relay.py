@@ -50,7 +50,7 @@ def read_frame(stream: IO[bytes]) -> tuple[bytes, bytes] | None:
 
 @dataclass(frozen=True)
 class Packed:
-    """What an encoder made of a block, without what the sender of the block has.
+    """Samples that an encoder made of a block, without what the sender of the block has.
 
     Args:
         batch: Ids and labels.
@@ -118,7 +118,7 @@ def encode_block(key: str, recipe: list[Any], block: bytes) -> bytes:
 
 
 def main() -> None:
-    """Pass blocks on to a cluster, and what comes of them back, in order, until standard input ends."""
+    """Return in order what a cluster makes of blocks, until standard input ends."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else prints
     os.environ |= _RECONNECT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def judged(number: int) -> dict[str, Any]:
     return {"prompt": f"Question {number % 90}?", "chosen": "Good", "rejected": worse if number % 11 else LONG * 2}
 
 
+def members(session: int) -> dict[int, str]:
+    """Processes of a session that are alive, and their names."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+        except OSError:
+            continue
+        name, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+        if int(rest[3]) == session and rest[0] != "Z":
+            found[int(path.parent.name)] = name
+    return found
+
+
 class Cluster:
     """A head on this machine, as `ray start` makes it, with processes of its own."""
 
@@ -74,25 +89,12 @@ class Cluster:
                 assert self._process.poll() is None, self._log.read_text()
                 time.sleep(0.1)
 
-    def members(self) -> dict[int, str]:
-        """Processes of the cluster and their names."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                text = path.read_text()
-                name, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
-                if int(rest[3]) == self._process.pid:  # the session
-                    found[int(path.parent.name)] = name
-            except (OSError, ValueError):
-                continue
-        return found
-
     def workers(self) -> list[int]:
         """Processes that are encoding."""
-        return [number for number, name in self.members().items() if "encode_block" in name or "encode_b" in name]
+        return [number for number, name in members(self._process.pid).items() if "encode_b" in name]
 
     def kill(self) -> None:
-        for number in self.members():
+        for number in members(self._process.pid):
             try:
                 os.kill(number, signal.SIGKILL)
             except ProcessLookupError:
@@ -133,9 +135,7 @@ def make(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "split": {"overflow": "split", "max_seq_length": 120},
     "truncate_prompt": {"overflow": "truncate_prompt", "max_seq_length": 120, "split": "shuffle"},
-    "truncate_response": {"overflow": "truncate_response", "max_seq_length": 120},
     "preference": {"data_kind": "preference"},
 }
 
@@ -156,8 +156,8 @@ def test_workers_that_die_cost_their_blocks_again_and_nothing_else(
     make: Make, cluster: Cluster, tmp_path: Path
 ) -> None:
     """Catches a block that is lost with its worker, or comes twice, or out of its order."""
-    rows = [row(number) for number in range(3000)]
-    meta = make(rows)
+    rows, rules = [row(number) for number in range(1500)], {"overflow": "split", "max_seq_length": 120}
+    meta = make(rows, **rules)
     single, killed = bytes_of(tmp_path / "data"), []
     done = threading.Event()
 
@@ -171,7 +171,7 @@ def test_workers_that_die_cost_their_blocks_again_and_nothing_else(
     hunter = threading.Thread(target=kill)
     hunter.start()
     try:
-        assert make(rows, executor="ray", ray_address=cluster.address) == meta
+        assert make(rows, executor="ray", ray_address=cluster.address, **rules) == meta
     finally:
         done.set()
         hunter.join()
@@ -179,21 +179,20 @@ def test_workers_that_die_cost_their_blocks_again_and_nothing_else(
     assert bytes_of(tmp_path / "data") == single
 
 
-def test_an_error_of_a_row_comes_in_its_turn_and_leaves_the_cluster(
+def test_an_error_of_a_row_leaves_no_folder_and_the_cluster_as_it_is(
     make: Make, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Catches an error of a later block that hides the first, half a folder, and a cluster that is ended by a guest."""
-    rows = [{"instruction": f"q{n}", "output": LONG if n in (70, 20) else "a"} for n in range(90)] + [{"x": 1}]
+    """Catches an error of a later block that hides the first, and half a folder; the tests below join again."""
+    rows = [{"instruction": f"q{n}", "output": LONG if n in (70, 20) else "a"} for n in range(90)]
     with pytest.raises(DataError, match=r"line 21 has .* tokens, more than --max_seq_length 200"):
         make(rows, overflow="error", executor="ray", ray_address=cluster.address)
-    with pytest.raises(DataError, match="line 91: "):
-        make(rows, executor="ray", ray_address=cluster.address)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
-    assert make(rows[:-1], executor="ray", ray_address=cluster.address)["kept"] == 88
 
 
-def test_few_blocks_are_on_their_way(make: Make, cluster: Cluster, tokenizer: Path, tmp_path: Path) -> None:
-    """Catches all rows in memory at once, where reading is quicker than encoding and writing."""
+def test_few_blocks_are_on_their_way_and_errors_of_reading_come_in_their_turn(
+    cluster: Cluster, tokenizer: Path, tmp_path: Path
+) -> None:
+    """Catches all rows in memory at once, where reading is quicker than the rest, and blocks lost before an error."""
     read = written = most = 0
 
     def reading() -> Iterator[blocks.Block]:
@@ -202,9 +201,13 @@ def test_few_blocks_are_on_their_way(make: Make, cluster: Cluster, tokenizer: Pa
             read += 1
             most = max(most, read - written)
             yield blocks.Block(number, [], [])
+        raise DataError("line 121")
 
     config = PrepareConfig(destination_path=tmp_path / "d", tokenizer_path=tokenizer, prompt_style="chatml")
-    with RayExecutor(Recipe.of(config), cluster.address) as executor:
+    with (
+        RayExecutor(Recipe.of(config), cluster.address) as executor,
+        pytest.raises(DataError, match="line 121"),
+    ):
         for block, encoded in executor.encode(reading()):
             assert block.number == written and not encoded.conversations
             time.sleep(0.005)
@@ -212,11 +215,80 @@ def test_few_blocks_are_on_their_way(make: Make, cluster: Cluster, tokenizer: Pa
     assert written == 120 and 2 <= most <= 2 * 2 + 3
 
 
-def test_other_versions_on_a_machine_are_refused(make: Make, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_on_a_machine_are_refused(tokenizer: Path) -> None:
     """Catches ids of two versions of a tokenizer in one folder."""
-    monkeypatch.setattr("lit_llama.text.dataset.recipe.packages", lambda: {"tokenizers": "0.1"})
-    with pytest.raises(UserError, match=r"has version [\d.]+ of tokenizers, expected 0.1 as on the machine that reads"):
-        make([row(1), row(2)], executor="ray", ray_address=cluster.address)
+    recipe = Recipe.of(PrepareConfig(destination_path=Path("d"), tokenizer_path=tokenizer, prompt_style="chatml"))
+    assert recipe.encoder().render([])
+    wrong = {"packages": recipe.packages | {"tokenizers": "0.1"}}, {"packages": {"tokenizers": "0.1"}}, {"encoding": -1}
+    said = r"has version [\d.]+ of [a-z ]+, expected (0\.1|-1) as on the machine that"
+    for changes in wrong:
+        with pytest.raises(
+            UserError, match=r"has version [\d.]+ of [a-z ]+, expected (0\.1|-1) as on the machine that"
+        ):
+            replace(recipe, **changes).encoder()
+
+
+def encoding(pid: int) -> bool:
+    """Whether a session has a worker that encodes."""
+    return any("encode_b" in name for name in members(pid).values())
+
+
+def started(tmp_path: Path, tokenizer: Path, **options: Any) -> "subprocess.Popen[str]":
+    """The door at work on a cluster of its own, when its workers encode."""
+    rows = tmp_path / "many.jsonl"
+    rows.write_text("".join(json.dumps(row(number)) + "\n" for number in range(60_000)))
+    command = ["prepare/records.py", "--source", rows, "--tokenizer_path", tokenizer, "--prompt_style", "chatml"]
+    command += ["--destination_path", tmp_path / "data", "--near_duplicates", 0, "--executor", "ray"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not any(map(encoding, relays(process.pid))):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
+    return process
+
+
+def relays(pid: int) -> list[int]:
+    """Processes that another has started."""
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
+
+
+def gone(session: int) -> bool:
+    """Whether a session ends within a minute: workers notice for themselves that nobody is there any more."""
+    for _ in range(600):
+        if not members(session):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_cluster_that_is_lost_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    """Catches Ray ending the command by itself, its logs on stderr, half a folder, and processes that are left."""
+    process = started(tmp_path, tokenizer)
+    (relay,) = [number for number in relays(process.pid) if encoding(number)]
+    for number, name in members(relay).items():
+        if name == "raylet":
+            os.kill(number, signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == ClusterError.exit_status == 69
+    assert said.count("\n") == 1 and "the Ray cluster (on this machine) was lost while rows were encoded" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl"]
+    assert gone(relay)
+
+
+def test_ctrl_c_ends_all_of_it(tokenizer: Path, tmp_path: Path) -> None:
+    """Catches a wait for workers that nobody needs, a traceback, and a cluster that is left behind."""
+    process = started(tmp_path, tokenizer)
+    (relay,) = [number for number in relays(process.pid) if encoding(number)]
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in said and said.count("\n") <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl"] and gone(relay)
 
 
 def test_a_cluster_that_is_not_there_is_named(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def main(
     answer_words: int = 60,
     repeated: float = 0.0,
     cases: list[str] | None = None,
+    cores: list[int] | None = None,
     out: Path | None = None,
     measure: str | None = None,
     file: Path | None = None,
@@ -70,6 +71,8 @@ def main(
         answer_words: How long generated answers are, on average.
         repeated: Share of generated rows that are the same as an earlier one.
         cases: Only these, by their names in the table.
+        cores: Numbers of cores, such as [1,2], on which both executors are compared in place of all else. The CPU time
+            is that of the process that reads and writes: with Ray without the workers.
         out: JSON file for all numbers.
         measure: For the processes that this starts: the case to measure.
         file: For them: the rows.
@@ -77,12 +80,14 @@ def main(
     """
     if measure:
         assert file is not None and folder is not None
-        print(json.dumps(_measure(CASES[measure], file, tokenizer_path, folder)))
+        print(json.dumps(_measure(CASES.get(measure) or _on_cores(measure), file, tokenizer_path, folder)))
         return
     with tempfile.TemporaryDirectory(prefix="prepare-") as home:
         made = {count: Path(home) / f"{count}.json" for count in (scale or [rows])}
         for count, path in made.items():
             _generate(path, count, rows_file, answer_words, repeated)
+        if cores:
+            cases = [f"{executor}, {count} cores" for count in cores for executor in ("local", "ray")]
         if scale:
             cases = cases or ["ours"]
         elif tokenizer_path.suffix == ".model":
@@ -196,7 +201,9 @@ def _measure(case: Callable[[Path, Path, Path], Callable[[], object]], *paths: P
     return {"seconds": seconds, "cpu_seconds": busy, "peak_rss": peak, "peak_rss_before": before}
 
 
-def _ours(file: Path, tokenizer_path: Path, folder: Path, near_duplicates: int = 200_000) -> Callable[[], object]:
+def _ours(
+    file: Path, tokenizer_path: Path, folder: Path, near_duplicates: int = 200_000, executor: Any = "local"
+) -> Callable[[], object]:
     import datasets  # noqa: F401
     import jinja2  # noqa: F401
 
@@ -211,6 +218,7 @@ def _ours(file: Path, tokenizer_path: Path, folder: Path, near_duplicates: int =
         max_seq_length=MAX_SEQ_LENGTH,
         split="hash",
         near_duplicates=near_duplicates,
+        executor=executor,
     )
     return lambda: prepare_records(config)
 
@@ -226,6 +234,17 @@ def _ours_without_report(file: Path, tokenizer_path: Path, folder: Path) -> Call
     module.Findings.add = lambda *_: None
     module.write_report = lambda *_, **__: None
     return _ours(file, tokenizer_path, folder)
+
+
+def _on_cores(name: str) -> Callable[[Path, Path, Path], Callable[[], object]]:
+    """Ours with the executor and on the number of cores that a name tells."""
+    executor, count = name.removesuffix(" cores").split(", ")
+
+    def case(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(count)])  # the workers of Ray have it from here
+        return _ours(file, tokenizer_path, folder, near_duplicates=0, executor=executor)
+
+    return case
 
 
 def _unchanged(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:

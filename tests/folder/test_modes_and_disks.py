@@ -34,7 +34,6 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         whole = [*place, "--train.max_steps", 2, "--train.save_interval", 1, "--train.sample_prompts", 0]
         commands: list[list[object]] = [
             ["prepare/records.py", "--source", home / "rows.json", *encoded, to, data],
-            ["prepare/records.py", "--source", home / "rows.json", *encoded, "--shard", "0/2", to, home / "shard"],
             ["finetune/lora.py", *course],
             ["finetune/full.py", *whole],
             ["finetune/merge.py", "--adapter_dir", out, to, home / "merged", "--dtype", "float32"],

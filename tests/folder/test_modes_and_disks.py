@@ -80,7 +80,6 @@ def test_every_file_has_the_mode_that_the_umask_gives(made: Path) -> None:
     assert {name: oct(mode) for name, mode in folders.items() if mode != 0o750} == {}
     places = {
         "data",
-        "shard",
         "out",
         "full",
         "merged",

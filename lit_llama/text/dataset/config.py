@@ -37,9 +37,10 @@ class PrepareConfig:
 
     Args:
         source: Files (JSON, JSONL, CSV, TSV, Parquet, each also .gz or .zst; workbooks as book.xlsx or
-            book.xlsx#SHEET), folders, patterns, folders of the datasets library, or data sets of the Hub; several as
-            a.jsonl b.csv; see docs/files.md. The schema of every row is recognised: Alpaca, prompt/completion, Dolly,
-            OpenAI messages, ShareGPT, OASST trees, plain text; see docs/data.md.
+            book.xlsx#SHEET), folders, patterns, folders of the datasets library, URLs of files (https://, s3://,
+            gs://, hf://, whatever fsspec knows), or data sets of the Hub; several as a.jsonl b.csv; see docs/files.md.
+            The schema of every row is recognised: Alpaca, prompt/completion, Dolly, OpenAI messages, ShareGPT, OASST
+            trees, plain text; see docs/data.md.
         destination_path: Folder to make, such as data/NAME.
         tokenizer_path: The model folder, a tokenizer.json or a tokenizer.model.
         documents: Of plain text, what belongs together and ends in an end-of-text token: a file, a paragraph between

@@ -71,7 +71,7 @@ def _expand_one(source: str, endings: Sequence[str], remark: Remark) -> list[Pat
         return inside
     if glob.has_magic(source):
         found = sorted(glob.glob(_literal(path), recursive=True))
-        if matches := [match for match in found if _is_data(Path(match), remark)]:
+        if matches := [match for match in found if is_data(Path(match), remark)]:
             return [entry for match in matches for entry in _expand_one(match, endings, remark)]
         if found:
             raise DataError(f"{source} matches only {Path(found[0])} and the like, which describe a repository")
@@ -86,7 +86,8 @@ def _literal(pattern: Path) -> str:
     return os.path.join(glob.escape(str(there)), pattern.relative_to(there))
 
 
-def _is_data(path: Path, remark: Remark) -> bool:
+def is_data(path: Path, remark: Remark) -> bool:
+    """Whether a file is taken where a folder or a pattern is read: not if it describes a repository; remarked then."""
     if path.name.lower() not in _DESCRIPTIONS or path.is_dir():
         return True
     remark(f"{path} is left out: files of this name describe a repository; name it as a source if it holds rows")
@@ -101,7 +102,7 @@ def _data_in(folder: Path, endings: Sequence[str], remark: Remark) -> list[Path]
             continue
         if entry.is_dir():
             found += [entry] if is_saved(entry) else _data_in(entry, endings, remark)
-        elif plain_suffix(entry) in endings and _is_data(entry, remark):
+        elif plain_suffix(entry) in endings and is_data(entry, remark):
             found.append(entry)
     return found
 

@@ -33,6 +33,7 @@ from lit_llama.text.read.paths import (
     unchanged,
 )
 from lit_llama.text.read.raw import RawRow, RowError, listed, shown
+from lit_llama.text.read.remote import Copy, fetch, is_url
 from lit_llama.text.read.schemas import complete, recognise
 from lit_llama.text.read.spreadsheets import read_csv, read_sheet, sheet_names, split_sheet
 from lit_llama.text.read.tables import MAGIC, hash_dataset, is_hub_id, open_hub, open_saved, read_dataset, read_parquet
@@ -215,13 +216,14 @@ def resolve(
     """Resolve the parts of each source; what two sources name is a part of the first one.
 
     Args:
-        sources: Files, folders, patterns, workbooks with #SHEET, or data sets of the Hub.
+        sources: Files, folders, patterns, workbooks with #SHEET, URLs of such, or data sets of the Hub.
         documents: They are plain text, and this says what a document is.
         dialect: How their text is written.
         remark: Takes what has to be said of them.
 
     Raises:
         DataError: A source is missing.
+        ResourceError: A source cannot be fetched.
     """
     seen: set[object] = set()
     resolved = []
@@ -231,13 +233,27 @@ def resolve(
             continue
         file, sheet = (source, None) if documents else split_sheet(source)
         found: list[Part] = []
-        for path in expand([file], TEXT_ENDINGS if documents else ENDINGS, remark):
+        endings = TEXT_ENDINGS if documents else ENDINGS
+        if is_url(file):
+            for copy in fetch(file, endings, remark):
+                found += [part for part in _copied(copy, sheet, documents, dialect, remark) if part.name not in seen]
+            seen |= {part.name for part in found}
+            resolved.append(found)
+            continue
+        for path in expand([file], endings, remark):
             for part in _parts(path, sheet, documents, dialect, remark):
                 if (key := (path.resolve(), part.name.removeprefix(str(path)))) not in seen:
                     seen.add(key)
                     found.append(part)
         resolved.append(found)
     return _divided(resolved)
+
+
+def _copied(copy: Copy, sheet: str | None, documents: Documents | None, dialect: Dialect, remark: Remark) -> list[Part]:
+    """The parts of a copy, by the names of what it is a copy of."""
+    with copy.naming():
+        parts = list(_parts(copy.path, sheet, documents, dialect, lambda text: remark(copy.named(text))))
+    return [replace(part, name=copy.named(part.name), rows=partial(copy.rows, part.rows)) for part in parts]
 
 
 def _parts(

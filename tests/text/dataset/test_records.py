@@ -15,7 +15,7 @@ from test_prepare import prepare as prepare  # a fixture
 from test_prepare import rows as rows  # a fixture
 
 from lit_llama.errors import CheckpointError, DataError, UserError
-from lit_llama.text.dataset import records
+from lit_llama.text.dataset import recipe, records
 from lit_llama.text.dataset.config import NEAR_DUPLICATES
 from lit_llama.text.dataset.folder import read_meta
 from lit_llama.text.prompts.encode import named_style
@@ -142,7 +142,7 @@ def test_another_version_of_a_tokenizers_package_counts(
 ) -> None:
     """Catches tokens that another version would not give."""
     key = prepare(rows)["key"]
-    monkeypatch.setattr(records, "version", lambda name: "99")
+    monkeypatch.setattr(recipe, "version", lambda name: "99")
     assert prepare(rows)["key"] != key
 
 

@@ -146,6 +146,8 @@ class LLaMAConfig:
             value = getattr(self, name)
             if not ((value is None and name in _MAY_LACK) or (is_number(value) and value > 0)):
                 raise CheckpointError(f"{name} is {value!r:.60}, expected a number above 0, such as {usual}")
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim is {self.head_dim}, rotary embedding needs an even number")
         if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
             raise CheckpointError(
                 f"partial_rotary_factor is {self.partial_rotary_factor}, which rotates {self.rotary_dim} of the "
@@ -161,8 +163,6 @@ class LLaMAConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim is {self.head_dim}, rotary embedding needs an even number")
         scaling = self.rope_scaling
         for name in ("short_factor", "long_factor") if scaling and scaling.rope_type == "longrope" else ():
             if (count := len(getattr(scaling, name))) != self.rotary_dim // 2:

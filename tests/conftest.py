@@ -42,6 +42,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 verbose()  # tests read what is said
 name_flags()  # as doors say it
+ALLOWED = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHATML = (
@@ -154,36 +155,40 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
-@contextlib.contextmanager
-def on_one_core() -> Iterator[None]:
-    """A core, and one thread, for this process of the tests alone: tiny steps cost more in threads than they gain,
-    above all on a busy machine."""
+@pytest.fixture(scope="session", autouse=True)
+def one_core() -> Iterator[None]:
+    """A core of its own for each process of the tests and all that it starts, which then takes one thread: tiny steps
+    cost several times as much where two threads wait for each other, above all on a busy machine."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
-    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
-    torch.set_num_threads(1)
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    number = int(worker.removeprefix("gw")) if worker else os.getpid()
+    with on_cores({sorted(ALLOWED)[number % len(ALLOWED)]}):
+        yield
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Leave this process those cores, and a thread for each."""
+    if not cores:
+        yield
+        return
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
     try:
         yield
     finally:
-        os.sched_setaffinity(0, allowed)
+        os.sched_setaffinity(0, before)
         torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """A core of it, whatever else is there."""
-    with on_one_core(), pytest.MonkeyPatch.context() as patch:
+    """No GPU, whatever is there."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def one_core() -> Iterator[None]:
-    """For all tests of a module, none of which needs a GPU, whose threads want cores of their own."""
-    with on_one_core():
         yield
 
 
@@ -217,7 +222,7 @@ def passes_are_counted_once() -> Iterator[None]:
 )
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where a test computes: once on the CPU, whatever else is there, and once on a GPU."""
-    with on_the_cpu() if request.param == "cpu" else contextlib.nullcontext():
+    with on_the_cpu() if request.param == "cpu" else on_cores(ALLOWED):  # a GPU is fed by threads
         yield torch.device(request.param)
 
 

@@ -26,8 +26,6 @@ from lit_llama.model.adapter import WEIGHTS_FILE
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 TRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "eval_interval": 2, "sample_prompts": 0}
 RUN: dict[str, Any] = {"lora": {"r": 2, "alpha": 4}, "train": TRAIN, "precision": "32-true"}
 RECIPE = """

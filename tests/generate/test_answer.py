@@ -30,7 +30,6 @@ from lit_llama.generate.store import RowStore
 from lit_llama.text.message import instruct
 from lit_llama.text.prompts.encode import prompt_ids
 
-pytestmark = pytest.mark.usefixtures("one_core")
 EXAMPLES = [
     instruct("Say hi"),
     instruct("Extract the order as JSON: item, quantity.", "two blue lamps", '{"item": "blue lamp", "quantity": 2}', 1),

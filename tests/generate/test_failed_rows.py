@@ -17,7 +17,6 @@ from lit_llama.generate.llm import LLM, load
 from lit_llama.model.paged import PagedBatch
 from lit_llama.text.message import Conversation, instruct
 
-pytestmark = pytest.mark.usefixtures("one_core")
 ROWS = [instruct(text, "", "reference", row) for row, text in enumerate(["Say hi", "a", "Zoë's naïve café"])]
 SAMPLING = Sampling(max_new_tokens=10, temperature=1.0, n=2)
 

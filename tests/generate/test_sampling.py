@@ -19,7 +19,6 @@ from lit_llama.errors import NumericalError, UserError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler, token_logprobs, uniform
 
-pytestmark = pytest.mark.usefixtures("one_core")
 DRAWN = Sampling(temperature=1.0)
 PROMPT, MADE = [3, 7, 7, 9], [7, 11, 12, 11, 11]
 

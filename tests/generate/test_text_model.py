@@ -13,8 +13,6 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.llm import LLM
 from lit_llama.text.prompts.encode import prompt_ids
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 HI = [{"role": "user", "content": "Say hi"}]
 
 

@@ -16,7 +16,6 @@ from lit_llama.generate.questions import fitted_messages, fitted_text, room
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prompts.encode import named_style, prompt_ids
 
-pytestmark = pytest.mark.usefixtures("one_core")
 LONG = "many more words " * 6
 
 

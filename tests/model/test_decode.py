@@ -15,7 +15,6 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 
-pytestmark = pytest.mark.usefixtures("one_core")
 REAL_PROMPTS = [
     "What food do llamas eat?",
     "Extract the order as JSON: item, quantity.\n\nTwo blue lamps for Zoë O'Brien, please.",

@@ -24,7 +24,6 @@ from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.state import STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
 WHOLE = replace(SHORT, epochs=2, micro_batch_tokens=10_000)  # ten steps of one micro-batch
 
 

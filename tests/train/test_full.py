@@ -29,8 +29,6 @@ from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.run import finetune
 from lit_llama.train.state import STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 WEIGHTS = "model.safetensors"
 STEPS = 6
 SIX = TrainConfig(

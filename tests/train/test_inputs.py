@@ -22,8 +22,6 @@ from lit_llama.train.loop import Trainer
 from lit_llama.train.method import LoRA
 from lit_llama.train.run import finetune
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 def never_fits(*arguments: Any) -> None:
     raise AssertionError("training began")

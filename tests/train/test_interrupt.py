@@ -16,8 +16,6 @@ from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import read_metrics
 from lit_llama.train.state import STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_the_state_and_says_how_to_go_on(

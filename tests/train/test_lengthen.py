@@ -19,8 +19,6 @@ from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.run import RUN_FILE
 from lit_llama.train.state import STATES_DIR
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 SIX = replace(TWELVE, epochs=1.2, schedule="constant", warmup_steps=2, eval_interval=3)  # 20 rows: five steps an epoch
 NINE = replace(SIX, epochs=1.8)
 

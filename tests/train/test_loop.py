@@ -35,8 +35,6 @@ from lit_llama.train.run import RUN_FILE
 from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.state import STATES_DIR
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Catches whatever keeps a model from learning: a wrong shift, a lost gradient, a frozen adapter, an end that is

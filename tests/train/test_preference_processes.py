@@ -20,7 +20,6 @@ from lit_llama.train.preference import REFERENCE_FILE
 from lit_llama.train.state import STATES_DIR, find_states
 
 ALONE_IN_ENVIRONMENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "NODE_RANK")
-pytestmark = pytest.mark.usefixtures("one_core")
 
 RUNS: list[dict[str, Any]] = [
     {"name": "dpo", "stopped": 0, "strategy": "ddp"},

@@ -35,7 +35,6 @@ from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.start import begin
 from lit_llama.train.state import STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
 STEPS = 8
 
 

@@ -34,8 +34,6 @@ from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.processes import Processes, join
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 PLAIN = LoRAConfig(r=2, alpha=4)
 # At a lower rate: AdamW divides gradients of almost nothing by their own size, rounding and all.
 LONG = replace(TWELVE, save_interval=100, learning_rate=1e-3)

@@ -26,8 +26,6 @@ from lit_llama.train.run import RUN_FILE
 from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.state import STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 @pytest.mark.parametrize("last", range(1, STEPS))
 def test_a_run_that_goes_on_ends_with_the_same_bytes(

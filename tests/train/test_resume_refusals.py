@@ -25,8 +25,6 @@ from lit_llama.train.metrics import METRICS_FILE
 from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 def test_a_finished_run_is_left_as_it_is(
     tiny_folder: Path, data: Path, straight: Path, capsys: pytest.CaptureFixture[str]

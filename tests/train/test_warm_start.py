@@ -24,8 +24,6 @@ from lit_llama.train.run import RUN_FILE
 from lit_llama.train.state import STATES_DIR
 from lit_llama.train.warm_start import read_start
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 FOUR = replace(TWELVE, max_steps=4, save_interval=2)
 
 

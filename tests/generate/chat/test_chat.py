@@ -20,8 +20,6 @@ from lit_llama.generate.llm import LLM, load
 from lit_llama.model.paged import BLOCK
 from lit_llama.text.prompts.encode import named_style, prompt_ids
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 @pytest.fixture(scope="module")
 def loaded(tiny_folder: Path) -> LLM:

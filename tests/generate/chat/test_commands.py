@@ -23,8 +23,6 @@ from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import BLOCK
 from lit_llama.text.prompts.encode import prompt_ids
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 @pytest.fixture(scope="module")
 def loaded(tiny_folder: Path) -> LLM:

@@ -13,10 +13,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.model.operators.kernels import compiled
 
-pytestmark = [
-    pytest.mark.skipif(compiled() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_core"),
-]
+pytestmark = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 COMBINATIONS = [
     Sampling(temperature=t, top_k=k, top_p=p, min_p=m)
     for t, k, p, m in product((0.0, 0.3, 1.0, 3.0), (0, 1, 7, 300, 5000), (1.0, 0.999999, 0.9, 0.3), (0.0, 0.02, 1.0))

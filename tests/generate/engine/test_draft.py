@@ -15,7 +15,6 @@ from lit_llama.generate.engine.speculative import PromptLookups
 from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import PagedBatch
 
-pytestmark = pytest.mark.usefixtures("one_core")
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 
 

@@ -23,7 +23,6 @@ from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import BLOCK, PagedBatch
 
-pytestmark = pytest.mark.usefixtures("one_core")
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 
 

@@ -17,7 +17,7 @@ from lit_llama.generate.engine.worker import EngineFailed, EngineThread, Handle
 from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import PagedBatch
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 
 

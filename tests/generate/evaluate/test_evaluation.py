@@ -23,7 +23,6 @@ from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import load, open_folder
 from lit_llama.generate.models import loaded, open_models, short_names
 
-pytestmark = pytest.mark.usefixtures("one_core")
 Put = Callable[[str, bytes | str], Path]
 ROWS = [
     {

@@ -13,7 +13,6 @@ from lit_llama.generate.llm import LLM, load
 from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.message import instruct
 
-pytestmark = pytest.mark.usefixtures("one_core")
 EXAMPLES = [
     instruct("Say hi", "", "hello"),
     instruct("Extract", "two lamps", '{"item": "blue lamp"}'),

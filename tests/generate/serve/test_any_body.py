@@ -19,7 +19,7 @@ from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.page.routes import page_routes
 from lit_llama.generate.serve.service import Service
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 _TEXTS = st.one_of(
     st.text(st.characters(), max_size=20),  # lone surrogates among them

@@ -16,7 +16,7 @@ from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.serve.app import create_app
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(280)]
+pytestmark = pytest.mark.timeout(280)
 CHOICES = ["{{q}}", " is a city.", " the response that completes the request.", " café 0123"]
 TASKS: dict[str, dict[str, Any]] = {
     "pick": {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": 0},

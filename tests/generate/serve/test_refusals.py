@@ -15,7 +15,7 @@ from lit_llama.generate.serve.fields import ApiError, once
 from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.service import Service
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}

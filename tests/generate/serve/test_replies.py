@@ -17,7 +17,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM
 from lit_llama.text.message import instruct
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 WORDS = " ".join(CORPUS[:4]).split()
 
 

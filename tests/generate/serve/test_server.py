@@ -18,7 +18,7 @@ from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.server import Settings, addresses, listen, read_keys, serve, start
 from lit_llama.generate.serve.service import Service
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 
 
 def stopped(folder: Path, signals: int) -> tuple[str, list[str], BaseException | None]:

@@ -27,7 +27,7 @@ from lit_llama.generate.serve.models import Limits
 from lit_llama.generate.serve.service import Service
 from lit_llama.text.message import instruct
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 HI: Any = [{"role": "user", "content": "hi"}]
 
 

@@ -18,7 +18,7 @@ from lit_llama.generate.serve.tools import CallForm, CallReader, call_form, call
 from lit_llama.text.prompts.teller import ThoughtsReader
 from lit_llama.text.tokenizer.special import Place
 
-pytestmark = [pytest.mark.usefixtures("one_core"), pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 WEATHER = {
     "type": "object",
     "properties": {

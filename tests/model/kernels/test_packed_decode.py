@@ -38,10 +38,7 @@ from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.operators.kernels import compiled
 from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 
-pytestmark = [
-    pytest.mark.skipif(compiled() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_core"),
-]
+pytestmark = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 
 SHAPES = {
     "llama": {},

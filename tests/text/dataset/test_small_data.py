@@ -14,7 +14,6 @@ from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.text.dataset.records import prepare_records
 from lit_llama.train.config import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("one_core")
 USUAL = TrainConfig(learning_rate=1e-3)
 
 

@@ -1,10 +1,14 @@
-"""Run by test_plan.py in a process of its own: the memory that one training step takes, against its plan."""
+"""Run by test_plan.py in a process of its own: the memory that training steps take, against their plans.
+
+Every step is in a fork of this process, which has imported all and computed nothing.
+"""
 
 import json
+import os
 import sys
 import threading
 import time
-from pathlib import Path
+import traceback
 
 import torch
 from conftest import tiny_config
@@ -23,7 +27,8 @@ CPU = torch.device("cpu")
 
 
 def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainConfig, shape: Shape) -> None:
-    """Two micro-batches and an update, twice, as the loop makes them: the second time the optimizer remembers."""
+    """A micro-batch and an update, then two and another, as the loop makes them: now the optimizer remembers, and the
+    second micro-batch finds the gradients of the first."""
     with torch.device("meta"):
         model = LLaMA(config)
     model.load_state_dict(
@@ -35,8 +40,8 @@ def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainCo
     set_learning_rate(optimizer, 1e-4)
     loss_of = TokenLoss(model, numerics).train()
     ids = torch.arange(sum(shape.lengths)) % config.vocab_size
-    for _ in range(2):
-        for _ in range(2):
+    for micro_batches in (1, 2):
+        for _ in range(micro_batches):
             loss_of(ids, list(shape.lengths), torch.arange(shape.trained), ids[: shape.trained]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -55,7 +60,8 @@ class Peak(threading.Thread):
             time.sleep(0.0005)
 
 
-def main(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) -> None:
+def measure(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) -> dict[str, int]:
+    """Bytes that were planned and those that were taken."""
     (keep_freed_memory if keeps else return_freed_memory)()
     torch.set_num_threads(1)
     numerics = Numerics(device=CPU, linear=getattr(torch, dtype), rest=getattr(torch, dtype))
@@ -63,12 +69,12 @@ def main(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) -> 
     train = TrainConfig(activation_checkpointing=checkpointing)  # type: ignore[arg-type]
     shape = Shape([tokens // 2, tokens - tokens // 2 - 40, 40], tokens // 2)
     config = tiny_config(
-        vocab_size=8000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=5,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        vocab_size=6000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
         head_dim=64,
     )
     build = Build(config=config, method=method, numerics=numerics, checkpointing=train.activation_checkpointing)
@@ -82,13 +88,24 @@ def main(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) -> 
     step(config, method, numerics, train, shape)
     watch.done = True
     watch.join()
-    print(
-        json.dumps(
-            {"planned": kept + passing, "passing": passing, "measured": watch.bytes - before, "weights": sizes.plain}
-        )
-    )
+    return {"planned": kept + passing, "passing": passing, "measured": watch.bytes - before, "weights": sizes.plain}
+
+
+def main(settings: list[str]) -> None:
+    """Each of them in a fork; prints a line of JSON for each."""
+    for setting in settings:
+        process = os.fork()
+        if not process:
+            try:
+                dtype, checkpointing, tokens, way, heap = setting.split()
+                print(json.dumps(measure(dtype, checkpointing, int(tokens), way, heap == "keeps")), flush=True)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if os.waitpid(process, 0)[1]:
+            sys.exit(f"{setting} failed")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5] == "keeps")
+    main(sys.argv[1:])

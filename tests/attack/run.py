@@ -6,6 +6,7 @@ PYTHONPATH=.:tests python tests/attack/run.py --fuzz 5000 --seed 1
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import races
 import terminals
 from world import build
 
+from lit_llama.model.operators import kernels
+
 ATTACKS = {
     "kills": kills.attack,
     "flips": damage.flips,
@@ -29,6 +32,15 @@ ATTACKS = {
 """One line an attack: another file of this folder adds its own."""
 
 
+def keep_kernels(caches: Path) -> None:
+    """Let the commands have caches of their own, with the compiled kernels of this machine."""
+    library = kernels.compiled()
+    os.environ["XDG_CACHE_HOME"] = str(caches)
+    if library is not None:
+        (caches / "lit_llama").mkdir(parents=True)
+        shutil.copy(library._name, caches / "lit_llama")
+
+
 def main() -> int:
     asked = argparse.ArgumentParser()
     for name in ATTACKS:
@@ -38,7 +50,7 @@ def main() -> int:
     wrong = []
     print(f"seed {given.seed}\n| attack | trials | wrong | what came of it |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="attack-") as home:
-        os.environ["XDG_CACHE_HOME"] = f"{home}/caches"
+        keep_kernels(Path(home, "caches"))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
         world = build(Path(home))
         for name, attack in ATTACKS.items():

@@ -4,6 +4,7 @@ Each process is a fork of this one, which has imported all that the commands nee
 the processor, so that a busy machine fails no trial.
 """
 
+import functools
 import json
 import os
 import resource
@@ -73,6 +74,11 @@ class Command:
     made: Path
     again: tuple[int, ...] = (0,)
     contents: Callable[[Path], Any] = lambda made: bytes_of(made)
+
+    @property
+    def kept(self) -> Path:
+        """Copy of what a run gives that nobody disturbs, which `straight` makes."""
+        return self.made.parent.parent / f"kept-{self.name}"
 
     def start(self, act: Act = lambda number: None, log: Path | None = None) -> int:
         """Begin it in a fork that calls `act` at each call that changes a file here; gives its process id."""
@@ -172,8 +178,8 @@ def build(home: Path) -> World:
         return Command(name, (script, *flags, home / name / made), home / name / made, **how)
 
     def done(command: Command) -> Path:
-        assert command.run(log) == 0, log.read_text()
-        return Path(shutil.copytree(command.made, home / f"kept-{command.name}"))
+        straight(command, log)
+        return command.kept
 
     to = "--destination_path"
     encoded = ("--tokenizer_path", base, "--prompt_style", "alpaca", "--near_duplicates", 0, "--test_split_size", 0.2)
@@ -213,8 +219,9 @@ def build(home: Path) -> World:
     )
 
 
+@functools.cache
 def straight(command: Command, log: Path) -> tuple[Any, int]:
-    """What a run gives that nobody disturbs, and its number of calls that change a file."""
+    """What a run gives that nobody disturbs, and its number of calls that change a file; it is made once for all."""
     calls = log.with_suffix(".calls")
     calls.write_text("0")
     command.remove()
@@ -222,6 +229,8 @@ def straight(command: Command, log: Path) -> tuple[Any, int]:
     status = command.run(log, lambda number: None if number < 1 else _note(calls, number))
     assert status == 0, f"{command.name}: {log.read_text()}"
     wanted = command.contents(command.made)
+    if command.made.is_dir():
+        shutil.copytree(command.made, command.kept)
     command.remove()
     return wanted, int(calls.read_text())
 

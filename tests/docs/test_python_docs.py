@@ -77,17 +77,15 @@ def cells(base: Path, work: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_cells_of_the_notebook_run(base: Path, tmp_path: Path) -> None:
-    """A notebook that stopped working, or that was saved with what it gave on somebody's machine."""
-    found = [cell for cell in cells(base, tmp_path / "work") if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in found)
-    code = "\n".join("".join(cell["source"]) for cell in found)
-    made = run_code(code.replace("merge(run, merged)", 'merge(run, merged, precision="32-true")'), tmp_path)
-    assert (made.returncode, made.stderr) == (0, ""), made.stderr
+def test_the_notebook_is_saved_empty() -> None:
+    """A notebook that was saved with what it gave on somebody's machine."""
+    found = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert found and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in found)
 
 
 def test_the_notebook_runs_in_a_kernel(base: Path, tmp_path: Path) -> None:
-    """What works in a script and not in a kernel: handlers of signals, the backend of matplotlib, a loop that runs."""
+    """A notebook that stopped working, and what a kernel lacks of a script: handlers of signals, the backend of
+    matplotlib, a loop that does not run yet."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_door, run_here
+from conftest import ROOT, run_here
 
 ROWS = [
     {"instruction": f"Say the word for {i}", "input": "in French" if i % 3 else "", "output": f"mot {i % 7} é"}
@@ -22,7 +22,7 @@ TRAIN += ["--train.batch_size", 8, "--precision", "32-true"]
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    result = run_door(*arguments, cwd=cwd)
+    result = run_here(*arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -92,7 +92,7 @@ def test_adapter_and_merged_model_give_the_same_answers(home: Path) -> None:
     flags = ["--data_dir", DATA, "--max_new_tokens", 24, "--precision", "32-true"]
     made = {
         RUN: run("generate/instruct.py", "--checkpoint_dir", RUN, *flags, cwd=home),
-        MERGED: run_here("generate/instruct.py", "--checkpoint_dir", MERGED, *flags, cwd=home),
+        MERGED: run("generate/instruct.py", "--checkpoint_dir", MERGED, *flags, cwd=home),
     }
     assert made[RUN].stdout == made[MERGED].stdout
     rows = [json.loads(line) for line in made[RUN].stdout.splitlines()]

@@ -66,29 +66,36 @@ def plan_of(data: Path, config: LLaMAConfig, **changes: Any) -> Plan:
     return make_plan(LoRA(LoRAConfig()), RunConfig(**settings), config, splits, memory=memory, processes=processes)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *("float32 none 768 lora returns", "float32 full 1024 lora returns", "bfloat16 selective 1024 lora returns"),
-        *("float32 none 768 full returns", "bfloat16 full 1024 full returns", "float32 none 768 lora keeps"),
-    ],
-)
-def test_the_plan_is_within_15_percent_of_what_a_step_takes(arguments: str) -> None:
-    """A step of 38 million weights in a process of its own; catches whatever the plan forgets or counts twice."""
+STEPS = [
+    *("float32 none 768 lora returns", "float32 full 1024 lora returns", "bfloat16 selective 1024 lora returns"),
+    *("float32 none 768 full returns", "bfloat16 full 1024 full returns", "float32 none 768 lora keeps"),
+]
+"""Precision, checkpointing, tokens, what is trained, and whether the heap keeps what is freed."""
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, int]]:
+    """Bytes that steps of 18 million weights took in processes of their own, and that were planned."""
     if not Path("/proc/self/statm").is_file():
         pytest.skip("measures through /proc")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "measure_step.py"), *arguments.split()],
+        [sys.executable, str(ROOT / "tests" / "measure_step.py"), *STEPS],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert "lora" not in arguments or found["planned"] > 1.4 * found["weights"], "activations count"
-    if "keeps" in arguments:  # a heap that keeps what is freed has holes, as large as what comes and goes
+    return dict(zip(STEPS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_plan_is_within_15_percent_of_what_a_step_takes(step: str, measured: dict[str, dict[str, int]]) -> None:
+    """Catches whatever the plan forgets or counts twice."""
+    found = measured[step]
+    assert "lora" not in step or found["planned"] > 1.4 * found["weights"], "activations count"
+    if "keeps" in step:  # a heap that keeps what is freed has holes, as large as what comes and goes
         assert 0.85 * found["planned"] < found["measured"] < 1.15 * (found["planned"] + found["passing"])
     else:
         assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
@@ -154,7 +161,8 @@ def test_13b_on_a_v100_is_answered_without_weights(data: Path, tmp_path: Path) -
     checkpoint = tmp_path / "13b"
     checkpoint.mkdir()
     write_json(checkpoint / "config.json", LLAMA_13B)
-    flags = ("--checkpoint_dir", checkpoint, "--data_dir", data, "--precision", "16-mixed", "--plan_memory")
+    flags = ("--checkpoint_dir", checkpoint, "--data_dir", data, "--precision", "16-mixed", "--seed", 0)
+    flags = (*flags, "--plan_memory")
     small, middle, large = (run_here("finetune/lora.py", *flags, size) for size in ("16GB", "32GB", "80GB"))
     assert (small.returncode, middle.returncode, large.returncode) == (5, 5, 0)
     assert small.stderr.startswith("error: the run needs 27.") and small.stderr.count("\n") == 1

@@ -13,10 +13,10 @@ from conftest import ROOT, run_here
 PAGE = ROOT / "docs" / "generate-data.md"
 DOORS = ["generate/rows.py", "prepare/records.py", "finetune/lora.py", "generate/evaluate.py"]
 SHORT = {
-    "generate/rows.py": ["--max_rows", "12"],
-    "prepare/records.py": ["--test_split_size", "0.3"],
-    "finetune/lora.py": ["--train.max_steps", "3", "--train.learning_rate", "1e-4"],
-    "generate/evaluate.py": ["--limit", "4"],
+    "generate/rows.py": ["--max_rows", "6"],
+    "prepare/records.py": ["--test_split_size", "0.4"],
+    "finetune/lora.py": ["--train.max_steps", "1", "--train.learning_rate", "1e-4"],
+    "generate/evaluate.py": ["--limit", "2"],
 }
 
 
@@ -66,9 +66,9 @@ def right(results: Mapping[str, Any]) -> tuple[list[float], int]:
 @pytest.mark.real
 def test_every_command_of_the_road_works(tmp_path: Path, real_folder: Path) -> None:
     results = walk(tmp_path, real_folder, SHORT)
-    check_rows(tmp_path, 12)
+    check_rows(tmp_path, 6)
     shares, asked = right(results)
-    assert asked == 4 and all(0 <= share <= 1 for share in shares)
+    assert asked == 2 and all(0 <= share <= 1 for share in shares)
 
 
 @pytest.mark.real

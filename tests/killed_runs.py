@@ -9,7 +9,6 @@ change files in a run, how many runs were `killed`, and what went `wrong`.
 import json
 import os
 import random
-import runpy
 import signal
 import sys
 import time
@@ -20,12 +19,12 @@ from typing import Any
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import torch
+from forks import become, ended
 from small_runs import flags_of, outcome
 
 import lit_llama.train.run  # noqa: F401
 from lit_llama.train.state import STATES_DIR, find_states, is_whole
 
-ROOT = Path(__file__).parent.parent
 CALLS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "open"}
 
 
@@ -53,24 +52,11 @@ def start(out: Path, flags: list[object], act: Callable[[int], None]) -> int:
     """Run the door in a fork; gives its process id."""
     if pid := os.fork():
         return pid
-    status = 1
-    try:
-        log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        count_calls(out, act)
-        sys.argv = ["finetune/lora.py", *map(str, flags)]
-        runpy.run_path(str(ROOT / "finetune" / "lora.py"), run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        os._exit(status)
-
-
-def ended(pid: int) -> int:
-    """Wait for a run; gives its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    count_calls(out, act)
+    become("finetune/lora.py", flags)
 
 
 def main(checkpoint: Path, data: Path, folder: Path, seed: int) -> dict[str, Any]:

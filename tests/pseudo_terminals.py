@@ -1,20 +1,17 @@
 """Scripts on a terminal of their own, and which bytes that arrive there act."""
 
-import errno
 import functools
 import importlib
 import json
 import os
 import pty
 import re
-import runpy
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from forks import ROOT, all_of_terminal, become, ended
+
 EVIL = "\x1b]0;owned\x07 \x1b[5;7m \x9b2J \r \x08 \x7f \u202e \u2066 \u061c \u200e a\u200bb a\u200db \ufeff"
 """Sets a title, blinks, clears, goes back, turns the direction, and hides letters."""
 OWN = re.compile(r"\x1b\[[0-9;]*[mAKJ]|\x1b\[\?25[lh]|\r")
@@ -61,39 +58,21 @@ def _serve() -> None:
         if not pid:
             os.environ.update(request["env"])
             os.chdir(request["cwd"])
-            _become(request["script"], request["flags"])
+            _own_streams()
+            become(request["script"], request["flags"])
         if request["typed"]:
             os.write(terminal, request["typed"].encode())
-        said = b""
-        try:
-            while part := os.read(terminal, 1 << 16):
-                said += part
-        except OSError as error:
-            if error.errno != errno.EIO:  # all have closed it
-                raise
-        os.close(terminal)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(json.dumps({"status": status, "said": said.decode("utf-8", "surrogateescape")}), flush=True)
+        said = all_of_terminal(terminal, "surrogateescape")
+        print(json.dumps({"status": ended(pid), "said": said}), flush=True)
 
 
-def _become(script: str, flags: Sequence[str]) -> None:
-    status = 70
-    try:
-        for number, name in enumerate(("stdin", "stdout", "stderr")):
-            stream = os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", errors="backslashreplace")
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-        os.environ.update({"TERM": "xterm", "COLUMNS": "400"})
-        sys.argv = [script, *flags]
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
+def _own_streams() -> None:
+    """Have Python's streams on the terminal in place of the pipes of the server."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", errors="backslashreplace")
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.environ.update({"TERM": "xterm", "COLUMNS": "400"})
 
 
 def acts(said: str) -> list[str]:

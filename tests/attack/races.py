@@ -3,7 +3,7 @@
 import random
 import time
 
-from killed_runs import ended
+from forks import ended
 from world import Result, World, straight
 
 

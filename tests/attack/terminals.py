@@ -1,7 +1,6 @@
 """Terminals that are closed, Ctrl-C twice, readers that go away, and signals from the very start of a process: no
 traceback, and the work goes on or is kept."""
 
-import errno
 import os
 import pty
 import random
@@ -11,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from killed_runs import ended
-from world import ROOT, Command, Result, World, straight
+from forks import ROOT, all_of_terminal, ended
+from world import Command, Result, World, straight
 
 
 def attack(world: World, trials: int, seed: int) -> Result:
@@ -63,8 +62,7 @@ def _interrupt(command: Command, at: int, draw: random.Random) -> tuple[int, str
     for pause in (draw.choice((0.0, 0.001, 0.02, 0.1)), 0.0):
         os.write(terminal, b"\x03")
         time.sleep(pause)
-    said = _all(terminal)
-    os.close(terminal)
+    said = all_of_terminal(terminal)
     return ended(pid), said
 
 
@@ -129,15 +127,3 @@ def _on_terminal(command: Command, at: int) -> tuple[int, int, int]:
             time.sleep(0.05)  # the signal comes here, or soon
 
     command.become(tell)
-
-
-def _all(terminal: int) -> str:
-    """What is still to be read of a terminal."""
-    said = b""
-    try:
-        while part := os.read(terminal, 4096):
-            said += part
-    except OSError as error:
-        if error.errno != errno.EIO:  # all have closed it
-            raise
-    return said.decode(errors="replace")

@@ -8,10 +8,7 @@ import functools
 import json
 import os
 import resource
-import runpy
 import shutil
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +17,8 @@ from typing import Any, NoReturn
 import matplotlib.pyplot  # noqa: F401
 import torch
 from delta_files import delta_of, folder_of, state_of
-from killed_runs import count_calls, ended
+from forks import become, ended
+from killed_runs import count_calls
 from small_runs import ROWS, flags_of, outcome
 
 import lit_llama.convert.delta
@@ -32,7 +30,6 @@ import lit_llama.train.run
 import lit_llama.train.start  # noqa: F401
 from lit_llama.folder.manifest import check_folder
 
-ROOT = Path(__file__).parent.parent.parent
 SECONDS = 120
 """Of the processor, for one command; the slowest takes about three."""
 Act = Callable[[int], None]
@@ -89,24 +86,14 @@ class Command:
 
     def become(self, act: Act, log: Path | None = None) -> NoReturn:
         """Be the command and end with its status."""
-        status = 1
-        try:
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            if log is not None:
-                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
-            count_calls(self.made.parent, act)
-            script, *flags = map(str, self.words)
-            sys.argv = [script, *flags]
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        if log is not None:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        count_calls(self.made.parent, act)
+        script, *flags = map(str, self.words)
+        become(script, flags)
 
     def run(self, log: Path, act: Act = lambda number: None) -> int:
         """Begin it and wait for its end; gives its status."""

@@ -1,10 +1,12 @@
 """The folder of a sum: what an interruption leaves, where it says it came from, and that harm to it is found."""
 
+import contextlib
 import json
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from pathlib import Path
 from lit_llama.folder import publish as folder
 from lit_llama.convert import delta_writing
 from lit_llama.convert.delta import apply
-steps, limit = [0], int(sys.argv[4])
+steps, limit = [0], 0
 def counted(module, name):
     original = getattr(module, name)
     def call(*a, **k):
@@ -37,9 +39,39 @@ for name in ("combine", "write_shard", "write_index", "_write_settings", "_write
     counted(delta_writing, name)
 for name in ("sync", "_line"):
     counted(folder, name)
-apply(*map(Path, sys.argv[1:4]), max_shard_size=60_000)
-print(steps[0])
+base, delta = map(Path, sys.argv[1:])
+for line in sys.stdin:
+    number, destination = line.rstrip().split(" ", 1)
+    limit = int(number)
+    if not (pid := os.fork()):
+        apply(base, delta, Path(destination), max_shard_size=60_000)
+        print("steps", steps[0], flush=True)
+        os._exit(0)
+    print("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
+"""Sums in forks of a process that has imported all: each is killed at the step that is asked for, or tells how many it
+took."""
+Start = Callable[[Path, int], tuple[int, int]]
+
+
+@contextlib.contextmanager
+def killed_sums(base: Path, delta: Path) -> Iterator[Start]:
+    """Give what sums into a folder, up to the step of that number; it gives a status, and steps where that is 0."""
+    command = [sys.executable, "-c", KILLED, str(base), str(delta)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def start(destination: Path, limit: int) -> tuple[int, int]:
+            print(limit, destination, file=process.stdin, flush=True)
+            found = {"steps": 0}
+            while "status" not in found:
+                name, number = process.stdout.readline().split()
+                found[name] = int(number)
+            return found["status"], found["steps"]
+
+        yield start
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -49,29 +81,25 @@ def sums(folder: Path) -> dict[str, str]:
 def test_a_run_killed_anywhere_goes_on_and_ends_in_the_same_bytes(base: Path, tmp_path: Path) -> None:
     """Catches a folder that looks whole and is not, and a resumed run that keeps a half-written file."""
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
-
-    def start(destination: Path, limit: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", KILLED, base, delta, destination, limit]
-        return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
-
-    whole = start(tmp_path / "whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    total = int(whole.stdout)
-    draw = random.Random(0)
-    for limit in sorted(draw.sample(range(1, total + 1), 5)):
+    with killed_sums(base, delta) as start:
+        status, total = start(tmp_path / "whole", 0)
+        assert status == 0
+        limits = sorted(random.Random(0).sample(range(1, total + 1), 5))
+        statuses = {limit: start(tmp_path / f"killed-{limit}", limit)[0] for limit in limits}
+        assert set(statuses.values()) == {-signal.SIGKILL}
+        undone = [limit for limit in limits if not (tmp_path / f"killed-{limit}").exists()]
+        # A second kill, then to the end: more than one interruption in a row must not matter.
+        again = {limit: start(tmp_path / f"killed-{limit}", max(1, limit // 2))[0] for limit in undone}
+    for limit in limits:
         destination = tmp_path / f"killed-{limit}"
-        killed = start(destination, limit)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        if destination.exists():  # killed after the commit
+        if limit not in undone:  # killed after the commit
             verify(destination)
             continue
-        # A second kill, then to the end: more than one interruption in a row must not matter.
-        again = start(destination, max(1, limit // 2))
-        if again.returncode == 0:
+        if again[limit] == 0:
             continue
         apply(base, delta, destination, max_shard_size=60_000)
         assert sums(destination) == sums(tmp_path / "whole") and len(sums(destination)) > 8
-        assert not list(tmp_path.glob(".killed*"))
+        assert not list(tmp_path.glob(f".{destination.name}.*"))
 
 
 def test_a_resumed_run_does_not_trust_a_damaged_file(
@@ -80,8 +108,8 @@ def test_a_resumed_run_does_not_trust_a_damaged_file(
     """Catches a journal that is believed without looking at the file, and work that is done twice."""
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
     apply(base, delta, tmp_path / "whole", max_shard_size=60_000)
-    start = [sys.executable, "-c", KILLED, base, delta, tmp_path / "sum", 40]
-    subprocess.run([*map(str, start)], cwd=ROOT, capture_output=True, check=False)
+    with killed_sums(base, delta) as start:
+        assert start(tmp_path / "sum", 40)[0] == -signal.SIGKILL
     files = sorted((tmp_path / ".sum.unfinished").glob("model-*.safetensors"))
     assert len(files) > 2
     kept = files[1].stat().st_mtime_ns
@@ -98,8 +126,8 @@ def test_a_resumed_run_does_not_trust_a_damaged_file(
 def test_another_plan_starts_afresh_and_a_second_process_waits_for_nobody(base: Path, tmp_path: Path) -> None:
     """Catches files of another delta in a sum, and two processes that write one folder."""
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
-    start = [sys.executable, "-c", KILLED, base, delta, tmp_path / "sum", 40]
-    subprocess.run([*map(str, start)], cwd=ROOT, capture_output=True, check=False)
+    with killed_sums(base, delta) as start:
+        assert start(tmp_path / "sum", 40)[0] == -signal.SIGKILL
     state = delta_of("ziya")
     state["model.norm.weight"] = state["model.norm.weight"] * 1.5
     other = folder_of(tmp_path / "other", state)

@@ -30,7 +30,7 @@ demo: $(RUN)/before.jsonl $(RUN)/after.jsonl ## Prepare, fine-tune, merge and co
 	echo "loss curve: $(RUN)/loss.png" >&2
 
 test: lint $(BASE)/config.json ## Run every check and every test
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist worksteal --durations=15
 
 docs: $(VENV)/docs ## Render README.md, docs/ and the API reference into build/docs
 	PYTHONPATH=. $(PY) -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs

@@ -56,6 +56,7 @@ def _serve() -> None:
         request = json.loads(line)
         pid, terminal = pty.fork()
         if not pid:
+            os.environ.clear()
             os.environ.update(request["env"])
             os.chdir(request["cwd"])
             _own_streams()

@@ -1,15 +1,13 @@
 """Tokens as a person sees them, against the tokenizer's own text."""
 
 import json
-import os
-import pty
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, encode_examples, run_here
+from conftest import encode_examples, run_here
+from pseudo_terminals import on_terminal
 
 from lit_llama.errors import UserError
 from lit_llama.folder.manifest import forget
@@ -144,28 +142,15 @@ def test_the_door_shows_rows_with_the_recorded_tokenizer(data: Path) -> None:
     ]
 
 
-def test_a_terminal_gets_colours_unless_it_asks_for_none(data: Path) -> None:
+def test_a_terminal_gets_colours_unless_it_asks_for_none(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Escape sequences in a terminal that wants none, or brackets in one that has colours."""
-
-    def on_a_terminal(**environment: str) -> str:
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.chdir(ROOT)
-            command = [sys.executable, "prepare/show.py", "--data_dir", str(data), "--rows", "0"]
-            os.execve(sys.executable, command, {**os.environ, "TERM": "xterm", **environment})
-        output = b""
-        try:
-            while block := os.read(terminal, 4096):
-                output += block
-        except OSError:  # how Linux says that the other end is closed
-            pass
-        assert os.waitpid(pid, 0)[1] == 0, output
-        return output.decode()
-
-    os.environ.pop("NO_COLOR", None)
-    coloured, plain = on_a_terminal(), on_a_terminal(NO_COLOR="1")
-    assert "\x1b[" in coloured and "⟦" not in coloured
-    assert "\x1b[" not in plain and "⟦It is" in plain
+    flags = ["--data_dir", data, "--rows", "0"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    status, coloured = on_terminal("prepare/show.py", flags)
+    assert status == 0 and "\x1b[" in coloured and "⟦" not in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    status, plain = on_terminal("prepare/show.py", flags)
+    assert status == 0 and "\x1b[" not in plain and "⟦It is" in plain
 
 
 @pytest.mark.parametrize(

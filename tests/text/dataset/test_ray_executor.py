@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, write_tokenizer
+from conftest import ALLOWED, ROOT, on_cores, write_tokenizer
 from test_prepare import LONG, RULES, bytes_of
 
 from lit_llama.errors import ClusterError, DataError, ResourceError, UserError
@@ -100,6 +100,13 @@ class Cluster:
             except ProcessLookupError:
                 continue
         self._process.wait()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores() -> Iterator[None]:
+    """For the dozen processes of a cluster, which counts its workers by them."""
+    with on_cores(ALLOWED):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,10 @@ def main(
     sample_tokens: int | None = None,
     quantize: Literal["nf4", "nf4-dq", "int8", "fp8"] | None = None,
     task: Literal["supervised", "preference"] = "supervised",
+    options: bool = False,
 ) -> None:
-    """Compare on the processor; or with --synthetic measure ours alone on a large model, on a GPU.
+    """Compare on the processor; or with --synthetic measure ours alone on a large model, on a GPU; or with --options
+    ours alone with every option of fine-tuning.
 
     Args:
         checkpoint_dir: Base model; litgpt has to know a model of the folder's name.
@@ -76,6 +78,8 @@ def main(
         sample_tokens: For --synthetic: tokens of every sample instead of lengths like Alpaca's.
         quantize: For --synthetic: the base in 4 or 8 bits, as finetune/lora.py has it.
         task: Preference trains with the loss of DPO on pairs: the answer of a row is chosen, that of the next rejected.
+        options: One line for each option, on random weights in the shape of the base; takes at most 2 steps and
+            2 rounds, 1 step before them.
     """
     load = check_idle(warn=when_busy == "warn")
     if synthetic:
@@ -85,6 +89,16 @@ def main(
         print("\n".join(f"{name:24}{value}" for name, value in result.items()))
         if out:
             out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        return
+    if options:
+        from benchmarks.training import options as each
+
+        found = each.measure(
+            checkpoint_dir, work_dir, warmup=min(warmup, 1), steps=min(steps, 2), rounds=min(rounds, 2)
+        )
+        print(each.table(found))
+        if out:
+            out.with_suffix(".json").write_text(json.dumps({"load": load, "results": found}, indent=2) + "\n", "utf-8")
         return
     sizes = micro_batches or [1, 2, 4, 8]
     if bad := [size for size in sizes if size < 1 or batch_size % size]:

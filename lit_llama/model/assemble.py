@@ -9,12 +9,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from lit_llama.model.adapter import load_adapter
 from lit_llama.model.config import Checkpointing
-from lit_llama.model.fused.layer import FusedLayer, fuse, why_plain
+from lit_llama.model.fused.layer import FusedLayer, fuse
+from lit_llama.model.fused.reasons import why_plain
 from lit_llama.model.llama import DecoderLayer, LLaMA
+from lit_llama.model.low_rank import LoRALinear
 from lit_llama.model.neftune import add_noise
 from lit_llama.model.recompute import recompute_activations
+from lit_llama.model.rows import WholeLinear
+
+CHUNKED = (nn.Linear, LoRALinear, WholeLinear)
+"""Heads whose logits the loss holds a few at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,7 @@ class Assembly:
         noise: NEFTune's alpha of the noise on the embeddings while training; 0 for none.
         plain: Why no layer is to be fused, for people; "" to fuse all that can be.
         checkpointing: What is computed again in the backward pass.
+        product: Dtype of the matrix products, if it is not that of the norms (autocast).
         dress: Changes modules after layers are fused.
         keep_memory: Fused layers keep their memory from step to step.
     """
@@ -36,6 +46,7 @@ class Assembly:
     noise: float = 0.0
     plain: str = ""
     checkpointing: Checkpointing = "none"
+    product: torch.dtype | None = None
     dress: Callable[[LLaMA], object] | None = None
     keep_memory: bool = True
 
@@ -49,18 +60,20 @@ class Assembled:
         trains: In what weights train, for people.
         fused: Layers with a backward pass of their own.
         plain: Layers without, by the reason.
+        head: Why the loss holds all logits at once, for people; "" where it holds a few at a time.
     """
 
     model: LLaMA
     trains: str
     fused: int
     plain: Mapping[str, int]
+    head: str = ""
 
     def describe(self) -> str:
         """Describe which layers are fused and which are not, and why, in one line."""
         counts = [f"{self.fused} fused"] if self.fused else []
         counts += [f"{count} plain ({reason})" for reason, count in self.plain.items()]
-        return f"layers: {', '.join(counts)}"
+        return f"layers: {', '.join(counts)}" + (f"; head: plain ({self.head})" if self.head else "")
 
 
 def adapted(folder: Path, remarks: list[str] | None = None) -> Assembly:
@@ -98,12 +111,14 @@ def assemble(base: LLaMA | Callable[[], LLaMA], assembly: Assembly) -> Assembled
     reasons: Counter[str] = Counter()
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
-        if reason := assembly.plain or why_plain(layer):
+        if reason := assembly.plain or why_plain(layer, assembly.product):
             reasons[reason] += 1
     if not assembly.plain:
-        fuse(model, assembly.checkpointing, keep_memory=assembly.keep_memory)
+        fuse(model, assembly.checkpointing, assembly.product, keep_memory=assembly.keep_memory)
     if assembly.dress:
         assembly.dress(model)
     recompute_activations(model, assembly.checkpointing)
     fused = sum(isinstance(layer, FusedLayer) for layer in model.model.layers)
-    return Assembled(model, trains, fused, dict(reasons))
+    kind = type(model.lm_head)
+    head = "" if kind in CHUNKED else f"as {kind.__name__}, all of its logits at once"
+    return Assembled(model, trains, fused, dict(reasons), head)

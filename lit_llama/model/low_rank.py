@@ -120,7 +120,7 @@ def device_of(base: nn.Linear | QuantizedLinear) -> torch.device:
 
 def base_of(linear: nn.Module) -> nn.Linear | QuantizedLinear:
     """Return the frozen layer below an update of low rank, or the layer itself where it has none."""
-    base = linear.base_layer if isinstance(linear, LoRAOnQuantized) else linear
+    base = linear.base_layer if isinstance(linear, LoRAOnQuantized | DoRALinear) else linear
     assert isinstance(base, nn.Linear | QuantizedLinear)
     return base
 

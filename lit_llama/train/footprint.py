@@ -106,6 +106,7 @@ class Build:
             noise=self.noise,
             plain=self.plain,
             checkpointing=self.checkpointing,
+            product=self.numerics.product,
         )
 
     def sizes(self) -> Sizes:
@@ -118,7 +119,8 @@ class Build:
         if self.quantize == "fp8" and not self.plain and self.numerics.device.type == "cuda":
             stored *= 2  # as it is, and turned around
         for name, value in model.named_parameters():
-            itemsize = (self.numerics.linear if name in names else self.numerics.rest).itemsize
+            dtype = self.numerics.linear if name in names else self.numerics.rest
+            value.data, itemsize = value.data.to(dtype), dtype.itemsize  # what fused layers hold depends on it
             plain += value.numel() * itemsize
             largest = max(largest, value.numel() * itemsize)
             size = value.numel() * itemsize
@@ -128,11 +130,11 @@ class Build:
             layers += size if name.startswith("model.layers.") else 0
         assemble(model, replace(self.assembly(), checkpointing="none"))
         joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
-        base += sum(part.extra for part in joined) * self.numerics.linear.itemsize
+        extra = sum(part.extra * part.dtype.itemsize for part in joined)
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
-            return Sizes(0, 0, 0, trained, plain, largest)
-        return Sizes(base, layers, plain, trained, 4 * trained, largest)
+            return Sizes(extra, 0, 0, trained, plain, largest)
+        return Sizes(base + extra, layers, plain, trained, 4 * trained, largest)
 
     def training_peak(self, shape: Shape) -> int:
         """Return the most bytes that a forward and backward pass holds beside the parameters and their gradients."""
@@ -210,12 +212,14 @@ class Build:
 
 
 class _Count(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most they were; what `module` owns does not count."""
+    """Bytes of the storages that are alive, and the most they were; what `module` owns does not count, as in sizes."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         own = [tensor for parameter in module.parameters() for tensor in (parameter, parameter.grad)]
+        layers = [layer for layer in module.modules() if isinstance(layer, FusedLayer)]
+        own += [tensor for layer in layers for joined in layer.joined for tensor in joined.held]  # see `Build.sizes`
         self._known = {tensor.untyped_storage()._cdata for tensor in own if tensor is not None}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

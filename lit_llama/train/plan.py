@@ -144,9 +144,7 @@ class Plan:
     @property
     def _plain(self) -> str:
         """Why no layer is fused, where none is to be."""
-        if self.processes.sharded:
-            return "they are spread over the processes"
-        return "" if self.numerics.product is None else f"products in {str(self.numerics.product)[6:]} by autocast"
+        return "they are spread over the processes" if self.processes.sharded else ""
 
     @cached_property
     def sizes(self) -> Sizes:

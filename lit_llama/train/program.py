@@ -56,8 +56,7 @@ def program_memory(whole: bool, train: TrainConfig, numerics: Numerics, quantize
     if quantize in ("nf4", "nf4-dq", "int8") or "8bit" in train.optimizer:
         library()
     method: Method = Full() if whole else LoRA(LoRAConfig(r=1))
-    plain = "" if numerics.product is None else "autocast"
-    build = Build(config=_TINY, method=method, numerics=numerics, checkpointing="none", plain=plain)
+    build = Build(config=_TINY, method=method, numerics=numerics, checkpointing="none")
     build.training_peak(Shape([8], 4))
     with torch.random.fork_rng([]):
         _step(build, quantize)

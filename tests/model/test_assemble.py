@@ -39,15 +39,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "selective, dropout": {"checkpointing": "selective", "method": LoRA(LoRAConfig(dropout=0.1))},
     "int8": {"quantize": "int8"},
     "nf4": {"quantize": "nf4"},
-    "autocast": {"numerics": MIXED, "plain": "autocast"},
+    "mixed": {"numerics": MIXED},
+    "mixed, full": {"numerics": MIXED, "method": Full()},
+    "dora, dropout": {"method": LoRA(LoRAConfig(use_dora=True, dropout=0.1))},
+    "spread": {"plain": "they are spread over the processes"},
 }
 SAID = {
     "plain": "layers: 2 fused",
     "dropout": "layers: 2 fused",
-    "dora": "layers: 2 plain (DoRA)",
-    "full": "layers: 2 plain (weights of the base that train)",
+    "dora": "layers: 2 fused",
+    "dora, dropout": "layers: 2 plain (DoRA with dropout)",
+    "norms": "layers: 2 fused",
+    "full": "layers: 2 fused",
     "noise": "layers: 2 fused",
-    "autocast": "layers: 2 plain (autocast)",
+    "mixed": "layers: 2 fused",
+    "mixed, full": "layers: 2 fused",
+    "spread": "layers: 2 plain (they are spread over the processes)",
     "nf4": "layers: 2 fused",
 }
 
@@ -72,7 +79,8 @@ def test_a_run_has_the_modules_of_its_plan(option: str, tiny_folder: Path) -> No
         planned = build._model()
         shares = can_share(planned) if compiled() is not None else None
         found = modules(planned)
-    load = partial(load_model, tiny_folder, quantize=build.quantize)
+    linear, rest = build.numerics.linear, build.numerics.rest
+    load = partial(load_model, tiny_folder, quantize=build.quantize, dtype=rest, linear_dtype=linear)
     made = assemble(load, build.assembly(build.method.begin))
     assert modules(made.model) == found
     assert (made.model.model.noise is None) == (planned.model.noise is None)
@@ -89,17 +97,17 @@ def test_what_is_not_fused_is_counted_by_its_reason() -> None:
 
     def adapt(model: LLaMA) -> str:
         apply_lora(model, LoRAConfig())
-        model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+        model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
         return "in some"
 
     made = assemble(model, Assembly(adapt=adapt))
     assert made.trains == "in some"
-    assert made.describe() == "layers: 2 fused, 1 plain (weights of the base that train)"
+    assert made.describe() == "layers: 2 fused, 1 plain (some weights of the base that train)"
     assert [isinstance(layer, FusedLayer) for layer in made.model.model.layers] == [True, False, True]
 
 
-def test_heads_that_are_normalised_are_fused_unless_their_norms_train() -> None:
-    """Catches Qwen3 on the slow path, and a norm whose gradient nobody computes."""
+def test_heads_that_are_normalised_are_fused_and_so_are_their_norms() -> None:
+    """Catches Qwen3 on the slow path."""
 
     def made(adapt: Any) -> str:
         return assemble(tiny_model(model_type="qwen3", use_qk_norm=True), Assembly(adapt=adapt)).describe()
@@ -111,4 +119,4 @@ def test_heads_that_are_normalised_are_fused_unless_their_norms_train() -> None:
         return ""
 
     assert made(lambda model: apply_lora(model, LoRAConfig())) == "layers: 2 fused"
-    assert made(let_train) == "layers: 2 plain (weights of the base that train)"
+    assert made(let_train) == "layers: 2 fused"

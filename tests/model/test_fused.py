@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_llama.model.attention.dispatch import Kept, attend_backward, attend_into
 from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
-from lit_llama.model.fused.layer import FusedLayer, fuse
+from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.operators import kernels, pointwise
@@ -133,22 +133,6 @@ def test_an_update_counts_at_once() -> None:
                 parameter.mul_(-2).add_(0.01)
         each.zero_grad()
     torch.testing.assert_close(step(model)[0], step(plain)[0], rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": "norm"}], ids=lambda s: next(iter(s)))
-def test_what_it_does_not_know_is_left_alone(settings: dict[str, Any]) -> None:
-    """Catches magnitudes or norms that would be trained and silently ignored."""
-    model = tiny_model()
-    apply_lora(model, LoRAConfig(r=4, **settings))
-    assert fuse(model) == 0 and not any(isinstance(module, FusedLayer) for module in model.modules())
-
-
-def test_norms_of_heads_that_train_are_left_alone() -> None:
-    """Catches a gradient that a weight never gets."""
-    model = tiny_model(model_type="qwen3", use_qk_norm=True)
-    apply_lora(model, LoRAConfig())
-    model.model.layers[1].self_attn.get_submodule("k_norm").requires_grad_(True)
-    assert fuse(model) == 1 and not isinstance(model.model.layers[1], FusedLayer)
 
 
 def test_less_is_kept_than_autograd_keeps() -> None:

@@ -132,6 +132,38 @@ def test_gradients_of_a_trained_head_equal_those_of_torch(count: int, frozen_hid
     assert frozen_hidden == (hidden.grad is None)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("count", [1, CHUNK, 3 * CHUNK + 2])
+def test_gradients_of_an_adapted_head_equal_those_of_torch(count: int) -> None:
+    """Against autograd in float64; catches a factor of the update whose gradient is lost, or counted once a chunk."""
+    generator = torch.Generator().manual_seed(count)
+    shapes = (count, 16), (50, 16), (count, 3), (50, 3)
+    given = [torch.randn(shape, generator=generator, requires_grad=shape != (50, 16)) for shape in shapes]
+    exact = [value.detach().double().requires_grad_() for value in given]
+    targets = torch.randint(50, (count,), generator=generator)
+    found = linear_cross_entropy(given[0], given[1], targets, update=(given[2], given[3]))
+    wanted = F.cross_entropy(exact[0] @ exact[1].T + exact[2] @ exact[3].T, targets, reduction="sum")
+    (0.37 * found).backward()
+    (0.37 * wanted).backward()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for ours, theirs in zip(given, exact, strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None and theirs.grad is not None
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": "lm_head"}, {"modules_to_save": "lm_head"}], ids=str)
+def test_logits_of_a_head_that_trains_are_never_held_at_once(settings: dict[str, Any]) -> None:
+    """Catches a head with an adapter, or its whole copy, whose logits are all kept for the backward pass."""
+    model = tiny_model()
+    apply_lora(model, LoRAConfig(r=4, **{"target_modules": "q_proj"} | settings))
+    kept: list[int] = []
+    ids = torch.arange(300)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+        TokenLoss(model)(ids, [300], ids[:-1], ids[1:])
+    assert max(kept) < 299 * 384
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_gradients_of_a_trained_head_under_autocast(half: torch.dtype) -> None:
     """With the weight in float32 and products in half, a thousand times the same token; catches a sum that is rounded

@@ -169,7 +169,7 @@ def test_13b_on_a_v100_is_answered_without_weights(data: Path, tmp_path: Path) -
     assert "--quantize nf4" in small.stderr and "full (" not in small.stderr
     assert "--train.micro_batch_tokens 1024 --train.activation_checkpointing full (28." in middle.stderr
     packed = run_here("finetune/lora.py", *flags, "32GB", "--quantize", "nf4")
-    assert not packed.returncode and "micro_batch_tokens 1024" in " ".join(packed.stdout.split())
+    assert not packed.returncode and "micro_batch_tokens 2048" in " ".join(packed.stdout.split())
     for result in (small, middle, large, packed):
         assert "weights" in result.stdout and "largest micro-batch" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"13b"}

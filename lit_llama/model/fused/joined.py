@@ -1,19 +1,20 @@
-"""Linear layers of one input as one, with their low-rank updates.
+"""Linear layers of one input as one, with their low-rank updates or with weights that train.
 
 The weights W of all of them stand below each other, and so A and B, each B at its own rows and columns. What goes in
 has room for u = A x beside x in one buffer, and what comes back for du = s B' dy beside dy, so that updates cost
-little: see `OneMatrix` for a base as it is, quantized.py for others. Where updates drop values of x, each has an x of
-its own, and so products of its own with A.
+little: see `OneMatrix` for a base as it is, quantized.py for others, outputs.py for what follows the product. Where
+updates drop values of x, each has an x of its own, and so products of its own with A.
 
 Shapes: T tokens, r ranks of all layers together, R of them with what fills up to a multiple that suits the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
+from lit_llama.model.fused.outputs import Biases, Magnitudes
+from lit_llama.model.low_rank import DoRALinear, LowRank, base_of
 from lit_llama.model.operators.narrow import apart, outer, project, project_back
 from lit_llama.model.operators.pointwise import drop
 
@@ -34,7 +35,7 @@ ALIGNED = {"cpu": 8, "cuda": 64}
 
 
 class Joined:
-    """Frozen linear layers with the same input, with or without updates.
+    """Linear layers with the same input: with or without updates, decomposed or not, or with weights that train.
 
     Args:
         linears: In the order of their outputs.
@@ -44,30 +45,33 @@ class Joined:
     def __init__(self, linears: Sequence[nn.Module], like: Tensor) -> None:
         self.bases = [base_of(linear) for linear in linears]
         self.inputs, self.sizes = self.bases[0].in_features, [base.out_features for base in self.bases]
-        self.outputs = sum(self.sizes)
-        self.updates = [linear for linear in linears if isinstance(linear, LoRALinear | LoRAOnQuantized)]
+        self.outputs, self.dtype = sum(self.sizes), like.dtype
+        self.updates = [linear for linear in linears if isinstance(linear, LowRank)]
         aligned = ALIGNED.get(like.device.type, 1)
         self.tail = -(-sum(linear.lora_A.shape[0] for linear in self.updates) // aligned) * aligned  # R
         self._places: list[tuple[slice, slice]] = []  # rows of B, and its columns
         row = column = 0
         for linear, size in zip(linears, self.sizes, strict=True):
-            if isinstance(linear, LoRALinear | LoRAOnQuantized):
+            if isinstance(linear, LowRank):
                 self._places.append((slice(row, row + size), slice(column, column + linear.lora_A.shape[0])))
                 column += linear.lora_A.shape[0]
             row += size
-        biases = [base.bias for base in self.bases]
-        self._bias = None
-        if any(bias is not None for bias in biases):
-            parts = zip(biases, self.sizes, strict=True)
-            self._bias = torch.cat([like.new_zeros(n) if bias is None else bias.detach() for bias, n in parts])
+        self.biases = Biases(self.bases, self.sizes, like)
         self._down, self._up = self.take(like)  # A (R, in), s B (out, R)
+        placed = zip(self.updates, self._places, strict=True)
+        decomposed = [(linear, *place) for linear, place in placed if isinstance(linear, DoRALinear)]
+        self.magnitudes = Magnitudes(decomposed, self.dense()) if decomposed else None
 
     def take(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Take the weights over; gives room for A (R, in) and s B (out, R), filled with zeros."""
         return like.new_zeros(self.tail, self.inputs), like.new_zeros(self.outputs, self.tail)
 
+    def dense(self) -> Tensor:
+        """Return W (out, in), as it is multiplied with."""
+        raise NotImplementedError
+
     def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
-        """Compute out (T, out) = W x + s B u (+ residual), x and u beside each other (T, in + R)."""
+        """Compute out (T, out) = W x + s B u (+ residual, or biases), x and u beside each other (T, in + R)."""
         raise NotImplementedError
 
     def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
@@ -80,16 +84,41 @@ class Joined:
         return self.tail * (self.inputs + self.outputs)
 
     @property
+    def held(self) -> list[Tensor]:
+        """Tensors whose memory holds these values."""
+        return [self._down, self._up]
+
+    @property
+    def raw(self) -> int:
+        """Columns of what `__call__` gives that the backward pass needs: all outputs where magnitudes train."""
+        return self.outputs if self.magnitudes else 0
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Weights that train: of all of the layers, or of none."""
+        weights = [base.weight for base in self.bases if isinstance(base, nn.Linear)]
+        return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of each update, in the order of `gradients`."""
-        return [parameter for linear in self.updates for parameter in (linear.lora_A, linear.lora_B)]
+        """Parameters that train: A and B of each update or the weights, in the order of `gradients`, then those of
+        what follows the product, in the order of `output_gradients`."""
+        updates = [parameter for linear in self.updates for parameter in (linear.lora_A, linear.lora_B)]
+        magnitudes = self.magnitudes.parameters if self.magnitudes else []
+        return [*updates, *self.weights, *magnitudes, *self.biases.parameters]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the updates as they are now."""
+        """Take over what trains as it is now."""
         for linear, (rows, columns) in zip(self.updates, self._places, strict=True):
             self._up[rows, columns] = linear.lora_B * linear.scale
             self._down[columns] = linear.lora_A
+        if self.biases.parameters:
+            self.biases.refresh()
+        if self.magnitudes:
+            along = self._up.new_empty(self.outputs, self.tail)
+            project(along, self.dense(), self._down)
+            self.magnitudes.refresh(along)
 
     @property
     def chances(self) -> list[float]:
@@ -105,21 +134,48 @@ class Joined:
 
     def buffer_in(self, x: Tensor) -> Tensor:
         """Return room for x and u: (T, in + R)."""
-        return x.new_empty(len(x), self.inputs + self.tail)
+        return x.new_empty(len(x), self.inputs + self.tail, dtype=self.dtype)
 
     def buffer_out(self, x: Tensor) -> Tensor:
         """Return room for dy and du: (T, out + R)."""
-        return x.new_empty(len(x), self.outputs + self.tail)
+        return x.new_empty(len(x), self.outputs + self.tail, dtype=self.dtype)
 
     def __call__(self, out: Tensor, x: Tensor, residual: Tensor | None = None, dropped: Dropped = ()) -> None:
-        """Compute out (T, out) = W x + s B A x (+ residual). The last columns of x (T, in + R) are filled with u."""
+        """Compute out (T, out) = W x + s B A x (+ residual). The last columns of x (T, in + R) are filled with u.
+
+        Biases are added, too, unless magnitudes come before them: see `shown`.
+        """
         if dropped:
             self._project_dropped(x[:, self.inputs :], x[:, : self.inputs], dropped)
         elif self.tail:
             project(x[:, self.inputs :], x[:, : self.inputs], self._down)
-        self.product(out, x, residual)
-        if self._bias is not None:
-            out.add_(self._bias)
+        biases = None if self.magnitudes else self.biases.vector
+        self.product(out, x, biases if residual is None else residual)
+        if biases is not None and residual is not None:
+            out.add_(biases)
+
+    def shown(self, given: Tensor) -> Tensor:
+        """Return what the layers give, for what `__call__` gave (T, out): itself, where no magnitudes train."""
+        if not self.magnitudes:
+            return given
+        y = self.magnitudes.times(given)
+        return y if self.biases.vector is None else y.add_(self.biases.vector)
+
+    def add(self, out: Tensor, raw: Tensor, x: Tensor, residual: Tensor, dropped: Dropped) -> None:
+        """Compute out (T, out) = residual + what the layers give of x, in the dtype of the residual.
+
+        Args:
+            out: (T, out).
+            raw: (T, out) or empty, see `raw`: what `__call__` gave.
+            x: (T, in + R).
+            residual: (T, out).
+            dropped: See `draw`.
+        """
+        if not self.magnitudes and out.dtype == self.dtype:
+            return self(out, x, residual, dropped)
+        given = raw if raw.numel() else x.new_empty(len(x), self.outputs)
+        self(given, x, dropped=dropped)
+        torch.add(residual, self.shown(given), out=out)
 
     def _project_dropped(self, u: Tensor, x: Tensor, dropped: Dropped) -> None:
         """Fill u (T, R) with A x, of the values of x (T, in) that each update does not drop."""
@@ -127,6 +183,17 @@ class Joined:
         room = x.new_empty(x.shape)
         for (_, columns), draw in zip(self._places, dropped, strict=True):
             project(u[:, columns], _dropped(room, x, *draw), self._down[columns])
+
+    def output_gradients(self, dy: Tensor, raw: Tensor) -> list[Tensor]:
+        """Compute the gradients of what follows the product; dy (T, out + R) becomes that of the product itself.
+
+        Args:
+            dy: Gradient of what the layers give, in its first columns.
+            raw: (T, out), what `__call__` gave; of no account where no magnitudes train.
+        """
+        dy = dy[:, : self.outputs]
+        biases = self.biases.gradients(dy)
+        return [*(self.magnitudes.gradients(dy, raw) if self.magnitudes else []), *biases]
 
     def input_gradient(self, dy: Tensor, dropped: Dropped = ()) -> Tensor:
         """Compute W' dy + A' s B' dy: (T, in). The last columns of dy (T, out + R) are filled with du."""
@@ -141,10 +208,13 @@ class Joined:
         return dx
 
     def gradients(self, x: Tensor, u: Tensor, dy: Tensor, dropped: Dropped = ()) -> list[Tensor]:
-        """Compute the gradients of A and B of each update, in float32; dy as `input_gradient` has left it, u (T, R)."""
+        """Compute the gradients of A and B of each update, in float32, or those of the weights; dy as `input_gradient`
+        has left it, u (T, R)."""
+        du, x = dy[:, self.outputs :], x[:, : self.inputs]
+        if self.weights:
+            return list(torch.mm(dy[:, : self.outputs].t(), apart(x)).split(self.sizes))
         if not self.tail:
             return []
-        du, x = dy[:, self.outputs :], x[:, : self.inputs]
         if dropped:
             room = x.new_empty(x.shape)
             parts = zip(self._places, dropped, strict=True)
@@ -167,26 +237,42 @@ class OneMatrix(Joined):
 
     A single product over in + r columns gives W x + s B A x without rounding in between, and with du beside dy, a
     single one over out + r rows gives W' dy + A' du: an update costs as much as r columns more. The layers keep their
-    weights, by their own names: views of M.
+    weights, by their own names: views of M. Weights of other numbers than those of the products stay where they are,
+    and M takes them over before each pass.
     """
 
     def take(self, like: Tensor) -> tuple[Tensor, Tensor]:
         matrix = like.new_zeros(self.outputs + self.tail, self.inputs + self.tail)
-        self._matrix = matrix
-        for base, rows in zip(self.bases, matrix.split([*self.sizes, self.tail])[:-1], strict=True):
-            assert isinstance(base, nn.Linear)
-            rows[:, : self.inputs] = base.weight
-            base.weight = nn.Parameter(rows[:, : self.inputs], requires_grad=False)
+        self._matrix, self._copies = matrix, False
+        for base, rows in self._rows():
+            if base.weight.dtype == like.dtype:
+                rows.copy_(base.weight.detach())
+                base.weight = nn.Parameter(rows, requires_grad=base.weight.requires_grad)
+            else:
+                self._copies = True
         return matrix[self.outputs :, : self.inputs], matrix[: self.outputs, self.inputs :]
+
+    def _rows(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        """The layers with their places in the matrix."""
+        for base, rows in zip(self.bases, self.dense().split(self.sizes), strict=True):
+            assert isinstance(base, nn.Linear)
+            yield base, rows
+
+    def dense(self) -> Tensor:
+        return self._matrix[: self.outputs, : self.inputs]
 
     @property
     def extra(self) -> int:
-        return self._matrix.numel() - self.outputs * self.inputs
+        return self._matrix.numel() - (0 if self._copies else self.outputs * self.inputs)
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        first = self.bases[0]
-        assert isinstance(first, nn.Linear)
-        assert first.weight.untyped_storage()._cdata == self._matrix.untyped_storage()._cdata, "the weights have moved"
+        storage = self._matrix.untyped_storage()._cdata
+        for base, rows in self._rows():
+            if self._copies:
+                rows.copy_(base.weight)
+            else:
+                assert base.weight.untyped_storage()._cdata == storage, "the weights have moved"
         super().refresh()
 
     def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:

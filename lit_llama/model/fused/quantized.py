@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_llama.device import capabilities
 from lit_llama.model import float8
 from lit_llama.model.fused.joined import Joined, OneMatrix
-from lit_llama.model.low_rank import LoRALinear, LoRAOnQuantized, base_of
+from lit_llama.model.low_rank import DoRALinear, LoRALinear, LoRAOnQuantized, base_of
 from lit_llama.model.quantize import Float8Linear, QuantizedLinear
 
 
@@ -19,7 +19,7 @@ class Unpacked(Joined):
     """Layers of four or eight bits, whose weights are unpacked for each product, all into one matrix."""
 
     def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
-        inner, u, weight = x[:, : self.inputs], x[:, self.inputs :], self._dense(x).t()
+        inner, u, weight = x[:, : self.inputs], x[:, self.inputs :], self.dense().t()
         if self.tail:  # the update is small, and the product not rounded yet when it is added
             torch.addmm(torch.mm(u, self._up.t()), inner, weight, out=out)
         else:
@@ -29,14 +29,14 @@ class Unpacked(Joined):
 
     def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
         inner, du = dy[:, : self.outputs], dy[:, self.outputs :]
-        weight, adds = self._dense(dy), self.tail and update
+        weight, adds = self.dense(), self.tail and update
         return torch.addmm(torch.mm(du, self._down), inner, weight) if adds else torch.mm(inner, weight)
 
-    def _dense(self, like: Tensor) -> Tensor:
-        weight = like.new_empty(self.outputs, self.inputs)
+    def dense(self) -> Tensor:
+        weight = self._up.new_empty(self.outputs, self.inputs)
         for base, rows in zip(self.bases, weight.split(self.sizes), strict=True):
             assert isinstance(base, QuantizedLinear)
-            base.dense(like.dtype, rows)
+            base.dense(self.dtype, rows)
         return weight
 
 
@@ -84,7 +84,7 @@ KINDS: dict[type[nn.Module], type[Joined]] = {
 
 def kind_of(linear: nn.Module) -> type[Joined] | None:
     """Return how a layer could be joined with others of its kind; None if it could not."""
-    return KINDS.get(type(linear.base_layer if isinstance(linear, LoRAOnQuantized) else linear))
+    return KINDS.get(type(linear.base_layer if isinstance(linear, LoRAOnQuantized | DoRALinear) else linear))
 
 
 def join(linears: Sequence[nn.Module], like: Tensor) -> Joined:

@@ -94,19 +94,27 @@ class TokenLoss(nn.Module):
     def of_layout(self, input_ids: Tensor, layout: Layout, select: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss of samples whose layout is known."""
         hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
-        head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
-        if type(head) is nn.Linear:
-            return linear_cross_entropy(hidden, head.weight, targets, cap)
-        if isinstance(head, WholeLinear):
-            return linear_cross_entropy(hidden, head.trained, targets, cap)
-        if isinstance(head, LoRALinear):
-            u = F.linear(head.dropout(hidden), head.lora_A.to(hidden.dtype))  # (N, r)
-            return linear_cross_entropy(hidden, head.weight, targets, cap, (u, head.lora_B * head.scale))
-        return F.cross_entropy(self.model.logits(hidden).float(), targets, reduction="sum")
+        parts = head_parts(self.model.lm_head, hidden)
+        if parts is None:
+            return F.cross_entropy(self.model.logits(hidden).float(), targets, reduction="sum")
+        weight, update = parts
+        return linear_cross_entropy(hidden, weight, targets, self.model.config.final_logit_softcapping, update)
 
 
 Update = tuple[Tensor, Tensor]
 """u (N, r) and B (V, r) of an update of low rank, which adds u B' to the logits."""
+
+
+def head_parts(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Update | None] | None:
+    """Return a head's weight (V, C) and its update for hidden states (N, C); None where it is more than these."""
+    if type(head) is nn.Linear:
+        return head.weight, None
+    if isinstance(head, WholeLinear):
+        return head.trained, None
+    if isinstance(head, LoRALinear):
+        u = F.linear(head.dropout(hidden), head.lora_A.to(hidden.dtype))  # (N, r)
+        return head.weight, (u, head.lora_B * head.scale)
+    return None
 
 
 def linear_cross_entropy(
@@ -127,27 +135,38 @@ def linear_cross_entropy(
     Returns:
         A float32 scalar.
     """
-    u, b = update or (None, None)
-    if not torch.is_grad_enabled():
-        weight, b = weight.detach(), None if b is None else b.detach()  # or their gradients would seem to be wanted
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, u, b)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, *_arguments(weight, targets, softcap, update))  # type: ignore[no-untyped-call]
     return loss
 
 
-def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """Compute log p of each target under `hidden @ weight.T`, for a frozen weight, as `linear_cross_entropy` does.
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, update: Update | None = None
+) -> Tensor:
+    """Compute log p of each target under `hidden @ weight.T`, as `linear_cross_entropy` does.
+
+    Where the head trains, its gradient needs how much each token counts, which only the backward pass knows: the
+    logits are computed again there.
 
     Args:
         hidden: (N, C).
         weight: (V, C).
         targets: (N,).
         softcap: Bound of the logits.
+        update: What is added to the logits before they are bounded, if anything is.
 
     Returns:
         (N,) float32.
     """
-    found: Tensor = _LinearLogProbs.apply(hidden, weight.detach(), targets, softcap)  # type: ignore[no-untyped-call]
+    found: Tensor = _LinearLogProbs.apply(hidden, *_arguments(weight, targets, softcap, update))  # type: ignore[no-untyped-call]
     return found
+
+
+def _arguments(weight: Tensor, targets: Tensor, softcap: float | None, update: Update | None) -> tuple[Any, ...]:
+    """Arguments of the functions below after the hidden states."""
+    u, b = update or (None, None)
+    if not torch.is_grad_enabled():  # or gradients of these would seem to be wanted
+        weight, b = weight.detach(), None if b is None else b.detach()
+    return weight, targets, softcap, u, b
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -162,21 +181,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         b: Tensor | None,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        wanted, trained, _, _, *updated = ctx.needs_input_grad
-        gradient = torch.empty_like(hidden) if wanted else None
-        summed = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        update = _Added(u, b, any(updated)) if u is not None and b is not None else None
-        gradients = wanted or trained or any(updated)
-        for part, losses, logits, given, head, lift in _chunks(hidden, weight, targets, softcap, gradients, update):
+        sums = _Gradients(hidden, weight, u, b, ctx.needs_input_grad)
+        for part, losses, *chunk in _chunks(hidden, weight, targets, softcap, sums.wanted, u, b):
             total += losses.sum()
-            if summed is not None:
-                _add_product(summed, logits, given, lift)
-            if gradient is not None:
-                gradient[part] = (logits @ head).to(gradient.dtype) / lift
-            if update is not None:
-                update.take_gradients(part, logits, lift)
-        of_update = (None, None) if update is None else update.gradients
-        ctx.save_for_backward(gradient, None if summed is None else summed.to(weight.dtype), *of_update)
+            sums.take(part, *chunk)
+        ctx.save_for_backward(*sums.found())
         return total
 
     @staticmethod
@@ -192,55 +201,106 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-class _Added:
-    """An update of low rank on the logits, and its gradients as they are summed up.
-
-    Args:
-        u: (N, r).
-        b: (V, r).
-        trained: Whether gradients are wanted.
-    """
-
-    def __init__(self, u: Tensor, b: Tensor, trained: bool) -> None:
-        self._u, self._b = u, b
-        self.gradients: tuple[Tensor | None, Tensor | None] = (None, None)
-        if trained:
-            self.gradients = torch.empty_like(u), torch.zeros_like(b, dtype=torch.float32)
-
-    def start(self, logits: Tensor, part: slice) -> None:
-        """Fill logits (n, V) with u B'."""
-        torch.mm(self._u[part].to(logits.dtype), self._b.to(logits.dtype).t(), out=logits)
-
-    def take_gradients(self, part: slice, logits: Tensor, lift: float) -> None:
-        """Take those of a chunk; `logits` (n, V) holds `lift` times their gradient."""
-        of_u, of_b = self.gradients
-        if of_u is None or of_b is None:
-            return
-        u, found = self._u[part].to(logits.dtype), logits.new_empty(len(logits), self._b.shape[1])
-        project_back(found, logits, self._b.to(logits.dtype))
-        of_u[part] = found.to(of_u.dtype) / lift
-        # A sum over many tokens may be beyond float16.
-        summed = torch.mm(u.float().t(), logits.float()) if logits.dtype == torch.float16 else outer(u, logits)
-        of_b.add_(summed.t(), alpha=1 / lift)
-
-
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        u: Tensor | None,
+        b: Tensor | None,
+    ) -> Tensor:
         found = torch.empty(len(targets), device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None  # of each token's own, whatever it will count
-        for part, losses, logits, _, head, lift in _chunks(hidden, weight, targets, softcap, wanted):
+        wanted, *others = ctx.needs_input_grad
+        ctx.again = any(others)
+        # Those of each token's own, whatever it will count.
+        sums = _Gradients(hidden, weight, u, b, (wanted and not ctx.again, *(False for _ in others)))
+        for part, losses, *chunk in _chunks(hidden, weight, targets, softcap, sums.wanted, u, b):
             found[part] = -losses
-            if gradient is not None:
-                gradient[part] = (logits @ head).to(gradient.dtype) / -lift
-        ctx.save_for_backward(gradient)
+            sums.take(part, *chunk)
+        if ctx.again:
+            kind = hidden.device.type
+            ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            ctx.softcap = softcap
+            ctx.save_for_backward(hidden, weight, targets, u, b)
+        else:
+            ctx.save_for_backward(sums.hidden)
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factors = -grad_outputs[0]
+        if not ctx.again:
+            (gradient,) = ctx.saved_tensors
+            given = None if gradient is None else gradient * factors[:, None].to(gradient.dtype)
+            return given, None, None, None, None, None
+        hidden, weight, targets, u, b = ctx.saved_tensors
+        # Factors of a scaled loss may be beyond float16: the largest of them comes last.
+        largest = torch.cat([factors.abs(), factors.new_full((1,), torch.finfo(torch.float32).tiny)]).amax()
+        shares = (factors / largest)[:, None]
+        sums = _Gradients(hidden, weight, u, b, ctx.needs_input_grad, largest)
+        kind, product, enabled = ctx.autocast
+        with torch.autocast(kind, product, enabled=enabled):
+            for part, _, logits, *chunk in _chunks(hidden, weight, targets, ctx.softcap, True, u, b):
+                sums.take(part, logits.mul_(shares[part].to(logits.dtype)), *chunk)
+        of_hidden, of_weight, *of_update = sums.found()
+        return of_hidden, of_weight, None, None, *of_update
+
+
+class _Gradients:
+    """Gradients of what logits are made of, as they are formed chunk by chunk.
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C).
+        u: (N, r), of an update.
+        b: (V, r), of an update.
+        wanted: Which are wanted, as `needs_input_grad` of the functions above.
+        factor: What all of them are multiplied by in the end; None for nothing.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        u: Tensor | None,
+        b: Tensor | None,
+        wanted: Sequence[bool],
+        factor: Tensor | None = None,
+    ) -> None:
+        self.wanted, self._factor, self._dtype, self._update = any(wanted), factor, weight.dtype, None
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self._weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self._u = self._b = None
+        if u is not None and b is not None and any(wanted[4:]):
+            self._update = u, b
+            self._u, self._b = torch.empty_like(u), torch.zeros_like(b, dtype=torch.float32)
+
+    def take(self, part: slice, logits: Tensor, hidden: Tensor, head: Tensor, lift: float) -> None:
+        """Take those of a chunk; `logits` (n, V) holds `lift` times their gradient, the rest is what made them."""
+        if self._weight is not None:
+            _add_product(self._weight, logits, hidden, lift)
+        if self.hidden is not None:
+            self.hidden[part] = (logits @ head).to(self.hidden.dtype) / lift
+        if self._update is None or self._u is None or self._b is None:
+            return
+        u, b = (factor.to(logits.dtype) for factor in (self._update[0][part], self._update[1]))
+        of_u = logits.new_empty(len(logits), b.shape[1])
+        project_back(of_u, logits, b)
+        self._u[part] = of_u.to(self._u.dtype) / lift
+        # A sum over many tokens may be beyond float16.
+        summed = torch.mm(u.float().t(), logits.float()) if logits.dtype == torch.float16 else outer(u, logits)
+        self._b.add_(summed.t(), alpha=1 / lift)
+
+    def found(self) -> tuple[Tensor | None, ...]:
+        """Return those of hidden states, weight, u and B; None for those that are not wanted."""
+        sums = [self.hidden, self._weight, self._u, self._b]
+        if self._factor is not None:
+            sums = [None if found is None else found.mul_(self._factor.to(found.dtype)) for found in sums]
+        of_hidden, of_weight, of_u, of_b = sums
+        return of_hidden, None if of_weight is None else of_weight.to(self._dtype), of_u, of_b
 
 
 _Chunk = tuple[slice, Tensor, Tensor, Tensor, Tensor, float]
@@ -252,7 +312,8 @@ def _chunks(
     targets: Tensor,
     softcap: float | None,
     gradients: bool,
-    update: _Added | None = None,
+    u: Tensor | None,
+    b: Tensor | None,
 ) -> Iterator[_Chunk]:
     """A part of the tokens at a time: which, their cross entropies, in the buffer of their logits the gradient of
     these times a factor, their hidden states and the head as they were multiplied, and that factor."""
@@ -265,10 +326,10 @@ def _chunks(
             part = slice(start, start + CHUNK)
             given = hidden[part].to(product)
             logits = buffer[: len(given)]  # (n, V)
-            if update is None:
+            if u is None or b is None:
                 torch.mm(given, head.t(), out=logits)
             else:
-                update.start(logits, part)
+                torch.mm(u[part].to(product), b.to(product).t(), out=logits)
                 logits.addmm_(given, head.t())
             slope = None if softcap is None else _bound(logits, softcap)
             losses = cross_entropy(logits, targets[part], lift if gradients else 0.0)

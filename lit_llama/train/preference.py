@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_llama.device import Numerics
 from lit_llama.errors import IntegrityError
@@ -22,7 +22,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset.batches import Batch, Rows, shared_micro_batches
 from lit_llama.text.dataset.pair_batches import PairBatch, PairRows
 from lit_llama.train.config import PreferenceConfig
-from lit_llama.train.loss import TokenLoss, linear_log_probs
+from lit_llama.train.loss import TokenLoss, head_parts, linear_log_probs
 from lit_llama.train.processes import ALONE, Processes
 
 REFERENCE_FILE = "reference.safetensors"
@@ -117,10 +117,11 @@ class PairLoss(TokenLoss):
     def of_layout(self, input_ids: Tensor, layout: Layout, select: Tensor, targets: Tensor) -> Tensor:
         """Compute log p of each target: (N,) float32."""
         hidden = self.model.model(input_ids, layout).index_select(0, select)  # (N, C)
-        head = self.model.lm_head
-        if type(head) is nn.Linear and not head.weight.requires_grad:
-            return linear_log_probs(hidden, head.weight, targets, self.model.config.final_logit_softcapping)
-        return -F.cross_entropy(self.model.logits(hidden).float(), targets, reduction="none")
+        parts = head_parts(self.model.lm_head, hidden)
+        if parts is None:
+            return -F.cross_entropy(self.model.logits(hidden).float(), targets, reduction="none")
+        weight, update = parts
+        return linear_log_probs(hidden, weight, targets, self.model.config.final_logit_softcapping, update)
 
     def divisor(self, split: Rows, rows: list[int]) -> int:
         """Count pairs; of kto, answers."""

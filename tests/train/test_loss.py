@@ -1,6 +1,7 @@
 """The loss against torch's cross entropy, sample by sample, and the step that is taken with it."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from lit_llama.text.dataset.batches import collate
 from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train import loss as loss_module
-from lit_llama.train.config import TrainConfig
+from lit_llama.train.config import PreferenceConfig, TrainConfig
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.log import Log
 from lit_llama.train.loop import Trainer, fit
-from lit_llama.train.loss import TokenLoss, linear_cross_entropy
+from lit_llama.train.loss import TokenLoss, linear_cross_entropy, linear_log_probs
 from lit_llama.train.metrics import read_metrics
+from lit_llama.train.preference import PairLoss
 
 CHUNK = 4
 TARGETS = {"all linear layers": "all-linear", "with the head": ["q_proj", "lm_head"]}
@@ -152,15 +154,52 @@ def test_gradients_of_an_adapted_head_equal_those_of_torch(count: int) -> None:
             torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("updated", [False, True])
+def test_gradients_of_log_probs_by_a_head_that_trains(
+    updated: bool, half: torch.dtype | None, softcap: float | None
+) -> None:
+    """Against autograd in float64, with a factor for each token and under autocast a scaled loss; catches tokens that
+    are summed before they count, logits of the backward pass in other numbers, and factors beyond float16."""
+    generator = torch.Generator().manual_seed(0)
+    count = 3 * CHUNK + 2
+    shapes = [(count, 16), (50, 16), *([(count, 3), (50, 3)] if updated else [])]
+    given = [torch.randn(shape, generator=generator).bfloat16().float() / 2 for shape in shapes]
+    given = [value.requires_grad_(not updated or index != 1) for index, value in enumerate(given)]
+    exact = [value.detach().double().requires_grad_() for value in given]
+    targets = torch.randint(50, (count,), generator=generator)
+    factors = torch.randn(count, generator=generator) * (1.0 if half is None else 2.0**18)
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+        update = (given[2], given[3]) if updated else None
+        found = linear_log_probs(given[0], given[1], targets, softcap, update)
+    logits = exact[0] @ exact[1].T + (exact[2] @ exact[3].T if updated else 0)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted = logits.log_softmax(-1)[range(count), targets]
+    (found * factors).sum().backward()
+    (wanted * factors.double()).sum().backward()
+    tolerance = {None: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[half]
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=5 * tolerance)
+    for ours, theirs in zip(given, exact, strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None and theirs.grad is not None
+            assert (ours.grad.double() - theirs.grad).norm() < tolerance * theirs.grad.norm()
+    with torch.no_grad():
+        again = linear_log_probs(given[0], given[1], targets, softcap, update)
+    assert not again.requires_grad and torch.allclose(again, found.float(), atol=0.1)
+
+
+@pytest.mark.parametrize("loss", [TokenLoss, partial(PairLoss, config=PreferenceConfig())], ids=["tokens", "pairs"])
 @pytest.mark.parametrize("settings", [{"target_modules": "lm_head"}, {"modules_to_save": "lm_head"}], ids=str)
-def test_logits_of_a_head_that_trains_are_never_held_at_once(settings: dict[str, Any]) -> None:
+def test_logits_of_a_head_that_trains_are_never_held_at_once(settings: dict[str, Any], loss: Any) -> None:
     """Catches a head with an adapter, or its whole copy, whose logits are all kept for the backward pass."""
     model = tiny_model()
     apply_lora(model, LoRAConfig(r=4, **{"target_modules": "q_proj"} | settings))
     kept: list[int] = []
     ids = torch.arange(300)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
-        TokenLoss(model)(ids, [300], ids[:-1], ids[1:])
+        loss(model, numerics=None)(ids, [300], ids[:-1], ids[1:])
     assert max(kept) < 299 * 384
 
 

@@ -75,6 +75,7 @@ class Plan:
     memory: Memory
     processes: Processes = ALONE
     _passes: dict[object, int] = field(default_factory=dict, compare=False, repr=False)
+    _sizes: dict[object, Sizes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -148,8 +149,11 @@ class Plan:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Bytes of the base, and how many values are trained."""
-        return self.build.sizes()
+        """Bytes of the base, and how many values are trained, found once as a pass is."""
+        key = (self.quantize, self.processes.sharded)
+        if key not in self._sizes:
+            self._sizes[key] = self.build.sizes()
+        return self._sizes[key]
 
     @property
     def kept(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ Shapes: T tokens, N trained tokens, C hidden, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,17 @@ def _arguments(weight: Tensor, targets: Tensor, softcap: float | None, update: U
     return weight, targets, softcap, u, b
 
 
+class _Chunk(NamedTuple):
+    """Some of the tokens, as the head has computed them."""
+
+    part: slice  # which
+    losses: Tensor  # (n,) cross entropies
+    logits: Tensor  # (n, V), in their buffer `lift` times the gradient of the losses
+    hidden: Tensor  # (n, C), and the head (V, C), as they were multiplied
+    head: Tensor
+    lift: float
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -182,9 +193,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         sums = _Gradients(hidden, weight, u, b, ctx.needs_input_grad)
-        for part, losses, *chunk in _chunks(hidden, weight, targets, softcap, sums.wanted, u, b):
-            total += losses.sum()
-            sums.take(part, *chunk)
+        for chunk in _chunks(hidden, weight, targets, softcap, sums.wanted, u, b):
+            total += chunk.losses.sum()
+            sums.take(chunk)
         ctx.save_for_backward(*sums.found())
         return total
 
@@ -217,9 +228,9 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.again = any(others)
         # Those of each token's own, whatever it will count.
         sums = _Gradients(hidden, weight, u, b, (wanted and not ctx.again, *(False for _ in others)))
-        for part, losses, *chunk in _chunks(hidden, weight, targets, softcap, sums.wanted, u, b):
-            found[part] = -losses
-            sums.take(part, *chunk)
+        for chunk in _chunks(hidden, weight, targets, softcap, sums.wanted, u, b):
+            found[chunk.part] = -chunk.losses
+            sums.take(chunk)
         if ctx.again:
             kind = hidden.device.type
             ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -243,8 +254,9 @@ class _LinearLogProbs(torch.autograd.Function):
         sums = _Gradients(hidden, weight, u, b, ctx.needs_input_grad, largest)
         kind, product, enabled = ctx.autocast
         with torch.autocast(kind, product, enabled=enabled):
-            for part, _, logits, *chunk in _chunks(hidden, weight, targets, ctx.softcap, True, u, b):
-                sums.take(part, logits.mul_(shares[part].to(logits.dtype)), *chunk)
+            for chunk in _chunks(hidden, weight, targets, ctx.softcap, True, u, b):
+                chunk.logits.mul_(shares[chunk.part].to(chunk.logits.dtype))
+                sums.take(chunk)
         of_hidden, of_weight, *of_update = sums.found()
         return of_hidden, of_weight, None, None, *of_update
 
@@ -278,8 +290,9 @@ class _Gradients:
             self._update = u, b
             self._u, self._b = torch.empty_like(u), torch.zeros_like(b, dtype=torch.float32)
 
-    def take(self, part: slice, logits: Tensor, hidden: Tensor, head: Tensor, lift: float) -> None:
-        """Take those of a chunk; `logits` (n, V) holds `lift` times their gradient, the rest is what made them."""
+    def take(self, chunk: _Chunk) -> None:
+        """Take those of a chunk."""
+        part, _, logits, hidden, head, lift = chunk
         if self._weight is not None:
             _add_product(self._weight, logits, hidden, lift)
         if self.hidden is not None:
@@ -303,9 +316,6 @@ class _Gradients:
         return of_hidden, None if of_weight is None else of_weight.to(self._dtype), of_u, of_b
 
 
-_Chunk = tuple[slice, Tensor, Tensor, Tensor, Tensor, float]
-
-
 def _chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -315,8 +325,8 @@ def _chunks(
     u: Tensor | None,
     b: Tensor | None,
 ) -> Iterator[_Chunk]:
-    """A part of the tokens at a time: which, their cross entropies, in the buffer of their logits the gradient of
-    these times a factor, their hidden states and the head as they were multiplied, and that factor."""
+    """Yield a part of the tokens at a time; the gradient of their losses is in place of the logits where it is asked
+    for."""
     kind = hidden.device.type
     product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     head, lift = weight.to(product), _LIFT if product == torch.float16 else 1.0
@@ -335,7 +345,7 @@ def _chunks(
             losses = cross_entropy(logits, targets[part], lift if gradients else 0.0)
             if slope is not None and gradients:
                 logits *= slope
-            yield part, losses, logits, given, head, lift
+            yield _Chunk(part, losses, logits, given, head, lift)
 
 
 def _bound(logits: Tensor, softcap: float) -> Tensor:

@@ -13,13 +13,20 @@ from lit_llama.train.config import RunConfig
 
 
 @config_flags("config", RunConfig, without=["dtype", "dpo"])
-def main(*, config: RunConfig) -> None:
+def main(*, config: RunConfig, find_learning_rate: bool = False) -> None:
     """Train low-rank adapters; the base stays as it is.
 
     Args:
         config: The run.
+        find_learning_rate: Compare learning rates by short runs on the data, print them and train nothing else; a table
+            and a chart go to OUT-rates beside out_dir.
     """
     from lit_llama.train.method import LoRA
+
+    if find_learning_rate:
+        from lit_llama.train.rate_search import print_rates
+
+        return print_rates(LoRA(config.lora), config)
     from lit_llama.train.start import start
 
     start(LoRA(config.lora), config)

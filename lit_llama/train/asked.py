@@ -38,7 +38,7 @@ class Run:
     Args:
         method: Which weights train, and how they are written.
         config: Settings that hold.
-        arguments: Settings as they were given, which run.yaml keeps.
+        arguments: Settings as they were given, which run.yaml keeps; but for the learning rate auto, see `with_rate`.
         processes: Those that share the work.
     """
 
@@ -60,6 +60,13 @@ class Run:
     def with_train(self, train: TrainConfig) -> "Run":
         """Return the run with another course of the training."""
         return replace(self, config=replace(self.config, train=train))
+
+    def with_rate(self, rate: float) -> "Run":
+        """Return the run with a number in the place of the learning rate auto, in run.yaml and the states as well."""
+        asked = dict(self.arguments["train"]) | {"learning_rate": rate}
+        return replace(
+            self.with_train(replace(self.train, learning_rate=rate)), arguments=dict(self.arguments) | {"train": asked}
+        )
 
     @property
     def command(self) -> str:

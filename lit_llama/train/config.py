@@ -33,7 +33,8 @@ class TrainConfig:
         batch_size: Samples per optimizer step.
         micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients. auto is
             2048 on a CPU, 8192 on a GPU, or less where the memory asks for it.
-        learning_rate: Highest learning rate.
+        learning_rate: Highest learning rate. auto is a published rule by the width of the model and the alpha of the
+            adapter, in docs/finetune.md; run.yaml has the number.
         schedule: Course of the learning rate after the warm-up; wsd stays at the top and falls at the end.
         min_lr_ratio: Where cosine, linear and wsd end, as a share of the highest learning rate.
         warmup_ratio: Share of the steps over which the learning rate rises; 0.03 if warmup_steps is not given either.
@@ -62,7 +63,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 16
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    learning_rate: float = 3e-4
+    learning_rate: float | Literal["auto"] = 3e-4
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     min_lr_ratio: float = 0.0
     warmup_ratio: float | None = None
@@ -90,7 +91,8 @@ class TrainConfig:
         tokens = self.micro_batch_tokens
         _expect(tokens == "auto" or tokens >= 1, "micro_batch_tokens", tokens, "1 or more, or auto")
         _expect(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
-        _expect(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "more than 0 and at most 1")
+        rate = self.learning_rate
+        _expect(rate == "auto" or 0 < rate <= 1, "learning_rate", rate, "more than 0 and at most 1, or auto")
         _expect(self.sample_prompts >= 0, "sample_prompts", self.sample_prompts, "0 or more")
         _expect(0 <= self.neftune_noise_alpha < 1e3, "neftune_noise_alpha", self.neftune_noise_alpha, "0 to 1000")
         self._check_schedule()
@@ -130,6 +132,12 @@ class TrainConfig:
             raise UserError(
                 f"--train.warmup_ratio {ratio} and --train.decay_ratio {decay} are more than the whole run together"
             )
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate as a number, once `rate.resolved` has made one of auto."""
+        assert self.learning_rate != "auto", "a run begins with a number"
+        return self.learning_rate
 
     def tokens_on(self, device: str) -> int:
         """Return the most tokens per forward pass on a kind of device, cpu or cuda."""

@@ -77,16 +77,16 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     """
     warmup = warmup_steps(steps, config)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.highest_rate * (step + 1) / warmup
     if config.schedule == "constant":
-        return config.learning_rate
+        return config.highest_rate
     fall = steps - warmup
     if config.schedule == "wsd":
         ratio = DECAY_RATIO if config.decay_ratio is None else config.decay_ratio
         fall = min(math.ceil(ratio * steps), fall)
     progress = max(0.0, (step - (steps - fall)) / max(1, fall))
     height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
-    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+    return config.highest_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
 
 
 def warmup_steps(steps: int, config: TrainConfig) -> int:

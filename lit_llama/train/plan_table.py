@@ -22,6 +22,7 @@ from lit_llama.train.launch import layout
 from lit_llama.train.method import Method
 from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.processes import Processes, described
+from lit_llama.train.rate import resolved
 from lit_llama.train.shards import spread
 
 
@@ -71,10 +72,11 @@ def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
     with suppress(UserError):  # config.json is enough; but where there is a tokenizer, the run will hold it
         tokenizer = Tokenizer.from_path(run.base)
     train, remarks = fitting(run.train, splits, run.data_dir)
+    train, rate = resolved(method, train, config, len(splits["train"]))
     processes = Processes(size=here * machines, here=here)
     plan = make_plan(method, replace(run, train=train), config, splits, memory=memory, processes=processes)
     del tokenizer
-    return spread(plan, run.strategy), list(remarks)
+    return spread(plan, run.strategy), [*remarks, *rate]
 
 
 def table(plan: Plan) -> Table:

@@ -32,7 +32,7 @@ from lit_llama.folder.lock import claim
 from lit_llama.folder.manifest import forget
 from lit_llama.folder.publish import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.memory import amount
-from lit_llama.model.assemble import assemble
+from lit_llama.model.assemble import Assembled, assemble
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 from lit_llama.progress import stderr
@@ -54,6 +54,7 @@ from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
 from lit_llama.train.preference import read_reference, write_reference
 from lit_llama.train.processes import join
+from lit_llama.train.rate import resolved
 from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.sampler import Sampler
 from lit_llama.train.shards import shard, spread
@@ -108,8 +109,11 @@ def _run(run: Run, start: float, owns_process: bool) -> Plan:
     state = run.processes.first(lambda: run.find_state(run.config.resume))
     inputs = read_inputs(run.config.base, run.config.data_dir, run.method.rows)
     fitted, remarks = fitting(run.train, inputs.splits, run.config.data_dir)
+    fitted, rate = run.processes.first(lambda: resolved(run.method, fitted, inputs.config, len(inputs.train), state))
     run = run.with_train(fitted)
-    for remark in remarks if run.processes.is_first else ():
+    if rate:
+        run = run.with_rate(fitted.highest_rate)
+    for remark in (*remarks, *rate) if run.processes.is_first else ():
         stderr().print(remark)
     plan = spread(
         make_plan(run.method, run.config, inputs.config, inputs.splits, processes=run.processes), run.config.strategy
@@ -142,21 +146,8 @@ def _execute(
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
     if processes.is_first:  # for a state, and for the result beside it
         check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
-    if owns_process:
-        return_freed_memory()  # what is read for a moment is not there beside the next
-    torch.set_num_threads(max(1, cores() // processes.here))
-    seed_everything(run.config.seed)
-    loaded = "cpu" if processes.sharded else device
-    held, linear = run.config.quantize, numerics.linear
-    load = partial(load_model, run.config.base, loaded, numerics.rest, held, linear, mapped=False)
-    assembled = assemble(load, plan.build.assembly(run.method.begin))
+    assembled = build(run.method, run.config, plan, owns_process)
     model = assembled.model
-    if processes.sharded:
-        shard(model, device, processes.size)
-    stderr().print(assembled.describe())
-    trim_freed_memory()
-    if owns_process and plan.roomy:
-        keep_freed_memory()
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
     steps = run.train.steps(len(inputs.train))
@@ -189,6 +180,25 @@ def _execute(
         training.go()
     if processes.is_first:
         _publish(run, training, log, start)
+
+
+def build(method: Method, config: RunConfig, plan: Plan, owns_process: bool) -> Assembled:
+    """Load the base of a run and put on it what trains; threads and generators of the process are set for the run."""
+    numerics, device, processes = plan.numerics, plan.numerics.device, plan.processes
+    if owns_process:
+        return_freed_memory()  # what is read for a moment is not there beside the next
+    torch.set_num_threads(max(1, cores() // processes.here))
+    seed_everything(config.seed)
+    loaded = "cpu" if processes.sharded else device
+    load = partial(load_model, config.base, loaded, numerics.rest, config.quantize, numerics.linear, mapped=False)
+    assembled = assemble(load, plan.build.assembly(method.begin))
+    if processes.sharded:
+        shard(assembled.model, device, processes.size)
+    stderr().print(assembled.describe())
+    trim_freed_memory()
+    if owns_process and plan.roomy:
+        keep_freed_memory()
+    return assembled
 
 
 def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:

@@ -11,6 +11,7 @@ from lit_llama.progress import stderr
 from lit_llama.train.config import RunConfig
 from lit_llama.train.launch import launch
 from lit_llama.train.method import LoRA, Method
+from lit_llama.train.rate import check_auto
 from lit_llama.train.warm_start import find_base, read_start, remark_on_style
 
 
@@ -46,9 +47,10 @@ def begin(method: Method, config: RunConfig) -> tuple[Method, RunConfig]:
         config: The run; without a base where an adapter names it.
 
     Raises:
-        UserError: There is no base, or one that is an adapter.
+        UserError: There is no base, or one that is an adapter; or no learning rate auto for such a run.
     """
     base, adapter = config.checkpoint_dir, config.adapter_dir
+    check_auto(method, config.train)
     if config.verify:
         verify_folders(base, adapter, config.data_dir, base_dir=base if adapter else None)
     if base is not None:

@@ -6,6 +6,7 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -184,6 +185,12 @@ class Split:
     def counted(self, share: bool) -> Self:
         """Return these samples, counted as batches are cut: before any beginning is shared."""
         return self
+
+    def head(self, rows: int) -> Self:
+        """Return the first samples, at most so many."""
+        found = copy(self)
+        found.lengths = self.lengths[:rows]
+        return found
 
 
 class Column:

@@ -97,7 +97,9 @@ def search(attempt: Callable[[float], Trial], centre: float) -> list[Trial]:
     """
     trials: list[Trial] = []
     for power in range(-EACH_WAY, EACH_WAY + 1):
-        trials.append(attempt(_rounded(centre * FACTOR**power)))
+        if (rate := _rounded(centre * FACTOR**power)) > 1:
+            break
+        trials.append(attempt(rate))
         if trials[-1].diverged:
             break
     for _ in range(FURTHER):

@@ -19,7 +19,7 @@ TYPE_CHECKING = False  # a type checker takes it for True; typing itself takes a
 if TYPE_CHECKING:
     from typing import Any
 
-    from lit_llama.api.stages import evaluate, finetune, generate_rows, load, prepare
+    from lit_llama.api.stages import evaluate, find_learning_rate, finetune, generate_rows, load, prepare
     from lit_llama.api.weights import convert, download, merge
     from lit_llama.console import verbose
     from lit_llama.errors import UserError
@@ -48,6 +48,7 @@ __all__ = [
     "convert",
     "download",
     "evaluate",
+    "find_learning_rate",
     "finetune",
     "generate_rows",
     "load",
@@ -71,6 +72,7 @@ _HOMES = {
     "apply_lora": "model.lora",
     "download": "api.weights",
     "evaluate": "api.stages",
+    "find_learning_rate": "api.stages",
     "finetune": "api.stages",
     "generate_rows": "api.stages",
     "load": "api.stages",

@@ -17,6 +17,7 @@ from lit_llama.train.config import FULL, PREFERENCE, PreferenceConfig, RunConfig
 
 if TYPE_CHECKING:
     from lit_llama.generate.llm import LLM
+    from lit_llama.train.rate_search import Found as FoundRate
 
 Method = Literal["lora", "full", "dpo"]
 _NOT_OF = {
@@ -128,6 +129,44 @@ def finetune(
             test_losses=dict(series["test_loss"]),
             plan=plan,
         )
+
+
+def find_learning_rate(
+    checkpoint_dir: Place | None,
+    data_dir: Place,
+    out_dir: Place,
+    *,
+    lora: LoRAConfig | Mapping[str, Any] | None = None,
+    train: TrainConfig | Mapping[str, Any] | None = None,
+    verbose: bool | None = None,
+    **settings: Any,
+) -> "FoundRate":
+    """Compare learning rates of a LoRA run by short runs on its data.
+
+        rate = lit_llama.find_learning_rate("checkpoints/NAME", "data/mine", "out/lora/mine").chosen.rate
+        run = lit_llama.finetune("checkpoints/NAME", "data/mine", "out/lora/mine", train={"learning_rate": rate})
+
+    Args:
+        checkpoint_dir: As for `finetune`, and so are all others.
+        data_dir: It needs a test split.
+        out_dir: That of the run; a table and a chart go to OUT-rates beside it.
+        lora: Shape of the adapter.
+        train: Course of the training.
+        verbose: As for `load`.
+        settings: Of `RunConfig`.
+
+    Raises:
+        UserError: Settings, checkpoint or data that do not fit each other, or with which no rates are compared.
+        LockedError: Another process works in the folder of the result.
+        NumericalError: All rates diverge.
+        ResourceError: Memory or disk do not do.
+    """
+    config = _run_config(checkpoint_dir, data_dir, out_dir, "lora", lora, train, settings)
+    with called(verbose):
+        from lit_llama.train.method import method_of
+        from lit_llama.train.rate_search import find_learning_rate as search
+
+        return search(method_of("lora", config), config)
 
 
 def _run_config(

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from conftest import run_here
 from small_runs import LORA, SHORT, run
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
+import lit_llama
 from lit_llama.errors import NumericalError, UserError
 from lit_llama.text.dataset.folder import Split
 from lit_llama.train import rate_search
@@ -169,3 +170,12 @@ def test_the_first_rows_are_a_split_of_their_own(data: Path) -> None:
     assert head.trained_tokens() == whole.trained_tokens([0, 1, 2]) and head.places() == whole.places([0, 1, 2])
     assert head.longest == max(whole.lengths[:3])
     assert head[1][0].tolist() == whole[1][0].tolist()
+
+
+def test_a_notebook_gets_the_rate(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Catches a face whose settings do not reach the search, one that talks, and other refusals than the command's."""
+    settings: dict[str, Any] = {"lora": {"r": 2}, "train": asdict(SHORT) | {"max_steps": 2}, "precision": "32-true"}
+    found = lit_llama.find_learning_rate(tiny_folder, data, tmp_path / "out", **settings, verbose=False)
+    assert found.chosen in found.trials and {trial.steps for trial in found.trials} == {2}
+    with pytest.raises(UserError, match="--plan"):
+        lit_llama.find_learning_rate(tiny_folder, data, tmp_path / "out", **settings, plan=True)

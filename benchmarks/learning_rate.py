@@ -107,7 +107,7 @@ def _compared(
     results: dict[str, dict[str, Any]] = {}
     for way in WAYS:
         began, trials = time.process_time(), []
-        rate: float | str = {"fixed": FIXED, "auto": "auto"}.get(way, "")
+        rate: float | str = FIXED if way == "fixed" else "auto"
         if way == "found":
             search = find_learning_rate(LoRA(config.lora), config)
             rate = search.chosen.rate

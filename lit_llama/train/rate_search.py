@@ -5,10 +5,10 @@ rows. How the choice is made, and why, says `choose`.
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,7 +173,7 @@ def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool 
     """
     check_searchable(config)
     method, config = begin(method, config)
-    folder = config.out_dir.with_name(f"{config.out_dir.name}-rates")
+    folder = config.out_dir.parent / f"{Path(os.path.abspath(config.out_dir)).name}-rates"
     check_destination(folder, CSV_FILE, replace=True)
     inputs = read_inputs(config.base, config.data_dir, method.rows)
     if not len(inputs.test):
@@ -182,12 +182,13 @@ def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool 
             "with a --test_split_size above 0"
         )
     train, remarks = fitting(config.train, inputs.splits, config.data_dir)
-    train, rate = resolved(method, train, inputs.config, len(inputs.train))
+    train, _ = resolved(method, train, inputs.config, len(inputs.train))
     centre = train.highest_rate
-    if not why_none(method, train):
+    if reason := why_none(method, train):
+        why = f"that of the run, since {reason}"
+    else:
         centre, why = rule(inputs.config, train.steps(len(inputs.train)), shape_of(method))
-        rate = [f"rates around {centre:.1e}: {why}"]
-    for remark in (*remarks, *rate):
+    for remark in (*remarks, f"rates around {centre:.1e}: {why}"):
         stderr().print(remark)
     # Nothing but the rate and the length differs from the run.
     train = replace(
@@ -196,7 +197,7 @@ def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool 
     splits = inputs.splits | {"test": inputs.test.head(ROWS) if isinstance(inputs.test, Split) else inputs.test}
     plan = make_plan(method, replace(config, train=train), inputs.config, splits)
     check_optimizer(train.optimizer, plan.numerics.device)
-    with process_kept() if not owns_process else nullcontext(), claim(folder), explained(plan):
+    with process_kept(), claim(folder), explained(plan):
         stderr().print(f"plan: {short(plan)}")
         trials = _Trials(method, config, plan, build(method, config, plan, owns_process).model)
         tried = trials.run(centre)

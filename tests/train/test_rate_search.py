@@ -177,5 +177,9 @@ def test_a_notebook_gets_the_rate(tiny_folder: Path, data: Path, tmp_path: Path)
     settings: dict[str, Any] = {"lora": {"r": 2}, "train": asdict(SHORT) | {"max_steps": 2}, "precision": "32-true"}
     found = lit_llama.find_learning_rate(tiny_folder, data, tmp_path / "out", **settings, verbose=False)
     assert found.chosen in found.trials and {trial.steps for trial in found.trials} == {2}
+    assert 2.5e-3 in [trial.rate for trial in found.trials], "half of what the rule says, at most 5e-3"
+    settings["train"] |= {"optimizer": "sgd", "learning_rate": 1e-2}
+    found = lit_llama.find_learning_rate(tiny_folder, data, tmp_path / "out", **settings, verbose=False)
+    assert {5e-3, 1e-2, 2e-2} <= {trial.rate for trial in found.trials}, "around that of the run, for what has no rule"
     with pytest.raises(UserError, match="--plan"):
         lit_llama.find_learning_rate(tiny_folder, data, tmp_path / "out", **settings, plan=True)

@@ -275,6 +275,20 @@ class _Trials:
         )
 
 
+def table(found: Found) -> Table:
+    """Build the table of the rates that were tried."""
+    lines = Table(box=box.SIMPLE_HEAD)
+    for name in ("learning rate", "loss", "test loss"):
+        lines.add_column(name, justify="right")
+    lines.add_column("")
+    lines.add_row("none", "", f"{found.before:.4f}", "before training")
+    for trial in found.trials:
+        mark = "chosen" if trial is found.chosen else "diverged" if trial.diverged else ""
+        test_loss = "" if trial.diverged else f"{trial.test_loss:.4f}"
+        lines.add_row(f"{trial.rate:.1e}", f"{trial.loss:.4f}", test_loss, mark)
+    return lines
+
+
 def print_rates(method: Method, config: RunConfig) -> None:
     """Print the rates of `find_learning_rate` as a table on stdout, and how to use the chosen one.
 
@@ -286,16 +300,7 @@ def print_rates(method: Method, config: RunConfig) -> None:
     start = time.perf_counter()
     keep_few_products()
     found = find_learning_rate(method, config, owns_process=True)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("learning rate", "loss", "test loss"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    table.add_row("none", "", f"{found.before:.4f}", "before training")
-    for trial in found.trials:
-        mark = "chosen" if trial is found.chosen else "diverged" if trial.diverged else ""
-        test_loss = "" if trial.diverged else f"{trial.test_loss:.4f}"
-        table.add_row(f"{trial.rate:.1e}", f"{trial.loss:.4f}", test_loss, mark)
-    stdout().print(table)
+    stdout().print(table(found))
     if found.chosen.test_loss >= found.before:
         stderr().print("warning: no rate made the test loss fall; look at the rows with prepare/show.py")
     took = time.perf_counter() - start

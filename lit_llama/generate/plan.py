@@ -98,18 +98,28 @@ class GenerationPlan:
 
     @cached_property
     def _counts(self) -> tuple[int, int, int]:
-        """Values of the linear layers of a decoder layer, of its other parameters, and of all that is in no layer."""
+        """Values of the linear layers of all decoder layers, of their other parameters, and of all that is in no layer.
+        """
+        config = self.config
+        layers = config.num_hidden_layers
+        alike = len({config.sparse(index) for index in range(layers)}) == 1
         with torch.device("meta"):
-            model = LLaMA(self.config.shortened(1))
+            model = LLaMA(config.shortened(1) if alike else config)
         counts = {"linear": 0, "other": 0, "outside": 0}
         for name, parameter in model.named_parameters():  # a head that is the embedding comes once
             inside = "other" if name.startswith("model.layers.") else "outside"
             counts["linear" if is_quantized(name) else inside] += parameter.numel()
-        return counts["linear"], counts["other"], counts["outside"]
+        times = layers if alike else 1
+        return times * counts["linear"], times * counts["other"], counts["outside"]
 
     @property
     def layer(self) -> int:
-        """Bytes of a decoder layer."""
+        """Bytes of a decoder layer, in the mean."""
+        return -(-self._layers // self.config.num_hidden_layers)
+
+    @property
+    def _layers(self) -> int:
+        """Bytes of all decoder layers."""
         linear, other, _ = self._counts
         return int(linear * BITS.get(self.held, 8 * self.dtype.itemsize) / 8) + other * self.dtype.itemsize
 
@@ -125,7 +135,8 @@ class GenerationPlan:
     @property
     def weights(self) -> int:
         """Bytes of the weights that stay on the device."""
-        return self.outside + self.layer * (self.config.num_hidden_layers - self.offloaded)
+        layers = self.config.num_hidden_layers
+        return self.outside + self._layers * (layers - self.offloaded) // layers
 
     @property
     def step(self) -> int:
@@ -153,7 +164,8 @@ class GenerationPlan:
 def step_bytes(config: LLaMAConfig, sequences: int) -> int:
     """Return the bytes of the activations of a step, and of the logits of so many sequences."""
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    activations = STEP_TOKENS * (4 * config.hidden_size + heads + 2 * config.intermediate_size) * 4
+    width = max(map(config.mlp_width, range(config.num_hidden_layers)))
+    activations = STEP_TOKENS * (4 * config.hidden_size + heads + 2 * width) * 4
     return activations + 3 * sequences * config.vocab_size * 4
 
 
@@ -363,8 +375,9 @@ def speculate(engine: Engine, draft: Engine, tokens: int, max_sequences: int) ->
 def _products(config: LLaMAConfig) -> int:
     """Multiplications of a token in the matrices of a model."""
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
-    return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+    layers = range(config.num_hidden_layers)
+    layer = sum(config.hidden_size * (heads + 3 * config.mlp_width(index)) for index in layers)
+    return layer + config.hidden_size * config.vocab_size
 
 
 def _limits(max_sequences: int) -> EngineConfig:

@@ -83,6 +83,14 @@ class LLaMAConfig:
         logits_scaling: Divisor of the logits.
         sliding_window: Tokens that a token sees, itself the last of them; None is all.
         layer_types: sliding_attention or full_attention for each layer; empty: all have the window.
+        num_local_experts: MLPs of a layer among which tokens are shared (E); None: one MLP for all.
+        num_experts_per_tok: Those that a token goes to (K).
+        moe_intermediate_size: Width of each; None is I.
+        norm_topk_prob: What the experts of a token count is made to add up to 1.
+        mlp_only_layers: Layers with one MLP all the same.
+        decoder_sparse_step: Of every so many layers the last one has experts.
+        expert_block: Name of the module with the experts in a layer.
+        expert_projections: Names of the projections to gate and up, and of that down, in an expert.
         tie_word_embeddings: The output head is the embedding matrix.
         bos_token_id: Beginning of text, or None.
         eos_token_id: Every id that ends a text.
@@ -124,6 +132,14 @@ class LLaMAConfig:
     logits_scaling: float = 1.0
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    mlp_only_layers: tuple[int, ...] = ()
+    decoder_sparse_step: int = 1
+    expert_block: str = "mlp"
+    expert_projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -171,9 +187,38 @@ class LLaMAConfig:
             raise CheckpointError(
                 f"sliding_window is {self.sliding_window!r}, expected a positive whole number or none"
             )
+        self._check_experts()
         for name in ("layer_types", "no_rope_layers"):
             if (count := len(getattr(self, name))) not in (0, self.num_hidden_layers):
                 raise CheckpointError(f"{name} has {count} entries, one for each layer is needed")
+
+    def _check_experts(self) -> None:
+        for name in ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            value = getattr(self, name)
+            needed = self.num_local_experts is not None and name != "moe_intermediate_size"
+            if (value is None and needed) or not (value is None or type(value) is int and 1 <= value < _LARGEST):
+                raise CheckpointError(f"{name} is {value!r:.60}, expected a positive whole number below {_LARGEST}")
+        if self.num_local_experts is not None and self.num_local_experts < (self.num_experts_per_tok or 0):
+            raise CheckpointError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, more than the {self.num_local_experts} experts"
+            )
+        if any(type(layer) is not int for layer in self.mlp_only_layers):
+            raise CheckpointError(f"mlp_only_layers is {self.mlp_only_layers!r:.60}, expected numbers of layers")
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_local_experts is not None and chosen
+
+    def mlp_name(self, layer: int) -> str:
+        """Return the name of a layer's MLP, or of its experts."""
+        return self.expert_block if self.sparse(layer) else "mlp"
+
+    def mlp_width(self, layer: int) -> int:
+        """Return the width of all the MLPs of a layer that a token goes through."""
+        if not self.sparse(layer):
+            return self.intermediate_size
+        return (self.num_experts_per_tok or 0) * (self.moe_intermediate_size or self.intermediate_size)
 
     def window(self, layer: int) -> int | None:
         """Return the tokens that a token sees in a layer, itself the last of them; None is all."""
@@ -219,6 +264,7 @@ class LLaMAConfig:
             "bound of the scores": self.attn_logit_softcapping is not None,
             "scale of the scores": self.attention_scale is not None,
             "queries scaled by position": bool(self.rope_scaling and self.rope_scaling.llama_4_scaling_beta),
+            "mixtures of experts": self.sparse(layer),
             "scale of the residuals": self.residual_multiplier != 1,
         }
         return next((name for name, is_so in there.items() if is_so), "")

@@ -20,6 +20,11 @@ _SAME = (
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
 )
 """Fields of LLaMAConfig that config.json has under the same name and with the same meaning, where the family has
 them."""
@@ -35,6 +40,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if model_type not in FAMILIES:
         raise CheckpointError(f"model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
+    raw = _renamed(raw, family)
     decided = (family.defaults.keys() | family.implied.keys()) - family.fixed.keys()
     decided |= {*family.ignored}
     for name, allowed in {**FIXED, **family.fixed}.items():
@@ -61,6 +67,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": own.get("mlp_bias") or False,
         "sliding_window": window,
         "layer_types": layer_types,
+        "mlp_only_layers": tuple(own.get("mlp_only_layers") or ()),
         "tie_word_embeddings": own["tie_word_embeddings"] or False,
         "eos_token_id": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         **{name: value(raw) if callable(value) else value for name, value in family.implied.items()},
@@ -92,6 +99,7 @@ def write_fields(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "use_sliding_window": window is not None,
         "max_window_layers": types.count(FULL),  # older releases know this, newer ones layer_types
         "layer_types": types,
+        "mlp_only_layers": list(fields["mlp_only_layers"]),
         "original_max_position_embeddings": (fields["rope_scaling"] or fields)[
             "original_max_position_embeddings" if fields["rope_scaling"] else "max_position_embeddings"
         ],
@@ -99,16 +107,28 @@ def write_fields(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if local is not None and family.sliding_theta != "rope_theta":
         values[family.sliding_theta] = local
     full = {"rope_theta": fields["rope_theta"], **(scaling or {"rope_type": "default"})}
+    written = {name: other for other, name in family.aliases.items()}
     apart = {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}
     return {
         "architectures": [family.architecture],
         "model_type": fields["model_type"],
-        **{name: values[name] for name in (*_SHAPE, *{**ALL, **family.defaults})},
+        **{written.get(name, name): values[name] for name in (*_SHAPE, *{**ALL, **family.defaults})},
         **({"rope_parameters": apart} if local is not None else {}),
         "hidden_act": "silu",
         **{name: allowed[0] for name, allowed in family.fixed.items()},
         "torch_dtype": dtype,
     }
+
+
+def _renamed(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """Give fields the names that they are known by, whichever of them a release of transformers writes."""
+    renamed = dict(raw)
+    for other, name in family.aliases.items():
+        if renamed.get(name, value := renamed.pop(other, renamed.get(name))) != value:
+            raise CheckpointError(f"{other} is {value!r:.60}, which contradicts {name} {renamed[name]!r:.60}")
+        if value is not None:
+            renamed[name] = value
+    return renamed
 
 
 def _read_no_rope(own: Own, layers: int) -> tuple[int, ...]:

@@ -66,6 +66,7 @@ class Family:
         architecture: Name of its class in transformers.
         defaults: Fields that it has beside those of all families, with what an absent one means.
         implied: Fields of LLaMAConfig that are so whatever config.json says; a function finds one from the fields.
+        aliases: Names of fields in releases of transformers before 5, and in later ones; the former are written.
         fixed: Fields in which it allows other values than FIXED; the first is the one that is written.
         ignored: Fields of FIXED that decide nothing in it.
         layer_type: Type of a layer where config.json has a window and no layer_types.
@@ -79,6 +80,7 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any]
     implied: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     layer_type: Callable[[Own, int], str] = _all_sliding
@@ -189,6 +191,41 @@ FAMILIES = {
         defaults=_QWEN2 | {"head_dim": 128, "attention_bias": False},
         implied={"use_qk_norm": True},
         layer_type=_full_first,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 1,
+        },
+        implied={"use_qk_norm": True},
+        aliases={"num_experts": "num_local_experts"},
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        implied={"expert_block": "block_sparse_moe", "expert_projections": ("w1", "w3", "w2")},
     ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
@@ -342,6 +379,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0),
     "num_experts": (None, 0),
     "n_routed_experts": (None, 0),
+    "router_jitter_noise": (0.0, None),
     # scales
     "logits_soft_cap": (None,),
     "final_logit_softcapping": (None,),

@@ -3,8 +3,8 @@
 Root-mean-square norm before each block (Zhang and Sennrich 2019, arXiv:1910.07467), rotary positions (rope.py),
 grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and a gated SiLU MLP (Shazeer 2020, arXiv:2002.05202).
 Families differ by fields of the configuration: biases, norms of queries and keys (Henry et al. 2020, arXiv:2010.04245),
-a sliding window (Jiang et al. 2023, arXiv:2310.06825), norms elsewhere, scales. Modules carry Hugging Face's names, so
-state dicts are the same.
+a sliding window (Jiang et al. 2023, arXiv:2310.06825), norms elsewhere, scales, a mixture of experts in place of the
+MLP (experts.py). Modules carry Hugging Face's names, so state dicts are the same.
 
 Shapes: T tokens of all samples, C hidden, I intermediate, H query heads, G key/value heads, D head size, V vocabulary.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.experts import SparseMLP
 from lit_llama.model.rope import Rotation, query_factor, rotary, rotate
 
 
@@ -85,6 +86,7 @@ class DecoderLayer(nn.Module):
 
     input_layernorm: nn.RMSNorm
     post_attention_layernorm: nn.RMSNorm
+    mlp: "MLP"
 
     def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
@@ -95,13 +97,14 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, index)
         self._add(config, after)
         self._add(config, before_mlp)
-        self.mlp = MLP(config)
+        self.block = config.mlp_name(index)
+        self.add_module(self.block, _mlp(config, index))
         self._add(config, after_mlp)
 
     def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Add attention and MLP to the residual: (T, C) -> (T, C)."""
         x = x + _times(self._normed(1, self.self_attn(self._normed(0, x), rotation, layout)), self.multiplier)
-        return x + _times(self._normed(3, self.mlp(self._normed(2, x))), self.multiplier)
+        return x + _times(self._normed(3, getattr(self, self.block)(self._normed(2, x))), self.multiplier)
 
     def _add(self, config: LLaMAConfig, name: str) -> None:
         if name:
@@ -155,29 +158,59 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x))."""
+    """Gated MLP: down(silu(gate(x)) * up(x)).
 
-    def __init__(self, config: LLaMAConfig) -> None:
+    Args:
+        config: Shape of the model.
+        width: I.
+        names: Of the projections to gate and up, and of that down.
+    """
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def __init__(
+        self,
+        config: LLaMAConfig,
+        width: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
         super().__init__()
-        width = config.intermediate_size
+        gate, up, self._down = names
         if config.joined_gate_up:
             self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=config.mlp_bias)
         else:
-            self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-            self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+            self.add_module(gate, nn.Linear(config.hidden_size, width, bias=config.mlp_bias))
+            self.add_module(up, nn.Linear(config.hidden_size, width, bias=config.mlp_bias))
+        self.add_module(self._down, nn.Linear(width, config.hidden_size, bias=config.mlp_bias))
+        self._gate, self._up = gate, up
         self.joined, self.activation = config.joined_gate_up, ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the gated MLP: (T, C) -> (T, C)."""
-        return self.down_proj(self.product(x))
+        return self.down(self.product(x))
+
+    def down(self, product: Tensor) -> Tensor:
+        """Project the product back: (T, I) -> (T, C)."""
+        y: Tensor = getattr(self, self._down)(product)
+        return y
 
     def product(self, x: Tensor) -> Tensor:
         """Compute silu(gate(x)) * up(x), or with another activation: (T, C) -> (T, I)."""
         if self.joined:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
             return self.activation(gate) * up
-        return self.activation(self.gate_proj(x)) * self.up_proj(x)
+        y: Tensor = self.activation(getattr(self, self._gate)(x)) * getattr(self, self._up)(x)
+        return y
+
+
+def _mlp(config: LLaMAConfig, index: int) -> nn.Module:
+    """Build the MLP of a layer, or its mixture of them."""
+    if not config.sparse(index):
+        return MLP(config, config.intermediate_size)
+    width, names = config.moe_intermediate_size or config.intermediate_size, config.expert_projections
+    return SparseMLP(config, (MLP(config, width, names) for _ in range(config.num_local_experts or 0)))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

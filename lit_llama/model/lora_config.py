@@ -9,7 +9,9 @@ from lit_llama.errors import UserError
 from lit_llama.model.patterns import check_pattern, matches_whole
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-"""The linear layers of decoder layers, which `all-linear` stands for; a model has those of its configuration."""
+LINEARS += ("w1", "w2", "w3")
+"""The linear layers of decoder layers, which `all-linear` stands for; a model has those of its configuration. The last
+ones are gate, down and up in the experts of Mixtral."""
 
 ALL_LINEAR = ("all-linear", "all")
 """What target_modules may say for them: PEFT's word, and the one that others have made common."""
@@ -96,9 +98,9 @@ class LoRAConfig:
         if self.target_modules in ALL_LINEAR:
             return True
         named = set(self.targets)
-        ways = ({"qkv_proj"}, {"q_proj", "k_proj", "v_proj"}), ({"gate_up_proj"}, {"gate_proj", "up_proj"})
-        rest = {"o_proj", "down_proj"}
-        return named <= {*LINEARS} and rest <= named and all(any(way <= named for way in either) for either in ways)
+        attention = {"qkv_proj", "o_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
+        mlp = {"gate_up_proj", "down_proj"}, {"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}
+        return named <= {*LINEARS} and all(any(way <= named for way in ways) for ways in (attention, mlp))
 
     @property
     def pattern(self) -> str | None:

@@ -41,7 +41,7 @@ class RecomputedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the MLP: (T, C) -> (T, C)."""
-        return self.down_proj(checkpoint(self.product, x, use_reentrant=False))
+        return self.down(checkpoint(self.product, x, use_reentrant=False))
 
 
 def recompute_activations(model: LLaMA, mode: Checkpointing) -> None:
@@ -57,7 +57,10 @@ def recompute_activations(model: LLaMA, mode: Checkpointing) -> None:
         if mode == "full":
             layers[index] = RecomputedLayer(layer)
         elif mode == "selective":
-            layer.mlp = RecomputedMLP(layer.mlp)
+            for parent in list(layer.modules()):  # the layer, or the experts of its mixture
+                for name, child in list(parent.named_children()):
+                    if type(child) is MLP:
+                        setattr(parent, name, RecomputedMLP(child))
 
 
 def _adopt(module: Any, other: nn.Module) -> None:

@@ -26,6 +26,7 @@ from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.attention.layout import Packed
 from lit_llama.model.checkpoint import linear_weights
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
+from lit_llama.model.experts import SparseMLP
 from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.operators.kernels import compiled
@@ -191,7 +192,7 @@ class Build:
     def _model(self) -> LLaMA:
         """The assembled model, on tensors without content."""
         on_gpu = self.numerics.device.type == "cuda"
-        assembly = replace(self.assembly(), dress=_fuse_norms if on_gpu else None, keep_memory=False)
+        assembly = replace(self.assembly(), dress=_dress_on_gpu if on_gpu else _share_evenly, keep_memory=False)
         return assemble(self._stored, assembly).model
 
     def _stored(self) -> LLaMA:
@@ -241,6 +242,18 @@ class _Count(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _share_evenly(model: LLaMA) -> None:
+    """Let experts have equally many tokens, as there are no numbers to choose by."""
+    for module in model.modules():
+        if isinstance(module, SparseMLP):
+            module.evenly = True
+
+
+def _dress_on_gpu(model: LLaMA) -> None:
+    _share_evenly(model)
+    _fuse_norms(model)
 
 
 def _fuse_norms(model: LLaMA) -> None:

@@ -130,7 +130,7 @@ def change_config(**values: Any) -> Callable[[Path], Any]:
         (copy_part("00002-of-00003"), "is in pytorch_model-00001-of-00003.bin, too"),
         (lambda folder: (folder / "pytorch_model-00002-of-00003.bin").write_bytes(b"<html>"), "pytorch_model-00002"),
         (change_config(quantization_config={"bits": 4}), "a method that is not named in 4 bits"),
-        (change_config(model_type="mixtral"), "model_type is 'mixtral'"),
+        (change_config(model_type="gpt_oss"), "model_type is 'gpt_oss'"),
         (change_config(num_hidden_layers=1), "model.layers.1."),
     ],
 )  # fmt: skip

@@ -186,6 +186,37 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
         [{"layer_types": (FULL, *[SLIDING] * 5)}],
         {"two kinds of rotary positions": 6},
     ),
+    "qwen3_moe": (
+        {
+            "model_type": "qwen3_moe",
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        [{"num_experts_per_tok": 1}, {"norm_topk_prob": False}],
+        {"mixtures of experts": 2},
+    ),
+    "qwen3_moe, every second layer": (
+        {
+            "model_type": "qwen3_moe",
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+        },
+        [{"norm_topk_prob": True}, {"num_experts_per_tok": 2}],
+        {"mixtures of experts": 1},
+    ),
+    "mixtral": (
+        {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7},
+        [{"num_experts_per_tok": 3}, {"norm_topk_prob": False}, {"sliding_window": 8}],
+        {"mixtures of experts": 2},
+    ),
 }
 LENGTH = 150  # beyond every window, and beyond the first context
 
@@ -272,7 +303,9 @@ def test_gradients_and_merge_equal_those_of_peft(models: Models, name: str, tmp_
     from transformers import AutoModelForCausalLM
 
     folder, _, _ = models(name)
-    lora = LoRAConfig(r=2, alpha=4)
+    # In transformers experts are no linear layers, and have a test of their own.
+    targets = "q_proj,k_proj,v_proj,o_proj" if "expert" in str(MODELS[name][2]) else "all-linear"
+    lora = LoRAConfig(r=2, alpha=4, target_modules=targets)
 
     def adapt(model: LLaMA) -> str:
         apply_lora(model, lora)

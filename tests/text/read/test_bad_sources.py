@@ -101,7 +101,7 @@ CONVERT: list[tuple[str, str, Change, int, tuple[str, ...]]] = [
         ("already is a checkpoint folder in Hugging Face layout", "use it as it is"),
     ),
     ("4 an adapter", "adapter", lambda at: None, 4, ("is an adapter", "finetune/merge.py")),
-    ("8 experts", "torch", put("torch", model_type="mixtral"), 4, ("model_type is 'mixtral'", "llama, mistral")),
+    ("8 experts", "torch", put("torch", model_type="gpt_oss"), 4, ("model_type is 'gpt_oss'", "llama, mistral")),
     (
         "8 quantised",
         "torch",

@@ -196,7 +196,7 @@ class LLaMAConfig:
         for name in ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"):
             value = getattr(self, name)
             needed = self.num_local_experts is not None and name != "moe_intermediate_size"
-            if (value is None and needed) or not (value is None or type(value) is int and 1 <= value < _LARGEST):
+            if (value is None and needed) or not (value is None or (type(value) is int and 1 <= value < _LARGEST)):
                 raise CheckpointError(f"{name} is {value!r:.60}, expected a positive whole number below {_LARGEST}")
         if self.num_local_experts is not None and self.num_local_experts < (self.num_experts_per_tok or 0):
             raise CheckpointError(

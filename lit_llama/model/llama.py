@@ -166,9 +166,9 @@ class MLP(nn.Module):
         names: Of the projections to gate and up, and of that down.
     """
 
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class MLP(nn.Module):
         return self.down(self.product(x))
 
     def down(self, product: Tensor) -> Tensor:
-        """Project the product back: (T, I) -> (T, C)."""
+        """Apply the projection of the product: (T, I) -> (T, C)."""
         y: Tensor = getattr(self, self._down)(product)
         return y
 

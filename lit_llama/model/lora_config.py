@@ -8,8 +8,11 @@ from typing import TypeGuard
 from lit_llama.errors import UserError
 from lit_llama.model.patterns import check_pattern, matches_whole
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-LINEARS += ("w1", "w2", "w3")
+LINEARS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+    *("w1", "w2", "w3"),
+)
 """The linear layers of decoder layers, which `all-linear` stands for; a model has those of its configuration. The last
 ones are gate, down and up in the experts of Mixtral."""
 

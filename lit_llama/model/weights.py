@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_llama.errors import CheckpointError, WeightsNotFiniteError
 from lit_llama.model.names import tidy
+from lit_llama.model.stacked import Part, unstacked
 from lit_llama.objects import as_object, read_text
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -126,7 +127,8 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 class Weights(Mapping[str, Tensor]):
     """The tensors of a folder by name, read from the mapped files when asked for.
 
-    Names are those of the model: what wrappers put before them is taken off, and old buffers are left out.
+    Names are those of the model: what wrappers put before them is taken off, old buffers are left out, and stacked
+    matrices of experts are told apart.
 
     Attributes:
         files: The file that holds each tensor.
@@ -148,12 +150,23 @@ class Weights(Mapping[str, Tensor]):
             listed = {name for name, file in files.items() if file == path}
             check_names(path, listed, dict.fromkeys(self._open[path].keys()))
         tidied = tidy(folder, files)
-        self._stored = tidied.names
-        self.files = {name: files[stored] for name, stored in tidied.names.items()}
+
+        def shape(name: str) -> tuple[int, ...]:
+            stored = tidied.names[name]
+            return tuple(self._open[files[stored]].get_slice(stored).get_shape())
+
+        found = unstacked(folder, tidied.names, shape)
+        self._stored = {name: tidied.names[whole] for name, (whole, _) in found.items()}
+        self._parts: dict[str, Part] = {name: part for name, (_, part) in found.items() if part}
+        self.files = {name: files[stored] for name, stored in self._stored.items()}
         self.remarks = (*_about_index(folder), *tidied.remarks)
 
     def __getitem__(self, name: str) -> Tensor:
-        found: Tensor = self._open[self.files[name]].get_tensor(self._stored[name])
+        file, stored = self._open[self.files[name]], self._stored[name]
+        if part := self._parts.get(name):
+            found: Tensor = file.get_slice(stored)[part.expert, part.start : part.stop]
+        else:
+            found = file.get_tensor(stored)
         check_finite(found, name, self.files[name])
         return found
 
@@ -168,8 +181,17 @@ class Weights(Mapping[str, Tensor]):
         entry = header[stored]
         if entry["dtype"] not in DTYPES:
             return self[name]
-        place = Stored(path, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]), name=name)
-        return place.read()
+        return self._place(name, start, entry).read()
+
+    def _place(self, name: str, start: int, entry: Mapping[str, Any]) -> Stored:
+        """Where a tensor lies, of which a header has an entry."""
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        offset = start + entry["data_offsets"][0]
+        if part := self._parts.get(name):
+            _, rows, columns = shape
+            offset += (part.expert * rows + part.start) * columns * dtype.itemsize
+            shape = part.stop - part.start, columns
+        return Stored(self.files[name], offset, dtype, shape, name=name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -179,8 +201,10 @@ class Weights(Mapping[str, Tensor]):
 
     def spec(self, name: str) -> Spec:
         """Return the name of the dtype, and the shape, without reading the tensor."""
-        part = self._open[self.files[name]].get_slice(self._stored[name])
-        return part.get_dtype(), tuple(part.get_shape())
+        whole = self._open[self.files[name]].get_slice(self._stored[name])
+        shape = tuple(whole.get_shape())
+        part = self._parts.get(name)
+        return whole.get_dtype(), (part.stop - part.start, shape[2]) if part else shape
 
     def locate(self) -> dict[str, Stored]:
         """Locate every tensor, for reading without mapping.
@@ -188,17 +212,18 @@ class Weights(Mapping[str, Tensor]):
         Raises:
             CheckpointError: A tensor is of another dtype than F32, F16 or BF16.
         """
-        names = {stored: name for name, stored in self._stored.items()}
+        names: dict[str, list[str]] = {}
+        for name, stored in self._stored.items():
+            names.setdefault(stored, []).append(name)
         places = {}
         for path in sorted(set(self.files.values())):
             start, header = read_header(path)
             for stored, entry in header.items():
-                if (name := names.get(stored)) is None:
-                    continue
-                if entry["dtype"] not in DTYPES:
-                    raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}, expected {', '.join(DTYPES)}")
-                offset = start + entry["data_offsets"][0]
-                places[name] = Stored(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), name=name)
+                for name in names.get(stored, []):
+                    if entry["dtype"] not in DTYPES:
+                        wanted = ", ".join(DTYPES)
+                        raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}, expected {wanted}")
+                    places[name] = self._place(name, start, entry)
         return places
 
 

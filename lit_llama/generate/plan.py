@@ -98,7 +98,7 @@ class GenerationPlan:
 
     @cached_property
     def _counts(self) -> tuple[int, int, int]:
-        """Values of the linear layers of all decoder layers, of their other parameters, and of all that is in no layer."""
+        """Values of the linear layers of all decoder layers, of the rest of these, and of all that is in no layer."""
         config = self.config
         layers = config.num_hidden_layers
         alike = len({config.sparse(index) for index in range(layers)}) == 1

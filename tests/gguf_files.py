@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
+from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.llama import LLaMA
 
 Array = npt.NDArray[Any]
@@ -35,6 +36,64 @@ NAMES = {
 }
 # Sizes that are multiples of 32, the block of Q8_0; the head size is 16 and there are fewer key heads than heads.
 SHAPE: dict[str, Any] = {"intermediate_size": 96, "rope_theta": 1234.5, "rms_norm_eps": 1e-5}
+
+_RAW: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1234.5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.4, 1.6, 1.9], "long_factor": [2.0, 3.0, 5.0, 6.0, 6.5, 9.0]}
+OTHERS: dict[str, dict[str, Any]] = {
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 20, "rope_scaling": _YARN},
+    "phi3": {"model_type": "phi3"},
+    "phi3, long": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", **_LONGROPE},
+    },
+    "glm": {"model_type": "glm", "head_dim": 16},
+    "glm4": {"model_type": "glm4", "head_dim": 16, "attention_bias": False},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 20,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 20,
+        "rope_local_base_freq": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 24,
+        "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    },
+}
+"""Fields of config.json of families that differ from LLaMA in more than a few fields."""
+
+
+def fields_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of LLaMAConfig of a small model with these fields of config.json."""
+    return dict(LLaMAConfig.from_dict(_RAW | raw).__dict__)
 
 
 def gguf_name(name: str) -> str:

@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import as_transformers, tiny_config, tiny_model, write_tokenizer
-from gguf_files import SHAPE, Array, write_gguf
+from gguf_files import OTHERS, SHAPE, Array, fields_of, write_gguf
 
-from lit_llama.convert.gguf.config import GGUF_NAMES, llama3_divisors, native_name, to_metadata
+from lit_llama.convert.gguf.architectures import ARCHITECTURES, architecture, entry_of
+from lit_llama.convert.gguf.config import Reading, llama3_divisors, to_metadata
 from lit_llama.convert.gguf.reader import open_gguf
 from lit_llama.convert.source import write_folder
 from lit_llama.errors import CheckpointError
@@ -20,6 +22,8 @@ from lit_llama.model.config import LLaMAConfig, RopeScaling
 from lit_llama.model.llama import LLaMA
 
 IDS = torch.arange(2, 200)
+SLIDING, FULL = "sliding_attention", "full_attention"
+YARN3 = OTHERS["ministral3"]["rope_scaling"]
 
 
 def divisors(theta: float, dim: int, factor: float, original: int = 8192, low: float = 1, high: float = 4) -> Array:
@@ -168,10 +172,91 @@ def test_divisors_are_those_of_llama_cpp(factor: float, original: int) -> None:
 
 def test_names_go_both_ways() -> None:
     """Catches a tensor that is called one thing when read and another when written."""
+    llama = ARCHITECTURES["llama"]
     for options in ({}, {"attention_bias": True}, {"mlp_bias": True}, {"use_qk_norm": True}):
         for name in tiny_model(**options).state_dict():
-            assert native_name(GGUF_NAMES(name) or "") == name
-    assert native_name("blk.0.ffn_gate_inp.weight") is None and native_name("") is None
+            assert llama.native_name(llama.names(name) or "") == name
+    assert llama.native_name("blk.0.ffn_gate_inp.weight") is None and llama.native_name("") is None
+    for raw in OTHERS.values():
+        model = tiny_model(**fields_of(raw))
+        entry, tied = entry_of(model.config), {"lm_head.weight"}
+        assert all(entry.native_name(entry.names(name) or "") == name for name in model.state_dict().keys() - tied)
+
+
+@pytest.mark.parametrize("raw", OTHERS.values(), ids=OTHERS)
+def test_the_gguf_package_knows_the_tensors(raw: dict[str, Any]) -> None:
+    """Catches a name that llama.cpp has not in this architecture."""
+    config = LLaMAConfig(**fields_of(raw))
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture(config))
+    known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "0") for tensor in gguf.MODEL_TENSORS[arch]}
+    names = {entry_of(config).names(name) or name for name in tiny_model(**fields_of(raw)).state_dict()}
+    first = {name.rpartition(".")[0] for name in names if not name.startswith("blk.") or name.startswith("blk.0.")}
+    assert first - known <= ({"output"} if config.tie_word_embeddings else set())
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "model_type 'qwen3_moe' is not written as GGUF"),
+        ({"model_type": "olmo2", "head_dim": 24}, "head_dim is 24"),
+        ({"model_type": "olmo2", "tie_word_embeddings": True}, "tie_word_embeddings is true"),
+        ({"model_type": "olmo3", "layer_types": [FULL, SLIDING]}, "layer_types is"),
+        ({"model_type": "olmo3", "sliding_window": None}, "sliding_window is none"),
+        (OTHERS["gemma2"] | {"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        (OTHERS["gemma2"] | {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar is 16"),
+        (OTHERS["gemma2"] | {"attn_logit_softcapping": None}, "attn_logit_softcapping is none"),
+        (OTHERS["gemma3"] | {"final_logit_softcapping": 3.0}, "final_logit_softcapping is there"),
+        ({"model_type": "ministral3", "rope_scaling": YARN3 | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "no form in"),
+    ],
+)
+def test_what_llama_cpp_takes_for_granted_otherwise_is_not_written(raw: dict[str, Any], message: str) -> None:
+    """Catches a file that llama.cpp computes as another model."""
+    with pytest.raises(CheckpointError, match=message):
+        to_metadata(LLaMAConfig(**fields_of(raw)))
+
+
+@pytest.mark.parametrize("layers", [46, 62])
+def test_the_largest_gemmas_scale_by_the_width_of_the_model(layers: int) -> None:
+    """Of Gemma 2 27B, with 46 layers, and Gemma 3 27B, with 62; catches a scale that is taken from the heads there."""
+    model_type = {46: "gemma2", 62: "gemma3_text"}[layers]
+    raw = {"model_type": model_type, "num_hidden_layers": layers, "head_dim": 24, "sliding_window": 20}
+    to_metadata(LLaMAConfig(**fields_of(raw | {"query_pre_attn_scalar": 64 // 4})))
+    with pytest.raises(CheckpointError, match="query_pre_attn_scalar is 24"):
+        to_metadata(LLaMAConfig(**fields_of(raw | {"query_pre_attn_scalar": 24})))
+
+
+def test_a_window_that_llama_cpp_does_not_compute_is_kept() -> None:
+    """Of Phi 3: the file is for texts as long as the window, and the folder that is made of it has the window again."""
+    model = tiny_model(**fields_of({"model_type": "phi3", "sliding_window": 100}))
+    keys = to_metadata(model.config)
+    assert (keys["context_length"], keys["attention.sliding_window"]) == (100, 100)
+    metadata = {f"phi3.{key}": value for key, value in keys.items()}
+    metadata |= {"general.architecture": "phi3", "tokenizer.ggml.eos_token_id": 2}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert Reading(metadata).config(shapes, {}).sliding_window == 100
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"gemma3.attention.sliding_window_pattern": [True] * 7}, "only the family's is implemented"),
+        ({"gemma3.attn_logit_softcapping": 50.0}, "gemma3.attn_logit_softcapping is 50.0"),
+        ({"gemma3.rope.freq_base_swa": 300.0}, 300.0),
+        ({"gemma3.attention.sliding_window_pattern": 3}, (SLIDING, SLIDING, FULL) * 2 + (SLIDING,)),
+    ],
+)
+def test_windows_are_read_as_they_are_told(tmp_path: Path, keys: dict[str, Any], message: Any) -> None:
+    """Catches a pattern or a base of frequencies that is passed over."""
+    model = tiny_model(**fields_of(OTHERS["gemma3"]))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    metadata = {f"gemma3.{key}": value for key, value in to_metadata(model.config).items()} | keys
+    metadata |= {"general.architecture": "gemma3", "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1}
+    if isinstance(message, str):
+        with pytest.raises(CheckpointError, match=message):
+            Reading(metadata).config(shapes, {})
+    else:
+        config = Reading(metadata).config(shapes, {})
+        assert message in (config.local_rope_theta, config.layer_types)
 
 
 @pytest.mark.parametrize(

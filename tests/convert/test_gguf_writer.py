@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_transformers, tiny_model, write_tokenizer
-from gguf_files import SHAPE, Array, gguf_name, pairs_from_halves, q8_0, write_model
+from gguf_files import OTHERS, SHAPE, Array, fields_of, gguf_name, pairs_from_halves, q8_0, write_model
 from safetensors.torch import load_file
 
 from lit_llama.convert.gguf.reader import open_gguf
@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_theta": 5e5,
         "rope_scaling": RopeScaling(rope_type="llama3", factor=8, original_max_position_embeddings=32),
     },
+    **{name: fields_of(raw) for name, raw in OTHERS.items()},
 }
 
 
@@ -83,7 +84,10 @@ def test_there_and_back_again(tmp_path: Path, made: Any, family: str, dtype: str
     before, after = load_file(source.path / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     for name, value in before.items():
-        assert value.dtype == after[name].dtype and torch.equal(value, after[name]), name
+        if family.startswith("gemma") and name.endswith("norm.weight"):  # the file holds one more
+            torch.testing.assert_close(value.float(), after[name].float(), atol=1e-6, rtol=0)
+        else:
+            assert value.dtype == after[name].dtype and torch.equal(value, after[name]), name
     config, wanted = LLaMAConfig.from_folder(tmp_path / "back"), model.config.__dict__ | {"eos_token_id": (2,)}
     wanted |= {"model_type": "llama"} if family == "mistral" else {}
     wanted |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

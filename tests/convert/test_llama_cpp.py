@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, write_tokenizer
-from gguf_files import SHAPE, write_model
+from gguf_files import OTHERS, SHAPE, fields_of, write_model
 from gguf_files import write_gguf as write_as_llama_cpp
 from llama_cpp import LlamaCpp
 from tokenizers import Tokenizer
@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": (1, 1, 1, 0)},
     "yarn": {"rope_scaling": RopeScaling(rope_type="yarn", factor=4, beta_fast=16, **LONG)},
+    **{name: fields_of(raw) for name, raw in OTHERS.items()},
 }
 IDS = [(7 * index) % 380 + 3 for index in range(200)]
 
@@ -56,14 +57,17 @@ def test_llama_cpp_computes_what_we_compute(tmp_path: Path, family: str) -> None
     model = tiny_model(**SHAPE | FAMILIES[family])
     write_gguf(open_folder(write_model(tmp_path, model, "float32")), tmp_path / "model.gguf", "f32")
     theirs = LlamaCpp(tmp_path / "model.gguf")
-    for ids in (IDS[:14], IDS):
+    # llama.cpp takes the long factors wherever its context is long, and looks GELU up in a table of 16-bit floats.
+    short = IDS[:100] if "long" in family else IDS[:14]
+    limit = 3e-3 if "gemma" in family else 1e-4
+    for ids in (short, IDS):
         ours = model(torch.tensor(ids))[-1].log_softmax(-1)
         found = theirs.logprobs(ids, 384)
         assert len(found) == 384
-        assert max(abs(ours[index].item() - logprob) for index, logprob in found.items()) < 1e-4
-    wanted = greedy(model, IDS[:14], 8)
+        assert max(abs(ours[index].item() - logprob) for index, logprob in found.items()) < limit
+    wanted = greedy(model, short, 8)
     end = wanted.index(2) + 1 if 2 in wanted else 8
-    assert theirs.greedy(IDS[:14], 8)[:end] == wanted[:end]
+    assert theirs.greedy(short, 8)[:end] == wanted[:end]
 
 
 NAMES = [

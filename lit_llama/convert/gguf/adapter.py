@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 
-from lit_llama.convert.gguf.config import GGUF_NAMES, architecture, in_rotary_pairs, native_name
+from lit_llama.convert.gguf.architectures import architecture, entry_of, in_rotary_pairs
 from lit_llama.convert.gguf.reader import GGUFTensor
 from lit_llama.convert.gguf.scan import Files, model_name, read_parts
 from lit_llama.convert.gguf.writer import add_key, check_file
@@ -110,7 +110,7 @@ def _tensors(
         raise CheckpointError(f"{adapter_dir} changes nothing: there is no update of low rank, or its alpha is 0")
     found: dict[str, Tensor] = {}
     for name, module in modules.items():
-        stem = GGUF_NAMES(f"{name}.weight")
+        stem = entry_of(config).names(f"{name}.weight")
         lora_A, lora_B = module.lora_A.detach(), module.lora_B.detach() * (alphas[name] / alpha)
         if isinstance(module, LoRAEmbedding):
             lora_A = lora_A.t()
@@ -185,7 +185,7 @@ def _updates(files: Files, config: LLaMAConfig) -> dict[str, tuple[Tensor, Tenso
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, (part, extent) in files.tensors.items():
         stem, ending = name[: -len(_A)], name[-len(_A) :]
-        native = native_name(stem)
+        native = entry_of(config).native_name(stem)
         if ending not in (_A, _B) or native is None or not native.endswith(".weight"):
             raise CheckpointError(f"tensor {name} has no place in an adapter of a LLaMA model")
         if len(extent.shape) != 2:
@@ -194,7 +194,9 @@ def _updates(files: Files, config: LLaMAConfig) -> dict[str, tuple[Tensor, Tenso
     updates = {}
     for native, pair in pairs.items():
         if len(pair) != 2:
-            raise CheckpointError(f"{GGUF_NAMES(native)} has {next(iter(pair))[1:]} alone, expected lora_a and lora_b")
+            raise CheckpointError(
+                f"{entry_of(config).names(native)} has {next(iter(pair))[1:]} alone, expected lora_a and lora_b"
+            )
         lora_A, lora_B = pair[_A], pair[_B]
         if native == "model.embed_tokens.weight":
             lora_A = lora_A.t().contiguous()

@@ -12,47 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.convert.source import Names, expected_shapes
+from lit_llama.convert.gguf.architectures import ARCHITECTURES, architecture, check_form
+from lit_llama.convert.source import expected_shapes
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
+from lit_llama.model.families import ALL, FAMILIES, FULL, SLIDING
 from lit_llama.model.rope import attention_factor, frequencies
 
 ROPE_FREQS = "rope_freqs.weight"
 """Tensor with the divisors (D/2,) of the rotary frequencies of Llama 3."""
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3", "granite", "smollm3")
-_PAIRED = ("llama", "granite", "smollm3")
-"""Those that are LLaMAs with more, their rotary partners side by side."""
-_SCALES = {
-    "attention_multiplier": "attention.scale",
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-}
-"""Of the architecture granite."""
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Tensors with those of longrope, in long texts and in short ones."""
 _STEP = 4
 """Of every so many layers of smollm3, llama.cpp rotates all but the last."""
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_KINDS = ("weight", "bias")
 _ATTENTION, _OUT, _MLP = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "down_proj")
-GGUF_NAMES = Names(
-    outer={f"{ours}.weight": f"{theirs}.weight" for theirs, ours in _OUTER.items()},
-    layer="blk.{}.",
-    inner={f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in _INNER.items() for kind in _KINDS},
-)
 
 # config.json -> <architecture>.*; llama.cpp cannot do without the first ones.
 _REQUIRED = {
@@ -79,6 +53,9 @@ _READ = {
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
 }
+_WINDOW = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
+_TEMPERATURE, _LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
+_FACTOR = "rope.scaling.attn_factor"
 _IGNORED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal", "expert_used_count"}
 # Keys of neighbouring models, with the values other than 0 and false that leave the mathematics as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -95,34 +72,6 @@ _CONTEXT = 8192  # that Llama 3 was first trained on
 _ENDS = ("eos", "eot", "eom")
 
 
-def native_name(name: str) -> str | None:
-    """Translate blk.0.attn_q.weight into model.layers.0.self_attn.q_proj.weight; None for what is in no LLaMA."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _OUTER:
-        return f"{_OUTER[stem]}.{kind}"
-    parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _INNER:
-        return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.{kind}"
-    return None
-
-
-def architecture(config: LLaMAConfig) -> str:
-    """Return GGUF's name of the family: Mistral is a LLaMA there.
-
-    Raises:
-        CheckpointError: Its form in GGUF is not implemented.
-    """
-    name = "llama" if config.model_type == "mistral" else config.model_type
-    if name not in _ARCHITECTURES:
-        raise CheckpointError(f"model_type {name!r} is not written as GGUF, only {', '.join(_ARCHITECTURES)} are")
-    return name
-
-
-def in_rotary_pairs(config: LLaMAConfig) -> bool:
-    """Whether the rows of q and k stand side by side in GGUF, two and two."""
-    return architecture(config) in _PAIRED
-
-
 class Reading:
     """Metadata of a GGUF file, with errors that name the key.
 
@@ -133,9 +82,10 @@ class Reading:
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = metadata
         self.architecture: str = metadata.get("general.architecture", "")
-        if self.architecture not in _ARCHITECTURES:
-            known = ", ".join(_ARCHITECTURES)
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
             raise CheckpointError(f"general.architecture is {self.architecture!r}, implemented are {known}")
+        self.entry = ARCHITECTURES[self.architecture]
 
     def get(self, key: str, kind: type = object, default: Any = None) -> Any:
         """Return a value of `<architecture>.*`, or of `tokenizer.*` if the key says so."""
@@ -147,12 +97,12 @@ class Reading:
             raise CheckpointError(f"{name} is {_brief(value)}, expected {kind.__name__}")
         return value
 
-    def config(self, shapes: Mapping[str, tuple[int, ...]], divisors: Tensor | None) -> LLaMAConfig:
+    def config(self, shapes: Mapping[str, tuple[int, ...]], divisors: Mapping[str, Tensor]) -> LLaMAConfig:
         """Return the shape of the model.
 
         Args:
             shapes: Of the tensors, by Hugging Face's names.
-            divisors: The tensor rope_freqs (D/2,).
+            divisors: The tensors of rotary frequencies, by GGUF's names (D/2,).
 
         Raises:
             CheckpointError: Something is missing, or asks for mathematics this model does not compute.
@@ -173,13 +123,20 @@ class Reading:
             raise CheckpointError("tensor token_embd.weight is missing")
         biased = self.architecture == "qwen2" or _has_bias(shapes, _ATTENTION + _OUT)
         head_dim = self.get("attention.key_length", int, values["hidden_size"] // heads)
+        rotated = self.get("rope.dimension_count", int, head_dim)
+        if self.entry.partial and not 0 < rotated <= head_dim:
+            raise CheckpointError(f"{self.architecture}.rope.dimension_count is {rotated}, of {head_dim}")
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            if self.entry.partial and key == "rope.dimension_count":
+                continue
             if self.get(key, int, head_dim) != head_dim or head_dim > _MAX_SIZE:
                 raise CheckpointError(f"{self.architecture}.{key} is {self.get(key)}, only {head_dim} is implemented")
         ends = [self.get("tokenizer.ggml.eos_token_id", int)]
         ends += [self.metadata[key] for end in _ENDS[1:] if (key := f"tokenizer.ggml.{end}_token_id") in self.metadata]
+        window = self._window(values["num_hidden_layers"])
+        family = self.entry.families[-1 if window and self.entry.windows else 0]
         values |= {
-            "model_type": self.architecture,
+            "model_type": family,
             "vocab_size": shapes["model.embed_tokens.weight"][0],
             "num_key_value_heads": self.get("attention.head_count_kv", int, heads),
             "head_dim": head_dim,
@@ -187,34 +144,61 @@ class Reading:
             "rope_theta": shortest(self.get("rope.freq_base", float, 10000.0)),
             "attention_bias": biased,
             "attention_out_bias": biased and self.architecture != "qwen2",
-            "mlp_bias": self.architecture in _PAIRED and _has_bias(shapes, _MLP),
-            "use_qk_norm": self.architecture == "qwen3",
+            "mlp_bias": self.entry.paired and _has_bias(shapes, _MLP),
+            "partial_rotary_factor": rotated / head_dim,
             "tie_word_embeddings": "lm_head.weight" not in shapes,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": tuple(dict.fromkeys(ends)),
             "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
-        if self.architecture == "granite":
-            values |= {name: shortest(self.get(key, float)) for name, key in _SCALES.items()}
+        implied = FAMILIES[family].implied
+        values |= {name: value(values) if callable(value) else value for name, value in implied.items()}
+        values |= {name: shortest(self.get(key, float)) for name, key in self.entry.keys.items()} | window
+        if FAMILIES[family].sliding_theta:
+            usual = self.entry.local_rope_theta or values["rope_theta"]
+            values["local_rope_theta"] = shortest(self.get("rope.freq_base_swa", float, usual))
         if self.architecture == "smollm3":
             values["no_rope_layers"] = _rotated(values["num_hidden_layers"])
-        config = LLaMAConfig(**values, rope_scaling=self._scaling(values["max_position_embeddings"]))
-        return config if divisors is None else self._llama3(config, divisors)
+        context = values["max_position_embeddings"]
+        scaling = self._longrope(context, divisors) if ROPE_LONG in divisors else self._scaling(context)
+        config = LLaMAConfig(**values, rope_scaling=scaling)
+        if "query_pre_attn_scalar" in FAMILIES[family].defaults:
+            config = replace(config, query_pre_attn_scalar=self.entry.scalar(config))
+        return self._llama3(config, divisors[ROPE_FREQS]) if ROPE_FREQS in divisors else config
+
+    def _window(self, layers: int) -> dict[str, Any]:
+        """Fields of the window of layers that have one; empty if none do, or the architecture knows of none."""
+        if self.entry.unused_window and (size := self.get("attention.sliding_window", int, 0)):
+            return {"sliding_window": size}
+        if not self.entry.windows or not (size := self.get("attention.sliding_window", int, self.entry.window)):
+            return {}
+        family = FAMILIES[self.entry.families[-1]]
+        types = [family.layer_type({**ALL, **family.defaults}, layer) for layer in range(layers)]
+        given = self.metadata.get(f"{self.architecture}.attention.sliding_window_pattern")
+        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+            types = [SLIDING if (layer + 1) % given else FULL for layer in range(layers)]
+        elif given is not None and (not isinstance(given, list) or given != [kind == SLIDING for kind in types]):
+            key = f"{self.architecture}.attention.sliding_window_pattern"
+            raise CheckpointError(f"{key} is {_brief(given)}, only the family's is implemented")
+        return {"sliding_window": size, "layer_types": tuple(types) if FULL in types else ()}
 
     def _refuse_unknown(self) -> None:
         prefix = f"{self.architecture}."
         for name, value in self.metadata.items():
             key = name.removeprefix(prefix)
-            if self.architecture == "granite" and key in _SCALES.values():
-                continue
-            if not name.startswith(prefix) or key in _READ | _IGNORED or self._is_neutral(key, _uniform(value)):
+            known = {*_READ, *_IGNORED, *self.entry.keys.values()} | (_WINDOW if self.entry.windows else set())
+            known |= {_TEMPERATURE, _LOG} if self.entry.temperature else set()
+            known |= {"attention.sliding_window"} if self.entry.unused_window else set()
+            if not name.startswith(prefix) or key in known or self._is_neutral(key, _uniform(value)):
                 continue
             only = f", only {_NEUTRAL[key][0]!r} is" if key in _NEUTRAL else ", which is not"
             raise CheckpointError(f"{name} is {_brief(value)}{only} implemented")
 
     def _is_neutral(self, key: str, value: Any) -> bool:
         """Whether a key that is not read leaves the mathematics as it is."""
-        if key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        if key == _FACTOR and "longrope" in FAMILIES[self.entry.families[0]].ropes:
+            return True  # which is read beside the divisors
+        if key in (_FACTOR, "rope.scaling.yarn_attn_factor"):
             return value in _NEUTRAL[key]  # here 0 is a factor, too
         if key == "attention.sliding_window":
             return not value or value >= self.get("context_length", int)
@@ -243,13 +227,38 @@ class Reading:
         if kind == "linear":
             return RopeScaling(rope_type=kind, factor=factor, original_max_position_embeddings=context)
         fast, slow = (shortest(self.get(f"rope.scaling.yarn_{name}", float, only)) for name, only in _BETAS.items())
-        return RopeScaling(
+        scaling = RopeScaling(
             rope_type=kind,
             factor=factor,
             original_max_position_embeddings=self.get("rope.scaling.original_context_length", int, context),
             beta_fast=fast,
             beta_slow=slow,
         )
+        return self._tempered(scaling) if self.entry.temperature else scaling
+
+    def _tempered(self, scaling: RopeScaling) -> RopeScaling:
+        """With queries that are scaled by position, and yarn's factor of DeepSeek."""
+        beta, multiplier = (shortest(self.get(key, float, 0.0)) for key in (_TEMPERATURE, _LOG))
+        if multiplier not in (0.0, 1.0):
+            raise CheckpointError(f"{self.architecture}.{_LOG} is {multiplier!r}, only 1.0 is implemented")
+        return replace(scaling, llama_4_scaling_beta=beta or None, attention_factor=1.0 if multiplier else None)
+
+    def _longrope(self, context: int, divisors: Mapping[str, Tensor]) -> RopeScaling:
+        """The scaling of Phi-3 that these divisors are of."""
+        if ROPE_SHORT not in divisors:
+            raise CheckpointError(f"{ROPE_LONG} is there without {ROPE_SHORT}")
+        long, short = (tuple(map(shortest, divisors[name].tolist())) for name in (ROPE_LONG, ROPE_SHORT))
+        original = self.get("rope.scaling.original_context_length", int, context)
+        scaling = RopeScaling(
+            rope_type="longrope",
+            factor=max(context / original, 1.0),
+            original_max_position_embeddings=original,
+            short_factor=short,
+            long_factor=long,
+        )
+        given = self.get(_FACTOR, float, 1.0)
+        usual = math.isclose(given, attention_factor(scaling), rel_tol=1e-6)
+        return scaling if usual else replace(scaling, attention_factor=shortest(given))
 
     def _llama3(self, config: LLaMAConfig, divisors: Tensor) -> LLaMAConfig:
         """With the scaling of Llama 3 that these divisors were made with; only the published bounds are tried."""
@@ -281,22 +290,26 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
         CheckpointError: llama.cpp has no word for the scaling of the positions, or does not rotate the same layers.
     """
     name = architecture(config)
+    entry = ARCHITECTURES[name]
+    check_form(config)
     if name == "smollm3" and config.no_rope_layers != (only := _rotated(config.num_hidden_layers)):
         raise CheckpointError(f"no_rope_layers is {config.no_rope_layers}, llama.cpp computes only {only}")
     values: dict[str, Any] = {key: getattr(config, name) for name, key in _REQUIRED.items()}
-    values["context_length"] = min(
-        config.max_position_embeddings, config.sliding_window or config.max_position_embeddings
-    )
+    if config.sliding_window and not entry.windows:
+        values["context_length"] = min(config.max_position_embeddings, config.sliding_window)
     values |= {
         "vocab_size": config.vocab_size,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotary_dim,
         "rope.freq_base": config.rope_theta,
     }
-    if name == "granite":
-        values |= {key: float(getattr(config, field)) for field, key in _SCALES.items()}
+    values |= {key: float(getattr(config, field)) for field, key in entry.keys.items()}
+    if (entry.windows or entry.unused_window) and config.sliding_window:
+        values["attention.sliding_window"] = config.sliding_window
+        if config.local_rope_theta not in (None, entry.local_rope_theta or config.rope_theta):
+            values["rope.freq_base_swa"] = config.local_rope_theta
     scaling = config.rope_scaling
     if scaling is None:
         return values
@@ -306,6 +319,13 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
     )
     if kind == "llama3" and name == "llama":  # the tensor rope_freqs says the rest
         return values | (original if scaling.original_max_position_embeddings != _CONTEXT else {})
+    if kind == "longrope":  # two tensors say the rest
+        return values | original | {_FACTOR: attention_factor(scaling)}
+    if entry.temperature:
+        values |= {_TEMPERATURE: scaling.llama_4_scaling_beta or 0.0}
+        if scaling.attention_factor == 1.0:
+            values |= {_LOG: 1.0}
+            scaling = replace(scaling, attention_factor=None)
     known = attention_factor(replace(scaling, attention_factor=None))
     if kind not in ("linear", "yarn") or not scaling.truncate or scaling.attention_factor not in (None, known):
         raise CheckpointError(f"{scaling} has no form in GGUF for {name!r}")
@@ -314,6 +334,16 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
         betas = {name: float(getattr(scaling, name)) for name in _BETAS}
         values |= original | ({} if betas == _BETAS else {f"rope.scaling.yarn_{key}": betas[key] for key in betas})
     return values
+
+
+def rope_tensors(config: LLaMAConfig) -> dict[str, Tensor]:
+    """Return the tensors of rotary frequencies that a file has, by GGUF's names: (D/2,) in float32."""
+    scaling = config.rope_scaling
+    if scaling and scaling.rope_type == "llama3":
+        return {ROPE_FREQS: llama3_divisors(config)}
+    if scaling and scaling.rope_type == "longrope":
+        return {ROPE_LONG: torch.tensor(scaling.long_factor), ROPE_SHORT: torch.tensor(scaling.short_factor)}
+    return {}
 
 
 def _rotated(layers: int) -> tuple[int, ...]:

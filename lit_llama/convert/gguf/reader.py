@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lit_llama.convert import listed
 from lit_llama.convert.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.gguf.config import ROPE_FREQS, Reading, absent_biases, in_rotary_pairs, native_name
+from lit_llama.convert.gguf.architectures import in_rotary_pairs, offset
+from lit_llama.convert.gguf.config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Reading, absent_biases
 from lit_llama.convert.gguf.scan import Extent, read_parts
 from lit_llama.convert.listed import from_metadata
 from lit_llama.convert.source import NAMES, Source, settings
@@ -106,15 +107,15 @@ class GGUFFile:
         files = read_parts(path)
         self.metadata = files.metadata
         self.tensors: dict[str, GGUFTensor] = {}  # by Hugging Face's names
-        divisors = None
+        divisors = {}
         with self.explained("cannot be used"):
             check_model(files.metadata)
             reading = Reading(files.metadata)
             for name, (part, extent) in files.tensors.items():
                 tensor = GGUFTensor.at(part, name, extent)
-                if name == ROPE_FREQS and extent.size <= 2**16:
-                    divisors = tensor.read(torch.float32)
-                elif native := native_name(name):
+                if name in (ROPE_FREQS, ROPE_LONG, ROPE_SHORT) and extent.size <= 2**16:
+                    divisors[name] = tensor.read(torch.float32)
+                elif native := reading.entry.native_name(name):
                     self.tensors[native] = tensor
                 else:
                     raise CheckpointError(f"tensor {name} has no place in a LLaMA model")
@@ -146,20 +147,22 @@ class GGUFFile:
                 values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
         main = max(values, key=lambda dtype: values[dtype])
 
-        def kept(tensor: GGUFTensor) -> torch.dtype:
+        def kept(name: str, tensor: GGUFTensor) -> torch.dtype:
             if len(tensor.extent.shape) > 1 or tensor.dtype != torch.float32:
                 return tensor.dtype
-            value = tensor.rows.read()
+            value = tensor.rows.read() - offset(name, self.config)
             return main if torch.equal(value.to(main).float(), value) else torch.float32
 
-        return {name: kept(tensor) for name, tensor in self.tensors.items()} | dict.fromkeys(self.zeros, main)
+        return {name: kept(name, tensor) for name, tensor in self.tensors.items()} | dict.fromkeys(self.zeros, main)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return one tensor, its rotary rows in Hugging Face's order."""
         if name in self.zeros:
             return torch.zeros(self.zeros[name], dtype=dtype)
         with self.explained("cannot be dequantised"):
-            value = self.tensors[name].read(dtype)
+            added = offset(name, self.config)
+            value = self.tensors[name].read(torch.float32 if added else dtype)
+        value = (value - added).to(dtype) if added else value
         return in_halves(name, value, self.config) if in_rotary_pairs(self.config) else value
 
 

@@ -21,7 +21,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType as FileType
 from torch import Tensor
 
-from lit_llama.convert.gguf import config as gguf_config
+from lit_llama.convert.gguf.architectures import architecture, entry_of, in_rotary_pairs, offset
+from lit_llama.convert.gguf.config import rope_tensors, to_metadata
 from lit_llama.convert.gguf.reader import BLOCK
 from lit_llama.convert.gguf.scan import model_name
 from lit_llama.convert.gguf.tokenizer import vocabulary
@@ -210,20 +211,20 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None, name
     check_shapes(source)
     kinds = (planned := plan(source, dtype)).kinds
     metadata = _metadata(source, planned, name or _name(source.path))
-    scaling = source.shape.rope_scaling
-    divisors = gguf_config.llama3_divisors(source.shape).numpy() if scaling and scaling.rope_type == "llama3" else None
-    names = {name: gguf_config.GGUF_NAMES(name) or name for name in kinds}
+    divisors = {name: value.numpy() for name, value in rope_tensors(source.shape).items()}
+    translate = entry_of(source.shape).names
+    names = {name: translate(name) or name for name in kinds}
     sizes = {name: math.prod(quants.quant_shape_to_byte_shape(source.specs[name][1], kinds[name])) for name in kinds}
     check_space(destination, sum(sizes.values()))
     destination.parent.mkdir(parents=True, exist_ok=True)
     with (
         aside(destination) as part,
-        contextlib.closing(gguf.GGUFWriter(part, gguf_config.architecture(source.shape))) as writer,
+        contextlib.closing(gguf.GGUFWriter(part, architecture(source.shape))) as writer,
     ):
         for key, value in metadata.items():
             add_key(writer, key, value)
-        if divisors is not None:
-            writer.add_tensor_info(gguf_config.ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes)
+        for key, values in divisors.items():
+            writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
         for name, kind in kinds.items():
             writer.add_tensor_info(
                 names[name], source.specs[name][1], np.dtype(np.float32), sizes[name], raw_dtype=kind
@@ -231,8 +232,8 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None, name
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if divisors is not None:
-            writer.write_tensor_data(divisors)
+        for values in divisors.values():
+            writer.write_tensor_data(values)
         for name in track(list(kinds), f"writing {len(kinds)} tensors"):
             writer.write_tensor_data(_pack(source, name, kinds[name]))
 
@@ -252,22 +253,26 @@ def _name(path: Path) -> str:
 
 
 def _metadata(source: Source, planned: Plan, name: str) -> dict[str, Any]:
-    config, architecture = source.shape, gguf_config.architecture(source.shape)
+    config, called = source.shape, architecture(source.shape)
     general: dict[str, Any] = {"general.type": "model", "general.name": name}
     general |= {"general.file_type": int(planned.file_type)}
     if planned.quantized:
         general["general.quantization_version"] = gguf.GGML_QUANT_VERSION
-    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
+    if (
+        config.sliding_window
+        and config.sliding_window < config.max_position_embeddings
+        and not entry_of(config).windows
+    ):
         stderr().print(
-            f"{source.path}: a token sees the last {config.sliding_window}; the architecture {architecture!r} of "
+            f"{source.path}: a token sees the last {config.sliding_window}; the architecture {called!r} of "
             f"llama.cpp has no such window, so the file is for texts of up to {config.sliding_window} tokens"
         )
     try:
-        keys = gguf_config.to_metadata(config)
+        keys = to_metadata(config)
         tokenizer = vocabulary(source.files, source.config, config.vocab_size)
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {error}") from error
-    return general | {f"{architecture}.{key}": value for key, value in keys.items()} | tokenizer
+    return general | {f"{called}.{key}": value for key, value in keys.items()} | tokenizer
 
 
 def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -287,7 +292,9 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def _pack(source: Source, name: str, kind: Kind) -> npt.NDArray[np.uint8]:
     """The bytes of one tensor, row by row."""
     value = source.read(name)
-    if gguf_config.in_rotary_pairs(source.shape):
+    if added := offset(name, source.shape):
+        value = value.float() + added
+    if in_rotary_pairs(source.shape):
         value = in_pairs(name, value, source.shape)
     rows = value.reshape(-1, value.shape[-1])  # of a vector: one
     step = max(1, BLOCK // value.shape[-1])

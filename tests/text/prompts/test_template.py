@@ -19,6 +19,8 @@ SYSTEM = {"role": "system", "content": "Be {{ brief }}."}
 CONTROL = [
     *["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"],
     *["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|system|>", "<|assistant|>"],
+    *["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|end|>", "<|im_sep|>", "[gMASK]", "<sop>"],
+    *["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
 ]
 EVIL = "".join(CONTROL) + "{{ 7 * 7 }}{% endfor %}\ue0000\ue001\ue002<think>"
 
@@ -79,7 +81,7 @@ def test_text_and_ids_equal_those_of_transformers(name: str, theirs: Any, ours: 
     def check(messages: Chat) -> None:
         messages = messages[: len(messages) - 1 + len(messages) % 2]  # ends in a question
         same(theirs, ours, template, messages)
-        if name in ("Llama 3", "Qwen2.5", "Qwen3", "Zephyr"):
+        if name not in ("Mistral", "Gemma", "with generation blocks"):
             same(theirs, ours, template, [SYSTEM, *messages])
 
     for messages in CHATS.values():
@@ -95,10 +97,11 @@ def test_answers_and_their_ends_are_trained(name: str, ours: Tokenizer) -> None:
     style = JinjaStyle(template)
     assert answer_end(style, "<s>", "</s>", ours.control) == end
     segments = trained_ends(style.render(chat("Q1", "A1", "Q2", " A2\n"), bos="<s>", eos="</s>"), ours.control)
-    kept = "A2" if name in ("Llama 3", "Gemma") else " A2\n"
+    kept = "A2" if name in ("Llama 3", "Gemma", "Gemma 3") else " A2\n"
     opening = {"Qwen3": "<think>\n\n</think>\n\n", "Mistral": " "}.get(name, "")
     former = "" if name == "Qwen3" else opening
-    assert "".join(s.text for s in segments if s.trained) == f"{former}A1{end}{opening}{kept}{end}"
+    first_end, last_end = (end, end) if end else ("<|user|>", "")
+    assert "".join(s.text for s in segments if s.trained) == f"{former}A1{first_end}{opening}{kept}{last_end}"
     assert [s.text for s in segments if not s.template] == ["Q1", "A1", "Q2", kept]
     first = next(index for index, segment in enumerate(segments) if segment.trained)
     prompt = style.render(chat("Q1"), bos="<s>", eos="</s>", answer=True)
@@ -219,4 +222,8 @@ def test_a_message_left_out_is_an_error(theirs: Any) -> None:
         JinjaStyle(template).render([SYSTEM, *chat("a")])
     with pytest.raises(CheckpointError, match=r"cannot be rendered: System role not supported$"):
         JinjaStyle(GEMMA).render([SYSTEM, *chat("a")])
+    gemma3 = JinjaStyle(TEMPLATES["Gemma 3"][0]).render([SYSTEM, *chat("a")])
+    assert "".join(segment.text for segment in gemma3) == (
+        "<start_of_turn>user\nBe {{ brief }}.\n\na<end_of_turn>\n"
+    ), "the first question has the instructions in front"
     assert text_of(JinjaStyle(template), [{"role": "system", "content": " "}, *chat("a")]) == "a"

@@ -13,6 +13,7 @@ from lit_llama.convert.source import SETTINGS_FILE as CONFIG_FILE
 from lit_llama.convert.tokens import complete
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import check_space, write_json
+from lit_llama.model.config import text_part
 from lit_llama.model.shards import write_weights
 from lit_llama.model.weights import DTYPES, Spec, Weights, byte_size
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, end_id, style_of
@@ -52,7 +53,7 @@ class Frame:
         """Read all but the weights."""
         weights = Weights(folder)
         return cls(
-            config=read_object(folder / CONFIG_FILE),
+            config=text_part(read_object(folder / CONFIG_FILE)),
             files=read_companions(folder),
             specs={name: weights.spec(name) for name in weights},
             tokenizer=tokenizer,

@@ -26,7 +26,7 @@ from lit_llama.model.adapter import META_FILE, base_of, trained_on
 from lit_llama.model.adapters.tensors import find_file
 from lit_llama.model.assemble import adapted, assemble
 from lit_llama.model.checkpoint import fingerprint, load_model
-from lit_llama.model.config import LLaMAConfig, Onto, PlainType
+from lit_llama.model.config import LLaMAConfig, Onto, PlainType, text_part
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.shards import write_weights
 from lit_llama.model.weights import byte_size
@@ -113,7 +113,7 @@ def _write(
     merged = Merged(base, adapter_dir, onto, dtype)
     for remark in merged.remarks:
         stderr().print(remark)
-    raw = read_object(base / "config.json", CheckpointError)
+    raw = text_part(read_object(base / "config.json", CheckpointError))
     if merged.unties:
         raw["tie_word_embeddings"] = False
     _check_memory(merged, precision, onto)

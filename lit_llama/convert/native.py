@@ -17,7 +17,7 @@ from lit_llama.convert.source import EMBEDDING, HEAD, META_FILE, NAMES, SETTINGS
 from lit_llama.convert.tensors import same
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.manifest import check_folder
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import LLaMAConfig, text_part
 from lit_llama.model.names import tidy
 from lit_llama.model.places import holds_fp8
 from lit_llama.model.pth.files import read_pth
@@ -25,6 +25,7 @@ from lit_llama.model.weights import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, Wei
 from lit_llama.objects import as_object, read_object, read_text
 
 _STORED = "F8_E4M3"
+_REPLACED = ("quantization_config", "torch_dtype", "dtype")
 _SCALES = ("_scale_inv", "_scale")
 _OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale", ".input_scale_ub")
 """Scales of what is computed, which other programs use to compute in 8 bits."""
@@ -50,7 +51,7 @@ def open_fp8(folder: Path, files: Mapping[str, Path | bytes]) -> Source:
     """
     raw = read_object(folder / SETTINGS_FILE, CheckpointError)
     block = _block(folder, raw)
-    plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype", "dtype")}
+    plain = {key: value for key, value in text_part(raw).items() if key not in _REPLACED}
     config = LLaMAConfig.from_dict(plain)
     weights = Weights(folder)
     kinds = {name: weights.spec(name) for name in weights}
@@ -122,7 +123,8 @@ _BIN_SHARD = re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _OF_RUN = ("report.json", "state.json")
 """What a fine-tuned model's folder holds of its run; see lit_llama/train/."""
-_OURS = (SETTINGS_FILE, META_FILE, INDEX_FILE, BIN_INDEX_FILE, *_OF_RUN)
+_OF_IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_OURS = (SETTINGS_FILE, META_FILE, INDEX_FILE, BIN_INDEX_FILE, *_OF_RUN, *_OF_IMAGES)
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -166,7 +168,7 @@ def open_folder(folder: Path) -> Source:
     return Source(
         path=folder,
         kind="Hugging Face",
-        config={key: value for key, value in raw.items() if key not in ("torch_dtype", "dtype")},
+        config={key: value for key, value in text_part(raw).items() if key not in ("torch_dtype", "dtype")},
         specs={name: (NAMES[place.dtype], place.shape) for name, place in places.items()},
         read=lambda name: places[name].read(),
         stored=places,

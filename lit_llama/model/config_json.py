@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, SLIDING, Family, Own
+from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, SLIDING, WITH_VISION, Family, Own
 
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SAME = (
@@ -30,15 +30,41 @@ _SAME = (
 them."""
 
 
+_OUTER = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config"),
+    *("torch_dtype", "dtype", "transformers_version"),
+)
+"""Fields beside text_config that count before those in it."""
+
+
+def text_part(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the text model alone, of a model that sees images, too; any other as it is.
+
+    Raises:
+        CheckpointError: It has no text_config.
+    """
+    if (model_type := raw.get("model_type")) not in WITH_VISION:
+        return dict(raw)
+    usual, absent = WITH_VISION[model_type]
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"text_config is {text!r:.60}, expected the fields of the text model")
+    part = {**absent, "model_type": usual, **text, **{name: raw[name] for name in _OUTER if name in raw}}
+    family = FAMILIES.get(part["model_type"])
+    return part | ({"architectures": [family.architecture]} if family else {})
+
+
 def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Read the fields of LLaMAConfig out of a config.json, in the spelling of transformers 4 or 5.
 
     Raises:
         CheckpointError: A field is missing, or asks for mathematics this model does not compute.
     """
+    raw = text_part(raw)
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
-        raise CheckpointError(f"model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
+        known = ", ".join((*FAMILIES, *WITH_VISION))
+        raise CheckpointError(f"model_type is {model_type!r}, expected one of {known}")
     family = FAMILIES[model_type]
     raw = _renamed(raw, family)
     decided = (family.defaults.keys() | family.implied.keys()) - family.fixed.keys()

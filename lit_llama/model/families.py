@@ -346,6 +346,23 @@ FAMILIES = {
 }
 """By model_type. The defaults are those of the configuration classes in transformers."""
 
+WITH_VISION: dict[str, tuple[str, dict[str, int]]] = {
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+        },
+    ),
+    "mistral3": ("mistral", {}),
+}
+"""Models of text and images, whose text model is read alone: its model_type unless text_config says another, and what
+an absent field of that means.
+"""
+
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": (None, "silu"),

@@ -19,6 +19,9 @@ _WRAPPERS = (
 _INSIDE = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _INNER = ("layers.", "embed_tokens.", "norm.")
 """Names of a decoder that was saved without its head, as AutoModel does."""
+_TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?=(lm_head\.)?)")
+"""Beginnings of the names of a text model in one that sees images, too."""
+_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _BUFFER = "rotary_emb.inv_freq"
 _HEADS = ("v_head.", "value_head.", "score.", "classifier.", "reward_head.", "regression_head.")
 """Heads of reward and value models beside the language model's own."""
@@ -42,13 +45,15 @@ def plain_name(stored: str) -> str:
     name = _INSIDE.sub("", stored)
     while found := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None):
         name = name.removeprefix(found)
+    if text := _TEXT.match(name):
+        name = ("" if text[1] else "model.") + name[text.end() :]
     while name.startswith("model.model."):
         name = name.removeprefix("model.")
     return f"model.{name}" if name.startswith(_INNER) else name
 
 
 def tidy(path: Path, stored: Iterable[str]) -> Tidied:
-    """Match stored tensors with those of the model, without old buffers and the heads of reward models.
+    """Match stored tensors with those of the model, without old buffers, heads of reward models, and vision towers.
 
     Args:
         path: File or folder, for messages.
@@ -58,10 +63,13 @@ def tidy(path: Path, stored: Iterable[str]) -> Tidied:
         CheckpointError: Two stored tensors have one name once wrappers are taken off.
     """
     names: dict[str, str] = {}
-    heads, renamed = [], []
+    heads, renamed, seeing = [], [], []
     for raw in stored:
         name = plain_name(raw)
         if name.endswith(_BUFFER):  # old files carry it; it follows from the configuration
+            continue
+        if name.startswith(_VISION):
+            seeing.append(raw)
             continue
         if name.startswith(_HEADS):
             heads.append(raw)
@@ -69,13 +77,18 @@ def tidy(path: Path, stored: Iterable[str]) -> Tidied:
         if name in names:
             raise CheckpointError(f"{path} holds {name} twice: as {names[name]} and as {raw}; keep one of them")
         names[name] = raw
-        if name != raw:
+        if name != raw and "language_model." not in raw:
             renamed.append(raw)
     remarks = []
     if renamed:
         first = renamed[0]
         remarks.append(
             f"{path}: {len(renamed)} tensors are named as by a wrapper: {first} is read as {plain_name(first)}"
+        )
+    if seeing:
+        remarks.append(
+            f"{path}: the text model alone is read, and alone in what is made of it: {len(seeing)} tensors of vision "
+            f"tower and projector ({seeing[0]} ...) are left out"
         )
     if heads:
         what = f"{len(heads)} tensors of a reward or value head ({', '.join(heads[:2])})"

@@ -32,7 +32,7 @@ from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import read_object
-from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary
+from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, text_fields
 
 FIELDS_SAID = {
     "unused": "fields that nothing uses (--fields gives them a place)",
@@ -203,7 +203,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer that fits the embedding, where the path is a model folder and so has one."""
     check_folder(folder_of(path), weights=False)
     tokenizer = Tokenizer.from_path(path)
-    rows = read_object(path / "config.json").get("vocab_size")
+    rows = text_fields(read_object(path / "config.json")).get("vocab_size")
     if isinstance(rows, int):
         check_vocabulary(path, rows, tokenizer)
     if path.is_dir():

@@ -1,7 +1,7 @@
 """Vocabulary checks: a tokenizer, the rows of an embedding and what the folders record belong together."""
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,12 @@ class SpecialIds:
     remarks: tuple[str, ...]
 
 
+def text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json with those of its text model, if it is of a model that sees images, too."""
+    inner = raw.get("text_config")
+    return {**(inner if isinstance(inner, Mapping) else {}), **raw}
+
+
 def special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
     """Judge the ids that config.json and generation_config.json name by the tokenizer.
 
@@ -116,7 +122,7 @@ def special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
     """
     ends, remarks = {tokenizer.eos_id}, []
     for path in (folder / "config.json", folder / "generation_config.json"):
-        raw, wrong = read_object(path), []
+        raw, wrong = text_fields(read_object(path)), []
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             named = raw.get(key)
             for value in named if isinstance(named, list) else [] if named is None else [named]:

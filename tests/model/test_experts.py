@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import SHAPE, random_ids, write_model
 
+from lit_llama.device import Numerics
 from lit_llama.errors import CheckpointError
 from lit_llama.model.adapter import load_adapter, save_adapter
 from lit_llama.model.assemble import Assembly, assemble
@@ -19,7 +20,9 @@ from lit_llama.model.experts import SparseMLP
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.weights import Weights
+from lit_llama.train.footprint import Build, Shape, _Count
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.method import LoRA
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -149,6 +152,24 @@ def test_tokens_may_leave_experts_without_work(tmp_path: Path) -> None:
         with torch.inference_mode():
             assert (model(ids) - theirs(ids[None]).logits[0]).abs().max() <= 1e-5
         assert min(runs) > 0 and sum(runs) == 2 * 2 * count and len(runs) < 2 * 5
+
+
+@BOTH
+def test_a_plan_counts_what_experts_keep(settings: dict[str, Any]) -> None:
+    """Bytes of a forward and backward pass, counted on a model without numbers and on one that routes its tokens;
+    catches experts of a plan that get no tokens, or all of them."""
+    changes = {"hidden_size": 128, "moe_intermediate_size": 384, "intermediate_size": 384}
+    config = LLaMAConfig.from_dict(SHAPE | settings | changes)
+    numerics = Numerics(device=torch.device("cpu"), linear=torch.float32, rest=torch.float32)
+    build = Build(config=config, method=LoRA(LoRAConfig()), numerics=numerics, checkpointing="none")
+    torch.manual_seed(0)
+    loss_of = TokenLoss(assemble(LLaMA(config).requires_grad_(False), build.assembly()).model.train())
+    for parameter in loss_of.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    ids, lengths = random_ids(256), [156, 100]
+    with _Count(loss_of) as count:
+        loss_of.of_layout(ids, Packed(lengths), torch.arange(200), ids[1:201]).sum().backward()
+    assert build.training_peak(Shape(lengths, 200)) == pytest.approx(count.peak, rel=0.01)
 
 
 def test_configurations_of_both_releases_are_one(tmp_path: Path) -> None:

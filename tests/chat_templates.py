@@ -312,7 +312,7 @@ TEMPLATES: dict[str, tuple[str, str | None]] = {
     "OLMo 2": (OLMO2, "</s>"),
     "Phi-3": (PHI3, "<|end|>"),
     "Phi-4": (PHI4, "<|im_end|>"),
-    "GLM-4": (GLM4, None),  # the next question ends an answer, and nothing the last one
+    "GLM-4": (GLM4, "<|user|>"),  # the next question ends an answer, also where there is none
     "Gemma 3": (GEMMA3, "<end_of_turn>"),
     "Ministral": (MINISTRAL, "</s>"),
 }

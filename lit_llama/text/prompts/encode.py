@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -93,18 +94,23 @@ def trained_ends(segments: Iterable[Segment], control: Collection[str], usual: s
 def answer_end(style: PromptStyle, bos: str, eos: str, control: Collection[str]) -> str | None:
     """Return the spelling of the token that ends an answer in a style, which need not be the model's own end.
 
-    None if the style does not say, or refuses to render one question and its answer.
+    Where nothing ends the last answer, it is what opens the next question and so ends the answers before (GLM-4).
+    None if the style does not say, or refuses to render a question and its answer.
     """
-    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
-    try:
-        segments = trained_ends(style.render(messages, bos=bos, eos=eos), control)
-    except CheckpointError:
-        return None
-    answers = [index for index, segment in enumerate(segments) if segment.trained and not segment.template]
-    if not answers:
-        return None
-    ends = (any_of(control).search(segment.text) for segment in segments[answers[-1] :] if segment.trained)
-    return next((match.group() for match in ends if match), None)
+    exchange: list[Message] = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+    for exchanges, answer in ((1, -1), (2, 0)):
+        try:
+            segments = trained_ends(style.render(exchange * exchanges, bos=bos, eos=eos), control)
+        except CheckpointError:
+            return None
+        answers = [index for index, segment in enumerate(segments) if segment.trained and not segment.template]
+        if not answers:
+            return None
+        behind = takewhile(lambda segment: segment.trained, segments[answers[answer] :])
+        ends = (any_of(control).search(segment.text) for segment in behind)
+        if (found := next(filter(None, ends), None)) and (exchanges == 1 or found.group() != bos):
+            return found.group()
+    return None
 
 
 def folder_style(folder: Path) -> PromptStyle | None:
@@ -201,7 +207,12 @@ def rendered(
         return Told(style.render(messages, bos=bos, eos=eos, answer=answer, tools=tools))
     told = style.tell(messages, bos=tokenizer.bos_token, eos=eos, answer=answer, tools=tools, keep=keep, more=more)
     usual = _usual_end(style, tokenizer.bos_token, eos, tuple(tokenizer.control)) if _calls(messages) else None
-    return replace(told, segments=trained_ends(told.segments, tokenizer.control, usual))
+    segments = trained_ends(told.segments, tokenizer.control, usual)
+    last = next((segment for segment in reversed(segments) if segment.text), None)
+    if last and last.trained and not last.template:
+        end = _usual_end(style, tokenizer.bos_token, eos, tuple(tokenizer.control))
+        segments += [Segment(end, trained=True, template=True, muted=last.muted)] if end else []
+    return replace(told, segments=segments)
 
 
 @lru_cache(16)  # of the same style for every row

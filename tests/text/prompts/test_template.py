@@ -10,7 +10,7 @@ from test_prompts import CHATS, FUZZ, Chat, chat, chats, same_ids, text_of
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.prompts.encode import answer_end, folder_style, prompt_ids, trained_ends
+from lit_llama.text.prompts.encode import answer_end, folder_style, prompt_ids, rendered, trained_ends
 from lit_llama.text.prompts.styles import Segment
 from lit_llama.text.prompts.template import JinjaStyle
 from lit_llama.text.tokenizer.base import Tokenizer
@@ -96,12 +96,11 @@ def test_answers_and_their_ends_are_trained(name: str, ours: Tokenizer) -> None:
     template, end = TEMPLATES[name]
     style = JinjaStyle(template)
     assert answer_end(style, "<s>", "</s>", ours.control) == end
-    segments = trained_ends(style.render(chat("Q1", "A1", "Q2", " A2\n"), bos="<s>", eos="</s>"), ours.control)
+    segments = rendered(ours, style, chat("Q1", "A1", "Q2", " A2\n")).segments
     kept = "A2" if name in ("Llama 3", "Gemma", "Gemma 3") else " A2\n"
     opening = {"Qwen3": "<think>\n\n</think>\n\n", "Mistral": " "}.get(name, "")
     former = "" if name == "Qwen3" else opening
-    first_end, last_end = (end, end) if end else ("<|user|>", "")
-    assert "".join(s.text for s in segments if s.trained) == f"{former}A1{first_end}{opening}{kept}{last_end}"
+    assert "".join(s.text for s in segments if s.trained) == f"{former}A1{end}{opening}{kept}{end}"
     assert [s.text for s in segments if not s.template] == ["Q1", "A1", "Q2", kept]
     first = next(index for index, segment in enumerate(segments) if segment.trained)
     prompt = style.render(chat("Q1"), bos="<s>", eos="</s>", answer=True)

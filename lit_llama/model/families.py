@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_llama.model.rope_scaling import LLAMA4_YARN, LONGROPE, ROPES
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 """Types of layers, as config.json names them."""
 
@@ -34,24 +36,6 @@ def _full_every(step: int) -> Callable[[Own, int], str]:
         return SLIDING if (layer + 1) % step else FULL
 
     return kind
-
-
-ROPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (
-        ("factor",),
-        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
-    ),
-}
-"""Rope types of most families, with the keys that each must have and those it may have."""
-_LONGROPE = {
-    "default": ((), ()),
-    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
-}
-_LLAMA4_YARN = {"yarn": ((*ROPES["yarn"][0], "llama_4_scaling_beta"), ROPES["yarn"][1])}
 
 
 def _full_by_pattern(own: Own, layer: int) -> str:
@@ -278,7 +262,7 @@ FAMILIES = {
             "partial_rotary_factor": 1.0,
         },
         implied={"joined_qkv": True, "joined_gate_up": True},
-        ropes=_LONGROPE,
+        ropes=LONGROPE,
         ignored=("auto_map",),  # to the code that transformers has as well
         rope_aliases={"su": "longrope"},
     ),
@@ -303,7 +287,7 @@ FAMILIES = {
             "pad_token_id": 11,
             "sliding_window": None,
         },
-        ropes=_LLAMA4_YARN,
+        ropes=LLAMA4_YARN,
         rope_ignored=("max_position_embeddings",),
     ),
     "glm": Family(architecture="GlmForCausalLM", defaults=_GLM, implied=_GLM_IMPLIED),

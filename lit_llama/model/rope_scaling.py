@@ -1,9 +1,28 @@
 """The way in which rotary positions are stretched, as config.json says it. Imports no torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from lit_llama.errors import CheckpointError
+
+ROPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
+    ),
+}
+"""Rope types of most families, with the keys that each must have and those it may have."""
+LONGROPE = {
+    "default": ((), ()),
+    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
+}
+LLAMA4_YARN = {"yarn": ((*ROPES["yarn"][0], "llama_4_scaling_beta"), ROPES["yarn"][1])}
+"""The same of the families that have others: Phi, and Ministral 3."""
 
 
 def is_number(value: object) -> bool:

@@ -155,6 +155,18 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
+LONGEST = {
+    *("test_planned_memory", "test_plan", "test_preference_processes", "test_processes", "test_resume"),
+    *("test_attack", "test_rows_road", "test_benchmarks", "test_python_docs", "test_ray_executor"),
+}
+"""Modules of tests that take the longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest modules first, as otherwise one worker is still at them when the other has nothing left."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_core() -> Iterator[None]:
     """A core of its own for each process of the tests and all that it starts, which then takes one thread: tiny steps

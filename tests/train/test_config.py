@@ -204,8 +204,8 @@ def test_lora_scale_and_targets() -> None:
     assert LoRAConfig(r=4, alpha=6).shape_of("q_proj") == (4, 1.5)
     assert LoRAConfig(r=4, alpha=6, use_rslora=True).shape_of("q_proj") == (4, 3.0)
     assert LoRAConfig().targets == list(LINEARS)
-    joined = {"qkv_proj", "gate_up_proj"}  # of families that store projections in one
-    assert {*LINEARS} - joined == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    others = {"qkv_proj", "gate_up_proj", "w1", "w2", "w3"}  # of families with joined projections, and of Mixtral
+    assert {*LINEARS} - others == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert LoRAConfig(target_modules=["q_proj", "lm_head"]).targets == ["q_proj", "lm_head"]
     assert LoRAConfig(target_modules="q_proj").targets == ["q_proj"]
     assert LoRAConfig(target_modules="q_proj, v_proj").targets == ["q_proj", "v_proj"]

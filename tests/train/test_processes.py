@@ -67,7 +67,7 @@ def last_state(out: Path) -> Path:
     return find_states(out / STATES_DIR)[-1]
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_run(found: Path, expected: Path, atol: float = 1e-6) -> None:
     """The same metrics and weights, but for the order in which sums are formed."""
     ours, theirs = read_metrics(found), read_metrics(expected)
     for name in ("loss", "test_loss", "grad_norm", "trained_tokens", "tokens", "learning_rate"):
@@ -80,7 +80,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     weights, others = load_file(found / WEIGHTS_FILE), load_file(expected / WEIGHTS_FILE)
     assert weights.keys() == others.keys()
     for name, value in weights.items():
-        torch.testing.assert_close(value, others[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(value, others[name], atol=atol, rtol=0)
 
 
 def test_two_processes_stop_together_and_one_continues(
@@ -134,7 +134,7 @@ def test_layers_that_are_spread_carry_dora_and_a_whole_head(tiny_folder: Path, d
     out = tmp_path / "out"
     status, said = start(tiny_folder, data, out, [], "--devices", 2, "--strategy", "fsdp", *more)
     assert status == 0 and "the frozen layers spread over all" in said, said
-    assert_same_run(out, expected)
+    assert_same_run(out, expected, atol=1e-5)  # layers of one process are fused
 
 
 def test_a_process_that_dies_ends_the_other(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -216,7 +216,8 @@ def _plot(metric: Mapping[str, Any], models: Sequence[Rows]) -> Plot | None:
         for name, entry in there
     ]
     steps = [first + (last - first) * part / 4 for part in range(5)]
-    return Plot(metric["label"], marks, [(place(step), number(step, metric["share"])) for step in steps])
+    ticks = [(place(step), f"{step:.0%}" if metric["share"] else number(step, False)) for step in steps]
+    return Plot(metric["label"], marks, ticks)
 
 
 def _filters(task: int, found: Sequence[Line], models: Sequence[Rows]) -> list[tuple[Filter, list[Outcome | None]]]:

@@ -26,7 +26,7 @@ from lit_llama.text.dataset.reject_log import LOST_FILE, keep_long_rows
 from lit_llama.text.dataset.split import choose
 from lit_llama.text.inspect.findings import unchecked
 from lit_llama.text.inspect.report import REPORT_HTML, REPORT_JSON, look_at, noted
-from lit_llama.text.prompts.encode import folder_style
+from lit_llama.text.prompts.encode import answer_end, folder_style, for_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.reading import read_conversations
@@ -143,7 +143,7 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
             plan=plan,
             commands=_next_commands(destination, tokenizer_path, _door(config)),
         )
-    _summary(destination, meta, tokenizer, _door(config))
+    _summary(destination, meta, _end(tokenizer, style), _door(config))
     return meta
 
 
@@ -213,7 +213,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer, door: str) -> None:
+def _end(tokenizer: Tokenizer, style: PromptStyle) -> str:
+    """The token that ends an answer in a style, else a text."""
+    guarded = for_style(tokenizer, style)
+    return answer_end(style, guarded.bos_token, guarded.eos, guarded.control) or guarded.eos
+
+
+def _summary(destination: Path, meta: Mapping[str, Any], end: str, door: str) -> None:
     """Where every row went, and what there is now, on stderr."""
     say = stderr().print
     name, rows, dropped = meta["source"]["file"], meta["source"]["rows"], meta["dropped"]
@@ -259,7 +265,7 @@ def _summary(destination: Path, meta: Mapping[str, Any], tokenizer: Tokenizer, d
         )
     what = "answers only" if meta["mask_inputs"] else "prompts and answers (--mask_inputs true for answers only)"
     schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
-    say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {tokenizer.eos}")
+    say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {end}")
     for line in look_at(destination / REPORT_JSON):
         say(f"  {line}")
     ready = f"ready for finetune/{door}.py --data_dir {shlex.quote(str(destination))}"

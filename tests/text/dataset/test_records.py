@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import run_here
 from test_prepare import Prepare, bytes_of, contents
@@ -354,3 +355,16 @@ def test_what_became_of_fields_is_said_everywhere(
 def _again(prepare: Prepare, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     prepare(path, as_text=True, ignore_fields=["context"])
     return capsys.readouterr().err
+
+
+def test_the_end_that_is_said_is_the_one_that_is_trained(
+    prepare: Prepare, rows: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the tokenizer's own end, named where a template ends answers in another token."""
+    change_tokenizer(rows, tokenizer_folder, tmp_path)
+    prepare(rows, tokenizer_path=tokenizer_folder, prompt_style=None)
+    assert "prompt style chat_template; trained: answers only; ends in <|im_end|>" in capsys.readouterr().err
+    ids = json.loads((tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
+    (end,) = (token["id"] for token in ids if token["content"] == "<|im_end|>")
+    labels = datasets.load_from_disk(tmp_path / "data")["train"]["labels"]
+    assert {next(label for label in reversed(row) if label != -100) for row in labels} == {end}

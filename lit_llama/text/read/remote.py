@@ -126,7 +126,9 @@ def _shown(url: str) -> str:
     """A URL without user, password and what follows the path of a server's, which can hold a key."""
     parts = urlsplit(url)
     if parts.scheme not in _SERVERS:
-        return url
+        # Without a password, what stands before @ can be the container of a store: abfs://container@account.
+        account, _, host = parts.netloc.rpartition("@")
+        return url.replace(f"{account}@{host}", host, 1) if ":" in account else url
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 

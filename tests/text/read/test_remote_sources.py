@@ -141,3 +141,17 @@ def test_a_server_is_read_and_the_key_in_its_url_is_not_kept(tmp_path: Path) -> 
             read(url.replace("rows", "absent"))
     finally:
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://name:se@cret@127.0.0.1:9/rows.jsonl", "ftp://127.0.0.1:9/rows.jsonl"),
+        ("abfs://container@account.host/rows.jsonl", "abfs://container@account.host/rows.jsonl"),
+    ],
+)
+def test_passwords_in_urls_of_any_kind_are_not_shown(url: str, shown: str) -> None:
+    """Catches a password in a log, and a container that is taken for a user."""
+    with pytest.raises(UserError) as error:
+        read(url)
+    assert str(error.value).startswith(shown) and "cret" not in str(error.value)

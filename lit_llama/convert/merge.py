@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
+from lit_llama.convert.gguf.architectures import architecture
 from lit_llama.convert.gguf.modelfile import check_modelfile, write_modelfile
 from lit_llama.convert.gguf.scan import model_name
 from lit_llama.convert.gguf.writer import check_file, check_type, write_gguf
@@ -100,6 +101,7 @@ def _write(
     precision: Precision,
     onto: Onto | None,
     base_dir: Path | None,
+    gguf: bool = False,
 ) -> Proof:
     check_destination(destination, "config.json")
     if destination.resolve() == adapter_dir.resolve():
@@ -108,8 +110,11 @@ def _write(
         raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
     check_folder(adapter_dir)
     base = base_of(adapter_dir, base_dir)
+    config = LLaMAConfig.from_folder(base)
+    if gguf:
+        architecture(config)  # before the work, which can take hours
     onto = _choose(adapter_dir, onto)
-    tokenizer = adapter_tokenizer(adapter_dir, base, LLaMAConfig.from_folder(base).vocab_size)
+    tokenizer = adapter_tokenizer(adapter_dir, base, config.vocab_size)
     merged = Merged(base, adapter_dir, onto, dtype)
     for remark in merged.remarks:
         stderr().print(remark)
@@ -185,7 +190,7 @@ def merge_into_gguf(
         folder = held / "merged"
         # Rounded once: what is float32 in the file, or packed from it, was never bfloat16 in between.
         kept = dtype if dtype in (None, *get_args(PlainType)) else "float32"
-        proof = _write(adapter_dir, folder, kept, precision, onto, base_dir)
+        proof = _write(adapter_dir, folder, kept, precision, onto, base_dir, gguf=True)
         source = replace(open_folder(folder), path=adapter_dir)  # for messages: the folder goes again
         write_gguf(source, destination, dtype, name=model_name(destination.name))
     if modelfile:

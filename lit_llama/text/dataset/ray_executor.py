@@ -80,7 +80,7 @@ class RayExecutor:
         where = f"--ray_address {self._address}" if self._address else "Ray on this machine"
         if not select.select([self._from], [], [], _START)[0]:
             raise ClusterError(f"{where} does not answer within {_START} s: see what `ray status` says")
-        kind, content = read_frame(self._from) or (LOST, b"its process ended")
+        kind, content = read_frame(self._from) or (LOST, b"Ray gave up")
         if kind != READY:
             raise ClusterError(f"{where} cannot be used: {content.decode()}; {self._hint()}")
         cores = int(pickle.loads(content))
@@ -93,7 +93,7 @@ class RayExecutor:
         if self._address is None:
             return "its logs are in /tmp/ray; --executor local does without"
         if self._address == "auto":
-            return "start one with `ray start --head`, or leave --ray_address out"
+            return "start a cluster with `ray start --head`, or leave --ray_address out"
         return "it has to be of the same versions of Ray and Python, and may ask for a token: see docs/prepare.md"
 
     def __enter__(self) -> Self:

@@ -312,6 +312,12 @@ def test_a_cluster_that_is_not_there_is_named(make: Make, tmp_path: Path, monkey
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ClusterError, match=r"does not answer within 1 s|cannot be used"):
             make([row(1)], executor="ray", ray_address=address)
+    with (
+        monkeypatch.context() as changed,
+        pytest.raises(ClusterError, match="auto cannot be used: Ray gave up; start a cl"),
+    ):
+        changed.setattr(sys, "executable", "/bin/false")  # Ray ends its process where the head does not answer
+        make([row(1)], executor="ray", ray_address="auto")
     monkeypatch.setattr(ray_executor, "find_spec", lambda _: None)
     with pytest.raises(ResourceError, match=r"pip install 'lit_llama\[ray\]'"):
         make([row(1)], executor="ray")

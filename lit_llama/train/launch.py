@@ -26,6 +26,7 @@ from lit_llama.train.interrupt import SIGNALS
 LAUNCHER = "LIT_LLAMA_LAUNCHER"
 """In the environment of a process that was started here: the id of the process that did."""
 _POLL = 0.05  # seconds
+_SHARING = 8  # processes that may be more than the cores
 
 
 def launch(devices: int | Literal["auto"], num_nodes: int) -> None:
@@ -35,13 +36,19 @@ def launch(devices: int | Literal["auto"], num_nodes: int) -> None:
     would wait for it forever, are killed. Their states are written so that this harms none.
 
     Raises:
-        ResourceError: A process was killed by others than this one.
+        ResourceError: More processes than cores, or one was killed by others than this one.
         SystemExit: All have ended; with the status of the first that did not end well, or 0.
         UserError: Numbers that make no sense.
     """
     processes, machines = layout(devices, num_nodes)
     if launched() or processes * machines == 1:
         return
+    # A few may share a core. Of GPUs, which are fewer, each process counts its own; torch is too slow to ask here.
+    if processes > max(cores := os.cpu_count() or 1, _SHARING):
+        raise ResourceError(
+            f"--devices is {processes}, but this machine has {cores} {'core' if cores == 1 else 'cores'}, and each "
+            "device is a process; name fewer, or --plan for another machine"
+        )
     sys.exit(_Group(processes, _meeting_place(processes, machines)).wait())
 
 

@@ -21,13 +21,13 @@ from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 from torch import Tensor, nn
 
 from lit_llama.device import numerics
-from lit_llama.errors import Interrupted, UserError
+from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.lora import apply_lora, parameter_groups
 from lit_llama.text.dataset.folder import SPLITS, Split
-from lit_llama.train.launch import layout
+from lit_llama.train.launch import launch, layout
 from lit_llama.train.loop import Trainer
 from lit_llama.train.metrics import METRICS_FILE, read_metrics
 from lit_llama.train.optim import OPTIMIZER_FILE
@@ -225,6 +225,13 @@ def test_no_two_micro_batches_draw_the_same(tiny_folder: Path, data: Path, monke
     monkeypatch.setattr("lit_llama.train.loop.seed_micro_batch", lambda seed, step, index: seeds.append((step, index)))
     parts_of_a_step(tiny_folder, data, 3, steps=2, batch_size=12, micro_batch_tokens=1)
     assert len(seeds) == 22 == len(set(seeds))
+
+
+def test_more_processes_than_cores_are_refused_before_any_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slip of the finger that floods the machine."""
+    monkeypatch.setattr("lit_llama.train.launch._Group", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(ResourceError, match=r"--devices is 3000, but this machine has \d+ cores?"):
+        launch(3000, 1)
 
 
 def test_numbers_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:

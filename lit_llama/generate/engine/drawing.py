@@ -147,7 +147,9 @@ class Drawing:
         end = 0
         for part in parts:
             first, end = end, end + part.logits
-            answer = self._answers.live[part.sequence]
+            answer = self._answers.live.get(part.sequence)
+            if answer is None:  # given up within the step, as by a generator that Python collects
+                continue
             last = part.start + len(part.ids)
             complete = last >= len(part.sequence.ids)
             rows = 1 + len(part.sequence.guesses) if complete else 0

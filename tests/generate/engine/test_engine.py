@@ -180,6 +180,26 @@ def test_abort_in_every_state_harms_nobody() -> None:
         assert taken(tickets[n]) == answers(engine(), [Request(rest[n], KINDS[0])])[0]
 
 
+def test_abort_within_a_step_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that Python collects while its thread is in a step: catches an error for the others, and their
+    answers taken from the rows of the one that is gone."""
+    it, rest = engine(), prompts(3)
+    tickets = [it.add(Request(ids, KINDS[0])) for ids in rest]
+    logits = it.runner.logits
+
+    def leave(batch: Any) -> Any:
+        it.abort(tickets[1])
+        return logits(batch)
+
+    it.step()
+    monkeypatch.setattr(it.runner, "logits", leave)
+    finish(it)
+    assert tickets[1].steps[-1].finish_reason == "abort"
+    for n in (0, 2):
+        assert taken(tickets[n]) == answers(engine(), [Request(rest[n], KINDS[0])])[0]
+    it.check()
+
+
 def test_leaving_a_stream_aborts_its_request() -> None:
     it = engine()
     stream = it.stream(Request(prompts(1)[0], KINDS[0]))

@@ -29,8 +29,8 @@ OFFERED = [
     overflow="split",
     types={"documents": Documents, "overflow": Literal["split", "drop", "truncate_response", "error"]},
     texts={
-        "source": "Text files in UTF-8 (each also .gz or .zst), patterns, or folders with files named .txt, .text or "
-        ".md; several as a.txt b.txt.",
+        "source": "Text files in UTF-8 (each also .gz or .zst), patterns, folders with files named .txt, .text or "
+        ".md, or URLs of such (https://, s3://, gs://, hf://); several as a.txt b.txt.",
         "documents": "What belongs together and ends in an end-of-text token: a file, a paragraph between blank lines, "
         "or a line (as lit-llama's prepare_any_text.py had it).",
         "rendered": "Documents hold control tokens, spelled, as <s>[INST] ... [/INST] ... </s>.",

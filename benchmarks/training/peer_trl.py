@@ -18,8 +18,6 @@ from benchmarks.training.rows import load_rows
 def main() -> None:
     """Train on the rows of the job, and save the adapter."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     job, course = Job.read(), Course()
@@ -27,6 +25,36 @@ def main() -> None:
     data = Dataset.from_dict(
         {"input_ids": [ids.tolist() for ids, _ in samples], "labels": [labels.tolist() for _, labels in samples]}
     )
+
+    train(SFTTrainer, SFTConfig(**arguments(job)), data, job, course)
+
+
+def arguments(job: Job) -> dict[str, Any]:
+    """Arguments of a trainer's configuration that all of TRL's contenders share."""
+    micro_batch = job.micro_batch if job.tuned else 8  # 8 is its default
+    settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}} if job.tuned else {}
+    return {
+        "output_dir": job.out_dir,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": job.batch_size // micro_batch,
+        "max_steps": job.steps,
+        "max_length": None,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",  # the rows come in the order of the steps
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def train(kind: Any, args: Any, data: Any, job: Job, course: Course) -> None:
+    """Train an adapter from the job's start with one of TRL's trainers, and save it with the course of the run."""
+    from peft import LoraConfig
+    from transformers import TrainerCallback
 
     class Listener(TrainerCallback):
         """Takes the times of whole steps, from log to log."""
@@ -39,32 +67,10 @@ def main() -> None:
             if "loss" in logs:
                 course.step(float(logs["loss"]))
 
-    micro_batch = job.micro_batch if job.tuned else 8  # 8 is its default
-    settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}} if job.tuned else {}
-    trainer = SFTTrainer(
-        model=job.checkpoint_dir,
-        args=SFTConfig(
-            output_dir=job.out_dir,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=job.batch_size // micro_batch,
-            max_steps=job.steps,
-            max_length=None,
-            learning_rate=job.learning_rate,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            train_sampling_strategy="sequential",  # the rows come in the order of the steps
-            logging_steps=1,
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            **settings,
-        ),
-        train_dataset=data,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=job.r, lora_alpha=job.alpha, lora_dropout=0.0, target_modules="all-linear"
-        ),
-        callbacks=[Listener()],
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=job.r, lora_alpha=job.alpha, lora_dropout=0.0, target_modules="all-linear"
     )
+    trainer = kind(model=job.checkpoint_dir, args=args, train_dataset=data, peft_config=lora, callbacks=[Listener()])
     begin_with(trainer.model, load_file(job.start_file))
     trainer.train()
     trainer.save_model(job.out_dir)

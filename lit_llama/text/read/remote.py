@@ -71,10 +71,13 @@ def fetch(url: str, endings: Sequence[str], remark: Remark) -> list[Copy]:
         remark: Takes what is left out.
 
     Raises:
+        UserError: A part of a file is named that is no workbook.
         DataError: There is nothing, or not what can be read.
         ResourceError: The store or server gives no answer or refuses, a package for it is missing, or the disk is full.
     """
     shown = _shown(url)
+    if urlsplit(shown).scheme in _SERVERS and (part := urlsplit(url).fragment):
+        raise UserError(f"{shown} has no part #{part}: a sheet is named behind a workbook; leave it out")
     with _explained(shown):
         import fsspec
 

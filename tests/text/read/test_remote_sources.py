@@ -137,6 +137,8 @@ def test_a_server_is_read_and_the_key_in_its_url_is_not_kept(tmp_path: Path) -> 
         found = read(f"{url}?key=secret")
         assert answers(found) == [row["output"] for row in ROWS]
         assert found[0].where == f"{url}:line 1"
+        with pytest.raises(UserError, match=r"rows\.jsonl has no part #Sheet1"):
+            read(f"{url}#Sheet1")
         with pytest.raises(DataError, match=r"absent\.jsonl does not exist$"):
             read(url.replace("rows", "absent"))
     finally:

@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.training.compare import DRAWN_LIMITS, LIMITS
 from benchmarks.training.environments import python_of
-from benchmarks.training.job import RESULT_FILE, Job
+from benchmarks.training.job import OPTIONS, RESULT_FILE, Job
 from benchmarks.training.process import KEEP_FREED_MEMORY, ROOT, Done, run
 from benchmarks.training.rows import Rows, load_rows
 from lit_llama.errors import DataError, IntegrityError
@@ -69,6 +70,7 @@ class Settings:
     learning_rate: float
     seed: int
     preference: bool = False
+    option: str = ""
 
     def key(self) -> str:
         """Names the folder of everything made of these settings, files and weights."""
@@ -89,6 +91,9 @@ class Contest:
     def __init__(self, settings: Settings, environments: Path, work_dir: Path) -> None:
         self._settings, self._environments = settings, environments
         self.contenders = PREFERENCE_CONTENDERS if settings.preference else CONTENDERS
+        if settings.option:  # litgpt has few of them
+            self.contenders = {name: each for name, each in CONTENDERS.items() if each.peer != "litgpt"}
+        self.limits = DRAWN_LIMITS if OPTIONS[settings.option].drawn else LIMITS
         self.folder = work_dir.resolve() / settings.key()
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -129,7 +134,8 @@ class Contest:
         folder = self.folder / "start"
         path = folder / "adapter" / "adapter_model.safetensors"
         if not path.exists():
-            self._train(self.contenders[OURS], folder, self._job(folder, steps=1, start_file=""))
+            job = replace(self._job(folder, steps=1, start_file=""), option="")
+            self._train(self.contenders[OURS], folder, job)
         return path
 
     def reference(self) -> Run:
@@ -195,6 +201,7 @@ class Contest:
             alpha=ALPHA,
             seed=wanted.seed,
             preference=wanted.preference,
+            option=wanted.option,
         )
 
     def _train(self, contender: Contender, folder: Path, job: Job) -> Run:

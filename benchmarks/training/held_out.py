@@ -1,4 +1,4 @@
-"""Loss of adapters on the rows held out, in float32, by transformers and PEFT for everybody alike.
+"""Loss of adapters, or of whole models, on the rows held out, in float32, by transformers and PEFT for everybody alike.
 
 For pairs of answers it is the loss of DPO with a beta of 0.1; that of the base against itself is log 2.
 
@@ -9,6 +9,7 @@ prints a JSON array: the base's loss, then one for each adapter.
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ def main() -> None:
     losses = []
     reference: Any = None
     for adapter in (None, *adapters):
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
-        if adapter:
+        whole = adapter is not None and not (Path(adapter) / "adapter_config.json").exists()
+        folder = adapter if whole else checkpoint_dir
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if adapter and not whole:
             model = PeftModel.from_pretrained(model, adapter)
         if len(rows[0]) == 2:
             losses.append(_loss(model.eval(), rows))

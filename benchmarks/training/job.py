@@ -8,6 +8,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 JOB_FILE, RESULT_FILE = "job.json", "result.json"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A way of fine-tuning that all contenders share beyond plain LoRA.
+
+    Attributes:
+        flags: Of ours.
+        lora: Arguments of PEFT's LoraConfig; None for all weights, without an adapter.
+        arguments: Of TRL's configuration.
+        dtype: In which TRL holds the base when it is tuned.
+        drawn: Whether each step draws numbers, so that losses of two programs differ by chance.
+    """
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    drawn: bool = False
+
+
+_MIXED: dict[str, Any] = {"flags": {"precision": "bf16-mixed"}, "arguments": {"bf16": True}, "dtype": "float32"}
+OPTIONS = {
+    "": Option(),
+    "dropout": Option(flags={"lora.dropout": 0.05}, lora={"lora_dropout": 0.05}, drawn=True),
+    "dora": Option(flags={"lora.use_dora": True}, lora={"use_dora": True}),
+    "rslora": Option(flags={"lora.use_rslora": True}, lora={"use_rslora": True}),
+    "neftune": Option(flags={"train.neftune_noise_alpha": 5}, arguments={"neftune_noise_alpha": 5.0}, drawn=True),
+    "bf16-mixed": Option(**_MIXED),
+    "full": Option(**_MIXED, lora=None),
+}
+"""What benchmarks/train.py --option names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +60,11 @@ class Job:
         r: Rank of the adapter on all linear layers.
         alpha: The update is scaled by alpha / r.
         seed: Of our order and our lora_A, which the peers are given.
-        precision: Of ours, as its flag.
+        precision: Of ours, as its flag; empty for that of the option, or else the default.
         quantize: The same; empty for a base as it is stored.
         tuned: The peers' best settings instead of their defaults.
         preference: The rows are pairs of answers, for the loss of DPO.
+        option: Name in OPTIONS.
     """
 
     checkpoint_dir: str
@@ -45,10 +79,11 @@ class Job:
     r: int
     alpha: int
     seed: int
-    precision: Literal["auto", "bf16-true", "32-true"] = "auto"
+    precision: Literal["", "bf16-true", "32-true"] = ""
     quantize: str = ""
     tuned: bool = False
     preference: bool = False
+    option: str = ""
 
     def write(self, folder: Path) -> Path:
         """Save as job.json."""

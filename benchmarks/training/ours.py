@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.job import Course, Job
+from benchmarks.training.job import OPTIONS, Course, Job
 
 DOORS = Path(__file__).parent.parent.parent / "finetune"
 
@@ -38,7 +38,8 @@ def main() -> None:
 
     Log.step = step  # type: ignore[method-assign]
     Trainer.refer = refer  # type: ignore[method-assign]
-    door = str(DOORS / ("dpo.py" if job.preference else "lora.py"))
+    name = "dpo" if job.preference else "full" if OPTIONS[job.option].lora is None else "lora"
+    door = str(DOORS / f"{name}.py")
     sys.argv = [door, *flags(job)]
     runpy.run_path(door, run_name="__main__")
     course.write(job)
@@ -46,15 +47,11 @@ def main() -> None:
 
 def flags(job: Job) -> list[str]:
     """The command line: what is shared with the peers, and else the defaults."""
-    values = {
+    values: dict[str, Any] = {
         "checkpoint_dir": job.checkpoint_dir,
         "data_dir": job.data_dir,
         "out_dir": job.out_dir,
-        "precision": job.precision,
         "seed": job.seed,
-        "lora.r": job.r,
-        "lora.alpha": job.alpha,
-        "lora.dropout": 0,
         "train.max_steps": job.steps,
         "train.epochs": job.steps,  # enough of them, whatever the number of rows
         "train.batch_size": job.batch_size,
@@ -66,6 +63,12 @@ def flags(job: Job) -> list[str]:
         "train.eval_interval": job.steps,
         "train.sample_prompts": 0,
     }
+    option = OPTIONS[job.option]
+    if option.lora is not None:
+        values |= {"lora.r": job.r, "lora.alpha": job.alpha, "lora.dropout": 0}
+    values |= option.flags
+    if job.precision:
+        values["precision"] = job.precision
     if job.quantize:
         values["quantize"] = job.quantize
     return [f"--{name}={value}" for name, value in values.items()]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.training.job import Course, Job
+from benchmarks.training.job import OPTIONS, Course, Job
 from benchmarks.training.rows import load_rows
 
 
@@ -32,7 +32,8 @@ def main() -> None:
 def arguments(job: Job) -> dict[str, Any]:
     """Arguments of a trainer's configuration that all of TRL's contenders share."""
     micro_batch = job.micro_batch if job.tuned else 8  # 8 is its default
-    settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}} if job.tuned else {}
+    option = OPTIONS[job.option]
+    settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": option.dtype}} if job.tuned else {}
     return {
         "output_dir": job.out_dir,
         "per_device_train_batch_size": micro_batch,
@@ -48,11 +49,15 @@ def arguments(job: Job) -> dict[str, Any]:
         "use_cpu": True,
         "disable_tqdm": True,
         **settings,
+        **option.arguments,
     }
 
 
 def train(kind: Any, args: Any, data: Any, job: Job, course: Course) -> None:
-    """Train an adapter from the job's start with one of TRL's trainers, and save it with the course of the run."""
+    """Train an adapter from the job's start with one of TRL's trainers, and save it with the course of the run.
+
+    An option without adapters trains all weights.
+    """
     from peft import LoraConfig
     from transformers import TrainerCallback
 
@@ -67,11 +72,13 @@ def train(kind: Any, args: Any, data: Any, job: Job, course: Course) -> None:
             if "loss" in logs:
                 course.step(float(logs["loss"]))
 
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=job.r, lora_alpha=job.alpha, lora_dropout=0.0, target_modules="all-linear"
-    )
+    lora = None
+    if (own := OPTIONS[job.option].lora) is not None:
+        shared = {"lora_dropout": 0.0, "target_modules": "all-linear"}
+        lora = LoraConfig(task_type="CAUSAL_LM", r=job.r, lora_alpha=job.alpha, **shared | own)
     trainer = kind(model=job.checkpoint_dir, args=args, train_dataset=data, peft_config=lora, callbacks=[Listener()])
-    begin_with(trainer.model, load_file(job.start_file))
+    if lora:
+        begin_with(trainer.model, load_file(job.start_file))
     trainer.train()
     trainer.save_model(job.out_dir)
     course.write(job)

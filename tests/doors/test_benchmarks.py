@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from benchmarks import bases, scaling
 from benchmarks.training import contest, environments, ours, peer_litgpt, peer_trl, process, show, synthetic
-from benchmarks.training.compare import Speed, agreement, speed, summary
+from benchmarks.training.compare import DRAWN_LIMITS, Speed, agreement, speed, summary
 from benchmarks.training.contest import CONTENDERS, OURS, Contest, Settings
-from benchmarks.training.job import Course, Job
+from benchmarks.training.job import OPTIONS, Course, Job
 from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
 from lit_llama.device import peak_memory
 from lit_llama.errors import DataError, IntegrityError, ResourceError
@@ -130,6 +130,26 @@ def test_a_quantised_base_is_a_flag_of_ours(tmp_path: Path) -> None:
     assert not any("quantize" in flag for flag in ours.flags(tiny_job(tmp_path)))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_is_the_same_for_all(option: str, tmp_path: Path) -> None:
+    """Each setting of ours has its twin in TRL's and PEFT's words, and no other flag moves."""
+    job = tiny_job(tmp_path, option=option)
+    plain, found = (set(ours.flags(each)) for each in (replace(job, option=""), job))
+    named = {flag.partition("=")[0] for flag in plain ^ found}
+    theirs = {
+        "dropout": {"--lora.dropout"},
+        "dora": {"--lora.use_dora"},
+        "rslora": {"--lora.use_rslora"},
+        "neftune": {"--train.neftune_noise_alpha"},
+        "bf16-mixed": {"--precision"},
+        "full": {"--precision", "--lora.r", "--lora.alpha", "--lora.dropout"},
+    }
+    assert named == theirs.get(option, set())
+    changed = peer_trl.arguments(job).items() - peer_trl.arguments(replace(job, option="")).items()
+    assert dict(changed) == OPTIONS[option].arguments
+    assert (OPTIONS[option].lora is None) == (option == "full")
+
+
 def test_losses_on_a_base_are_those_of_the_model_before_and_after(tiny_folder: Path, tmp_path: Path) -> None:
     """Catches a loss of untrained tokens, labels that are not shifted, and an adapter that is left out."""
     rows, adapter = rows_of(5, steps=[[0]]), write_adapter(tmp_path / "adapter", tiny_folder)
@@ -156,6 +176,8 @@ def test_agreement_is_held_to_each_of_its_limits() -> None:
     assert not agreement([loss + 0.003 for loss in wanted], 1.0, wanted, 1.0).holds  # mean
     assert not agreement(wanted, 1.003, wanted, 1.0).holds  # held out
     assert not agreement([math.nan, *wanted[1:]], 1.0, wanted, 1.0).holds
+    assert agreement([2.05, *wanted[1:]], 1.01, wanted, 1.0, DRAWN_LIMITS).holds
+    assert not agreement([2.05, *wanted[1:]], 1.03, wanted, 1.0, DRAWN_LIMITS).holds
     with pytest.raises(ValueError, match="zip"):
         agreement(wanted[:-1], 1.0, wanted, 1.0)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no insta
 
 from benchmarks.training.compare import Speed, agreement, speed, summary
 from benchmarks.training.contest import FILES, OURS, Contest, Run, Settings
-from benchmarks.training.environments import PEERS
+from benchmarks.training.environments import PEERS, fast_bfloat16
 from benchmarks.training.process import check_idle
 from benchmarks.training.show import plot, table
 from lit_llama.cli import CLI
@@ -109,6 +109,8 @@ def main(
         raise UserError(f"--micro_batches has {bad[0]}, which does not divide --batch_size {batch_size}")
     if option and task == "preference":
         raise UserError(f"--option {option} is for --task supervised")
+    if option == "bf16-mixed" and not fast_bfloat16():
+        raise ResourceError("--option bf16-mixed: this processor has no products in bfloat16, and no one would use it")
     settings = Settings(
         checkpoint_dir=checkpoint_dir,
         files=files or FILES,

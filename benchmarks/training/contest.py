@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.training.compare import DRAWN_LIMITS, LIMITS
-from benchmarks.training.environments import python_of
+from benchmarks.training.environments import fast_bfloat16, python_of
 from benchmarks.training.job import OPTIONS, RESULT_FILE, Job
 from benchmarks.training.process import KEEP_FREED_MEMORY, ROOT, Done, run
 from benchmarks.training.rows import Rows, load_rows
@@ -202,6 +202,7 @@ class Contest:
             seed=wanted.seed,
             preference=wanted.preference,
             option=wanted.option,
+            bfloat16=fast_bfloat16(),
         )
 
     def _train(self, contender: Contender, folder: Path, job: Job) -> Run:

@@ -30,11 +30,23 @@ class Packages:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def _flags() -> list[str]:
+    """Instructions of this processor, where the kernel tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii").splitlines()
+    except OSError:
+        return []
+    return next((line.split() for line in lines if line.startswith("flags")), [])
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_flags())
+
+
 def _instructions() -> str:
     """CMake's options of ggml for this processor: what it finds out alone where it is built for the machine at hand."""
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text("ascii").splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
+    if not (flags := _flags()):
         return ""
     known = {
         **{name: name.upper() for name in ("avx2", "fma", "f16c", "bmi2")},
@@ -42,7 +54,7 @@ def _instructions() -> str:
         # Not AMX_INT8: llama.cpp's products of 8-bit tiles end the process on some processors that have them.
         **{"avx512_bf16": "AVX512_BF16", "amx_tile": "AMX_TILE", "amx_bf16": "AMX_BF16"},
     }
-    found = [f"-DGGML_{option}=ON" for name, option in known.items() if name in flags.split()]
+    found = [f"-DGGML_{option}=ON" for name, option in known.items() if name in flags]
     return " ".join(["-DGGML_NATIVE=OFF", *found])
 
 

@@ -2,7 +2,8 @@
 
 Its model, its collate function, its chunked head and cross entropy, Fabric, and the step of its finetune/lora.py, with
 one change: micro-batches are weighted by their trained tokens, so that the loss is that of the others. As it comes it
-trains in bf16-mixed, one sample at a time; tuned in bf16-true, as its tutorials advise.
+trains in bf16-mixed, one sample at a time; tuned in bf16-true, as its tutorials advise, or in float32 where the
+processor is slow at bfloat16.
 """
 
 import json
@@ -43,7 +44,8 @@ def main() -> None:
         lora_dropout=0.0,
         **{f"lora_{part}": True for part in parts},
     )
-    fabric = L.Fabric(devices=1, accelerator="cpu", precision="bf16-true" if job.tuned else "bf16-mixed")
+    best = "bf16-true" if job.bfloat16 else "32-true"
+    fabric = L.Fabric(devices=1, accelerator="cpu", precision=best if job.tuned else "bf16-mixed")
     with fabric.init_module(empty_init=False):
         model = GPT(config)
     mark_only_lora_as_trainable(model)

@@ -33,7 +33,11 @@ def arguments(job: Job) -> dict[str, Any]:
     """Arguments of a trainer's configuration that all of TRL's contenders share."""
     micro_batch = job.micro_batch if job.tuned else 8  # 8 is its default
     option = OPTIONS[job.option]
-    settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": option.dtype}} if job.tuned else {}
+    settings: dict[str, Any] = {}
+    if job.tuned:
+        dtype = "bfloat16" if job.bfloat16 and not option.mixed else "float32"
+        settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": dtype}}
+        settings |= {"bf16": job.bfloat16} if option.mixed else {}
     return {
         "output_dir": job.out_dir,
         "per_device_train_batch_size": micro_batch,

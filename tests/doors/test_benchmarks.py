@@ -142,12 +142,17 @@ def test_an_option_is_the_same_for_all(option: str, tmp_path: Path) -> None:
         "rslora": {"--lora.use_rslora"},
         "neftune": {"--train.neftune_noise_alpha"},
         "bf16-mixed": {"--precision"},
-        "full": {"--precision", "--lora.r", "--lora.alpha", "--lora.dropout"},
+        "full": {"--lora.r", "--lora.alpha", "--lora.dropout"},
     }
     assert named == theirs.get(option, set())
     changed = peer_trl.arguments(job).items() - peer_trl.arguments(replace(job, option="")).items()
     assert dict(changed) == OPTIONS[option].arguments
     assert (OPTIONS[option].lora is None) == (option == "full")
+    for fast in (True, False):
+        tuned = peer_trl.arguments(replace(job, tuned=True, bfloat16=fast))
+        mixed = option in ("bf16-mixed", "full")
+        assert tuned["model_init_kwargs"] == {"dtype": "bfloat16" if fast and not mixed else "float32"}
+        assert tuned.get("bf16", False) == (fast and mixed)
 
 
 def test_losses_on_a_base_are_those_of_the_model_before_and_after(tiny_folder: Path, tmp_path: Path) -> None:

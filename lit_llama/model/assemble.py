@@ -39,6 +39,8 @@ class Assembly:
         product: Dtype of the matrix products, if it is not that of the norms (autocast).
         dress: Changes modules after layers are fused.
         keep_memory: Fused layers keep their memory from step to step.
+        spread: The frozen weights of layers will be spread over processes, each layer whole only while it computes.
+        device: Where layers will compute; None for where their weights are.
     """
 
     adapt: Callable[[LLaMA], str] | None = None
@@ -49,6 +51,8 @@ class Assembly:
     product: torch.dtype | None = None
     dress: Callable[[LLaMA], object] | None = None
     keep_memory: bool = True
+    spread: bool = False
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,14 @@ def assemble(base: LLaMA | Callable[[], LLaMA], assembly: Assembly) -> Assembled
         if reason := assembly.plain or why_plain(layer, assembly.product):
             reasons[reason] += 1
     if not assembly.plain:
-        fuse(model, assembly.checkpointing, assembly.product, keep_memory=assembly.keep_memory)
+        fuse(
+            model,
+            assembly.checkpointing,
+            assembly.product,
+            keep_memory=assembly.keep_memory,
+            spread=assembly.spread,
+            device=assembly.device,
+        )
     if assembly.dress:
         assembly.dress(model)
     recompute_activations(model, assembly.checkpointing)

@@ -94,6 +94,7 @@ class Build:
     quantize: Quantization | None = None
     noise: float = 0.0
     plain: str = ""
+    spread: bool = False
 
     def assembly(self, begin: Callable[[LLaMA], object] | None = None) -> Assembly:
         """Return the order for the model of a run.
@@ -105,9 +106,10 @@ class Build:
             adapt=self.method.apply,
             begin=begin,
             noise=self.noise,
-            plain=self.plain,
             checkpointing=self.checkpointing,
+            plain=self.plain,
             product=self.numerics.product,
+            spread=self.spread,
         )
 
     def sizes(self) -> Sizes:

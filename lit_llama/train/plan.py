@@ -139,13 +139,8 @@ class Plan:
             checkpointing=self.train.activation_checkpointing,
             quantize=self.quantize,
             noise=self.train.neftune_noise_alpha,
-            plain=self._plain,
+            spread=self.processes.sharded,
         )
-
-    @property
-    def _plain(self) -> str:
-        """Why no layer is fused, where none is to be."""
-        return "they are spread over the processes" if self.processes.sharded else ""
 
     @cached_property
     def sizes(self) -> Sizes:

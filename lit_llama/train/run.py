@@ -191,7 +191,7 @@ def build(method: Method, config: RunConfig, plan: Plan, owns_process: bool) -> 
     seed_everything(config.seed)
     loaded = "cpu" if processes.sharded else device
     load = partial(load_model, config.base, loaded, numerics.rest, config.quantize, numerics.linear, mapped=False)
-    assembled = assemble(load, plan.build.assembly(method.begin))
+    assembled = assemble(load, replace(plan.build.assembly(method.begin), device=device))
     if processes.sharded:
         shard(assembled.model, device, processes.size)
     stderr().print(assembled.describe())

@@ -42,7 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixed": {"numerics": MIXED},
     "mixed, full": {"numerics": MIXED, "method": Full()},
     "dora, dropout": {"method": LoRA(LoRAConfig(use_dora=True, dropout=0.1))},
-    "spread": {"plain": "they are spread over the processes"},
+    "spread": {"spread": True},
+    "spread, dora, whole layers": {"spread": True, "checkpointing": "full", "method": LoRA(LoRAConfig(use_dora=True))},
 }
 SAID = {
     "plain": "layers: 2 fused",
@@ -54,7 +55,7 @@ SAID = {
     "noise": "layers: 2 fused",
     "mixed": "layers: 2 fused",
     "mixed, full": "layers: 2 fused",
-    "spread": "layers: 2 plain (they are spread over the processes)",
+    "spread": "layers: 2 fused",
     "nf4": "layers: 2 fused",
 }
 

@@ -109,6 +109,22 @@ def test_gradients_are_those_in_float64(option: str, leave: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "leave"),
+    [("dora, biases", "selective"), ("norms of heads, too", "none"), ("embedding and head", "full")],
+)
+def test_weights_that_are_to_be_spread_are_not_moved(option: str, leave: Any) -> None:
+    """And each is read when it is multiplied with: its values and its place are others in every pass. Catches a matrix
+    that holds the weights of the pass before, columns of one layer in those of another, and an update that is lost."""
+    _, wanted = step(model_of(option, torch.float64))
+    model = model_of(option)
+    assert fuse(model, leave, spread=True) == 3
+    for name, parameter in model_of(option).named_parameters():  # the same values, elsewhere
+        if name.endswith("proj.weight"):
+            model.get_parameter(name).data = parameter.data
+    assert max(distances(step(model)[1], wanted).values()) < 1e-5
+
+
+@pytest.mark.parametrize(
     "option", ["dora, biases", "norms of heads, too", "full, norms of heads", "embedding and head"]
 )
 def test_in_bfloat16_they_are_no_less_exact_than_autograds(option: str) -> None:

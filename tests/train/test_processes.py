@@ -103,8 +103,8 @@ def test_two_processes_stop_together_and_one_continues(
 def test_torchrun_continues_what_one_process_began(
     tiny_folder: Path, data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the layers spread over both; catches passes that one process does alone and the other waits for, an adapter
-    that is cut to pieces, moments that are lost, and numbers that only our own launcher knows."""
+    """With the layers spread over both, and fused; catches passes that one process does alone and the other waits for,
+    an adapter that is cut to pieces, moments that are lost, and numbers that only our own launcher knows."""
     out, step = tmp_path / "out", Trainer.step
 
     def stopped(self: Trainer) -> dict[str, object]:
@@ -119,6 +119,7 @@ def test_torchrun_continues_what_one_process_began(
     status, said = start(tiny_folder, data, out, torchrun, "--strategy", "fsdp", "--resume", "auto")
     assert status == 0, said
     assert "2 processes" in said and "continuing from" in said and said.count("next: ") == 1
+    assert said.count("layers: 2 fused\n") == 1 and "Warning" not in said
     assert_same_run(out, straight)
     ours, theirs = (load_file(last_state(path) / OPTIMIZER_FILE) for path in (out, straight))
     for name, value in ours.items():
@@ -134,7 +135,8 @@ def test_layers_that_are_spread_carry_dora_and_a_whole_head(tiny_folder: Path, d
     out = tmp_path / "out"
     status, said = start(tiny_folder, data, out, [], "--devices", 2, "--strategy", "fsdp", *more)
     assert status == 0 and "the frozen layers spread over all" in said, said
-    assert_same_run(out, expected, atol=1e-5)  # layers of one process are fused
+    assert "layers: 2 fused\n" in said
+    assert_same_run(out, expected, atol=1e-5)  # which holds a layer as one matrix
 
 
 def test_a_process_that_dies_ends_the_other(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

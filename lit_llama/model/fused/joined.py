@@ -2,8 +2,9 @@
 
 The weights W of all of them stand below each other, and so A and B, each B at its own rows and columns. What goes in
 has room for u = A x beside x in one buffer, and what comes back for du = s B' dy beside dy, so that updates cost
-little: see `OneMatrix` for a base as it is, quantized.py for others, outputs.py for what follows the product. Where
-updates drop values of x, each has an x of its own, and so products of its own with A.
+little: see `OneMatrix` for a base as it is, `Spread` for one that lies in parts, quantized.py for others, outputs.py
+for what follows the product. Where updates drop values of x, each has an x of its own, and so products of its own with
+A.
 
 Shapes: T tokens, r ranks of all layers together, R of them with what fills up to a multiple that suits the device.
 """
@@ -285,3 +286,38 @@ class OneMatrix(Joined):
     def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
         rows = self.outputs + self.tail if update else self.outputs
         return torch.mm(dy[:, :rows], self._matrix[:rows, : self.inputs])
+
+
+class Spread(Joined):
+    """Layers whose weights are spread over processes (FSDP): whole, and to be read, only while the layer computes.
+
+    Nothing holds on to a weight from pass to pass, nor moves it: each layer is multiplied alone, out of the memory that
+    its weight is gathered into, and writes its own columns.
+    """
+
+    def _weights(self) -> Iterator[Tensor]:
+        """The weights as they are multiplied with, one after the other."""
+        for base in self.bases:
+            assert isinstance(base, nn.Linear)
+            yield base.weight.detach().to(self._up)
+
+    def product(self, out: Tensor, x: Tensor, residual: Tensor | None) -> None:
+        inner, u = x[:, : self.inputs], x[:, self.inputs :]
+        parts = zip(self._weights(), out.split(self.sizes, dim=1), self._up.split(self.sizes), strict=True)
+        for weight, place, up in parts:
+            if self.tail:  # the update is small, and the product not rounded yet when it is added
+                torch.addmm(torch.mm(u, up.t()), inner, weight.t(), out=place)
+            else:
+                torch.mm(inner, weight.t(), out=place)
+        if residual is not None:
+            out.add_(residual)
+
+    def product_back(self, dy: Tensor, *, update: bool = True) -> Tensor:
+        dx = torch.mm(dy[:, self.outputs :], self._down) if self.tail and update else None
+        for weight, part in zip(self._weights(), dy[:, : self.outputs].split(self.sizes, dim=1), strict=True):
+            dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
+        assert dx is not None
+        return dx
+
+    def dense(self) -> Tensor:
+        return torch.cat([*self._weights()])

@@ -34,23 +34,31 @@ from lit_llama.model.rope import Rotation
 
 
 def fuse(
-    model: LLaMA, leave: Checkpointing = "none", product: torch.dtype | None = None, *, keep_memory: bool = True
+    model: LLaMA,
+    leave: Checkpointing = "none",
+    product: torch.dtype | None = None,
+    *,
+    keep_memory: bool = True,
+    spread: bool = False,
+    device: torch.device | None = None,
 ) -> int:
     """Replace the layers that can be by fused ones, in place; gives their number.
 
-    Call it when all other replacements are done and the weights are where they stay.
+    Call it when all other replacements are done and the weights are where they stay, or else are to be spread.
 
     Args:
         model: With its adapters, or as a whole to be trained.
         leave: What is computed again in the backward pass.
         product: Dtype of the matrix products, if it is not that of the norms.
         keep_memory: Layers keep their memory from step to step.
+        spread: Their frozen weights will be whole only while a layer computes.
+        device: Where they will compute; None for where their weights are.
     """
     layers = model.model.layers
     arena = Arena(1 if leave == "full" else len(layers), kept=keep_memory)
     for index, layer in enumerate(layers):
         if isinstance(layer, DecoderLayer) and not why_plain(layer, product):
-            layers[index] = FusedLayer(layer, leave, arena, product)
+            layers[index] = FusedLayer(layer, leave, arena, product, spread=spread, device=device)
     return sum(isinstance(layer, FusedLayer) for layer in layers)
 
 
@@ -89,22 +97,29 @@ class FusedLayer(DecoderLayer):
     """A decoder layer that computes as above where it is given packed samples, and plainly where it is not."""
 
     def __init__(
-        self, layer: DecoderLayer, leave: Checkpointing, arena: Arena, product: torch.dtype | None = None
+        self,
+        layer: DecoderLayer,
+        leave: Checkpointing,
+        arena: Arena,
+        product: torch.dtype | None = None,
+        *,
+        spread: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         attention, mlp = layer.self_attn, layer.mlp
         assert isinstance(attention, Attention)
-        self.leave, self.arena = leave, arena
+        self.leave, self.arena, self.spread = leave, arena, spread
         heads = (attention.q_norm, attention.k_norm)
         self.head_norms = [Norm(norm) for norm in heads if isinstance(norm, nn.RMSNorm)]
         self.stream_norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         weight = layer.input_layernorm.weight
-        self.dtype, like = weight.dtype, weight.detach().to(product or weight.dtype)
-        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], like)
-        self.out = join([attention.o_proj], like)
-        self.gate_up = join([mlp.gate_proj, mlp.up_proj], like)
-        self.down = join([mlp.down_proj], like)
+        self.dtype, like = weight.dtype, weight.detach().to(device, product or weight.dtype)
+        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], like, spread=spread)
+        self.out = join([attention.o_proj], like, spread=spread)
+        self.gate_up = join([mlp.gate_proj, mlp.up_proj], like, spread=spread)
+        self.down = join([mlp.down_proj], like, spread=spread)
         self.joined = (self.qkv, self.out, self.gate_up, self.down)
 
     def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
@@ -165,13 +180,14 @@ class _Kept:
         """A piece of memory for the tokens of x (T, C), and in it the places of the layer's result and of these."""
         qkv, out, gate_up, down = layer.joined
         wide = layer.dtype.itemsize // qkv.dtype.itemsize  # of a number of the stream, in those of the products
-        widths = [down.outputs * wide, qkv.outputs, out.inputs + out.tail, out.outputs * wide, qkv.tail, down.tail]
+        result = 0 if layer.spread else down.outputs  # FSDP hooks itself to results, and warns of views
+        widths = [result * wide, qkv.outputs, out.inputs + out.tail, out.outputs * wide, qkv.tail, down.tail]
         widths += [out.raw, down.raw, *([0, 0] if layer.leave == "selective" else [gate_up.outputs, gate_up.tail])]
         piece, parts = layer.arena.take(x.new_empty(0, dtype=qkv.dtype), [len(x) * width for width in widths])
         for index in (0, 3):
             parts[index] = parts[index].view(layer.dtype)
         y, *places = (part.view(len(x), part.numel() // len(x)) for part in parts)
-        return piece, y, cls.of(places)
+        return piece, y if result else x.new_empty(len(x), down.outputs), cls.of(places)
 
 
 def _forward(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_llama.device import capabilities
 from lit_llama.model import float8
-from lit_llama.model.fused.joined import Joined, OneMatrix
+from lit_llama.model.fused.joined import Joined, OneMatrix, Spread
 from lit_llama.model.low_rank import DoRALinear, LoRALinear, LoRAOnQuantized, base_of
 from lit_llama.model.quantize import Float8Linear, QuantizedLinear
 
@@ -87,6 +87,7 @@ def kind_of(linear: nn.Module) -> type[Joined] | None:
     return KINDS.get(type(linear.base_layer if isinstance(linear, LoRAOnQuantized | DoRALinear) else linear))
 
 
-def join(linears: Sequence[nn.Module], like: Tensor) -> Joined:
-    """Join layers of one kind into one; see `Joined`."""
-    return KINDS[type(base_of(linears[0]))](linears, like)
+def join(linears: Sequence[nn.Module], like: Tensor, *, spread: bool = False) -> Joined:
+    """Join layers of one kind into one; see `Joined`, and `Spread` for weights that are to be spread."""
+    kind = KINDS[type(base_of(linears[0]))]
+    return (Spread if spread and kind is OneMatrix else kind)(linears, like)

@@ -89,6 +89,18 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 """Fields of config.json of families that differ from LLaMA in more than a few fields."""
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+}
+"""Those of mixtures of experts."""
 
 
 def fields_of(raw: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.convert.frame import companions_of_adapter, with_dtype, write_companions
-from lit_llama.convert.gguf.architectures import architecture
+from lit_llama.convert.gguf.config import to_metadata
 from lit_llama.convert.gguf.modelfile import check_modelfile, write_modelfile
 from lit_llama.convert.gguf.scan import model_name
 from lit_llama.convert.gguf.writer import check_file, check_type, write_gguf
@@ -112,7 +112,7 @@ def _write(
     base = base_of(adapter_dir, base_dir)
     config = LLaMAConfig.from_folder(base)
     if gguf:
-        architecture(config)  # before the work, which can take hours
+        to_metadata(config)  # before the work, which can take hours
     onto = _choose(adapter_dir, onto)
     tokenizer = adapter_tokenizer(adapter_dir, base, config.vocab_size)
     merged = Merged(base, adapter_dir, onto, dtype)

@@ -224,9 +224,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "model.layers.1.self_attn.q_proj.bias is None",
     ),
     "factors of llama 3": (wrong_tensor("rope_freqs.weight", np.full(8, 3, np.float32)), "rope_freqs.weight"),
-    "mixture of experts": (
+    "router without experts": (
         wrong_tensor("blk.0.ffn_gate_inp.weight", np.ones((64, 4), np.float32)),
-        "blk.0.ffn_gate_inp.weight",
+        "block_sparse_moe.gate.weight is",
     ),
     "vector for a matrix": (wrong_tensor("output.weight", np.ones(64, np.float32)), "lm_head.weight is (64,)"),
     "integers": (wrong_tensor("output_norm.weight", np.ones(64, np.int8)), "output_norm.weight"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, write_tokenizer
-from gguf_files import OTHERS, SHAPE, fields_of, write_model
+from gguf_files import EXPERTS, OTHERS, SHAPE, fields_of, write_model
 from gguf_files import write_gguf as write_as_llama_cpp
 from llama_cpp import LlamaCpp
 from tokenizers import Tokenizer
@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": (1, 1, 1, 0)},
     "yarn": {"rope_scaling": RopeScaling(rope_type="yarn", factor=4, beta_fast=16, **LONG)},
-    **{name: fields_of(raw) for name, raw in OTHERS.items()},
+    **{name: fields_of(raw) for name, raw in (OTHERS | EXPERTS).items()},
 }
 IDS = [(7 * index) % 380 + 3 for index in range(200)]
 

@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 
-from lit_llama.convert.gguf.architectures import architecture, entry_of, in_rotary_pairs
+from lit_llama.convert.gguf.architectures import architecture, entry_of, in_rotary_pairs, is_stacked
 from lit_llama.convert.gguf.reader import GGUFTensor
 from lit_llama.convert.gguf.scan import Files, model_name, read_parts
 from lit_llama.convert.gguf.writer import add_key, check_file
@@ -110,7 +110,12 @@ def _tensors(
         raise CheckpointError(f"{adapter_dir} changes nothing: there is no update of low rank, or its alpha is 0")
     found: dict[str, Tensor] = {}
     for name, module in modules.items():
-        stem = entry_of(config).names(f"{name}.weight")
+        stem = entry_of(config).names(f"{name}.weight") or name
+        if is_stacked(stem):
+            raise CheckpointError(
+                f"{adapter_dir}: {name} is an expert, and those of a layer are one tensor {stem} in GGUF, on which no "
+                f"adapter is written; {_MERGE}"
+            )
         lora_A, lora_B = module.lora_A.detach(), module.lora_B.detach() * (alphas[name] / alpha)
         if isinstance(module, LoRAEmbedding):
             lora_A = lora_A.t()
@@ -188,6 +193,8 @@ def _updates(files: Files, config: LLaMAConfig) -> dict[str, tuple[Tensor, Tenso
         native = entry_of(config).native_name(stem)
         if ending not in (_A, _B) or native is None or not native.endswith(".weight"):
             raise CheckpointError(f"tensor {name} has no place in an adapter of a LLaMA model")
+        if is_stacked(stem):
+            raise CheckpointError(f"tensor {name} is an update of stacked experts, which is not read")
         if len(extent.shape) != 2:
             raise CheckpointError(f"tensor {name} is {extent.shape}, expected a matrix")
         pairs.setdefault(native, {})[ending] = GGUFTensor.at(part, name, extent).read(torch.float32)

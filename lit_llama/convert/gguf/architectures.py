@@ -3,8 +3,10 @@
 Names of tensors and keys: the gguf package, and llama.cpp's models.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lit_llama.convert.source import Names
 from lit_llama.errors import CheckpointError
@@ -22,6 +24,7 @@ _ATTENTION = {
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _JOINED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+_ROUTER, _STACKS = "ffn_gate_inp", ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _FOUR_NORMS = {
     "attn_norm": "input_layernorm",
@@ -50,6 +53,8 @@ class Architecture:
         temperature: Queries are scaled by position.
         by_width: Number of layers of the one size whose scores are scaled by the width of the model for each head, and
             not by the size of a head; 0 for none.
+        experts: The family whose layers have experts; "" for none.
+        expert_width: Key of the width of an expert; "" where it is that of an MLP.
     """
 
     families: tuple[str, ...]
@@ -65,24 +70,44 @@ class Architecture:
     head: str = "any"
     temperature: bool = False
     by_width: int = 0
+    experts: str = ""
+    expert_width: str = ""
 
-    @property
-    def names(self) -> Names:
-        """GGUF's names by Hugging Face's."""
+    @cached_property
+    def _inner(self) -> Mapping[str, str]:
+        """Names of the tensors of a layer, and Hugging Face's; of stacked experts with {} for the number of one."""
+        if not self.experts:
+            return self.inner
+        implied = FAMILIES[self.experts].implied
+        block = implied.get("expert_block", LLaMAConfig.expert_block)
+        projections = implied.get("expert_projections", LLaMAConfig.expert_projections)
+        stacks = {theirs: f"{block}.experts.{{}}.{ours}" for theirs, ours in zip(_STACKS, projections, strict=True)}
+        return {**self.inner, _ROUTER: f"{block}.gate", **stacks}
+
+    def names(self, native: str) -> str | None:
+        """Return GGUF's name of a tensor that Hugging Face calls `native`, of an expert that of the tensor in which all
+        of a layer are; None if there is none."""
+        return self._names(re.sub(r"\.experts\.\d+\.", ".experts.{}.", native))
+
+    @cached_property
+    def _names(self) -> Names:
         return Names(
             outer={f"{ours}.weight": f"{theirs}.weight" for theirs, ours in _OUTER.items()},
             layer="blk.{}.",
-            inner={f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in self.inner.items() for kind in KINDS},
+            inner={f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in self._inner.items() for kind in KINDS},
         )
 
     def native_name(self, name: str) -> str | None:
-        """Translate blk.0.attn_q.weight into model.layers.0.self_attn.q_proj.weight; None for what has no place."""
+        """Translate blk.0.attn_q.weight into model.layers.0.self_attn.q_proj.weight; None for what has no place.
+
+        A name with {} for a number is that of stacked experts.
+        """
         stem, _, kind = name.rpartition(".")
         if stem in _OUTER:
             return f"{_OUTER[stem]}.{kind}"
         parts = stem.split(".")
-        if len(parts) == 3 and parts[0] == "blk" and parts[2] in self.inner:
-            return f"model.layers.{parts[1]}.{self.inner[parts[2]]}.{kind}"
+        if len(parts) == 3 and parts[0] == "blk" and parts[2] in self._inner:
+            return f"model.layers.{parts[1]}.{self._inner[parts[2]]}.{kind}"
         return None
 
     def scalar(self, config: LLaMAConfig) -> float:
@@ -95,9 +120,15 @@ class Architecture:
 KINDS = ("weight", "bias")
 _GLM = _ATTENTION | _JOINED_MLP
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(families=("llama", "mistral"), paired=True),
+    "llama": Architecture(families=("llama", "mistral", "mixtral"), paired=True, experts="mixtral"),
     "qwen2": Architecture(families=("qwen2",)),
     "qwen3": Architecture(families=("qwen3",)),
+    "qwen3moe": Architecture(
+        families=("qwen3_moe",),
+        inner=_ATTENTION | _NORMS,
+        experts="qwen3_moe",
+        expert_width="expert_feed_forward_length",
+    ),
     "granite": Architecture(
         families=("granite",),
         paired=True,
@@ -183,6 +214,16 @@ def in_rotary_pairs(config: LLaMAConfig) -> bool:
     return entry_of(config).paired
 
 
+def is_stacked(name: str) -> bool:
+    """Whether a tensor that GGUF calls `name` holds the matrices of all experts of a layer."""
+    return name.endswith(tuple(f".{stack}.weight" for stack in _STACKS))
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor that GGUF calls `name` is a router, which is stored as vectors are."""
+    return name.endswith(f".{_ROUTER}.weight")
+
+
 def offset(name: str, config: LLaMAConfig) -> float:
     """Return what llama.cpp's weight of a norm is more than Hugging Face's; 0 for other tensors."""
     return config.norm_offset if name.endswith("norm.weight") else 0.0
@@ -215,6 +256,20 @@ def check_form(config: LLaMAConfig) -> None:
         and "final_logit_softcapping" not in entry.keys,
         **{f"{field} is none": getattr(config, field) is None for field in entry.keys},
         f"rotary positions of {config.model_type} are not stretched": entry.temperature and config.rope_scaling is None,
+        **_other_experts(entry, config),
     }
     if found := next((what for what, is_so in other.items() if is_so), None):
         raise CheckpointError(f"{found}, which the architecture {name!r} of llama.cpp does not compute")
+
+
+def _other_experts(entry: Architecture, config: LLaMAConfig) -> dict[str, bool]:
+    """What experts are that llama.cpp does not compute, and whether they are."""
+    if config.model_type != entry.experts:
+        return {}
+    plain = [layer for layer in range(config.num_hidden_layers) if not config.sparse(layer)]
+    other_width = config.moe_intermediate_size not in (None, config.intermediate_size)
+    return {
+        "norm_topk_prob is false": not config.norm_topk_prob,
+        f"layers {plain} have no experts": bool(plain),
+        f"moe_intermediate_size is {config.moe_intermediate_size}": other_width and not entry.expert_width,
+    }

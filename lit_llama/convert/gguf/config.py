@@ -56,6 +56,7 @@ _READ = {
 _WINDOW = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
 _TEMPERATURE, _LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
 _FACTOR = "rope.scaling.attn_factor"
+_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _IGNORED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal", "expert_used_count"}
 # Keys of neighbouring models, with the values other than 0 and false that leave the mathematics as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -65,6 +66,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (1.0,),
     "logit_scale": (1.0,),
     "expert_weights_scale": (1.0,),
+    "expert_weights_norm": (True,),  # which llama.cpp does in these architectures, whatever the key says
+    "expert_gating_func": (1,),  # softmax
 }
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, by default
 _MAX_SIZE = 2**20  # of whatever a model has: heads, components of a vector
@@ -134,7 +137,8 @@ class Reading:
         ends = [self.get("tokenizer.ggml.eos_token_id", int)]
         ends += [self.metadata[key] for end in _ENDS[1:] if (key := f"tokenizer.ggml.{end}_token_id") in self.metadata]
         window = self._window(values["num_hidden_layers"])
-        family = self.entry.families[-1 if window and self.entry.windows else 0]
+        experts = self._experts(values["num_hidden_layers"], shapes)
+        family = self.entry.experts if experts else self.entry.families[-1 if window and self.entry.windows else 0]
         values |= {
             "model_type": family,
             "vocab_size": shapes["model.embed_tokens.weight"][0],
@@ -154,6 +158,7 @@ class Reading:
         implied = FAMILIES[family].implied
         values |= {name: value(values) if callable(value) else value for name, value in implied.items()}
         values |= {name: shortest(self.get(key, float)) for name, key in self.entry.keys.items()} | window
+        values |= experts
         if FAMILIES[family].sliding_theta:
             usual = self.entry.local_rope_theta or values["rope_theta"]
             values["local_rope_theta"] = shortest(self.get("rope.freq_base_swa", float, usual))
@@ -165,6 +170,27 @@ class Reading:
         if "query_pre_attn_scalar" in FAMILIES[family].defaults:
             config = replace(config, query_pre_attn_scalar=self.entry.scalar(config))
         return self._llama3(config, divisors[ROPE_FREQS]) if ROPE_FREQS in divisors else config
+
+    def _experts(self, layers: int, shapes: Iterable[str]) -> dict[str, Any]:
+        """Fields of experts; empty if there are none."""
+        only = self.entry.experts == self.entry.families[0]
+        if not self.entry.experts or not (only or self.get("expert_count", int, 0)):
+            return {}
+        values = {name: self.get(key, int) for name, key in _EXPERTS.items()}
+        if self.entry.expert_width:
+            values["moe_intermediate_size"] = self.get(self.entry.expert_width, int)
+        for name, value in values.items():
+            if not 1 <= value <= _MAX_SIZE:
+                raise CheckpointError(f"{self.architecture}: {name} is {value}, which cannot be")
+        there = sum(".experts." in name for name in shapes)
+        if (count := values["num_local_experts"]) * layers * 3 > there:  # which must not even be planned
+            raise CheckpointError(
+                f"{self.architecture}.expert_count is {count}, but the file has {there} matrices of experts, not 3 of "
+                f"each in {layers} layers"
+            )
+        if self.get("expert_weights_norm", default=True) is not True:
+            raise CheckpointError(f"{self.architecture}.expert_weights_norm is false, which is not implemented")
+        return values | {"norm_topk_prob": True}
 
     def _window(self, layers: int) -> dict[str, Any]:
         """Fields of the window of layers that have one; empty if none do, or the architecture knows of none."""
@@ -189,6 +215,7 @@ class Reading:
             known = {*_READ, *_IGNORED, *self.entry.keys.values()} | (_WINDOW if self.entry.windows else set())
             known |= {_TEMPERATURE, _LOG} if self.entry.temperature else set()
             known |= {"attention.sliding_window"} if self.entry.unused_window else set()
+            known |= {*_EXPERTS.values(), self.entry.expert_width} if self.entry.experts else set()
             if not name.startswith(prefix) or key in known or self._is_neutral(key, _uniform(value)):
                 continue
             only = f", only {_NEUTRAL[key][0]!r} is" if key in _NEUTRAL else ", which is not"
@@ -306,6 +333,10 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
         "rope.freq_base": config.rope_theta,
     }
     values |= {key: float(getattr(config, field)) for field, key in entry.keys.items()}
+    if config.model_type == entry.experts:
+        values |= {key: getattr(config, field) for field, key in _EXPERTS.items()}
+        width = config.moe_intermediate_size or config.intermediate_size
+        values |= {entry.expert_width: width} if entry.expert_width else {}
     if (entry.windows or entry.unused_window) and config.sliding_window:
         values["attention.sliding_window"] = config.sliding_window
         if config.local_rope_theta not in (None, entry.local_rope_theta or config.rope_theta):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_llama.convert import listed
 from lit_llama.convert.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.gguf.architectures import in_rotary_pairs, offset
+from lit_llama.convert.gguf.architectures import in_rotary_pairs, is_router, offset
 from lit_llama.convert.gguf.config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Reading, absent_biases
 from lit_llama.convert.gguf.scan import Extent, read_parts
 from lit_llama.convert.listed import from_metadata
@@ -33,6 +33,7 @@ from lit_llama.model.weights import Stored, check_finite
 BLOCK = 2**24
 """Values that are dequantised, or quantised, at once: 64 MiB in float32."""
 
+_MAX_EXPERTS = 1 << 12  # of a layer
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _PACKED = (
     *(Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
@@ -116,7 +117,9 @@ class GGUFFile:
                 if name in (ROPE_FREQS, ROPE_LONG, ROPE_SHORT) and extent.size <= 2**16:
                     divisors[name] = tensor.read(torch.float32)
                 elif native := reading.entry.native_name(name):
-                    self.tensors[native] = tensor
+                    stacked = "{}" in native
+                    for index, one in enumerate(_unstacked(name, extent) if stacked else [extent]):
+                        self.tensors[native.format(index)] = GGUFTensor.at(part, name, one) if stacked else tensor
                 else:
                     raise CheckpointError(f"tensor {name} has no place in a LLaMA model")
             shapes = {name: tensor.extent.shape for name, tensor in self.tensors.items()}
@@ -138,17 +141,18 @@ class GGUFFile:
     def dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype that each tensor is kept in: as it is stored, bfloat16 for what is quantised.
 
-        llama.cpp stores every vector in float32. One that came from a narrower dtype returns to that of the matrices;
-        one that would lose a bit stays.
+        llama.cpp stores every vector, and every router, in float32. One that came from a narrower dtype returns to
+        that of the matrices; one that would lose a bit stays.
         """
         values: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
-            if len(tensor.extent.shape) > 1:
+            if len(tensor.extent.shape) > 1 and not is_router(tensor.name):
                 values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
         main = max(values, key=lambda dtype: values[dtype])
 
         def kept(name: str, tensor: GGUFTensor) -> torch.dtype:
-            if len(tensor.extent.shape) > 1 or tensor.dtype != torch.float32:
+            narrow = len(tensor.extent.shape) == 1 or is_router(tensor.name)
+            if not narrow or tensor.dtype != torch.float32:
                 return tensor.dtype
             value = tensor.rows.read() - offset(name, self.config)
             return main if torch.equal(value.to(main).float(), value) else torch.float32
@@ -164,6 +168,15 @@ class GGUFFile:
             value = self.tensors[name].read(torch.float32 if added else dtype)
         value = (value - added).to(dtype) if added else value
         return in_halves(name, value, self.config) if in_rotary_pairs(self.config) else value
+
+
+def _unstacked(name: str, extent: Extent) -> list[Extent]:
+    """The matrices of the experts in one tensor (E, out, in), one after the other."""
+    count, *shape = extent.shape
+    if len(shape) != 2 or not 1 <= count <= _MAX_EXPERTS:
+        raise CheckpointError(f"{name} is {extent.shape}, expected (experts, rows, columns)")
+    size = extent.size // count
+    return [Extent(extent.kind, tuple(shape), extent.offset + index * size, size) for index in range(count)]
 
 
 def check_model(metadata: Mapping[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """A model in Hugging Face's names -> one GGUF file, for llama.cpp, Ollama and whatever else reads them.
 
-As llama.cpp's converter does it: vectors stay in float32, matrices are of the type asked for, and the rotary rows of
-the architecture "llama" stand in pairs. The mixtures (`_m`) and what stands in for a type that does not fit are those
-of llama.cpp's quantize.
+As llama.cpp's converter does it: vectors and routers stay in float32, matrices are of the type asked for, those of the
+experts of a layer are one tensor, and the rotary rows of the architecture "llama" stand in pairs. The mixtures of types
+(`_m`) and what stands in for a type that does not fit are those of llama.cpp's quantize.
 """
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,12 +21,19 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType as FileType
 from torch import Tensor
 
-from lit_llama.convert.gguf.architectures import architecture, entry_of, in_rotary_pairs, offset
+from lit_llama.convert.gguf.architectures import (
+    architecture,
+    entry_of,
+    in_rotary_pairs,
+    is_router,
+    is_stacked,
+    offset,
+)
 from lit_llama.convert.gguf.config import rope_tensors, to_metadata
 from lit_llama.convert.gguf.reader import BLOCK
 from lit_llama.convert.gguf.scan import model_name
 from lit_llama.convert.gguf.tokenizer import vocabulary
-from lit_llama.convert.source import EMBEDDING, HEAD, Source, check_shapes
+from lit_llama.convert.source import HEAD, Source, check_shapes
 from lit_llama.convert.tensors import in_pairs
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.folder.place import aside, check_writable
@@ -131,15 +138,17 @@ def plan(source: Source, dtype: str | None) -> Plan:
         dtype: Of the matrices.
     """
     scheme, config = _scheme(dtype), source.shape
+    translate = entry_of(config).names
     kinds: dict[str, Kind] = {}
     odd: dict[tuple[Kind, Kind], list[str]] = {}
     for name, (stored, shape) in source.specs.items():
         if name == HEAD and config.tie_word_embeddings:
             continue
-        if len(shape) == 1:
+        called = translate(name) or name
+        if len(shape) == 1 or is_router(called):
             kinds[name] = Kind.F32
             continue
-        wanted = _wanted(name, config, scheme) if scheme else _STORED[stored]
+        wanted = _wanted(called, config, scheme) if scheme else _STORED[stored]
         kinds[name] = _fitting(wanted, shape[-1])
         if kinds[name] != wanted:
             odd.setdefault((wanted, kinds[name]), []).append(name)
@@ -152,15 +161,22 @@ def plan(source: Source, dtype: str | None) -> Plan:
 
 
 def _wanted(name: str, config: LLaMAConfig, scheme: _Scheme) -> Kind:
-    if name == HEAD or (name == EMBEDDING and config.tie_word_embeddings):
+    """The type of a matrix that GGUF calls `name`."""
+    first, _, last = name.removesuffix(".weight").rpartition(".")
+    if last == "output" or (last == "token_embd" and config.tie_word_embeddings):
         return scheme.head
-    if scheme.more is None or not name.endswith(("v_proj.weight", "down_proj.weight")):
+    if config.num_local_experts == 8 and scheme.matrices not in _PLAIN:  # Mixtral, of which attention is a small part
+        if last in ("attn_k", "attn_v"):
+            return Kind.Q8_0
+        if last == "attn_output" and scheme.matrices == Kind.Q4_K:
+            return Kind.Q5_K
+    if scheme.more is None or last not in ("attn_v", "ffn_down", "ffn_down_exps"):
         return scheme.matrices
-    layer, layers = int(name.split(".")[2]), config.num_hidden_layers
+    layer, layers = int(first.split(".")[1]), config.num_hidden_layers
     if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
         return scheme.more
     shared = layers == 80 and config.num_key_value_heads < config.num_attention_heads  # Llama 70B: v serves 8 heads
-    return Kind.Q5_K if shared and "v_proj" in name else scheme.matrices
+    return Kind.Q5_K if shared and last == "attn_v" else scheme.matrices
 
 
 def _fitting(kind: Kind, width: int) -> Kind:
@@ -213,8 +229,14 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None, name
     metadata = _metadata(source, planned, name or _name(source.path))
     divisors = {name: value.numpy() for name, value in rope_tensors(source.shape).items()}
     translate = entry_of(source.shape).names
-    names = {name: translate(name) or name for name in kinds}
-    sizes = {name: math.prod(quants.quant_shape_to_byte_shape(source.specs[name][1], kinds[name])) for name in kinds}
+    tensors: dict[str, list[str]] = {}  # those of a source that are one in the file, by its name there
+    for name in kinds:
+        tensors.setdefault(translate(name) or name, []).append(name)
+    shapes = {called: _shape(source, called, names) for called, names in tensors.items()}
+    sizes = {
+        called: math.prod(quants.quant_shape_to_byte_shape(shapes[called], kinds[names[0]]))
+        for called, names in tensors.items()
+    }
     check_space(destination, sum(sizes.values()))
     destination.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -225,17 +247,25 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None, name
             add_key(writer, key, value)
         for key, values in divisors.items():
             writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
-        for name, kind in kinds.items():
-            writer.add_tensor_info(
-                names[name], source.specs[name][1], np.dtype(np.float32), sizes[name], raw_dtype=kind
-            )
+        for called, names in tensors.items():
+            kind = kinds[names[0]]
+            writer.add_tensor_info(called, shapes[called], np.dtype(np.float32), sizes[called], raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for values in divisors.values():
             writer.write_tensor_data(values)
-        for name in track(list(kinds), f"writing {len(kinds)} tensors"):
-            writer.write_tensor_data(_pack(source, name, kinds[name]))
+        for called, names in track(list(tensors.items()), f"writing {len(tensors)} tensors"):
+            packed, kind = np.empty((len(names), sizes[called] // len(names)), np.uint8), kinds[names[0]]
+            for place, name in zip(packed, names, strict=True):
+                place[:] = _pack(source, name, kind).reshape(-1)
+            writer.write_tensor_data(packed)
+
+
+def _shape(source: Source, called: str, names: Sequence[str]) -> tuple[int, ...]:
+    """Of a tensor in the file, of which experts are many matrices."""
+    shape = source.specs[names[0]][1]
+    return (len(names), *shape) if is_stacked(called) else shape
 
 
 def check_file(destination: Path) -> None:

@@ -4,6 +4,7 @@ Charts are lines over the steps of a run, as shapes in a square of 100 by 100 th
 beside.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,15 +37,9 @@ def render(
         formats: Filters of this template, and ways of `value` to write a number.
         context: Further names.
     """
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = ChoiceLoader([PackageLoader(name, "") for name in dict.fromkeys((package, _HERE))])
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     ways: dict[str, Callable[..., Any]] = {"number": number, "percent": percent, **(formats or {})}
-    environment.filters |= {"visible": visible, "flags": flags_html} | ways
 
     def value(path: str, style: str = "number") -> Any:
         """A number of report.json, which the element names."""
@@ -55,7 +50,20 @@ def render(
 
     sheets = [(_HERE, "report.css"), *((package, name) for name in styles)]
     style = Markup("\n").join(Markup((files(where) / name).read_text("utf-8")) for where, name in sheets)  # all ours
-    return environment.get_template(template).render(report, style=style, value=value, **context)
+    return _template(package, template, tuple(ways.items())).render(report, style=style, value=value, **context)
+
+
+@functools.cache
+def _template(package: str, template: str, ways: tuple[tuple[str, Callable[..., Any]], ...]) -> Any:
+    """Compile a template once: a run renders its report with each evaluation."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loader = ChoiceLoader([PackageLoader(name, "") for name in dict.fromkeys((package, _HERE))])
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"visible": visible, "flags": flags_html} | dict(ways)
+    return environment.get_template(template)
 
 
 def number(value: float) -> str:

@@ -159,18 +159,21 @@ class Build:
     @cached_property
     def shares(self) -> bool:
         """Whether what samples begin with is computed once for all of them while training."""
-        return self._shares(train=True)
+        return self._shares[True]
 
     @cached_property
     def evaluation_shares(self) -> bool:
         """Whether what samples begin with is computed once for all of them in an evaluation, which drops nothing."""
-        return self._shares(train=False)
+        return self._shares[False]
 
-    def _shares(self, *, train: bool) -> bool:
+    @cached_property
+    def _shares(self) -> dict[bool, bool]:
+        """Both, by whether it trains."""
         if self.numerics.device.type != "cpu" or compiled() is None:
-            return False
+            return {True: False, False: False}
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return can_share(self._with_layers(1)._model().train(train))
+            model = self._with_layers(1)._model()
+            return {train: can_share(model.train(train)) for train in (True, False)}
 
     def _with_layers(self, number: int) -> "Build":
         return replace(self, config=self.config.shortened(number))

@@ -8,9 +8,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from lit_llama.errors import UserError
 from lit_llama.model.llama import LLaMA
@@ -33,6 +30,10 @@ def shard(model: LLaMA, device: torch.device, size: int) -> None:
     Raises:
         UserError: Nothing in the layers is frozen.
     """
+    # Half of what a fine-tuning script imports, sympy with them, for the few that shard.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     if all(parameter.requires_grad for parameter in model.model.layers.parameters()):
         raise UserError("--strategy fsdp spreads frozen weights, and here all of them train; use --strategy ddp")
     mesh = init_device_mesh(device.type, (size,))
@@ -66,6 +67,8 @@ def spread(plan: Plan, strategy: Strategy) -> Plan:
 
 def _move(module: nn.Module, device: torch.device) -> None:
     """Bring to the device what is not sharded; a weight that two modules share stays shared."""
+    from torch.distributed.tensor import DTensor
+
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)

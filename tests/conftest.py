@@ -14,9 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import known_passes
 import numpy as np
 import pytest
 import torch
+from cores import ALLOWED, on_cores, on_the_cpu
 from fake_hub import REPO, FakeHub
 
 from lit_llama.console import verbose
@@ -42,7 +44,6 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 verbose()  # tests read what is said
 name_flags()  # as doors say it
-ALLOWED = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHATML = (
@@ -157,9 +158,14 @@ def write_tokenizer(folder: Path) -> None:
 
 LONGEST = {
     *("test_planned_memory", "test_plan", "test_preference_processes", "test_processes", "test_resume"),
-    *("test_attack", "test_rows_road", "test_benchmarks", "test_python_docs", "test_ray_executor"),
+    *("test_attack", "test_rows_road", "test_contest", "test_python_docs", "test_ray_executor"),
 }
 """Modules of tests that take the longest."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make, ahead of the workers, the folder of what they tell each other."""
+    config.add_cleanup(known_passes.begin())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -180,46 +186,11 @@ def one_core() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def on_cores(cores: set[int]) -> Iterator[None]:
-    """Leave this process those cores, and a thread for each."""
-    if not cores:
-        yield
-        return
-    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-        torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def on_the_cpu() -> Iterator[None]:
-    """No GPU, whatever is there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-
-
 @pytest.fixture(scope="session", autouse=True)
 def passes_are_counted_once() -> Iterator[None]:
-    """Most runs of the tests are of the same few shapes: what a pass of one takes, which every run finds out for its
-    plan, is found once for all."""
-    from lit_llama.train.footprint import Build
-
-    run, known = Build._run, dict[str, int]()
-
-    def once(self: Build, shape: Any, *, train: bool) -> int:
-        key = repr((self, shape, train))
-        if key not in known:
-            known[key] = run(self, shape, train=train)
-        return known[key]
-
+    """What a pass of a shape takes is found once for all processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Build, "_run", once)
+        known_passes.keep(patch)
         yield
 
 

@@ -5,6 +5,7 @@ A process that has computed with OpenMP must not be forked: its forks hang.
 
 import contextlib
 import errno
+import importlib
 import os
 import runpy
 import sys
@@ -13,7 +14,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import pytest
+from known_passes import keep
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 ROOT = Path(__file__).parent.parent
+
+
+def import_all() -> None:
+    """Import what commands import before they end, once for all forks: half of what a run of seconds takes."""
+    for name in ("datasets", "jsonargparse", "matplotlib.backends.backend_agg", "gguf", "tokenizers", "jinja2"):
+        importlib.import_module(name)
+    for name in (
+        "convert.delta",
+        "convert.gguf.writer",
+        "convert.merge",
+        "generate.answer",
+        "text.dataset.records",
+        "train.run",
+        "train.start",
+    ):
+        importlib.import_module(f"lit_llama.{name}")
+    FakeTensorMode()  # imports torch's compiler
 
 
 def become(script: str, words: Sequence[object]) -> NoReturn:
@@ -25,6 +47,7 @@ def become(script: str, words: Sequence[object]) -> NoReturn:
     """
     status = 1
     try:
+        keep(pytest.MonkeyPatch())
         sys.argv = [script, *map(str, words)]
         runpy.run_path(str(ROOT / script), run_name="__main__")
         status = 0

@@ -16,13 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
 import torch
-from forks import become, ended
+from forks import become, ended, import_all
 from small_runs import flags_of, outcome
 
-import lit_llama.train.run  # noqa: F401
 from lit_llama.train.state import STATES_DIR, find_states, is_whole
 
 CALLS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "open"}
@@ -92,5 +89,6 @@ def main(checkpoint: Path, data: Path, folder: Path, seed: int) -> dict[str, Any
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import_all()
     *paths, number = sys.argv[1:]
     print(json.dumps(main(*map(Path, paths), int(number))))

@@ -16,6 +16,7 @@ from lit_llama.train.launch import launch
 def main(checkpoint: Path, folder: Path, settings: list[dict[str, Any]]) -> None:
     """Every setting into a folder of its name; one with `stopped` is ended after that step and continued."""
     import pytest
+    from known_passes import keep
     from pair_data import prefer
     from small_runs import Killed, stop_after
 
@@ -29,6 +30,7 @@ def main(checkpoint: Path, folder: Path, settings: list[dict[str, Any]]) -> None
             yield processes
 
         patch.setattr(run_module, "join", joined)
+        keep(patch)
         for setting in settings:
             name, data, stopped = (setting.pop(key) for key in ("name", "data", "stopped"))
             if stopped:

@@ -1,6 +1,7 @@
 """Run by test_planned_memory.py in a process of its own: runs of a small model, and the memory that each one took.
 
-Every run is a fork of this process, which has imported what a door imports and nothing else: its peak is its own.
+Every run is a fork of this process, which has imported what a door imports ahead of its plan and nothing else: its peak
+is its own.
 """
 
 import json
@@ -9,6 +10,9 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+import datasets  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import keep_few_products
 from lit_llama.model.config import LoRAConfig
@@ -56,6 +60,7 @@ def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
 
 def main(folder: Path, settings: list[dict[str, Any]]) -> None:
     """Every setting in a fork; prints a line of JSON for each."""
+    FakeTensorMode()  # imports torch's compiler
     for setting in settings:
         process = os.fork()
         if not process:

@@ -1,7 +1,6 @@
 """Scripts on a terminal of their own, and which bytes that arrive there act."""
 
 import functools
-import importlib
 import json
 import os
 import pty
@@ -10,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from forks import ROOT, all_of_terminal, become, ended
+from forks import ROOT, all_of_terminal, become, ended, import_all
 
 EVIL = "\x1b]0;owned\x07 \x1b[5;7m \x9b2J \r \x08 \x7f \u202e \u2066 \u061c \u200e a\u200bb a\u200db \ufeff"
 """Sets a title, blinks, clears, goes back, turns the direction, and hides letters."""
@@ -50,8 +49,7 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     """Answer requests until the input ends: a fork on a terminal for each."""
-    for name in ("torch", "datasets", "safetensors.torch", "lit_llama.train.run"):
-        importlib.import_module(name)
+    import_all()
     for line in sys.stdin:
         request = json.loads(line)
         pid, terminal = pty.fork()

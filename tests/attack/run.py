@@ -15,6 +15,7 @@ from pathlib import Path
 import damage
 import fuzz
 import kills
+import known_passes
 import races
 import terminals
 from world import build
@@ -47,7 +48,7 @@ def main() -> int:
         asked.add_argument(f"--{name}", type=int, default=0)
     asked.add_argument("--seed", type=int, default=1)
     given = asked.parse_args()
-    wrong = []
+    wrong, end = [], known_passes.begin()
     print(f"seed {given.seed}\n| attack | trials | wrong | what came of it |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="attack-") as home:
         keep_kernels(Path(home, "caches"))
@@ -61,6 +62,7 @@ def main() -> int:
                 wrong += [f"{name}: {line}" for line in result.wrong]
     for line in wrong[:50]:
         print(line.replace(home, "HOME"), file=sys.stderr)
+    end()
     return 1 if wrong else 0
 
 

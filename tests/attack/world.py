@@ -14,20 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import matplotlib.pyplot  # noqa: F401
 import torch
 from delta_files import delta_of, folder_of, state_of
-from forks import become, ended
+from forks import become, ended, import_all
 from killed_runs import count_calls
 from small_runs import ROWS, flags_of, outcome
 
-import lit_llama.convert.delta
-import lit_llama.convert.gguf.writer
-import lit_llama.convert.merge
-import lit_llama.generate.answer
-import lit_llama.text.dataset.records
-import lit_llama.train.run
-import lit_llama.train.start  # noqa: F401
 from lit_llama.folder.manifest import check_folder
 
 SECONDS = 120
@@ -152,6 +144,7 @@ class World:
 def build(home: Path) -> World:
     """Make the world with the commands themselves."""
     torch.set_num_threads(1)
+    import_all()
     base = folder_of(home / "base", state_of(0, 384))
     delta = folder_of(home / "difference", delta_of("add"))
     rows, prompts = home / "rows.json", home / "prompts.json"

@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -76,14 +75,13 @@ def test_every_door_is_tested() -> None:
 @pytest.mark.parametrize("door", DOORS)
 def test_help_is_quick_and_names_every_parameter(door: str) -> None:
     """An import of torch at the top of a module, or a parameter that is not a flag."""
-    before = sum(os.times()[2:4])
     command = [sys.executable, "-X", "importtime", str(ROOT / door), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert sum(os.times()[2:4]) - before < 1.5, "seconds of CPU"
     said = result.stderr.splitlines()
     assert result.returncode == 0 and all(line.startswith("import time:") for line in said), result.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in said}
     assert "lit_llama" in imported and not imported & {"torch", "datasets", "pyarrow", "transformers"}
+    assert len(said) < 400, "modules, which are what the time goes into; torch alone has a thousand"
     for words, function in commands(door):
         text = run_here(door, *words, "--help").stdout if words else result.stdout
         for name in inspect.signature(function).parameters:

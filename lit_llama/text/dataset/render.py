@@ -19,6 +19,7 @@ Note = Literal["thoughts_left_out", "typed_ends", "looks_rendered", "opened", "j
 """Of a row: its answer is trained without its thoughts; ends in an end that somebody typed; is a text that was rendered
 before; is trained behind what the template ends a prompt in, and does not write before an answer; or begins with what
 the tokenizer would join to the end of its prompt."""
+_SHOWN = 4  # words of a template
 _MARKS = re.compile(r"</?s>|<\|\w+\|>|<(?:start|end)_of_turn>")  # as control tokens of most models are spelled
 _TYPED_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>")
 _NEAR = 12  # characters on either side of a border within which a tokenizer may join something
@@ -244,8 +245,20 @@ class Renderer:
         """What to say of an answer that does not end."""
         found = f"the prompt style {self._style.name} ends an answer in {run.text[-20:]!r}, which is no control token"
         if last:
-            return f"{found} of this tokenizer; a model trained so would never stop: name a style with --prompt_style"
+            return (
+                f"{found} of this tokenizer{self._foreign()}; a model trained so would never stop: name a style with "
+                "--prompt_style"
+            )
         return f"{found} of this tokenizer; train the last answer of each row alone with --train_on last"
+
+    def _foreign(self) -> str:
+        """What to say of words that a template spells as control tokens, and that are none of the tokenizer."""
+        template = self._style.jinja(bos=True)
+        words = [word for word in dict.fromkeys(_MARKS.findall(template)) if word not in self._tokenizer.control]
+        if not words:
+            return ""
+        shown = ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
+        return f", nor is {shown} of the template: it may be that of another model"
 
     def _text_runs(self, text: str) -> list[Run]:
         """Runs of a plain text, which stands at the beginning, whatever is put before it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import GLM4
 from conftest import samples_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -322,6 +323,15 @@ def test_an_end_of_the_last_answer_only_makes_each_a_sample(zoo: dict[str, Path]
     assert len(samples_of(encode(ours, style, chat, train_on="last"))) == 1
     with pytest.raises(CheckpointError, match=r"which is no control token .* --train_on last"):
         encode(ours, style, chat, mask_inputs=False)
+
+
+def test_a_template_of_another_model_is_named_by_its_tokens(zoo: dict[str, Path]) -> None:
+    """Catches an answer that ends in its last letter, and no word of what the tokenizer lacks."""
+    ours, style = Tokenizer.from_path(zoo["byte level"]), style_of(GLM4)
+    with pytest.raises(
+        CheckpointError, match=r"no control token of this tokenizer, nor is .*<\|user\|>.* of the templ"
+    ):
+        encode(ours, style, [QUESTION, ANSWER])
 
 
 def test_typed_ends_are_noted_and_taken_away_on_request(zoo: dict[str, Path]) -> None:

@@ -13,6 +13,9 @@ from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
 from lit_llama.model.rows import whole
 
+MANY = 1000
+"""Adapted matrices of a mixture of experts from which on it is said."""
+
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Freeze `model` and put adapters on the modules that `config` names, in place.
@@ -135,6 +138,18 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Yield the adapted modules with their full names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+
+
+def many(model: nn.Module) -> str:
+    """Say that a model has so many adapters that they are what takes time, and what to do; "" if it has not."""
+    names = [name for name, _ in adapters(model)]
+    of_experts = sum(".experts." in name for name in names)
+    if len(names) <= MANY or not of_experts:
+        return ""
+    return (
+        f"{len(names):,} matrices are adapted, {of_experts:,} of them of experts, each with few tokens to learn by and "
+        "products of its own: --lora.target_modules q_proj,k_proj,v_proj,o_proj adapts attention alone"
+    )
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

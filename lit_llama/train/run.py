@@ -35,6 +35,7 @@ from lit_llama.memory import amount
 from lit_llama.model.assemble import Assembled, assemble
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.lora import many
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.inspect.report import look_at
@@ -195,6 +196,8 @@ def build(method: Method, config: RunConfig, plan: Plan, owns_process: bool) -> 
     if processes.sharded:
         shard(assembled.model, device, processes.size)
     stderr().print(assembled.describe())
+    if remark := many(assembled.model):
+        stderr().print(remark)
     trim_freed_memory()
     if owns_process and plan.roomy:
         keep_freed_memory()

@@ -18,7 +18,7 @@ from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
 from lit_llama.model.experts import SparseMLP
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.lora import adapters, apply_lora, many
 from lit_llama.model.weights import Weights
 from lit_llama.train.footprint import Build, Shape, _Count
 from lit_llama.train.loss import TokenLoss
@@ -180,3 +180,18 @@ def test_configurations_of_both_releases_are_one(tmp_path: Path) -> None:
     older = raw | {"num_experts": 5}
     assert LLaMAConfig.from_dict(older) == LLaMAConfig.from_folder(tmp_path)
     assert LLaMAConfig.from_folder(tmp_path).to_dict("float32")["num_experts"] == 5
+
+
+def test_thousands_of_small_adapters_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bound that a tiny model meets; catches a slow run that nobody explains, and a word where none is due."""
+    monkeypatch.setattr("lit_llama.model.lora.MANY", 30)
+
+    def said(settings: dict[str, Any], targets: str) -> str:
+        model = LLaMA(LLaMAConfig.from_dict(SHAPE | settings))
+        apply_lora(model, LoRAConfig(r=2, alpha=4, target_modules=targets))
+        return many(model)
+
+    # Of each of two layers four matrices of attention, and three of each of five experts.
+    assert said(QWEN, "all-linear").startswith("38 matrices are adapted, 30 of them of experts")
+    assert "--lora.target_modules q_proj,k_proj,v_proj,o_proj" in said(MIXTRAL, "all-linear")
+    assert said(QWEN, "q_proj,v_proj") == said({"model_type": "llama", "num_hidden_layers": 6}, "all-linear") == ""

@@ -33,8 +33,8 @@ class TrainConfig:
         batch_size: Samples per optimizer step.
         micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients. auto is
             2048 on a CPU, 8192 on a GPU, or less where the memory asks for it.
-        learning_rate: Highest learning rate. auto is a published rule by the width of the model and the alpha of the
-            adapter, in docs/finetune.md; run.yaml has the number.
+        learning_rate: Highest learning rate. auto, which preference training has not, is a published rule by the width
+            of the model and the alpha of the adapter, in docs/finetune.md; run.yaml has the number.
         schedule: Course of the learning rate after the warm-up; wsd stays at the top and falls at the end.
         min_lr_ratio: Where cosine, linear and wsd end, as a share of the highest learning rate.
         warmup_ratio: Share of the steps over which the learning rate rises; 0.03 if warmup_steps is not given either.

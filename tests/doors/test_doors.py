@@ -99,6 +99,12 @@ def test_every_parameter_has_its_line_of_help(door: str) -> None:
             assert parameter.annotation is not inspect.Parameter.empty
 
 
+def test_help_offers_no_rate_that_a_run_refuses() -> None:
+    """Catches `auto` offered where there is no rule; see tests/train/test_rate.py for the refusal."""
+    said = " ".join(run_here("finetune/dpo.py", "--help").stdout.split())
+    assert "auto, which preference training has not, is a published rule" in said
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_an_unknown_flag_is_refused_before_anything_happens(door: str, tmp_path: Path) -> None:
     """A misspelled flag that is ignored."""

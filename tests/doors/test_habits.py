@@ -99,6 +99,7 @@ def test_the_words_of_peft_and_transformers_are_theirs() -> None:
         ("finetune/lora.py", "--train.max_seq_length", "prepare/records.py --max_seq_length"),
         ("finetune/lora.py", "eval.interval", "here --train.eval_interval"),
         ("prepare/records.py", "--cutoff_len", "here --max_seq_length"),
+        ("prepare/alpaca.py", "--data_file_url", "here --data_file_name, a file in --destination_path"),
         ("prepare/delta.py", "--base-model-path", "here --base_dir"),
         ("generate/chat.py", "--max_tokens", "here --max_new_tokens"),
         ("finetune/merge.py", "--export_dir", "here --destination_path"),

@@ -35,6 +35,7 @@ from lit_llama.train.optim import check_optimizer
 from lit_llama.train.plan import Plan, make_plan
 from lit_llama.train.plan_table import explained, short
 from lit_llama.train.rate import resolved, rule, shape_of, why_none
+from lit_llama.train.report.run_report import RATES, RATES_CSV
 from lit_llama.train.run import build
 from lit_llama.train.start import begin
 
@@ -46,7 +47,7 @@ NEAR = 0.01
 """Test losses that differ by less than this share are taken for equal."""
 LAST, DIVERGED = 4, 1.5
 """A rate whose last LAST steps have a loss of DIVERGED times that of the base is given up."""
-CSV_FILE, PNG_FILE = "learning_rates.csv", "learning_rates.png"
+CSV_FILE, PNG_FILE = RATES_CSV, "learning_rates.png"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool 
     """
     check_searchable(config)
     method, config = begin(method, config)
-    folder = config.out_dir.parent / f"{Path(os.path.abspath(config.out_dir)).name}-rates"
+    folder = config.out_dir.parent / f"{Path(os.path.abspath(config.out_dir)).name}{RATES}"
     check_destination(folder, CSV_FILE, replace=True)
     inputs = read_inputs(config.base, config.data_dir, method.rows)
     if not len(inputs.test):

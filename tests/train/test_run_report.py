@@ -237,6 +237,48 @@ def test_the_grave_warnings_are_said_in_the_terminal(
     assert not any("scaled down" in line for line in lines), "notes stay in the report"
 
 
+RATES = """learning_rate,steps,loss,test_loss,chosen
+0,0,,1.6825,
+0.00065,24,1.5759,1.6528,
+0.0013,24,1.5408,1.6351,yes
+0.0104,12,2.7268,diverged,
+"""
+
+
+def test_rates_that_were_compared_have_a_table_and_a_curve(tmp_path: Path) -> None:
+    """Catches a search that nobody finds again, a rate drawn at another one's place, and a loss that is not there."""
+    (tmp_path / "run-rates").mkdir()
+    (tmp_path / "run-rates" / "learning_rates.csv").write_text(RATES)
+    report = report_of(tmp_path / "run", text="x")
+    assert [rate["learning_rate"] for rate in report["rates"] if rate["chosen"]] == [0.0013]
+    assert [rate.get("test_loss") for rate in report["rates"]] == [1.6825, 1.6528, 1.6351, None]
+    page = check_alone(page_of(tmp_path / "run"))
+    words = [text.strip() for _, text in page.texts]
+    assert {"6.5e-04", "1.3e-03", "1.0e-02", "chosen", "diverged", "before training"} <= {*words}
+    assert "1.3e-03: 1.64" in words and 'href="#rates"' in page_of(tmp_path / "run")
+    for wrong in ("nothing of ours", RATES.replace("24", "x"), ""):
+        (tmp_path / "run-rates" / "learning_rates.csv").write_text(wrong)
+        assert report_of(tmp_path / "run", text="x")["rates"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"perplexity": lambda s: 500.0 + s}, "Lower --train.learning_rate, which is 0.01."),
+        ({"perplexity": lambda s: 9000.0 - 10 * s}, "It was 9,000 before 60 steps: the base knows little of such rows"),
+        ({"perplexity": lambda s: 9000.0 - s, "rate": 1e-6}, "raise --train.learning_rate, which is 1e-06"),
+        ({"perplexity": lambda s: 500.0 + s, "rate": 1e-6}, "1e-06 is low already: look at the rows"),
+        ({"loss": lambda s: 1 + s / 10, "rate": 1e-6}, "1e-06 is low already: look at the rows"),
+    ],
+)
+def test_the_way_out_suits_the_rate_and_the_base(tmp_path: Path, changes: dict[str, Any], way: str) -> None:
+    """Catches advice to lower a rate that is tiny, or of a run that was only too short."""
+    whys = [warning["why"] for warning in report_of(tmp_path / "run", text="x", **changes)["warnings"]]
+    assert any(way in why for why in whys), whys
+    if "Lower" not in way:
+        assert not any("Lower --train.learning_rate, which" in why for why in whys)
+
+
 def test_a_run_that_was_stopped_has_its_curves_and_the_way_on(tmp_path: Path) -> None:
     """A page of step 0 while metrics.csv has eighteen, and no word on how to go on."""
     write_files(tmp_path, 18, every=100, text="x", done=False)

@@ -1,6 +1,8 @@
 """report.html of a run: its curves, and how its numbers are written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import nan
 from typing import Any, NamedTuple
 
 from lit_llama.html import Chart, Line, Series, chart, figure, render
@@ -54,7 +56,31 @@ def render_page(report: Mapping[str, Any], series: Mapping[str, Series]) -> str:
         measured=_OF_PAIRS if pairs else _OF_TOKENS,
         about_losses=_ABOUT_PAIRS if pairs else _ABOUT_TOKENS,
         charts=charts(series, report["verdict"]["of_steps"]),
+        rates_chart=rates_chart(report["rates"]),
     )
+
+
+def rates_chart(rates: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Build the chart of a search for a learning rate, each a factor above the one before; None without one."""
+    tried = [rate for rate in rates if rate["steps"]]
+    found = [(place, rate["test_loss"]) for place, rate in enumerate(tried) if "test_loss" in rate]
+    before = next((rate["test_loss"] for rate in rates if not rate["steps"] and "test_loss" in rate), nan)
+    last = max(1, len(tried) - 1)
+    lines = [
+        Line("test loss", "main", found, dots=True),
+        Line("chosen", "second", [point for point in found if tried[point[0]]["chosen"]], dots=True),
+        Line("before training", "raw", [(0, before), (last, before)]),
+    ]
+    drawn = chart("Test loss of short runs by learning rate", lines, last) if found else None
+    ticks = [(100 * place / last, f"{rate['learning_rate']:.1e}") for place, rate in enumerate(tried)]
+    words = dict(zip((place for place, _ in ticks), (word for _, word in ticks), strict=True))
+    if drawn is None:
+        return None
+    dotted = [
+        replace(line, dots=[(x, y, f"{words[x]}: {said.partition(': ')[2]}") for x, y, said in line.dots])
+        for line in drawn.lines
+    ]
+    return replace(drawn, lines=dotted, x_ticks=ticks)
 
 
 def charts(series: Mapping[str, Series], steps: int) -> list[Chart]:

@@ -1,5 +1,6 @@
 """Report on a run, for people: report.html, and its numbers in report.json, out of nothing but the run folder."""
 
+import csv
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from lit_llama.train.report.warnings import warnings
 from lit_llama.train.sampler import SAMPLES_FILE
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+RATES_CSV, RATES = "learning_rates.csv", "-rates"
+"""The table of a search for a learning rate, in the folder beside that of the run that has this behind its name."""
 FORMAT = 1
 _LISTED = 5  # raw files that are named
 _COUNTED = {"rows": "rows", "tokens": "tokens", "trained_tokens": "of them trained"}
@@ -100,6 +103,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         "verdict": verdict,
         "warnings": warnings(verdict, series, settings, meta.get("data", {})),
         "evaluations": evaluations,
+        "rates": _read_rates(folder),
         "settings": flat,
         "changed": {
             name: defaults[name] for name, value in flat.items() if name in defaults and value != defaults[name]
@@ -129,6 +133,29 @@ def _evaluations(series: Mapping[str, Series]) -> list[Json]:
         for step, loss in series["test_loss"]
         if isfinite(loss)
     ]
+
+
+def _read_rates(folder: Path) -> list[Json]:
+    """Rates that were compared for the run, the base without any first; of one that diverged the test loss is left out.
+
+    Of a file that is none of ours nothing is taken: no run is to end by what lies beside it.
+    """
+    folder = folder.resolve()
+    path = folder.parent / f"{folder.name}{RATES}" / RATES_CSV
+    found = []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                numbers = {name: float(row[name]) for name in ("loss", "test_loss") if _is_number(row[name])}
+                entry = {"learning_rate": float(row["learning_rate"]), "steps": int(row["steps"]), **numbers}
+                found.append(entry | {"chosen": row["chosen"] == "yes"})
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return []
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return text not in ("", "diverged") and isfinite(float(text))
 
 
 def _speed(series: Mapping[str, Series]) -> Json:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.html import Series
+from lit_llama.train.rate import BOUNDS
 
 Json = dict[str, Any]
 _ROSE = 1.02  # last test loss / best, from which on the run went on too long
@@ -74,7 +75,10 @@ def _of_sense(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
     found = []
     rate, kind = settings.get("train", {}).get("learning_rate", 0.0), "lora" if "lora" in settings else "full"
     losses = [value for _, value in series["loss"] if math.isfinite(value)]
+    low = rate < BOUNDS[kind][0]  # than any rate that the rule of auto gives
     lower = f"Lower --train.learning_rate, which is {rate:g}."
+    if low:
+        lower = f"The learning rate of {rate:g} is low already: look at the rows with prepare/show.py."
     first, last = (sum(part) / _ENDS for part in (losses[:_ENDS], losses[-_ENDS:]))
     if len(losses) >= 2 * _ENDS and last > _UP * first:
         found.append(("fix", f"The training loss rose from {first:.4f} to {last:.4f}.", lower))
@@ -83,12 +87,23 @@ def _of_sense(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
         chance = perplexity > _CHANCE * vocabulary
         why = "That is not much better than chance." if chance else "That is far above any language."
         what = f"The perplexity is {perplexity:,.0f}, of a vocabulary of {vocabulary:,} tokens."
-        found.append(("fix" if chance else "check", what, f"{why} {lower}"))
+        before = (verdict["before"] or {}).get("perplexity")
+        way = lower if before is None or perplexity >= before else _learned_little(before, verdict, rate, kind)
+        found.append(("fix" if chance else "check", what, f"{why} {way}"))
     adam = "adam" in settings.get("train", {}).get("optimizer", "adamw")
     if adam and rate > _USUAL[kind]:
         what = f"The learning rate of {rate:g} is far above the usual ones, which are below {_USUAL[kind]:g} here."
         found.append(("check", what, "The steps may be too large to learn by; compare with a tenth of it."))
     return found
+
+
+def _learned_little(before: float, verdict: Mapping[str, Any], rate: float, kind: str) -> str:
+    """What to do where the perplexity has fallen, and not far enough: it was no lower rate that it wanted."""
+    steps = verdict["steps"]
+    fell = f"It was {before:,.0f} before {_steps(steps)}"
+    if rate < BOUNDS[kind][0]:
+        return f"{fell}: raise --train.learning_rate, which is {rate:g}, or try auto."
+    return f"{fell}: the base knows little of such rows, and needs more of them, or a higher --train.epochs."
 
 
 def _of_evaluations(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,6 +1,5 @@
 """Tests of the benchmarks' own pieces; no peer is needed."""
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, write_adapter
-from safetensors.torch import load_file
+from conftest import write_adapter
 
-from benchmarks import bases, scaling
-from benchmarks.training import contest, environments, ours, peer_litgpt, peer_trl, process, show, synthetic
+from benchmarks import bases
+from benchmarks.training import contest, environments, ours, peer_litgpt, peer_trl, process, show
 from benchmarks.training.compare import DRAWN_LIMITS, Speed, agreement, speed, summary
-from benchmarks.training.contest import CONTENDERS, OURS, Contest, Settings
+from benchmarks.training.contest import CONTENDERS, OURS
 from benchmarks.training.job import OPTIONS, Course, Job
 from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
 from lit_llama.device import peak_memory
-from lit_llama.errors import DataError, IntegrityError, ResourceError
+from lit_llama.errors import IntegrityError, ResourceError
 from lit_llama.generate.llm import load
 from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
@@ -311,64 +309,6 @@ def test_litgpt_gives_back_the_start_by_the_same_names(tiny_folder: Path) -> Non
         assert b.shape == (width, 2) and (b == hash(name) % 97.0).all()
 
 
-# the contest, with ours alone
-
-
-@pytest.fixture
-def tiny_contest(tiny_folder: Path, tmp_path: Path) -> Contest:
-    rows = [{"instruction": f"add {n} and {n * n}", "input": "", "output": f"it is {n + n * n}"} for n in range(60)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    settings = Settings(
-        checkpoint_dir=tiny_folder,
-        files=[tmp_path / "rows.json"],
-        rows=40,
-        held_out=6,
-        max_seq_length=256,
-        steps=3,
-        batch_size=8,
-        learning_rate=1e-3,
-        seed=5,
-    )
-    return Contest(settings, tmp_path / "environments", tmp_path / "work")
-
-
-def test_ours_trains_on_the_dumped_rows_from_the_dumped_start(
-    tiny_contest: Contest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the peers are given is what ours does: rows, their order, and lora_A before the first step."""
-    monkeypatch.setattr(process, "busy_share", lambda: 0.0)
-    found = tiny_contest.train(OURS, 0, 1)  # it checks the trained tokens of each step by itself
-    assert len(found["losses"]) == len(found["seconds"]) == 3
-    assert 0 < found["first_step"] < found["wall"]
-    rows = tiny_contest.rows
-    assert len(rows.train) == 38 and len(rows.held_out) == 4  # two each are the test split that a folder needs
-    model = load_model(Path(tiny_contest._settings.checkpoint_dir)).double()
-    total = 0.0
-    for row in rows.steps[0]:
-        ids, labels = rows.train[row]
-        logits = model(torch.from_numpy(ids).long())[:-1]
-        total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[1:]).long(), reduction="sum").item()
-    assert found["losses"][0] == pytest.approx(total / rows.trained_tokens(0), rel=0.01)  # bfloat16
-    start = load_file(tiny_contest.start_file)
-    torch.manual_seed(5)
-    apply_lora(fresh := load_model(Path(tiny_contest._settings.checkpoint_dir)), LoRAConfig(r=8, alpha=16))
-    for name, module in adapters(fresh):
-        assert torch.equal(start[f"base_model.model.{name}.lora_A.weight"], module.lora_A)
-
-
-def test_ours_moves_away_from_a_reference_that_stays(tiny_contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of DPO begins at log 2 and leaves it, as the reference is computed once, of no more than what trains."""
-    monkeypatch.setattr(process, "busy_share", lambda: 0.0)
-    pairs = Contest(replace(tiny_contest._settings, preference=True), Path("unused"), tiny_contest.folder)
-    found = pairs.train(OURS, 0, 1)
-    assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
-    assert all(abs(loss - math.log(2)) > 1e-3 for loss in found["losses"][1:])
-    assert found["reference"] > 0
-    assert len(pairs.rows.train) == 3 * 8
-    _, chosen, rejected = pairs.rows.train[0]
-    assert not np.array_equal(chosen, rejected)
-
-
 def test_other_rows_are_noticed(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, steps=1)
     folder = tmp_path / "run"
@@ -381,78 +321,8 @@ def test_other_rows_are_noticed(tmp_path: Path) -> None:
         contest._result(folder, job, rows_of(4, 6, steps=[[0, 1]]), done)
 
 
-def test_too_few_rows_are_an_error(tmp_path: Path, tiny_folder: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 20))
-    settings = Settings(
-        checkpoint_dir=tiny_folder,
-        files=[tmp_path / "rows.json"],
-        rows=10,
-        held_out=8,
-        max_seq_length=64,
-        steps=4,
-        batch_size=4,
-        learning_rate=1e-3,
-        seed=0,
-    )
-    with pytest.raises(DataError, match="10 rows and 8 behind them, expected 4 steps of 4"):
-        contest._write_sources(tmp_path, settings)
-
-
 def test_stock_and_tuned_share_a_program() -> None:
     assert [name for name, contender in CONTENDERS.items() if contender.tuned] == [
         "TRL + PEFT, tuned",
         "litgpt, tuned",
     ]
-
-
-# synthetic models and scaling
-
-
-def test_micro_batches_are_filled_exactly() -> None:
-    for sample_tokens in (None, 100):
-        for batch in synthetic.packed(3, 2048, 300, sample_tokens):
-            assert sum(batch.lengths) == len(batch.input_ids) == 2048
-            assert 0 < len(batch.targets) < 2048
-    mean = np.mean([length for batch in synthetic.packed(20, 8192, 300, None) for length in batch.lengths])
-    assert 90 < mean < 150
-
-
-@pytest.mark.parametrize("quantize", [None, "fp8"])
-def test_a_synthetic_model_is_measured_and_learns(quantize: Any) -> None:
-    batch = next(synthetic.packed(1, 512, tiny_config().vocab_size, None))
-    found = synthetic.train(
-        tiny_config(), torch.device("cpu"), torch.float32, [batch] * 12, warmup=2, quantize=quantize
-    )
-    assert found["first_loss"] == pytest.approx(math.log(tiny_config().vocab_size), rel=0.05)
-    assert found["last_loss"] < found["first_loss"]
-    assert found["tokens_per_second"] > 0
-    assert synthetic.ceilings("cpu", 64)["matmul_tflops"] > 0
-
-
-@pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.738), ("llama-3-8b", 8.030), ("llama-13b", 13.016)])
-def test_synthetic_shapes_are_the_real_ones(name: str, billions: float) -> None:
-    from lit_llama.model.config import LLaMAConfig
-    from lit_llama.model.llama import LLaMA
-
-    with torch.device("meta"):
-        model = LLaMA(LLaMAConfig(**synthetic.SHAPES[name]))
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
-
-
-def test_growth_is_an_exponent() -> None:
-    points = [{"axis": "rank", "value": v, "seconds": 3.0 * v, "memory": 5 * v * v, "tokens": 10} for v in (1, 2, 4, 8)]
-    assert scaling.growth(points, "seconds") == pytest.approx(1)
-    assert scaling.growth(points, "memory") == pytest.approx(2)
-    assert "value^1.00 in time, value^2.00 in memory" in scaling.table(points)
-
-
-def test_points_of_each_axis_can_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(scaling, "TOKENS", 256)
-    points = [
-        {"axis": axis, "value": value, **scaling._step(axis, value, 1)}
-        for axis, value in (("sequence_length", 128), ("micro_batch_tokens", 256), ("rank", 4))
-    ]
-    points.append({"axis": "rows", "value": 100, **scaling._rows(100)})
-    assert all(point["seconds"] > 0 for point in points)
-    scaling.plot(points, tmp_path / "scaling.png")
-    assert (tmp_path / "scaling.png").stat().st_size > 1000

@@ -186,6 +186,15 @@ def one_core() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def threads_are_as_before() -> Iterator[None]:
+    """A test that leaves two threads on its one core makes all tests after it many times slower."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def passes_are_counted_once() -> Iterator[None]:
     """What a pass of a shape takes is found once for all processes."""

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lit_llama.model.kernels.choice
 import lit_llama.model.operators.attention
 import lit_llama.model.operators.narrow
 import lit_llama.model.operators.pointwise  # noqa: F401  what registers the operators
-from lit_llama.model.operators import kernels
+from lit_llama.model.operators import kernels, pointwise
 from lit_llama.model.operators.define import define
+from lit_llama.train.footprint import _Count
 
 T, H, G, D = 7, 4, 2, 8
 SAMPLES = (torch.tensor([0, 4, 7]), torch.tensor([-1, -1]), 0.3, 3)
@@ -109,6 +110,44 @@ def test_nothing_is_computed_without_numbers() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments]
             getattr(torch.ops.lit_llama, name).default(*fake)
+
+
+def many(rows: int, width: int) -> dict[str, list[Tensor | float]]:
+    """Arguments of so many rows in float16, for which there is no compiled kernel."""
+
+    def x(*shape: int) -> Tensor:
+        return drawn(rows, *shape).half()
+
+    return {
+        "norm": [x(width), x(width), drawn(width).half(), 1e-5],
+        "norm_backward": [x(width), x(width), x(width), x(width), drawn(width).half(), x(width), 1e-5],
+        "rotate": [x(2, width // 2), x(2, width // 2), x(width // 4), x(width // 4), -1.0],
+        "swiglu": [x(width // 2), x(width)],
+        "swiglu_backward": [x(width), x(width // 2), x(width)],
+        "cross_entropy": [x(width), torch.arange(rows) % width, 0.5],
+    }
+
+
+def held(plain: Any, arguments: list[Any]) -> tuple[Any, int]:
+    """What an operation gives, and the bytes that it holds at once beside its arguments."""
+    given = [nn.Parameter(x, requires_grad=False) for x in arguments if isinstance(x, Tensor)]
+    with torch.no_grad(), _Count(nn.ParameterList(given)) as count:
+        found = plain(*arguments)
+    return found, count.peak
+
+
+@pytest.mark.parametrize("name", many(1, 8))
+def test_plain_operations_hold_little_that_no_plan_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches float32 temporaries as large as all rows, and rows that are computed with those of another piece."""
+    plain = getattr(pointwise, f"plain_{name}")
+    arguments, others = many(1500, 64)[name], many(1500, 64)[name]
+    found, peak = held(plain, arguments)
+    monkeypatch.setattr(pointwise, "PIECE", 2000)
+    wanted, whole = held(plain, others)
+    assert 0 < 3 * peak < whole
+    assert wanted is None or torch.equal(found, wanted)
+    for one, other in zip(arguments, others, strict=True):
+        assert not isinstance(one, Tensor) or torch.equal(one, other)
 
 
 def test_a_wrong_declaration_is_found() -> None:

@@ -6,7 +6,8 @@ plainly and in float32, as it is meant; in pointwise.cpp, for a CPU; in triton_k
 Shapes: T tokens, C hidden, I intermediate, N heads, D head size, V vocabulary, n trained tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,12 +17,43 @@ from lit_llama.device import capabilities
 from lit_llama.model.operators.define import define
 from lit_llama.model.operators.kernels import E4M3, TINY, call, native
 
+PIECE = 256
+"""Rows that a plain operation has in float32 at once on a CPU: a plan does not see what an operator holds for a moment.
+A GPU would wait for each piece; it has kernels that hold nothing."""
+
+
+def _in_pieces(*places: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have an operation that computes each row by itself compute a few rows at a time.
+
+    Args:
+        places: Of the arguments that have rows, the first of them the first.
+    """
+
+    def decorate(plain: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def pieces(*arguments: Any) -> Any:
+            rows = len(arguments[0])
+            if rows <= PIECE or not capabilities(arguments[0].device).on_cpu:
+                return plain(*arguments)
+            found = [plain(*_part(arguments, places, start)) for start in range(0, rows, PIECE)]
+            return None if found[0] is None else torch.cat(found)
+
+        return pieces
+
+    return decorate
+
+
+def _part(arguments: Sequence[Any], places: Sequence[int], start: int) -> list[Any]:
+    """The arguments with a piece of those that have rows."""
+    return [value[start : start + PIECE] if index in places else value for index, value in enumerate(arguments)]
+
 
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """Compute out = x / rms(x) * weight, all (T, C) but the weight (C,)."""
     _norm(out, x, weight, eps)
 
 
+@_in_pieces(0, 1)
 def plain_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     wide = x.float()
     out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float())
@@ -34,6 +66,7 @@ def norm_backward(
     _norm_backward(dx, again, dy, x, weight, residual, eps)
 
 
+@_in_pieces(0, 1, 2, 3, 5)
 def plain_norm_backward(
     dx: Tensor, again: Tensor, dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
 ) -> None:
@@ -66,6 +99,7 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = Fal
     _rotate(out, x, cos, sin, -1.0 if back else 1.0)
 
 
+@_in_pieces(0, 1, 2, 3)
 def plain_rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
     left, right = (part.float() for part in x.chunk(2, dim=2))
     cos, sin = cos.float()[:, None], sin.float()[:, None] * sign  # (T, 1, D/2)
@@ -93,7 +127,7 @@ def round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None
 
 
 def plain_round_rows(values: Tensor, scales: Tensor, x: Tensor, columns: Tensor | None) -> None:
-    for part in (slice(start, start + 256) for start in range(0, len(x), 256)):  # in float32 only so many at a time
+    for part in (slice(start, start + PIECE) for start in range(0, len(x), PIECE)):
         wide = x[part].float() if columns is None else x[part].float() * columns
         scales[part] = wide.abs().amax(1).clamp(min=TINY) / E4M3
         values[part] = wide / scales[part, None]
@@ -104,6 +138,7 @@ def swiglu(out: Tensor, gate_up: Tensor) -> None:
     _swiglu(out, gate_up)
 
 
+@_in_pieces(0, 1)
 def plain_swiglu(out: Tensor, gate_up: Tensor) -> None:
     gate, up = (part.float() for part in gate_up.split(out.shape[1], dim=1))
     out.copy_(gate * torch.sigmoid(gate) * up)
@@ -117,6 +152,7 @@ def swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
     _swiglu_backward(d_gate_up, out, gate_up)
 
 
+@_in_pieces(0, 1, 2)
 def plain_swiglu_backward(d_gate_up: Tensor, out: Tensor, gate_up: Tensor) -> None:
     gate, up = (part.float() for part in gate_up.split(out.shape[1], dim=1))
     gradient, sigmoid = out.float(), torch.sigmoid(gate)
@@ -133,6 +169,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     return found
 
 
+@_in_pieces(0, 1)
 def plain_cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     wide, picked = logits.float(), targets[:, None]
     lse = wide.logsumexp(-1, keepdim=True)

@@ -5,6 +5,7 @@ A process that has computed with OpenMP must not be forked: its forks hang.
 
 import contextlib
 import errno
+import gc
 import importlib
 import os
 import runpy
@@ -36,6 +37,7 @@ def import_all() -> None:
     ):
         importlib.import_module(f"lit_llama.{name}")
     FakeTensorMode()  # imports torch's compiler
+    gc.freeze()  # else each fork copies what its first collection looks at
 
 
 def become(script: str, words: Sequence[object]) -> NoReturn:

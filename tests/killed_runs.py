@@ -60,6 +60,8 @@ def main(checkpoint: Path, data: Path, folder: Path, seed: int) -> dict[str, Any
     draw, killed, wrong = random.Random(seed), 0, []
     straight, calls = folder / "straight", folder / "calls"
     flags = [*flags_of(checkpoint, data, straight), "--train.save_interval", 2]
+    first = [*flags_of(checkpoint, data, folder / "first"), "--train.save_interval", 2]
+    assert ended(start(folder / "first", first, lambda number: None)) == 0  # later ones know what its plan found out
     begun = time.monotonic()
     assert ended(start(straight, flags, lambda number: calls.write_text(str(number)) and None)) == 0
     seconds, total = time.monotonic() - begun, int(calls.read_text())

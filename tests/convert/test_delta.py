@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_door, run_here, tiny_config
+from conftest import ROOT, run_here, tiny_config
 from delta_files import ROWS, assert_same, delta_of, folder_of, plain_sum, read, state_of
 from delta_files import base as base  # a fixture
 
@@ -151,7 +151,7 @@ def test_the_door_adds_makes_and_verifies(base: Path, tmp_path: Path) -> None:
     """Catches flags that do not reach the functions, and results that go to the wrong stream."""
     folder_of(tmp_path / "delta", delta_of("ziya"))
     sides = ["--base_dir", base, "--delta_dir", tmp_path / "delta"]
-    added = run_door(
+    added = run_here(
         "prepare/delta.py", "apply", *sides, "--destination_path", tmp_path / "sum", "--max_shard_size", "60KB"
     )
     assert added.returncode == 0 and added.stdout == "", added

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_transformers, run_door, tiny_model, write_tokenizer
+from conftest import ROOT, as_transformers, run_here, tiny_model, write_tokenizer
 from gguf_files import SHAPE, Array, Packed, stored_values, write_gguf
 from safetensors.torch import load_file
 
@@ -319,7 +319,7 @@ def test_a_folder_in_the_right_layout_needs_no_conversion(tiny_folder: Path, des
 def test_the_door_tells_a_user_in_one_line(tmp_path: Path, destination: Path) -> None:
     """Catches a traceback on the way to the user, and a wrong exit status."""
     (tmp_path / "page.gguf").write_text("<html>")
-    done = run_door("prepare/checkpoint.py", "--source", tmp_path / "page.gguf", "--destination_path", destination)
+    done = run_here("prepare/checkpoint.py", "--source", tmp_path / "page.gguf", "--destination_path", destination)
     assert done.returncode == 4 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "page.gguf" in done.stderr
 

@@ -19,14 +19,15 @@ class Steps:
         self._bound = capacity
         blocks = -(-capacity // BLOCK)
         self._tables = [[batch * index + row for index in range(blocks)] for row in range(batch)]
-        self._cache = PagedCache(config, batch * blocks, "cpu", torch.float32)
+        self._cache = PagedCache(config, batch * blocks, "cpu", torch.float32, slots=batch)
         self.lengths = [0] * batch
 
     def extend(self, counts: Sequence[int]) -> Paged:
         """The layout of the next tokens: `counts[b]` more of sequence b, laid end to end."""
         starts, ids = self.lengths, [[0] * count for count in counts]
         self.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-        batch = PagedBatch(ids=ids, starts=starts, tables=self._tables, logits=counts, bounds=[self._bound] * len(ids))
+        bounds, slots = [self._bound] * len(ids), range(len(ids))
+        batch = PagedBatch(ids=ids, starts=starts, tables=self._tables, logits=counts, bounds=bounds, slots=slots)
         return Paged(batch, self._cache)
 
 

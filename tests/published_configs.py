@@ -2,7 +2,7 @@
 
 from typing import Any
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # What one release or another wrote beside the mathematics.
 V4: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -266,5 +266,22 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128}
         | {"max_window_layers": 28, "sliding_window": None, "tie_word_embeddings": True, "eos_token_id": 151645},
         {"head_dim": 128, "use_qk_norm": True, "attention_bias": False, "attention_out_bias": False},
+    ),
+    "Qwen 3.5 2B": (
+        V4
+        | shape(24, 2048, 8, 2, 6144, 262144)
+        | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "attention_bias": False}
+        | {"attn_output_gate": True, "full_attention_interval": 4, "layer_types": ([LINEAR] * 3 + [FULL]) * 6}
+        | {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+        | {"linear_num_key_heads": 16, "linear_num_value_heads": 16, "mamba_ssm_dtype": "float32"}
+        | {"mlp_only_layers": [], "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+        | {"eos_token_id": 248044, "head_dim": 256, "rms_norm_eps": 1e-06, "vocab_size": 248320}
+        | {"tie_word_embeddings": True}
+        | {
+            "rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default"}
+            | {"rope_theta": 10000000, "partial_rotary_factor": 0.25}
+        },
+        {"layer_types": ((LINEAR,) * 3 + (FULL,)) * 6, "rotary_dim": 64, "rope_theta": 1e7, "attention_gate": True}
+        | {"linear_channels": (2048, 2048, 2048), "norm_offset": 1.0, "sliding_window": None, "use_qk_norm": True},
     ),
 }

@@ -16,6 +16,7 @@ from lit_llama.folder.manifest import check_folder
 from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Request, Sampling
+from lit_llama.generate.engine.speculative import check_takes_back
 from lit_llama.generate.flags import FolderSampling, Loading, folder_sampling
 from lit_llama.generate.plan import (
     GenerationPlan,
@@ -262,6 +263,8 @@ class Opened:
             remarks.insert(0, f"{shortfall(plan)}; {offloading(plan)}; {remedy(plan)}")
         elif not plan.fits:
             remarks.insert(0, f"warning: {shortfall(plan)}; {remedy(plan)}")
+        if plan.states:
+            remarks.append("recurrent layers: every prompt is computed from its first token, and no tokens are guessed")
         remarks += self.remarks
         for remark in remarks:
             stderr().print(remark)
@@ -343,9 +346,12 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
 
     Raises:
         CheckpointError: It has another vocabulary; or as for `open_folder`.
+        UserError: One of the two has recurrent layers.
     """
     way = folder.loading
     draft = open_folder(draft_dir, Loading(precision=way.precision, batch_size=way.batch_size, kv_cache=way.kv_cache))
+    for place in (folder.base, draft.base):
+        check_takes_back(LLaMAConfig.from_folder(place), place)
     own, other = folder.tokenizer.vocabulary, draft.tokenizer.vocabulary
     if own != other:
         token = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))

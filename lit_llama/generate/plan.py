@@ -32,7 +32,7 @@ from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, packs
 from lit_llama.model.kernels.packing import Weights
 from lit_llama.model.kernels.trained import factors_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.paged import BLOCK
+from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.model.quantize import is_quantized
 from lit_llama.progress import stderr, stdout
 
@@ -101,7 +101,7 @@ class GenerationPlan:
         """Values of the linear layers of all decoder layers, of the rest of these, and of all that is in no layer."""
         config = self.config
         layers = config.num_hidden_layers
-        alike = len({config.sparse(index) for index in range(layers)}) == 1
+        alike = len({(config.sparse(index), config.recurrent(index)) for index in range(layers)}) == 1
         with torch.device("meta"):
             model = LLaMA(config.shortened(1) if alike else config)
         counts = {"linear": 0, "other": 0, "outside": 0}
@@ -143,16 +143,22 @@ class GenerationPlan:
         return step_bytes(self.config, self.max_sequences) + (2 * self.layer if self.offloaded else 0)
 
     @property
+    def states(self) -> int:
+        """Bytes of the states of recurrent layers, one for each answer."""
+        return self.max_sequences * PagedCache.bytes_of_slot(self.config, self.dtype)
+
+    @property
     def least(self) -> int:
         """Bytes with the smallest cache that is of use."""
-        return self.program + self.weights + self.step + _cache(self.config, self.dtype, LEAST_CACHE, self.kv_cache)
+        fixed = self.program + self.weights + self.step + self.states
+        return fixed + _cache(self.config, self.dtype, LEAST_CACHE, self.kv_cache)
 
     @property
     def cache(self) -> int:
         """Bytes that the cache may take: for one answer as long as the model reads and for all that are made together,
         but no more than half of what the rest leaves. On a CPU they are only taken as they are used."""
         wanted = _wanted_cache(self.config, self.dtype, self.max_sequences, self.kv_cache)
-        return max(0, min(wanted, (self.total - self.program - self.weights - self.step) // 2))
+        return max(0, min(wanted, (self.total - self.program - self.weights - self.step - self.states) // 2))
 
     @property
     def fits(self) -> bool:
@@ -181,6 +187,7 @@ def cache_limit(
 ) -> int:
     """Return the most memory of a cache beside weights that are there already, see `GenerationPlan.cache`."""
     free = total_memory(device) - (resident_memory() if device.type == "cpu" else 0)
+    free -= max_sequences * PagedCache.bytes_of_slot(config, dtype)
     return min(_wanted_cache(config, dtype, max_sequences, kv_cache), free // 2)
 
 
@@ -293,8 +300,10 @@ def table(plan: GenerationPlan, name: str = "") -> Table:
     found.add_row("step", _gb(plan.step), f"activations and logits, {plan.max_sequences} answers at once")
     tokens = plan.cache // (PackedCache.bytes_of_block(plan.config, plan.dtype, plan.kv_cache) // BLOCK)
     found.add_row("cache", _gb(plan.cache), f"at most, {tokens:,} tokens; half of what is left")
+    if plan.states:
+        found.add_row("states", _gb(plan.states), "of recurrent layers: prompts are not shared, nor tokens guessed")
     found.add_section()
-    peak = plan.program + plan.weights + plan.step + plan.cache
+    peak = plan.program + plan.weights + plan.step + plan.cache + plan.states
     found.add_row("peak", _gb(peak), f"of {_gb(plan.total)} on the {plan.device.type}")
     return found
 
@@ -342,7 +351,8 @@ def torch_engine(
     model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int, kv_cache: KVCacheType = "auto"
 ) -> Engine:
     """Build an engine on a model as it is, of whose logits the first `tokens` count."""
-    return Engine(TorchRunner(model, cache_bytes, kv_cache), tokens=tokens, config=_limits(max_sequences))
+    runner = TorchRunner(model, cache_bytes, kv_cache, max_sequences)
+    return Engine(runner, tokens=tokens, config=_limits(max_sequences))
 
 
 def packed_engine(model: LLaMA, tokens: int, plan: GenerationPlan) -> Engine:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config_json import read_fields, write_fields
 from lit_llama.model.config_json import text_part as text_part
-from lit_llama.model.families import SLIDING
+from lit_llama.model.families import LINEAR, SLIDING
 from lit_llama.model.lora_config import ALL_LINEAR as ALL_LINEAR
 from lit_llama.model.lora_config import LINEARS as LINEARS
 from lit_llama.model.lora_config import LoRAConfig as LoRAConfig
@@ -83,7 +83,14 @@ class LLaMAConfig:
         residual_multiplier: Factor of what attention and MLP add to the stream.
         logits_scaling: Divisor of the logits.
         sliding_window: Tokens that a token sees, itself the last of them; None is all.
-        layer_types: sliding_attention or full_attention for each layer; empty: all have the window.
+        layer_types: sliding_attention, full_attention or linear_attention for each layer; empty: all have the window.
+        attention_gate: q_proj gives a gate for each component of a head, too, by whose sigmoid the result is
+            multiplied.
+        linear_conv_kernel_dim: Tokens that the convolution of a layer of linear attention sees.
+        linear_key_head_dim: Size of its queries and keys.
+        linear_value_head_dim: Size of its values.
+        linear_num_key_heads: Heads of its queries and keys.
+        linear_num_value_heads: Heads of its values; a multiple of those.
         num_local_experts: MLPs of a layer among which tokens are shared (E); None: one MLP for all.
         num_experts_per_tok: Those that a token goes to (K).
         moe_intermediate_size: Width of each; None is I.
@@ -133,6 +140,12 @@ class LLaMAConfig:
     logits_scaling: float = 1.0
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    attention_gate: bool = False
+    linear_conv_kernel_dim: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
     num_local_experts: int | None = None
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
@@ -189,6 +202,7 @@ class LLaMAConfig:
                 f"sliding_window is {self.sliding_window!r}, expected a positive whole number or none"
             )
         self._check_experts()
+        self._check_linear()
         for name in ("layer_types", "no_rope_layers"):
             if (count := len(getattr(self, name))) not in (0, self.num_hidden_layers):
                 raise CheckpointError(f"{name} has {count} entries, one for each layer is needed")
@@ -205,6 +219,35 @@ class LLaMAConfig:
             )
         if any(type(layer) is not int for layer in self.mlp_only_layers):
             raise CheckpointError(f"mlp_only_layers is {self.mlp_only_layers!r:.60}, expected numbers of layers")
+
+    def _check_linear(self) -> None:
+        sizes = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name.startswith("linear_")}
+        for name, value in sizes.items() if LINEAR in self.layer_types else ():
+            if not (type(value) is int and 1 <= value < _LARGEST):
+                raise CheckpointError(f"{name} is {value!r:.60}, expected a positive whole number below {_LARGEST}")
+        keys, values = sizes["linear_num_key_heads"], sizes["linear_num_value_heads"]
+        if LINEAR in self.layer_types and values % keys:
+            raise CheckpointError(f"linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}")
+
+    def recurrent(self, layer: int) -> bool:
+        """Whether a layer keeps a state in place of keys and values: linear attention by the gated delta rule."""
+        return bool(self.layer_types) and self.layer_types[layer] == LINEAR
+
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """Layers that keep a state."""
+        return [layer for layer in range(self.num_hidden_layers) if self.recurrent(layer)]
+
+    @property
+    def attending_layers(self) -> list[int]:
+        """Layers that keep keys and values."""
+        return [layer for layer in range(self.num_hidden_layers) if not self.recurrent(layer)]
+
+    @property
+    def linear_channels(self) -> tuple[int, int, int]:
+        """Channels of the queries, keys and values of a layer of linear attention."""
+        keys = (self.linear_num_key_heads or 0) * (self.linear_key_head_dim or 0)
+        return keys, keys, (self.linear_num_value_heads or 0) * (self.linear_value_head_dim or 0)
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
@@ -230,7 +273,7 @@ class LLaMAConfig:
 
     def rotary(self, layer: int) -> "LLaMAConfig | None":
         """Return a configuration whose rotary fields are those of a layer; None if it rotates nothing."""
-        if self.no_rope_layers and not self.no_rope_layers[layer]:
+        if self.recurrent(layer) or (self.no_rope_layers and not self.no_rope_layers[layer]):
             return None
         if self.local_rope_theta is None or self.window(layer) is None:
             return self
@@ -253,6 +296,8 @@ class LLaMAConfig:
         """
         usual = LLaMAConfig.layer_norms
         there = {
+            "recurrent layers": self.recurrent(layer),
+            "gates of the attention": self.attention_gate,
             "layers without rotary positions": self.rotary(layer) is None,
             "partly rotated heads": self.rotary_dim < self.head_dim,
             "interleaved rotary positions": self.rope_interleaved,

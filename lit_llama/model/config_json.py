@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, SLIDING, WITH_VISION, Family, Own
+from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, LINEAR, SLIDING, WITH_VISION, Family, Own
 
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SAME = (
@@ -25,6 +25,11 @@ _SAME = (
     "moe_intermediate_size",
     "norm_topk_prob",
     "decoder_sparse_step",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
 )
 """Fields of LLaMAConfig that config.json has under the same name and with the same meaning, where the family has
 them."""
@@ -174,6 +179,8 @@ def _read_no_rope(own: Own, layers: int) -> tuple[int, ...]:
 
 def _read_window(raw: Mapping[str, Any], own: Own, family: Family) -> tuple[int | None, tuple[str, ...]]:
     """Size of the sliding window, and the types of the layers unless all have it."""
+    if family.recurrent:
+        return None, _read_recurrent(raw, own, family)
     window = own.get("sliding_window") if own.get("use_sliding_window", True) else None
     if window is None and not raw.get("layer_types"):
         return None, ()
@@ -187,6 +194,19 @@ def _read_window(raw: Mapping[str, Any], own: Own, family: Family) -> tuple[int 
     if SLIDING not in types:
         return None, ()
     return window, tuple(types) if FULL in types else ()
+
+
+def _read_recurrent(raw: Mapping[str, Any], own: Own, family: Family) -> tuple[str, ...]:
+    """Types of the layers of a family some of whose layers are recurrent; empty if none is."""
+    if type(step := own["full_attention_interval"]) is not int or step < 1:
+        raise CheckpointError(f"full_attention_interval is {step!r:.60}, expected a positive whole number")
+    layers = raw["num_hidden_layers"]
+    types = own["layer_types"] or [family.layer_type(own, layer) for layer in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, LINEAR) for kind in types):
+        raise CheckpointError(f"layer_types is {types!r:.60}, expected {LINEAR} or {FULL} for each of {layers} layers")
+    if FULL not in types:
+        raise CheckpointError(f"layer_types has {LINEAR} alone, expected {FULL} in one layer at least")
+    return tuple(types) if LINEAR in types else ()
 
 
 def _read_rope(raw: Mapping[str, Any], own: Own, family: Family) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_llama.model.rope_scaling import LLAMA4_YARN, LONGROPE, ROPES
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 """Types of layers, as config.json names them."""
 
 Own = Mapping[str, Any]
@@ -42,6 +42,10 @@ def _full_by_pattern(own: Own, layer: int) -> str:
     return SLIDING if (layer + 1) % own["sliding_window_pattern"] else FULL
 
 
+def _full_by_interval(own: Own, layer: int) -> str:
+    return LINEAR if (layer + 1) % own["full_attention_interval"] else FULL
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Family of models that a model_type stands for.
@@ -54,6 +58,7 @@ class Family:
         fixed: Fields in which it allows other values than FIXED; the first is the one that is written.
         ignored: Fields of FIXED that decide nothing in it.
         layer_type: Type of a layer where config.json has a window and no layer_types.
+        recurrent: Layers are of linear attention or full, in any order, and none has a window.
         sliding_theta: Name of the field with the base of the rotary frequencies of layers with a window, which are
             not stretched; "" where all layers turn alike.
         ropes: Rope types that it may have, with the keys that each must have and those it may have.
@@ -68,6 +73,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     layer_type: Callable[[Own, int], str] = _all_sliding
+    recurrent: bool = False
     sliding_theta: str = ""
     ropes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=lambda: ROPES)
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -312,6 +318,30 @@ FAMILIES = {
         fixed=_GEMMA_FIXED,
         layer_type=_full_every(2),
     ),
+    "qwen3_5_text": Family(
+        architecture="Qwen3_5ForCausalLM",
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 32768,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "full_attention_interval": 4,
+            "layer_types": None,
+        },
+        implied={"use_qk_norm": True, "norm_offset": 1.0, "attention_gate": True},
+        fixed={"attn_output_gate": (True, None)},
+        layer_type=_full_by_interval,
+        recurrent=True,
+        rope_ignored=("mrope_section", "mrope_interleaved"),  # of text alone, the three positions are one
+    ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         defaults=_GEMMA
@@ -342,6 +372,16 @@ WITH_VISION: dict[str, tuple[str, dict[str, int]]] = {
         },
     ),
     "mistral3": ("mistral", {}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "vocab_size": 248320,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+        },
+    ),
 }
 """Models of text and images, whose text model is read alone: its model_type unless text_config says another, and what
 an absent field of that means.

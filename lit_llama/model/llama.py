@@ -4,7 +4,7 @@ Root-mean-square norm before each block (Zhang and Sennrich 2019, arXiv:1910.074
 grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and a gated SiLU MLP (Shazeer 2020, arXiv:2002.05202).
 Families differ by fields of the configuration: biases, norms of queries and keys (Henry et al. 2020, arXiv:2010.04245),
 a sliding window (Jiang et al. 2023, arXiv:2310.06825), norms elsewhere, scales, a mixture of experts in place of the
-MLP (experts.py). Modules carry Hugging Face's names, so state dicts are the same.
+MLP (experts.py), linear attention (delta.py). Modules carry Hugging Face's names, so state dicts are the same.
 
 Shapes: T tokens of all samples, C hidden, I intermediate, H query heads, G key/value heads, D head size, V vocabulary.
 """
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.delta import GatedDeltaNet
 from lit_llama.model.experts import SparseMLP
+from lit_llama.model.norms import norm, qk_norm
 from lit_llama.model.rope import Rotation, query_factor, rotary, rotate
 
 
@@ -85,6 +87,7 @@ class DecoderLayer(nn.Module):
     """Attention, then MLP, each added to the stream, with norms before or after them."""
 
     input_layernorm: nn.RMSNorm
+    self_attn: "Attention"
     post_attention_layernorm: nn.RMSNorm
     mlp: "MLP"
 
@@ -94,7 +97,8 @@ class DecoderLayer(nn.Module):
         self.norms, self.multiplier = config.layer_norms, config.residual_multiplier
         before, after, before_mlp, after_mlp = self.norms
         self._add(config, before)
-        self.self_attn = Attention(config, index)
+        self.mixer = "linear_attn" if config.recurrent(index) else "self_attn"
+        self.add_module(self.mixer, (GatedDeltaNet if config.recurrent(index) else Attention)(config, index))
         self._add(config, after)
         self._add(config, before_mlp)
         self.block = config.mlp_name(index)
@@ -103,7 +107,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Add attention and MLP to the residual: (T, C) -> (T, C)."""
-        x = x + _times(self._normed(1, self.self_attn(self._normed(0, x), rotation, layout)), self.multiplier)
+        mixed = getattr(self, self.mixer)(self._normed(0, x), rotation, layout)
+        x = x + _times(self._normed(1, mixed), self.multiplier)
         return x + _times(self._normed(3, getattr(self, self.block)(self._normed(2, x))), self.multiplier)
 
     def _add(self, config: LLaMAConfig, name: str) -> None:
@@ -126,7 +131,8 @@ class Attention(nn.Module):
         if config.joined_qkv:
             self.qkv_proj = nn.Linear(config.hidden_size, queries + 2 * keys, bias=config.attention_bias)
         else:
-            self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+            width = 2 * queries if config.attention_gate else queries
+            self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
             self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
             self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
@@ -134,27 +140,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
         """Attend to the tokens of the layout: (T, C) -> (T, C)."""
-        q, k, v = self._heads(x)
+        q, k, v, gate = self._heads(x)
         if rotation is not None:
             q, k = (rotate(part, rotation, self.config.rope_interleaved) for part in (q, k))
         if (factor := query_factor(self.config.rope_scaling, layout)) is not None:
             q = q * factor.to(q.dtype)
         scale, cap = self.config.attention_scale, self.config.attn_logit_softcapping
         y = layout.attend(self.index, q, k, v, self.window, scale, cap)  # (T, H, D)
-        return self.o_proj(y.flatten(1))
+        return self.o_proj((y if gate is None else y * gate.sigmoid()).flatten(1))
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, H, D), keys and values (T, G, D)."""
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries (T, H, D), keys and values (T, G, D), and the gate (T, H, D) where there is one."""
         config, size = self.config, self.head_dim
         if config.joined_qkv:
             heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
             q, k, v = self.qkv_proj(x).split([count * size for count in heads], dim=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        gate = None
+        if config.attention_gate:  # those of a head stand behind its queries
+            q, gate = q.unflatten(-1, (-1, 2 * size)).chunk(2, dim=-1)
+            q = q.flatten(1)
         if config.joined_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, size)) for part in (q, k, v))
-        return (q, k, v) if config.joined_qk_norm else (self.q_norm(q), self.k_norm(k), v)
+        return (q, k, v, gate) if config.joined_qk_norm else (self.q_norm(q), self.k_norm(k), v, gate)
 
 
 class MLP(nn.Module):
@@ -218,32 +228,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 """By the names of config.json."""
-
-
-class OffsetNorm(nn.RMSNorm):
-    """A norm whose weight is stored as its difference from an offset."""
-
-    def __init__(self, size: int, eps: float, offset: float) -> None:
-        super().__init__(size, eps=eps)
-        self.offset = offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize in float32: (..., C) -> (..., C)."""
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
-
-
-def norm(config: LLaMAConfig, size: int) -> nn.RMSNorm:
-    """Build a norm of the model."""
-    if config.norm_offset:
-        return OffsetNorm(size, config.rms_norm_eps, config.norm_offset)
-    return nn.RMSNorm(size, eps=config.rms_norm_eps)
-
-
-def qk_norm(config: LLaMAConfig, size: int) -> nn.Module:
-    """Build the norm of the queries or of the keys, where there is one; `size` are all of them of a token."""
-    if not config.use_qk_norm:
-        return nn.Identity()
-    return norm(config, size if config.joined_qk_norm else config.head_dim)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

@@ -12,9 +12,10 @@ LINEARS = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     *("w1", "w2", "w3"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
 )
-"""The linear layers of decoder layers, which `all-linear` stands for; a model has those of its configuration. The last
-ones are gate, down and up in the experts of Mixtral."""
+"""The linear layers of decoder layers, which `all-linear` stands for; a model has those of its configuration. w1, w2
+and w3 are gate, down and up in the experts of Mixtral, and the last ones those of linear attention."""
 
 ALL_LINEAR = ("all-linear", "all")
 """What target_modules may say for them: PEFT's word, and the one that others have made common."""

@@ -21,7 +21,12 @@ _INNER = ("layers.", "embed_tokens.", "norm.")
 """Names of a decoder that was saved without its head, as AutoModel does."""
 _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?=(lm_head\.)?)")
 """Beginnings of the names of a text model in one that sees images, too."""
-_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_VISION = (
+    *("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    *("visual.", "model.visual."),
+)
+_GUESSING = ("mtp.", "model.mtp.")
+"""Layers of a model that guess tokens beyond the next, of which transformers computes none, either."""
 _BUFFER = "rotary_emb.inv_freq"
 _HEADS = ("v_head.", "value_head.", "score.", "classifier.", "reward_head.", "regression_head.")
 """Heads of reward and value models beside the language model's own."""
@@ -53,7 +58,8 @@ def plain_name(stored: str) -> str:
 
 
 def tidy(path: Path, stored: Iterable[str]) -> Tidied:
-    """Match stored tensors with those of the model, without old buffers, heads of reward models, and vision towers.
+    """Match stored tensors with those of the model, without old buffers, heads of reward models, layers that guess, and
+    vision towers.
 
     Args:
         path: File or folder, for messages.
@@ -63,13 +69,16 @@ def tidy(path: Path, stored: Iterable[str]) -> Tidied:
         CheckpointError: Two stored tensors have one name once wrappers are taken off.
     """
     names: dict[str, str] = {}
-    heads, renamed, seeing = [], [], []
+    heads, renamed, seeing, guessing = [], [], [], []
     for raw in stored:
         name = plain_name(raw)
         if name.endswith(_BUFFER):  # old files carry it; it follows from the configuration
             continue
         if name.startswith(_VISION):
             seeing.append(raw)
+            continue
+        if name.startswith(_GUESSING):
+            guessing.append(raw)
             continue
         if name.startswith(_HEADS):
             heads.append(raw)
@@ -89,6 +98,11 @@ def tidy(path: Path, stored: Iterable[str]) -> Tidied:
         remarks.append(
             f"{path}: the text model alone is read, and alone in what is made of it: {len(seeing)} tensors of vision "
             f"tower and projector ({seeing[0]} ...) are left out"
+        )
+    if guessing:
+        remarks.append(
+            f"{path}: {len(guessing)} tensors of layers that guess tokens beyond the next ({guessing[0]} ...) are left "
+            "out: the language model needs none"
         )
     if heads:
         what = f"{len(heads)} tensors of a reward or value head ({', '.join(heads[:2])})"

@@ -36,8 +36,9 @@ from lit_llama.train.config import TrainConfig
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.method import Method
 
-_FEW, _MORE = 2, 3
-"""Layers of the two small models from which a deep one is extrapolated: each layer more adds the same."""
+_FEW = 2
+"""Layers, or more if that many kinds of them follow each other in turns, of the smaller of the two models from which a
+deep one is extrapolated: each layer more adds the same, or each turn of them."""
 
 
 QUANTIZED_BYTES: dict[Quantization, float] = {
@@ -148,13 +149,15 @@ class Build:
         return self._deep(lambda build: build._run(shape, train=False))
 
     def _deep(self, peak: Callable[["Build"], int]) -> int:
-        """The peak of all layers from that of a few, where the layers are alike."""
+        """The peak of all layers from that of a few, where the layers are alike, or whole turns of some kinds."""
         layers = self.config.num_hidden_layers
-        alike = len({(self.config.window(index), self.config.beyond(index)) for index in range(layers)}) < 2
-        if layers <= _MORE or not alike or not self.method.uniform:
+        kinds = [(self.config.window(index), self.config.beyond(index)) for index in range(layers)]
+        turn = next(turn for turn in range(1, layers + 1) if kinds == (kinds[:turn] * layers)[:layers])
+        few = max(_FEW, turn)
+        if layers <= few + turn or layers % turn or not self.method.uniform:
             return peak(self)
-        few, more = (peak(self._with_layers(number)) for number in (_FEW, _MORE))
-        return more + (layers - _MORE) * (more - few) // (_MORE - _FEW)
+        one, other = (peak(self._with_layers(number)) for number in (few, few + turn))
+        return other + (layers - few - turn) * (other - one) // turn
 
     @cached_property
     def shares(self) -> bool:

@@ -27,7 +27,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.train.loss import TokenLoss
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 # Settings as transformers 5 spells them; fields of ours which, changed, must change the logits visibly; what fused
 # layers say of the layers that they leave.
 MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] = {
@@ -216,6 +216,39 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, int]]] =
         {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7},
         [{"num_experts_per_tok": 3}, {"norm_topk_prob": False}, {"sliding_window": 8}],
         {"mixtures of experts": 2},
+    ),
+    "qwen3_5": (
+        {
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "layer_types": [LINEAR, FULL, LINEAR],
+            "max_position_embeddings": 256,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 10,
+            "rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+        [{"partial_rotary_factor": 1.0}, {"use_qk_norm": False}, {"norm_offset": 0.0}],
+        {"recurrent layers": 2, "gates of the attention": 1},
+    ),
+    "qwen3_5, as published": (
+        {
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 256,
+            "linear_conv_kernel_dim": 3,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        [{"attention_bias": False, "attention_out_bias": False}],
+        {"recurrent layers": 3, "gates of the attention": 1},
     ),
 }
 LENGTH = 150  # beyond every window, and beyond the first context

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from lit_llama.generate.engine.cache import BlockPool, OutOfBlocks
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.sampling import Sampler
-from lit_llama.generate.engine.speculative import Asked
+from lit_llama.generate.engine.speculative import Asked, check_takes_back
 from lit_llama.memory import ran_out
 from lit_llama.model.paged import BLOCK, PagedBatch
 
@@ -80,6 +80,7 @@ class DraftModel:
         adapter: str | None = None,
         most: int = 8,
     ) -> None:
+        check_takes_back(runner.config, "the draft")
         self._runner, self._cost, self._adapter, self._most = runner, cost, adapter, most
         self._pool = BlockPool(runner.blocks, BLOCK)
         self._sampler = Sampler(max_sequences, runner.config.vocab_size, tokens=tokens, device=runner.device)

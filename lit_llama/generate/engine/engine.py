@@ -17,7 +17,7 @@ from lit_llama.generate.engine.drawing import Answers, Drawing
 from lit_llama.generate.engine.request import Request, Step
 from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.scheduler import Part, Plan, QueueFull, Scheduler, Sequence
-from lit_llama.generate.engine.speculative import Guesser, PromptLookups
+from lit_llama.generate.engine.speculative import Guesser, PromptLookups, check_takes_back
 from lit_llama.generate.engine.ticket import Answer, Statistics
 from lit_llama.generate.engine.ticket import EngineConfig as EngineConfig
 from lit_llama.generate.engine.ticket import Ticket as Ticket
@@ -55,8 +55,10 @@ class Engine:
             max_sequences=self.config.max_sequences,
             max_waiting=self.config.max_waiting,
             window=window,
+            reuses=not runner.config.recurrent_layers,
         )
-        guessers: list[Guesser] = [PromptLookups()] if self.config.speculate else []
+        guesses = self.config.speculate and not runner.config.recurrent_layers  # which cannot be taken back
+        guessers: list[Guesser] = [PromptLookups()] if guesses else []
         self._answers = Answers(self._scheduler, runner, tokens, guessers)
         self._drawing = Drawing(self._scheduler, self._answers, vocabulary, tokens)
         self._adapters: set[str] = set()
@@ -228,7 +230,12 @@ class Engine:
         return sorted(self._adapters)
 
     def add_guesser(self, guesser: Guesser) -> None:
-        """Add a guesser of tokens, asked where those before it guess nothing."""
+        """Add a guesser of tokens, asked where those before it guess nothing.
+
+        Raises:
+            UserError: The model cannot take guesses back.
+        """
+        check_takes_back(self.runner.config)
         with self._lock:
             self._answers.guessers.append(guesser)
 
@@ -321,4 +328,5 @@ def _batch(parts: list[Part]) -> PagedBatch:
         logits=[part.logits for part in parts],
         adapters=[part.sequence.adapter for part in parts],
         bounds=[part.sequence.bound for part in parts],
+        slots=[part.sequence.slot for part in parts],
     )

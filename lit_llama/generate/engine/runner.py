@@ -97,16 +97,17 @@ class TorchRunner:
         model: In evaluation mode.
         cache_bytes: Memory of the cache.
         kv_cache: How keys and values are held.
+        max_sequences: States that are kept beside the cache, if the model has recurrent layers.
     """
 
     exact = False
 
-    def __init__(self, model: LLaMA, cache_bytes: int, kv_cache: KVCacheType = "auto") -> None:
+    def __init__(self, model: LLaMA, cache_bytes: int, kv_cache: KVCacheType = "auto", max_sequences: int = 64) -> None:
         self._model, self.config = model, model.config
         weight = model.model.embed_tokens.weight
         self.device = weight.device
         self.blocks = _blocks(cache_bytes, PagedCache.bytes_of_block(model.config, weight.dtype, kv_cache))
-        self._cache = PagedCache(model.config, self.blocks, weight.device, weight.dtype, kv_cache)
+        self._cache = PagedCache(model.config, self.blocks, weight.device, weight.dtype, kv_cache, max_sequences)
         self.copy, self.clear = self._cache.copy, self._cache.clear
 
     def reclaim(self, blocks: Sequence[int]) -> int:

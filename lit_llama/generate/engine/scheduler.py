@@ -34,6 +34,7 @@ class Sequence:
         blocks: Of the cache, one for each `size` tokens; -1 where no token sees it any more.
         chain: What stands for each full block and all before it.
         guesses: Ids that may follow, computed together with the next token.
+        slot: Place of its state while it runs, for models with recurrent layers.
     """
 
     ids: list[int]
@@ -48,6 +49,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     chain: list[Hashable] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
+    slot: int = -1
     state: State = "new"
     order: int = 0
     turn: tuple[float, int] = (0.0, 0)
@@ -93,6 +95,8 @@ class Scheduler:
         max_sequences: Sequences that run together, at most.
         max_waiting: Sequences that may wait.
         window: Tokens that a query sees in every layer, where blocks before them are given back; None for all.
+        reuses: What is known of a prompt is taken over. Not of a model with recurrent layers, whose states are those
+            behind the last token of a sequence and no other.
     """
 
     AGEING = 64
@@ -113,13 +117,15 @@ class Scheduler:
         max_sequences: int = 64,
         max_waiting: int = 1 << 20,
         window: int | None = None,
+        reuses: bool = True,
     ) -> None:
         assert max_batch_tokens > max_sequences
-        self.pool, self.window = pool, window
+        self.pool, self.window, self.reuses = pool, window, reuses
         self.max_batch_tokens, self.max_sequences, self.max_waiting = max_batch_tokens, max_sequences, max_waiting
         self.waiting: list[Sequence] = []  # by their turn
         self.running: list[Sequence] = []  # by their order
         self.preemptions = self.steps = self._order = 0
+        self._slots = list(range(max_sequences))
 
     @property
     def busy(self) -> bool:
@@ -145,6 +151,7 @@ class Scheduler:
             raise QueueFull
         for sequence in sequences:
             sequence.order, self._order = self._order, self._order + 1
+            sequence.source = sequence.source if self.reuses else None
             sequence.turn = (self.steps / self.AGEING - sequence.priority, sequence.order)
             self._wait(sequence)
 
@@ -169,6 +176,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         if sequence.state == "running":
             self.running.remove(sequence)
+            self._slots.append(sequence.slot)
         elif sequence.state == "waiting":
             self.waiting.remove(sequence)
 
@@ -275,7 +283,7 @@ class Scheduler:
             assert held, "a sequence that runs alone fits into the cache"
             sequence.source = None  # from now on, it has ids of its own
             self._leave(sequence)
-            sequence.state = "running"
+            sequence.state, sequence.slot = "running", self._slots.pop()
             insort(self.running, sequence, key=lambda running: running.order)
             coming.add(self._next_block(sequence, len(sequence.ids)))
             budget -= self._take(sequence, count, plan)
@@ -287,7 +295,11 @@ class Scheduler:
         return source.state == "running" or (source.state == "waiting" and source.turn < sequence.turn)
 
     def _next_block(self, sequence: Sequence, end: int) -> tuple[Hashable, tuple[int, ...]] | None:
-        """Parent and ids of the block behind the known ones of a sequence; None if ids up to `end` do not fill it."""
+        """Parent and ids of the block behind the known ones of a sequence; None if ids up to `end` do not fill it, or
+        none are taken over.
+        """
+        if not self.reuses:
+            return None
         size = self.pool.size
         start = len(sequence.chain) * size
         return (self._parent(sequence), tuple(sequence.ids[start : start + size])) if start + size <= end else None
@@ -350,7 +362,7 @@ class Scheduler:
         """
         size = self.pool.size
         sequence.computed = computed
-        while (len(sequence.chain) + 1) * size <= computed:
+        while self.reuses and (len(sequence.chain) + 1) * size <= computed:
             index = len(sequence.chain)
             ids = tuple(sequence.ids[index * size : (index + 1) * size])
             sequence.chain.append(self.pool.publish(sequence.blocks[index], self._parent(sequence), ids))
@@ -381,4 +393,5 @@ class Scheduler:
                     held[block] = held.get(block, 0) + 1
         assert all(sequence.state == "waiting" and not sequence.blocks for sequence in self.waiting)
         assert len(self.running) <= self.max_sequences
+        assert sorted([*self._slots, *(sequence.slot for sequence in self.running)]) == [*range(self.max_sequences)]
         self.pool.check(held)

@@ -11,7 +11,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.model.config import LLaMAConfig
 
 LONGEST = 4
 """Ids that are looked up together, at most."""
@@ -24,6 +26,19 @@ ROOM = 1 << 15
 
 FREE = 24
 """Rows that a processor computes in the time in which it reads the weights once, about."""
+
+
+def check_takes_back(config: LLaMAConfig, what: object = "the model") -> None:
+    """Refuse to guess for a model, or with one, that cannot take wrong guesses back.
+
+    Raises:
+        UserError: It has recurrent layers, which keep the state behind the last token and no other.
+    """
+    if config.recurrent_layers:
+        raise UserError(
+            f"{what} has recurrent layers, whose states cannot be taken back to before a wrong guess: leave "
+            "--draft_dir out"
+        )
 
 
 @dataclass(frozen=True, slots=True)

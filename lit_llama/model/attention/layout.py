@@ -5,7 +5,7 @@ The model works on T tokens in one row, whatever samples they belong to; a layou
 Shapes: B samples, T tokens of all samples, L longest sample, H query heads, G key/value heads, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -19,6 +19,12 @@ from lit_llama.model.attention.dispatch import attend
 
 PADDING = 1.15
 """Samples share a block of attention as long as padding them to one length wastes at most 15 %."""
+
+State = tuple[Tensor, Tensor]
+"""State of samples in a recurrent layer, each (B, ...): the last inputs of its convolution, and its memory."""
+Advance = Callable[[tuple[Tensor, ...], State | None], tuple[Tensor, State]]
+"""Tokens (B, L, ...) of samples of one length, and the states before them, None for none -> what comes of the tokens
+(B, L, ...), and the states behind them."""
 
 
 class Layout(Protocol):
@@ -49,6 +55,16 @@ class Layout(Protocol):
             window: A token sees the last so many tokens of its sample, itself among them; None is all.
             scale: Of the scores; None is 1 / sqrt(D).
             softcap: Bound that scores come near to and never reach, softcap tanh(score / softcap); None for none.
+        """
+        ...
+
+    def recur(self, layer: int, advance: Advance, parts: tuple[Tensor, ...]) -> Tensor:
+        """Run a recurrence over the tokens of each sample in turn: (T, ...) each -> (T, ...).
+
+        Args:
+            layer: Index of the layer, for a layout that keeps states.
+            advance: Computes tokens of samples of one length from their states.
+            parts: Inputs of the recurrence.
         """
         ...
 
@@ -96,6 +112,17 @@ class Packed:
         return blocks
 
     @cached_property
+    def by_length(self) -> tuple[Tensor, Tensor, "Packed"]:
+        """Places (T,) of the tokens once samples are sorted by length, the way back, and the layout of those: there,
+        few blocks hold them all.
+        """
+        samples = sorted(range(len(self.counts)), key=self.counts.__getitem__)
+        places = torch.arange(sum(self.counts)).split(self.counts)
+        order = torch.cat([places[sample] for sample in samples])
+        lengths = [self.counts[sample] for sample in samples]
+        return order.to(self._device), order.argsort().to(self._device), Packed(lengths, self._device)
+
+    @cached_property
     def offsets(self) -> Tensor:
         """Offsets (B + 1,) of the samples, and the end of the last; int64 on a CPU, int32 on a GPU for its kernels."""
         ends = torch.tensor([0, *accumulate(self.counts)])
@@ -123,6 +150,19 @@ class Packed:
     ) -> Tensor:
         """Compute causal softmax attention, see `Layout`; a layer's place among the others changes nothing here."""
         return attend(q, k, v, self, window, scale, softcap)
+
+    def recur(self, layer: int, advance: Advance, parts: tuple[Tensor, ...]) -> Tensor:
+        """Run a recurrence over each sample from no state, see `Layout`; samples of like lengths at a time. None of
+        them may have a parent.
+        """
+        assert not self.shares, "a sample would have to go on from the state of its parent"
+        order, back, like = self.by_length
+        parts, outputs = tuple(part.index_select(0, order) for part in parts), []
+        for tokens, pad, unpad, number in like.blocks:
+            block = (part[tokens] if pad is None else part[tokens].index_select(0, pad) for part in parts)
+            y = advance(tuple(part.unflatten(0, (number, -1)) for part in block), None)[0].flatten(0, 1)
+            outputs.append(y if unpad is None else y.index_select(0, unpad))
+        return torch.cat(outputs).index_select(0, back)
 
 
 def _padding(lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:

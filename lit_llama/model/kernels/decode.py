@@ -358,7 +358,7 @@ class PackedCache:
         """Return the memory that a block takes."""
         deep = config.head_dim + -config.head_dim % DEPTH
         row = deep + torch.float32.itemsize if kind == "int8" else deep * dtype.itemsize
-        return 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * row
+        return 2 * BLOCK * len(config.attending_layers) * config.num_key_value_heads * row
 
     def copy(self, source: int, destination: int) -> None:
         """Copy a block."""

@@ -76,13 +76,11 @@ def alike(count: int) -> list[Sequence]:
 
 def test_prompts_that_begin_alike_and_come_together_compute_it_once() -> None:
     """Each row of a file that computes the instruction which all of them begin with."""
-    it = scheduler()
+    it = scheduler(max_batch_tokens=60, max_sequences=6)
     first, second, third = alike(3)
     other, foreign = Sequence(ids=[9, *PREFIX]), Sequence(ids=[*PREFIX, 1], adapter="x")
-    it.max_batch_tokens = 60
     for sequence in (first, second, third, other, foreign):
         it.add([sequence], 30)
-    it.max_sequences = 6
     plan = it.plan()
     assert parts(plan) == [(first, 0, 18), (other, 0, 17), (foreign, 0, 17)], "another place or adapter is not alike"
     run(it, plan)

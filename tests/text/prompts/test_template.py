@@ -97,11 +97,14 @@ def test_answers_and_their_ends_are_trained(name: str, ours: Tokenizer) -> None:
     style = JinjaStyle(template)
     assert answer_end(style, "<s>", "</s>", ours.control) == end
     segments = rendered(ours, style, chat("Q1", "A1", "Q2", " A2\n")).segments
-    kept = "A2" if name in ("Llama 3", "Gemma", "Gemma 3") else " A2\n"
-    opening = {"Qwen3": "<think>\n\n</think>\n\n", "Mistral": " "}.get(name, "")
-    former = "" if name == "Qwen3" else opening
+    kept = "A2" if name in ("Llama 3", "Gemma", "Gemma 3", "Qwen3.5") else " A2\n"
+    # The prompt of Qwen3.5 ends within thoughts, which an answer without any ends first.
+    opening = {"Qwen3": "<think>\n\n</think>\n\n", "Qwen3.5": "\n</think>\n\n", "Mistral": " "}.get(name, "")
+    former = "" if "Qwen3" in name else opening
     assert "".join(s.text for s in segments if s.trained) == f"{former}A1{end}{opening}{kept}{end}"
     assert [s.text for s in segments if not s.template] == ["Q1", "A1", "Q2", kept]
+    if name == "Qwen3.5":  # which leaves the mark of thoughts out before former answers
+        segments = rendered(ours, style, chat("Q1", "A1")).segments
     first = next(index for index, segment in enumerate(segments) if segment.trained)
     prompt = style.render(chat("Q1"), bos="<s>", eos="</s>", answer=True)
     assert "".join(s.text for s in segments[:first]) == "".join(s.text for s in prompt)
@@ -111,7 +114,7 @@ def test_answers_and_their_ends_are_trained(name: str, ours: Tokenizer) -> None:
 def test_typed_control_tokens_stay_text(name: str, ours: Tokenizer) -> None:
     """Catches a user, or a row of data, that ends a turn, opens another, or runs as Jinja."""
     style = JinjaStyle(TEMPLATES[name][0])
-    typed = chat(EVIL, EVIL.replace("<think>", "") if name == "Qwen3" else EVIL, EVIL)  # which looks for it in answers
+    typed = chat(EVIL, EVIL.replace("<think>", "") if "Qwen3" in name else EVIL, EVIL)  # which looks for it in answers
     evil, clean = (
         [token for token in prompt_ids(ours, style, messages) if token in ours.control.values()]
         for messages in (typed, chat("a", "b", "c"))

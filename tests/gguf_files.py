@@ -82,6 +82,16 @@ OTHERS: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 500.0,
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },
+    "qwen3_5": {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "full_attention_interval": 3,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "ministral3": {
         "model_type": "ministral3",
         "head_dim": 24,

@@ -22,6 +22,7 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}\p{N}", r"\s\p{L}\p{M}\p{N}")
 _LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (  # a word ends before a capital letter
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+ENDINGS|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*ENDINGS"
@@ -63,6 +64,7 @@ CUTS: dict[str, Cut] = {
     "smollm": Cut([_DIGITS, BYTES | {"use_regex": True}]),
     "llama-bpe": Cut(_words(_LLAMA3), whole=True, bos=True),
     "qwen2": Cut(_words(_QWEN2), _NFC),
+    "qwen35": Cut(_words(_QWEN35), _NFC),
     "deepseek-r1-qwen": Cut(_words(_QWEN2)),
     "tekken": Cut(_words(_TEKKEN), whole=True, bos=True),
     "dbrx": Cut(_words(_LLAMA3)),

@@ -69,7 +69,7 @@ def test_llama_cpp_adds_what_we_add(tmp_path: Path, family: str, settings: dict[
     check_in_llama_cpp(tmp_path, base, settings)
 
 
-@pytest.mark.parametrize("family", ["olmo2", "phi3", "glm4", "gemma3", "ministral3"])
+@pytest.mark.parametrize("family", ["olmo2", "phi3", "glm4", "gemma3", "ministral3", "qwen3_5"])
 def test_llama_cpp_adds_what_we_add_to_other_families(tmp_path: Path, family: str) -> None:
     """Catches an update of a joined projection, or of one with other names, that llama.cpp does not find."""
     base = base_folder(tmp_path / "base", **fields_of(OTHERS[family]))

@@ -1,6 +1,7 @@
 """Rotary scaling in a GGUF file against transformers, Meta's formula, and files written here."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,11 @@ def test_the_gguf_package_knows_the_tensors(raw: dict[str, Any]) -> None:
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture(config))
     known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "0") for tensor in gguf.MODEL_TENSORS[arch]}
     names = {entry_of(config).names(name) or name for name in tiny_model(**fields_of(raw)).state_dict()}
-    first = {name.rpartition(".")[0] for name in names if not name.startswith("blk.") or name.startswith("blk.0.")}
+    first = {
+        re.sub(r"\.(weight|bias)$", "", name)
+        for name in names
+        if not name.startswith("blk.") or name.startswith("blk.0.")
+    }
     assert first - known <= ({"output"} if config.tie_word_embeddings else set())
 
 
@@ -201,6 +206,8 @@ def test_the_gguf_package_knows_the_tensors(raw: dict[str, Any]) -> None:
         ({"model_type": "olmo2", "tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"model_type": "olmo3", "layer_types": [FULL, SLIDING]}, "layer_types is"),
         ({"model_type": "olmo3", "sliding_window": None}, "sliding_window is none"),
+        (OTHERS["qwen3_5"] | {"layer_types": ["linear_attention", *[FULL] * 5]}, "layer_types are"),
+        (OTHERS["qwen3_5"] | {"linear_key_head_dim": 8}, "linear_key_head_dim is 8 and linear_value_head_dim 16"),
         (OTHERS["gemma2"] | {"tie_word_embeddings": False}, "tie_word_embeddings is false"),
         (OTHERS["gemma2"] | {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar is 16"),
         (OTHERS["gemma2"] | {"attn_logit_softcapping": None}, "attn_logit_softcapping is none"),
@@ -256,6 +263,29 @@ def test_windows_are_read_as_they_are_told(tmp_path: Path, keys: dict[str, Any],
     else:
         config = Reading(metadata).config(shapes, {})
         assert message in (config.local_rope_theta, config.layer_types)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"full_attention_interval": 0}, "full_attention_interval is 0"),
+        ({"ssm.inner_size": 97}, "ssm.inner_size 97 for 6 heads"),
+        ({"ssm.group_count": 4}, "linear_num_value_heads 6 is not a multiple of linear_num_key_heads 4"),
+        ({"ssm.dt_rank": 4}, "qwen35.ssm.dt_rank is 4, which is not implemented"),
+        ({"rope.dimension_sections": [4, 0, 0, 0]}, ""),
+    ],
+)
+def test_sizes_of_linear_attention_fit_each_other(keys: dict[str, Any], message: str) -> None:
+    """Catches a head that is cut in two, and sections of positions, which of text are one, that are refused."""
+    model = tiny_model(**fields_of(OTHERS["qwen3_5"]))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    metadata = {f"qwen35.{key}": value for key, value in (to_metadata(model.config) | keys).items()}
+    metadata |= {"general.architecture": "qwen35", "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1}
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            Reading(metadata).config(shapes, {})
+    else:
+        assert Reading(metadata).config(shapes, {}) == model.config
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 
-from lit_llama.convert.gguf.architectures import architecture, entry_of, in_rotary_pairs, is_stacked
+from lit_llama.convert.gguf.architectures import architecture, entry_of, is_stacked
 from lit_llama.convert.gguf.reader import GGUFTensor
 from lit_llama.convert.gguf.scan import Files, model_name, read_parts
+from lit_llama.convert.gguf.values import orders
 from lit_llama.convert.gguf.writer import add_key, check_file
 from lit_llama.convert.tensors import in_halves, in_pairs
 from lit_llama.errors import CheckpointError, UserError
@@ -119,8 +120,11 @@ def _tensors(
         lora_A, lora_B = module.lora_A.detach(), module.lora_B.detach() * (alphas[name] / alpha)
         if isinstance(module, LoRAEmbedding):
             lora_A = lora_A.t()
-        if in_rotary_pairs(config):
+        if entry_of(config).paired:
             lora_B = in_pairs(f"{name}.weight", lora_B, config)
+        rows, columns = orders(f"{name}.weight", config)
+        lora_A = lora_A if columns is None else lora_A[:, columns]
+        lora_B = lora_B if rows is None else lora_B[rows]
         found |= {f"{stem}{_A}": lora_A.to(dtype), f"{stem}{_B}": lora_B.to(dtype)}
     if lost := [name for name, value in found.items() if not value.isfinite().all()]:
         raise CheckpointError(f"{adapter_dir}: {lost[0]} has values that are not finite in {str(dtype)[6:]}")
@@ -207,8 +211,13 @@ def _updates(files: Files, config: LLaMAConfig) -> dict[str, tuple[Tensor, Tenso
         lora_A, lora_B = pair[_A], pair[_B]
         if native == "model.embed_tokens.weight":
             lora_A = lora_A.t().contiguous()
-        if in_rotary_pairs(config):
+        if entry_of(config).paired:
             lora_B = in_halves(native, lora_B, config)
+        rows, columns = orders(native, config)
+        if (columns is not None and len(columns) != lora_A.shape[1]) or (rows is not None and len(rows) != len(lora_B)):
+            raise CheckpointError(f"{name} has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}, which do not fit")
+        lora_A = lora_A if columns is None else lora_A[:, columns.argsort()]
+        lora_B = lora_B if rows is None else lora_B[rows.argsort()]
         updates[native.removesuffix(".weight")] = lora_A, lora_B
     return updates
 

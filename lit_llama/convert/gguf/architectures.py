@@ -11,7 +11,7 @@ from functools import cached_property
 from lit_llama.convert.source import Names
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.families import ALL, FAMILIES, FULL, SLIDING
+from lit_llama.model.families import ALL, FAMILIES, FULL, LINEAR, SLIDING
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {
@@ -42,7 +42,10 @@ class Architecture:
         families: Model types that it computes; a file is read as the first, or as the last if its layers have a window.
         inner: Names of the tensors of a layer, and Hugging Face's.
         paired: Rotary partners of queries and keys stand side by side in the file, and in halves of a head elsewhere.
+        exact: Names of tensors of a layer that are no weight or bias of a module, and Hugging Face's.
         keys: Keys of fields that are numbers and decide the mathematics.
+        sizes: Keys of fields that are whole numbers.
+        recurrent: Layers are of linear attention, and full in an interval.
         windows: Layers have a window, in the pattern of the family.
         unused_window: A file may tell a window, which llama.cpp does not compute.
         window: The window of a file that does not say it; 0 for none.
@@ -60,7 +63,10 @@ class Architecture:
     families: tuple[str, ...]
     inner: Mapping[str, str] = field(default_factory=lambda: _ATTENTION | _MLP | _NORMS)
     paired: bool = False
+    exact: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    recurrent: bool = False
     windows: bool = False
     unused_window: bool = False
     window: int = 0
@@ -94,7 +100,8 @@ class Architecture:
         return Names(
             outer={f"{ours}.weight": f"{theirs}.weight" for theirs, ours in _OUTER.items()},
             layer="blk.{}.",
-            inner={f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in self._inner.items() for kind in KINDS},
+            inner={f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in self._inner.items() for kind in KINDS}
+            | {ours: theirs for theirs, ours in self.exact.items()},
         )
 
     def native_name(self, name: str) -> str | None:
@@ -102,6 +109,9 @@ class Architecture:
 
         A name with {} for a number is that of stacked experts.
         """
+        layer = name.split(".", 2)
+        if len(layer) == 3 and layer[0] == "blk" and layer[2] in self.exact:
+            return f"model.layers.{layer[1]}.{self.exact[layer[2]]}"
         stem, _, kind = name.rpartition(".")
         if stem in _OUTER:
             return f"{_OUTER[stem]}.{kind}"
@@ -128,6 +138,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         inner=_ATTENTION | _NORMS,
         experts="qwen3_moe",
         expert_width="expert_feed_forward_length",
+    ),
+    "qwen35": Architecture(
+        families=("qwen3_5_text",),
+        inner=_ATTENTION
+        | _MLP
+        | {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+        | {"attn_qkv": "linear_attn.in_proj_qkv", "attn_gate": "linear_attn.in_proj_z"}
+        | {"ssm_beta": "linear_attn.in_proj_b", "ssm_alpha": "linear_attn.in_proj_a"}
+        | {"ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj"},
+        exact={
+            "ssm_a": "linear_attn.A_log",
+            "ssm_dt.bias": "linear_attn.dt_bias",
+            "ssm_conv1d.weight": "linear_attn.conv1d.weight",
+        },
+        sizes={
+            "linear_conv_kernel_dim": "ssm.conv_kernel",
+            "linear_key_head_dim": "ssm.state_size",
+            "linear_num_key_heads": "ssm.group_count",
+            "linear_num_value_heads": "ssm.time_step_rank",
+        },
+        recurrent=True,
+        partial=True,
     ),
     "granite": Architecture(
         families=("granite",),
@@ -209,11 +241,6 @@ def entry_of(config: LLaMAConfig) -> Architecture:
     return ARCHITECTURES[architecture(config)]
 
 
-def in_rotary_pairs(config: LLaMAConfig) -> bool:
-    """Whether the rows of q and k stand side by side in GGUF, two and two."""
-    return entry_of(config).paired
-
-
 def is_stacked(name: str) -> bool:
     """Whether a tensor that GGUF calls `name` holds the matrices of all experts of a layer."""
     return name.endswith(tuple(f".{stack}.weight" for stack in _STACKS))
@@ -224,9 +251,11 @@ def is_router(name: str) -> bool:
     return name.endswith(f".{_ROUTER}.weight")
 
 
-def offset(name: str, config: LLaMAConfig) -> float:
-    """Return what llama.cpp's weight of a norm is more than Hugging Face's; 0 for other tensors."""
-    return config.norm_offset if name.endswith("norm.weight") else 0.0
+def interval(config: LLaMAConfig) -> int:
+    """Count the layers of which the last one is of full attention and the others of linear; 0 if they are otherwise."""
+    first = config.layer_types.index(FULL) + 1 if config.layer_types else 1
+    wanted = [LINEAR if (layer + 1) % first else FULL for layer in range(config.num_hidden_layers)]
+    return first if list(config.layer_types or wanted) == wanted else 0
 
 
 def check_form(config: LLaMAConfig) -> None:
@@ -238,11 +267,14 @@ def check_form(config: LLaMAConfig) -> None:
     name = architecture(config)
     entry, family = ARCHITECTURES[name], FAMILIES[config.model_type]
     own = {**ALL, **family.defaults}
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     usual = [family.layer_type(own, layer) for layer in range(config.num_hidden_layers)]
     types = list(config.layer_types) or [SLIDING if config.sliding_window else FULL] * config.num_hidden_layers
     window = config.sliding_window is not None
     other = {
         f"layer_types is {config.layer_types}": entry.windows and window and types != usual,
+        f"layer_types are {config.layer_types}": entry.recurrent and not interval(config),
+        f"linear_key_head_dim is {keys} and linear_value_head_dim {values}": entry.recurrent and keys != values,
         "sliding_window is none": entry.windows and not window and config.model_type == entry.families[-1],
         f"head_dim is {config.head_dim}": entry.whole_heads
         and config.head_dim * config.num_attention_heads != config.hidden_size,

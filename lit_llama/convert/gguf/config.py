@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.convert.gguf.architectures import ARCHITECTURES, architecture, check_form
+from lit_llama.convert.gguf.architectures import ARCHITECTURES, architecture, check_form, interval
 from lit_llama.convert.source import expected_shapes
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
-from lit_llama.model.families import ALL, FAMILIES, FULL, SLIDING
+from lit_llama.model.families import ALL, FAMILIES, FULL, LINEAR, SLIDING
 from lit_llama.model.rope import attention_factor, frequencies
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -53,6 +53,7 @@ _READ = {
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
 }
+_RECURRENT = _INTERVAL, _INNER, _SECTIONS = "full_attention_interval", "ssm.inner_size", "rope.dimension_sections"
 _WINDOW = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
 _TEMPERATURE, _LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
 _FACTOR = "rope.scaling.attn_factor"
@@ -159,6 +160,7 @@ class Reading:
         values |= {name: value(values) if callable(value) else value for name, value in implied.items()}
         values |= {name: shortest(self.get(key, float)) for name, key in self.entry.keys.items()} | window
         values |= experts
+        values |= {name: self.get(key, int) for name, key in self.entry.sizes.items()} | self._recurrent(values)
         if FAMILIES[family].sliding_theta:
             usual = self.entry.local_rope_theta or values["rope_theta"]
             values["local_rope_theta"] = shortest(self.get("rope.freq_base_swa", float, usual))
@@ -192,6 +194,16 @@ class Reading:
             raise CheckpointError(f"{self.architecture}.expert_weights_norm is false, which is not implemented")
         return values | {"norm_topk_prob": True}
 
+    def _recurrent(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of layers of linear attention that follow from others; empty for an architecture without any."""
+        if not self.entry.recurrent:
+            return {}
+        step, inner, heads = self.get(_INTERVAL, int, 4), self.get(_INNER, int), self.get("ssm.time_step_rank", int)
+        if step < 1 or heads < 1 or inner % heads:
+            raise CheckpointError(f"{_INTERVAL} is {step} and {_INNER} {inner} for {heads} heads, which cannot be")
+        types = [LINEAR if (layer + 1) % step else FULL for layer in range(values["num_hidden_layers"])]
+        return {"linear_value_head_dim": inner // heads, "layer_types": tuple(types) if LINEAR in types else ()}
+
     def _window(self, layers: int) -> dict[str, Any]:
         """Fields of the window of layers that have one; empty if none do, or the architecture knows of none."""
         if self.entry.unused_window and (size := self.get("attention.sliding_window", int, 0)):
@@ -213,6 +225,7 @@ class Reading:
         for name, value in self.metadata.items():
             key = name.removeprefix(prefix)
             known = {*_READ, *_IGNORED, *self.entry.keys.values()} | (_WINDOW if self.entry.windows else set())
+            known |= {*self.entry.sizes.values(), *_RECURRENT} if self.entry.recurrent else set()
             known |= {_TEMPERATURE, _LOG} if self.entry.temperature else set()
             known |= {"attention.sliding_window"} if self.entry.unused_window else set()
             known |= {*_EXPERTS.values(), self.entry.expert_width} if self.entry.experts else set()
@@ -337,6 +350,11 @@ def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
         values |= {key: getattr(config, field) for field, key in _EXPERTS.items()}
         width = config.moe_intermediate_size or config.intermediate_size
         values |= {entry.expert_width: width} if entry.expert_width else {}
+    values |= {key: getattr(config, field) for field, key in entry.sizes.items()}
+    if entry.recurrent:
+        pairs = config.rotary_dim // 2  # shared by three positions, which of text are one
+        sections = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
+        values |= {_INTERVAL: interval(config), _INNER: config.linear_channels[2], _SECTIONS: sections}
     if (entry.windows or entry.unused_window) and config.sliding_window:
         values["attention.sliding_window"] = config.sliding_window
         if config.local_rope_theta not in (None, entry.local_rope_theta or config.rope_theta):

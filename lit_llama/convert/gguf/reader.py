@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lit_llama.convert import listed
 from lit_llama.convert.bpe import adds_bos, tokenizer_json
-from lit_llama.convert.gguf.architectures import in_rotary_pairs, is_router, offset
+from lit_llama.convert.gguf.architectures import is_router
 from lit_llama.convert.gguf.config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Reading, absent_biases
 from lit_llama.convert.gguf.scan import Extent, read_parts
+from lit_llama.convert.gguf.values import changes, from_stored, is_plain, native_shape, to_stored
 from lit_llama.convert.listed import from_metadata
 from lit_llama.convert.source import NAMES, Source, settings
-from lit_llama.convert.tensors import in_halves
 from lit_llama.convert.tokens import PLAIN_CLASS, class_settings, fast_tokenizer
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import encode_json
@@ -122,7 +122,7 @@ class GGUFFile:
                         self.tensors[native.format(index)] = GGUFTensor.at(part, name, one) if stacked else tensor
                 else:
                     raise CheckpointError(f"tensor {name} has no place in a LLaMA model")
-            shapes = {name: tensor.extent.shape for name, tensor in self.tensors.items()}
+            shapes = {name: native_shape(name, tensor.extent.shape) for name, tensor in self.tensors.items()}
             self.config = reading.config(shapes, divisors)
             self.zeros = absent_biases(self.config, shapes)
 
@@ -145,17 +145,22 @@ class GGUFFile:
         that of the matrices; one that would lose a bit stays.
         """
         values: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
-            if len(tensor.extent.shape) > 1 and not is_router(tensor.name):
+        vectors = {
+            name
+            for name, tensor in self.tensors.items()
+            if len(tensor.extent.shape) == 1 or is_router(tensor.name) or is_plain(name)
+        }
+        for name, tensor in self.tensors.items():
+            if name not in vectors:
                 values[tensor.dtype] = values.get(tensor.dtype, 0) + math.prod(tensor.extent.shape)
         main = max(values, key=lambda dtype: values[dtype])
 
         def kept(name: str, tensor: GGUFTensor) -> torch.dtype:
-            narrow = len(tensor.extent.shape) == 1 or is_router(tensor.name)
-            if not narrow or tensor.dtype != torch.float32:
+            if name not in vectors or tensor.dtype != torch.float32:
                 return tensor.dtype
-            value = tensor.rows.read() - offset(name, self.config)
-            return main if torch.equal(value.to(main).float(), value) else torch.float32
+            stored = tensor.rows.read().view(tensor.extent.shape)
+            value = from_stored(name, stored, self.config).to(main)
+            return main if torch.equal(to_stored(name, value, self.config).float(), stored) else torch.float32
 
         return {name: kept(name, tensor) for name, tensor in self.tensors.items()} | dict.fromkeys(self.zeros, main)
 
@@ -164,10 +169,8 @@ class GGUFFile:
         if name in self.zeros:
             return torch.zeros(self.zeros[name], dtype=dtype)
         with self.explained("cannot be dequantised"):
-            added = offset(name, self.config)
-            value = self.tensors[name].read(torch.float32 if added else dtype)
-        value = (value - added).to(dtype) if added else value
-        return in_halves(name, value, self.config) if in_rotary_pairs(self.config) else value
+            value = self.tensors[name].read(torch.float32 if changes(name, self.config) else dtype)
+        return from_stored(name, value, self.config).to(dtype)
 
 
 def _unstacked(name: str, extent: Extent) -> list[Extent]:
@@ -201,7 +204,7 @@ def open_gguf(path: Path, dtype: str | None = None) -> Source:
     """
     file = GGUFFile(path)
     with file.explained("has metadata that cannot be used"):
-        shapes = {name: tensor.extent.shape for name, tensor in file.tensors.items()} | file.zeros
+        shapes = {name: native_shape(name, tensor.extent.shape) for name, tensor in file.tensors.items()} | file.zeros
         kept = dict.fromkeys(shapes, getattr(torch, dtype)) if dtype else file.dtypes()
         raw = settings(file.config)
     with file.explained("has a tokenizer that cannot be rebuilt"):

@@ -21,20 +21,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType as FileType
 from torch import Tensor
 
-from lit_llama.convert.gguf.architectures import (
-    architecture,
-    entry_of,
-    in_rotary_pairs,
-    is_router,
-    is_stacked,
-    offset,
-)
+from lit_llama.convert.gguf.architectures import architecture, entry_of, is_router, is_stacked
 from lit_llama.convert.gguf.config import rope_tensors, to_metadata
 from lit_llama.convert.gguf.reader import BLOCK
 from lit_llama.convert.gguf.scan import model_name
 from lit_llama.convert.gguf.tokenizer import vocabulary
+from lit_llama.convert.gguf.values import is_plain, stored_shape, to_stored
 from lit_llama.convert.source import HEAD, Source, check_shapes
-from lit_llama.convert.tensors import in_pairs
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.folder.place import aside, check_writable
 from lit_llama.folder.publish import check_space
@@ -145,7 +138,7 @@ def plan(source: Source, dtype: str | None) -> Plan:
         if name == HEAD and config.tie_word_embeddings:
             continue
         called = translate(name) or name
-        if len(shape) == 1 or is_router(called):
+        if len(shape) == 1 or is_router(called) or is_plain(name):
             kinds[name] = Kind.F32
             continue
         wanted = _wanted(called, config, scheme) if scheme else _STORED[stored]
@@ -264,7 +257,7 @@ def write_gguf(source: Source, destination: Path, dtype: str | None = None, name
 
 def _shape(source: Source, called: str, names: Sequence[str]) -> tuple[int, ...]:
     """Of a tensor in the file, of which experts are many matrices."""
-    shape = source.specs[names[0]][1]
+    shape = stored_shape(names[0], source.specs[names[0]][1])
     return (len(names), *shape) if is_stacked(called) else shape
 
 
@@ -321,11 +314,7 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _pack(source: Source, name: str, kind: Kind) -> npt.NDArray[np.uint8]:
     """The bytes of one tensor, row by row."""
-    value = source.read(name)
-    if added := offset(name, source.shape):
-        value = value.float() + added
-    if in_rotary_pairs(source.shape):
-        value = in_pairs(name, value, source.shape)
+    value = to_stored(name, source.read(name), source.shape)
     rows = value.reshape(-1, value.shape[-1])  # of a vector: one
     step = max(1, BLOCK // value.shape[-1])
     packed = np.empty(quants.quant_shape_to_byte_shape(tuple(rows.shape), kind), np.uint8)

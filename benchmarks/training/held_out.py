@@ -29,11 +29,12 @@ def main() -> None:
     rows = load_rows(rows_file).held_out
     losses = []
     reference: Any = None
-    for adapter in (None, *adapters):
-        whole = adapter is not None and not (Path(adapter) / "adapter_config.json").exists()
-        folder = adapter if whole else checkpoint_dir
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        if adapter and not whole:
+    for adapter in ("", *adapters):
+        peft = bool(adapter) and (Path(adapter) / "adapter_config.json").exists()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint_dir if peft or not adapter else adapter, dtype=torch.float32
+        )
+        if peft:
             model = PeftModel.from_pretrained(model, adapter)
         if len(rows[0]) == 2:
             losses.append(_loss(model.eval(), rows))

@@ -9,7 +9,7 @@ processor is slow at bfloat16.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,7 +44,7 @@ def main() -> None:
         lora_dropout=0.0,
         **{f"lora_{part}": True for part in parts},
     )
-    best = "bf16-true" if job.bfloat16 else "32-true"
+    best: Literal["bf16-true", "32-true"] = "bf16-true" if job.bfloat16 else "32-true"
     fabric = L.Fabric(devices=1, accelerator="cpu", precision=best if job.tuned else "bf16-mixed")
     with fabric.init_module(empty_init=False):
         model = GPT(config)

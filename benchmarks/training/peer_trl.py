@@ -78,7 +78,7 @@ def train(kind: Any, args: Any, data: Any, job: Job, course: Course) -> None:
 
     lora = None
     if (own := OPTIONS[job.option].lora) is not None:
-        shared = {"lora_dropout": 0.0, "target_modules": "all-linear"}
+        shared: dict[str, Any] = {"lora_dropout": 0.0, "target_modules": "all-linear"}
         lora = LoraConfig(task_type="CAUSAL_LM", r=job.r, lora_alpha=job.alpha, **shared | own)
     trainer = kind(model=job.checkpoint_dir, args=args, train_dataset=data, peft_config=lora, callbacks=[Listener()])
     if lora:

@@ -8,8 +8,10 @@ What a notebook needs, imported only when it is named:
     with lit_llama.load(run) as llm:                                           # model, tokenizer and prompt style
         print(llm.generate("What food do llamas eat?"))
 
-`merge`, `convert`, `download`, `evaluate` and `generate_rows` are there as well; docs/python.md shows all of them. They
-are silent: `lit_llama.verbose()` has them say what they do. Underneath, token ids and logits:
+`merge`, `convert`, `add_delta`, `download`, `evaluate`, `generate_rows` and `show_rows` are there as well;
+docs/python.md shows all of them. They are silent: `lit_llama.verbose()` has them say what they do.
+
+Underneath, token ids and logits:
 
     model = lit_llama.load_model(Path("checkpoints/NAME"))      # token ids (T,) -> logits (T, V)
     tokenizer = lit_llama.Tokenizer.from_path(Path("checkpoints/NAME"))
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from lit_llama.api.stages import evaluate, find_learning_rate, finetune, generate_rows, load, prepare
-    from lit_llama.api.weights import convert, download, merge
+    from lit_llama.api.weights import add_delta, convert, download, merge
     from lit_llama.console import verbose
     from lit_llama.errors import UserError
     from lit_llama.generate.engine.request import Sampling
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lit_llama.model.llama import LLaMA
     from lit_llama.model.lora import apply_lora
     from lit_llama.text.dataset.config import PrepareConfig
+    from lit_llama.text.inspect.show import show_rows
     from lit_llama.text.tokenizer.base import Tokenizer
     from lit_llama.train.config import RunConfig, TrainConfig
 
@@ -44,6 +47,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "UserError",
+    "add_delta",
     "apply_lora",
     "convert",
     "download",
@@ -55,6 +59,7 @@ __all__ = [
     "load_model",
     "merge",
     "prepare",
+    "show_rows",
     "verbose",
 ]
 
@@ -69,6 +74,7 @@ _HOMES = {
     "Tokenizer": "text.tokenizer.base",
     "TrainConfig": "train.config",
     "UserError": "errors",
+    "add_delta": "api.weights",
     "apply_lora": "model.lora",
     "download": "api.weights",
     "evaluate": "api.stages",
@@ -79,6 +85,7 @@ _HOMES = {
     "load_model": "model.checkpoint",
     "merge": "api.weights",
     "prepare": "api.stages",
+    "show_rows": "text.inspect.show",
     "verbose": "console",
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from lit_llama.console import as_typed, call_as_command
+from lit_llama.commands import call_as_command, spoken
 
 NAME = "lit-llama"
 STAGES = {
@@ -57,7 +57,7 @@ def doors(stage: str) -> Mapping[str, Path]:
 def _line(script: Path) -> str:
     """The first line of what a script says of itself; it is not run."""
     text = ast.get_docstring(ast.parse(script.read_text("utf-8"))) or ""
-    return as_typed(text.partition("\n")[0])
+    return spoken().typed(text.partition("\n")[0])
 
 
 def _show(usage: str, entries: Mapping[str, str]) -> None:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from lit_llama import signals
-from lit_llama.console import as_typed, guarded, shown, verbose
-from lit_llama.errors import Interrupted, ResourceError, UserError, name_flags
-from lit_llama.flags import SPELLED, gathered, plain
+from lit_llama.commands import SPELLED, remedy, spoken
+from lit_llama.console import guarded, shown, verbose
+from lit_llama.errors import Interrupted, ResourceError, UserError
+from lit_llama.flags import gathered, plain
 from lit_llama.habits import answer, explain
-from lit_llama.memory import amount, check_addresses, ran_out, remedy, wanted
+from lit_llama.memory import amount, check_addresses, ran_out, wanted
 from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
+from lit_llama.wording import word_as
 
 
 def CLI(*mains: Callable[..., Any]) -> None:
@@ -39,7 +41,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
     # time goes there. This is about 20 microseconds; torch, which reads it, is imported later.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ["RUST_BACKTRACE"] = "0"  # of an allocation that fails, it allocates more, and waits for itself for ever
-    before, named = verbose(), name_flags()
+    before, worded = verbose(), word_as(spoken())
     try:
         try:
             signals.unwind()
@@ -51,7 +53,7 @@ def CLI(*mains: Callable[..., Any]) -> None:
         os._exit(128 + signal.SIGINT)
     finally:
         verbose(before)
-        name_flags(named)
+        word_as(worded)
 
 
 def _ended(mains: Sequence[Callable[..., Any]]) -> None:
@@ -165,7 +167,7 @@ def _run(mains: Sequence[Callable[..., Any]]) -> None:
     _bound_yaml()
     _check_groups(mains, words)
     door = _door(mains[0])
-    called = as_typed(door)
+    called = spoken().typed(door)
     try:
         components = mains[0] if len(mains) == 1 else list(mains)
         jsonargparse.auto_cli(
@@ -214,7 +216,7 @@ def _lenient(parser: type[Any]) -> type[Any]:
                 raise UserError(f"a value is beyond all numbers that are computed with: {error}") from error
 
         def format_help(self) -> str:
-            return as_typed(super().format_help())
+            return spoken().typed(super().format_help())
 
     return Parser
 
@@ -227,14 +229,16 @@ def _about(message: str, mains: Sequence[Callable[..., Any]], words: Sequence[st
     door, known = _door(mains[0]), [name for main in mains for name in _names(main)]
     if message.startswith("unrecognized arguments: "):
         flags = re.findall(r"(?<!\S)--?[A-Za-z][\w.-]*", message.partition(": ")[2])
-        return explain(door, flags, known) if flags else f"{message}; every value follows its flag"
+        return (
+            explain(door, flags, known, typed=spoken().typed) if flags else f"{message}; every value follows its flag"
+        )
     if found := _UNKNOWN.search(message):
         key = ".".join(part for part in found.group("group", "key") if part)
         for path, settings in _files(words):
             keys = list(_strangers(settings, known, door))
             if key in keys:
-                return explain(door, keys, known, path)
-        return explain(door, [key], known, "a --config")
+                return explain(door, keys, known, path, typed=spoken().typed)
+        return explain(door, [key], known, "a --config", typed=spoken().typed)
     return plain(message)
 
 
@@ -362,7 +366,7 @@ _LONGEST = 4000
 
 
 def _say(text: object, status: int) -> None:
-    line = re.sub(r"\s*\n\s*", " ", as_typed(str(text)).strip())  # of other programs; blanks may be part of a path
+    line = re.sub(r"\s*\n\s*", " ", str(text).strip())  # of other programs; blanks may be part of a path
     if len(line) > _LONGEST:  # a value may have any length
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(shown(line, sys.stderr), file=sys.stderr)

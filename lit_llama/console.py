@@ -20,8 +20,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
-from lit_llama.errors import worded
-
 _PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
 _ACTING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # categories of Unicode: control, invisible, private, line ends
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180e\u2065\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
@@ -218,7 +216,7 @@ class Results:
             self._stream.flush()
 
 
-# ---- whether anything is said, and how commands are called
+# ---- whether anything is said
 
 
 @dataclass
@@ -235,7 +233,7 @@ class Talk:
 
 
 _talk: ContextVar[Talk | None] = ContextVar("talk", default=None)
-_process = {"verbose": False, "command": False}
+_process = {"verbose": False}
 
 
 def verbose(on: bool = True) -> bool:
@@ -279,17 +277,3 @@ def talking(aloud: bool | None = None) -> Iterator[Talk]:
         _talk.reset(token)
         if outer is not None:
             outer.lines += talk.lines
-
-
-def call_as_command() -> None:
-    """Name other commands as `lit-llama prepare records` from here on, in place of scripts."""
-    _process["command"] = True
-
-
-def as_typed(text: str) -> str:
-    """Return a text in which scripts and parameters of this project are named as the user has called this one."""
-    text = worded(text)
-    return _SCRIPT.sub(r"lit-llama \1 \2", text) if _process["command"] else text
-
-
-_SCRIPT = re.compile(r"(?<![\w./-])(?:python )?(prepare|finetune|generate)/([a-z]+)\.py\b")

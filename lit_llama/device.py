@@ -1,6 +1,6 @@
 """Device, precision, seeds, memory: the only file that asks what hardware there is.
 
-torch is imported where it is used, because scripts name the precisions and their `--help` has to be quick.
+torch is imported where it is used, because doors name the precisions, and their help has to be quick.
 """
 
 import functools
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_llama.errors import ResourceError, UserError
+from lit_llama.wording import param
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,9 @@ def pick_dtype(precision: Precision, device: "torch.device") -> "torch.dtype":
 
     fast = capabilities(device).bfloat16
     if precision == "bf16-true" and device.type == "cuda" and not fast:
-        raise ResourceError("--precision bf16-true: this GPU has no bfloat16; use --precision 32-true")
+        raise ResourceError(
+            f"{param('precision', 'bf16-true')}: this GPU has no bfloat16; use {param('precision', '32-true')}"
+        )
     return torch.bfloat16 if precision == "bf16-true" or (precision == "auto" and fast) else torch.float32
 
 
@@ -187,10 +190,18 @@ def numerics(precision: TrainingPrecision, device: "torch.device", *, whole: boo
     if precision == "auto" and not fast:
         precision = "16-mixed" if device.type == "cuda" else "32-true"
     if precision.startswith("bf16") and device.type == "cuda" and not fast:
-        raise ResourceError(f"--precision {precision}: this GPU has no bfloat16; use --precision 16-mixed or 32-true")
+        raise ResourceError(
+            f"{param('precision', precision)}: this GPU has no bfloat16; use {param('precision', '16-mixed')} or "
+            "32-true"
+        )
     if precision == "16-mixed" and device.type != "cuda":
         known = "bf16-true, bf16-mixed or 32-true" if fast else "32-true"
-        raise ResourceError(f"--precision 16-mixed is for GPUs; on this {device.type} use --precision {known}")
+        raise ResourceError(
+            "is for GPUs",
+            parameter="precision",
+            value="16-mixed",
+            remedy=f"on this {device.type} use {param('precision')} {known}",
+        )
     return _numerics(precision, device, whole)
 
 
@@ -347,7 +358,7 @@ def parse_memory(text: str) -> int:
     """Parse an amount such as 16GB, 16GiB or 500M into bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not found or found[2] not in _UNITS or not float(found[1]):
-        raise UserError(f"--plan_memory is {text!r}, expected an amount such as 16GB or 15.5GiB")
+        raise UserError(parameter="plan_memory", value=text, expected="an amount such as 16GB or 15.5GiB")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

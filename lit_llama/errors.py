@@ -1,41 +1,51 @@
 """Errors that a user can cause, each kind with its own exit status.
 
 A door prints these as one line without a traceback; any other exception is our own defect and keeps its traceback.
-Their messages name parameters as flags; to a caller in Python, who has none, they are worded without.
+Their messages name parameters and calls as Python has them, and as flags and commands within a door (`wording`).
 """
 
-import re
+from lit_llama.wording import param
 
-_PROCESS = {"flags": False}
-_COMMAND_OR_FLAG = re.compile(r"(?P<command>(?:python|lit-llama) [^;,()\n]*)|(?<![^\s(])--(?P<name>[a-z]\w*(?:\.\w+)*)")
-
-
-def name_flags(on: bool = True) -> bool:
-    """Have parameters named as flags from here on, as a command does; tells whether they were before."""
-    before, _PROCESS["flags"] = _PROCESS["flags"], on
-    return before
-
-
-def worded(text: str) -> str:
-    """Return the text for who has called: parameters are flags of a command, or plain names; commands stay so."""
-    if _PROCESS["flags"]:
-        return text
-    return _COMMAND_OR_FLAG.sub(lambda found: found["command"] or found["name"], text)
+_LONGEST = 80
+"""Characters of a value that are shown."""
 
 
 class UserError(ValueError):
-    """Wrong use of a flag or value. The message says what, where, found against expected, and the way out."""
+    """Wrong use of a parameter or value. The message says what, where, found against expected, and the way out.
+
+    Args:
+        message: What is wrong. With a parameter it goes on from that: "`out_dir='out'` " + "is a file". Left out, it is
+            made of what is expected: "`seed` is -1, expected 0 or more".
+        parameter: The parameter at fault, as Python has it, such as train.epochs; it opens the text.
+        value: Its value, None to leave it out.
+        expected: Values that it may have, in words.
+        remedy: The way out; it ends the text.
+    """
 
     exit_status = 2
 
-    def __str__(self) -> str:
-        return worded(super().__str__())
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        parameter: str | None = None,
+        value: object = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        if parameter is not None and message:
+            message = f"{param(parameter) if value is None else param(parameter, value)} {message}"
+        elif parameter is not None:
+            found = repr(value) if isinstance(value, str) else str(value)
+            message = f"{param(parameter)} is {found:.{_LONGEST}}, expected {expected}"
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.parameter, self.value, self.expected, self.remedy = parameter, value, expected, remedy
 
 
 def check_seed(seed: int) -> None:
     """Raise UserError for a seed that generators of random numbers do not take."""
     if not 0 <= seed < 2**64:
-        raise UserError(f"--seed is {seed}, expected 0 to {2**64 - 1}")
+        raise UserError(parameter="seed", value=seed, expected=f"0 to {2**64 - 1}")
 
 
 class DataError(UserError):

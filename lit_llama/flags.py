@@ -11,9 +11,9 @@ from dataclasses import MISSING, fields
 from itertools import chain
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lit_llama.wording import param
+
 Door = Callable[..., None]
-SPELLED = {"data_kind": "as"}
-"""Settings whose flag has another name, as Python keeps that word for itself; files of settings have their own."""
 
 
 def config_flags(
@@ -103,9 +103,7 @@ def plain(message: str) -> str:
     kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
     names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
     spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
-    return (
-        f"--{SPELLED.get(found['key'], found['key'])} is {found['value']}, expected {spelled}" if spelled else message
-    )
+    return f"{param(found['key'])} is {found['value']}, expected {spelled}" if spelled else message
 
 
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}

@@ -6,7 +6,7 @@ The words and their answers stand in habits.toml, from which docs/coming-from.md
 import difflib
 import re
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -56,7 +56,14 @@ def plain(word: str) -> str:
     return word.lstrip("-").replace("-", "_").lower()
 
 
-def explain(door: str, unknown: Sequence[str], known: Collection[str], where: str = "") -> str:
+def explain(
+    door: str,
+    unknown: Sequence[str],
+    known: Collection[str],
+    where: str = "",
+    *,
+    typed: Callable[[str], str] = str,
+) -> str:
     """Explain flags or keys that a door does not have.
 
     Args:
@@ -64,21 +71,22 @@ def explain(door: str, unknown: Sequence[str], known: Collection[str], where: st
         unknown: As they were typed.
         known: Names of its parameters, such as train.epochs.
         where: What they stand in, if it is not the command line.
+        typed: Spells scripts in a text of ours as the user has called this one.
     """
-    said = [_explained(door, word, known, where) for word in unknown[:MOST]]
+    said = [_explained(door, word, known, where, typed) for word in unknown[:MOST]]
     if len(unknown) > MOST:
         said.append(f"and {len(unknown) - MOST} more: docs/coming-from.md answers for all of them")
     return ". ".join(said)
 
 
-def _explained(door: str, word: str, known: Collection[str], where: str) -> str:
+def _explained(door: str, word: str, known: Collection[str], where: str, typed: Callable[[str], str]) -> str:
     spelled = f"{word} in {where}" if where else word
     if found := answer(door, word):
-        return f"{spelled}: {found}"
+        return f"{spelled}: {typed(found)}"
     if same := [name for name in known if _last(name) == _last(word)]:
         return f"{spelled}: here {' or '.join(f'--{name}' for name in same)}"
     hint = f"did you mean --{meant}?" if (meant := nearest(word, known)) else "--help lists what there is"
-    return f"{spelled} is nothing that {door} knows; {hint}"
+    return f"{spelled} is nothing that {typed(door)} knows; {hint}"
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from lit_llama.console import visible
 
 _HERE = "lit_llama.text.inspect"
-_FLAG = re.compile(r"--\w+(?:\.\w+)*")
+_NAME = re.compile(r"--\w+(?:\.\w+)*|`(lit_llama\.[^`]+|[a-z][\w.]*(?:=[^`]+)?)`")
 
 
 def render(
@@ -62,7 +62,7 @@ def _template(package: str, template: str, ways: tuple[tuple[str, Callable[..., 
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"visible": visible, "flags": flags_html} | dict(ways)
+    environment.filters |= {"visible": visible, "names": names_html} | dict(ways)
     return environment.get_template(template)
 
 
@@ -78,11 +78,11 @@ def percent(share: float) -> str:
     return "over 99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
 
 
-def flags_html(text: str) -> Any:
-    """Escape a text, with flags such as --seed set as code."""
+def names_html(text: str) -> Any:
+    """Escape a text, with names of parameters and calls set as code."""
     from markupsafe import Markup, escape
 
-    return Markup(_FLAG.sub(lambda flag: f"<code>{flag.group()}</code>", escape(visible(text))))
+    return Markup(_NAME.sub(lambda name: f"<code>{name[1] or name[0]}</code>", escape(visible(text))))
 
 
 Series = list[tuple[int, float]]

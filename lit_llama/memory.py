@@ -1,4 +1,4 @@
-"""Amounts of memory and of disk in words, which errors say that memory ran out, and what takes less, door by door."""
+"""Amounts of memory and of disk in words, and which errors say that memory ran out."""
 
 import errno
 import os
@@ -25,30 +25,6 @@ _SAID = re.compile(
 _TALKERS = ("safetensors", "pyarrow", "datasets", "tokenizers", "pyo3_runtime", "_sentencepiece")
 """Packages whose own errors are of no class that tells."""
 
-_ALONE = "lower --max_new_tokens, or hold less: --quantize int8, --kv_cache int8"
-_GENERATING = "lower --batch_size or --max_new_tokens, or hold less: --quantize int8, --kv_cache int8"
-_PLANS = "; --plan true says what is needed"
-_TUNING = "lower --train.micro_batch_tokens, set --train.activation_checkpointing full"
-_ROWS = "leave out the search for near duplicates, --near_duplicates 0, or take a machine with more memory"
-_REMEDIES = {
-    "prepare/alpaca.py": _ROWS,
-    "prepare/checkpoint.py": "take smaller files, --max_shard_size 1GB, or a machine with more memory",
-    "prepare/delta.py": "take smaller files, --max_shard_size 1GB, or a machine with more memory",
-    "prepare/records.py": _ROWS,
-    "prepare/show.py": "show fewer rows, --rows 0-2",
-    "prepare/text.py": _ROWS,
-    "finetune/full.py": f"{_TUNING}, or take finetune/lora.py{_PLANS}",
-    "finetune/dpo.py": f"{_TUNING}, or hold the base in 4 bits, --quantize nf4{_PLANS}",
-    "finetune/lora.py": f"{_TUNING}, or hold the base in 4 bits, --quantize nf4{_PLANS}",
-    "finetune/merge.py": "compare in fewer bits, --precision bf16-true, or take a machine with more memory",
-    "generate/base.py": _ALONE + _PLANS,
-    "generate/chat.py": _ALONE + _PLANS,
-    "generate/evaluate.py": _GENERATING + _PLANS,
-    "generate/instruct.py": _GENERATING + _PLANS,
-    "generate/rows.py": "lower --batch_size, or hold less: --quantize int8, --kv_cache int8" + _PLANS,
-    "generate/serve.py": "lower --batch_size, or hold less: --quantize int8, --kv_cache int8" + _PLANS,
-}
-
 
 def amount(size: int) -> str:
     """Format bytes for people, such as "812 bytes" and "1.25 GB"."""
@@ -62,11 +38,6 @@ def amounts(*sizes: int) -> tuple[str, ...]:
     """Format sizes that are compared: in bytes where different ones would look the same."""
     found = tuple(map(amount, sizes))
     return found if len(set(found)) == len(set(sizes)) else tuple(f"{size:,} bytes" for size in sizes)
-
-
-def remedy(door: str) -> str:
-    """Advise what to lower at a door, such as finetune/lora.py."""
-    return _REMEDIES.get(door, "close other programs, or take a machine with more memory")
 
 
 def check_addresses() -> None:

@@ -26,7 +26,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from lit_llama.console import as_typed, guarded, harmless, is_heard, keep_line, own, unbroken
+from lit_llama.console import guarded, harmless, is_heard, keep_line, own, unbroken
 
 T = TypeVar("T")
 
@@ -76,7 +76,6 @@ class _Literal(Screen):
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as Console does; into a pipe or a file a text goes byte for byte, on a terminal no word is broken."""
         if len(objects) == 1 and isinstance(text := objects[0], str):
-            text = as_typed(text)
             if self.stderr:
                 keep_line(text)
             if self.quiet:

@@ -29,7 +29,7 @@ def check_names(given: Collection[str], known: Collection[str], what: str) -> No
         if name not in known:
             meant = nearest(name, known)
             hint = f"did you mean {meant}?" if meant else f"there are: {', '.join(known)}"
-            raise UserError(f"{name} is not {what}; {hint}")
+            raise UserError(f"is not {what}", parameter=name, remedy=hint)
 
 
 def settled(kind: type[T], settings: Mapping[str, Any]) -> T:
@@ -80,7 +80,7 @@ def check_choice(name: str, value: object, kind: Any) -> None:
         kind: A Literal, or a union of several.
     """
     if value not in (known := _choices(kind)):
-        raise UserError(f"{name} is {value!r}, expected {', '.join(map(repr, known))}")
+        raise UserError(parameter=name, value=value, expected=", ".join(map(repr, known)))
 
 
 def _choices(kind: Any) -> list[object]:

@@ -21,8 +21,8 @@ import torch
 from cores import ALLOWED, on_cores, on_the_cpu
 from fake_hub import REPO, FakeHub
 
+from lit_llama.commands import Commands
 from lit_llama.console import verbose
-from lit_llama.errors import name_flags
 from lit_llama.folder.publish import write_json
 from lit_llama.model.adapter import save_adapter
 from lit_llama.model.checkpoint import fingerprint, load_model
@@ -36,6 +36,7 @@ from lit_llama.text.message import Conversation
 from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.wording import Wording, word_as
 
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup; what the tests start would inherit it
@@ -43,7 +44,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 verbose()  # tests read what is said
-name_flags()  # as doors say it
+word_as(Commands())  # as doors name things
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHATML = (
@@ -171,6 +172,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest modules first, as otherwise one worker is still at them when the other has nothing left."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture
+def python_names() -> Iterator[None]:
+    """Parameters and calls are named as in a notebook."""
+    before = word_as(Wording())
+    yield
+    word_as(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

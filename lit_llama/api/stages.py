@@ -14,6 +14,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.settings import check_choice, check_names, names_of, settled, written
 from lit_llama.text.dataset.config import PrepareConfig
 from lit_llama.train.config import FULL, PREFERENCE, PreferenceConfig, RunConfig, TrainConfig, usual_steps
+from lit_llama.wording import param
 
 if TYPE_CHECKING:
     from lit_llama.generate.llm import LLM
@@ -186,7 +187,11 @@ def _run_config(
         given["train"] = train
     if wrong := [name for name in _NOT_OF[method] if name in given]:
         other = next(name for name, without in _NOT_OF.items() if wrong[0] not in without)
-        raise UserError(f"{wrong[0]} is a setting of method={other!r}; with method={method!r} leave it out")
+        raise UserError(
+            f"is a setting of {param('method', other)}",
+            parameter=wrong[0],
+            remedy=f"with {param('method', method)} leave it out",
+        )
     if method in _BEGINS:
         if isinstance(train, Mapping):
             check_names(train, names_of(TrainConfig), "a setting of TrainConfig")

@@ -1,4 +1,4 @@
-"""Weights from one layout, place or shape into another: merge, convert, download."""
+"""Weights from one layout, place or shape into another: merge, convert, add_delta, download."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,8 +6,10 @@ from typing import Literal
 from lit_llama.api.results import Merged, Place, Result, called, path_of
 from lit_llama.device import Precision
 from lit_llama.errors import UserError
-from lit_llama.model.config import GGUFType, Onto
+from lit_llama.model.config import GGUFType, Onto, PlainType
 from lit_llama.settings import check_choice
+from lit_llama.text.dataset.config import StyleName
+from lit_llama.wording import param
 
 Layout = Literal["hf", "meta", "lit", "gguf"]
 
@@ -74,7 +76,7 @@ def merge(
                 modelfile=modelfile,
             )
         elif modelfile:
-            raise UserError("--modelfile is for a model with --format gguf")
+            raise UserError(f"is for a model with {param('format', 'gguf')}", parameter="modelfile")
         else:
             proof = write(adapter, destination, dtype=dtype, precision=precision, onto=onto, base_dir=base)
         return Merged(folder=destination, log=tuple(talk.lines), proof=proof)
@@ -147,6 +149,57 @@ def convert(
                 base_dir=base,
                 modelfile=modelfile,
             )
+        return Result(folder=destination, log=tuple(talk.lines))
+
+
+def add_delta(
+    base_dir: Place,
+    delta_dir: Place,
+    destination_path: Place,
+    *,
+    policy: Literal["auto", "ziya", "vicuna", "alpaca", "add"] = "auto",
+    dtype: PlainType | None = None,
+    prompt_style: StyleName | None = None,
+    accept_rounded_base: bool = False,
+    max_shard_size: str = "5GB",
+    verbose: bool | None = None,
+) -> Result:
+    """Add a published delta to its base, tensor by tensor; what is interrupted goes on where it stopped.
+
+        lit_llama.add_delta("checkpoints/llama-13b", "checkpoints/ziya-delta", "checkpoints/ziya-13b")
+
+    Args:
+        base_dir: The original model, a Hugging Face folder.
+        delta_dir: What its publisher adds.
+        destination_path: Folder to make.
+        policy: How a base grows to the vocabulary of the delta; auto decides by shapes and values.
+        dtype: Dtype of the sum; None needs base and delta in the same.
+        prompt_style: How the sum is asked; None as the delta's chat template says.
+        accept_rounded_base: Go on with a base in float16 that once was bfloat16.
+        max_shard_size: Most bytes of a file of weights, such as 200MB.
+        verbose: As for `load`.
+
+    Raises:
+        UserError: The destination exists, or lies in an input.
+        CheckpointError: Base and delta do not fit each other, or are not what they are called.
+        IntegrityError: The delta was made from another base.
+        ResourceError: The disk has no room.
+    """
+    base, delta, destination = Path(base_dir), Path(delta_dir), Path(destination_path)
+    with called(verbose) as talk:
+        from lit_llama.convert.delta import apply
+        from lit_llama.model.shards import parse_size
+
+        apply(
+            base,
+            delta,
+            destination,
+            policy=policy,
+            dtype=dtype,
+            prompt_style=prompt_style,
+            accept_rounded_base=accept_rounded_base,
+            max_shard_size=parse_size(max_shard_size),
+        )
         return Result(folder=destination, log=tuple(talk.lines))
 
 

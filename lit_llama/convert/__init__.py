@@ -19,6 +19,7 @@ from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.model.shards import MAX_SHARD_SIZE
 from lit_llama.model.weights import describe_wrong_file
 from lit_llama.progress import stderr
+from lit_llama.wording import call, param
 
 Layout = Literal["hf", "meta", "lit", "gguf"]
 _MARKERS = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
@@ -68,16 +69,22 @@ def convert(
     start = time.perf_counter()
     adapter = layout == "gguf" and _is_adapter(source)
     if modelfile and (adapter or layout != "gguf"):
-        raise UserError("--modelfile is for a model with --format gguf")
+        raise UserError(f"is for a model with {param('format', 'gguf')}", parameter="modelfile")
     if adapter:
         from lit_llama.convert.gguf.adapter import write_adapter
 
         write_adapter(source, destination, dtype, base_dir)
         return
     if base_dir is not None:
-        raise UserError(f"--base_dir is for adapters; {source}, which is to be a file of --format {layout}, is none")
+        raise UserError(
+            f"is for adapters, and {source}, which is to be a file of {param('format', layout)}, is none",
+            parameter="base_dir",
+        )
     if num_shards != 1 and layout != "meta":
-        raise UserError(f"--num_shards is {num_shards}, but only --format meta has shards; see --max_shard_size")
+        raise UserError(
+            f"{param('num_shards')} is {num_shards}, but only {param('format', 'meta')} has shards; see "
+            f"{param('max_shard_size')}"
+        )
     if layout == "gguf":
         from lit_llama.convert.gguf.modelfile import check_modelfile
         from lit_llama.convert.gguf.writer import check_file, check_type
@@ -89,7 +96,7 @@ def convert(
     else:
         check_destination(destination, _MARKERS[layout])
     if dtype not in (None, *get_args(PlainType)) and layout != "gguf":
-        raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
+        raise UserError(f"is a type of GGUF files: it needs {param('format', 'gguf')}", parameter="dtype", value=dtype)
     if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
         _check_foreign(source)
     # A GGUF file is written from all that a value has, and rounded there, once.
@@ -133,7 +140,8 @@ def _is_adapter(folder: Path) -> bool:
 
 def _merge_hint(folder: Path) -> str:
     return (
-        f"--source: {folder} is an adapter: merge it into its base with finetune/merge.py, or name --format gguf for "
+        f"{param('source')}: {folder} is an adapter: merge it into its base with {call('merge')}, or name "
+        f"{param('format', 'gguf')} for "
         "an adapter of llama.cpp"
     )
 
@@ -158,18 +166,18 @@ def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | No
     else:
         raise _absent(source)
     if rms_norm_eps is not None and opened.kind != "lit-llama":
-        raise UserError(f"--rms_norm_eps: {source} ({opened.kind}) says its epsilon itself, leave the flag out")
+        raise UserError(f"{param('rms_norm_eps')}: {source} ({opened.kind}) says its epsilon itself, leave it out")
     return opened.checked()
 
 
 def _absent(source: Path) -> CheckpointError:
     if repository(str(source)) is None:
         return CheckpointError(
-            f"--source: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}"
+            f"{param('source')}: {source} does not exist (working folder: {Path.cwd()}), expected {_EXPECTED}"
         )
     return CheckpointError(
-        f"--source: {source} does not exist (working folder: {Path.cwd()}). If it is a model on the Hub: python "
-        f"prepare/download.py --repo_id {source}"
+        f"{param('source')}: {source} does not exist (working folder: {Path.cwd()}). If it is a model on the Hub: "
+        f"{call('download', repo_id=str(source))}"
     )
 
 
@@ -196,7 +204,8 @@ def convert_adapter(source: Path, base_dir: Path, destination: Path, lora_alpha:
         mlx.convert_mlx(source, base_dir, destination)
     elif source.is_dir():
         raise CheckpointError(
-            f"--source: {source} holds no adapter of another program; with --base_dir expected a LoRA .pth of "
+            f"{param('source')}: {source} holds no adapter of another program; with {param('base_dir')} expected a "
+            "LoRA .pth of "
             f"lit-llama, a GGUF adapter or a folder of mlx-lm ({mlx.WEIGHTS_FILE}). PEFT's own folders need no "
             "conversion"
         )
@@ -216,7 +225,7 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
 
     if SHARD.fullmatch(path.name):
         raise CheckpointError(
-            f"--source: {path} is one shard of a folder in Meta's layout, name the folder {path.parent}"
+            f"{param('source')}: {path} is one shard of a folder in Meta's layout, name the folder {path.parent}"
         )
     with path.open("rb") as file:
         start = file.read(4)
@@ -225,13 +234,13 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
 
         return open_gguf(path, dtype)
     if (path.parent / SETTINGS_FILE).is_file() and path.suffix in (".safetensors", ".bin"):
-        raise CheckpointError(f"--source: {path} is a file of the folder {path.parent}: name the folder")
+        raise CheckpointError(f"{param('source')}: {path} is a file of the folder {path.parent}: name the folder")
     if start.startswith(b"PK") or path.suffix == ".pth":
         from lit_llama.convert.layouts.lit_llama import open_lit
 
         return open_lit(path, rms_norm_eps).cast(dtype)
     what = describe_wrong_file(path) or f"none of these: it starts with {start!r}"
-    raise CheckpointError(f"--source: {path} is {what}; expected {_EXPECTED}")
+    raise CheckpointError(f"{param('source')}: {path} is {what}; expected {_EXPECTED}")
 
 
 def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
@@ -240,17 +249,17 @@ def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) ->
     check_folder(folder)
     if (opened := _open_layout(folder, rms_norm_eps)) is not None:
         return opened.cast(dtype)
-    if (path := only_model(folder)) is not None:  # as prepare/download.py makes it
+    if (path := only_model(folder)) is not None:  # as a download makes it
         return _open_file(path, dtype, rms_norm_eps)
     if foreign := foreign_adapter(folder, {path.name for path in folder.iterdir()}):
-        raise CheckpointError(f"--source: {folder} {foreign}")
+        raise CheckpointError(f"{param('source')}: {folder} {foreign}")
     if (folder / _ADAPTER).is_file():
         raise CheckpointError(_merge_hint(folder))
     if (folder / "consolidated.safetensors").is_file():
-        raise CheckpointError(f"--source: {wrong_place(folder)}")
+        raise CheckpointError(f"{param('source')}: {wrong_place(folder)}")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
-        f"--source: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
+        f"{param('source')}: {folder} is a folder without config.json or weights (found: {found}), expected {_EXPECTED}"
     )
 
 

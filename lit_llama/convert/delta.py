@@ -36,6 +36,7 @@ from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import read_object
 from lit_llama.text.tokenizer.vocabulary import check_vocabulary, holds_tokenizer
+from lit_llama.wording import call, param
 
 _SAME = 0.95  # cosine of two models of one family; a difference points anywhere
 _WHOLE = 0.5  # a difference is shorter than half of what it is added to
@@ -54,7 +55,8 @@ def find_policy(base: Side, delta: Side) -> Policy:
         return "add"
     raise CheckpointError(
         f"{delta.folder} has {delta.rows()} embedding rows, {base.folder} has {base.rows()}: whether the new rows of "
-        "the base start as zeros (--policy vicuna) or as the mean of its rows (--policy alpaca) was the publisher's "
+        f"the base start as zeros ({param('policy', 'vicuna')}) or as the mean of its rows "
+        f"({param('policy', 'alpaca')}) was the publisher's "
         "choice; name it"
     )
 
@@ -73,7 +75,7 @@ def check_pair(base: Side, delta: Side) -> None:
     if base.rows() == delta.rows() and torch.equal(_first_rows(base), _first_rows(delta)):
         raise CheckpointError(
             f"{base.folder} and {delta.folder} hold the same embedding of {base.rows()} rows: the base is merged "
-            "already, or both are one model; --base_dir needs the original weights"
+            f"already, or both are one model; {param('base_dir')} needs the original weights"
         )
     if cosine > _SAME and ratio > _WHOLE:
         raise CheckpointError(
@@ -83,7 +85,7 @@ def check_pair(base: Side, delta: Side) -> None:
     if ratio > 1:
         raise CheckpointError(
             f"base and delta seem swapped: the norms of {delta.folder} are {ratio:.3g} times those of {base.folder}; "
-            "--base_dir is the model, --delta_dir what its publisher adds"
+            f"{param('base_dir')} is the model, {param('delta_dir')} what its publisher adds"
         )
 
 
@@ -123,7 +125,7 @@ def apply(
     accept_rounded_base: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write base + delta; the parameters are those of prepare/delta.py apply.
+    """Write base + delta.
 
     Raises:
         UserError: The destination exists, or lies in an input.
@@ -145,7 +147,7 @@ def apply(
         _doubt_base(base_dir, accept_rounded_base)
     if holds_values(base, delta) != (chosen == "ziya"):
         found = "differences" if chosen == "ziya" else "whole rows"
-        stderr().print(f"warning: the embedding of {delta_dir} seems to hold {found}, unlike --policy {chosen}")
+        stderr().print(f"warning: the embedding of {delta_dir} seems to hold {found}, unlike {param('policy', chosen)}")
     write(Work(work_base, work_delta, chosen, +1, dtype), destination, max_shard_size, prompt_style)
 
 
@@ -159,7 +161,7 @@ def make(
     dtype: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write target - base, which `apply` adds again; the parameters are those of prepare/delta.py make.
+    """Write target - base, which `apply` adds again.
 
     Raises:
         UserError: The destination exists, or lies in an input.
@@ -202,7 +204,7 @@ def verify(merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | Non
 
 def _side(source: Source) -> Side:
     if not source.stored:  # made while it is read
-        raise CheckpointError(f"{source.path} ({source.kind}): bring it into 16 bits first, with prepare/checkpoint.py")
+        raise CheckpointError(f"{source.path} ({source.kind}): bring it into 16 bits first, with {call('convert')}")
     return Side(source.path, source.stored)
 
 
@@ -212,7 +214,7 @@ def _check_origin(base: Side, delta: Side) -> None:
     if isinstance(merged, dict):
         raise CheckpointError(
             f"{base.folder} is merged already: its {META_FILE} says by which delta ({merged.get('delta')}); "
-            "--base_dir needs the original weights"
+            f"{param('base_dir')} needs the original weights"
         )
     made = read_object(delta.folder / META_FILE).get("difference")
     if isinstance(made, dict) and made["base"]["fingerprint"] != fingerprint_stored(base.stored):
@@ -254,8 +256,8 @@ def _doubt_base(base_dir: Path, accepted: bool) -> None:
     )
     if not accepted:
         raise CheckpointError(
-            f"{message}. Convert the original weights with prepare/checkpoint.py, or accept it with "
-            "--accept_rounded_base true"
+            f"{message}. Convert the original weights with {call('convert')}, or accept it with "
+            f"{param('accept_rounded_base', True)}"
         )
     stderr().print(f"warning: {message}")
 

@@ -36,6 +36,7 @@ from lit_llama.text.dataset.config import StyleName
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, begins, folder_style, named_style
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import identity
+from lit_llama.wording import param
 
 Policy = Literal["ziya", "vicuna", "alpaca", "add"]
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -76,7 +77,10 @@ def check_shapes(base: Side, delta: Side, policy: Policy) -> None:
         if part.shape != there and not (grows and policy != "add"):
             hint = ""
             if grows:
-                hint = "; --policy add needs equal shapes: say how the base grows with --policy ziya, vicuna or alpaca"
+                hint = (
+                    f"; {param('policy', 'add')} needs equal shapes: say how the base grows with "
+                    f"{param('policy', 'ziya')}, vicuna or alpaca"
+                )
             elif name in VOCABULARY and part.shape[0] < there[0]:
                 hint = "; the base has more rows than the delta: it may be merged already, or is another base"
             raise CheckpointError(f"{name} is {there} in {base.folder}, {part.shape} in {delta.folder}{hint}")
@@ -176,7 +180,7 @@ class Work:
             if not named and ours != theirs:
                 raise CheckpointError(
                     f"{name} is {ours} in {self.base.path}, {theirs} in {self.other.path}: name the dtype of the "
-                    "result with --dtype. A base in another dtype than the publisher's gives other sums"
+                    f"result with {param('dtype')}. A base in another dtype than the publisher's gives other sums"
                 )
             specs[name] = (named or theirs, shape)
         return specs
@@ -263,7 +267,7 @@ def _write_settings(work: Work, folder: Path, style: StyleName | None) -> None:
         (folder / TEMPLATE_FILE).write_text(named.jinja(begins(tokenizer, named)), "utf-8")
         stderr().print(f"its {TEMPLATE_FILE} says how it is asked: prompt style {named.name}")
     elif work.sign > 0:
-        stderr().print("it has no chat template: name the style it was trained in with --prompt_style")
+        stderr().print(f"it has no chat template: name the style it was trained in with {param('prompt_style')}")
 
 
 def _write_origin(work: Work, staging: Staging) -> None:

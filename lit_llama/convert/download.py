@@ -8,7 +8,6 @@ missing is asked for, in the next attempt as in the next run.
 import contextlib
 import errno
 import hashlib
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from lit_llama.objects import as_object, read_text
 from lit_llama.progress import bar, reading, stderr
 from lit_llama.text.prompts.encode import folder_style
 from lit_llama.text.tokenizer.special import read_object
+from lit_llama.wording import call, param
 
 _BROKEN = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 _LATER = (408, 429)  # statuses that ask for patience
@@ -157,7 +157,12 @@ def download(
         IntegrityError: A file arrived damaged.
     """
     if file is not None and not file.endswith(".gguf"):
-        raise UserError(f"--file is {file!r}, expected the name of a GGUF file; a model folder needs no --file")
+        raise UserError(
+            parameter="file",
+            value=file,
+            expected="the name of a GGUF file",
+            remedy=f"a model folder needs no {param('file')}",
+        )
     destination = destination or Path("checkpoints") / repo_id.rpartition("/")[2]
     for marker in (META_FILE, SETTINGS_FILE, ADAPTER_FILE):
         check_destination(destination, marker)
@@ -212,7 +217,7 @@ def _check_space(files: Sequence[File], folder: Path, destination: Path) -> None
         wanted, there = amounts(needed, free)
         raise ResourceError(
             f"{destination} needs {wanted} more, only {there} are free on its disk: free some, or name a "
-            "folder on another disk with --destination_path"
+            f"folder on another disk with {param('destination_path')}"
         )
 
 
@@ -326,13 +331,11 @@ def _advice(folder: Path, choice: Choice) -> str:
 
 def _what_next(folder: Path, choice: Choice) -> str:
     """The command that a user most likely wants now."""
-    place = shlex.quote(str(folder))
     name = choice.files[0].name
     if name.endswith(".gguf"):
         target = folder.parent / model_name(name)
         target = target.with_name(f"{target.name}-hf") if target == folder else target
-        source, made = shlex.quote(str(folder / name)), shlex.quote(str(target))
-        return f"next: python prepare/checkpoint.py --source {source} --destination_path {made}"
+        return f"next: {call('convert', source=folder / name, destination_path=target)}"
     if choice.marker == ADAPTER_FILE:
         return _next_of_adapter(folder, choice)
     if obstacle := _obstacle(folder / SETTINGS_FILE, folder):
@@ -342,13 +345,11 @@ def _what_next(folder: Path, choice: Choice) -> str:
     if delta := _delta(folder):
         return delta
     if not choice.weights.startswith("model.safetensors"):
-        made = shlex.quote(f"{folder}-safetensors")
-        command = f"python prepare/checkpoint.py --source {place} --destination_path {made}"
+        command = call("convert", source=folder, destination_path=f"{folder}-safetensors")
         return f"next: {command} (.bin weights are converted once)"
     if not choice.has_tokenizer:
         return "the repository has no tokenizer.json or tokenizer.model: put the one it was trained with beside it"
-    script = "base" if folder_style(folder) is None else "chat"
-    return f"next: python generate/{script}.py --checkpoint_dir {place}"
+    return f"next: {call('load', folder=folder, raw=folder_style(folder) is None)}"
 
 
 def _delta(folder: Path) -> str | None:
@@ -368,13 +369,13 @@ def _delta(folder: Path) -> str | None:
 
 def _next_of_adapter(folder: Path, choice: Choice) -> str:
     base = read_object(folder / ADAPTER_FILE).get("base_model_name_or_path")
-    chat = f"python generate/chat.py --checkpoint_dir {shlex.quote(str(folder))}"
     if isinstance(base, str) and base and Path(base, SETTINGS_FILE).is_file():
-        return f"next: {chat}"
+        return f"next: {call('load', folder=folder)}"
     if isinstance(base, str) and (wanted := repository(of_sixteen_bits(base) or base)) is not None:
         said = "its base" if wanted == base else f"its base in 16 bits, as {base} is a quantised copy"
-        there = shlex.quote(str(folder.parent / wanted.rpartition("/")[2]))
-        found = "" if wanted == base else f" --base_dir {there}"
-        download = f"python prepare/download.py --repo_id {wanted} --destination_path {there}"
-        return f"next: {download} ({said}), then {chat}{found}"
-    return f"its base is {base!r}, which is not here: next: {chat} --base_dir FOLDER_OF_THE_BASE"
+        there = folder.parent / wanted.rpartition("/")[2]
+        found = {} if wanted == base else {"base_dir": there}
+        download = call("download", repo_id=wanted, destination_path=there)
+        return f"next: {download} ({said}), then {call('load', folder=folder, **found)}"
+    chat = call("load", folder=folder, base_dir="FOLDER_OF_THE_BASE")
+    return f"its base is {base!r}, which is not here: next: {chat}"

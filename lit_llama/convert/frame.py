@@ -21,6 +21,7 @@ from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import ADDED_FILE, NAMES_FILE, SETTINGS_FILE, read_object
 from lit_llama.text.tokenizer.vocabulary import tokenizer_home
+from lit_llama.wording import param
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_PARTS = (
@@ -83,7 +84,9 @@ class Frame:
 def _cast(name: str, value: Tensor, spec: Spec) -> Tensor:
     stored = value.detach().to(device="cpu", dtype=DTYPES[spec[0]])
     if spec[0] == "F16" and not stored.isfinite().all():
-        raise CheckpointError(f"{name} has values beyond float16; store the model with --dtype bfloat16 or float32")
+        raise CheckpointError(
+            f"{name} has values beyond float16; store the model with {param('dtype', 'bfloat16')} or float32"
+        )
     return stored
 
 

@@ -29,6 +29,7 @@ from lit_llama.memory import amount
 from lit_llama.model.adapter import CONFIG_FILE as ADAPTER_FILE
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE
 from lit_llama.objects import as_object, read_text
+from lit_llama.wording import call, param
 
 TIMEOUT = 20  # seconds without an answer
 
@@ -123,7 +124,7 @@ def read_repo(repo_id: str, revision: str | None, endpoint: str | None) -> Repo:
             files = [_file(sibling) for sibling in info.siblings or ()]
             commit = _hexadecimal(info.sha, 40)
         except HFValidationError as error:
-            raise UserError(f"--repo_id is {repo_id!r}, expected OWNER/NAME as on the model's page") from error
+            raise UserError(parameter="repo_id", value=repo_id, expected="OWNER/NAME as on the model's page") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, HfHubHTTPError):  # status 400 is a ValueError, too
                 raise
@@ -167,7 +168,9 @@ def choose(repo: Repo, file: str | None = None) -> Choice:
     files = repo.files
     if file:
         if file not in files:
-            raise UserError(f"--file: {repo.repo_id} has no {file}; it has {_listed(repo, '.gguf') or 'no GGUF file'}")
+            raise UserError(
+                f"{param('file')}: {repo.repo_id} has no {file}; it has {_listed(repo, '.gguf') or 'no GGUF file'}"
+            )
         return Choice(_gguf_parts(repo, file), META_FILE, file)
     weights = next((name for name in _WEIGHTS if name in files), "")
     tokenizer = [name for name in _TOKENIZER if name in files]
@@ -188,7 +191,7 @@ def _gguf_parts(repo: Repo, file: str) -> tuple[File, ...]:
     names = [str(place.with_name(name)) for name in part_names(place.name)]
     if lost := [name for name in names if name not in repo.files]:
         raise CheckpointError(
-            f"--file: {file} is one of {len(names)} parts, but {repo.repo_id} has no {lost[0]}: name another"
+            f"{param('file')}: {file} is one of {len(names)} parts, but {repo.repo_id} has no {lost[0]}: name another"
         )
     return tuple(repo.files[name] for name in names) or (repo.files[file],)
 
@@ -200,11 +203,11 @@ def _nothing_usable(repo: Repo, weights: str) -> str:
         wanted = ADAPTER_FILE if weights in _ADAPTER_WEIGHTS else SETTINGS_FILE
         return f"{name} has {weights} but no {wanted}, so nothing says what the weights are; ask its author"
     if found := _listed(repo, ".gguf"):
-        return f"{name} holds GGUF files only: name one of them with --file, then convert it. It has {found}"
+        return f"{name} holds GGUF files only: name one of them with {param('file')}, then convert it. It has {found}"
     if found := _listed(repo, ".pth"):
         return (
             f"{name} holds Meta's own files only ({found}); there mostly is a repository with -hf at its end. Or fetch "
-            f"these with `hf download {name}` and convert them with prepare/checkpoint.py"
+            f"these with `hf download {name}` and convert them with {call('convert')}"
         )
     found = _listed(repo, "")
     return f"{name} has no {SINGLE_FILE} or pytorch_model.bin, nor an index of their parts; it has {found or 'no file'}"
@@ -283,14 +286,17 @@ def _refusal(error: HfHubHTTPError, repo_id: str, endpoint: str, revision: str |
         case GatedRepoError():
             return UserError(f"{repo_id} is gated: accept its licence on {endpoint}/{repo_id}, then {login}")
         case RevisionNotFoundError():
-            return UserError(f"--revision is {revision!r}: {repo_id} has no such branch, tag or commit")
+            return UserError(f"{param('revision')} is {revision!r}: {repo_id} has no such branch, tag or commit")
         case RemoteEntryNotFoundError():
             return CheckpointError(f"{repo_id} lists a file that it does not have any more: run the same command again")
         case RepositoryNotFoundError() if status != 401:
-            return UserError(f"--repo_id: there is no model {repo_id} on {endpoint}; if it is private, {login}")
+            return UserError(
+                f"{param('repo_id')}: there is no model {repo_id} on {endpoint}; if it is private, {login}"
+            )
     if status == 401:
         return UserError(
-            f"--repo_id: {repo_id} is private or not there, or the token is not valid: check the spelling, or {login}"
+            f"{param('repo_id')}: {repo_id} is private or not there, or the token is not valid: check the spelling, "
+            f"or {login}"
         )
     if status in (403, 404):
         said = error.server_message or ("no leave to read it" if status == 403 else "not found")

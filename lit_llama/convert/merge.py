@@ -36,6 +36,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, prompt_ids
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, identity
+from lit_llama.wording import param, params
 
 PROBES = (
     "What food do llamas eat?",
@@ -76,7 +77,7 @@ def merge(
     never the same. So `onto` is by default what the adapter's folder records.
 
     Args:
-        adapter_dir: What finetune/lora.py wrote.
+        adapter_dir: An adapter folder.
         destination: Folder to make.
         dtype: Dtype of the adapted tensors; None keeps that of the base.
         precision: In which the logits are compared.
@@ -105,9 +106,11 @@ def _write(
 ) -> Proof:
     check_destination(destination, "config.json")
     if destination.resolve() == adapter_dir.resolve():
-        raise UserError(f"--destination_path {destination} is the adapter's own folder; name another")
+        raise UserError(
+            "is the adapter's own folder", parameter="destination_path", value=destination, remedy="name another"
+        )
     if dtype not in (None, *get_args(PlainType)):
-        raise UserError(f"--dtype {dtype} is a type of GGUF files: it needs --format gguf")
+        raise UserError(f"is a type of GGUF files: it needs {param('format', 'gguf')}", parameter="dtype", value=dtype)
     check_folder(adapter_dir)
     base = base_of(adapter_dir, base_dir)
     config = LLaMAConfig.from_folder(base)
@@ -149,7 +152,8 @@ def _choose(adapter_dir: Path, onto: Onto | None) -> Onto:
     trained: Onto = trained_on(adapter_dir) or "stored"
     if onto is not None and onto != trained:
         stderr().print(
-            f"--onto {onto}: the adapter was trained on the base {_name(trained)}; merged onto it {_name(onto)} the "
+            f"{param('onto', onto)}: the adapter was trained on the base {_name(trained)}; merged onto it "
+            f"{_name(onto)} the "
             "model is another than the one that was trained"
         )
     return onto or trained
@@ -173,7 +177,7 @@ def merge_into_gguf(
     """Merge as `merge` does, into a folder that goes again, and write that as one GGUF file.
 
     Args:
-        adapter_dir: What finetune/lora.py wrote.
+        adapter_dir: An adapter folder.
         destination: File to make.
         dtype: As in `GGUFType`; None keeps that of the base.
         precision: In which the logits are compared.
@@ -218,7 +222,7 @@ def _check_memory(merged: Merged, precision: Precision, onto: Onto) -> None:
     if needed <= there:
         stderr().print(said)
         return
-    ways = ["--precision bf16-true takes half"] if dtype == torch.float32 else []
+    ways = [f"{param('precision', 'bf16-true')} takes half"] if dtype == torch.float32 else []
     if device.type == "cuda":
         ways.append("CUDA_VISIBLE_DEVICES= before the command compares on the CPU")
     raise ResourceError(f"{said}; {', or '.join(ways) or 'merge on a machine with more memory'}")
@@ -264,8 +268,8 @@ def _prove(
     if not proof.mean_difference < proof.adapter_effect / 2:
         raise IntegrityError(
             f"the merged model does not carry the adapter: its logits are {proof.mean_difference:.2e} off, the adapter "
-            f"moves them by {proof.adapter_effect:.2e}. Rounding hides so small an update: use --dtype float32 "
-            "--precision 32-true"
+            f"moves them by {proof.adapter_effect:.2e}. Rounding hides so small an update: use "
+            f"{params(dtype='float32', precision='32-true')}"
         )
     return proof
 

@@ -22,6 +22,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.tokenizer.special import MERGES_FILES
 from lit_llama.text.tokenizer.vocabulary import identity
+from lit_llama.wording import param
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """torch.float16 -> F16."""
@@ -121,7 +122,8 @@ class Source:
             value = stored.to(target)
             if lost := int((stored.isfinite() & ~value.isfinite()).sum()):
                 raise CheckpointError(
-                    f"{self.path}: {lost} values of {name} are too large for {dtype}; use --dtype bfloat16 or float32"
+                    f"{self.path}: {lost} values of {name} are too large for {dtype}; use "
+                    f"{param('dtype', 'bfloat16')} or float32"
                 )
             return value
 

@@ -20,6 +20,7 @@ from lit_llama.convert.source import Source, check_shapes, read_tokenizer, write
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.weights import Stored
+from lit_llama.wording import param
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -170,10 +171,12 @@ def resize(source: Source, rows: int) -> Source:
     old = source.shape.vocab_size
     if rows <= old:
         what = "already has that many" if rows == old else f"has {old}, and rows that were trained are not thrown away"
-        raise CheckpointError(f"--resize_vocab is {rows}, but the embedding of {source.path} {what}")
+        raise CheckpointError(f"{param('resize_vocab')} is {rows}, but the embedding of {source.path} {what}")
     tokens = _tokens(source)
     if tokens is not None and rows < tokens:
-        raise CheckpointError(f"--resize_vocab is {rows}, but the tokenizer of {source.path} has {tokens} tokens")
+        raise CheckpointError(
+            f"{param('resize_vocab')} is {rows}, but the tokenizer of {source.path} has {tokens} tokens"
+        )
     trained = min(old, old if tokens is None else tokens)
 
     def read(name: str) -> Tensor:

@@ -28,6 +28,7 @@ from lit_llama.folder.place import (
 )
 from lit_llama.folder.place import check_space as check_space  # part of this file for those who write folders
 from lit_llama.folder.place import sync as sync
+from lit_llama.wording import param
 
 _OWN = ".unfinished"  # in a folder that outlives a failure: it is ours
 
@@ -246,7 +247,9 @@ def check_apart(destination: Path, *inputs: Path) -> None:
     for folder in inputs:
         given = folder.resolve()
         if made == given or made.is_relative_to(given) or given.is_relative_to(made):
-            raise UserError(f"--destination_path {destination} and the input {folder} lie in each other; name another")
+            raise UserError(
+                f"{param('destination_path', destination)} and the input {folder} lie in each other; name another"
+            )
 
 
 def check_destination(destination: Path, marker: str, *, replace: bool = False) -> None:

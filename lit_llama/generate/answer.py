@@ -30,6 +30,7 @@ from lit_llama.progress import bar, stderr
 from lit_llama.text.message import Conversation, headed
 from lit_llama.text.prompts.encode import Cutter, ids_of, prompt_ids
 from lit_llama.text.prompts.styles import Segment
+from lit_llama.wording import param
 
 
 def continue_text(
@@ -57,7 +58,7 @@ def raw_ids(llm: LLM, text: str, control_tokens: bool) -> list[int]:
     """Return the ids of a text that no style was put around."""
     tokenizer = llm.tokenizer
     if not control_tokens and (spelled := [token for token in tokenizer.control if token in text]):
-        stderr().print(f"{', '.join(spelled)} in the prompt: words as any others, without --control_tokens")
+        stderr().print(f"{', '.join(spelled)} in the prompt: words as any others, without {param('control_tokens')}")
     runs = Cutter(tokenizer).runs([Segment(text, template=control_tokens)])
     ids = ids_of(tokenizer, runs)
     bos = [tokenizer.control[tokenizer.bos]] if tokenizer.bos else []
@@ -112,7 +113,7 @@ def _print_answers(llm: LLM, prompt: Fitted, sampling: Sampling, overflow: Overf
 
 def ended(reason: FinishReason | None, sampling: Sampling) -> str:
     """Return the end of a report on an answer that did not stop by itself."""
-    return f"; cut off at --max_new_tokens {sampling.max_new_tokens}" if reason == "length" else ""
+    return f"; cut off at {param('max_new_tokens', sampling.max_new_tokens)}" if reason == "length" else ""
 
 
 def _slid(dropped: int) -> str:

@@ -16,6 +16,7 @@ from lit_llama.flags import config_flags, entries, expanded
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.config import Held, KVCacheType
 from lit_llama.text.dataset.config import StyleName
+from lit_llama.wording import param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Loading:
     Args:
         base_dir: The base model of an adapter, where it is not found where the adapter says.
         merge_adapter: Make an adapter part of the weights of its base as they are loaded, with the numbers that
-            finetune/merge.py writes, in place of keeping it apart.
+            merging writes, in place of keeping it apart.
         prompt_style: Ask in this style instead of the one the folder carries.
         precision: Of weights and activations; auto is bfloat16 where the hardware is fast at it.
         quantize: Hold the linear layers in 4 or 8 bits; left out, as they were held when the adapter was trained. On a
@@ -62,9 +63,9 @@ class Loading:
             if (place := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(place))
         if self.kv_cache not in get_args(KVCacheType):
-            raise UserError(f"--kv_cache is {self.kv_cache!r}, expected {' or '.join(get_args(KVCacheType))}")
+            raise UserError(parameter="kv_cache", value=self.kv_cache, expected=" or ".join(get_args(KVCacheType)))
         if self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+            raise UserError(parameter="batch_size", value=self.batch_size, expected="1 or more")
 
     @property
     def only_planned(self) -> bool:
@@ -87,7 +88,7 @@ _FLAGS = (
     "stop",
     "seed",
 )
-_SAMPLES = "num_samples"
+_SAMPLES = "num_samples"  # the flag of `n`
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,13 @@ class Asked:
             stderr().print(f"{folder.source} asks for what is not done here: {', '.join(folder.ignored)}")
         if sampling.greedy and sampling.n > 1:
             raise UserError(
-                f"--{_SAMPLES} is {sampling.n}, but without chance all answers are the same: add --temperature 0.8"
+                f"{param('n')} is {sampling.n}, but without chance all answers are the same: add "
+                f"{param('temperature', 0.8)}"
             )
-        if sampling.temperature == 0 and (useless := [f"--{key}" for key in idle if key in self.given]):
+        if sampling.temperature == 0 and (useless := [param(key) for key in idle if key in self.given]):
             stderr().print(f"{', '.join(useless)}: without effect at temperature 0, which takes the most likely token")
         if r"\n" in "".join(sampling.stop):
-            stderr().print(r"--stop holds a backslash and an n; the end of a line is $'\n' in most shells")
+            stderr().print(f"{param('stop')} holds a backslash and an n; the end of a line is $'\\n' in most shells")
         return sampling
 
 
@@ -170,9 +172,9 @@ def sampling_flags(
     def asked(values: Mapping[str, Any]) -> Asked:
         given = {_FIELDS.get(name, name): value for name, value in values.items() if value is not None}
         if values["max_new_tokens"] < 1:
-            raise UserError(f"--max_new_tokens is {values['max_new_tokens']}, expected 1 or more")
+            raise UserError(parameter="max_new_tokens", value=values["max_new_tokens"], expected="1 or more")
         if values.get(_SAMPLES, 1) < 1:
-            raise UserError(f"--{_SAMPLES} is {values[_SAMPLES]}, expected 1 or more")
+            raise UserError(parameter="n", value=values[_SAMPLES], expected="1 or more")
         return Asked(given, default)
 
     return expanded("sampling", _flags(default, samples), _help(default, folders), asked)

@@ -54,6 +54,7 @@ from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import Place
 from lit_llama.text.tokenizer.stream import token_bytes
 from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
+from lit_llama.wording import call, param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +290,7 @@ class Opened:
             if plan.offloaded:
                 raise ResourceError(
                     f"{shortfall(plan)}: its layers stay in their files, which no adapter can be merged into as they "
-                    "are loaded; merge it with finetune/merge.py, or leave --merge_adapter out"
+                    f"are loaded; merge it with {call('merge')}, or leave {param('merge_adapter')} out"
                 )
             merged = Merged(self.base, self.folder, trained_on(self.folder) or "stored", None)
             return load_model(self.base, plan.device, dtype, plan.quantization, source=merged), [*merged.remarks]
@@ -307,7 +308,7 @@ def load(folder: Path | str, **options: Any) -> LLM:
     """Load a checkpoint folder, or an adapter folder with its base.
 
     Args:
-        folder: What finetune/ or prepare/checkpoint.py wrote, or any Hugging Face model folder.
+        folder: An adapter folder, or any Hugging Face model folder.
         options: Fields of `Loading`, such as `precision` and `quantize`.
 
     Raises:
@@ -368,9 +369,11 @@ def _base(folder: Path, loading: Loading) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return base_of(folder, loading.base_dir)
     if loading.base_dir is not None:
-        raise UserError(f"--base_dir is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}")
+        raise UserError(
+            f"is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}", parameter="base_dir"
+        )
     if loading.merge_adapter:
-        raise UserError(f"--merge_adapter is for an adapter, but {folder} is none: it has no {CONFIG_FILE}")
+        raise UserError(f"is for an adapter, but {folder} is none: it has no {CONFIG_FILE}", parameter="merge_adapter")
     return folder
 
 

@@ -22,6 +22,7 @@ import regex
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import FinishReason
 from lit_llama.text.message import Conversation
+from lit_llama.wording import param
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def notes(questions: Sequence[Conversation], answers: Sequence[Answer], control:
         said.append(
             f"{counts[0]} of {len(texts)} answers and {counts[1]} of {len(references)} references spell "
             f"{', '.join(sorted(found))} as text, which is no end of an answer: the rows were trained with it typed; "
-            "take it out of the data, or end answers there with --stop"
+            f"take it out of the data, or end answers there with {param('stop')}"
         )
     return said
 

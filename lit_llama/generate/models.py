@@ -27,6 +27,7 @@ from lit_llama.model.lora import adapters as adapters_of
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.vocabulary import tokenizer_home
+from lit_llama.wording import call, param
 
 
 def load_models(
@@ -62,7 +63,7 @@ def load_models(
     if given and not packs:
         raise UserError(
             "several models at once need the kernels for CPUs, and weights that these can hold: name one of them "
-            "alone, or merge an adapter into its base with finetune/merge.py"
+            f"alone, or merge an adapter into its base with {call('merge')}"
         )
     own = updates_of(opened) if packs and opened.adapted else None
     if not given and own is None:
@@ -93,8 +94,9 @@ def check_merging(loading: Loading, adapters: Mapping[str, Path]) -> None:
     """Raise UserError if one adapter is to be merged into the base that others need as it is."""
     if loading.merge_adapter and adapters:
         raise UserError(
-            "--merge_adapter makes one adapter part of the base, which the others of --adapters need as it is: leave "
-            "one of the two out"
+            f"makes one adapter part of the base, which the others of {param('adapters')} need as it is: leave one of "
+            "the two out",
+            parameter="merge_adapter",
         )
 
 
@@ -140,7 +142,7 @@ def _check(parts: Mapping[str, tuple[Opened, Updates | None]], base: Opened) -> 
         if updates is None:
             raise UserError(
                 f"adapter {name}: {part.folder} holds more than updates of low rank on the linear layers of the "
-                "decoder, so it cannot answer beside others: name it alone, or merge it with finetune/merge.py"
+                f"decoder, so it cannot answer beside others: name it alone, or merge it with {call('merge')}"
             )
         if part.tokenizer.size != base.tokenizer.size:
             raise UserError(
@@ -204,7 +206,11 @@ def open_models(folders: Sequence[Path], loading: Loading | None = None) -> list
     names = short_names(folders)
     adapters = [(folder / "adapter_config.json").is_file() for folder in folders]
     if (loading.base_dir is not None or loading.merge_adapter) and not any(adapters):
-        what = f"--base_dir {loading.base_dir} is the base of" if loading.base_dir else "--merge_adapter is for"
+        what = (
+            f"{param('base_dir', loading.base_dir)} is the base of"
+            if loading.base_dir
+            else f"{param('merge_adapter')} is for"
+        )
         raise UserError(f"{what} an adapter, but none of the folders is one")
     return [
         Model(name, open_folder(folder, loading if adapter else plain))

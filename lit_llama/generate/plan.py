@@ -35,6 +35,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.model.quantize import is_quantized
 from lit_llama.progress import stderr, stdout
+from lit_llama.wording import param
 
 BITS = {"nf4": 4.5, "nf4-dq": 4.13, "int8": 8.25, "int4": 4.5, "fp8": 8.0}
 """Bits of a weight of the linear layers with its share of the scales."""
@@ -255,7 +256,7 @@ def lighter(plan: GenerationPlan) -> Iterator[GenerationPlan]:
 
 def remedy(plan: GenerationPlan) -> str:
     """Advise where a model does not fit, or only with layers elsewhere."""
-    ways = [f"--quantize {other.held} ({amount(other.least)})" for other in lighter(plan)]
+    ways = [f"{param('quantize', other.held)} ({amount(other.least)})" for other in lighter(plan)]
     return f"it fits with {', or '.join(ways)}" if ways else "take a smaller model, or a machine with more memory"
 
 

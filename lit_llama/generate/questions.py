@@ -17,6 +17,7 @@ from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prompts.encode import prompt_ids
 from lit_llama.text.read.sources import read_questions
+from lit_llama.wording import param
 
 
 def choose_questions(
@@ -43,28 +44,31 @@ def choose_questions(
         DataError: The rows are missing or unusable.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}, expected 1 or more")
+        raise UserError(parameter="limit", value=limit, expected="1 or more")
     if data_dir is None and input_file is None:
         for flag, value in (("output_file", output_file), ("limit", limit)):
             if value is not None:
-                raise UserError(f"--{flag} is of answers to rows, expected --data_dir or --input_file with it")
+                raise UserError(
+                    f"is of answers to rows, expected {param('data_dir')} or {param('input_file')} with it",
+                    parameter=flag,
+                )
         if not prompt.strip():
-            raise UserError("--prompt is empty, expected an instruction")
+            raise UserError("is empty, expected an instruction", parameter="prompt")
         return instruct(prompt, input)
     if data_dir and input_file:
-        raise UserError("--data_dir and --input_file are both given, expected one of them")
+        raise UserError(f"{param('data_dir')} and {param('input_file')} are both given, expected one of them")
     for flag, given in (("prompt", prompt != EXAMPLE_PROMPT), ("input", input != "")):
         if given:
-            rows = "--data_dir" if data_dir else "--input_file"
-            raise UserError(f"--{flag} and {rows} are both given, expected one question or the rows of a file")
+            rows = param("data_dir") if data_dir else param("input_file")
+            raise UserError(f"{param(flag)} and {rows} are both given, expected one question or the rows of a file")
     if output_file is not None and output_file.is_dir():
-        raise UserError(f"--output_file {output_file} is a folder, expected a file or nothing there")
+        raise UserError("is a folder, expected a file or nothing there", parameter="output_file", value=output_file)
     return _rows(data_dir, input_file)[:limit]
 
 
 def _rows(data_dir: Path | None, input_file: Path | None) -> list[Conversation]:
     if data_dir is not None and read_meta(data_dir).get("splits", {}).get("test", {}).get("rows") == 0:
-        raise DataError(f"{data_dir} has no test split to answer: it was prepared with --test_split_size 0")
+        raise DataError(f"{data_dir} has no test split to answer: it was prepared with {param('test_split_size', 0)}")
     path = data_dir / TEST_FILE if data_dir is not None else input_file
     assert path is not None
     examples = read_questions(path)

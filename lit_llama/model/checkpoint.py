@@ -6,7 +6,6 @@ The folder is Hugging Face's: config.json, model.safetensors or shards with mode
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,6 +18,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized, quantized
 from lit_llama.model.weights import DTYPES, Spec, Stored, Weights, check_names, read_header, weight_files
 from lit_llama.progress import track
+from lit_llama.wording import call, param
 
 _DELTA = 0.05
 """Root mean square of all norm weights below which a folder is a difference: models have 0.3 and more."""
@@ -121,7 +121,7 @@ def load_model(
             state[name] = (weights[name] if kept else whole(name)).to(device=device, dtype=wanted_dtype)
             if wanted_dtype == torch.float16 and not state[name].isfinite().all():
                 raise CheckpointError(
-                    f"{folder}: {name} has values beyond float16; use --precision 32-true or bf16-true"
+                    f"{folder}: {name} has values beyond float16; use {param('precision', '32-true')} or bf16-true"
                 )
     if config.tie_word_embeddings:
         embedding = state["model.embed_tokens.weight"]
@@ -153,10 +153,10 @@ def check_no_delta(folder: Path, norms: Iterable[torch.Tensor]) -> None:
         CheckpointError: The norms in `folder` are those of a delta.
     """
     if (size := torch.cat([norm.flatten().float() for norm in norms]).square().mean().sqrt().item()) < _DELTA:
+        added = call("add_delta", base_dir="BASE", delta_dir=folder, destination_path=f"{folder}-merged")
         raise CheckpointError(
             f"{folder} holds a delta and no model: its norms are near zero (root mean square {size:.2g}, expected 0.3 "
-            f"or more). Add it to its base: python prepare/delta.py apply --base_dir BASE --delta_dir "
-            f"{shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-merged')}"
+            f"or more). Add it to its base: {added}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Shapes and settings of the models and of their adapters. Imports no torch, so that `--help` stays quick."""
+"""Shapes and settings of the models and of their adapters. Imports no torch, so that help stays quick."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_llama.device import capabilities
 from lit_llama.errors import ResourceError
 from lit_llama.model.operators.pointwise import round_rows
+from lit_llama.wording import param
 
 
 def check(device: torch.device) -> None:
@@ -25,12 +26,15 @@ def check(device: torch.device) -> None:
     """
     if not hasattr(F, "scaled_mm"):
         raise ResourceError(
-            f"--quantize fp8 needs torch.nn.functional.scaled_mm, which torch {torch.__version__} lacks"
+            f"needs torch.nn.functional.scaled_mm, which torch {torch.__version__} lacks",
+            parameter="quantize",
+            value="fp8",
         )
     if not capabilities(device).float8:
         raise ResourceError(
-            f"--quantize fp8: {torch.cuda.get_device_name(device)} does not multiply 8-bit floats, which GPUs do from "
-            "compute capability 8.9 on; use int8 or nf4, or leave --quantize out"
+            f"{param('quantize', 'fp8')}: {torch.cuda.get_device_name(device)} does not multiply 8-bit floats, which "
+            "GPUs do from "
+            f"compute capability 8.9 on; use int8 or nf4, or leave {param('quantize')} out"
         )
 
 

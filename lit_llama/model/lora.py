@@ -12,6 +12,7 @@ from lit_llama.model.low_rank import Adapter, DoRALinear, LoRAEmbedding, LoRALin
 from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
 from lit_llama.model.rows import whole
+from lit_llama.wording import param
 
 MANY = 1000
 """Adapted matrices of a mixture of experts from which on it is said."""
@@ -31,14 +32,15 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     copied = _copied(model, config)
     if both := [name for name in copied if name in adapted]:
         raise UserError(
-            f"--lora.modules_to_save and --lora.target_modules both name {both[0]}: it is trained whole or by an "
+            f"{param('lora.modules_to_save')} and {param('lora.target_modules')} both name {both[0]}: it is trained "
+            "whole or by an "
             "update of low rank, name it once"
         )
     last = sorted({name.rpartition(".")[2] for name in adapted})
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
             if not any(matches_pattern(name, key) for name in adapted):
-                raise UserError(f"--lora.{option}: {key!r} matches no adapted module{_nearest(key, last)}")
+                raise UserError(f"{param(f'lora.{option}')}: {key!r} matches no adapted module{_nearest(key, last)}")
     adapt(model, config, adapted, copied)
     return adapted
 
@@ -55,7 +57,8 @@ def adapt(model: nn.Module, config: LoRAConfig, names: Sequence[str], copied: Se
         copy = whole(model.get_submodule(name))
         if copy is None:
             raise UserError(
-                f"--lora.modules_to_save: {name} is no embedding, norm, or linear layer without bias and in full "
+                f"{param('lora.modules_to_save')}: {name} is no embedding, norm, or linear layer without bias and in "
+                "full "
                 "precision, of which a copy could be trained; name for example embed_tokens, lm_head or norm"
             )
         _replace(model, name, copy)
@@ -75,8 +78,8 @@ def _update(base: nn.Module, name: str, config: LoRAConfig) -> Adapter:
     if isinstance(base, nn.Embedding):
         if config.use_dora:
             raise UserError(
-                f"--lora.use_dora: {name} is an embedding, on which it is not implemented; leave it out of "
-                "--lora.target_modules, or train it whole with --lora.modules_to_save"
+                f"{param('lora.use_dora')}: {name} is an embedding, on which it is not implemented; leave it out of "
+                f"{param('lora.target_modules')}, or train it whole with {param('lora.modules_to_save')}"
             )
         return LoRAEmbedding(base, rank, scale)
     assert isinstance(base, nn.Linear | QuantizedLinear)
@@ -94,7 +97,8 @@ def _adapted(able: Iterable[str], config: LoRAConfig) -> list[str]:
         if found := [name for name in able if matches_whole(config.pattern, name)]:
             return found
         raise UserError(
-            f"--lora.target_modules: the regular expression {config.pattern!r} matches no linear layer or embedding of "
+            f"{param('lora.target_modules')}: the regular expression {config.pattern!r} matches no linear layer or "
+            "embedding of "
             f"the model; it is for whole names such as {next(name for name in able if 'layers' in name)}, so begin it "
             "with .* where any beginning will do"
         )
@@ -103,7 +107,7 @@ def _adapted(able: Iterable[str], config: LoRAConfig) -> list[str]:
         if not any(_matches(name, target) for name in able):
             near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
             raise UserError(
-                f"--lora.target_modules: {target!r} matches no linear layer or embedding of the model{near}"
+                f"{param('lora.target_modules')}: {target!r} matches no linear layer or embedding of the model{near}"
             )
     return [name for name in able if any(_matches(name, target) for target in config.targets)]
 
@@ -114,7 +118,7 @@ def _copied(model: nn.Module, config: LoRAConfig) -> list[str]:
     for wanted in config.saved:
         if not any(name.endswith(wanted) for name in names):
             near = _nearest(wanted, sorted({name.rpartition(".")[2] for name in names}))
-            raise UserError(f"--lora.modules_to_save: {wanted!r} matches no module of the model{near}")
+            raise UserError(f"{param('lora.modules_to_save')}: {wanted!r} matches no module of the model{near}")
     return [name for name in names if name.endswith(tuple(config.saved))]
 
 
@@ -146,9 +150,10 @@ def many(model: nn.Module) -> str:
     of_experts = sum(".experts." in name for name in names)
     if len(names) <= MANY or not of_experts:
         return ""
+    attention = param("lora.target_modules", "q_proj,k_proj,v_proj,o_proj")
     return (
         f"{len(names):,} matrices are adapted, {of_experts:,} of them of experts, each with few tokens to learn by and "
-        "products of its own: --lora.target_modules q_proj,k_proj,v_proj,o_proj adapts attention alone"
+        f"products of its own: {attention} adapts attention alone"
     )
 
 

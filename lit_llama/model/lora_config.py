@@ -1,4 +1,4 @@
-"""Settings of low-rank adapters. Imports no torch, so that `--help` stays quick."""
+"""Settings of low-rank adapters. Imports no torch, so that help stays quick."""
 
 import math
 import re
@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 from lit_llama.errors import UserError
 from lit_llama.model.patterns import check_pattern, matches_whole
+from lit_llama.wording import param
 
 LINEARS = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
@@ -39,7 +40,7 @@ class LoRAConfig:
             '{"v_proj": 16, "layers.0.mlp.up_proj": 4}'; the first match counts.
         alpha_pattern: Another alpha likewise.
         modules_to_save: Names, or ends of names, of modules of which a whole copy is trained: embed_tokens, lm_head
-            (both after --resize_vocab), norm. A tied head and embedding go separate ways from here.
+            (both after resize_vocab), norm. A tied head and embedding go separate ways from here.
         loraplus_lr_ratio: The learning rate of B is this many times that of A (LoRA+, Hayou et al. 2024,
             arXiv:2402.12354).
     """
@@ -58,11 +59,11 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
-                raise UserError(f"--lora.{name} is {getattr(self, name)!r}, expected true or false")
+                raise UserError(parameter=f"lora.{name}", value=getattr(self, name), expected="true or false")
         _check_rank("r", self.r)
         self._check_alpha("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
-            raise UserError(f"--lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
+            raise UserError(parameter="lora.dropout", value=self.dropout, expected="0 <= dropout < 1")
         if isinstance(self.target_modules, list) and len(self.target_modules) == 1:  # as a file may hold a word
             alone = self.target_modules[0]
             if alone in ALL_LINEAR or is_pattern(alone):
@@ -70,11 +71,15 @@ class LoRAConfig:
         if self.pattern is not None:
             _check_expression("target_modules", self.pattern)
         if not all(self.targets):
-            raise UserError("--lora.target_modules is empty, expected all-linear or names such as q_proj,v_proj")
+            raise UserError(
+                "is empty, expected all-linear or names such as q_proj,v_proj", parameter="lora.target_modules"
+            )
         if not all(self.saved):
-            raise UserError("--lora.modules_to_save holds an empty name, expected names such as embed_tokens,lm_head")
+            raise UserError(
+                "holds an empty name, expected names such as embed_tokens,lm_head", parameter="lora.modules_to_save"
+            )
         if not 0 < self.loraplus_lr_ratio < math.inf:
-            raise UserError(f"--lora.loraplus_lr_ratio is {self.loraplus_lr_ratio}, expected more than 0")
+            raise UserError(parameter="lora.loraplus_lr_ratio", value=self.loraplus_lr_ratio, expected="more than 0")
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
@@ -85,7 +90,7 @@ class LoRAConfig:
 
     def _check_alpha(self, name: str, value: float) -> None:
         if not 0 < value < math.inf:
-            raise UserError(f"--lora.{name} is {value}, expected more than 0")
+            raise UserError(parameter=f"lora.{name}", value=value, expected="more than 0")
 
     @property
     def targets(self) -> list[str]:
@@ -141,9 +146,9 @@ def _check_expression(name: str, text: str) -> None:
     try:
         check_pattern(text)
     except ValueError as error:
-        raise UserError(f"--lora.{name}: {error}") from error
+        raise UserError(f"{param(f'lora.{name}')}: {error}") from error
 
 
 def _check_rank(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"--lora.{name} is {value}, expected a whole number of 1 or more")
+        raise UserError(parameter=f"lora.{name}", value=value, expected="a whole number of 1 or more")

@@ -1,12 +1,12 @@
 """Paths that are no checkpoint folders: what they are instead, and the way out. Imports no torch."""
 
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import CheckpointError
+from lit_llama.wording import call, param
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _LOCAL = ("checkpoints", "data", "model", "models", "out", "output", "outputs")
@@ -53,10 +53,9 @@ def describe_quantization(raw: Mapping[str, Any], folder: Path) -> str:
         folder: The folder that it stands in.
     """
     if holds_fp8(raw):
-        quoted = shlex.quote(str(folder))
         return (
-            "the weights are 8-bit floats (FP8) with scales: turn them into bfloat16 once, with python "
-            f"prepare/checkpoint.py --source {quoted} --destination_path {quoted}-bf16"
+            "the weights are 8-bit floats (FP8) with scales: turn them into bfloat16 once, with "
+            f"{call('convert', source=folder, destination_path=f'{folder}-bf16')}"
         )
     settings = raw.get("quantization_config") or raw.get("compression_config")
     settings = settings if isinstance(settings, Mapping) else {}
@@ -68,10 +67,10 @@ def describe_quantization(raw: Mapping[str, Any], folder: Path) -> str:
     known = (of_sixteen_bits(text) for text in (origin, folder.name) if isinstance(text, str))
     plain = next((text for text in known if text), None)
     which = f", probably {plain}" if plain else ""
-    command = f"python prepare/download.py --repo_id {repository(plain or '') or 'OWNER/NAME'}"
+    command = call("download", repo_id=repository(plain or "") or "OWNER/NAME")
     return (
         f"the weights are quantised with {said}, which is not read here: take the 16-bit model that they were made from"
-        f"{which} ({command}), and hold that in few bits with --quantize"
+        f"{which} ({command}), and hold that in few bits with {param('quantize')}"
     )
 
 
@@ -91,66 +90,61 @@ def _bnb_bits(settings: Mapping[str, Any]) -> int | None:
 
 def wrong_place(path: Path) -> CheckpointError:
     """Build the error for a path that was given for a checkpoint folder and has no config.json."""
-    quoted = shlex.quote(str(path))
-    made = shlex.quote(f"checkpoints/{path.stem if path.is_file() else path.name}")
+    made = Path("checkpoints", path.stem if path.is_file() else path.name)
     if path.is_file():
-        return CheckpointError(f"{path} {_of_file(path, quoted, made)}")
+        return CheckpointError(f"{path} {_of_file(path, made)}")
     if not path.exists() and (wanted := repository(str(path))) is not None:
         return CheckpointError(
-            f"{path} does not exist here (working folder: {Path.cwd()}). If it is a model on the Hub: python "
-            f"prepare/download.py --repo_id {wanted}, then give {made}"
+            f"{path} does not exist here (working folder: {Path.cwd()}). If it is a model on the Hub: "
+            f"{call('download', repo_id=wanted)}, then give {made}"
         )
     if not path.is_dir():
         return CheckpointError(
             f"{path / _MODEL_FILE} does not exist: there is no folder {path} (working folder: {Path.cwd()}); make one "
-            "with prepare/download.py or prepare/checkpoint.py"
+            f"with {call('download')} or {call('convert')}"
         )
-    if what := _of_folder(path, {entry.name for entry in path.iterdir()}, quoted, made):
+    if what := _of_folder(path, {entry.name for entry in path.iterdir()}, made):
         return CheckpointError(f"{path} {what}")
     return CheckpointError(
         f"{path / _MODEL_FILE} does not exist; a checkpoint folder has {_MODEL_FILE}, *.safetensors and tokenizer "
-        "files. Make one with prepare/checkpoint.py"
+        f"files. Make one with {call('convert')}"
     )
 
 
 def no_adapter(path: Path) -> str | None:
     """Describe a path that was given for an adapter folder and has no settings; None if it tells nothing."""
-    quoted = shlex.quote(str(path))
     if path.is_file():
         return f"{path} is a file: give the folder of the adapter, {path.parent}"
     if not path.exists() and (wanted := repository(str(path))) is not None:
-        return f"{path} does not exist here. If it is on the Hub: python prepare/download.py --repo_id {wanted}"
+        return f"{path} does not exist here. If it is on the Hub: {call('download', repo_id=wanted)}"
     if not path.is_dir():
         return None
     if (path / _MODEL_FILE).is_file():
         return f"{path} is a model and no adapter: there is nothing to merge"
-    what = _of_folder(path, {entry.name for entry in path.iterdir()}, quoted, quoted)
+    what = _of_folder(path, {entry.name for entry in path.iterdir()}, path)
     return f"{path} {what}" if what else None
 
 
-def _of_file(path: Path, quoted: str, made: str) -> str:
+def _of_file(path: Path, made: Path) -> str:
     if path.suffix == ".gguf":
-        return (
-            f"is a GGUF file: convert it with python prepare/checkpoint.py --source {quoted} --destination_path {made}"
-        )
+        return f"is a GGUF file: convert it with {call('convert', source=path, destination_path=made)}"
     if (path.parent / _MODEL_FILE).is_file() or (path.parent / _ADAPTER_FILE).is_file():
         return f"is a file of the folder {path.parent}: give the folder"
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return (
-            f"is a torch file: bring it into a checkpoint folder with python prepare/checkpoint.py --source {quoted} "
-            f"--destination_path {made}"
+            "is a torch file: bring it into a checkpoint folder with "
+            f"{call('convert', source=path, destination_path=made)}"
         )
     return f"is a file: give a folder with {_MODEL_FILE}, weights and tokenizer"
 
 
-def _of_folder(path: Path, names: set[str], quoted: str, made: str) -> str | None:
-    convert = f"python prepare/checkpoint.py --source {quoted} --destination_path {made}"
+def _of_folder(path: Path, names: set[str], made: Path) -> str | None:
     if foreign := foreign_adapter(path, names):
         return foreign
     if _ADAPTER_FILE in names:
         return (
-            f"is an adapter and no model: put it into its base first, with python finetune/merge.py --adapter_dir "
-            f"{quoted} --destination_path {quoted}-merged"
+            "is an adapter and no model: put it into its base first, with "
+            f"{call('merge', adapter_dir=path, destination_path=f'{path}-merged')}"
         )
     if weights := [name for name in _ADAPTER_WEIGHTS if name in names]:
         copies = [state for state in _states(path) if (state / _ADAPTER_FILE).is_file()]
@@ -164,15 +158,16 @@ def _of_folder(path: Path, names: set[str], quoted: str, made: str) -> str | Non
     if "consolidated.safetensors" in names:
         return (
             "is in Mistral's own layout (consolidated.safetensors, params.json): take the files of Hugging Face's "
-            "layout (config.json, model-*.safetensors), which mostly lie in the same repository: python "
-            f"prepare/download.py --repo_id OWNER/{path.name}"
+            "layout (config.json, model-*.safetensors), which mostly lie in the same repository: "
+            f"{call('download', repo_id=f'OWNER/{path.name}')}"
         )
     if any(re.fullmatch(r"consolidated\.\d\d\.pth|lit-llama\.pth|lit_model\.pth", name) for name in names):
-        return f"is no folder of Hugging Face's: convert it with {convert}"
+        return f"is no folder of Hugging Face's: convert it with {call('convert', source=path, destination_path=made)}"
     if "dataset_dict.json" in names:
-        return "is a data folder: it goes behind --data_dir"
+        return f"is a data folder: give it as {param('data_dir')}"
     if ggufs := sorted(name for name in names if name.endswith(".gguf")):
-        return f"holds GGUF files: convert one with {convert.replace(quoted, shlex.quote(str(path / ggufs[0])), 1)}"
+        convert = call("convert", source=path / ggufs[0], destination_path=made)
+        return f"holds GGUF files: convert one with {convert}"
     inner = [name for name in ("final", "merged") if (path / name / _MODEL_FILE).is_file()]
     steps = sorted((name for name in names if re.fullmatch(r"checkpoint-\d+", name)), key=lambda name: int(name[11:]))
     if found := inner + [name for name in reversed(steps) if _is_result(path / name)]:
@@ -187,8 +182,8 @@ def _is_result(folder: Path) -> bool:
 def _unfinished(path: Path) -> str:
     """A run of ours that has not ended: it goes on, or one of its states is used."""
     states = [state for state in _states(path) if _is_result(state)]
-    script = "full" if states and (states[-1] / _MODEL_FILE).is_file() else "lora"
-    go_on = f"python finetune/{script}.py --config {shlex.quote(str(path / 'run.yaml'))} --resume auto"
+    method = "full" if states and (states[-1] / _MODEL_FILE).is_file() else "lora"
+    go_on = call("finetune", config=path / "run.yaml", method=method, resume="auto")
     now = f", or give its newest state {states[-1]}" if states else ""
     return f"is a run that has not ended: go on with {go_on}{now}"
 
@@ -200,10 +195,8 @@ def _states(path: Path) -> list[Path]:
 def foreign_adapter(path: Path, names: set[str]) -> str | None:
     """Return the adapter of another program in a folder, and what to do with it."""
     if "adapters.safetensors" in names or "adapters.npz" in names:
-        return (
-            f"holds an adapter of mlx: turn it into PEFT's with python prepare/checkpoint.py --source "
-            f"{shlex.quote(str(path))} --base_dir BASE --destination_path out/lora/{shlex.quote(path.name)}"
-        )
+        convert = call("convert", source=path, base_dir="BASE", destination_path=f"out/lora/{path.name}")
+        return f"holds an adapter of mlx: turn it into PEFT's with {convert}"
     if torchtune := sorted(name for name in names if _TORCHTUNE.fullmatch(name)):
         return (
             f"holds {torchtune[0]} of torchtune: let torchtune write Hugging Face's layout (FullModelHFCheckpointer, "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_llama.errors import ResourceError
 from lit_llama.model import float8
 from lit_llama.model.config import LINEARS, Quantization
+from lit_llama.wording import param
 
 BLOCK = 64
 """Values of nf4 that share a scale."""
@@ -174,8 +175,8 @@ def _pack(weight: Tensor, method: Quantization) -> tuple[Tensor, Any]:
         )
     except NotImplementedError as error:
         raise ResourceError(
-            f"--quantize {method}: the installed bitsandbytes cannot do it on {weight.device.type}; update it "
-            "(pip install -U bitsandbytes), or leave --quantize out"
+            f"{param('quantize', method)}: the installed bitsandbytes cannot do it on {weight.device.type}; update it "
+            f"(pip install -U bitsandbytes), or leave {param('quantize')} out"
         ) from error
 
 

@@ -49,7 +49,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}[match[2].upper()]) if match else 0
     if size < 1:
-        raise UserError(f"--max_shard_size is {text!r}, expected a size such as 5GB or 200MB")
+        raise UserError(parameter="max_shard_size", value=text, expected="a size such as 5GB or 200MB")
     return size
 
 

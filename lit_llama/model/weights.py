@@ -5,7 +5,6 @@ Files are read by offset, so memory holds what was asked for and nothing else.
 
 import json
 import math
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from lit_llama.errors import CheckpointError, WeightsNotFiniteError
 from lit_llama.model.names import tidy
 from lit_llama.model.stacked import Part, unstacked
 from lit_llama.objects import as_object, read_text
+from lit_llama.wording import call
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -247,9 +247,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     hint = ""
     if any(name.endswith((".bin", ".pth")) for name in names):
         hint = (
-            "; bring the weights into this layout: python prepare/checkpoint.py --source "
-            f"{shlex.quote(str(folder))} --destination_path {shlex.quote(f'{folder}-converted')}. A delta "
-            "is added to its base as it is, with prepare/delta.py apply"
+            "; bring the weights into this layout: "
+            f"{call('convert', source=folder, destination_path=f'{folder}-converted')}. A delta is added to its base "
+            "as it "
+            f"is, with {call('add_delta')}"
         )
     found = ", ".join(names[:8]) or "nothing"
     raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}){hint}")

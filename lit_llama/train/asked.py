@@ -1,6 +1,5 @@
 """Request for a run: its settings, the state that it goes on from, and what must not change meanwhile."""
 
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,8 +17,18 @@ from lit_llama.train.inputs import Inputs
 from lit_llama.train.method import Method
 from lit_llama.train.optim import learning_rate
 from lit_llama.train.processes import Processes
-from lit_llama.train.state import STATES_DIR, check_same, choose_state, find_states, is_whole, read_record, step_of
+from lit_llama.train.state import (
+    SETTING,
+    STATES_DIR,
+    check_same,
+    choose_state,
+    find_states,
+    is_whole,
+    read_record,
+    step_of,
+)
 from lit_llama.train.stopping import Best
+from lit_llama.wording import call, param
 
 FREE = (
     *("checkpoint_dir", "adapter_dir", "data_dir", "out_dir", "loggers", "devices", "num_nodes", "strategy", "dtype"),
@@ -70,8 +79,12 @@ class Run:
 
     @property
     def command(self) -> str:
-        """Command that continues this run."""
-        return f"python {self.method.door} --config {shlex.quote(str(self.out_dir / RUN_FILE))} --resume auto"
+        """Call that continues this run."""
+        return self.continued("auto")
+
+    def continued(self, state: str | Path, **settings: object) -> str:
+        """Call that continues this run from a state, with other settings."""
+        return call("finetune", config=self.out_dir / RUN_FILE, method=self.method.name, resume=state, **settings)
 
     @property
     def states(self) -> Path:
@@ -90,9 +103,9 @@ class Run:
             UserError: It is a file, or one of those that the run reads.
         """
         check_destination(self.out_dir, self.method.marker, replace=True)
-        for flag, folder in (("--checkpoint_dir", self.config.base), ("--data_dir", self.config.data_dir)):
+        for flag, folder in ((param("checkpoint_dir"), self.config.base), (param("data_dir"), self.config.data_dir)):
             if self.out_dir.resolve() == folder.resolve():
-                raise UserError(f"--out_dir {self.out_dir} is {flag}; name another, nothing is written over")
+                raise UserError(f"{param('out_dir', self.out_dir)} is {flag}; name another, nothing is written over")
 
     def find_state(self, resume: str | Path) -> Path | None:
         """Find the state to go on from; None to begin, and for a run that is finished and has no state any more.
@@ -105,16 +118,17 @@ class Run:
         if resume != "never":
             if self.is_finished and resume == "auto" and not (states and is_whole(states[-1])):
                 return None
-            return choose_state(states, resume, self.out_dir, self.command)
+            return choose_state(states, resume, self.out_dir, self.continued)
         if self.is_finished:
             raise UserError(
-                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another --out_dir, or "
-                f"lengthen it: {self.command} --train.epochs MORE"
+                f"{self.out_dir} already holds {self.method.marker}, the end of a run; name another "
+                f"{param('out_dir')}, or "
+                f"lengthen it: {self.continued('auto', **{'train.epochs': 'MORE'})}"
             )
         if states or (self.out_dir / RUN_FILE).exists():
             raise UserError(
                 f"{self.out_dir} already holds a run that has not ended. Continue it: {self.command}; or name another "
-                "--out_dir"
+                f"{param('out_dir')}"
             )
         return None
 
@@ -133,15 +147,15 @@ class Run:
         steps = self.train.steps(rows)
         if state is None:
             if self.is_finished and steps > (done := self._recorded_steps(steps)):
+                begun = {"method": self.method.name, self.method.starts_with: self.out_dir, "out_dir": "ANOTHER"}
                 raise UserError(
                     f"{self.out_dir} is finished after {done} steps, and there is no state in {self.states} to go on "
-                    f"from. Begin a run of its own from the result: python {self.method.door} "
-                    f"{self.method.start_flag} {shlex.quote(str(self.out_dir))} --out_dir ANOTHER"
+                    f"from. Begin a run of its own from the result: {call('finetune', **begun)}"
                 )
             return self.is_finished and self._say_ended(None)
         record = read_record(state)
-        check_same(state, record["identity"], identity, [f"--train.{name}" for name in LENGTH])
-        before = {name: record["identity"].get(f"--train.{name}", getattr(self.train, name)) for name in LENGTH}
+        check_same(state, record["identity"], identity, [f"{SETTING}train.{name}" for name in LENGTH])
+        before = {name: record["identity"].get(f"{SETTING}train.{name}", getattr(self.train, name)) for name in LENGTH}
         was = replace(self.train, **before)
         if self.is_finished:  # whether that was the end, its last state says, also where an earlier one is named
             newest = find_states(self.states)[-1]
@@ -152,7 +166,8 @@ class Run:
         done = record["progress"]["step"]
         if steps < done:
             raise UserError(
-                f"{state} has {done} steps behind it, but --train.epochs {self.train.epochs:g} and --train.max_steps "
+                f"{state} has {done} steps behind it, but {param('train.epochs')} {self.train.epochs:g} and "
+                f"{param('train.max_steps')} "
                 f"{self.train.max_steps} end after {steps}; go on with more"
             )
         if steps != was.steps(rows):
@@ -169,15 +184,19 @@ class Run:
 
     def _say_ended(self, record: Mapping[str, Any] | None) -> bool:
         waited = record is not None and Best.from_state(record["best"]).exhausted(self.train)
-        more = "a higher --train.patience goes" if waited else "more --train.epochs or --train.max_steps go"
+        more = (
+            f"a higher {param('train.patience')} goes"
+            if waited
+            else f"more {param('train.epochs')} or {param('train.max_steps')} go"
+        )
         stderr().print(f"{self.out_dir}: the run is finished, there is nothing to do; {more} on from here")
         return True
 
     def identity(self, inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
         """Return what must not change when the run goes on, by name."""
         read = {f"the {name} (fingerprint)": value for name, value in inputs.identity.items()}
-        settings = {f"--{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
-        return read | dict(self.method.origin) | settings | {"--precision": str(numerics)}
+        settings = {f"{SETTING}{name}": value for name, value in _flat(self.arguments).items() if name not in FREE}
+        return read | dict(self.method.origin) | settings | {f"{SETTING}precision": str(numerics)}
 
 
 def _new_schedule(train: TrainConfig, done: int, before: int, steps: int) -> str:
@@ -185,7 +204,8 @@ def _new_schedule(train: TrainConfig, done: int, before: int, steps: int) -> str
     rate = learning_rate(done, steps, train) if done < steps else 0.0
     last = f" after {learning_rate(done - 1, before, train):.2e}" if done else ""
     return (
-        f"the run of {before} steps goes on to {steps}: --train.schedule {train.schedule} is that of {steps} steps "
+        f"the run of {before} steps goes on to {steps}: {param('train.schedule', train.schedule)} is that of {steps} "
+        "steps "
         f"from here on, with a learning rate of {rate:.2e} in step {done + 1}{last}"
     )
 

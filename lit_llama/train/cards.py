@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from lit_llama.errors import ResourceError, UserError
+from lit_llama.wording import param
 
 BFLOAT16, FLOAT8 = (8, 0), (8, 9)
 """Compute capabilities from which on a GPU multiplies such numbers."""
@@ -38,7 +39,11 @@ class Card:
         if asked is not None:
             return asked
         if not self.gigabytes:
-            raise UserError(f"--plan_device {self.name} says nothing of its memory: add --plan_memory, such as 16GB")
+            raise UserError(
+                f"says nothing of its memory: add {param('plan_memory')}, such as 16GB",
+                parameter="plan_device",
+                value=self.name,
+            )
         return f"{self.gigabytes[0]}GB"
 
     def check(self, precision: str, quantize: str | None) -> None:
@@ -49,17 +54,19 @@ class Card:
         """
         if precision.startswith("bf16") and not self.bfloat16:
             raise ResourceError(
-                f"--precision {precision}: {self.name} has no bfloat16; use --precision 16-mixed or 32-true"
+                f"{param('precision', precision)}: {self.name} has no bfloat16; use {param('precision', '16-mixed')} "
+                "or 32-true"
             )
         if quantize == "fp8" and self.capability < FLOAT8:
             raise ResourceError(
-                f"--quantize fp8: {self.name} does not multiply 8-bit floats; use int8 or nf4, or leave --quantize out"
+                f"{param('quantize', 'fp8')}: {self.name} does not multiply 8-bit floats; use int8 or nf4, or leave "
+                f"{param('quantize')} out"
             )
 
     def describe(self, asked: str | None) -> str:
         """Describe what is planned for, and what else there is where nobody asked for a size of memory."""
         others = " and ".join(map(str, self.gigabytes[1:])) if asked is None else ""
-        more = f"; --plan_memory for those with {others} GB" if others else ""
+        more = f"; {param('plan_memory')} for those with {others} GB" if others else ""
         return f"{self.memory(asked)} on a {self.name}, {'with' if self.bfloat16 else 'without'} bfloat16{more}"
 
 
@@ -101,6 +108,7 @@ def find_card(text: str) -> Card:
     close = difflib.get_close_matches(word, CARDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(CARDS)}."
     raise UserError(
-        f"--plan_device is {text!r}, which is no GPU that is known here; {hint} Any other is named by its compute "
-        "capability, such as sm_75, with --plan_memory"
+        f"{param('plan_device')} is {text!r}, which is no GPU that is known here; {hint} Any other is named by its "
+        "compute "
+        f"capability, such as sm_75, with {param('plan_memory')}"
     )

@@ -1,4 +1,4 @@
-"""Settings of a training run. Imports no torch, so that `--help` stays quick."""
+"""Settings of a training run. Imports no torch, so that help stays quick."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from lit_llama.device import TrainingPrecision
 from lit_llama.errors import UserError, check_seed
 from lit_llama.model.config import Checkpointing, LoRAConfig, Quantization
+from lit_llama.wording import param
 
 RUN_FILE = "run.yaml"
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -104,33 +105,38 @@ class TrainConfig:
         _expect(self.patience is None or self.patience >= 1, "patience", self.patience, "1 or more")
         if self.min_delta and self.patience is None and self.keep == "last":
             raise UserError(
-                f"--train.min_delta is {self.min_delta}, which nothing reads; it goes with --train.patience or "
-                "--train.keep best"
+                f"{param('train.min_delta')} is {self.min_delta}, which nothing reads; it goes with "
+                f"{param('train.patience')} or "
+                f"{param('train.keep', 'best')}"
             )
 
     def _check_schedule(self) -> None:
         _expect(0 <= self.min_lr_ratio < 1, "min_lr_ratio", self.min_lr_ratio, "0 <= min_lr_ratio < 1")
         if self.min_lr_ratio and self.schedule == "constant":
             raise UserError(
-                f"--train.min_lr_ratio is {self.min_lr_ratio}, but --train.schedule constant never falls; "
+                f"{param('train.min_lr_ratio')} is {self.min_lr_ratio}, but {param('train.schedule', 'constant')} "
+                "never falls; "
                 "choose cosine, linear or wsd"
             )
         ratio, steps, decay = self.warmup_ratio, self.warmup_steps, self.decay_ratio
         if ratio is not None and steps is not None:
             raise UserError(
-                f"--train.warmup_ratio {ratio} and --train.warmup_steps {steps} are both given; give one of them"
+                f"{param('train.warmup_ratio', ratio)} and {param('train.warmup_steps', steps)} are both given; give "
+                "one of them"
             )
         _expect(ratio is None or 0 <= ratio < 1, "warmup_ratio", ratio, "0 <= warmup_ratio < 1")
         _expect(steps is None or steps >= 0, "warmup_steps", steps, "0 or more")
         _expect(decay is None or 0 < decay <= 1, "decay_ratio", decay, "0 < decay_ratio <= 1")
         if decay is not None and self.schedule != "wsd":
             raise UserError(
-                f"--train.decay_ratio is {decay}, which --train.schedule {self.schedule} does not read; "
+                f"{param('train.decay_ratio')} is {decay}, which {param('train.schedule', self.schedule)} does not "
+                "read; "
                 "it goes with wsd"
             )
         if (ratio or 0) + (decay or 0) > 1:
             raise UserError(
-                f"--train.warmup_ratio {ratio} and --train.decay_ratio {decay} are more than the whole run together"
+                f"{param('train.warmup_ratio', ratio)} and {param('train.decay_ratio', decay)} are more than the "
+                "whole run together"
             )
 
     @property
@@ -156,7 +162,7 @@ class TrainConfig:
 
 def _expect(holds: bool, name: str, value: object, expected: str, group: str = "train") -> None:
     if not holds:
-        raise UserError(f"--{group}.{name} is {value}, expected {expected}")
+        raise UserError(parameter=f"{group}.{name}", value=value, expected=expected)
 
 
 FULL = TrainConfig(learning_rate=2e-5)
@@ -216,7 +222,8 @@ class PreferenceConfig:
     def _goes_with(self, name: str, given: bool, *losses: PreferenceLoss) -> None:
         if given and self.loss not in losses:
             raise UserError(
-                f"--dpo.{name} is {getattr(self, name)}, which --dpo.loss {self.loss} does not read; it goes with "
+                f"{param(f'dpo.{name}')} is {getattr(self, name)}, which {param('dpo.loss', self.loss)} does not "
+                "read; it goes with "
                 f"{', '.join(losses)}"
             )
 
@@ -244,7 +251,7 @@ class RunConfig:
         checkpoint_dir: Base model, a folder in Hugging Face layout; needed unless adapter_dir names it.
         adapter_dir: Adapter to go on with, from here or from PEFT: its values, r, alpha and targets, on its base. The
             result is an adapter of its own in out_dir.
-        data_dir: Data folder made by prepare/.
+        data_dir: Prepared data folder.
         out_dir: Folder to make for the adapter, report.html, metrics.csv, run.yaml and states/.
         lora: Shape of the adapter.
         dpo: What is learned of the pairs.
@@ -309,8 +316,9 @@ class RunConfig:
         """
         if self.checkpoint_dir is None:
             raise UserError(
-                "--checkpoint_dir is missing: the base model, a folder in Hugging Face layout; or give --adapter_dir, "
-                "an adapter to go on with, which names its base"
+                "is missing: the base model, a folder in Hugging Face layout",
+                parameter="checkpoint_dir",
+                remedy=f"or give {param('adapter_dir')}, an adapter to go on with, which names its base",
             )
         return self.checkpoint_dir
 

@@ -1,6 +1,5 @@
 """Inputs of a run: what it reads before it trains, and whether its parts fit each other."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from lit_llama.text.read.sources import read_text
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, special_ids
 from lit_llama.train.config import TrainConfig
+from lit_llama.wording import param
 
 Kind = Literal["samples", "pairs", "answers"]
 """Rows that a method takes: samples with labels, pairs of answers, or pairs and single answers, good or bad."""
@@ -122,7 +122,7 @@ def read_splits(
         if isinstance(split, PairRows) and kind == "pairs" and (split.answers == 0).any():
             raise DataError(
                 f"{data_dir}: row {int((split.answers == 0).any(1).argmax())} of the {name} split has one answer, "
-                "expected a chosen and a rejected one; --dpo.loss kto takes single answers"
+                f"expected a chosen and a rejected one; {param('dpo.loss', 'kto')} takes single answers"
             )
         if len(split):
             _check_split(name, split, checkpoint_dir, config, data_dir)
@@ -140,14 +140,19 @@ def fitting(train: TrainConfig, splits: Mapping[str, Rows], data_dir: Path) -> t
     """
     rows, remarks = len(splits["train"]), []
     if rows < train.batch_size:
-        remarks.append(f"{data_dir} has {rows} rows for training: --train.batch_size is {rows}, not {train.batch_size}")
+        remarks.append(
+            f"{data_dir} has {rows} rows for training: {param('train.batch_size')} is {rows}, not {train.batch_size}"
+        )
         train = replace(train, batch_size=rows)
     if not len(splits["test"]):
-        for flag, asked in (("--train.keep best", train.keep == "best"), ("--train.patience", train.patience)):
+        for flag, asked in (
+            (param("train.keep", "best"), train.keep == "best"),
+            (param("train.patience"), train.patience),
+        ):
             if asked:
                 raise UserError(
                     f"{flag} goes by the test loss, but {data_dir} has no test split: leave it out, or prepare the "
-                    "data with a --test_split_size above 0"
+                    f"data with a {param('test_split_size')} above 0"
                 )
         remarks.append(f"{data_dir} has no test split: no evaluation, no sample answers")
     return train, remarks
@@ -168,7 +173,7 @@ def _fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig, data_dir: Path
     if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise DataError(
             f"{data_dir} was prepared with {recorded.get('path')}, whose vocabulary is not that of "
-            f"{checkpoint_dir}; prepare it again with --tokenizer_path {shlex.quote(str(checkpoint_dir))}"
+            f"{checkpoint_dir}; prepare it again with {param('tokenizer_path', checkpoint_dir)}"
         )
     return tokenizer
 
@@ -185,5 +190,5 @@ def _check_split(name: str, split: Rows, checkpoint_dir: Path, config: LLaMAConf
     if longest > config.context_length:
         raise DataError(
             f"{data_dir}: the longest sample has {longest} tokens, {checkpoint_dir} reads "
-            f"{config.context_length}; prepare the data with a smaller --max_seq_length"
+            f"{config.context_length}; prepare the data with a smaller {param('max_seq_length')}"
         )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.train.interrupt import SIGNALS
+from lit_llama.wording import param
 
 LAUNCHER = "LIT_LLAMA_LAUNCHER"
 """In the environment of a process that was started here: the id of the process that did."""
@@ -46,8 +47,9 @@ def launch(devices: int | Literal["auto"], num_nodes: int) -> None:
     # A few may share a core. Of GPUs, which are fewer, each process counts its own; torch is too slow to ask here.
     if processes > max(cores := os.cpu_count() or 1, _SHARING):
         raise ResourceError(
-            f"--devices is {processes}, but this machine has {cores} {'core' if cores == 1 else 'cores'}, and each "
-            "device is a process; name fewer, or --plan for another machine"
+            f"{param('devices')} is {processes}, but this machine has {cores} {'core' if cores == 1 else 'cores'}, "
+            "and each "
+            f"device is a process; name fewer, or {param('plan')} for another machine"
         )
     sys.exit(_Group(processes, _meeting_place(processes, machines)).wait())
 
@@ -60,18 +62,21 @@ def launched() -> bool:
 def layout(devices: int | Literal["auto"], num_nodes: int) -> tuple[int, int]:
     """Count the processes on each machine, and the machines.
 
-    torchrun and SLURM have decided it already: --devices and --num_nodes may be left out there.
+    torchrun and SLURM have decided it already: `devices` and `num_nodes` may be left out there.
 
     Raises:
         UserError: Numbers below 1, or others than theirs.
     """
     if (devices != "auto" and devices < 1) or num_nodes < 1:
-        raise UserError(f"--devices is {devices} and --num_nodes {num_nodes}, expected 1 or more of each")
+        raise UserError(
+            f"{param('devices')} is {devices} and {param('num_nodes', num_nodes)}, expected 1 or more of each"
+        )
     if outside := _outside():
         name, processes, machines = outside
         if devices not in ("auto", 1, processes) or num_nodes not in (1, machines):
             raise UserError(
-                f"--devices is {devices} and --num_nodes {num_nodes}, but {name} has started {processes} processes on "
+                f"{param('devices')} is {devices} and {param('num_nodes', num_nodes)}, but {name} has started "
+                f"{processes} processes on "
                 f"each of {machines} machines; leave both out"
             )
         return processes, machines
@@ -99,7 +104,8 @@ def _meeting_place(processes: int, machines: int) -> dict[str, str]:
     found = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")}
     if machines > 1 and (missing := [name for name, value in found.items() if value is None]):
         raise UserError(
-            f"--num_nodes is {machines}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
+            f"{param('num_nodes')} is {machines}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "set: "
             "start the command on each machine with the address and a free port of the first in MASTER_ADDR and "
             "MASTER_PORT and its own number from 0 in NODE_RANK, or use torchrun or srun"
         )
@@ -160,7 +166,7 @@ class _Group:
             return code if code > 0 else 128 - code
         raise ResourceError(
             f"process {rank} of {len(self._children)} was killed by {signal.Signals(-code).name}, by hand or for want "
-            "of memory; the others were stopped, and the last state stays. Continue with --resume auto"
+            f"of memory; the others were stopped, and the last state stays. Continue with {param('resume', 'auto')}"
         )
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from lit_llama.train.metrics import COLUMNS, METRICS, METRICS_FILE, Lines, csv_l
 from lit_llama.train.report.page import duration
 from lit_llama.train.report.run_report import write_run_report
 from lit_llama.train.sampler import SAMPLES_FILE, Sampler
+from lit_llama.wording import param
 
 MEASURED = 5
 """Steps after which the time that the others will take is said."""
@@ -99,7 +100,7 @@ class Log:
         if kept[METRICS_FILE] < step:
             raise IntegrityError(
                 f"{self._folder / METRICS_FILE} is not as the run left it: it lacks the steps {kept[METRICS_FILE] + 1} "
-                f"to {step}. Bring it back, or begin anew in another --out_dir"
+                f"to {step}. Bring it back, or begin anew in another {param('out_dir')}"
             )
         self._progress.update(self._task, completed=step)
 

@@ -34,7 +34,7 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
     for name in names:
         if not any(map(_imports, _MODULES[name])):
             what = " or ".join(_MODULES[name])
-            raise ResourceError(f"--loggers {name} needs {what}: pip install 'lit_llama[{name}]'")
+            raise ResourceError(f"needs {what}: pip install 'lit_llama[{name}]'", parameter="loggers", value=name)
 
 
 def _imports(module: str) -> bool:

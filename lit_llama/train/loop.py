@@ -27,14 +27,10 @@ from lit_llama.train.loss import TokenLoss
 from lit_llama.train.optim import build_optimizer, learning_rate, overflowed, set_learning_rate, state_bytes
 from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.stopping import Best
+from lit_llama.wording import call, param
 
 PATIENCE = 5
 """Steps in a row that may be skipped because they are not finite; the last of them ends the run. So does an epoch."""
-LOOK_AT = (
-    "Begin anew with a lower --train.learning_rate, or with --precision 32-true; --verify looks at every weight of the "
-    "base, and prepare/show.py at the rows"
-)
-"""What to do where nothing can be learned."""
 WINDOW, FEW, FAR = 100, 20, 6
 """A loss further above the median of the last WINDOW steps than FAR median deviations is remarked, after FEW steps."""
 
@@ -201,7 +197,7 @@ class Trainer:
         what = f"step {self.progress.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {_name_rows(rows)}"
         if self.progress.skipped >= patience:
             raise NumericalError(
-                f"{what}. {patience} steps in a row were not finite; nothing of them is kept. {LOOK_AT}"
+                f"{what}. {patience} steps in a row were not finite; nothing of them is kept. {_way_out()}"
             )
         self._say(f"{what}. The step is skipped")
 
@@ -214,7 +210,7 @@ class Trainer:
         if self.progress.step and not self.progress.losses:
             raise NumericalError(
                 f"none of the {self.progress.step} steps changed a weight: loss or gradients were not finite in all of "
-                f"them, and so they were skipped; there is no result. {LOOK_AT}"
+                f"them, and so they were skipped; there is no result. {_way_out()}"
             )
 
     def bytes(self) -> int:
@@ -396,3 +392,11 @@ def _share(
 
 def _name_rows(rows: Sequence[int]) -> str:
     return f"rows {', '.join(map(str, sorted(rows)))} of the train split"
+
+
+def _way_out() -> str:
+    """What to do where nothing can be learned."""
+    return (
+        f"Begin anew with a lower {param('train.learning_rate')}, or with {param('precision', '32-true')}; "
+        f"{param('verify')} looks at every weight of the base, and {call('show_rows')} at the rows"
+    )

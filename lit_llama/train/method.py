@@ -1,6 +1,5 @@
 """The ways of fine-tuning: which weights train, and how they are written and read back."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +21,15 @@ from lit_llama.train.optim import decay_groups
 from lit_llama.train.preference import PairLoss
 from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.warm_start import Start
+from lit_llama.wording import call
 
 
 class Method(Protocol):
     """Method of fine-tuning, with what it has of its own; everything else in this room serves all of them."""
 
     @property
-    def door(self) -> str:
-        """The script that runs it."""
+    def name(self) -> str:
+        """Name of the method, as `finetune` has it."""
 
     @property
     def result(self) -> str:
@@ -77,8 +77,8 @@ class Method(Protocol):
         """Fingerprints of what it begins with beside the base, by name; they must not change when a run goes on."""
 
     @property
-    def start_flag(self) -> str:
-        """The flag by which another run begins with a result."""
+    def starts_with(self) -> str:
+        """The parameter by which another run begins with a result."""
 
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         """Return what trains, in groups for an optimizer: `params`, `weight_decay`, and `lr_ratio` to the learning
@@ -99,7 +99,7 @@ class Method(Protocol):
         """Put what `write` wrote back into a model after `apply`, bit by bit."""
 
     def next(self, out_dir: Path) -> str:
-        """Return the command that most people run on the result."""
+        """Return the call that most people make on the result."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class LoRA:
 
     config: LoRAConfig
     start: Start | None = None
-    door: str = "finetune/lora.py"
-    start_flag: str = "--adapter_dir"
+    name: str = "lora"
+    starts_with: str = "adapter_dir"
     result: str = "adapter"
     marker: str = CONFIG_FILE
     own: tuple[str, ...] = ("adapter_dir", "lora", "quantize", "strategy")
@@ -160,8 +160,7 @@ class LoRA:
         restore_adapter(model, folder)
 
     def next(self, out_dir: Path) -> str:
-        adapter, merged = shlex.quote(str(out_dir)), shlex.quote(f"checkpoints/{out_dir.name}-merged")
-        return f"python finetune/merge.py --adapter_dir {adapter} --destination_path {merged}"
+        return call("merge", adapter_dir=out_dir, destination_path=f"checkpoints/{out_dir.name}-merged")
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Preference(LoRA):
     """
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    door: str = "finetune/dpo.py"
+    name: str = "dpo"
     own: tuple[str, ...] = ("adapter_dir", "lora", "dpo", "quantize", "strategy")
 
     @property
@@ -199,8 +198,8 @@ class Full:
     """
 
     dtype: str | None = None
-    door: str = "finetune/full.py"
-    start_flag: str = "--checkpoint_dir"
+    name: str = "full"
+    starts_with: str = "checkpoint_dir"
     result: str = "model"
     marker: str = SETTINGS_FILE
     own: tuple[str, ...] = ("dtype",)
@@ -237,7 +236,7 @@ class Full:
                 parameter.copy_(stored[name])
 
     def next(self, out_dir: Path) -> str:
-        return f"python generate/chat.py --checkpoint_dir {shlex.quote(str(out_dir))}"
+        return call("load", folder=out_dir)
 
 
 def method_of(name: Literal["lora", "full", "dpo"], config: RunConfig) -> Method:

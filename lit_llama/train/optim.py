@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_llama.errors import NumericalError, ResourceError
 from lit_llama.model.quantize import library
 from lit_llama.train.config import Optimizer, TrainConfig
+from lit_llama.wording import param
 
 OPTIMIZER_FILE = "optim.safetensors"
 
@@ -142,11 +143,13 @@ def check_optimizer(name: Optimizer, device: torch.device) -> None:
     """
     if name == "paged_adamw_8bit" and device.type != "cuda":
         raise ResourceError(
-            f"--train.optimizer paged_adamw_8bit moves memory between GPU and CPU, which the {device.type} has not; "
-            "use --train.optimizer adamw_8bit"
+            f"moves memory between GPU and CPU, which the {device.type} has not",
+            parameter="train.optimizer",
+            value="paged_adamw_8bit",
+            remedy=f"use {param('train.optimizer', 'adamw_8bit')}",
         )
     if "8bit" in name:
-        library(f"--train.optimizer {name}")
+        library(param("train.optimizer", name))
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:

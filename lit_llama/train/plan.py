@@ -248,7 +248,7 @@ class Plan:
 
     @property
     def merging(self) -> int:
-        """Bytes that finetune/merge.py takes to compare the merged model with base and adapter, one after the other; 0
+        """Bytes that it takes to compare the merged model with base and adapter, one after the other; 0
         where nothing is to be merged."""
         return 0 if self.method.whole else self.sizes.plain + self.kept["trained"]
 

@@ -24,6 +24,7 @@ from lit_llama.train.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.processes import Processes, described
 from lit_llama.train.rate import resolved
 from lit_llama.train.shards import spread
+from lit_llama.wording import call, param, params
 
 
 def print_plan(method: Method, run: RunConfig) -> None:
@@ -63,7 +64,7 @@ def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
         memory = kind.memory(memory)
         run = replace(run, precision="16-mixed") if run.precision == "auto" and not kind.bfloat16 else run
     elif memory is not None and run.precision == "auto":
-        stderr().print("planned for a GPU with bfloat16; --plan_device names another, such as v100 or t4")
+        stderr().print(f"planned for a GPU with bfloat16; {param('plan_device')} names another, such as v100 or t4")
     config = LLaMAConfig.from_folder(run.base)
     splits = read_splits(
         run.base, config, run.data_dir, read_meta(run.data_dir, kind=folder_kind(method.rows)), method.rows
@@ -115,7 +116,7 @@ def table(plan: Plan) -> Table:
     if plan.roomy and plan.holes:
         found.add_row("at most", _gb(plan.peak + plan.holes), "as freed memory is kept for the next step, for speed")
     if plan.merging:
-        found.add_row("merging", _gb(plan.merging), "later, in finetune/merge.py")
+        found.add_row("merging", _gb(plan.merging), f"later, in {call('merge')}")
     found.add_section()
     found.add_row("run", "", course(plan))
     return found
@@ -154,7 +155,8 @@ def advice(plan: Plan) -> str:
     found = list(islice((_change(plan, other) for other in smaller(plan) if other.comfortable), 3))
     if found:
         return f"it fits with {', or '.join(found)}"
-    return f"no setting makes it fit; take a smaller base{', or finetune/lora.py' if plan.method.whole else ''}"
+    adapters = f", or {call('finetune', method='lora')}" if plan.method.whole else ""
+    return f"no setting makes it fit; take a smaller base{adapters}"
 
 
 @contextmanager
@@ -175,15 +177,15 @@ def explained(plan: Plan) -> Iterator[None]:
 
 
 def _change(plan: Plan, other: Plan) -> str:
-    """What is to be typed to come from one to the other, and what that needs."""
-    flags = []
+    """What is to be set to come from one to the other, and what that needs."""
+    changes: dict[str, object] = {}
     if other.tokens_at_once != plan.tokens_at_once:
-        flags.append(f"--train.micro_batch_tokens {other.tokens_at_once}")
+        changes["train.micro_batch_tokens"] = other.tokens_at_once
     if other.train.activation_checkpointing != plan.train.activation_checkpointing:
-        flags.append(f"--train.activation_checkpointing {other.train.activation_checkpointing}")
+        changes["train.activation_checkpointing"] = other.train.activation_checkpointing
     if other.quantize != plan.quantize:
-        flags.append(f"--quantize {other.quantize}")
-    return f"{' '.join(flags)} ({amount(other.peak)})"
+        changes["quantize"] = other.quantize
+    return f"{params(**changes)} ({amount(other.peak)})"
 
 
 def _settings(plan: Plan) -> str:

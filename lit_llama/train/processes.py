@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.train.launch import LAUNCHER, launched, layout
+from lit_llama.wording import param, params
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -146,7 +147,8 @@ def join(devices: int | Literal["auto"], num_nodes: int) -> Iterator[Processes]:
         yield ALONE
         return
     if not launched():
-        raise UserError(f"--devices {devices} --num_nodes {num_nodes} is for the scripts in finetune/, and torchrun")
+        both = params(devices=devices, num_nodes=num_nodes)
+        raise UserError(f"{both} is for commands, which start a process for each, and torchrun")
     _end_with_launcher()
     with contextlib.ExitStack() as stack:
         rank = _rank(here)
@@ -186,7 +188,8 @@ def _lost() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise LostError(
-            f"another process of this run is gone ({reason}); the last state stays. Continue with --resume auto"
+            f"another process of this run is gone ({reason}); the last state stays. Continue with "
+            f"{param('resume', 'auto')}"
         ) from error
 
 
@@ -201,7 +204,9 @@ def _connect(here: int, machines: int) -> "Fabric":
     """Join the group of all processes; with GPUs, this one has its own from here on."""
     gpus = torch.cuda.device_count()
     if gpus and here > gpus:
-        raise ResourceError(f"--devices is {here}, but this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'}")
+        raise ResourceError(
+            f"{param('devices')} is {here}, but this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'}"
+        )
     import logging
 
     from lightning.fabric import Fabric

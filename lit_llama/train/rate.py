@@ -8,7 +8,8 @@ from lit_llama.errors import UserError
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.method import LoRA, Method, Preference
-from lit_llama.train.state import read_record
+from lit_llama.train.state import SETTING, read_record
+from lit_llama.wording import param
 
 BASE, WIDTH = 5e-5, 2000
 EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
@@ -71,7 +72,7 @@ def why_none(method: Method, train: TrainConfig) -> str:
     if isinstance(method, Preference):
         return "there is no published rule for preference training, whose rates are a tenth and less"
     if isinstance(method, LoRA) and method.config.saved:
-        return "the rule is for adapters, and --lora.modules_to_save trains whole matrices at their rate"
+        return f"the rule is for adapters, and {param('lora.modules_to_save')} trains whole matrices at their rate"
     if train.optimizer == "sgd":
         return "the rule is for Adam"
     return ""
@@ -85,7 +86,7 @@ def check_auto(method: Method, train: TrainConfig) -> None:
     """
     if train.learning_rate == "auto" and (reason := why_none(method, train)):
         usual = ", such as the default of 2e-5" if isinstance(method, Preference) else ""
-        raise UserError(f"--train.learning_rate is auto, but {reason}; name a rate{usual}")
+        raise UserError(f"is auto, but {reason}", parameter="train.learning_rate", remedy=f"name a rate{usual}")
 
 
 def resolved(
@@ -109,7 +110,7 @@ def resolved(
     if train.learning_rate != "auto":
         return train, []
     check_auto(method, train)
-    begun = read_record(state)["identity"].get("--train.learning_rate") if state else None
+    begun = read_record(state)["identity"].get(f"{SETTING}train.learning_rate") if state else None
     if isinstance(begun, float):
         rate, why = begun, "as the run began"
     else:

@@ -38,6 +38,7 @@ from lit_llama.train.rate import resolved, rule, shape_of, why_none
 from lit_llama.train.report.run_report import RATES, RATES_CSV
 from lit_llama.train.run import build
 from lit_llama.train.start import begin
+from lit_llama.wording import call, param
 
 STEPS, ROWS = 24, 128
 """Most optimizer steps of a short run, and most rows of the test split that it is evaluated on."""
@@ -131,7 +132,7 @@ def choose(trials: Sequence[Trial]) -> Trial:
     if not math.isfinite(best):
         raise NumericalError(
             f"every learning rate from {min(trial.rate for trial in trials):.1e} on diverged; look at the rows with "
-            "prepare/show.py, or try --precision 32-true"
+            f"{call('show_rows')}, or try {param('precision', '32-true')}"
         )
     return min((trial for trial in trials if trial.test_loss <= best * (1 + NEAR)), key=lambda trial: trial.rate)
 
@@ -147,12 +148,15 @@ def check_searchable(config: RunConfig) -> None:
         UserError: The run is resumed, only planned, or shared by several processes.
     """
     for flag, asked in (
-        (f"--resume {config.resume}", config.resume != "never"),
-        ("--plan", config.only_planned),
-        ("more than one process (--devices, --num_nodes)", layout(config.devices, config.num_nodes) != (1, 1)),
+        (param("resume", config.resume), config.resume != "never"),
+        (param("plan"), config.only_planned),
+        (
+            f"more than one process ({param('devices')}, {param('num_nodes')})",
+            layout(config.devices, config.num_nodes) != (1, 1),
+        ),
     ):
         if asked:
-            raise UserError(f"--find_learning_rate does not go with {flag}: leave one of them out")
+            raise UserError(f"does not go with {flag}: leave one of them out", parameter="find_learning_rate")
 
 
 def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool = False) -> Found:
@@ -179,8 +183,9 @@ def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool 
     inputs = read_inputs(config.base, config.data_dir, method.rows)
     if not len(inputs.test):
         raise UserError(
-            f"--find_learning_rate goes by the test loss, but {config.data_dir} has no test split: prepare the data "
-            "with a --test_split_size above 0"
+            f"goes by the test loss, but {config.data_dir} has no test split: prepare the data with a "
+            f"{param('test_split_size')} above 0",
+            parameter="find_learning_rate",
         )
     train, remarks = fitting(config.train, inputs.splits, config.data_dir)
     train, _ = resolved(method, train, inputs.config, len(inputs.train))
@@ -303,11 +308,13 @@ def print_rates(method: Method, config: RunConfig) -> None:
     found = find_learning_rate(method, config, owns_process=True)
     stdout().print(table(found))
     if found.chosen.test_loss >= found.before:
-        stderr().print("warning: no rate made the test loss fall; look at the rows with prepare/show.py")
+        look = call("show_rows")
+        stderr().print(f"warning: no rate made the test loss fall; look at the rows with {look}")
     took = time.perf_counter() - start
     stderr().print(f"{found.folder}: {CSV_FILE}, {PNG_FILE}; {took:.1f} s")
     stdout().print(
-        f"The same command with --train.learning_rate {found.chosen.rate:.1e} in place of --find_learning_rate trains "
+        f"The same command with {param('train.learning_rate')} {found.chosen.rate:.1e} in place of "
+        f"{param('find_learning_rate')} trains "
         "with it."
     )
 

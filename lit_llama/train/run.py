@@ -68,6 +68,7 @@ from lit_llama.train.state import (
     step_of,
 )
 from lit_llama.train.stopping import Best
+from lit_llama.wording import param
 
 BEST_FILE = "best.safetensors"
 """In a state, the weights with the lowest test loss so far, where those are to be kept."""
@@ -242,7 +243,7 @@ class _Training:
         """What the folder of the result says of itself after so many steps."""
         base = self.inputs.base | ({"quantize": self.run.config.quantize} if self.run.config.quantize else {})
         made = {
-            "door": self.run.method.door,
+            "method": self.run.method.name,
             "trainable": self.trainable,
             "dtype": str(self.numerics),
             "vocab_size": self.inputs.config.vocab_size,
@@ -296,7 +297,7 @@ class _Training:
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise NumericalError(
                     f"{name} is not finite after step {step}: no state of it is written, the one before stays. Begin "
-                    "anew with a lower --train.learning_rate"
+                    f"anew with a lower {param('train.learning_rate')}"
                 )
 
         self.log.sync()
@@ -361,7 +362,7 @@ def _sampler(run: Run, model: LLaMA, tokenizer: Tokenizer) -> Sampler | None:
     if not run.train.sample_prompts:
         return None
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
-        stderr().print("no sample answers: the base is spread over the processes (--strategy fsdp)")
+        stderr().print(f"no sample answers: the base is spread over the processes ({param('strategy', 'fsdp')})")
         return None
     prompts, tokens = run.train.sample_prompts, run.train.tokens_on(pick_device().type)
     try:

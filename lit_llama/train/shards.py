@@ -13,6 +13,7 @@ from lit_llama.errors import UserError
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.config import Strategy
 from lit_llama.train.plan import Plan
+from lit_llama.wording import param
 
 
 def shard(model: LLaMA, device: torch.device, size: int) -> None:
@@ -35,7 +36,12 @@ def shard(model: LLaMA, device: torch.device, size: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if all(parameter.requires_grad for parameter in model.model.layers.parameters()):
-        raise UserError("--strategy fsdp spreads frozen weights, and here all of them train; use --strategy ddp")
+        raise UserError(
+            "spreads frozen weights, and here all of them train",
+            parameter="strategy",
+            value="fsdp",
+            remedy=f"use {param('strategy', 'ddp')}",
+        )
     mesh = init_device_mesh(device.type, (size,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
@@ -53,10 +59,17 @@ def spread(plan: Plan, strategy: Strategy) -> Plan:
     """
     processes, quantize = plan.processes, plan.quantize
     if strategy == "fsdp" and processes.size == 1:
-        raise UserError("--strategy fsdp spreads the base over several processes, but there is one: raise --devices")
+        raise UserError(
+            f"spreads the base over several processes, but there is one: raise {param('devices')}",
+            parameter="strategy",
+            value="fsdp",
+        )
     if strategy == "fsdp" and quantize:
         raise UserError(
-            f"--strategy fsdp spreads plain weights, not those of --quantize {quantize}; leave one of them out"
+            f"spreads plain weights, not those of {param('quantize', quantize)}",
+            parameter="strategy",
+            value="fsdp",
+            remedy="leave one of them out",
         )
     able = processes.size > 1 and not quantize and plan.numerics.device.type == "cuda"
     needed = processes.first(lambda: not plan.fits)

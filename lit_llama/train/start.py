@@ -1,6 +1,5 @@
 """Beginning of a run: what it starts from, then its plan, or its processes and this one among them."""
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lit_llama.train.launch import launch
 from lit_llama.train.method import LoRA, Method
 from lit_llama.train.rate import check_auto
 from lit_llama.train.warm_start import find_base, read_start, remark_on_style
+from lit_llama.wording import call, param
 
 
 def start(method: Method, config: RunConfig) -> None:
@@ -64,11 +64,12 @@ def _check_base(folder: Path, method: Method) -> None:
     """Refuse an adapter where a model is expected, with what can be done with it."""
     if (folder / "config.json").is_file() or not (folder / CONFIG_FILE).is_file():
         return
-    name = shlex.quote(str(folder))
-    merge = f"python finetune/merge.py --adapter_dir {name} --destination_path {shlex.quote(f'{folder}-merged')}"
-    ways = f"give it as --adapter_dir {name} to go on training it, or m" if isinstance(method, LoRA) else "m"
+    merge = call("merge", adapter_dir=folder, destination_path=f"{folder}-merged")
+    ways = f"give it as {param('adapter_dir', folder)} to go on training it, or m" if isinstance(method, LoRA) else "m"
     raise UserError(
-        f"--checkpoint_dir {folder} is an adapter and no model: {ways}ake it part of its base first, with {merge}"
+        f"is an adapter and no model: {ways}ake it part of its base first, with {merge}",
+        parameter="checkpoint_dir",
+        value=folder,
     )
 
 

@@ -5,7 +5,6 @@ SHA256SUMS over them. It is written aside, synced to the disk and renamed, so th
 """
 
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,11 @@ from lit_llama.folder.place import remove_own
 from lit_llama.folder.publish import check_space, publish, sync, write_json
 from lit_llama.objects import check_form, read_object
 from lit_llama.train.optim import OPTIMIZER_FILE
+from lit_llama.wording import param
 
 STATES_DIR, STATE_FILE = "states", "state.json"
+SETTING = "--"
+"""Mark of settings in a state's record of what it was made of."""
 KEPT = 2
 """States that stay, the newest among them."""
 _FORM: Mapping[str, Any] = {
@@ -127,14 +129,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def choose_state(states: list[Path], resume: str | Path, out_dir: Path, command: str) -> Path | None:
+def choose_state(
+    states: list[Path], resume: str | Path, out_dir: Path, continued: Callable[[Path], str]
+) -> Path | None:
     """Choose the state to go on from, proven whole; None if there is none yet.
 
     Args:
         states: Those of the run, oldest first.
         resume: "auto" for the newest state, or one of its state folders by its path.
         out_dir: The folder of the run.
-        command: Continues the run from the newest state.
+        continued: Names the call that continues the run from a state.
 
     Raises:
         IntegrityError: It is damaged. An older one is named, but used only when it is asked for by its path: the
@@ -149,17 +153,16 @@ def choose_state(states: list[Path], resume: str | Path, out_dir: Path, command:
         chosen = Path(resume)
         if chosen.resolve() not in [path.resolve() for path in states]:
             there = ", ".join(map(str, states)) or "none"
-            raise UserError(f"--resume {resume} is no state of {out_dir}; there are: {there}")
+            raise UserError(f"is no state of {out_dir}", parameter="resume", value=resume, remedy=f"there are: {there}")
         chosen = next(path for path in states if path.resolve() == chosen.resolve())
     try:
         read_state(chosen)
     except IntegrityError as error:
         whole = [path for path in states if path != chosen and is_whole(path)]
         way = (
-            f"bring it back, or go on from step {step_of(whole[-1])} and lose what came after: "
-            f"{command.replace('--resume auto', f'--resume {shlex.quote(str(whole[-1]))}')}"
+            f"bring it back, or go on from step {step_of(whole[-1])} and lose what came after: {continued(whole[-1])}"
             if whole
-            else "no other state is whole: bring it back, or begin again with another --out_dir"
+            else f"no other state is whole: bring it back, or begin again with another {param('out_dir')}"
         )
         raise IntegrityError(f"{error}; {way}") from error
     return chosen
@@ -188,15 +191,20 @@ def check_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], fre
     """
     absent = object()
     differences = [
-        f"{name} was {_show(was.get(name, absent), absent)}, is {_show(now.get(name, absent), absent)}"
+        f"{_named(name)} was {_show(was.get(name, absent), absent)}, is {_show(now.get(name, absent), absent)}"
         for name in dict.fromkeys([*was, *now])
         if name not in free and was.get(name, absent) != now.get(name, absent)
     ]
     if differences:
         raise UserError(
             f"{folder} belongs to another run: {'; '.join(differences)}. Continue with what it began with, or begin "
-            "anew in another --out_dir"
+            f"anew in another {param('out_dir')}"
         )
+
+
+def _named(recorded: str) -> str:
+    """What a state records: a setting, or something else that it was made of."""
+    return param(recorded.removeprefix(SETTING)) if recorded.startswith(SETTING) else recorded
 
 
 def _show(value: Any, absent: object) -> str:

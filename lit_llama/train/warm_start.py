@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.manifest import check_folder
 from lit_llama.model.adapter import META_FILE, base_of, load_adapter
 from lit_llama.model.config import ALL_LINEAR, LLaMAConfig, LoRAConfig
@@ -22,6 +22,7 @@ from lit_llama.model.weights import Weights, weight_files
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import TEMPLATE_FILE
+from lit_llama.wording import call, param
 
 OWN = ("dropout", "loraplus_lr_ratio")
 """Of LoRAConfig: how an adapter is trained, which each run says for itself."""
@@ -73,13 +74,13 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
     if rows := [name for name, module in found.items() if isinstance(module, TrainedRows)]:
         raise CheckpointError(
             f"{adapter_dir} has trained rows of {rows[0]} (trainable_token_indices), which cannot go on training here: "
-            "make it part of its base with finetune/merge.py, and begin a new adapter on that, with "
-            "--lora.modules_to_save where the rows are to train"
+            f"make it part of its base with {call('merge')}, and begin a new adapter on that, with "
+            f"{param('lora.modules_to_save')} where the rows are to train"
         )
     if placed.base:
         raise CheckpointError(
             f"{adapter_dir} brings rows of {next(iter(placed.base))} along that are not its base's: make it part of "
-            "its base with finetune/merge.py, and begin a new adapter on that"
+            f"its base with {call('merge')}, and begin a new adapter on that"
         )
     config = _trainable(placed.lora, adapter_dir, asked)
     with suppress(UserError):  # of names that mean nothing here, where the tensors say what is meant
@@ -92,7 +93,8 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
         read = shape[name]
         if given not in (default[name], read):
             raise UserError(
-                f"--lora.{name} is {given}, but the adapter of {adapter_dir} has {read}; leave it out: the shape comes "
+                f"{param(f'lora.{name}')} is {given}, but the adapter of {adapter_dir} has {read}; leave it out: the "
+                "shape comes "
                 "from the adapter"
             )
     values = {f"{name}.{part}": value.detach() for name, m in found.items() for part, value in m.parts().items()}
@@ -144,10 +146,7 @@ def find_base(adapter_dir: Path, checkpoint_dir: Path | None) -> Path:
         IntegrityError: It is another than the adapter was trained on.
     """
     check_folder(adapter_dir)
-    try:
-        base = base_of(adapter_dir, checkpoint_dir)
-    except (CheckpointError, IntegrityError) as error:  # here the flag of the base has another name
-        raise type(error)(str(error).replace("--base_dir", "--checkpoint_dir")) from error
+    base = base_of(adapter_dir, checkpoint_dir, name="checkpoint_dir")
     if checkpoint_dir is not None and not _recorded_base(adapter_dir):
         stderr().print(
             f"{adapter_dir} does not say by a fingerprint which base it was trained on; {checkpoint_dir} is taken for "

@@ -12,6 +12,7 @@ from conftest import ROOT, run_here, tiny_config
 from delta_files import ROWS, assert_same, delta_of, folder_of, plain_sum, read, state_of
 from delta_files import base as base  # a fixture
 
+import lit_llama
 from lit_llama.convert.delta import apply, make, verify
 from lit_llama.convert.delta_writing import Policy, blocks, mean_row
 from lit_llama.errors import CheckpointError, IntegrityError
@@ -157,6 +158,8 @@ def test_the_door_adds_makes_and_verifies(base: Path, tmp_path: Path) -> None:
     assert added.returncode == 0 and added.stdout == "", added
     assert "policy ziya: embedding and head as they are" in added.stderr
     assert (tmp_path / "sum" / INDEX_FILE).is_file() and len(Weights(tmp_path / "sum")) == 21
+    again = lit_llama.add_delta(base, str(tmp_path / "delta"), tmp_path / "again", max_shard_size="60KB")
+    assert_same(read(again.folder), read(tmp_path / "sum"))
     checked = run_here("prepare/delta.py", "verify", "--merged_dir", tmp_path / "sum", *sides)
     assert checked.returncode == 0 and "bit for bit" in checked.stderr, checked
     made = run_here(

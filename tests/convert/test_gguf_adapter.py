@@ -241,7 +241,7 @@ def test_a_user_is_told_which_way_to_take(tmp_path: Path, plain_base: Path) -> N
         convert(adapter, tmp_path / "made")
     with pytest.raises(UserError, match="--dtype is 'q8_0', expected one of bfloat16, float16, float32 for an adapter"):
         convert(adapter, tmp_path / "other.gguf", layout="gguf", dtype="q8_0")
-    with pytest.raises(UserError, match=r"--base_dir is for adapters; .* is none"):
+    with pytest.raises(UserError, match=r"--base_dir is for adapters, .* is none"):
         convert(plain_base, tmp_path / "other.gguf", layout="gguf", base_dir=plain_base)
 
 

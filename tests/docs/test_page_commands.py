@@ -17,7 +17,7 @@ from conftest import ROOT
 from markdown_pages import PAGES, Command, blocks, commands, name, spans
 
 import lit_llama.cli
-from lit_llama.flags import SPELLED
+from lit_llama.commands import SPELLED
 
 OTHERS = {".", "curl", "hf", "llama-cli", "lm_eval", "ollama", "openssl", "pre-commit"}
 """Programs of others, whose flags are their own."""

@@ -16,7 +16,6 @@ from lit_llama import console, progress
 from lit_llama.console import (
     Pieces,
     Results,
-    as_typed,
     guarded,
     harmless,
     is_heard,
@@ -190,16 +189,6 @@ def test_a_full_disk_names_the_places_it_can_be(capsys: pytest.CaptureFixture[st
         CLI(main)
     err = capsys.readouterr().err
     assert err.startswith(f"error: a disk is full: {Path.cwd()} has ") and "Errno" not in err
-
-
-def test_scripts_are_named_as_the_user_has_called_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path of the user's that is taken for a script, or a hint that cannot be typed."""
-    text = "python prepare/records.py --x; finetune/merge.py; /a/prepare/text.py, my-finetune/lora.py, prepare/x"
-    assert as_typed(text) == text
-    monkeypatch.setitem(console._process, "command", True)
-    assert as_typed(text) == (
-        "lit-llama prepare records --x; lit-llama finetune merge; /a/prepare/text.py, my-finetune/lora.py, prepare/x"
-    )
 
 
 def test_a_thread_and_a_call_have_talk_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from small_runs import ROWS, flags_of
 
 from lit_llama.cli import CLI, _names
+from lit_llama.commands import remedy
 from lit_llama.errors import CheckpointError, DataError
-from lit_llama.memory import ran_out, remedy
+from lit_llama.memory import ran_out
 
 ROOT = Path(__file__).parents[2]
 DOORS = sorted(

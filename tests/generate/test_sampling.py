@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_llama.errors import NumericalError, UserError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler, token_logprobs
+from lit_llama.wording import param
 
 DRAWN = Sampling(temperature=1.0)
 PROMPT, MADE = [3, 7, 7, 9], [7, 11, 12, 11, 11]
@@ -263,9 +264,10 @@ def test_a_constraint_lets_its_tokens_through_alone() -> None:
 )
 def test_a_bad_value_is_named_with_its_range(flag: str, value: Any) -> None:
     """NaN that slips through a comparison, or an error that does not say which flag."""
-    with pytest.raises(UserError, match=re.escape(f"--{flag} is {value}, expected ")) as caught:
+    shown = repr(value) if isinstance(value, str) else value
+    with pytest.raises(UserError, match=re.escape(f"{param(flag)} is {shown}, expected ")) as caught:
         Sampling(**{flag: value})
-    assert caught.value.exit_status == 2
+    assert (caught.value.exit_status, caught.value.parameter, str(caught.value.value)) == (2, flag, str(value))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ PLACES: dict[str, tuple[str, Put, str]] = {
         r"an adapter of mlx: .*--base_dir BASE --destination_path out/lora/m",
     ),
     "torchtune": ("t", files("t/hf_model_0001_0.pt"), r"holds hf_model_0001_0\.pt of torchtune"),
-    "data": ("d", files("d/dataset_dict.json"), "is a data folder: it goes behind --data_dir"),
+    "data": ("d", files("d/dataset_dict.json"), "is a data folder: give it as --data_dir"),
     "Trainer": (
         "t",
         files("t/checkpoint-90/config.json", "t/checkpoint-100/config.json", "t/trainer_state.json"),

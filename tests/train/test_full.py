@@ -209,7 +209,7 @@ def test_the_door_trains_and_the_model_answers(tiny_folder: Path, data: Path, tm
     assert done.returncode == 0, done.stderr
     assert f"{count:,} trainable parameters (all of them)" in done.stderr
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["run"]["trainable"] == count and meta["run"]["door"] == "finetune/full.py"
+    assert meta["run"]["trainable"] == count and meta["run"]["method"] == "full"
     assert {value.dtype for value in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
     asked = ("--checkpoint_dir", tmp_path / "out", "--prompt", "Order 2 lamps.", "--max_new_tokens", 5)
     answer = run_here("generate/instruct.py", *asked)

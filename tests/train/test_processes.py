@@ -244,7 +244,7 @@ def test_numbers_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layout(1, 1) == (1, 1) and layout(2, 3) == (2, 3)
     with pytest.raises(UserError, match="--devices is 0 and --num_nodes 1, expected 1 or more"):
         layout(0, 1)
-    with pytest.raises(UserError, match="is for the scripts in finetune/"), join(2, 1):
+    with pytest.raises(UserError, match="is for commands"), join(2, 1):
         pass
     environment = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
     for name, value in environment.items():

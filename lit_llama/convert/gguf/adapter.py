@@ -35,11 +35,11 @@ from lit_llama.model.low_rank import LoRAEmbedding, LoRALinear
 from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import TEMPLATE_FILE
+from lit_llama.wording import call
 
 _A, _B = ".lora_a", ".lora_b"
 _ALPHA, _TYPE = "adapter.lora.alpha", "adapter.type"
 _KINDS = {"float32": (Kind.F32, 0), "float16": (Kind.F16, 1), "bfloat16": (Kind.BF16, 32)}
-_MERGE = "merge it into its base instead: python finetune/merge.py --format gguf"
 
 
 def write_adapter(adapter_dir: Path, destination: Path, dtype: str | None = None, base_dir: Path | None = None) -> None:
@@ -57,7 +57,9 @@ def write_adapter(adapter_dir: Path, destination: Path, dtype: str | None = None
     """
     check_file(destination)
     if dtype not in (None, *get_args(PlainType)):
-        raise UserError(f"--dtype is {dtype!r}, expected one of {', '.join(get_args(PlainType))} for an adapter")
+        raise UserError(
+            parameter="dtype", value=dtype, expected=f"one of {', '.join(get_args(PlainType))} for an adapter"
+        )
     kind, file_type = _KINDS[dtype or "float32"]
     check_folder(adapter_dir)
     base = base_of(adapter_dir, base_dir)
@@ -68,7 +70,8 @@ def write_adapter(adapter_dir: Path, destination: Path, dtype: str | None = None
     remarks = placed.remarks
     if placed.base:
         raise CheckpointError(
-            f"{adapter_dir} brings rows of {next(iter(placed.base))} along, which no GGUF adapter can say; {_MERGE}"
+            f"{adapter_dir} brings rows of {next(iter(placed.base))} along, which no GGUF adapter can say; "
+            f"{_merged(adapter_dir)}"
         )
     tensors, alpha = _tensors(model, config, adapter_dir, getattr(torch, dtype or "float32"))
     keys: dict[str, Any] = {"general.type": "adapter", "general.name": model_name(destination.name)}
@@ -98,12 +101,14 @@ def _tensors(
             modules[name] = module
         elif module.parts():
             parts = ", ".join(module.parts())
-            raise CheckpointError(f"{adapter_dir}: {name} has {parts}, which no GGUF adapter can say; {_MERGE}")
+            raise CheckpointError(
+                f"{adapter_dir}: {name} has {parts}, which no GGUF adapter can say; {_merged(adapter_dir)}"
+            )
     tied = [name for name in modules if config.tie_word_embeddings and name in ("lm_head", "model.embed_tokens")]
     if tied:
         raise CheckpointError(
             f"{adapter_dir}: {tied[0]} is adapted, but embedding and head are one tensor in the base, which llama.cpp "
-            f"cannot adapt; {_MERGE}"
+            f"cannot adapt; {_merged(adapter_dir)}"
         )
     alphas = {name: module.scale * module.lora_A.shape[0] for name, module in modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 0.0
@@ -115,7 +120,7 @@ def _tensors(
         if is_stacked(stem):
             raise CheckpointError(
                 f"{adapter_dir}: {name} is an expert, and those of a layer are one tensor {stem} in GGUF, on which no "
-                f"adapter is written; {_MERGE}"
+                f"adapter is written; {_merged(adapter_dir)}"
             )
         lora_A, lora_B = module.lora_A.detach(), module.lora_B.detach() * (alphas[name] / alpha)
         if isinstance(module, LoRAEmbedding):
@@ -247,3 +252,8 @@ def _settings(path: Path, model: nn.Module, updates: Mapping[str, tuple[Tensor, 
         rank_pattern=pattern,
         alpha_pattern={} if alpha else {name: float(own) for name, own in pattern.items()},
     )
+
+
+def _merged(adapter_dir: Path) -> str:
+    """The way out where an adapter has no form of its own."""
+    return f"merge it into its base instead: {call('merge', adapter_dir=adapter_dir, format='gguf')}"

@@ -29,6 +29,7 @@ from lit_llama.convert.tokens import PLAIN_CLASS, class_settings, fast_tokenizer
 from lit_llama.errors import CheckpointError
 from lit_llama.folder.publish import encode_json
 from lit_llama.model.weights import Stored, check_finite
+from lit_llama.wording import param
 
 BLOCK = 2**24
 """Values that are dequantised, or quantised, at once: 64 MiB in float32."""
@@ -186,7 +187,7 @@ def check_model(metadata: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a file holds something else than a model, such as an adapter."""
     kind = metadata.get("general.type", "model")
     if kind == "adapter":
-        raise CheckpointError("it is an adapter: name the folder of its base with --base_dir")
+        raise CheckpointError(f"it is an adapter: name the folder of its base with {param('base_dir')}")
     if kind != "model":
         raise CheckpointError(f"general.type is {kind!r}, expected 'model'")
 

@@ -18,6 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lit_llama.errors import CheckpointError
+from lit_llama.wording import param
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -239,7 +240,7 @@ def only_model(folder: Path) -> Path | None:
     models = sorted({part_names(name)[0] for name in found if part_names(name)})
     if len(models) > 1:
         shown = ", ".join(models[:_SHOWN]) + (" ..." if len(models) > _SHOWN else "")
-        raise CheckpointError(f"--source: {folder} holds several GGUF models, name one of its files: {shown}")
+        raise CheckpointError(f"{param('source')}: {folder} holds several GGUF models, name one of its files: {shown}")
     return folder / next(name for name in sorted(found)) if models else None
 
 

@@ -33,11 +33,12 @@ from lit_llama.folder.place import aside, check_writable
 from lit_llama.folder.publish import check_space
 from lit_llama.model.config import GGUFType, LLaMAConfig
 from lit_llama.progress import stderr, track
+from lit_llama.wording import param
 
 
 @dataclass(frozen=True)
 class _Scheme:
-    """What a name of --dtype stands for.
+    """What a name of a `dtype` stands for.
 
     Args:
         matrices: Type of the matrices.
@@ -109,7 +110,7 @@ def _scheme(dtype: str | None) -> _Scheme | None:
     name = _SHORT.get(dtype, dtype)
     if name not in _SCHEMES:
         known = ", ".join([*_SHORT, *(name for name in _SCHEMES if name not in _SHORT.values())])
-        raise UserError(f"--dtype is {dtype!r}, expected one of {known}")
+        raise UserError(parameter="dtype", value=dtype, expected=f"one of {known}")
     return _SCHEMES[name]
 
 
@@ -264,7 +265,11 @@ def _shape(source: Source, called: str, names: Sequence[str]) -> tuple[int, ...]
 def check_file(destination: Path) -> None:
     """Refuse a GGUF file that is there already, or whose name does not say what it is."""
     if destination.suffix != ".gguf":
-        raise UserError(f"--format gguf writes one file: --destination_path {destination} should end in .gguf")
+        raise UserError(
+            f"writes one file: {param('destination_path', destination)} should end in .gguf",
+            parameter="format",
+            value="gguf",
+        )
     check_writable(destination)
     if destination.exists():
         raise UserError(f"{destination} already exists; name another file or remove this one")

@@ -38,17 +38,18 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.pth.files import read_pth, write_pth
 from lit_llama.model.weights import Spec, Stored, byte_size, check_names
+from lit_llama.wording import call, param
 
 _KINDS: tuple[tuple[str, str], ...] = (
     (
         r"\.adapter_wte\.|\.gating_factor$|\.adapter_(?:bias|scale)$",
         "holds LLaMA-Adapter weights of lit-llama (adapter_wte, gating_factor), which are no LoRA and have no layout "
-        "that other programs read: train a LoRA on the same data with finetune/lora.py",
+        "that other programs read: train a LoRA on the same data with {finetune}",
     ),
     (
         r"\.quant_weight$|\.qweight$|\.qzeros$",
         "holds weights quantised with GPTQ, which are not read here: convert the 16-bit file that they were made from, "
-        "and hold that in few bits with --quantize",
+        "and hold that in few bits with {quantize}",
     ),
     (
         r"\.attn\.(?:qkv|proj)\..*lora_[AB]$|\.mlp\.fc_\d\..*lora_[AB]$|\.lm_head\..*lora_[AB]$",
@@ -84,7 +85,8 @@ def foreign_kind(path: Path, names: Iterable[str]) -> str | None:
     known = list(names)
     for pattern, what in _KINDS:
         if any(re.search(pattern, name) for name in known):
-            return f"{path} {what}"
+            names_of = {"finetune": call("finetune"), "quantize": param("quantize")}
+            return f"{path} {what.format(**names_of)}"
     return None
 
 
@@ -194,7 +196,7 @@ def open_lit(path: Path, rms_norm_eps: float | None = None) -> Source:
     if any(".norm_1." in name for name in tensors):
         return open_litgpt(path, tensors)
     if any(name.endswith(".lora_A") for name in tensors):
-        raise CheckpointError(f"{path} is a LoRA of lit-llama: name the converted base model with --base_dir")
+        raise CheckpointError(f"{path} is a LoRA of lit-llama: name the converted base model with {param('base_dir')}")
     config, notes = _config(path, tensors, rms_norm_eps)
     vocabulary = read_vocabulary(path.parent, config.vocab_size, _CONTEXT)
     config = replace(config, bos_token_id=vocabulary.bos, eos_token_id=vocabulary.eos)
@@ -232,13 +234,14 @@ def _config(path: Path, tensors: Mapping[str, Stored], eps: float | None) -> tup
         raise CheckpointError(f"{path} holds no weights of lit-llama or litgpt (found: {found} ...)")
     rows, width = tensors[outlines[0]].shape
     layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
-    notes = {"rms_norm_eps": "as given by --rms_norm_eps"}
+    notes = {"rms_norm_eps": f"as given by {param('rms_norm_eps')}"}
     if eps is None:
         eps = _EPS.get((width, layers))
-        notes["rms_norm_eps"] = "of LLaMA 1 of this size; for another model give --rms_norm_eps"
+        notes["rms_norm_eps"] = f"of LLaMA 1 of this size; for another model give {param('rms_norm_eps')}"
     if eps is None:
         raise CheckpointError(
-            f"{path} does not say its rms_norm_eps, and no LLaMA 1 has {layers} layers of {width}: give --rms_norm_eps "
+            f"{path} does not say its rms_norm_eps, and no LLaMA 1 has {layers} layers of {width}: give "
+            f"{param('rms_norm_eps')} "
             "(1e-06 in most of LLaMA 1, 1e-05 later)"
         )
     if width % HEAD_DIM:
@@ -323,7 +326,9 @@ def _stored_name(source: Source, name: str) -> str:
 def _joined_spec(source: Source, names: list[str]) -> Spec:
     specs = [source.specs[_stored_name(source, name)] for name in names]
     if len({dtype for dtype, _ in specs}) > 1:
-        raise CheckpointError(f"{source.path}: {', '.join(names)} are of several dtypes; name one with --dtype")
+        raise CheckpointError(
+            f"{source.path}: {', '.join(names)} are of several dtypes; name one with {param('dtype')}"
+        )
     dtype, (_, *rest) = specs[0]
     rows = sum(shape[0] for _, shape in specs)
     return dtype, (rows + (-rows % _PADDING if names[0] in (EMBEDDING, HEAD) else 0), *rest)

@@ -23,6 +23,7 @@ from lit_llama.folder.publish import check_space, publish, write_json
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.pth.files import write_pth
 from lit_llama.model.weights import Spec, byte_size
+from lit_llama.wording import param
 
 # multiple_of and ffn_dim_multiplier of the published models.
 _WIDTHS: list[tuple[int, float | None]] = [(256, None), (1024, 1.3), (4096, 1.3), (256, 1.5), (256, 1.0), (4096, 1.2)]
@@ -123,10 +124,12 @@ def _check_shards(config: LLaMAConfig, shards: int) -> None:
     }
     for name, size in sizes.items():
         if not 1 <= shards <= 100 or size % shards:
-            raise UserError(f"--num_shards is {shards}, which does not divide {name} {size}")
+            raise UserError(f"{param('num_shards')} is {shards}, which does not divide {name} {size}")
     heads = config.num_key_value_heads
     if heads % shards and shards % heads:
-        raise UserError(f"--num_shards is {shards}, neither a divisor nor a multiple of num_key_value_heads {heads}")
+        raise UserError(
+            f"{param('num_shards')} is {shards}, neither a divisor nor a multiple of num_key_value_heads {heads}"
+        )
 
 
 def _split_dim(meta: str, config: LLaMAConfig) -> int | None:

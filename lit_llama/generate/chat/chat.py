@@ -23,6 +23,7 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.llm import LLM
 from lit_llama.text.prompts.teller import thoughts_of
+from lit_llama.wording import param
 
 _FENCE = re.compile(r"\s{0,3}(```+|~~~+)")
 _OPENED = re.compile(r"\s*(<(think|thinking|thought|thoughts|reasoning)>|\[THINK\])")
@@ -371,7 +372,7 @@ class Chat:
             stopped = True
         finally:
             self.screen.end(stopped)
-        ending = f"; cut off at --max_new_tokens {self.sampling.max_new_tokens}" if answer.cut_off else ""
+        ending = f"; cut off at {param('max_new_tokens', self.sampling.max_new_tokens)}" if answer.cut_off else ""
         used, reads = len(answer.prompt.ids) + answer.tokens, self.llm.config.context_length
         self.say(
             f"{answer.tokens} tokens in {answer.seconds:.2f} s, {answer.tokens / max(answer.seconds, 1e-9):.1f} "

@@ -14,6 +14,7 @@ from lit_llama.generate.chat.chat import Chat
 from lit_llama.generate.chat.dialogue import Dialogue, Node
 from lit_llama.generate.chat.session import SETTINGS, add_system, check_settings, check_system, message
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.wording import call
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -320,7 +321,7 @@ def _export(chat: Chat, arguments: str) -> None:
         raise UserError("/export takes the file to write, and `all` for all conversations")
     ids = [summary.id for summary in chat.store.list()] if which else [_kept(chat)]
     count = rows.export(Path(file).expanduser(), map(chat.store.get, ids))
-    chat.say(f"{count} rows added to {file}; python prepare/records.py reads them")
+    chat.say(f"{count} rows added to {file}; {call('prepare')} reads them")
 
 
 def _help(chat: Chat, _: str) -> None:

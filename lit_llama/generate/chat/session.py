@@ -16,6 +16,7 @@ from lit_llama.generate.text_model import Stream
 from lit_llama.text.message import Message
 from lit_llama.text.prompts.encode import prompt_ids
 from lit_llama.text.prompts.teller import opens
+from lit_llama.wording import param
 
 SETTINGS = (
     "temperature",
@@ -97,7 +98,7 @@ def fit(llm: LLM, messages: Sequence[Message], sampling: Sampling, overflow: Ove
         what = "the message has" if overflow == "drop_oldest" else "the conversation would have"
         raise UserError(
             f"{what} {len(fitted.ids)} tokens, but only {max(limit, 0)} fit beside an answer of "
-            f"--max_new_tokens {sampling.max_new_tokens}"
+            f"{param('max_new_tokens', sampling.max_new_tokens)}"
         )
     return Prompt(fitted.ids, fitted.dropped)
 

@@ -18,6 +18,7 @@ from lit_llama.generate.engine.scheduler import Part, Scheduler, Sequence
 from lit_llama.generate.engine.speculative import Asked, Guesser
 from lit_llama.generate.engine.ticket import Answer, Ticket
 from lit_llama.model.paged import BLOCK
+from lit_llama.wording import param
 
 
 class Answers:
@@ -314,5 +315,5 @@ def _no_token(answer: Answer, position: int) -> UserError:
         return UserError(f"nothing that the constraint allows can follow at token {position}")
     return NumericalError(
         f"the logits at token {position} are not finite: the weights or the adapter are damaged, or the precision is "
-        "too small for them; try --precision 32-true"
+        f"too small for them; try {param('precision', '32-true')}"
     )

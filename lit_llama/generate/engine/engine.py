@@ -24,6 +24,7 @@ from lit_llama.generate.engine.ticket import Ticket as Ticket
 from lit_llama.memory import ran_out
 from lit_llama.model.kernels.trained import Factors
 from lit_llama.model.paged import BLOCK, PagedBatch
+from lit_llama.wording import param
 
 PROMPT_TOKENS = {"cpu": 96, "gpu": 256}
 """Prompt tokens beside those of answers that are streamed. A CPU computes about thirty tokens while it reads the
@@ -129,13 +130,14 @@ class Engine:
             raise UserError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
         sampling = request.sampling
         if not sampling.max_new_tokens and request.prompt_logprobs is None:
-            raise UserError("--max_new_tokens is 0, expected 1 or more where the prompt is not scored")
+            raise UserError("is 0, expected 1 or more where the prompt is not scored", parameter="max_new_tokens")
         reads, holds = self.runner.config.context_length, self.runner.blocks * BLOCK
         longest = len(request.ids) + (sampling.max_new_tokens if request.overflow == "error" else 1)
         if longest > self._answers.longest:
             whose = f"{reads} the model reads" if longest > reads else f"{holds} that the memory of the cache holds"
             raise UserError(
-                f"the prompt has {len(request.ids)} tokens; with --max_new_tokens {longest - len(request.ids)} that is "
+                f"the prompt has {len(request.ids)} tokens; with "
+                f"{param('max_new_tokens', longest - len(request.ids))} that is "
                 f"more than the {whose}: shorten the prompt or the answer"
             )
 

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from lit_llama.errors import UserError
+from lit_llama.wording import param
 
 GREEDY_BELOW = 1e-5
 """Temperatures below are 0: logits divided by less would overflow, and no other token had a chance anyway."""
@@ -83,7 +84,7 @@ class Sampling:
         self._real("presence_penalty", "-2 to 2, where 0 changes nothing", -2, 2)
         self._real("frequency_penalty", "-2 to 2, where 0 changes nothing", -2, 2)
         self._whole("max_new_tokens", "0 (only for a prompt that is scored) or more", 0)
-        self._whole("min_new_tokens", f"0 to --max_new_tokens {self.max_new_tokens}", 0, self.max_new_tokens)
+        self._whole("min_new_tokens", f"0 to {param('max_new_tokens', self.max_new_tokens)}", 0, self.max_new_tokens)
         self._whole("seed", f"0 to {MAX_SEED}", 0, MAX_SEED)
         self._whole("n", f"1 to {MAX_ANSWERS}", 1, MAX_ANSWERS)
         if self.logprobs is not None:
@@ -91,11 +92,13 @@ class Sampling:
         for name in ("banned_ids", "stop_ids"):
             ids = frozenset(getattr(self, name))
             if wrong := [token for token in ids if not _is_id(token)]:
-                raise UserError(f"--{name} holds {wrong[0]!r}, expected token ids, which are 0 or more")
+                raise UserError(f"holds {wrong[0]!r}, expected token ids, which are 0 or more", parameter=name)
             object.__setattr__(self, name, ids)
         for token, bias in self.logit_bias.items():
             if not _is_id(token) or not _is_real(bias) or abs(bias) > 1000:
-                raise UserError(f"--logit_bias holds {token!r}: {bias!r}, expected a token id and -1000 to 1000")
+                raise UserError(
+                    f"holds {token!r}: {bias!r}, expected a token id and -1000 to 1000", parameter="logit_bias"
+                )
         self._check_stops()
 
     @property
@@ -111,20 +114,22 @@ class Sampling:
     def _real(self, name: str, expected: str, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
         if not (_is_real(value) and low <= value <= high):
-            raise UserError(f"--{name} is {value!s:.80}, expected {expected}")
+            raise UserError(parameter=name, value=value, expected=expected)
 
     def _whole(self, name: str, expected: str, low: int, high: float = math.inf) -> None:
         value = getattr(self, name)
         if not (_is_whole(value) and low <= value <= high):
-            raise UserError(f"--{name} is {value!s:.80}, expected {expected}")
+            raise UserError(parameter=name, value=value, expected=expected)
 
     def _check_stops(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stops) > MAX_STOPS:
-            raise UserError(f"--stop holds {len(stops)} texts, expected at most {MAX_STOPS}")
+            raise UserError(f"holds {len(stops)} texts, expected at most {MAX_STOPS}", parameter="stop")
         for text in stops:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise UserError(f"--stop holds {str(text)[:40]!r}, expected texts of 1 to {MAX_STOP_LENGTH} characters")
+                raise UserError(
+                    f"holds {str(text)[:40]!r}, expected texts of 1 to {MAX_STOP_LENGTH} characters", parameter="stop"
+                )
         object.__setattr__(self, "stop", stops)
 
 
@@ -188,7 +193,7 @@ class Request:
         if wrong := [token for token in self.ids if not _is_id(token)]:
             raise UserError(f"the prompt holds {wrong[0]!r}, expected token ids, which are 0 or more")
         if self.overflow not in get_args(Overflow):
-            raise UserError(f"--overflow is {self.overflow!r}, expected {' or '.join(get_args(Overflow))}")
+            raise UserError(parameter="overflow", value=self.overflow, expected=" or ".join(get_args(Overflow)))
         if not 0 <= self.scored_from < len(self.ids):
             raise UserError(f"the prompt is scored from token {self.scored_from} on, expected 0 to {len(self.ids) - 1}")
         if not 0 <= self.number <= 0xFFFF_FFFF:

@@ -1,6 +1,6 @@
 """An evaluation from its folders to its report.
 
-In place of a model, a file of answers may be named that were made before, by generate/instruct.py or by any other
+In place of a model, a file of answers may be named that were made before, by this program or by any other
 program.
 """
 
@@ -24,6 +24,7 @@ from lit_llama.progress import stderr
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.sources import question_of, read_rows
+from lit_llama.wording import param
 
 
 def read_answers(path: Path) -> list[tuple[Conversation, Row]]:
@@ -48,7 +49,7 @@ def _answer(row: Mapping[str, Any], number: int, where: str) -> tuple[Conversati
         if not isinstance(row.get(key), kind):
             raise DataError(f"{where}: {key} is {row.get(key)!r}, expected {expected}")
     if row.get("sample"):
-        raise DataError(f"{where} is one of several answers to a question, expected one a row (without --num_samples)")
+        raise DataError(f"{where} is one of several answers to a question, expected one a row (without {param('n')})")
     texts = [row.get(key) or "" for key in ("instruction", "input", "output")]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: expected instruction, input and output as text, or messages and output")
@@ -139,14 +140,14 @@ def gather_tasks(
         DataError: Rows cannot be read.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}, expected 1 or more")
+        raise UserError(parameter="limit", value=limit, expected="1 or more")
     found = [data_task(data_dir, limit)] if data_dir is not None else []
     for name in tasks:
         found += read_tasks(name, limit)
     if not found and answers:
         found = [answered_task("answers", read_answers(answers[0])[:limit])]
     if not found:
-        raise UserError("there is nothing to evaluate on: give --data_dir, --tasks or both")
+        raise UserError(f"there is nothing to evaluate on: give {param('data_dir')}, {param('tasks')} or both")
     check_names(found)
     check_one_task(answers, found)
     return found
@@ -188,7 +189,7 @@ def evaluate(
         ResourceError: The disk is full.
     """
     if not models and not answers:
-        raise UserError("there is nobody to evaluate: give --checkpoint_dir, --answers or both")
+        raise UserError(f"there is nobody to evaluate: give {param('checkpoint_dir')}, {param('answers')} or both")
     _check_own(out_dir)
     for model in models:
         if any(task.prompt == "chat" for task in tasks):
@@ -218,9 +219,13 @@ def evaluate(
 def _check_own(folder: Path) -> None:
     """Raise UserError if a folder holds anything, but no evaluation."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out_dir {folder} is a file, expected a folder of an evaluation or nothing there")
+        raise UserError(
+            "is a file, expected a folder of an evaluation or nothing there", parameter="out_dir", value=folder
+        )
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
     if names and "rows" not in names and not {RESULTS_JSON, REPORT_HTML} <= names:
         raise UserError(
-            f"--out_dir {folder} holds {min(names)}, but no evaluation: name a folder that is empty or not there yet"
+            f"holds {min(names)}, but no evaluation: name a folder that is empty or not there yet",
+            parameter="out_dir",
+            value=folder,
         )

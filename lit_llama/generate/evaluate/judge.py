@@ -19,6 +19,7 @@ from lit_llama.generate.metrics import mean
 from lit_llama.generate.store import RowStore, open_rows
 from lit_llama.progress import stderr
 from lit_llama.text.message import Conversation
+from lit_llama.wording import param
 
 FILE = "judged.jsonl"
 Verdict = Literal["first", "second", "tie", "unclear"]
@@ -208,10 +209,12 @@ def make_judge(url: str | None, model: str | None, key: str | None) -> Judge | N
     if url is None and model is None:
         return None
     if url is None or model is None:
-        missing, given = ("--judge_url", "--judge_model") if url is None else ("--judge_model", "--judge_url")
+        missing, given = (
+            (param("judge_url"), param("judge_model")) if url is None else (param("judge_model"), param("judge_url"))
+        )
         raise UserError(f"{given} is given without {missing}, expected both of them")
     if not re.match(r"https?://[^/\s]", url):
-        raise UserError(f"--judge_url is {url!r}, expected a URL such as http://localhost:8000/v1")
+        raise UserError(parameter="judge_url", value=url, expected="a URL such as http://localhost:8000/v1")
     return Judge(url=url, model=model, key=key or None)
 
 

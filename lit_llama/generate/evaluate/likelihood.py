@@ -16,6 +16,7 @@ from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, headed
 from lit_llama.text.prompts.encode import Cutter, ids_of
 from lit_llama.text.prompts.styles import Segment
+from lit_llama.wording import param
 
 
 def _scored(ids: Sequence[int], start: int, adapter: str | None = None) -> Request:
@@ -188,5 +189,5 @@ def score(
 def _not_finite(number: int) -> NumericalError:
     return NumericalError(
         f"the log-probabilities of text {number} are not finite: the weights or the adapter are damaged, or the "
-        "precision is too small for them; try --precision 32-true"
+        f"precision is too small for them; try {param('precision', '32-true')}"
     )

@@ -20,6 +20,7 @@ from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.read.raw import RowError
 from lit_llama.text.read.sources import question_of, read_rows, read_text
+from lit_llama.wording import param
 
 Part = Literal["answer", "likelihood", "choices"]
 """What a model is asked for: an answer, the log-likelihood of a reference, or of each of several choices."""
@@ -191,7 +192,9 @@ def data_task(data_dir: Path, limit: int | None = None) -> Task:
         DataError: It has none.
     """
     if read_meta(data_dir).get("splits", {}).get("test", {}).get("rows") == 0:
-        raise DataError(f"{data_dir} has no test split to evaluate on: it was prepared with --test_split_size 0")
+        raise DataError(
+            f"{data_dir} has no test split to evaluate on: it was prepared with {param('test_split_size', 0)}"
+        )
     items = _items(data_dir / TEST_FILE)[:limit]
     return Task(name=data_dir.resolve().name, items=items, metrics=usual_metrics(items))
 

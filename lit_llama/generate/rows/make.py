@@ -26,6 +26,7 @@ from lit_llama.generate.rows.teacher import Teacher
 from lit_llama.html import render
 from lit_llama.progress import bar, stderr
 from lit_llama.text.inspect.report import histogram
+from lit_llama.wording import param
 
 
 def write_report(folder: Path, maker: RowMaker) -> None:
@@ -65,10 +66,10 @@ def seconds_of(text: str | None) -> float | None:
         return None
     found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     if not text.strip() or found is None:
-        raise UserError(f"--max_time is {text!r}, expected a time such as 90s, 30m or 2h")
+        raise UserError(parameter="max_time", value=text, expected="a time such as 90s, 30m or 2h")
     hours, minutes, seconds = (float(part or 0) for part in found.groups())
     if not (total := 3600 * hours + 60 * minutes + seconds) > 0:
-        raise UserError(f"--max_time is {text!r}, expected more than no time")
+        raise UserError(parameter="max_time", value=text, expected="more than no time")
     return total
 
 
@@ -113,13 +114,16 @@ def open_teacher(
     """
     if (checkpoint_dir is None) == (endpoint is None):
         raise UserError(
-            "a teacher is one of --checkpoint_dir and --endpoint, found " + ("both" if endpoint else "none")
+            f"a teacher is one of {param('checkpoint_dir')} and {param('endpoint')}, found "
+            + ("both" if endpoint else "none")
         )
     if checkpoint_dir is not None:
         return local_teacher(checkpoint_dir, loading)
     own, default = loading or Loading(), Loading()
     if told := [field.name for field in fields(Loading) if getattr(own, field.name) != getattr(default, field.name)]:
-        raise UserError(f"--{told[0]} is for a model of --checkpoint_dir, but the teacher is at --endpoint")
+        raise UserError(
+            f"is for a model of {param('checkpoint_dir')}, but the teacher is at {param('endpoint')}", parameter=told[0]
+        )
     from lit_llama.generate.rows.remote import RemoteTeacher, Waits
 
     assert endpoint is not None
@@ -140,7 +144,7 @@ def limits_of(
     """
     for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}, expected 1 or more")
+            raise UserError(parameter=name, value=value, expected="1 or more")
     return Limits(rows=max_rows or recipe.rows, tokens=max_tokens, seconds=seconds_of(max_time))
 
 
@@ -271,7 +275,7 @@ def preview(recipe: Recipe, teacher: Teacher, count: int, *, seed: int, test_dat
         UserError: `count` is no number of attempts.
     """
     if count < 1:
-        raise UserError(f"--preview is {count}, expected 1 or more")
+        raise UserError(parameter="preview", value=count, expected="1 or more")
     maker = RowMaker(recipe, teacher, seed=seed, test_data=test_data)
     maker.run(None, Limits(rows=count, attempts=count), _print_attempt)
     tally = maker.tally
@@ -317,7 +321,7 @@ def plan(
     why = f" ({rejections(tally)})" if tally.rejected else ""
     print(f"{tally.decided} attempts: {tally.accepted} accepted, {tally.rejected.total()} rejected{why}")
     if not tally.accepted:
-        print("none was accepted, so nothing can be said of a run: look at some with --preview 5")
+        print(f"none was accepted, so nothing can be said of a run: look at some with {param('preview', 5)}")
         return dict.fromkeys(("rows", "attempts", "tokens", "prompt_tokens", "seconds"))
     attempts = rows * tally.decided / tally.accepted
     if maker.last is not None and maker.last < attempts:

@@ -26,6 +26,7 @@ from lit_llama.generate.rows.fields import (
     word,
 )
 from lit_llama.objects import ObjectError, read_text
+from lit_llama.wording import param
 
 _SCORE = {
     "type": "object",
@@ -269,7 +270,9 @@ def _parameters(value: Any, given: Mapping[str, str], place: str) -> dict[str, s
         raise UserError(f"{place} has no parameter {unknown[0]!r}; it has {', '.join(value) or 'none'}")
     found = {**value, **given}
     if missing := [name for name, entry in found.items() if entry is None]:
-        raise UserError(f"{place} needs the parameter {missing[0]}: give it as {missing[0]}=VALUE with --parameters")
+        raise UserError(
+            f"{place} needs the parameter {missing[0]}: give it as {missing[0]}=VALUE with {param('parameters')}"
+        )
     return {str(name): str(entry) for name, entry in found.items()}
 
 
@@ -279,7 +282,7 @@ def _sources(value: Any, place: str, seeds: str | None, documents: Sequence[str]
         raise UserError(f"{place}: sources: found {word(value)}, expected names with their settings")
     for name, given in (("seeds", seeds), ("documents", documents)):
         if given is not None and name not in value:
-            raise UserError(f"{place} has no source {name}, so --{name} would be of no use")
+            raise UserError(f"{place} has no source {name}, so {param(name)} would be of no use")
     found = []
     for name, settings in value.items():
         where = f"{place}: sources.{name}"
@@ -294,7 +297,7 @@ def _sources(value: Any, place: str, seeds: str | None, documents: Sequence[str]
         source = group(Source, settings, where, name=name)
         if (source.rows is None) == (source.documents is None):
             if source.rows is None and name in ("seeds", "documents"):
-                raise UserError(f"{where}: nothing is named; give files with --{name}")
+                raise UserError(f"{where}: nothing is named; give files with {param(name)}")
             raise UserError(f"{where}: expected either rows or documents")
         for key in ("draw", "length"):
             count(getattr(source, key), f"{where}.{key}")

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.generate.rows.teacher import Ask, Key, Reply
+from lit_llama.wording import param
 
 _MOST = 16 << 20
 """Bytes of an answer, beyond which an endpoint is not listened to."""
@@ -84,7 +85,7 @@ class RemoteTeacher:
         import httpx2
 
         if concurrency < 1:
-            raise UserError(f"--concurrency is {concurrency}, expected 1 or more")
+            raise UserError(parameter="concurrency", value=concurrency, expected="1 or more")
         self._endpoint, self._waits = endpoint.rstrip("/"), waits or Waits()
         key = os.environ.get(key_variable, "").strip()
         _check_address(endpoint, key, key_variable)
@@ -107,7 +108,9 @@ class RemoteTeacher:
     def check(self, ask: Ask) -> None:
         """Refuse what an endpoint cannot be asked for."""
         if ask.user_turn:
-            raise UserError("an endpoint gives no user's turn to go on with: this recipe needs --checkpoint_dir")
+            raise UserError(
+                f"an endpoint gives no user's turn to go on with: this recipe needs {param('checkpoint_dir')}"
+            )
 
     def add(self, key: Key, ask: Ask) -> None:
         """Queue a prompt for the endpoint."""
@@ -256,7 +259,7 @@ class RemoteTeacher:
                         raise _Again(f"its answer does not end within {self._waits.timeout:g} s")
                 return _read(response.status_code, dict(response.headers), bytes(data), self._endpoint)
         except httpx2.InvalidURL as error:
-            raise UserError(f"--endpoint {self._endpoint} is no address: {error}") from error
+            raise UserError(f"is no address: {error}", parameter="endpoint", value=self._endpoint) from error
         except (httpx2.HTTPError, RuntimeError) as error:
             if self._closed.is_set():
                 raise _Closed from error
@@ -270,13 +273,17 @@ class RemoteTeacher:
             try:
                 found.extend(str(entry["id"]) for entry in value["data"])
             except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{self._endpoint}/models names no models; give one with --endpoint_model") from error
+                raise UserError(
+                    f"{self._endpoint}/models names no models; give one with {param('endpoint_model')}"
+                ) from error
             return Reply()
 
         self._persist(ask)
         if len(found) != 1:
             names = ", ".join(found[:8]) or "none"
-            raise UserError(f"{self._endpoint} has {len(found)} models ({names}); name one with --endpoint_model")
+            raise UserError(
+                f"{self._endpoint} has {len(found)} models ({names}); name one with {param('endpoint_model')}"
+            )
         return found[0]
 
 
@@ -303,10 +310,12 @@ class _Closed(BaseException):
 def _check_address(endpoint: str, key: str, variable: str) -> None:
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--endpoint is {endpoint!r}, expected an address such as http://localhost:8000/v1")
+        raise UserError(parameter="endpoint", value=endpoint, expected="an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise UserError(
-            f"--endpoint holds more than an address; the key is read from the environment ({variable}) only"
+            "holds more than an address",
+            parameter="endpoint",
+            remedy=f"the key is read from the environment ({variable}) only",
         )
     if key and parts.scheme == "http" and parts.hostname not in _LOCAL:
         raise UserError(

@@ -14,6 +14,7 @@ from lit_llama.generate.serve.fields import ApiError
 from lit_llama.generate.serve.requests import Asked
 from lit_llama.generate.serve.tools import Piece
 from lit_llama.generate.text_model import AnswerText
+from lit_llama.wording import param
 
 PING = 15.0
 """Seconds of silence after which a stream says that it is alive."""
@@ -208,6 +209,11 @@ class Running:
         }
 
 
+def _as_asked(text: str) -> str:
+    """A text about a request, whose parameter has another name."""
+    return text.replace(param("max_new_tokens"), "max_tokens").replace("max_new_tokens", "max_tokens")
+
+
 def failure(error: BaseException) -> BaseException:
     """Return an error of the engine as it is told to a client."""
     if isinstance(error, EngineFailed):
@@ -217,5 +223,5 @@ def failure(error: BaseException) -> BaseException:
     if isinstance(error, ResourceError):
         return ApiError(503, str(error), headers={"Retry-After": "1"})
     if isinstance(error, UserError):
-        return ApiError(400, str(error).replace("--max_new_tokens", "max_tokens"))
+        return ApiError(400, _as_asked(str(error)))
     return error

@@ -33,6 +33,7 @@ from lit_llama.generate.serve.app import create_app, is_loopback
 from lit_llama.generate.serve.models import MAX_NEW_TOKENS, Limits
 from lit_llama.generate.serve.service import Service
 from lit_llama.progress import stderr
+from lit_llama.wording import param
 
 KEYS = "LIT_LLAMA_API_KEY"
 """Environment variable with a key, or several that commas part."""
@@ -258,7 +259,7 @@ _DRAIN = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Address and limits of a server; see generate/serve.py.
+    """Address and limits of a server.
 
     Raises:
         UserError: A limit is below 1, or the port is none.
@@ -280,9 +281,9 @@ class Settings:
         for name in ("max_waiting", "max_choices", "max_length", "max_body", "max_seconds"):
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
-                raise UserError(f"--{name} is {value}, expected {least.get(name, 1)} or more")
+                raise UserError(parameter=name, value=value, expected=f"{least.get(name, 1)} or more")
         if not 0 <= self.port < 1 << 16:
-            raise UserError(f"--port is {self.port}, expected 0 (any that is free) to 65535")
+            raise UserError(parameter="port", value=self.port, expected="0 (any that is free) to 65535")
 
     @property
     def limits(self) -> Limits:
@@ -321,8 +322,10 @@ def start(
     keys, local = read_keys(settings.api_key_file), is_loopback(settings.host)
     if not local and not keys:
         raise UserError(
-            f"--host {settings.host} is reached by other machines, so a key is needed: put one into a file for "
-            f"--api_key_file, or into {KEYS}, such as {secrets.token_hex(24)}"
+            f"is reached by other machines, so a key is needed: put one into a file for {param('api_key_file')}, or "
+            f"into {KEYS}, such as {secrets.token_hex(24)}",
+            parameter="host",
+            value=settings.host,
         )
     loading = loading or Loading()
     check_folders(folder, adapters, loading)

@@ -13,11 +13,12 @@ from lit_llama.model.places import of_sixteen_bits, repository
 from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights, check_finite, weight_files
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr, track
+from lit_llama.wording import call, param
 
 META_FILE, _MODEL_FILE, _CHECKPOINTS = "meta.json", "config.json", "checkpoints"
 
 
-def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
+def base_of(adapter_dir: Path, base_dir: Path | None = None, *, name: str = "base_dir") -> Path:
     """Find the base model of an adapter folder, proven to be the one it was trained on where the folder says which.
 
     Args:
@@ -25,6 +26,7 @@ def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
         base_dir: Where the base is; None looks for it: where the adapter names it, seen from the working folder or
             from a folder above the adapter; where it was when the adapter was trained; under its name beside the
             adapter or in checkpoints/; in the cache of the Hub.
+        name: Of the parameter that names the base, for errors.
 
     Raises:
         CheckpointError: The base is not there.
@@ -34,14 +36,14 @@ def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
     expected = _recorded(adapter_dir)
     if base_dir is not None:
         if not (base_dir / _MODEL_FILE).is_file():
-            raise CheckpointError(f"--base_dir {base_dir} is no checkpoint folder: it has no {_MODEL_FILE}")
-        _check(base_dir, adapter_dir, expected)
+            raise CheckpointError(f"is no checkpoint folder: it has no {_MODEL_FILE}", parameter=name, value=base_dir)
+        _check(base_dir, adapter_dir, expected, name)
         return base_dir
     named = Path(settings.base) if settings.base else None
     refusal: UserError | None = None
     for place in _places(adapter_dir, settings, expected.absolute):
         try:
-            _check(place, adapter_dir, expected)
+            _check(place, adapter_dir, expected, name)
         except UserError as error:
             refusal = refusal or error
             continue
@@ -49,7 +51,7 @@ def base_of(adapter_dir: Path, base_dir: Path | None = None) -> Path:
             proof = "its weights have the recorded fingerprint" if expected.fingerprint else "no fingerprint proves it"
             stderr().print(f"base model {settings.base!r} of {adapter_dir}: taken from {place}; {proof}", markup=False)
         return place
-    raise refusal or _absent(adapter_dir, settings.base)
+    raise refusal or _absent(adapter_dir, settings.base, name)
 
 
 def verify_folders(*folders: Path | None, base_dir: Path | None = None) -> None:
@@ -71,7 +73,7 @@ def verify_folders(*folders: Path | None, base_dir: Path | None = None) -> None:
             _verify(base)
             if (expected := _recorded(folder)).files:
                 hashes(dict.fromkeys(set(weight_files(base).values())), whole=True)
-                _check(base, folder, expected)
+                _check(base, folder, expected, "base_dir")
 
 
 def _verify(folder: Path) -> None:
@@ -119,12 +121,12 @@ def _recorded(adapter_dir: Path) -> _Expected:
         raise CheckpointError(f"{meta} does not say which base the adapter belongs to: {error!r}") from error
 
 
-def _check(base: Path, adapter_dir: Path, expected: _Expected) -> None:
+def _check(base: Path, adapter_dir: Path, expected: _Expected, name: str) -> None:
     check_folder(base)
     if expected.fingerprint is not None and fingerprint(base) != expected.fingerprint:
         raise IntegrityError(
             f"{base} is not the base that {adapter_dir} was trained on: its weights have another fingerprint; "
-            "bring back the original weights and name their folder with --base_dir, or train again"
+            f"bring back the original weights and name their folder with {param(name)}, or train again"
         )
     # Weights that were saved anew, in other shards or with other notes in their headers, are told by the fingerprint.
     paths = {path.name: path for path in set(weight_files(base).values())} if expected.files else {}
@@ -197,13 +199,13 @@ def _in_cache(named: str, revision: str | None) -> Path | None:
     return None
 
 
-def _absent(adapter_dir: Path, named: str) -> CheckpointError:
+def _absent(adapter_dir: Path, named: str, name: str) -> CheckpointError:
     where = f"{adapter_dir / CONFIG_FILE} names the base model {named!r}"
     looked = f"working folder: {Path.cwd()}; looked beside the adapter, in {_CHECKPOINTS}/ and in the Hub's cache, too"
-    way = "name its folder with --base_dir, or correct base_model_name_or_path"
+    way = f"name its folder with {param(name)}, or correct base_model_name_or_path"
     plain = of_sixteen_bits(named)
     if plain is not None:
         way = f"it is a quantised copy: take the 16-bit model, probably {plain}, and {way}"
     if (wanted := repository(plain or named)) is not None:
-        way = f"python prepare/download.py --repo_id {wanted} brings it; {way}"
+        way = f"{call('download', repo_id=wanted)} brings it; {way}"
     return CheckpointError(f"{where}, which is no checkpoint folder here ({looked}): {way}")

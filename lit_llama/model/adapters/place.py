@@ -15,6 +15,7 @@ from lit_llama.model.low_rank import LoRAEmbedding, LowRank
 from lit_llama.model.rows import PART as ROWS_PART
 from lit_llama.model.rows import RowsEmbedding, RowsLinear
 from lit_llama.model.weights import check_names
+from lit_llama.wording import call, param
 
 _PARTS = (*LowRank.PARTS, *LoRAEmbedding.PARTS, "lora_magnitude_vector")
 _BASE = ".base_layer.weight"
@@ -147,10 +148,10 @@ def _check_parts(model: nn.Module, file: AdapterFile, weights: Mapping[str, Tens
         found = next((rows[end] for end in rows if name.endswith(f".{end}") and not name.endswith("A.weight")), 0)
         have = next(iter(model.get_submodule(module).parameters())).shape[0]
         if found > have:
+            resized = call("convert", source="BASE", destination_path="BASE-resized", resize_vocab=found)
             raise CheckpointError(
                 f"{file.path}: {name} has {found} rows, the embedding of the base {have}: it was trained with more "
-                f"tokens. Give the base rows for them: python prepare/checkpoint.py --source BASE --destination_path "
-                f"BASE-resized --resize_vocab {found}, then name it with --base_dir BASE-resized"
+                f"tokens. Give the base rows for them: {resized}, then name it with {param('base_dir', 'BASE-resized')}"
             )
 
 
@@ -179,7 +180,7 @@ def _check_base(
         if plain.removesuffix(".weight") not in (_EMBEDDING, _HEAD) or others > _FEW * len(value):
             raise IntegrityError(
                 f"{file.path} holds {name} with other values than the base model: it was trained on another base; "
-                "name that one with --base_dir"
+                f"name that one with {param('base_dir')}"
             )
         remarks.append(f"{file.path}: {others} rows of {plain} are taken from the adapter, with which it was trained")
         brought[plain] = value
@@ -270,7 +271,7 @@ def _put_rows(
         if max(ids, default=0) >= (size := module.weight.shape[0]):
             raise CheckpointError(
                 f"{settings.path}: trainable_token_indices has {max(ids)}, the base has {size} rows: give it more with "
-                "prepare/checkpoint.py --resize_vocab, then name it with --base_dir"
+                f"{call('convert', resize_vocab='ROWS', inline=True)}, then name it with {param('base_dir')}"
             )
         tied = name == _EMBEDDING and _HEAD not in modules and model.get_submodule(_HEAD).weight is module.weight
         rows = RowsEmbedding(module, ids) if isinstance(module, nn.Embedding) else RowsLinear(module, ids)

@@ -12,6 +12,7 @@ from lit_llama.model.config import LINEARS, LoRAConfig
 from lit_llama.model.patterns import check_pattern, matches_start, matches_whole
 from lit_llama.model.places import foreign_adapter, no_adapter
 from lit_llama.objects import ObjectError, as_json, read_text
+from lit_llama.wording import call
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -123,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
         raw = as_json(read_text(path))
     except FileNotFoundError as error:
         why = no_adapter(path.parent)
-        raise CheckpointError(why or f"{path} does not exist; finetune/lora.py writes adapter folders") from error
+        raise CheckpointError(why or f"{path} does not exist; {call('finetune')} writes adapter folders") from error
     except ObjectError as error:
         raise CheckpointError(f"{path} {error}") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":

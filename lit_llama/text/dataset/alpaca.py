@@ -1,7 +1,6 @@
 """The Alpaca data set: fetched where it is missing, then prepared like any other records."""
 
 import http.client
-import shlex
 import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from lit_llama.text.read.files import Dialect
 from lit_llama.text.read.raw import listed
 from lit_llama.text.read.sources import read_rows
 from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.wording import call, param
 
 DATA_FILE = "alpaca_data_cleaned_archive.json"
 URL = f"https://raw.githubusercontent.com/tloen/alpaca-lora/main/{DATA_FILE}"
@@ -53,9 +53,11 @@ def prepare_alpaca(
     destination = config.destination_path
     if destination.is_file():
         raise DataError(
-            f"--destination_path {destination} is a file, expected the folder that holds the Alpaca data; for a file "
-            f"of your own use python prepare/records.py --source {shlex.quote(str(destination))} --destination_path "
-            f"{shlex.quote(f'data/{destination.stem}')}"
+            "is a file, expected the folder that holds the Alpaca data",
+            parameter="destination_path",
+            value=destination,
+            remedy="for a file of your own use "
+            + call("prepare", source=destination, destination_path=f"data/{destination.stem}"),
         )
     with reserve(destination, required=False):
         return _prepare(config, data_file_name, plan)
@@ -70,8 +72,8 @@ def _prepare(config: PrepareConfig, data_file_name: str, plan: Mapping[str, int]
     if config.prompt_style == "alpaca" and (own := folder_style(folder)) not in (None, named_style("alpaca")):
         assert own
         stderr().print(
-            f"prompt style alpaca, although {folder} has a chat template of its own ({own.name}): prepare/records.py "
-            "takes that, or name another with --prompt_style",
+            f"prompt style alpaca, although {folder} has a chat template of its own ({own.name}): {call('prepare')} "
+            f"takes that, or name another with {param('prompt_style')}",
         )
     config = replace(config, source=[str(source)])
     if config.test_split_size is None:
@@ -98,10 +100,10 @@ def _is_chat(path: Path, dialect: Dialect) -> bool:
 
 def _chats(path: Path, tokenizer_path: Path) -> str:
     """Where chats are at home."""
-    source, made, tokenizer = (shlex.quote(str(word)) for word in (path, f"data/{path.stem}", tokenizer_path))
+    prepare = call("prepare", source=path, destination_path=f"data/{path.stem}", tokenizer_path=tokenizer_path)
     return (
-        f"{path} holds chats; prepare/alpaca.py is for single instructions, with the defaults of lit-llama. For chats: "
-        f"python prepare/records.py --source {source} --destination_path {made} --tokenizer_path {tokenizer}"
+        f"{path} holds chats; {call('text.dataset.alpaca.prepare_alpaca')} is for single instructions, with the "
+        f"defaults of lit-llama. For chats: {prepare}"
     )
 
 
@@ -116,12 +118,14 @@ def find_or_download(folder: Path, name: str) -> Path:
     if path.is_file():
         return path
     if name != DATA_FILE:
-        raise DataError(f"{path} does not exist; put the data there, or name another file with --data_file_name")
+        raise DataError(
+            f"{path} does not exist; put the data there, or name another file with {param('data_file_name')}"
+        )
     if others := raw_files(folder):
         raise DataError(
             f"{folder} holds {listed([file.name for file in others], 3)} and not {name}: for instructions in Alpaca's "
-            f"format give --data_file_name {shlex.quote(others[0].name)}; for anything else, chats among it, use "
-            f"python prepare/records.py --source {shlex.quote(str(others[0]))}"
+            f"format give {param('data_file_name', others[0].name)}; for anything else, chats among it, use "
+            f"{call('prepare', source=others[0])}"
         )
     try:
         _download(URL, path)

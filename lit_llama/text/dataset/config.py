@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.errors import DataError, UserError, check_seed
+from lit_llama.wording import param
 
 StyleName = Literal["alpaca", "chatml", "ziya", "vicuna", "llama-2", "llama-3", "mistral", "plain"]
 StyleChoice = StyleName | Literal["chat_template"]
@@ -59,12 +60,12 @@ class PrepareConfig:
         split: By a hash of the question (rows that ask the same stand on one side, and no row moves when others are
             added), by shuffling as lit-llama did, or as the sources are divided by their names, as train.jsonl and
             test.jsonl are (given). auto is given where the sources are divided, and else hash.
-        test_split_size: Rows held out for testing: their share, or with --split shuffle their number; 0.05 if it is not
+        test_split_size: Rows held out for testing: their share, or with split shuffle their number; 0.05 if it is not
             given, 0 trains on all rows.
         test_limit: Largest share of the rows that a number of rows for testing may come to.
         seed: Of the split and of mixing.
-        split_from: A data folder, or a file like those of --source: rows that open with a test question of it (but for
-            case and white space) are for testing, all others for training, in place of --split.
+        split_from: A data folder, or a file like those of source: rows that open with a test question of it (but for
+            case and white space) are for testing, all others for training, in place of split.
         near_duplicates: Rows up to which nearly equal ones are looked for, at 1.7 kB of memory each; 0 for not at all.
         fields: Our names of fields and those in the data, as instruction=question,output=answer; a field that holds
             something for the model and has no place stops the command, others without one are counted and named.
@@ -125,24 +126,40 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if not 3 <= self.max_seq_length < 2**31:
-            raise DataError(f"--max_seq_length is {self.max_seq_length}, expected 3 or more tokens, below {2**31}")
+            raise DataError(
+                parameter="max_seq_length", value=self.max_seq_length, expected=f"3 or more tokens, below {2**31}"
+            )
         if self.near_duplicates < 0:
-            raise UserError(f"--near_duplicates is {self.near_duplicates}, expected a number of rows, or 0 for none")
+            raise UserError(
+                parameter="near_duplicates", value=self.near_duplicates, expected="a number of rows, or 0 for none"
+            )
         if self.ray_address is not None and self.executor != "ray":
-            raise UserError(f"--ray_address {self.ray_address} is for --executor ray: give that, too")
+            raise UserError(
+                f"is for {param('executor', 'ray')}: give that, too", parameter="ray_address", value=self.ray_address
+            )
         if self.data_kind == "preference":
             self._check_preference()
 
     def _check_preference(self) -> None:
         """Raise UserError for a setting that has no meaning where answers are compared."""
         for name, wrong, why in (
-            ("mask_inputs", not self.mask_inputs, "is compared by its answers alone: use --mask_inputs true"),
-            ("overflow", self.overflow not in ("drop", "error"), "is compared whole: use --overflow drop or error"),
+            (
+                "mask_inputs",
+                not self.mask_inputs,
+                f"is compared by its answers alone: use {param('mask_inputs', True)}",
+            ),
+            (
+                "overflow",
+                self.overflow not in ("drop", "error"),
+                f"is compared whole: use {param('overflow', 'drop')} or error",
+            ),
             ("rendered", self.rendered, "is no plain text: leave it out"),
             ("documents", self.documents is not None, "is no plain text: leave it out"),
         ):
             if wrong:
-                raise UserError(f"--{name} {getattr(self, name)} with --as preference: a preference {why}")
+                raise UserError(
+                    f"{param(name, getattr(self, name))} with {param('data_kind', 'preference')}: a preference {why}"
+                )
 
     @property
     def sources(self) -> list[str]:

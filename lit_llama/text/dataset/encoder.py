@@ -22,6 +22,7 @@ from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, Message
 from lit_llama.text.prompts.encode import JinjaStyle, Run, begins, for_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
+from lit_llama.wording import param
 
 Pieces = list[tuple[Conversation, Samples]]
 
@@ -86,8 +87,9 @@ class Encoder:
         tokenizer = for_style(tokenizer, style)
         if overflow == "split" and train_on == "last":
             raise UserError(
-                "--overflow split with --train_on last: parts without the last answer would teach nothing; use "
-                "--overflow truncate_prompt, which keeps as many turns before it as fit"
+                f"{param('overflow', 'split')} with {param('train_on', 'last')}: parts without the last answer would "
+                "teach nothing; use "
+                f"{param('overflow', 'truncate_prompt')}, which keeps as many turns before it as fit"
             )
         self._tokenizer, self._style = tokenizer, style
         self._renderer = Renderer(
@@ -198,7 +200,7 @@ class Encoder:
     def _shorten(self, long: Conversation, whole: Samples, trained: npt.NDArray[np.bool_]) -> Pieces | Dropped:
         """What becomes of a row that is too long."""
         if self._overflow == "error":
-            raise DataError(f"{long.where} has {len(trained)} tokens, more than --max_seq_length {self._limit}")
+            raise DataError(f"{long.where} has {len(trained)} tokens, more than {param('max_seq_length', self._limit)}")
         if self._overflow == "truncate_response":
             return self._cut_answer(long, whole, trained)
         if self._overflow == "truncate_prompt":

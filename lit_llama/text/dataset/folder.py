@@ -4,7 +4,6 @@ Columns `input_ids` and `labels`, lists of int32 of the same length; labels are 
 """
 
 import hashlib
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -18,6 +17,7 @@ from lit_llama.folder.manifest import check_folder, sha256_file
 from lit_llama.objects import Form, check_form, read_object
 from lit_llama.text.dataset.batches import Batch, Ids, collate
 from lit_llama.text.message import IGNORE_INDEX
+from lit_llama.wording import call, param
 
 META_FILE, TEST_FILE = "meta.json", "test.jsonl"
 TEST_KEYS_FILE = "test_keys.txt"
@@ -69,10 +69,9 @@ def read_meta(folder: Path, *, kind: FolderKind | None = "supervised") -> dict[s
                 f"{folder} is no finished data folder: it has raw data and no meta.json; make one: {_made_of(raw)}"
             )
         what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
-        raise DataError(
-            f"{folder} {what}; make it with prepare/records.py --destination_path {shlex.quote(str(folder))}, or with "
-            "prepare/alpaca.py for the Alpaca data"
-        )
+        made = call("prepare", destination_path=folder, inline=True)
+        alpaca = call("text.dataset.alpaca.prepare_alpaca")
+        raise DataError(f"{folder} {what}; make it with {made}, or with {alpaca} for the Alpaca data")
     check_folder(folder)
     meta = read_object(path, DataError, "prepare the data again")
     check_form(meta, META_FORM, str(path), DataError)
@@ -85,25 +84,25 @@ def read_meta(folder: Path, *, kind: FolderKind | None = "supervised") -> dict[s
 
 def _another_kind(folder: Path, found: str) -> str:
     """What to say of a data folder of another kind than the wanted one."""
-    named = shlex.quote(str(folder))
     if found == "preference":
         return (
-            f"{folder} holds preferences, expected data for supervised training: train on it with python "
-            f"finetune/dpo.py --data_dir {named}, or prepare the chosen answers alone with --as sft-chosen"
+            f"{folder} holds preferences, expected data for supervised training: train on it with "
+            f"{call('finetune', data_dir=folder, method='dpo')}, or prepare the chosen answers alone with "
+            f"{param('data_kind', 'sft-chosen')}"
         )
     if found == "supervised":
         return (
-            f"{folder} holds data for supervised training, expected preferences: train on it with python "
-            f"finetune/lora.py --data_dir {named}, or prepare chosen and rejected answers with --as preference"
+            f"{folder} holds data for supervised training, expected preferences: train on it with "
+            f"{call('finetune', data_dir=folder)}, or prepare chosen and rejected answers with "
+            f"{param('data_kind', 'preference')}"
         )
     return f"{folder / META_FILE}: kind is {found}, which this version does not know; prepare the data again"
 
 
 def _made_of(raw: Path) -> str:
     """The command that makes a data folder of raw rows."""
-    door = "text" if raw.suffix.lower() in _PROSE else "records"
-    source, made = shlex.quote(str(raw)), shlex.quote(f"data/{raw.stem}")
-    return f"python prepare/{door}.py --source {source} --destination_path {made} --tokenizer_path checkpoints/NAME"
+    given = {"source": raw, "destination_path": f"data/{raw.stem}", "tokenizer_path": "checkpoints/NAME"}
+    return call("prepare", **given, **({"documents": "file"} if raw.suffix.lower() in _PROSE else {}))
 
 
 def raw_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from lit_llama.text.dataset.folder import META_FILE, TEST_FILE, TEST_KEYS_FILE, 
 from lit_llama.text.dataset.split import normalised
 from lit_llama.text.message import Conversation, Message
 from lit_llama.text.read.reading import Reader
+from lit_llama.wording import param
 
 _NAMED = 3  # questions that are missing, spelled in an error
 
@@ -69,7 +70,8 @@ class HeldOut:
         if missing:
             named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
             raise DataError(
-                f"--split_from {self.path}: {len(missing)} of its {len(self)} test questions are in no row of the "
+                f"{param('split_from', self.path)}: {len(missing)} of its {len(self)} test questions are in no row of "
+                "the "
                 f"sources ({named}); name the sources that they came from, or a file of those rows that are here"
             )
 
@@ -88,7 +90,9 @@ def read_held_out(path: Path, read: Callable[[str], Reader]) -> HeldOut:
     if (path / META_FILE).is_file() or (path / TEST_KEYS_FILE).is_file():
         read_meta(path, kind=None)  # whole, and of this format
         if not (path / TEST_KEYS_FILE).is_file():
-            raise DataError(f"--split_from {path} lacks {TEST_KEYS_FILE}: prepare it again, or name its {TEST_FILE}")
+            raise DataError(
+                f"lacks {TEST_KEYS_FILE}: prepare it again, or name its {TEST_FILE}", parameter="split_from", value=path
+            )
         for number, key in enumerate((path / TEST_KEYS_FILE).read_text("ascii").split(), 1):
             places.setdefault(key, f"{path / TEST_FILE}:line {number}")
     else:
@@ -96,5 +100,5 @@ def read_held_out(path: Path, read: Callable[[str], Reader]) -> HeldOut:
             if isinstance(row, Conversation):
                 places.setdefault(opening_key(opening(row.messages)), row.where)
     if not places:
-        raise DataError(f"--split_from {path} holds no rows for testing")
+        raise DataError("holds no rows for testing", parameter="split_from", value=path)
     return HeldOut(str(path), places)

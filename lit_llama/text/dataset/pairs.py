@@ -191,7 +191,7 @@ class Judgements:
 
 
 def raw_preference(messages: Sequence[Message], tools: Sequence[Any], verdict: Verdict) -> dict[str, Any]:
-    """Write a row as `--as preference` reads it again."""
+    """Write a row as it is read again as a preference."""
     rejected, wanted = verdict
     beside = {"tools": list(tools)} if tools else {}
     if rejected is None:

@@ -39,6 +39,7 @@ from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.read.reading import Reader
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import identity
+from lit_llama.wording import param
 
 
 class Texts:
@@ -213,7 +214,8 @@ class _Work:
         if self._choice.split == "given":
             if conversation.split is None:
                 raise DataError(
-                    f"{conversation.where}: --split given, but the sources do not say whether this row is for training "
+                    f"{conversation.where}: {param('split', 'given')}, but the sources do not say whether this row is "
+                    "for training "
                     "or for testing (by names such as train.jsonl and test.jsonl, or splits of a data set)"
                 )
             return "train" if conversation.split == "train" else "test"
@@ -292,7 +294,10 @@ class _Work:
             hint = f"; {keep_long_rows(self.rejected.meta()['too_long'], self._config.max_seq_length)}"
         elif kept and self._choice.split in ("hash", "shuffle"):
             what = "there is one usable row" if kept == 1 else f"the {kept} usable rows are all the same"
-            hint = f"; {what}, which cannot be for training and for testing both: --test_split_size 0 trains on all"
+            hint = (
+                f"; {what}, which cannot be for training and for testing both: {param('test_split_size', 0)} trains "
+                "on all"
+            )
         else:
             hint = ""
         return DataError(f"no row of the {name} split is usable: of {rows} rows {lost}{hint}")
@@ -326,7 +331,7 @@ def _said(message: Message) -> list[str]:
 
 
 def raw_row(messages: Sequence[Message], tools: Tools = ()) -> dict[str, Any]:
-    """Write a row as generate/instruct.py reads it: Alpaca's fields for a question and its answer, else all turns."""
+    """Write a row as it is read to be answered: Alpaca's fields for a question and its answer, else all turns."""
     roles = [message["role"] for message in messages]
     if roles == ["assistant"]:
         return {"text": messages[0]["content"]}

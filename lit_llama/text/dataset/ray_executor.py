@@ -22,6 +22,7 @@ from lit_llama.text.dataset.blocks import Block
 from lit_llama.text.dataset.encoder import Encoded
 from lit_llama.text.dataset.ray_relay import DEFECT, ENCODED, LOST, READY, read_frame, write_frame
 from lit_llama.text.dataset.recipe import Recipe
+from lit_llama.wording import param, wording
 
 _CONNECT, _START, _STOP = 10, 180, 30
 """Seconds to wait for a machine that is named, until Ray has started or was joined, and until it has ended."""
@@ -46,7 +47,9 @@ class RayExecutor:
 
     def __init__(self, recipe: Recipe, address: str | None = None) -> None:
         if find_spec("ray") is None:
-            raise ResourceError("--executor ray needs Ray, which is not installed: pip install 'lit_llama[ray]'")
+            raise ResourceError(
+                "needs Ray, which is not installed: pip install 'lit_llama[ray]'", parameter="executor", value="ray"
+            )
         if address is not None and address != "auto":
             _reach(address)
         self._address = address
@@ -76,8 +79,8 @@ class RayExecutor:
     def _begin(self, recipe: Recipe) -> int:
         """Cores of the cluster, when it is there."""
         with contextlib.suppress(BrokenPipeError):
-            write_frame(self._to, READY, pickle.dumps((self._address, recipe.key, recipe.written)))
-        where = f"--ray_address {self._address}" if self._address else "Ray on this machine"
+            write_frame(self._to, READY, pickle.dumps((self._address, recipe.key, recipe.written, wording())))
+        where = param("ray_address", self._address) if self._address else "Ray on this machine"
         if not select.select([self._from], [], [], _START)[0]:
             raise ClusterError(f"{where} does not answer within {_START} s: see what `ray status` says")
         kind, content = read_frame(self._from) or (LOST, b"Ray gave up")
@@ -91,9 +94,9 @@ class RayExecutor:
     def _hint(self) -> str:
         """What to do about a cluster that cannot be used."""
         if self._address is None:
-            return "its logs are in /tmp/ray; --executor local does without"
+            return f"its logs are in /tmp/ray; {param('executor', 'local')} does without"
         if self._address == "auto":
-            return "start a cluster with `ray start --head`, or leave --ray_address out"
+            return f"start a cluster with `ray start --head`, or leave {param('ray_address')} out"
         return "it has to be of the same versions of Ray and Python, and may ask for a token: see docs/prepare.md"
 
     def __enter__(self) -> Self:
@@ -151,11 +154,11 @@ class RayExecutor:
             return encoded
         if kind == DEFECT:
             raise RuntimeError(content.decode())
-        which = f"--ray_address {self._address}" if self._address else "on this machine"
+        which = param("ray_address", self._address) if self._address else "on this machine"
         if not content:
             raise ClusterError(
                 f"the Ray cluster ({which}) was lost while rows were encoded; nothing was written: run the same "
-                "command again when it is back, or with --executor local"
+                f"command again when it is back, or with {param('executor', 'local')}"
             )
         rows = f"{block.conversations[0].where} to {block.conversations[-1].where}" if block.conversations else "none"
         raise ClusterError(
@@ -183,11 +186,14 @@ def _reach(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if "://" in address or not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
         raise UserError(
-            f"--ray_address is {address}, expected HOST:PORT of the head, or auto: run this on a machine of the cluster"
+            parameter="ray_address",
+            value=address,
+            expected="HOST:PORT of the head, or auto: run this on a machine of the cluster",
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
     except OSError as error:
         raise ClusterError(
-            f"--ray_address {address} cannot be reached ({error.strerror or error}): see what `ray status` says there"
+            f"{param('ray_address', address)} cannot be reached ({error.strerror or error}): see what `ray status` "
+            "says there"
         ) from error

@@ -22,6 +22,7 @@ from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.dataset.render import Note
 from lit_llama.text.dataset.writer import Samples
 from lit_llama.text.message import Conversation, Dropped, Message
+from lit_llama.wording import word_as
 
 READY, ENCODED, LOST, DEFECT = b"r", b"e", b"l", b"d"
 """What comes back: the cores of the cluster, the answer to a block, the loss of cluster or block, our own mistake."""
@@ -95,12 +96,13 @@ def encode_block(key: str, recipe: list[Any], block: bytes) -> bytes:
 
     Args:
         key: Of the recipe.
-        recipe: Reference to it, in a list so that Ray brings it only where it is asked for.
+        recipe: Reference to it, in a list so that Ray brings it only where it is asked for, and how errors name things.
         block: The conversations, pickled.
 
     Returns:
         Packed, or the UserError that the encoder raised, pickled.
     """
+    word_as(recipe[1])
     try:
         if key not in _encoders:
             import ray
@@ -125,7 +127,7 @@ def main() -> None:
     first = read_frame(sys.stdin.buffer)
     if first is None:
         return
-    address, key, recipe = pickle.loads(first[1])
+    address, key, recipe, named = pickle.loads(first[1])
     quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
     here = {} if address else {"num_cpus": len(os.sched_getaffinity(0))}
     if not address and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
@@ -136,7 +138,7 @@ def main() -> None:
     try:
         ray.init(address=address or "local", **quiet, **here)
         cores = int(ray.cluster_resources().get("CPU", 0))
-        recipe = [ray.put(recipe)]
+        recipe = [ray.put(recipe), named]
         work = ray.remote(num_cpus=1, max_retries=_TRIES - 1)(encode_block)
         write_frame(out, READY, pickle.dumps(cores))
     except Exception as error:  # Ray raises errors of many kinds, also plain ones

@@ -18,6 +18,7 @@ from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, named_sty
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.tokenizer.special import MERGES_FILES
+from lit_llama.wording import param
 
 _BESIDE = (
     *(*TOKENIZER_FILES, *MERGES_FILES, TEMPLATE_FILE),
@@ -116,7 +117,9 @@ def choose_style(name: StyleChoice | None, tokenizer_path: Path) -> PromptStyle:
     folder = folder_of(tokenizer_path)
     style = folder_style(folder)
     if style is None and name is not None:
-        raise UserError(f"--prompt_style chat_template: {folder} has no {TEMPLATE_FILE}; name a built-in style")
+        raise UserError(
+            f"{param('prompt_style', 'chat_template')}: {folder} has no {TEMPLATE_FILE}; name a built-in style"
+        )
     return style or named_style("alpaca")
 
 

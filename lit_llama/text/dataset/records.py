@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_llama.console import as_typed
 from lit_llama.errors import UserError
 from lit_llama.folder.lock import reserve
 from lit_llama.folder.manifest import check_folder, is_intact
@@ -33,12 +31,13 @@ from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import read_object
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, text_fields
+from lit_llama.wording import call, param
 
-FIELDS_SAID = {
-    "unused": "fields that nothing uses (--fields gives them a place)",
+_FIELDS_SAID = {
     "written_as_text": "fields that were no text, written as JSON text",
     "left_out": "fields left out, as asked",
 }
+_SETTING = "--"  # before settings in meta.json
 _SHOWN = 8  # places of dropped rows that are spelled on stderr
 
 
@@ -88,7 +87,7 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
     if config.documents == "file" and len(reader.identity()) == 1 and choice.tests:
         raise UserError(
             f"{config.sources[0]} is one document, which cannot be for training and for testing: name more files, use "
-            "--documents paragraph or line, or --test_split_size 0 to train on it alone"
+            f"{param('documents', 'paragraph')} or line, or {param('test_split_size', 0)} to train on it alone"
         )
     members = (
         read_held_out(split_from, lambda source: read([source], dialect=Dialect(dialect.encoding), where=None))
@@ -100,23 +99,27 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
         "tokenizer": tokenizer_files(tokenizer_path),
         "version of the encoding": ENCODING,
         "version of a package": packages(),
-        "--documents": config.documents,
-        "--prompt_style": prompt_style,
-        **{f"--{name}": value for name, value in (config.rules() | choice.rules()).items()},
-        "--split_from": members.identity() if members else None,
-        "--fields": config.fields or {},
-        "--ignore_fields": ignore_fields,
-        "--as_text": config.as_text,
-        "--on_error": config.on_error,
-        "--tree": config.tree,
-        "--weights": config.weights or [],
-        **{f"--{name}": value for name, value in asdict(dialect).items()},
         "plan of steps": dict(plan or {}),
     }
+    settings: dict[str, Any] = {
+        "documents": config.documents,
+        "prompt_style": prompt_style,
+        **config.rules(),
+        **choice.rules(),
+        "split_from": members.identity() if members else None,
+        "fields": config.fields or {},
+        "ignore_fields": ignore_fields,
+        "as_text": config.as_text,
+        "on_error": config.on_error,
+        "tree": config.tree,
+        "weights": config.weights or [],
+        **asdict(dialect),
+    }
     if config.data_kind != "auto":
-        made_of["--as"] = config.data_kind
+        settings["as"] = config.data_kind
     if config.where is not None:
-        made_of["--where"] = config.where
+        settings["where"] = config.where
+    made_of |= {f"{_SETTING}{name}": value for name, value in settings.items()}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     meta = read_object(destination / META_FILE)
     if meta.get("key") == key and _complete(destination, meta):
@@ -141,9 +144,9 @@ def _prepare(config: PrepareConfig, plan: Mapping[str, int] | None) -> dict[str,
             made_of=made_of,
             members=members,
             plan=plan,
-            commands=_next_commands(destination, tokenizer_path, _door(config)),
+            commands=[named.strip("`") for named in _next_calls(destination, tokenizer_path, _method(config))],
         )
-    _summary(destination, meta, _end(tokenizer, style), _door(config))
+    _summary(destination, meta, _end(tokenizer, style), _method(config))
     return meta
 
 
@@ -161,10 +164,18 @@ def _executor(config: PrepareConfig, encoder: Encoder) -> Iterator[Executor]:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What is not as it was when a folder was made; "" if nothing is known of that."""
-    known = [*now, *(name for name in before if name.startswith("--") and name not in now)]
+    known = [*now, *(name for name in before if name.startswith(_SETTING) and name not in now)]
     changed = [name for name in known if before and now.get(name) != before.get(name)]
-    flags = [f"{name} is {now.get(name)}, not {before.get(name)}" for name in changed if name.startswith("--")]
-    return ", ".join(flags + [f"the {name} changed" for name in changed if not name.startswith("--")])
+    settings = [
+        f"{_named(name)} is {now.get(name)}, not {before.get(name)}" for name in changed if name.startswith(_SETTING)
+    ]
+    return ", ".join(settings + [f"the {name} changed" for name in changed if not name.startswith(_SETTING)])
+
+
+def _named(recorded: str) -> str:
+    """A setting as it is named in meta.json."""
+    name = recorded.removeprefix(_SETTING)
+    return param("data_kind" if name == "as" else name)
 
 
 def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
@@ -176,17 +187,20 @@ def _complete(destination: Path, meta: Mapping[str, Any]) -> bool:
     return there and is_intact(destination)
 
 
-def _next_commands(destination: Path, tokenizer_path: Path, door: str) -> list[str]:
+def _next_calls(destination: Path, tokenizer_path: Path, method: str) -> list[str]:
     """What to do with the folder."""
-    data, base = (shlex.quote(str(path)) for path in (destination, tokenizer_path))
-    commands = [f"python prepare/show.py --data_dir {data}"]
+    calls = [call("show_rows", data_dir=destination)]
     if tokenizer_path.is_dir():
-        out = shlex.quote(f"out/{door}/{destination.name}")
-        commands.append(f"python finetune/{door}.py --checkpoint_dir {base} --data_dir {data} --out_dir {out}")
-    return [as_typed(command) for command in commands]
+        given = {
+            "checkpoint_dir": tokenizer_path,
+            "data_dir": destination,
+            "out_dir": f"out/{method}/{destination.name}",
+        }
+        calls.append(call("finetune", **given, method=method))
+    return calls
 
 
-def _door(config: PrepareConfig) -> str:
+def _method(config: PrepareConfig) -> str:
     """The method that is trained on such a folder."""
     return "dpo" if config.data_kind == "preference" else "lora"
 
@@ -194,9 +208,9 @@ def _door(config: PrepareConfig) -> str:
 def _chosen(style: PromptStyle, folder: Path) -> str:
     """Which style is taken where none is named."""
     if folder_style(folder) is None:
-        return f"prompt style alpaca, as {folder} has no chat template; --prompt_style names another"
+        return f"prompt style alpaca, as {folder} has no chat template; {param('prompt_style')} names another"
     which = "" if style.name == "chat_template" else f", which is {style.name}"
-    return f"prompt style: the chat template of {folder}{which}; --prompt_style names another"
+    return f"prompt style: the chat template of {folder}{which}; {param('prompt_style')} names another"
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -219,7 +233,7 @@ def _end(tokenizer: Tokenizer, style: PromptStyle) -> str:
     return answer_end(style, guarded.bos_token, guarded.eos, guarded.control) or guarded.eos
 
 
-def _summary(destination: Path, meta: Mapping[str, Any], end: str, door: str) -> None:
+def _summary(destination: Path, meta: Mapping[str, Any], end: str, method: str) -> None:
     """Where every row went, and what there is now, on stderr."""
     say = stderr().print
     name, rows, dropped = meta["source"]["file"], meta["source"]["rows"], meta["dropped"]
@@ -237,7 +251,8 @@ def _summary(destination: Path, meta: Mapping[str, Any], end: str, door: str) ->
     for what, fields in meta["fields"].items():
         if fields:
             named = ", ".join(f"{field} ({count} rows)" for field, count in fields.items())
-            say(f"  {FIELDS_SAID[what]}: {named}")
+            place = f"fields that nothing uses ({param('fields')} gives them a place)"
+            say(f"  {place if what == 'unused' else _FIELDS_SAID[what]}: {named}")
     if meta.get("pairs") is False:
         say(f"  {meta['wanted']} answers are wanted, {meta['unwanted']} are not")
     if meta["turns_cut"]:
@@ -256,17 +271,21 @@ def _summary(destination: Path, meta: Mapping[str, Any], end: str, door: str) ->
         say(f"  near-duplicates were not looked for: {unchecked(samples, meta['near_duplicates'])}")
     for name, counts in meta["splits"].items():
         if not counts["rows"]:
-            say(f"  {name}: no rows, as --test_split_size is 0: finetune trains without evaluation")
+            say(f"  {name}: no rows, as {param('test_split_size')} is 0: finetune trains without evaluation")
             continue
         share = counts["trained_tokens"] / counts["tokens"]
         say(
             f"  {name}: {counts['rows']} rows, {counts['tokens']:,} tokens, {share:.0%} of them trained, "
             f"longest {counts['longest']}"
         )
-    what = "answers only" if meta["mask_inputs"] else "prompts and answers (--mask_inputs true for answers only)"
+    what = (
+        "answers only"
+        if meta["mask_inputs"]
+        else f"prompts and answers ({param('mask_inputs', True)} for answers only)"
+    )
     schemas = ", ".join(f"{count} {name}" for name, count in meta["schemas"].items())
     say(f"  recognised: {schemas}; prompt style {meta['prompt_style']}; trained: {what}; ends in {end}")
     for line in look_at(destination / REPORT_JSON):
         say(f"  {line}")
-    ready = f"ready for finetune/{door}.py --data_dir {shlex.quote(str(destination))}"
+    ready = f"ready for {call('finetune', data_dir=destination, method=method, inline=True)}"
     say(f"{destination}: look at {REPORT_HTML}; {ready}")

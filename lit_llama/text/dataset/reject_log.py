@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lit_llama.text.message import Conversation, Dropped
+from lit_llama.wording import param
 
 LOST_FILE = "lost.jsonl"
 """In a data folder: {"where", "what": "dropped" | "cut", "reason"} of every such row, in the order of the rows."""
@@ -100,6 +101,7 @@ def keep_long_rows(too_long: Mapping[str, int], max_seq_length: int) -> str:
     if not too_long["rows"]:
         return ""
     return (
-        f"raise --max_seq_length ({max_seq_length}) or see --overflow: {too_long['rows']} rows are too long, half of "
+        f"raise {param('max_seq_length')} ({max_seq_length}) or see {param('overflow')}: {too_long['rows']} rows are "
+        "too long, half of "
         f"them with {too_long['median']:,} tokens or more"
     )

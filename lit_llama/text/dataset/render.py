@@ -14,6 +14,7 @@ from lit_llama.text.prompts.styles import PromptStyle, Segment
 from lit_llama.text.prompts.teller import Told, with_thoughts_inside, without_thoughts
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import Place, any_of
+from lit_llama.wording import param
 
 Note = Literal["thoughts_left_out", "typed_ends", "looks_rendered", "opened", "joined"]
 """Of a row: its answer is trained without its thoughts; ends in an end that somebody typed; is a text that was rendered
@@ -169,8 +170,9 @@ class Renderer:
     def _check_flags(self, conversation: Conversation) -> None:
         if not self._mask_inputs and any("train" in message for message in conversation.messages):
             raise UserError(
-                "an answer is marked not to be trained on, while --mask_inputs false trains on every token: use "
-                "--mask_inputs true"
+                f"an answer is marked not to be trained on, while {param('mask_inputs', False)} trains on every "
+                "token: use "
+                f"{param('mask_inputs', True)}"
             )
 
     def _ended(self, told: Told) -> bool:
@@ -247,9 +249,9 @@ class Renderer:
         if last:
             return (
                 f"{found} of this tokenizer{self._foreign()}; a model trained so would never stop: name a style with "
-                "--prompt_style"
+                f"{param('prompt_style')}"
             )
-        return f"{found} of this tokenizer; train the last answer of each row alone with --train_on last"
+        return f"{found} of this tokenizer; train the last answer of each row alone with {param('train_on', 'last')}"
 
     def _foreign(self) -> str:
         """What to say of words that a template spells as control tokens, and that are none of the tokenizer."""
@@ -268,8 +270,9 @@ class Renderer:
             foreign := next(filter(None, (_MARKS.search(run.text) for run in runs if run.control is None)), None)
         ):
             raise UserError(
-                f"--rendered, but {foreign.group()} is no control token of this tokenizer: pass the tokenizer of the "
-                "model that the text was rendered for, or leave --rendered out"
+                f"{param('rendered')}, but {foreign.group()} is no control token of this tokenizer: pass the "
+                "tokenizer of the "
+                f"model that the text was rendered for, or leave {param('rendered')} out"
             )
         if self._spelled and runs and runs[-1].control is None and not runs[-1].text.strip():
             runs.pop()  # the end of the line behind the last token

@@ -14,6 +14,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.text.dataset.config import SplitChoice
 from lit_llama.text.read.raw import listed
 from lit_llama.text.read.sources import Division
+from lit_llama.wording import param
 
 
 def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -28,7 +29,7 @@ def shuffle_split(rows: int, test_split_size: int, seed: int) -> tuple[npt.NDArr
         expected = f"1 to {rows - 1}, so that train and test both have rows, or 0" if rows > 1 else "0"
         there = "is 1 row" if rows == 1 else f"are {rows} rows"
         raise DataError(
-            f"--test_split_size is {test_split_size}, but there {there}: expected {expected} to train on all"
+            f"{param('test_split_size')} is {test_split_size}, but there {there}: expected {expected} to train on all"
         )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).numpy()
     return order[: rows - test_split_size], order[rows - test_split_size :]
@@ -127,10 +128,12 @@ def choose(split: SplitChoice, test_split_size: float | None, division: Division
     choice = Choice("hash" if split == "auto" else split, SHARE if test_split_size is None else test_split_size, anew)
     if other:
         if split not in ("auto", "hash"):
-            raise UserError(f"--split_from says which rows are for testing: leave out --split {split}")
+            raise UserError(
+                f"says which rows are for testing: leave out {param('split', split)}", parameter="split_from"
+            )
         return replace(choice, split="from")
     if split == "given" or (split == "auto" and division):
-        unused = "" if test_split_size is None else f"--test_split_size {test_split_size:g}"
+        unused = "" if test_split_size is None else param("test_split_size", test_split_size)
         if split == "auto":
             _ask(division, unused)
         said = [f"split as the sources are divided: {division}"] if division else []
@@ -142,7 +145,7 @@ def choose(split: SplitChoice, test_split_size: float | None, division: Division
 
 def _ask(division: Division, unused: str) -> None:
     """Put the question where a division is no answer by itself."""
-    anew = "--split hash (or shuffle) to divide all rows anew"
+    anew = f"{param('split', 'hash')} (or shuffle) to divide all rows anew"
     if division.unknown:
         raise UserError(
             f"the sources are divided by themselves ({division}), but {listed(division.unknown, 3)} may be for either: "
@@ -157,14 +160,19 @@ def _ask(division: Division, unused: str) -> None:
 
 def _check_size(choice: Choice) -> None:
     size = choice.test_split_size
+    found = int(size) if float(size).is_integer() else size
     if choice.split == "hash" and not 0 <= size < 1:
         raise UserError(
-            f"--test_split_size is {size:g}, expected a share such as 0.05, or 0 to train on all rows: a split by hash "
-            "cannot have a number of rows, as rows would change sides when others are added (--split shuffle can)"
+            parameter="test_split_size",
+            value=found,
+            expected="a share such as 0.05, or 0 to train on all rows: a split by hash cannot have a number of rows, "
+            f"as rows would change sides when others are added ({param('split', 'shuffle')} can)",
         )
     if choice.split == "shuffle" and not (0 <= size < 1 or (size >= 1 and size == int(size))):
         raise UserError(
-            f"--test_split_size is {size:g}, expected a number of rows, a share below 1, or 0 to train on all rows"
+            parameter="test_split_size",
+            value=found,
+            expected="a number of rows, a share below 1, or 0 to train on all rows",
         )
 
 
@@ -259,6 +267,7 @@ def far_from(share: float, rows: dict[str, int]) -> str:
     if rows["test"] <= max(_FAR * share * total, share * total + 2):
         return ""
     return (
-        f"{rows['test']:,} of {total:,} rows are for testing, though --test_split_size is {share:g}: many open alike, "
-        "and stay together; --split shuffle divides them"
+        f"{rows['test']:,} of {total:,} rows are for testing, though {param('test_split_size')} is {share:g}: many "
+        "open alike, "
+        f"and stay together; {param('split', 'shuffle')} divides them"
     )

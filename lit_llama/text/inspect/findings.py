@@ -19,6 +19,7 @@ from lit_llama.text.dataset.config import NEAR_DUPLICATES
 from lit_llama.text.dataset.split import normalised
 from lit_llama.text.inspect.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.inspect.duplicates import BYTES, SIMILARITY, Keys, NearDuplicates, Pairs, Rows, earliest, partners
+from lit_llama.wording import param
 
 LISTED = 20  # rows or pairs shown of each finding
 CUT = " …"  # stands where an excerpt ends before its text
@@ -363,8 +364,12 @@ def unchecked(rows: int, limit: int) -> str:
         rows: How many there are.
         limit: Up to how many they were to be looked for.
     """
-    why = f"there are {rows:,} rows, more than --near_duplicates {limit}" if limit else "--near_duplicates is 0"
-    return f"{why}; --near_duplicates {rows} would take about {max(1, rows * BYTES // 10**6):,} MB of memory"
+    why = (
+        f"there are {rows:,} rows, more than {param('near_duplicates', limit)}"
+        if limit
+        else f"{param('near_duplicates')} is 0"
+    )
+    return f"{why}; {param('near_duplicates', rows)} would take about {max(1, rows * BYTES // 10**6):,} MB of memory"
 
 
 def refused(answer: str) -> bool:

@@ -15,6 +15,7 @@ from lit_llama.folder.publish import write_json
 from lit_llama.html import percent, render
 from lit_llama.text.inspect.findings import CUT, unchecked
 from lit_llama.text.inspect.show import ShownSample, ShownToken
+from lit_llama.wording import param
 
 LISTED = 50  # rows shown before a list is folded
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
@@ -124,31 +125,38 @@ def tokens_html(tokens: Sequence[ShownToken]) -> Any:
 
 
 _WHAT = {
-    "looks_rendered": "are texts that spell control tokens, which are trained as text; --rendered makes control tokens "
-    "of them",
     "opened": "are trained behind what the chat template ends a prompt in, as generation asks for them; in a "
     "conversation it does not write that",
     "joined": "have an answer whose beginning the tokenizer would join to the end of its prompt; it is encoded apart, "
     "as generation meets it",
 }
-_LEFT_OUT = {
-    "template": "are trained without their thoughts, which the chat template leaves out; --thoughts keep trains them",
-    "keep": "are trained without their thoughts, although they were to be kept",
-    "drop": "are trained without their thoughts, as asked",
-}
-_TYPED_ENDS = {
-    "keep": "have an answer that ends in a spelled control token, which is trained as text: the model will write it "
-    "before it stops; --typed_ends strip takes it away",
-    "strip": "had an answer that ended in a spelled control token, which was taken away, as asked",
+_AS_ASKED = {
+    "thoughts_left_out": {
+        "keep": "are trained without their thoughts, although they were to be kept",
+        "drop": "are trained without their thoughts, as asked",
+    },
+    "typed_ends": {"strip": "had an answer that ended in a spelled control token, which was taken away, as asked"},
 }
 _ASKED = {"thoughts": "drop", "typed_ends": "strip"}
 
 
 def noted(what: str, meta: Mapping[str, Any]) -> str:
     """Return the end of a sentence that begins with a number of rows."""
-    if what == "thoughts_left_out":
-        return _LEFT_OUT[meta["thoughts"]]
-    return _TYPED_ENDS[meta["typed_ends"]] if what == "typed_ends" else _WHAT[what]
+    chosen: Any = meta.get({"thoughts_left_out": "thoughts"}.get(what, what))
+    if what == "looks_rendered":
+        return (
+            f"are texts that spell control tokens, which are trained as text; {param('rendered')} makes control "
+            "tokens of them"
+        )
+    if what == "thoughts_left_out" and chosen == "template":
+        keep = param("thoughts", "keep")
+        return f"are trained without their thoughts, which the chat template leaves out; {keep} trains them"
+    if what == "typed_ends" and chosen == "keep":
+        return (
+            "have an answer that ends in a spelled control token, which is trained as text: the model will write it "
+            f"before it stops; {param('typed_ends', 'strip')} takes it away"
+        )
+    return _WHAT[what] if what in _WHAT else _AS_ASKED[what][chosen]
 
 
 def grade(what: str, meta: Mapping[str, Any]) -> str:
@@ -286,7 +294,8 @@ def _warn_of_losses(accounting: Mapping[str, Any], warn: Any) -> None:
         many = lost - accounting["dropped_by_choice"] > _MANY_DROPPED * accounting["rows"]
         long = accounting["too_long"]
         more = (
-            f" A larger --max_seq_length or another --overflow keeps long rows: {long['rows']:,} are too long, half of "
+            f" A larger {param('max_seq_length')} or another {param('overflow')} keeps long rows: {long['rows']:,} "
+            "are too long, half of "
             f"them with {long['median']:,} tokens or more."
             if many and long["rows"]
             else ""
@@ -300,14 +309,19 @@ def _warn_of_losses(accounting: Mapping[str, Any], warn: Any) -> None:
         warn(
             "check",
             f"{_rows(accounting['cut'])} cut: the answer ends early.",
-            "The model learns to stop there. A larger --max_seq_length keeps them whole.",
+            f"The model learns to stop there. A larger {param('max_seq_length')} keeps them whole.",
         )
 
 
 def _warn_of_fields(accounting: Mapping[str, Any], warn: Any) -> None:
     fields = accounting["fields"]
     for what, severity, begins, why in (
-        ("unused", "check", "Fields that nothing uses", "The model never sees them; --fields gives them a place."),
+        (
+            "unused",
+            "check",
+            "Fields that nothing uses",
+            f"The model never sees them; {param('fields')} gives them a place.",
+        ),
         ("written_as_text", "note", "Fields that were no text", "They were written as JSON text, as asked."),
         ("left_out", "note", "Fields left out", "As asked."),
     ):

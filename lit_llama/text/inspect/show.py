@@ -17,6 +17,7 @@ from lit_llama.text.dataset.pairs import PairSplit
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.stream import Streamer
+from lit_llama.wording import param
 
 _STYLES = {"trained": "bold green", "masked": "bright_black", "control": "bold reverse magenta"}
 _LEGEND = "trained: in the loss", "masked: read only", "control token"
@@ -79,8 +80,10 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None) -> None:
-    """Print samples of a data folder; the parameters are those of prepare/show.py.
+def show_rows(
+    data_dir: Path | str, rows: str = "0-2", split: str = "train", tokenizer_path: Path | None = None
+) -> None:
+    """Print samples of a data folder.
 
     Raises:
         UserError: `rows` is no list of positions in the split.
@@ -88,15 +91,15 @@ def show_rows(data_dir: Path, rows: str, split: str, tokenizer_path: Path | None
         CheckpointError: The tokenizer is missing.
         IntegrityError: It is not the one that the data were made with.
     """
-    ranges = parse_rows(rows)
+    data_dir, ranges = Path(data_dir), parse_rows(rows)
     tokenizer = recorded_tokenizer(data_dir, tokenizer_path)
     pairs = read_meta(data_dir, kind=None).get("kind") == "preference"
     samples = PairSplit(data_dir, split, empty=True) if pairs else Split(data_dir, split, empty=True)
     if not len(samples):
-        raise UserError(f"{data_dir} has no {split} split: it was prepared with --test_split_size 0")
+        raise UserError(f"{data_dir} has no {split} split: it was prepared with {param('test_split_size', 0)}")
     last = max(part[-1] for part in ranges)
     if last >= len(samples):
-        raise UserError(f"--rows names {last}, but {data_dir / split} has the rows 0 to {len(samples) - 1}")
+        raise UserError(f"names {last}, but {data_dir / split} has the rows 0 to {len(samples) - 1}", parameter="rows")
     console = stdout()
     plain = not console.is_terminal or console.no_color
     console.print(_legend(plain))
@@ -121,7 +124,7 @@ def parse_rows(rows: str) -> list[range]:
         ends = [part.partition("-") for part in rows.split(",")]
         ranges = [range(int(first), int(last or first) + 1) for first, _, last in ends]
     if not ranges or not all(ranges):
-        raise UserError(f"--rows is {rows!r}, expected positions from 0 on, such as 0,17 or 3-5")
+        raise UserError(parameter="rows", value=rows, expected="positions from 0 on, such as 0,17 or 3-5")
     return ranges
 
 
@@ -140,12 +143,13 @@ def recorded_tokenizer(data_dir: Path, path: Path | None) -> Tokenizer:
         path = Path(recorded["path"])
         if not path.exists():
             raise CheckpointError(
-                f"{data_dir} was made with the tokenizer {path}, which is not there; name it with --tokenizer_path"
+                f"{data_dir} was made with the tokenizer {path}, which is not there; name it with "
+                f"{param('tokenizer_path')}"
             )
     tokenizer = Tokenizer.from_path(path)
     if tokenizer.fingerprint() != recorded.get("fingerprint"):
         raise IntegrityError(
-            f"{path} is not the tokenizer that {data_dir} was made with; name that with --tokenizer_path"
+            f"{path} is not the tokenizer that {data_dir} was made with; name that with {param('tokenizer_path')}"
         )
     return tokenizer
 

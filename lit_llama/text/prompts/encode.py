@@ -34,6 +34,7 @@ from lit_llama.text.prompts.template import TEMPLATE_FILE as TEMPLATE_FILE
 from lit_llama.text.prompts.template import JinjaStyle as JinjaStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import LEADING, SETTINGS_FILE, TRAILING, Place, any_of, read_object
+from lit_llama.wording import call, param
 
 _STYLES: dict[str, PromptStyle] = {
     style.name: style for style in (Alpaca(), ChatML(), Ziya(), Vicuna(), Llama2(), Llama3(), Mistral(), Plain())
@@ -164,7 +165,7 @@ def for_style(tokenizer: Tokenizer, style: PromptStyle) -> Tokenizer:
     if missing := [token for token in style.tokens if token not in tokenizer.control]:
         raise CheckpointError(
             f"the prompt style {style.name} needs the tokens {', '.join(missing)}, which this tokenizer has not: name "
-            "another with --prompt_style, or use the tokenizer of a model that was trained in it, with the "
+            f"another with {param('prompt_style')}, or use the tokenizer of a model that was trained in it, with the "
             "added_tokens.json and tokenizer_config.json beside it"
         )
     return tokenizer
@@ -244,8 +245,8 @@ def _refuse_controls(tokenizer: Tokenizer, messages: Sequence[Message], tools: S
     check(list(tools), "the tools", True)
     for message in messages:
         check(message.get("tool_calls"), "names in tool_calls", False)
-        for call in message.get("tool_calls") or ():
-            check({key: inner for key, inner in call.items() if key != "function"}, "names in tool_calls", True)
+        for called in message.get("tool_calls") or ():
+            check({key: inner for key, inner in called.items() if key != "function"}, "names in tool_calls", True)
         check([message.get("name"), message.get("tool_call_id")], "names of messages", True)
 
 
@@ -368,7 +369,8 @@ def required_style(style: PromptStyle | None, tokenizer: Tokenizer) -> PromptSty
     if style is None:
         raise CheckpointError(
             "the folder has no chat template, so it does not say how to put an instruction; name the style the model "
-            f"was trained with (its tokenizer could carry --prompt_style {', '.join(carried(tokenizer))}), or continue "
-            "raw text with generate/base.py"
+            f"was trained with (its tokenizer could carry {param('prompt_style')} {', '.join(carried(tokenizer))}), or "
+            "continue "
+            f"raw text with {call('load', raw=True)}"
         )
     return style

@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.text.message import Message
+from lit_llama.wording import param
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +26,9 @@ class Segment:
     muted: bool = False
 
 
-UNSAID = {
-    "tool_calls": "",
-    "reasoning_content": "; --thoughts keep writes them into the answer as <think>...</think>, drop leaves them out",
-    "tools": ", or their tools with --ignore_fields tools",
-}
+UNSAID = ("tool_calls", "reasoning_content", "tools")
 """Keys of a message or a conversation that the model would have to read or write, and that only a chat template may
-have words for; and how to do without them."""
+have words for."""
 
 
 def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
@@ -39,9 +36,18 @@ def refuse_unsaid(name: str, messages: Sequence[Message], tools: Sequence[Mappin
     there = {key for message in messages for key in message if key in UNSAID} | ({"tools"} if tools else set())
     for unsaid in (key for key in UNSAID if key in there):
         raise UserError(
-            f"the prompt style {name} cannot say {unsaid}: use a model whose own template does, with --prompt_style "
-            f"chat_template, or leave such rows out with --on_error skip{UNSAID[unsaid]}"
+            f"the prompt style {name} cannot say {unsaid}: use a model whose own template does, with "
+            f"{param('prompt_style', 'chat_template')}, or leave such rows out with {param('on_error', 'skip')}"
+            + _without(unsaid)
         )
+
+
+def _without(unsaid: str) -> str:
+    """How to do without what a style cannot say."""
+    if unsaid == "reasoning_content":
+        keep = param("thoughts", "keep")
+        return f"; {keep} writes them into the answer as <think>...</think>, drop leaves them out"
+    return f", or their tools with {param('ignore_fields', ['tools'])}" if unsaid == "tools" else ""
 
 
 class PromptStyle:
@@ -50,7 +56,7 @@ class PromptStyle:
     No prompt ends in a space, which most tokenizers would join to the answer's first word: it begins the answer.
 
     Attributes:
-        name: As in --prompt_style.
+        name: As in `prompt_style`.
         tokens: Spellings in the templates that have to be control tokens.
         begins: Whether the template that it was read from writes the token that begins a text; None where it was named,
             and the tokenizer decides.

@@ -18,6 +18,7 @@ from lit_llama.text.message import Message
 from lit_llama.text.prompts.masks import MARK, Piece, align, mask
 from lit_llama.text.prompts.styles import PromptStyle, Segment
 from lit_llama.text.prompts.teller import AROUND, BLOCK, Rendered, Teller, Told, thoughts_of
+from lit_llama.wording import param
 
 SECONDS = 2.0
 _LONGEST = _ROOM = 1 << 16  # characters of a template, and of what it may write beside the contents
@@ -240,7 +241,8 @@ class JinjaStyle(PromptStyle):
         if without and rest.pop(0) == text:
             raise UserError(
                 f"{TEMPLATE_FILE} does not write tools, so the model would not know of them; use a model whose "
-                "template does, or leave such rows out with --on_error skip, or their tools with --ignore_fields tools"
+                f"template does, or leave such rows out with {param('on_error', 'skip')}, or their tools with "
+                f"{param('ignore_fields', ['tools'])}"
             )
         parts = MARK.split(marked)
         numbers = [int(number) for number in parts[1::2]]
@@ -260,7 +262,7 @@ class JinjaStyle(PromptStyle):
         roles = [messages[index]["role"] for index in changed] or ["first"]
         return CheckpointError(
             f"{TEMPLATE_FILE} changes the words of the {roles[0]} message, or renders another text because of "
-            "them; name a style that does not with --prompt_style"
+            f"them; name a style that does not with {param('prompt_style')}"
         )
 
 
@@ -290,11 +292,11 @@ def _left_out(messages: Sequence[Message], pieces: Sequence[Piece], written: Col
         elif piece.kind == "call":
             raise UserError(
                 f"{TEMPLATE_FILE} leaves out tool_calls of the assistant; use a model whose template writes them, or "
-                "leave such rows out with --on_error skip"
+                f"leave such rows out with {param('on_error', 'skip')}"
             )
         else:
             raise CheckpointError(
                 f"{TEMPLATE_FILE} leaves out the {message['role']} message; do without, or name a style with "
-                "--prompt_style"
+                f"{param('prompt_style')}"
             )
     return sorted(set(found))

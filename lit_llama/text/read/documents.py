@@ -11,6 +11,7 @@ from lit_llama.text.dataset.config import Documents
 from lit_llama.text.read.files import UTF8, Dialect, decoded, open_bytes
 from lit_llama.text.read.paths import Remark, check_file
 from lit_llama.text.read.raw import LONGEST, RawRow
+from lit_llama.wording import param
 
 PDF_ENDING = ".pdf"
 _ENDS = re.compile(r"[.!?:。！？][\"'”’)]?$")
@@ -152,5 +153,6 @@ def _bounded(blocks: Iterable[str], path: Path) -> Iterator[str]:
 
 def _too_long(path: Path) -> DataError:
     return DataError(
-        f"{path}: a document has more than {LONGEST:,} characters; cut the file, or use --documents paragraph or line"
+        f"{path}: a document has more than {LONGEST:,} characters; cut the file, or use "
+        f"{param('documents', 'paragraph')} or line"
     )

@@ -3,7 +3,6 @@
 import difflib
 import json
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -13,6 +12,7 @@ from typing import Any
 
 from lit_llama.text.dataset.config import Tree
 from lit_llama.text.read.raw import RowError, check_text, kind, listed, missing
+from lit_llama.wording import param, params
 
 _MEANT = {
     "instruction": ("question", "query", "problem", "prompt", "user", "request", "input", "source", "human"),
@@ -33,7 +33,7 @@ _MEANT = {
 def suggest(
     row: Mapping[str, Any], schemas: Iterable[tuple[str, ...]], beside: Mapping[tuple[str, ...], Sequence[str]]
 ) -> str:
-    """Suggest the `--fields` that make one of the schemas fit, and what is odd about a name; "" if nothing is close.
+    """Suggest the `fields` that make one of the schemas fit, and what is odd about a name; "" if nothing is close.
 
     Of several schemas it is the one that uses most fields.
 
@@ -48,15 +48,14 @@ def suggest(
     pairs = max(found, key=len)  # the first of those that are as good
     given = {key: name for key, name in pairs.items() if key != name}
     odd = "".join(_odd(key, name) for key, name in given.items())
-    names = ",".join(f"{key}={listed([name])}" for key, name in given.items())
-    names = shlex.quote(names) if _FOR_A_SHELL.search(names) else names
-    as_text = any(
+    settings: dict[str, object] = {"fields": {key: listed([name]) for key, name in given.items()}}
+    if any(
         not isinstance(row[name], str) and not missing(row[name]) for key, name in pairs.items() if key not in _LISTS
-    )
-    return f"{odd}; try --fields {names}{' --as_text true' if as_text else ''}"
+    ):
+        settings["as_text"] = True
+    return f"{odd}; try {params(**settings)}"
 
 
-_FOR_A_SHELL = re.compile(r"[^\w=,.:/+-]")
 _LISTS = ("messages", "conversations", "tools", "history")
 
 
@@ -213,7 +212,7 @@ class FieldLog:
                 continue
             if name in _UNWANTED and isinstance(value, bool) and not text:
                 if not value:
-                    hint = "see --as preference and --as sft-chosen"
+                    hint = f"see {param('data_kind', 'preference')} and {param('data_kind', 'sft-chosen')}"
                     raise RowError(f"field {name} is false: the answer is not wanted (KTO)", hint=hint)
                 continue
             if isinstance(value, str) and _is_copy(value, contents):
@@ -245,16 +244,19 @@ class FieldLog:
 
 
 def _way_out(name: str) -> str:
-    leave = f"leave it out with --ignore_fields {name}"
+    leave = f"leave it out with {param('ignore_fields', [name])}"
     known = name.lower()
     if known in _LOSS:
         return f"mark the messages themselves with train true or false, or {leave}"
     if known in _PREFERENCES:
         return f"preferences need chosen and rejected answers; {leave}"
     if known in _MEDIA:
-        return f"leave such rows out with --on_error skip, or the field with --ignore_fields {name}"
+        field = param("ignore_fields", [name])
+        return f"leave such rows out with {param('on_error', 'skip')}, or the field with {field}"
     return (
-        f"give it one with --fields, such as input={name} or system={name}, or {leave}" if known in _PLACED else leave
+        f"give it one with {param('fields')}, such as input={name} or system={name}, or {leave}"
+        if known in _PLACED
+        else leave
     )
 
 
@@ -272,7 +274,7 @@ def _is_copy(value: str, contents: Sequence[str]) -> bool:
 
 
 def _no_text(name: str, value: Any, at: str) -> RowError:
-    hint = "--as_text makes it JSON text"
+    hint = f"{param('as_text')} makes it JSON text"
     if isinstance(value, bytes):
         hint = "write the column as text"
     elif missing(value):

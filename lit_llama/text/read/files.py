@@ -15,6 +15,7 @@ from typing import Any
 from lit_llama.errors import DataError, UserError
 from lit_llama.text.dataset.config import Quoting
 from lit_llama.text.read.paths import Remark, check_file
+from lit_llama.wording import param
 
 BLOCK = 1 << 20  # bytes read at a time
 FREE, RATIO = 256 << 20, 500
@@ -61,10 +62,12 @@ class Dialect:
                 "".encode(self.encoding).decode(self.encoding)  # not one that is of bytes, such as base64
             except (LookupError, ValueError) as error:
                 raise UserError(
-                    f"--encoding is {self.encoding!r}, expected the name of an encoding such as cp1252, utf-16 or gbk"
+                    parameter="encoding",
+                    value=self.encoding,
+                    expected="the name of an encoding such as cp1252, utf-16 or gbk",
                 ) from error
         if self.escape is not None and (len(self.escape) != 1 or self.escape in '\r\n\0"'):
-            raise UserError(f"--escape is {self.escape!r}, expected one character, such as \\")
+            raise UserError(parameter="escape", value=self.escape, expected="one character, such as \\")
 
     @property
     def is_of_csv(self) -> bool:
@@ -179,7 +182,7 @@ def decoded(
             if encoding != "utf-8":
                 byte, place = raw[error.start : error.start + 1], offset - len(pending) + error.start
                 raise DataError(
-                    f"{path} is not {encoding}: byte 0x{byte.hex()} at offset {place}; see --encoding"
+                    f"{path} is not {encoding}: byte 0x{byte.hex()} at offset {place}; see {param('encoding')}"
                 ) from error
             if error.start:
                 yield raw[: error.start].decode()
@@ -238,7 +241,7 @@ def not_utf8(raw: bytes, position: int, offset: int, path: Path) -> DataError:
     encoding = "UTF-16" if _is_utf16(raw) else "GBK" if _is_paired(raw[position : position + 4096]) else "CP1252"
     return DataError(
         f"{path} is not UTF-8: byte 0x{raw[position]:02x} at offset {offset + position}; it may be {encoding}: prepare "
-        f"it with --encoding {encoding.lower()}, or convert it, for example: iconv -f {encoding} -t UTF-8 "
+        f"it with {param('encoding', encoding.lower())}, or convert it, for example: iconv -f {encoding} -t UTF-8 "
         f"{shlex.quote(path.name)}"
     )
 

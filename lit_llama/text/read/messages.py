@@ -24,6 +24,7 @@ from lit_llama.text.read.raw import (
     missing,
     shown,
 )
+from lit_llama.wording import param
 
 Entry = dict[str, Any]
 _ARGUMENTS = ("arguments", "parameters")  # the second as Llama 3.1 writes its calls
@@ -373,7 +374,7 @@ def _unlearned(value: Mapping[str, Any], role: str, at: str, log: FieldLog) -> W
         if flag in NO:
             masked = True
         elif flag not in YES:
-            hint = f"parts of a loss are not supported: see --ignore_fields {name}"
+            hint = f"parts of a loss are not supported: see {param('ignore_fields', [name])}"
             raise RowError(f"a message has {name} {shown(flag)}, expected true or false", at, hint)
         elif role not in ("assistant", _CALL):
             log.count_unused(f"messages[].{name} of {role}")

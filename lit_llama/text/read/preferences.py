@@ -14,6 +14,7 @@ from lit_llama.text.read.fields import FieldLog, Row
 from lit_llama.text.read.messages import Turns, Words, as_list, in_a_field, read_messages
 from lit_llama.text.read.raw import RowError, kind, listed, missing
 from lit_llama.text.read.schemas import BESIDE_CHATS, Schema, beside, complete, joined, recognise, suggest_prompt
+from lit_llama.wording import param
 
 _CHOSEN, _REJECTED = "chosen", "rejected"
 _SIDES = (_CHOSEN, _REJECTED)
@@ -73,11 +74,11 @@ def judgement(row: Row, *, wanted: bool) -> str:
 def refuse(found: str, row: Row) -> RowError:
     """Build the error for a row of preferences where nobody has said what to make of it."""
     fields = _fields_of(found, row)
-    ignored = f", or leave {fields} out with --ignore_fields {fields}" if fields in LABELS else ""
+    ignored = f", or leave {fields} out with {param('ignore_fields', [fields])}" if fields in LABELS else ""
     return RowError(
         f"the row holds preferences ({fields})",
-        hint="--as sft-chosen trains on the chosen answers alone, --as preference makes a folder of preferences"
-        + ignored,
+        hint=f"{param('data_kind', 'sft-chosen')} trains on the chosen answers alone, "
+        f"{param('data_kind', 'preference')} makes a folder of preferences" + ignored,
     )
 
 
@@ -234,7 +235,7 @@ def _check_copy(row: Row, name: str, turns: Turns, log: FieldLog) -> None:
         contents = [message["content"].strip() for message in chosen[:-1]]
         same = text in contents or all(content in text for content in contents)
     if not same:
-        hint = f"leave it out with --ignore_fields {name}"
+        hint = f"leave it out with {param('ignore_fields', [name])}"
         raise RowError(f"field {name} and the conversation in chosen differ", hint=hint)
 
 
@@ -256,13 +257,13 @@ def _prompt(row: Row, log: FieldLog) -> Turns:
     if not asked:
         raise RowError("the answers have no prompt", hint=_NO_PROMPT + suggest_prompt(row))
     if len(asked) > 1:
-        hint = f"leave one out with --ignore_fields {asked[-1]}"
+        hint = f"leave one out with {param('ignore_fields', [asked[-1]])}"
         raise RowError(f"the fields {listed(asked)} are for one place", hint=hint)
     behind = {"prompt": "completion", "instruction": "output"}.get(asked[0])
     rest = {name: value for name, value in row.items() if name not in _ASKED or name in asked}
     if behind in rest:
         raise RowError(
-            f"field {behind} is an answer beside those that were judged", hint=f"see --ignore_fields {behind}"
+            f"field {behind} is an answer beside those that were judged", hint=f"see {param('ignore_fields', [behind])}"
         )
     found = (rest | {behind: "."}) if behind else rest
     every = recognise(found).turns(found, log)

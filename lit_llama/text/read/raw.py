@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lit_llama.errors import DataError, UserError
+from lit_llama.wording import param
 
 LONGEST = 1 << 26
 """Most characters of a row. More is a quote that is never closed, or a whole file that was taken for one row."""
@@ -216,7 +217,9 @@ class Comparison:
             return False
         read = _as_kind(found, self.value)
         if read is None:
-            raise RowError(f"field {self.name} is {kind(found)}", hint=f"--where compares it with {_named(self.value)}")
+            raise RowError(
+                f"field {self.name} is {kind(found)}", hint=f"{param('where')} compares it with {_named(self.value)}"
+            )
         return bool(self.compare(read, self.value))
 
 
@@ -292,7 +295,9 @@ class Where:
     def check(self) -> None:
         """Raise DataError if a field was in no row."""
         for name in sorted(map(".".join, self._unseen)):
-            raise DataError(f"--where {self.text!r}: no row has a field {name}, but {listed(list(self._fields))}")
+            raise DataError(
+                f"{self.text!r}: no row has a field {name}, but {listed(list(self._fields))}", parameter="where"
+            )
 
 
 def parse(text: str) -> list[Comparison]:
@@ -302,7 +307,9 @@ def parse(text: str) -> list[Comparison]:
         UserError: It is no condition; the message names it.
     """
     if len(text) > _LONGEST:
-        raise UserError(f"--where has {len(text)} characters, expected at most {_LONGEST}, such as {_EXAMPLE!r}")
+        raise UserError(
+            f"has {len(text)} characters, expected at most {_LONGEST}, such as {_EXAMPLE!r}", parameter="where"
+        )
     try:
         tree = ast.parse(text.strip(), mode="eval")
         return list(_comparisons(tree.body, text))
@@ -316,8 +323,10 @@ def parse(text: str) -> list[Comparison]:
 
 def _wrong(text: str, why: str) -> UserError:
     return UserError(
-        f"--where {text!r}: {why}; expected comparisons of a field with a number, a text in quotes, true or false, "
-        f"joined by and, such as {_EXAMPLE!r}"
+        f"{text!r}: {why}",
+        parameter="where",
+        remedy="expected comparisons of a field with a number, a text in quotes, true or false, joined by and, such "
+        f"as {_EXAMPLE!r}",
     )
 
 

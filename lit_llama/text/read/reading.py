@@ -21,6 +21,7 @@ from lit_llama.text.read.published import join_messages
 from lit_llama.text.read.raw import RawRow, RowError, Where
 from lit_llama.text.read.schemas import FIELDS, complete, recognise
 from lit_llama.text.read.sources import Division, Part, resolve
+from lit_llama.wording import param
 
 
 class Reader:
@@ -93,7 +94,7 @@ class Reader:
                 yield Dropped(self.rows - 1, raw.where, "not drawn, by the weight of its source", by_choice=True)
         if self._unseen:
             ours, theirs = next(iter(self._unseen.items()))
-            raise DataError(f"--fields {ours}={theirs}: no row has a field {theirs}")
+            raise DataError(f"{param('fields', {ours: theirs})}: no row has a field {theirs}")
         if self._where:
             self._where.check()
 
@@ -147,14 +148,19 @@ class Reader:
         self.log.begin_row()
         try:
             if self._where and not self._where.holds(raw.value):
-                yield Dropped(self.rows, raw.where, f"not asked for by --where {self._where.text}", by_choice=True)
+                yield Dropped(
+                    self.rows, raw.where, f"not asked for by {param('where', self._where.text)}", by_choice=True
+                )
                 return
             row = self.log.wanted(raw.value)
             if found := judgement(row, wanted=self._kind != "auto"):
                 yield from self._judged(row, found, raw.where, split)
                 return
             if self._kind == "preference":
-                hint = "--as preference needs chosen and rejected, a label that is true or false, or rated completions"
+                hint = (
+                    f"{param('data_kind', 'preference')} needs chosen and rejected, a label that is true or false, or "
+                    "rated completions"
+                )
                 raise RowError("no answer of the row was judged", hint=hint)
             schema = recognise(row)
             self.schemas[schema.name] += 1
@@ -251,20 +257,27 @@ def read_conversations(
         if ours not in FIELDS:
             close = difflib.get_close_matches(ours, FIELDS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"--fields: {ours} is none of {', '.join(FIELDS)}{hint}")
+            raise UserError(f"{param('fields')}: {ours} is none of {', '.join(FIELDS)}{hint}")
     if not sources:
         raise UserError("no sources: name a file, a folder or a data set of the Hub")
     if weights is not None:
         if len(weights) != len(sources):
-            raise UserError(f"--weights: found {len(weights)} for {len(sources)} sources, expected one for each")
+            raise UserError(
+                f"{param('weights')}: found {len(weights)} for {len(sources)} sources, expected one for each"
+            )
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
-                raise UserError(f"--weights: found {weight}, expected a number above 0; leave out unwanted sources")
+                raise UserError(
+                    f"{param('weights')}: found {weight}, expected a number above 0; leave out unwanted sources"
+                )
     remarks: dict[str, None] = {}
     parts = resolve(sources, documents, dialect, lambda remark: remarks.setdefault(remark))
     names = [part.name for source in parts for part in source]
     if dialect.is_of_csv and not any(plain_suffix(Path(name)) in (".csv", ".tsv") for name in names):
-        raise UserError("--quoting and --escape are about CSV, and no source is named .csv or .tsv: leave them out")
+        raise UserError(
+            f"{param('quoting')} and {param('escape')} are about CSV, and no source is named .csv or .tsv: leave them "
+            "out"
+        )
     return Reader(parts, fields, on_error, tree, weights, seed, as_text, ignore_fields, remarks, data_kind, where)
 
 

@@ -24,6 +24,7 @@ from lit_llama.text.read.messages import (
 )
 from lit_llama.text.read.published import GLAIVE, Node, branches, glaive_turns
 from lit_llama.text.read.raw import RowError, kind, listed, missing
+from lit_llama.wording import call, param
 
 _AFTER: dict[str, tuple[str, ...]] = {
     "": ("system", "user"),
@@ -100,10 +101,14 @@ def recognise(row: Row) -> Schema:
 def _way_out(row: Row) -> str:
     """What to do about a row that fits no schema, as an end of the message; "" if nobody knows."""
     if {"chosen", "rejected"} <= row.keys():
-        return "; these are preferences, which prepare/records.py reads with --as preference or --as sft-chosen"
+        return (
+            f"; these are preferences, which {call('prepare')} reads with {param('data_kind', 'preference')} or "
+            f"{param('data_kind', 'sft-chosen')}"
+        )
     for name, value in row.items():
         if in_a_field(value):
-            return f"; the field {listed([name])} holds messages: try --fields messages={listed([name])}"
+            field = listed([name])
+            return f"; the field {field} holds messages: try {param('fields', {'messages': field})}"
     if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
         return "; this is one message: a row has to hold all messages of a conversation, as a list"
     if way := _suggested(row):
@@ -115,7 +120,7 @@ def _way_out(row: Row) -> str:
 
 
 def suggest_prompt(row: Row) -> str:
-    """Find the `--fields` that give the answers of a row a prompt, as the end of a message; "" if nobody knows."""
+    """Find the `fields` that give the answers of a row a prompt, as the end of a message; "" if nobody knows."""
     keys = ("instruction", "output")
     return suggest({**row, "output": "."}, [keys], {keys: _BESIDE_PAIRS})
 
@@ -206,7 +211,9 @@ def _prompt_completion(row: Row, log: FieldLog) -> Iterator[Turns]:
         return
     for name in (*INPUTS, *THOUGHTS, "history"):
         if not missing(row.get(name)) and row[name] not in ("", []):
-            raise RowError(f"field {name} has no place beside a list of messages", hint=f"see --ignore_fields {name}")
+            raise RowError(
+                f"field {name} has no place beside a list of messages", hint=f"see {param('ignore_fields', [name])}"
+            )
     turns = beside(row, log)
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if name in lists:
@@ -277,7 +284,7 @@ def _one_of(row: Row, names: Sequence[str], log: FieldLog) -> str:
     there = [name for name in names if not missing(row.get(name)) and row[name] != ""]
     texts = [log.text(row, name) for name in there]
     if len(set(texts)) > 1:
-        hint = f"join them, or leave one out with --ignore_fields {there[-1]}"
+        hint = f"join them, or leave one out with {param('ignore_fields', [there[-1]])}"
         raise RowError(f"the fields {listed(there)} are for one place, and differ", hint=hint)
     return texts[0] if texts else ""
 
@@ -335,4 +342,4 @@ FIELDS = (
     *("input", "context", "system", "reasoning_content", "tools", "history"),
     *JUDGED_FIELDS,
 )
-"""What --fields can give a name to."""
+"""What `fields` can give a name to."""

@@ -5,7 +5,6 @@ answered are rows whose answers may be missing.
 """
 
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,7 @@ from lit_llama.text.read.remote import Copy, fetch, is_url
 from lit_llama.text.read.schemas import complete, recognise
 from lit_llama.text.read.spreadsheets import read_csv, read_sheet, sheet_names, split_sheet
 from lit_llama.text.read.tables import MAGIC, hash_dataset, is_hub_id, open_hub, open_saved, read_dataset, read_parquet
+from lit_llama.wording import call
 
 
 def read_rows(path: Path, dialect: Dialect = UTF8, remark: Remark = lambda _: None) -> Iterator[RawRow]:
@@ -82,7 +82,7 @@ def _read_file(path: Path, dialect: Dialect, remark: Remark) -> Iterator[RawRow]
         elif ending in (".json", ".jsonl", ".ndjson") or looks_like_json:
             yield from read_json(text, path, by_lines=ending in (".jsonl", ".ndjson"), remark=remark)
         else:
-            prose = "; plain text is for prepare/text.py" if ending in TEXT_ENDINGS else ""
+            prose = f"; plain text is for {call('prepare', documents='file')}" if ending in TEXT_ENDINGS else ""
             begins = f"it begins with {shown(start[:20])}"
             raise DataError(f"{path}: its format is not known ({begins}); expected {FORMATS}{prose}")
 
@@ -91,7 +91,7 @@ _ANSWERS = {"instruction": "output", "prompt": "completion"}  # fields that may 
 
 
 def read_questions(path: Path) -> list[Conversation]:
-    """Read instructions to be answered: any file that prepare/records.py reads; the answers may be missing.
+    """Read instructions to be answered: any file that is prepared; the answers may be missing.
 
     A chat is asked with all turns before its last answer, or with all turns if it ends in a question.
 
@@ -263,8 +263,8 @@ def _parts(
         saved = open_saved(path)
         if any({"input_ids", "labels"} <= {*dataset.column_names} for dataset in saved.values()):
             raise DataError(
-                f"{path} holds token ids, as the data folders that prepare/ makes: train on it with finetune/lora.py "
-                f"--data_dir {shlex.quote(str(path))}"
+                f"{path} holds token ids, as prepared data folders do: train on it with "
+                f"{call('finetune', data_dir=path, inline=True)}"
             )
         yield from _splits(str(path), saved)
         return

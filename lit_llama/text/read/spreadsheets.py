@@ -17,6 +17,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.text.read.files import UTF8, Dialect
 from lit_llama.text.read.paths import WORKBOOKS, Remark, check_file
 from lit_llama.text.read.raw import LONGEST, RawRow, listed, shown
+from lit_llama.wording import param
 
 _LONG_NAME = 100  # characters; a longer "name" is a text
 _INDEX = ("", "Unnamed: 0")  # what the first column is called where pandas has written its index
@@ -225,7 +226,7 @@ class _Records:
             if self._delimiter == "\t" and last > line:
                 self._remark(
                     f"{self._path}: quotes hold fields of several lines together, as in lines {line} to {last}; if "
-                    "they are part of the text, give --quoting none"
+                    f"they are part of the text, give {param('quoting', 'none')}"
                 )
                 self._delimiter = ""  # said once
             if record:
@@ -236,11 +237,16 @@ class _Records:
         if self._dialect.is_of_csv:
             hint = ""
         elif '\\"' in self._line:
-            hint = "; quotes inside a field are doubled: if a backslash stands before them, give --escape '\\'"
+            hint = (
+                "; quotes inside a field are doubled: if a backslash stands before them, give "
+                f"{param('escape', chr(92))}"
+            )
         elif known and not known.startswith(_UNCLOSED):
             hint = ""
         else:
-            hint = "; quotes inside a field are doubled: if quotes are part of the text, give --quoting none"
+            hint = (
+                f"; quotes inside a field are doubled: if quotes are part of the text, give {param('quoting', 'none')}"
+            )
         return DataError(f"{self._path}:line {line}: {known or f'a quote ends inside of a field ({problem})'}{hint}")
 
     def _watched(self, lines: Iterator[str]) -> Iterator[str]:
@@ -249,7 +255,8 @@ class _Records:
                 raise DataError(f"{self._path}:line {number}: found a NUL character: the file is damaged or not CSV")
             if self._lost and (found := self._lost.search(line)):
                 self._remark(
-                    f"{self._path}:line {number}: {shown(found[1])} is read as {shown(found[1][1:])}, since --escape "
+                    f"{self._path}:line {number}: {shown(found[1])} is read as {shown(found[1][1:])}, since "
+                    f"{param('escape')} "
                     "holds before every character"
                 )
                 self._lost = None  # said once

@@ -1,6 +1,5 @@
 """Vocabulary checks: a tokenizer, the rows of an embedding and what the folders record belong together."""
 
-import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.text.tokenizer.base import TOKENIZER_FILES, Tokenizer
 from lit_llama.text.tokenizer.special import MERGES_FILES, read_object
+from lit_llama.wording import call, param
 
 _SHOWN = 3  # extra tokens that an error spells
 
@@ -18,11 +18,12 @@ def check_vocabulary(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
     if tokenizer.size <= rows:
         return
     extra = [f"{tokenizer.vocabulary[i]} ({i})" for i in range(rows, tokenizer.size) if tokenizer.vocabulary[i]]
+    given = {"source": folder, "destination_path": f"{folder}-resized", "resize_vocab": tokenizer.size}
+    resized = call("convert", **given, inline=True)
     raise CheckpointError(
         f"{folder}: the tokenizer has {tokenizer.size} tokens, the embedding only {rows} rows: "
         f"{', '.join(extra[:_SHOWN])}{', ...' if extra[_SHOWN:] else ''} have none. Use the tokenizer that came with "
-        f"these weights, or give them rows: prepare/checkpoint.py --source {shlex.quote(str(folder))} "
-        f"--destination_path {shlex.quote(f'{folder}-resized')} --resize_vocab {tokenizer.size}"
+        f"these weights, or give them rows: {resized}"
     )
 
 
@@ -52,11 +53,11 @@ def adapter_tokenizer(adapter_dir: Path, base: Path, rows: int) -> Tokenizer:
     home = tokenizer_home(adapter_dir, base)
     tokenizer = Tokenizer.from_path(home)
     if home != base and tokenizer.size > rows:
-        source, made = shlex.quote(str(base)), shlex.quote(f"{base}-resized")
+        made = f"{base}-resized"
+        resized = call("convert", source=base, destination_path=made, resize_vocab=tokenizer.size)
         raise CheckpointError(
             f"{home}: the adapter's own tokenizer has {tokenizer.size} tokens, the base {base} only {rows} rows. Give "
-            f"it more: python prepare/checkpoint.py --source {source} --destination_path {made} --resize_vocab "
-            f"{tokenizer.size}, then name it with --base_dir {made}"
+            f"it more: {resized}, then name it with {param('base_dir', made)}"
         )
     check_vocabulary(base, rows, tokenizer)
     for record in dict.fromkeys((adapter_dir, home)):

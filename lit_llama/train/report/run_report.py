@@ -2,14 +2,12 @@
 
 import csv
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from lit_llama.console import as_typed
 from lit_llama.convert.source import SETTINGS_FILE
 from lit_llama.errors import IntegrityError
 from lit_llama.folder.publish import encode_json, replace_file
@@ -23,6 +21,7 @@ from lit_llama.train.metrics import read_metrics, smooth
 from lit_llama.train.report.page import render_page
 from lit_llama.train.report.warnings import warnings
 from lit_llama.train.sampler import SAMPLES_FILE
+from lit_llama.wording import call
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 RATES_CSV, RATES = "learning_rates.csv", "-rates"
@@ -31,12 +30,11 @@ FORMAT = 1
 _LISTED = 5  # raw files that are named
 _COUNTED = {"rows": "rows", "tokens": "tokens", "trained_tokens": "of them trained"}
 _PATHS = ("checkpoint_dir", "data_dir", "out_dir")
-_LORA, _DPO = "finetune/lora.py", "finetune/dpo.py"
 _ADAPTERS: dict[str, dict[str, Any]] = {
-    _LORA: {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())},
-    _DPO: {"lora": asdict(LoRAConfig()), "dpo": asdict(PreferenceConfig()), "train": asdict(PREFERENCE)},
+    "lora": {"lora": asdict(LoRAConfig()), "train": asdict(TrainConfig())},
+    "dpo": {"lora": asdict(LoRAConfig()), "dpo": asdict(PreferenceConfig()), "train": asdict(PREFERENCE)},
 }
-"""Defaults of the doors whose results are adapters."""
+"""Defaults of the methods whose results are adapters."""
 _OF_PAIRS = (
     "test_accuracy",
     "test_margin",
@@ -53,7 +51,7 @@ _SETTINGS_FORM: Form = {
     "lora": dict,
 }
 _META_FORM: Form = {
-    "run": {"door": str, "vocab_size": int, "trainable": int, "device": str, "dtype": str, "torch": str},
+    "run": {"method": str, "door": str, "vocab_size": int, "trainable": int, "device": str, "dtype": str, "torch": str},
     "base": {"path": str, "fingerprint": str},
     "data": META_FORM,
     "steps": int,
@@ -78,10 +76,11 @@ def write_run_report(folder: Path) -> None:
 def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Series], samples: Sequence[Json]) -> Json:
     """Build the contents of report.json."""
     evaluations = _evaluations(series)
-    door = meta.get("run", {}).get("door", _LORA)
+    made = meta.get("run", {})
+    method = made.get("method") or Path(made.get("door", "lora")).stem  # runs of version 0.1 name a script
     steps = max((step for step, _ in series["step"]), default=0)
     of_steps = meta.get("steps", steps)
-    result = (folder / (CONFIG_FILE if door in _ADAPTERS else SETTINGS_FILE)).exists()
+    result = (folder / (CONFIG_FILE if method in _ADAPTERS else SETTINGS_FILE)).exists()
     verdict = {
         "steps": steps,
         "of_steps": of_steps,
@@ -95,7 +94,7 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         **_speed(series),
     }
     flat = _flat({key: value for key, value in settings.items() if key not in _PATHS})
-    known = _ADAPTERS.get(door, {"train": asdict(FULL)})
+    known = _ADAPTERS.get(method, {"train": asdict(FULL)})
     defaults = _flat({key: value for key, value in known.items() if key in settings})
     return {
         "format": FORMAT,
@@ -111,11 +110,8 @@ def run_report(folder: Path, settings: Json, meta: Json, series: Mapping[str, Se
         "identity": identity(settings, meta),
         "samples": _by_prompt(samples),
         "commands": [
-            entry | {"command": as_typed(entry["command"])}
-            for entry in (
-                *_way_on(folder, door, verdict["finished"]),
-                *commands(folder, settings, door, _test_rows(meta) != 0),
-            )
+            *_way_on(folder, method, verdict["finished"]),
+            *commands(folder, settings, method, _test_rows(meta) != 0),
         ],
     }
 
@@ -200,27 +196,24 @@ def _files(source: Json) -> str:
     return ", ".join(named + more)
 
 
-def _way_on(folder: Path, door: str, finished: bool) -> list[Json]:
-    """The command that continues a run which has not ended."""
-    command = f"python {door} --config {shlex.quote(str(folder / RUN_FILE))} --resume auto"
-    return [] if finished else [{"what": "Go on with it", "command": command}]
+def _way_on(folder: Path, method: str, finished: bool) -> list[Json]:
+    """The call that continues a run which has not ended."""
+    command = call("finetune", config=folder / RUN_FILE, method=method, resume="auto")
+    return [] if finished else [{"what": "Go on with it", "command": command.strip("`")}]
 
 
-def commands(folder: Path, settings: Json, door: str, tested: bool = True) -> list[Json]:
-    """List what to type next, with a test split or without one: {"what", "command"}."""
-    out, name = shlex.quote(str(folder)), folder.resolve().name
-    again = shlex.quote(f"{folder}-again")
-    merged = shlex.quote(f"checkpoints/{name}-merged")
+def commands(folder: Path, settings: Json, method: str, tested: bool = True) -> list[Json]:
+    """List what to do next, with a test split or without one: {"what", "command"}."""
     found = {
-        "Repeat the run": f"python {door} --config {shlex.quote(str(folder / RUN_FILE))} --out_dir {again}",
-        "Talk to it": f"python generate/chat.py --checkpoint_dir {out}",
+        "Repeat the run": call("finetune", config=folder / RUN_FILE, method=method, out_dir=f"{folder}-again"),
+        "Talk to it": call("load", folder=folder),
     }
-    if door in _ADAPTERS:
-        found["Merge it into its base"] = f"python finetune/merge.py --adapter_dir {out} --destination_path {merged}"
+    if method in _ADAPTERS:
+        merged = f"checkpoints/{folder.resolve().name}-merged"
+        found["Merge it into its base"] = call("merge", adapter_dir=folder, destination_path=merged)
     if "data_dir" in settings and tested:
-        data = shlex.quote(str(settings["data_dir"]))
-        found["Answer the test split"] = f"python generate/instruct.py --checkpoint_dir {out} --data_dir {data}"
-    return [{"what": what, "command": command} for what, command in found.items()]
+        found["Answer the test split"] = call("evaluate", checkpoint_dir=folder, data_dir=settings["data_dir"])
+    return [{"what": what, "command": command.strip("`")} for what, command in found.items()]
 
 
 def _test_rows(meta: Json) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_llama.html import Series
 from lit_llama.train.rate import BOUNDS
+from lit_llama.wording import call, param
 
 Json = dict[str, Any]
 _ROSE = 1.02  # last test loss / best, from which on the run went on too long
@@ -52,17 +53,27 @@ def _of_steps(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
     if skipped := sorted({step for step, _ in series["trained_tokens"]} - {step for step, _ in series["loss"]}):
         listed = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         what = f"{_steps(len(skipped))} skipped: loss or gradients were not finite."
-        found.append(("fix", what, f"Steps {listed}. A lower --train.learning_rate or --precision 32-true may help."))
+        found.append(
+            (
+                "fix",
+                what,
+                f"Steps {listed}. A lower {param('train.learning_rate')} or {param('precision', '32-true')} may help.",
+            )
+        )
     if lost := [step for step, value in series["test_loss"] if not math.isfinite(value)]:
         what = f"The test loss was not finite at step {lost[0]:,}."
-        found.append(("fix", what, "The result cannot be used; lower --train.learning_rate."))
+        found.append(("fix", what, f"The result cannot be used; lower {param('train.learning_rate')}."))
     limit = settings.get("train", {}).get("max_grad_norm", 0)
     norms = [value for _, value in series["grad_norm"]]
     clipped = sum(value > limit for value in norms) if limit else 0
     if norms and clipped > _CLIPPED * len(norms):
         what = f"Gradients were scaled down in {clipped} of {_steps(len(norms))}."
         found.append(
-            ("note", what, "Lower --train.learning_rate or raise --train.max_grad_norm if the loss is uneven.")
+            (
+                "note",
+                what,
+                f"Lower {param('train.learning_rate')} or raise {param('train.max_grad_norm')} if the loss is uneven.",
+            )
         )
     if not verdict["finished"]:
         what = f"The run is at step {verdict['steps']:,} of {verdict['of_steps']:,}: there is no result yet."
@@ -76,9 +87,9 @@ def _of_sense(verdict: Mapping[str, Any], series: Mapping[str, Series], settings
     rate, kind = settings.get("train", {}).get("learning_rate", 0.0), "lora" if "lora" in settings else "full"
     losses = [value for _, value in series["loss"] if math.isfinite(value)]
     low = rate < BOUNDS[kind][0]  # than any rate that the rule of auto gives
-    lower = f"Lower --train.learning_rate, which is {rate:g}."
+    lower = f"Lower {param('train.learning_rate')}, which is {rate:g}."
     if low:
-        lower = f"The learning rate of {rate:g} is low already: look at the rows with prepare/show.py."
+        lower = f"The learning rate of {rate:g} is low already: look at the rows with {call('show_rows')}."
     first, last = (sum(part) / _ENDS for part in (losses[:_ENDS], losses[-_ENDS:]))
     if len(losses) >= 2 * _ENDS and last > _UP * first:
         found.append(("fix", f"The training loss rose from {first:.4f} to {last:.4f}.", lower))
@@ -102,8 +113,8 @@ def _learned_little(before: float, verdict: Mapping[str, Any], rate: float, kind
     steps = verdict["steps"]
     fell = f"It was {before:,.0f} before {_steps(steps)}"
     if rate < BOUNDS[kind][0]:
-        return f"{fell}: raise --train.learning_rate, which is {rate:g}, or try auto."
-    return f"{fell}: the base knows little of such rows, and needs more of them, or a higher --train.epochs."
+        return f"{fell}: raise {param('train.learning_rate')}, which is {rate:g}, or try auto."
+    return f"{fell}: the base knows little of such rows, and needs more of them, or a higher {param('train.epochs')}."
 
 
 def _of_evaluations(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -115,7 +126,9 @@ def _of_evaluations(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("fix", "The test loss did not fall.", "Nothing was learned that helps on rows it has not seen."))
     elif after["test_loss"] > _ROSE * best["test_loss"]:
         what = f"The test loss was lowest at step {best['step']:,} ({best['test_loss']:.4f}) and has risen since."
-        found.append(("check", what, "From there on the rows were learned by heart; fewer --train.epochs are better."))
+        found.append(
+            ("check", what, f"From there on the rows were learned by heart; fewer {param('train.epochs')} are better.")
+        )
     if "loss" in after and after["test_loss"] > _APART * after["loss"] and after["loss"] > 0:
         times = after["test_loss"] / after["loss"]
         what = f"The test loss is {times:.1f} times the training loss."

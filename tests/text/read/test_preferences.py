@@ -282,9 +282,9 @@ def test_names_of_fields_are_mapped(put: Put) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"mask_inputs": False}, "--mask_inputs False with --as preference"),
+        ({"mask_inputs": False}, "--mask_inputs false with --as preference"),
         ({"overflow": "split"}, "--overflow split with --as preference: a preference is compared whole"),
-        ({"rendered": True}, "--rendered True"),
+        ({"rendered": True}, "--rendered true"),
     ],
 )
 def test_settings_without_a_meaning_for_pairs_are_refused(setting: dict[str, Any], words: str) -> None:

@@ -1,6 +1,7 @@
 """Conditions on fields: which rows they keep, and what they refuse to be."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_rows_are_kept_by_the_condition_and_the_others_counted_as_a_choice(where
     assert kept == [n for n, row in enumerate(ROWS) if KEPT[where](row)] and 0 < len(kept) < len(ROWS)
     others = [one for one in found if isinstance(one, Dropped)]
     assert len(kept) + len(others) == len(ROWS)
-    assert all(one.by_choice and one.reason == f"not asked for by --where {where}" for one in others)
+    assert all(one.by_choice and one.reason == f"not asked for by --where {shlex.quote(where)}" for one in others)
 
 
 def test_texts_of_csv_are_compared_as_what_they_spell(put: Put) -> None:

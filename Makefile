@@ -42,12 +42,13 @@ ATTACK := --kills 500 --flips 500 --swaps 50 --races 100 --terminals 150 --fuzz 
 attack: $(VENV)/test ## Kill, damage, race and fuzz the commands, and print a table
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(PY) tests/attack/run.py $(ATTACK)
 
-lint: $(VENV)/test ## Check style, types, the direction of imports and first lines of docstrings
+lint: $(VENV)/test ## Check style, types, the direction of imports, first lines of docstrings and names in texts
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tests/docstrings.py lit_llama
+	$(PY) tests/names.py lit_llama
 
 format: $(VENV)/test ## Fix what ruff can fix, then format
 	$(VENV)/bin/ruff check --fix

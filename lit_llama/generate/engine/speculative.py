@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.wording import param
 
 LONGEST = 4
 """Ids that are looked up together, at most."""
@@ -37,7 +38,7 @@ def check_takes_back(config: LLaMAConfig, what: object = "the model") -> None:
     if config.recurrent_layers:
         raise UserError(
             f"{what} has recurrent layers, whose states cannot be taken back to before a wrong guess: leave "
-            "--draft_dir out"
+            f"{param('draft_dir')} out"
         )
 
 

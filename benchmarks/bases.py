@@ -116,8 +116,8 @@ def _held_out(checkpoint_dir: Path, adapter: Path, quantize: str, rows: Rows) ->
     """Loss of the base and with the adapter on it, on the rows that are held out."""
     import torch  # here: what this process holds would count towards the peak of those it starts
 
-    from lit_llama.model.adapter import load_adapter
-    from lit_llama.model.checkpoint import load_model
+    from lit_llama.model.adapters.peft_folder import load_adapter
+    from lit_llama.model.files.checkpoint import load_model
     from lit_llama.train.loss import TokenLoss
 
     model = load_model(checkpoint_dir, dtype=torch.float32, quantize=quantize or None)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lit_llama.cli import CLI
 from lit_llama.folder.publish import write_json
-from lit_llama.model.pth.files import write_pth
+from lit_llama.model.files.pth.files import write_pth
 
 ROOT = Path(__file__).parent.parent
 HIDDEN, INTERMEDIATE, HEADS, SHARDS = 5120, 13824, 40, 2
@@ -95,8 +95,8 @@ def _write_target(base: Path, target: Path) -> None:
     write_json(target / "added_tokens.json", {"<human>": 32000, "<bot>": 32001})
     config = json.loads((base / "config.json").read_text())
     write_json(target / "config.json", config | {"vocab_size": ZIYA_ROWS})
-    from lit_llama.model.shards import write_index
-    from lit_llama.model.weights import Weights
+    from lit_llama.model.files.shards import write_index
+    from lit_llama.model.files.weights import Weights
 
     weights, shards, specs = Weights(base), {}, {}
     for number, name in enumerate(weights):

@@ -98,7 +98,7 @@ def _compared(
     """Rate, test losses and CPU seconds of each way to choose the rate."""
     import lit_llama
     from lit_llama.train.config import RunConfig, TrainConfig
-    from lit_llama.train.method import LoRA
+    from lit_llama.train.methods.method import LoRA
     from lit_llama.train.rate_search import find_learning_rate
 
     config = RunConfig(

@@ -207,8 +207,8 @@ def _ours(
     import datasets  # noqa: F401
     import jinja2  # noqa: F401
 
-    from lit_llama.text.dataset.config import PrepareConfig
-    from lit_llama.text.dataset.records import prepare_records
+    from lit_llama.text.config import PrepareConfig
+    from lit_llama.text.pipeline.records import prepare_records
 
     config = PrepareConfig(
         source=str(file),
@@ -228,7 +228,7 @@ def _ours_without_near_duplicates(file: Path, tokenizer_path: Path, folder: Path
 
 
 def _ours_without_report(file: Path, tokenizer_path: Path, folder: Path) -> Callable[[], object]:
-    from lit_llama.text.dataset import prepare
+    from lit_llama.text.pipeline import prepare
 
     module: Any = prepare
     module.Findings.add = lambda *_: None

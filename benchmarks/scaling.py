@@ -91,10 +91,10 @@ def _step(axis: Axis, value: int, repeats: int) -> Point:
     import torch
 
     from lit_llama.device import cores, keep_few_products, keep_freed_memory
+    from lit_llama.model.adapters.lora import apply_lora, lora_parameters
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
     from lit_llama.model.fused.layer import fuse
     from lit_llama.model.llama import LLaMA
-    from lit_llama.model.lora import apply_lora, lora_parameters
     from lit_llama.text.dataset.batches import collate
     from lit_llama.train.loss import TokenLoss
 

@@ -37,7 +37,7 @@ def main(*, config: RunConfig) -> None:
     Args:
         config: The run.
     """
-    from lit_llama.train.method import Preference
+    from lit_llama.train.methods.method import Preference
     from lit_llama.train.start import start
 
     start(Preference(config.lora, preference=config.dpo), config)

@@ -42,7 +42,7 @@ def main(*, config: RunConfig) -> None:
     Args:
         config: The run.
     """
-    from lit_llama.train.method import Full
+    from lit_llama.train.methods.method import Full
     from lit_llama.train.start import start
 
     start(Full(config.dtype), config)

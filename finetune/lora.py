@@ -21,7 +21,7 @@ def main(*, config: RunConfig, find_learning_rate: bool = False) -> None:
         find_learning_rate: Compare learning rates by short runs on the data, print them and train nothing else; a table
             and a chart go to OUT-rates beside out_dir.
     """
-    from lit_llama.train.method import LoRA
+    from lit_llama.train.methods.method import LoRA
 
     if find_learning_rate:
         from lit_llama.train.rate_search import print_rates

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from lit_llama.errors import UserError
     from lit_llama.generate.engine.request import Sampling
     from lit_llama.generate.llm import LLM
-    from lit_llama.model.checkpoint import load_model
+    from lit_llama.model.adapters.lora import apply_lora
     from lit_llama.model.config import LLaMAConfig, LoRAConfig
+    from lit_llama.model.files.checkpoint import load_model
     from lit_llama.model.llama import LLaMA
-    from lit_llama.model.lora import apply_lora
-    from lit_llama.text.dataset.config import PrepareConfig
+    from lit_llama.text.config import PrepareConfig
     from lit_llama.text.inspect.show import show_rows
     from lit_llama.text.tokenizer.base import Tokenizer
     from lit_llama.train.config import RunConfig, TrainConfig
@@ -67,7 +67,7 @@ _HOMES = {
     "LLaMA": "model.llama",
     "LLaMAConfig": "model.config",
     "LoRAConfig": "model.config",
-    "PrepareConfig": "text.dataset.config",
+    "PrepareConfig": "text.config",
     "RunConfig": "train.config",
     "Sampling": "generate.engine.request",
     "LLM": "generate.llm",
@@ -75,14 +75,15 @@ _HOMES = {
     "TrainConfig": "train.config",
     "UserError": "errors",
     "add_delta": "api.weights",
-    "apply_lora": "model.lora",
+    "apply_lora": "model.adapters.lora",
+    "convert": "api.weights",
     "download": "api.weights",
     "evaluate": "api.stages",
     "find_learning_rate": "api.stages",
     "finetune": "api.stages",
     "generate_rows": "api.stages",
     "load": "api.stages",
-    "load_model": "model.checkpoint",
+    "load_model": "model.files.checkpoint",
     "merge": "api.weights",
     "prepare": "api.stages",
     "show_rows": "text.inspect.show",
@@ -93,8 +94,6 @@ _HOMES = {
 def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
-    if name == "convert":  # also a package, which would come in the way of the function; so it is one itself
-        return import_module("lit_llama.convert")
     if name in _HOMES:
         globals()[name] = found = getattr(import_module(f"lit_llama.{_HOMES[name]}"), name)
         return found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lit_llama.cli import CLI
 from lit_llama.flags import config_flags
-from lit_llama.text.dataset.config import PrepareConfig, StyleName
+from lit_llama.text.config import PrepareConfig, StyleName
 
 OFFERED = [
     *("destination_path", "tokenizer_path", "test_split_size", "max_seq_length", "seed", "mask_inputs", "prompt_style"),
@@ -45,7 +45,7 @@ def main(*, config: PrepareConfig, data_file_name: str = "alpaca_data_cleaned_ar
         config: How rows become samples, and where they go.
         data_file_name: Raw file in destination_path: a JSON array of {instruction, input, output}.
     """
-    from lit_llama.text.dataset.alpaca import prepare_alpaca
+    from lit_llama.text.pipeline.alpaca import prepare_alpaca
     from lit_llama.train.config import usual_steps
 
     prepare_alpaca(config, data_file_name, plan=usual_steps())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import CLI
-from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.config import StyleName
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -43,8 +43,8 @@ def apply(
         accept_rounded_base: Go on with a base in float16 that once was bfloat16.
         max_shard_size: Largest file of weights, such as 5GB or 200MB.
     """
-    from lit_llama.convert.delta import apply as run
-    from lit_llama.model.shards import parse_size
+    from lit_llama.conversion.delta import apply as run
+    from lit_llama.model.files.shards import parse_size
 
     run(
         base_dir,
@@ -77,8 +77,8 @@ def make(
         dtype: Dtype of the delta; left out, base and target must be stored in the same.
         max_shard_size: Largest file of weights, such as 5GB or 200MB.
     """
-    from lit_llama.convert.delta import make as run
-    from lit_llama.model.shards import parse_size
+    from lit_llama.conversion.delta import make as run
+    from lit_llama.model.files.shards import parse_size
 
     size = parse_size(max_shard_size)
     run(base_dir, target_dir, destination_path, policy=policy, dtype=dtype, max_shard_size=size)
@@ -92,7 +92,7 @@ def verify(*, merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | 
         base_dir: The original model.
         delta_dir: What was added to it.
     """
-    from lit_llama.convert.delta import verify as run
+    from lit_llama.conversion.delta import verify as run
 
     run(merged_dir, base_dir, delta_dir)
 

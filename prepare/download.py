@@ -27,7 +27,7 @@ def main(
         destination_path: Folder to make; left out, checkpoints/NAME.
         file: A GGUF file of the repository, instead of the model folder; of a model in parts name the first, all come.
     """
-    from lit_llama.convert.download import download
+    from lit_llama.conversion.download import download
 
     download(repo_id, destination_path, revision=revision, file=file)
 

@@ -9,7 +9,7 @@ signals.begin(__name__)
 
 from lit_llama.cli import CLI
 from lit_llama.flags import config_flags
-from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.config import PrepareConfig
 
 
 @config_flags("config", PrepareConfig, required=["source"], without=["documents", "test_limit"])
@@ -19,7 +19,7 @@ def main(*, config: PrepareConfig) -> None:
     Args:
         config: What is read, how rows become samples, and where they go.
     """
-    from lit_llama.text.dataset.records import prepare_records
+    from lit_llama.text.pipeline.records import prepare_records
     from lit_llama.train.config import usual_steps
 
     prepare_records(config, plan=usual_steps())

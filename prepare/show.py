@@ -30,7 +30,7 @@ def main(
         tokenizer_path: The tokenizer, if it is no longer where it was when the data were made.
         verify: Hash every file that is read, however large, before the work; small ones always are.
     """
-    from lit_llama.model.adapter import verify_folders
+    from lit_llama.model.adapters.peft_folder import verify_folders
     from lit_llama.text.inspect.show import show_rows
 
     if verify:

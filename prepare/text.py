@@ -11,7 +11,7 @@ from typing import Literal
 
 from lit_llama.cli import CLI
 from lit_llama.flags import config_flags
-from lit_llama.text.dataset.config import Documents, PrepareConfig
+from lit_llama.text.config import Documents, PrepareConfig
 
 OFFERED = [
     *("source", "destination_path", "tokenizer_path", "documents", "rendered", "max_seq_length", "overflow", "split"),
@@ -49,7 +49,7 @@ def main(*, config: PrepareConfig) -> None:
     Args:
         config: What is read, how documents become samples, and where they go.
     """
-    from lit_llama.text.dataset.records import prepare_records
+    from lit_llama.text.pipeline.records import prepare_records
     from lit_llama.train.config import usual_steps
 
     prepare_records(config, plan=usual_steps())

@@ -24,15 +24,15 @@ from fake_hub import REPO, FakeHub
 from lit_llama.commands import Commands
 from lit_llama.console import verbose
 from lit_llama.folder.publish import write_json
-from lit_llama.model.adapter import save_adapter
-from lit_llama.model.checkpoint import fingerprint, load_model
+from lit_llama.model.adapters.lora import apply_lora, lora_parameters
+from lit_llama.model.adapters.peft_folder import save_adapter
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.files.checkpoint import fingerprint, load_model
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.text.dataset.config import StyleName
-from lit_llama.text.dataset.encoder import Encoded, Encoder
+from lit_llama.text.config import StyleName
 from lit_llama.text.dataset.writer import Samples, SplitWriter, finish
 from lit_llama.text.message import Conversation
+from lit_llama.text.pipeline.encoder import Encoded, Encoder
 from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
@@ -325,7 +325,7 @@ def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fa
     """A Hub on localhost with one usable repository, without waiting between retries."""
     from huggingface_hub import close_session, constants
 
-    from lit_llama.convert import download
+    from lit_llama.conversion import download
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(download, "time", SimpleNamespace(sleep=lambda _: None))

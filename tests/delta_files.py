@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_model, write_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_llama.convert.delta_writing import Policy
+from lit_llama.conversion.delta_writing import Policy
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 384  # of the tokenizer and of every delta

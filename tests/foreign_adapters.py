@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 
 IDS = torch.tensor([3, 5, 80, 7, 200, 31, 5, 11])
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from lit_llama.train import footprint
-from lit_llama.train.footprint import Build
+from lit_llama.train.memory import footprint
+from lit_llama.train.memory.footprint import Build
 
 FOLDER = "LIT_LLAMA_TESTS_PASSES"
 """Name of the environment variable with the folder, which the first process makes and the others inherit."""

@@ -19,9 +19,9 @@ from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.footprint import Build, Shape
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.method import Full, LoRA, Method
+from lit_llama.train.memory.footprint import Build, Shape
+from lit_llama.train.methods.method import Full, LoRA, Method
 from lit_llama.train.optim import build_optimizer, set_learning_rate, state_bytes
 
 CPU = torch.device("cpu")

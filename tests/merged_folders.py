@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_llama.convert.merge import Proof, merge
-from lit_llama.model.weights import Weights
+from lit_llama.conversion.merge import Proof, merge
+from lit_llama.model.files.weights import Weights
 
 SCALE = 2.0  # alpha 8 / r 4, as write_adapter makes them
 

@@ -8,8 +8,8 @@ from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import TorchRunner
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.kernels.paged import BLOCK, Paged, PagedBatch, PagedCache
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.paged import BLOCK, Paged, PagedBatch, PagedCache
 
 
 class Steps:

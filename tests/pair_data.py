@@ -11,7 +11,7 @@ from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.prompts.encode import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.config import PreferenceConfig, Resume, RunConfig, Strategy, TrainConfig
-from lit_llama.train.method import Preference
+from lit_llama.train.methods.method import Preference
 from lit_llama.train.run import finetune
 
 Row = tuple[list[int], list[int], list[int]]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_llama.train.launch import launch
+from lit_llama.train.distributed.launch import launch
 
 
 def main(checkpoint: Path, folder: Path, settings: list[dict[str, Any]]) -> None:
@@ -21,7 +21,7 @@ def main(checkpoint: Path, folder: Path, settings: list[dict[str, Any]]) -> None
     from small_runs import Killed, stop_after
 
     from lit_llama.train import run as run_module
-    from lit_llama.train.processes import Processes, join
+    from lit_llama.train.distributed.processes import Processes, join
 
     with join(2, 1) as processes, pytest.MonkeyPatch.context() as patch:
 

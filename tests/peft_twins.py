@@ -8,10 +8,10 @@ import torch
 from conftest import tiny_config, write_tokenizer
 from torch import nn
 
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.lora import adapters, apply_lora
 from lit_llama.model.config import LoRAConfig
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import adapters, apply_lora
 
 # Names of PEFT's parameters below a module, by those of its files.
 THEIRS = {

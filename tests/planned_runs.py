@@ -18,7 +18,7 @@ from lit_llama.device import keep_few_products
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train import run as run_module
 from lit_llama.train.config import PreferenceConfig, RunConfig, TrainConfig
-from lit_llama.train.method import Full, LoRA, Method, Preference
+from lit_llama.train.methods.method import Full, LoRA, Method, Preference
 
 
 def high_water() -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError
+from lit_llama.text.read.formats.sources import read_rows
 from lit_llama.text.read.raw import RawRow
-from lit_llama.text.read.sources import read_rows
 
 ROW = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TEXTS = ["a\u2028b", "a\u0085b\x0bc\x0cd\x1ee", 'quote " and \\ and \n', "北京 😀 \ufffd", "\r\n", "", " ", "a,b;c\td"]

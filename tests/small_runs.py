@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from conftest import run_here
 
-from lit_llama.model.adapter import WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
-from lit_llama.text.dataset.alpaca import prepare_alpaca
-from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.config import PrepareConfig
+from lit_llama.text.pipeline.alpaca import prepare_alpaca
 from lit_llama.train.config import Resume, RunConfig, TrainConfig
+from lit_llama.train.logs.metrics import METRICS_FILE
 from lit_llama.train.loop import Trainer
-from lit_llama.train.method import LoRA
-from lit_llama.train.metrics import METRICS_FILE
+from lit_llama.train.methods.method import LoRA
 from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.run import finetune
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from known_passes import keep
 
-from lit_llama.train.launch import launched
+from lit_llama.train.distributed.launch import launched
 
 if __name__ == "__main__":
     rank, step, name, whom, script, *flags = sys.argv[1:]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.pth.files import read_pth
+from lit_llama.model.files.pth.files import read_pth
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -15,7 +15,7 @@ from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.llm import LLM, load
 from lit_llama.text.message import Conversation
 from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.read.sources import read_questions
+from lit_llama.text.read.formats.sources import read_questions
 
 
 def main(folder: Path, rows_file: Path) -> None:

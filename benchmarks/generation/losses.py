@@ -10,8 +10,8 @@ import torch
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner
-from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import KVCacheType
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.kernels.decode import PackedLLaMA
 from lit_llama.model.kernels.packing import Weights
 

@@ -13,7 +13,7 @@ from benchmarks.generation.worker import Result, serve
 from lit_llama.generate.engine.engine import Engine, EngineConfig, Ticket
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.kernels.decode import PackedLLaMA
 
 CACHE = 1 << 29

@@ -117,8 +117,8 @@ def train(option: Option, config: Any, *, warmup: int, steps: int) -> dict[str, 
     from lit_llama.device import keep_freed_memory, numerics, seed_everything
     from lit_llama.model.assemble import assemble
     from lit_llama.model.config import LoRAConfig
-    from lit_llama.train.footprint import Build
-    from lit_llama.train.method import Full, LoRA, Method
+    from lit_llama.train.memory.footprint import Build
+    from lit_llama.train.methods.method import Full, LoRA, Method
 
     method: Method = Full() if option.lora is None else LoRA(LoRAConfig(**option.lora))
     numbers = numerics(option.precision, torch.device("cpu"), whole=method.whole)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def _model(config: Any, numbers: Any) -> Any:
     from torch import nn
 
     from benchmarks.training.synthetic import random_model
-    from lit_llama.model.checkpoint import linear_weights
+    from lit_llama.model.files.checkpoint import linear_weights
 
     model = random_model(config, torch.device("cpu"), torch.bfloat16)
     if config.tie_word_embeddings:

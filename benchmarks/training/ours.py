@@ -17,7 +17,7 @@ DOORS = Path(__file__).parent.parent.parent / "finetune"
 
 def main() -> None:
     """Run the door, listening to what it logs."""
-    from lit_llama.train.log import Log
+    from lit_llama.train.logs.log import Log
     from lit_llama.train.loop import Trainer
 
     job, course, log_step, compute_reference = Job.read(), Course(), Log.step, Trainer.refer

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lit_llama.device import peak_memory
+from lit_llama.model.adapters.lora import apply_lora, lora_parameters
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.model.quantize import is_quantized, quantized
 from lit_llama.text.dataset.batches import Batch, collate
 from lit_llama.text.message import IGNORE_INDEX

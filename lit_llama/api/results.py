@@ -17,9 +17,9 @@ from lit_llama.console import Talk, talking
 from lit_llama.device import process_kept
 
 if TYPE_CHECKING:
-    from lit_llama.convert.merge import Proof
+    from lit_llama.conversion.merge import Proof
     from lit_llama.generate.evaluate.evaluation import Evaluation
-    from lit_llama.train.plan import Plan
+    from lit_llama.train.memory.plan import Plan
 
 
 Place = str | os.PathLike[str]

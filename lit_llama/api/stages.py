@@ -12,7 +12,7 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.flags import Loading
 from lit_llama.model.config import LoRAConfig
 from lit_llama.settings import check_choice, check_names, names_of, settled, written
-from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.config import PrepareConfig
 from lit_llama.train.config import FULL, PREFERENCE, PreferenceConfig, RunConfig, TrainConfig, usual_steps
 from lit_llama.wording import param
 
@@ -58,8 +58,8 @@ def prepare(
     folders = {"source": source, "destination_path": destination_path, "tokenizer_path": tokenizer_path}
     config = settled(PrepareConfig, folders | settings)
     with called(verbose) as talk:
-        from lit_llama.text.dataset.records import prepare_records
         from lit_llama.text.inspect.report import REPORT_JSON
+        from lit_llama.text.pipeline.records import prepare_records
 
         meta = prepare_records(config, plan=usual_steps())
         remarks = [*meta.get("remarks", ()), *_looked_at(config.destination_path / REPORT_JSON)]
@@ -108,14 +108,14 @@ def finetune(
     given = dict(settings) | ({} if dpo is None else {"dpo": dpo})
     config = _run_config(checkpoint_dir, data_dir, out_dir, method, lora, train, given)
     with called(verbose) as talk:
-        from lit_llama.train.method import method_of
-        from lit_llama.train.metrics import read_metrics
-        from lit_llama.train.report.run_report import REPORT_JSON
+        from lit_llama.train.logs.metrics import read_metrics
+        from lit_llama.train.logs.report.run_report import REPORT_JSON
+        from lit_llama.train.methods.method import method_of
         from lit_llama.train.start import begin
 
         trained, config = begin(method_of(method, config), config)
         if config.only_planned:
-            from lit_llama.train.plan_table import plan_run
+            from lit_llama.train.memory.plan_table import plan_run
 
             plan, remarks = plan_run(trained, config)
             return Finetuned(folder=config.out_dir, remarks=tuple(remarks), log=tuple(talk.lines), plan=plan)
@@ -164,7 +164,7 @@ def find_learning_rate(
     """
     config = _run_config(checkpoint_dir, data_dir, out_dir, "lora", lora, train, settings)
     with called(verbose):
-        from lit_llama.train.method import method_of
+        from lit_llama.train.methods.method import method_of
         from lit_llama.train.rate_search import find_learning_rate as search
 
         return search(method_of("lora", config), config)

@@ -8,7 +8,7 @@ from lit_llama.device import Precision
 from lit_llama.errors import UserError
 from lit_llama.model.config import GGUFType, Onto, PlainType
 from lit_llama.settings import check_choice
-from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.config import StyleName
 from lit_llama.wording import param
 
 Layout = Literal["hf", "meta", "lit", "gguf"]
@@ -59,9 +59,9 @@ def merge(
         check_choice(name, value, kind)
     adapter, destination, base = Path(adapter_dir), Path(destination_path), path_of(base_dir)
     with called(verbose) as talk:
-        from lit_llama.convert.merge import merge as write
-        from lit_llama.convert.merge import merge_into_gguf
-        from lit_llama.model.adapter import verify_folders
+        from lit_llama.conversion.merge import merge as write
+        from lit_llama.conversion.merge import merge_into_gguf
+        from lit_llama.model.adapters.peft_folder import verify_folders
 
         if verify:
             verify_folders(adapter, base_dir=base)
@@ -126,10 +126,10 @@ def convert(
     check_choice("dtype", dtype, GGUFType | None)
     found, destination, base = Path(source), Path(destination_path), path_of(base_dir)
     with called(verbose) as talk:
-        from lit_llama.convert import convert as write
-        from lit_llama.convert import convert_adapter
-        from lit_llama.model.adapter import verify_folders
-        from lit_llama.model.shards import parse_size
+        from lit_llama.conversion import convert as write
+        from lit_llama.conversion import convert_adapter
+        from lit_llama.model.adapters.peft_folder import verify_folders
+        from lit_llama.model.files.shards import parse_size
 
         adapter = base is not None and format == "hf"
         if verify:
@@ -187,8 +187,8 @@ def add_delta(
     """
     base, delta, destination = Path(base_dir), Path(delta_dir), Path(destination_path)
     with called(verbose) as talk:
-        from lit_llama.convert.delta import apply
-        from lit_llama.model.shards import parse_size
+        from lit_llama.conversion.delta import apply
+        from lit_llama.model.files.shards import parse_size
 
         apply(
             base,
@@ -231,7 +231,7 @@ def download(
         IntegrityError: A file arrived damaged.
     """
     with called(verbose) as talk:
-        from lit_llama.convert.download import download as fetch
+        from lit_llama.conversion.download import download as fetch
 
         made = fetch(repo_id, path_of(destination_path), revision=revision, file=file, endpoint=endpoint)
         return Result(folder=made, log=tuple(talk.lines))

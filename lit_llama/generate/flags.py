@@ -15,7 +15,7 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.flags import config_flags, entries, expanded
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.model.config import Held, KVCacheType
-from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.config import StyleName
 from lit_llama.wording import param
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast, overload
 
 import torch
 
-from lit_llama.convert.merged import Merged
+from lit_llama.conversion.merged import Merged
 from lit_llama.device import cores
 from lit_llama.errors import CheckpointError, ResourceError, UserError
 from lit_llama.folder.manifest import check_folder
@@ -31,13 +31,13 @@ from lit_llama.generate.plan import (
     torch_engine,
 )
 from lit_llama.generate.text_model import AnswerText, Messages, Stream, TextModel, TextStream
-from lit_llama.model.adapter import CONFIG_FILE, base_of, trained_on, verify_folders
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, base_of, trained_on, verify_folders
 from lit_llama.model.assemble import adapted, assemble
-from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import KVCacheType, LLaMAConfig
+from lit_llama.model.files.checkpoint import load_model
+from lit_llama.model.files.weights import Weights
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.offload import offload
-from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import (
     answer_opening,

@@ -18,13 +18,13 @@ from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.manifest import sha256_file
 from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import LLM, Opened, open_folder
-from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, trained_on
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.adapters.lora import adapters as adapters_of
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter, trained_on
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.files.checkpoint import fingerprint
+from lit_llama.model.files.weights import Weights
 from lit_llama.model.kernels.trained import Factors, factors_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import adapters as adapters_of
-from lit_llama.model.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.vocabulary import tokenizer_home
 from lit_llama.wording import call, param

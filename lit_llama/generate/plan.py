@@ -30,9 +30,9 @@ from lit_llama.memory import amount, amounts
 from lit_llama.model.config import Held, KVCacheType, LLaMAConfig, Quantization
 from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, packs
 from lit_llama.model.kernels.packing import Weights
+from lit_llama.model.kernels.paged import BLOCK, PagedCache
 from lit_llama.model.kernels.trained import factors_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.paged import BLOCK, PagedCache
 from lit_llama.model.quantize import is_quantized
 from lit_llama.progress import stderr, stdout
 from lit_llama.wording import param

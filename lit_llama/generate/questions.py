@@ -16,7 +16,7 @@ from lit_llama.generate.llm import LLM
 from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prompts.encode import prompt_ids
-from lit_llama.text.read.sources import read_questions
+from lit_llama.text.read.formats.sources import read_questions
 from lit_llama.wording import param
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_llama.model.adapter import load_adapter
+from lit_llama.model.adapters.low_rank import LoRALinear
+from lit_llama.model.adapters.neftune import add_noise
+from lit_llama.model.adapters.peft_folder import load_adapter
+from lit_llama.model.adapters.rows import WholeLinear
 from lit_llama.model.config import Checkpointing
 from lit_llama.model.fused.layer import FusedLayer, fuse
 from lit_llama.model.fused.reasons import why_plain
 from lit_llama.model.llama import DecoderLayer, LLaMA
-from lit_llama.model.low_rank import LoRALinear
-from lit_llama.model.neftune import add_noise
 from lit_llama.model.recompute import recompute_activations
-from lit_llama.model.rows import WholeLinear
 
 CHUNKED = (nn.Linear, LoRALinear, WholeLinear)
 """Heads whose logits the loss holds a few at a time."""

@@ -13,10 +13,10 @@ from lit_llama.objects import read_object
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.train.config import RUN_FILE, RunConfig, TrainConfig
+from lit_llama.train.distributed.processes import Processes
 from lit_llama.train.inputs import Inputs
-from lit_llama.train.method import Method
+from lit_llama.train.methods.method import Method
 from lit_llama.train.optim import learning_rate
-from lit_llama.train.processes import Processes
 from lit_llama.train.state import (
     SETTING,
     STATES_DIR,

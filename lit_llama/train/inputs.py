@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.convert.frame import Frame
+from lit_llama.conversion.frame import Frame
 from lit_llama.errors import DataError, UserError
 from lit_llama.folder.manifest import check_folder
 from lit_llama.model.adapters.base import base_record
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.weights import Weights
+from lit_llama.model.files.weights import Weights
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.batches import Rows
 from lit_llama.text.dataset.folder import SPLITS, FolderKind, Split, data_fingerprint, read_meta
 from lit_llama.text.dataset.pair_batches import PairRows
 from lit_llama.text.dataset.pairs import PairSplit
 from lit_llama.text.prompts.encode import TEMPLATE_FILE
-from lit_llama.text.read.sources import read_text
+from lit_llama.text.read.formats.sources import read_text
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, special_ids
 from lit_llama.train.config import TrainConfig

@@ -20,12 +20,12 @@ from lit_llama.model.fused.layer import give_back
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset.batches import Batch, Rows, epoch_order, shared_micro_batches
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.footprint import largest_batch, probe
+from lit_llama.train.distributed.processes import ALONE, Processes
 from lit_llama.train.interrupt import Interrupt
-from lit_llama.train.log import Log
+from lit_llama.train.logs.log import Log
 from lit_llama.train.loss import TokenLoss
+from lit_llama.train.memory.footprint import largest_batch, probe
 from lit_llama.train.optim import build_optimizer, learning_rate, overflowed, set_learning_rate, state_bytes
-from lit_llama.train.processes import ALONE, Processes
 from lit_llama.train.stopping import Best
 from lit_llama.wording import call, param
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llama.device import Numerics
+from lit_llama.model.adapters.low_rank import LoRALinear
+from lit_llama.model.adapters.rows import WholeLinear
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.fused.layer import can_share
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.low_rank import LoRALinear
 from lit_llama.model.operators.narrow import outer, project_back
 from lit_llama.model.operators.pointwise import cross_entropy
-from lit_llama.model.rows import WholeLinear
 from lit_llama.text.dataset.batches import Batch, Rows
 
 CHUNK = 512

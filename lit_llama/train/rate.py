@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_llama.errors import UserError
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.method import LoRA, Method, Preference
+from lit_llama.train.methods.method import LoRA, Method, Preference
 from lit_llama.train.state import SETTING, read_record
 from lit_llama.wording import param
 

@@ -26,16 +26,16 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.progress import bar, stderr, stdout
 from lit_llama.text.dataset.folder import Split
 from lit_llama.train.config import RunConfig
+from lit_llama.train.distributed.launch import layout
 from lit_llama.train.inputs import fitting, read_inputs
-from lit_llama.train.launch import layout
+from lit_llama.train.logs.metrics import csv_line
+from lit_llama.train.logs.report.run_report import RATES, RATES_CSV
 from lit_llama.train.loop import Trainer
-from lit_llama.train.method import Method
-from lit_llama.train.metrics import csv_line
+from lit_llama.train.memory.plan import Plan, make_plan
+from lit_llama.train.memory.plan_table import explained, short
+from lit_llama.train.methods.method import Method
 from lit_llama.train.optim import check_optimizer
-from lit_llama.train.plan import Plan, make_plan
-from lit_llama.train.plan_table import explained, short
 from lit_llama.train.rate import resolved, rule, shape_of, why_none
-from lit_llama.train.report.run_report import RATES, RATES_CSV
 from lit_llama.train.run import build
 from lit_llama.train.start import begin
 from lit_llama.wording import call, param

@@ -32,10 +32,10 @@ from lit_llama.folder.lock import claim
 from lit_llama.folder.manifest import forget
 from lit_llama.folder.publish import check_space, encode_json, publish, replace_file, replace_text, write_json
 from lit_llama.memory import amount
+from lit_llama.model.adapters.lora import many
 from lit_llama.model.assemble import Assembled, assemble
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import many
 from lit_llama.progress import stderr
 from lit_llama.text.dataset.folder import META_FILE
 from lit_llama.text.inspect.report import look_at
@@ -43,22 +43,22 @@ from lit_llama.text.prompts.encode import TEMPLATE_FILE
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, RunConfig
+from lit_llama.train.distributed.processes import join
+from lit_llama.train.distributed.shards import shard
 from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
-from lit_llama.train.log import SAVE_SECONDS, Log, Silence
-from lit_llama.train.loggers import check_loggers
+from lit_llama.train.logs.log import SAVE_SECONDS, Log, Silence
+from lit_llama.train.logs.loggers import check_loggers
+from lit_llama.train.logs.metrics import METRICS, PAIR_METRICS, draw_curve
+from lit_llama.train.logs.report.run_report import REPORT_JSON, write_run_report
+from lit_llama.train.logs.sampler import Sampler
 from lit_llama.train.loop import Progress, Trainer, fit
-from lit_llama.train.method import Method
-from lit_llama.train.metrics import METRICS, PAIR_METRICS, draw_curve
+from lit_llama.train.memory.plan import Plan, make_plan
+from lit_llama.train.memory.plan_table import advice, course, does_not_fit, explained, short, spread
+from lit_llama.train.methods.method import Method
+from lit_llama.train.methods.preference import read_reference, write_reference
 from lit_llama.train.optim import check_optimizer, restore_optimizer, write_optimizer
-from lit_llama.train.plan import Plan, make_plan
-from lit_llama.train.plan_table import advice, course, does_not_fit, explained, short
-from lit_llama.train.preference import read_reference, write_reference
-from lit_llama.train.processes import join
 from lit_llama.train.rate import resolved
-from lit_llama.train.report.run_report import REPORT_JSON, write_run_report
-from lit_llama.train.sampler import Sampler
-from lit_llama.train.shards import shard, spread
 from lit_llama.train.state import (
     clear,
     find_states,

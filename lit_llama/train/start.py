@@ -5,13 +5,13 @@ from pathlib import Path
 
 from lit_llama.device import keep_few_products
 from lit_llama.errors import UserError
-from lit_llama.model.adapter import CONFIG_FILE, trained_on, verify_folders
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, trained_on, verify_folders
 from lit_llama.progress import stderr
 from lit_llama.train.config import RunConfig
-from lit_llama.train.launch import launch
-from lit_llama.train.method import LoRA, Method
+from lit_llama.train.distributed.launch import launch
+from lit_llama.train.methods.method import LoRA, Method
+from lit_llama.train.methods.warm_start import find_base, read_start, remark_on_style
 from lit_llama.train.rate import check_auto
-from lit_llama.train.warm_start import find_base, read_start, remark_on_style
 from lit_llama.wording import call, param
 
 
@@ -30,7 +30,7 @@ def start(method: Method, config: RunConfig) -> None:
     keep_few_products()
     method, config = begin(method, config)
     if config.only_planned:
-        from lit_llama.train.plan_table import print_plan
+        from lit_llama.train.memory.plan_table import print_plan
 
         return print_plan(method, config)
     launch(config.devices, config.num_nodes)

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from small_runs import ROWS
 from world import World
 
-from lit_llama.convert import _open_file, _open_folder
-from lit_llama.convert.gguf.writer import write_gguf
+from lit_llama.conversion import _open_file, _open_folder
+from lit_llama.conversion.gguf.writer import write_gguf
 from lit_llama.errors import UserError
 from lit_llama.folder.manifest import MANIFEST, check_folder, write_manifest
 from lit_llama.folder.publish import Staging
@@ -36,13 +36,13 @@ from lit_llama.generate.llm import open_folder
 from lit_llama.generate.rows.journal import open_journal
 from lit_llama.generate.rows.recipe import read_recipe
 from lit_llama.generate.store import RowStore
-from lit_llama.model.adapter import read_adapter_config, read_adapter_weights
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.peft_folder import read_adapter_config, read_adapter_weights
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.text.prompts.encode import folder_style
 from lit_llama.text.read.reading import read_conversations
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.inputs import read_inputs
-from lit_llama.train.report.run_report import write_run_report
+from lit_llama.train.logs.report.run_report import write_run_report
 from lit_llama.train.state import read_record
 
 SECONDS = 20

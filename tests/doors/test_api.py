@@ -20,11 +20,10 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 
 import lit_llama
 from lit_llama.console import talking
-from lit_llama.convert import convert as convert_weights
 from lit_llama.errors import DataError, Interrupted, UserError
-from lit_llama.model.adapter import WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import WEIGHTS_FILE
+from lit_llama.train.logs.metrics import read_metrics
 from lit_llama.train.loop import Trainer
-from lit_llama.train.metrics import read_metrics
 
 TRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "eval_interval": 2, "sample_prompts": 0}
 RUN: dict[str, Any] = {"lora": {"r": 2, "alpha": 4}, "train": TRAIN, "precision": "32-true"}
@@ -320,11 +319,10 @@ def test_paths_of_every_kind_and_several_sources(tiny_folder: Path, tmp_path: Pa
         lit_llama.prepare([one, tmp_path / "absent.jsonl"], tmp_path / "data", tiny_folder)
 
 
-def test_the_room_of_conversions_is_the_function_too(tiny_folder: Path) -> None:
+def test_no_room_has_the_name_of_a_function(tiny_folder: Path) -> None:
     """`lit_llama.convert` that is a package as soon as anything has imported it."""
-    import lit_llama.convert.merge
-
-    assert callable(lit_llama.convert) and lit_llama.convert.merge.merge and callable(convert_weights)
+    rooms = {path.stem for path in Path(lit_llama.__file__).parent.iterdir()}
+    assert not rooms & set(lit_llama.__all__)
     with pytest.raises(UserError, match="already is a checkpoint folder"):
         lit_llama.convert(tiny_folder, "made")
     assert set(lit_llama.__all__) <= set(dir(lit_llama))

@@ -21,9 +21,9 @@ from benchmarks.training.rows import IGNORE_INDEX, Rows, load_rows, save_rows
 from lit_llama.device import peak_memory
 from lit_llama.errors import IntegrityError, ResourceError
 from lit_llama.generate.llm import load
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.lora import adapters, apply_lora
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.files.checkpoint import load_model
 
 Samples = list[tuple[Any, Any]]
 

@@ -16,9 +16,9 @@ from benchmarks.training import contest, process
 from benchmarks.training.contest import OURS, Contest, Settings
 from benchmarks.training.rows import dump
 from lit_llama.errors import DataError
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.lora import adapters, apply_lora
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.lora import adapters, apply_lora
+from lit_llama.model.files.checkpoint import load_model
 
 
 def run(command: Sequence[str | Path], log: Path, environment: Mapping[str, str] = {}) -> process.Done:

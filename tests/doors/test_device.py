@@ -13,9 +13,9 @@ from conftest import tiny_model
 from lit_llama import device
 from lit_llama.device import Capabilities
 from lit_llama.errors import ResourceError
+from lit_llama.model.adapters.lora import apply_lora, lora_parameters
 from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.loss import TokenLoss
 
 CPU = torch.device("cpu")

@@ -84,7 +84,7 @@ def test_preparing_rows(more: int, large: Path, tmp_path: Path) -> None:
     flags = ["--source", large / "rows.json", "--tokenizer_path", large / "base", "--prompt_style", "alpaca"]
     made = tmp_path / "data"
     found = limited(
-        tmp_path, "prepare/records.py", "lit_llama.text.dataset.prepare", more, *flags, "--destination_path", made
+        tmp_path, "prepare/records.py", "lit_llama.text.pipeline.prepare", more, *flags, "--destination_path", made
     )
     check(found)
     assert "--near_duplicates 0" in found.stderr and not made.exists()
@@ -102,7 +102,7 @@ def test_training(more: int, large: Path, tmp_path: Path) -> None:
 def test_merging(more: int, large: Path, tmp_path: Path) -> None:
     """Catches the same."""
     flags = ["--adapter_dir", large / "adapter", "--destination_path", tmp_path / "merged"]
-    check(limited(tmp_path, "finetune/merge.py", "lit_llama.convert.merge", more, *flags))
+    check(limited(tmp_path, "finetune/merge.py", "lit_llama.conversion.merge", more, *flags))
     assert not (tmp_path / "merged").exists()
 
 
@@ -111,7 +111,7 @@ def test_converting(form: str, name: str, large: Path, tmp_path: Path) -> None:
     """Catches the same."""
     flags = ["--source", large / "base", "--destination_path", tmp_path / name, "--format", form]
     more = ["--dtype", "float32"] if form == "hf" else []
-    check(limited(tmp_path, "prepare/checkpoint.py", "lit_llama.convert", 60, *flags, *more))
+    check(limited(tmp_path, "prepare/checkpoint.py", "lit_llama.conversion", 60, *flags, *more))
     assert not (tmp_path / name).exists()
 
 

@@ -14,7 +14,7 @@ from lit_llama.generate.answer import answer_all, answer_rows, question_ids
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
-from lit_llama.model.paged import PagedBatch
+from lit_llama.model.kernels.paged import PagedBatch
 from lit_llama.text.message import Conversation, instruct
 
 ROWS = [instruct(text, "", "reference", row) for row, text in enumerate(["Say hi", "a", "Zoë's naïve café"])]

@@ -12,7 +12,7 @@ from conftest import CHATML, write_adapter
 
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.generate.llm import load
-from lit_llama.model.lora import adapters
+from lit_llama.model.adapters.lora import adapters
 from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.tokenizer.base import Tokenizer
 

@@ -11,12 +11,12 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import open_folder
 from lit_llama.generate.plan import GenerationPlan, lighter, plan_generation, print_plan, remedy
-from lit_llama.model.adapter import load_adapter
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.peft_folder import load_adapter
 from lit_llama.model.config import Held, LLaMAConfig
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.kernels.decode import PackedLLaMA, packs
+from lit_llama.model.kernels.paged import PagedBatch
 from lit_llama.model.offload import OffloadedLayer, offload
-from lit_llama.model.paged import PagedBatch
 from tests.conftest import tiny_config, write_adapter
 
 CPU = torch.device("cpu")

@@ -11,15 +11,15 @@ from conftest import tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics
+from lit_llama.model.adapters.lora import apply_lora
 from lit_llama.model.assemble import Assembly, assemble
-from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LoRAConfig
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.fused.layer import FusedLayer, can_share
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.train.footprint import Build
-from lit_llama.train.method import Full, LoRA, Method
+from lit_llama.train.memory.footprint import Build
+from lit_llama.train.methods.method import Full, LoRA, Method
 
 CPU = torch.device("cpu")
 PLAIN = Numerics(device=CPU, linear=torch.float32, rest=torch.float32)

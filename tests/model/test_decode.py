@@ -12,7 +12,7 @@ from conftest import tiny_model
 from paged_steps import Steps, made_by
 
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 
 REAL_PROMPTS = [

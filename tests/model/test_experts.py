@@ -11,18 +11,18 @@ from tiny_families import SHAPE, random_ids, write_model
 
 from lit_llama.device import Numerics
 from lit_llama.errors import CheckpointError
-from lit_llama.model.adapter import load_adapter, save_adapter
+from lit_llama.model.adapters.lora import adapters, apply_lora, many
+from lit_llama.model.adapters.peft_folder import load_adapter, save_adapter
 from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.attention.layout import Packed
-from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig, Quantization
 from lit_llama.model.experts import SparseMLP
+from lit_llama.model.files.checkpoint import load_model
+from lit_llama.model.files.weights import Weights
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import adapters, apply_lora, many
-from lit_llama.model.weights import Weights
-from lit_llama.train.footprint import Build, Shape, _Count
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.method import LoRA
+from lit_llama.train.memory.footprint import Build, Shape, _Count
+from lit_llama.train.methods.method import LoRA
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -184,7 +184,7 @@ def test_configurations_of_both_releases_are_one(tmp_path: Path) -> None:
 
 def test_thousands_of_small_adapters_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a bound that a tiny model meets; catches a slow run that nobody explains, and a word where none is due."""
-    monkeypatch.setattr("lit_llama.model.lora.MANY", 30)
+    monkeypatch.setattr("lit_llama.model.adapters.lora.MANY", 30)
 
     def said(settings: dict[str, Any], targets: str) -> str:
         model = LLaMA(LLaMAConfig.from_dict(SHAPE | settings))

@@ -13,13 +13,13 @@ from paged_steps import Steps, made_by
 from tiny_families import SHAPE, random_ids, write_model
 from torch import Tensor
 
-from lit_llama.convert.merge import merge
+from lit_llama.conversion.merge import merge
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.engine.request import Sampling
-from lit_llama.model.adapter import load_adapter
+from lit_llama.model.adapters.peft_folder import load_adapter
 from lit_llama.model.attention.layout import Packed
-from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 
 TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3}

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from small_runs import ROWS, prepare, through_the_door
 
 from lit_llama.device import peak_memory
-from lit_llama.model.adapter import CONFIG_FILE
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE
 from lit_llama.model.llama import LLaMA
-from lit_llama.train.metrics import METRICS_FILE, read_metrics
+from lit_llama.train.logs.metrics import METRICS_FILE, read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

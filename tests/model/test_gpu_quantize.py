@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from small_runs import ROWS, Killed, through_the_door
 from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 
-from lit_llama.model.adapter import WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import WEIGHTS_FILE
 from lit_llama.model.config import Quantization
 from lit_llama.model.quantize import through
+from lit_llama.train.logs.metrics import read_metrics
 from lit_llama.train.loop import Trainer
-from lit_llama.train.metrics import read_metrics
 from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.state import STATES_DIR, find_states
 

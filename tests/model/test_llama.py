@@ -10,7 +10,7 @@ from conftest import as_transformers, tiny_model
 from torch import Tensor
 
 from lit_llama.model.attention.layout import Packed
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.llama import LLaMA
 
 SHAPES: dict[str, dict[str, Any]] = {

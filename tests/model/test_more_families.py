@@ -14,17 +14,17 @@ from paged_steps import Steps, made_by
 from tiny_families import SHAPE, random_ids, write_model
 from torch import Tensor
 
-from lit_llama.convert.merge import merge
+from lit_llama.conversion.merge import merge
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.plan import plan_generation, table
-from lit_llama.model.adapter import load_adapter, save_adapter
+from lit_llama.model.adapters.lora import adapters, apply_lora
+from lit_llama.model.adapters.peft_folder import load_adapter, save_adapter
 from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.attention.layout import Packed
-from lit_llama.model.checkpoint import load_model
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.kernels.decode import packs
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.train.loss import TokenLoss
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"

@@ -9,8 +9,8 @@ from torch import nn
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.model import patterns
+from lit_llama.model.adapters.lora import apply_lora
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.lora import apply_lora
 from lit_llama.model.patterns import check_pattern, matches_start, matches_whole
 
 NAMES = [name for name, module in tiny_model().named_modules() if isinstance(module, nn.Linear)]

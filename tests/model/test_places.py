@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lit_llama.convert import convert, convert_adapter
+from lit_llama.conversion import convert, convert_adapter
 from lit_llama.errors import CheckpointError
 from lit_llama.generate.llm import load
-from lit_llama.model.adapter import read_adapter_config
+from lit_llama.model.adapters.peft_folder import read_adapter_config
 from lit_llama.model.config import LLaMAConfig
 
 Put = Callable[[Path], Any]

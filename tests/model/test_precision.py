@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.device import Numerics
 from lit_llama.errors import CheckpointError
-from lit_llama.model.checkpoint import linear_weights, load_model
+from lit_llama.model.adapters.lora import apply_lora, lora_parameters
 from lit_llama.model.config import LoRAConfig
+from lit_llama.model.files.checkpoint import linear_weights, load_model
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
 from lit_llama.train.loss import TokenLoss, linear_cross_entropy
 from lit_llama.train.optim import overflowed
 

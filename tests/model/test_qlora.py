@@ -11,7 +11,7 @@ from conftest import run_here
 from safetensors.torch import load_file
 
 from lit_llama.generate.llm import load
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.quantize import through
 
 pytest.importorskip("bitsandbytes")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lit_llama.errors import CheckpointError, ResourceError
 from lit_llama.generate.llm import load
-from lit_llama.model.adapter import trained_on
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.lora import adapters, apply_lora, lora_parameters
+from lit_llama.model.adapters.peft_folder import trained_on
 from lit_llama.model.config import LINEARS, LoRAConfig, Quantization
-from lit_llama.model.lora import adapters, apply_lora, lora_parameters
+from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.quantize import QuantizedLinear, quantized, through
 
 pytest.importorskip("bitsandbytes")

@@ -14,14 +14,20 @@ from peft_twins import lora_of, pairs, peft_config, stir, trained, transformers_
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lit_llama.convert.merge import merge
+from lit_llama.conversion.merge import merge
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.generate.llm import load
-from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter_config, save_adapter
-from lit_llama.model.checkpoint import load_model
-from lit_llama.model.lora import adapters, apply_lora, lora_parameters
-from lit_llama.model.paged import PagedBatch
-from lit_llama.model.weights import Weights
+from lit_llama.model.adapters.lora import adapters, apply_lora, lora_parameters
+from lit_llama.model.adapters.peft_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
+from lit_llama.model.files.checkpoint import load_model
+from lit_llama.model.files.weights import Weights
+from lit_llama.model.kernels.paged import PagedBatch
 
 IDS = torch.arange(3, 40)
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -10,16 +10,16 @@ from conftest import write_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_families import SHAPE, random_ids
 
-from lit_llama.convert.frame import Frame
-from lit_llama.convert.merge import merge
-from lit_llama.convert.native import open_folder
-from lit_llama.convert.source import write_folder
+from lit_llama.conversion.frame import Frame
+from lit_llama.conversion.merge import merge
+from lit_llama.conversion.native import open_folder
+from lit_llama.conversion.source import write_folder
 from lit_llama.errors import CheckpointError
-from lit_llama.model.adapter import load_adapter, save_adapter
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.adapters.lora import adapters, apply_lora
+from lit_llama.model.adapters.peft_folder import load_adapter, save_adapter
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
-from lit_llama.model.lora import adapters, apply_lora
-from lit_llama.model.weights import Weights
+from lit_llama.model.files.checkpoint import load_model
+from lit_llama.model.files.weights import Weights
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import special_ids
 

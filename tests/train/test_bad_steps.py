@@ -16,12 +16,12 @@ from small_runs import SHORT, run
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import NumericalError
-from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE, base_of
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, base_of
 from lit_llama.text.dataset.batches import epoch_order
+from lit_llama.train.logs.metrics import read_metrics
+from lit_llama.train.logs.report.run_report import REPORT_JSON
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.metrics import read_metrics
 from lit_llama.train.optim import OPTIMIZER_FILE
-from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.state import STATES_DIR, find_states
 
 WHOLE = replace(SHORT, epochs=2, micro_batch_tokens=10_000)  # ten steps of one micro-batch

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from small_runs import DROPOUT, ROWS, TWELVE, Killed, run, stop_after, through_the_door
 from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 
-from lit_llama.model.adapter import WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import WEIGHTS_FILE
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.logs.metrics import read_metrics
 from lit_llama.train.loop import Trainer
-from lit_llama.train.metrics import read_metrics
 from lit_llama.train.optim import OPTIMIZER_FILE, build_optimizer, set_learning_rate
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 

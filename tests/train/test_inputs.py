@@ -14,12 +14,12 @@ from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import CheckpointError, DataError, ResourceError, UserError
 from lit_llama.folder.manifest import MANIFEST
-from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from lit_llama.model.config import LoRAConfig
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train.config import RunConfig
 from lit_llama.train.loop import Trainer
-from lit_llama.train.method import LoRA
+from lit_llama.train.methods.method import LoRA
 from lit_llama.train.run import finetune
 
 

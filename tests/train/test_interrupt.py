@@ -12,8 +12,8 @@ from small_runs import DROPOUT, TWELVE, flags_of, outcome, run
 from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 from stopped_runs import straight as straight  # a fixture
 
+from lit_llama.train.logs.metrics import read_metrics
 from lit_llama.train.loop import Trainer
-from lit_llama.train.metrics import read_metrics
 from lit_llama.train.state import STATES_DIR, find_states
 
 

@@ -11,11 +11,11 @@ from small_runs import DROPOUT, TWELVE, Killed, run, stop_after
 from small_runs import twenty_rows as twenty_rows  # a fixture
 
 from lit_llama.errors import UserError
-from lit_llama.model.adapter import META_FILE, WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import META_FILE, WEIGHTS_FILE
 from lit_llama.train.config import TrainConfig
-from lit_llama.train.metrics import METRICS_FILE, read_metrics
+from lit_llama.train.logs.metrics import METRICS_FILE, read_metrics
+from lit_llama.train.logs.report.run_report import REPORT_JSON
 from lit_llama.train.optim import learning_rate
-from lit_llama.train.report.run_report import REPORT_JSON
 from lit_llama.train.run import RUN_FILE
 from lit_llama.train.state import STATES_DIR
 

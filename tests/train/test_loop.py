@@ -20,19 +20,19 @@ from lit_llama.folder.manifest import MANIFEST
 from lit_llama.generate.answer import answer_all
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import load
-from lit_llama.model.adapter import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
-from lit_llama.model.checkpoint import fingerprint, load_model
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, META_FILE, WEIGHTS_FILE, base_of
 from lit_llama.model.config import LoRAConfig
+from lit_llama.model.files.checkpoint import fingerprint, load_model
 from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.train import loop
 from lit_llama.train.config import TrainConfig
+from lit_llama.train.logs.metrics import METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.logs.report.run_report import REPORT_HTML, REPORT_JSON
+from lit_llama.train.logs.sampler import SAMPLES_FILE
 from lit_llama.train.loop import Trainer, evaluate
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
-from lit_llama.train.report.run_report import REPORT_HTML, REPORT_JSON
 from lit_llama.train.run import RUN_FILE
-from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.state import STATES_DIR
 
 

@@ -13,20 +13,20 @@ from conftest import Sample, as_transformers, tiny_model, write_splits
 from torch import Tensor, nn
 
 from lit_llama.device import numerics
+from lit_llama.model.adapters.lora import apply_lora, lora_parameters, parameter_groups
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters, parameter_groups
 from lit_llama.text.dataset.batches import collate
 from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX
 from lit_llama.train import loss as loss_module
 from lit_llama.train.config import PreferenceConfig, TrainConfig
 from lit_llama.train.interrupt import Interrupt
-from lit_llama.train.log import Log
+from lit_llama.train.logs.log import Log
+from lit_llama.train.logs.metrics import read_metrics
 from lit_llama.train.loop import Trainer, fit
 from lit_llama.train.loss import TokenLoss, linear_cross_entropy, linear_log_probs
-from lit_llama.train.metrics import read_metrics
-from lit_llama.train.preference import PairLoss
+from lit_llama.train.methods.preference import PairLoss
 
 CHUNK = 4
 TARGETS = {"all linear layers": "all-linear", "with the head": ["q_proj", "lm_head"]}

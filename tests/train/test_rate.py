@@ -15,7 +15,7 @@ import lit_llama
 from lit_llama.errors import UserError
 from lit_llama.model.config import LoRAConfig
 from lit_llama.train.config import RUN_FILE, PreferenceConfig, RunConfig, TrainConfig
-from lit_llama.train.method import Full, LoRA, Preference
+from lit_llama.train.methods.method import Full, LoRA, Preference
 from lit_llama.train.rate import BOUNDS, check_auto, rule
 from lit_llama.train.run import finetune
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states

@@ -17,9 +17,9 @@ from lit_llama.errors import NumericalError, UserError
 from lit_llama.text.dataset.folder import Split
 from lit_llama.train import rate_search
 from lit_llama.train.config import RunConfig, TrainConfig
+from lit_llama.train.logs.metrics import read_metrics
 from lit_llama.train.loop import Trainer
-from lit_llama.train.method import LoRA
-from lit_llama.train.metrics import read_metrics
+from lit_llama.train.methods.method import LoRA
 from lit_llama.train.rate_search import CSV_FILE, PNG_FILE, Trial, check_searchable, choose, find_learning_rate, search
 
 pytestmark = pytest.mark.usefixtures("one_core")

@@ -19,11 +19,11 @@ from stopped_runs import stopped as stopped  # a fixture
 from stopped_runs import straight as straight  # a fixture
 
 from lit_llama.generate.llm import load
-from lit_llama.model.adapter import CONFIG_FILE, WEIGHTS_FILE
-from lit_llama.train.metrics import METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.model.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from lit_llama.train.logs.metrics import METRICS_FILE, TIMING_FILE, read_metrics
+from lit_llama.train.logs.sampler import SAMPLES_FILE
 from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.run import RUN_FILE
-from lit_llama.train.sampler import SAMPLES_FILE
 from lit_llama.train.state import STATES_DIR, find_states
 
 

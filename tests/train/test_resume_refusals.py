@@ -19,9 +19,9 @@ from stopped_runs import stopped as stopped  # a fixture
 from stopped_runs import straight as straight  # a fixture
 
 from lit_llama.errors import IntegrityError, ResourceError, UserError
-from lit_llama.model.adapter import WEIGHTS_FILE
+from lit_llama.model.adapters.peft_folder import WEIGHTS_FILE
+from lit_llama.train.logs.metrics import METRICS_FILE
 from lit_llama.train.loop import Trainer
-from lit_llama.train.metrics import METRICS_FILE
 from lit_llama.train.optim import OPTIMIZER_FILE
 from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 

@@ -8,10 +8,10 @@ import torch
 from conftest import tiny_config
 
 from lit_llama.device import keep_freed_memory, pick_dtype
+from lit_llama.model.adapters.lora import apply_lora
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.layer import fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora
 from lit_llama.model.operators import kernels
 from lit_llama.train.loss import TokenLoss
 

@@ -13,7 +13,7 @@ from lit_llama.generate.engine.runner import Runner
 from lit_llama.generate.engine.sampling import Sampler
 from lit_llama.generate.engine.speculative import Asked, check_takes_back
 from lit_llama.memory import ran_out
-from lit_llama.model.paged import BLOCK, PagedBatch
+from lit_llama.model.kernels.paged import BLOCK, PagedBatch
 
 
 @dataclass(eq=False, slots=True)

@@ -17,7 +17,7 @@ from lit_llama.generate.engine.sampling import Sampler, token_logprobs
 from lit_llama.generate.engine.scheduler import Part, Scheduler, Sequence
 from lit_llama.generate.engine.speculative import Asked, Guesser
 from lit_llama.generate.engine.ticket import Answer, Ticket
-from lit_llama.model.paged import BLOCK
+from lit_llama.model.kernels.paged import BLOCK
 from lit_llama.wording import param
 
 

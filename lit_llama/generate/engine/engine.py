@@ -22,8 +22,8 @@ from lit_llama.generate.engine.ticket import Answer, Statistics
 from lit_llama.generate.engine.ticket import EngineConfig as EngineConfig
 from lit_llama.generate.engine.ticket import Ticket as Ticket
 from lit_llama.memory import ran_out
+from lit_llama.model.kernels.paged import BLOCK, PagedBatch
 from lit_llama.model.kernels.trained import Factors
-from lit_llama.model.paged import BLOCK, PagedBatch
 from lit_llama.wording import param
 
 PROMPT_TOKENS = {"cpu": 96, "gpu": 256}

@@ -16,9 +16,9 @@ from torch import Tensor
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA
+from lit_llama.model.kernels.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 from lit_llama.model.kernels.trained import Factors
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 
 
 class Runner(Protocol):

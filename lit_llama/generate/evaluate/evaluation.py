@@ -22,8 +22,8 @@ from lit_llama.generate.models import Model, short_names
 from lit_llama.generate.store import Key, Row, described
 from lit_llama.progress import stderr
 from lit_llama.text.message import Conversation, instruct
+from lit_llama.text.read.formats.sources import question_of, read_rows
 from lit_llama.text.read.raw import RowError
-from lit_llama.text.read.sources import question_of, read_rows
 from lit_llama.wording import param
 
 

@@ -12,8 +12,8 @@ from lit_llama.errors import DataError, NumericalError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.ticket import Ticket
 from lit_llama.generate.llm import LLM
-from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, headed
+from lit_llama.text.pipeline.encoder import Encoder
 from lit_llama.text.prompts.encode import Cutter, ids_of
 from lit_llama.text.prompts.styles import Segment
 from lit_llama.wording import param

@@ -18,8 +18,8 @@ from lit_llama.generate.metrics import compiled, is_json, json_keys
 from lit_llama.objects import ObjectError, load_yaml
 from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
+from lit_llama.text.read.formats.sources import question_of, read_rows, read_text
 from lit_llama.text.read.raw import RowError
-from lit_llama.text.read.sources import question_of, read_rows, read_text
 from lit_llama.wording import param
 
 Part = Literal["answer", "likelihood", "choices"]

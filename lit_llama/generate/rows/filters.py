@@ -24,7 +24,7 @@ from lit_llama.text.dataset.split import normalised
 from lit_llama.text.inspect.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.inspect.duplicates import NearIndex
 from lit_llama.text.inspect.findings import refused
-from lit_llama.text.read.sources import read_questions
+from lit_llama.text.read.formats.sources import read_questions
 
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
 """Letters and digits; of scripts that write no spaces, single characters."""

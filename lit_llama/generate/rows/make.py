@@ -81,7 +81,7 @@ def local_teacher(checkpoint_dir: Path, loading: Loading | None = None) -> Teach
     """
     from lit_llama.generate.llm import open_folder
     from lit_llama.generate.rows.teacher import LocalTeacher
-    from lit_llama.model.checkpoint import fingerprint
+    from lit_llama.model.files.checkpoint import fingerprint
 
     folder = open_folder(checkpoint_dir, loading)
     folder.check_style()

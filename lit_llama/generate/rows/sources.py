@@ -13,10 +13,10 @@ from typing import Any
 from lit_llama.errors import DataError
 from lit_llama.generate.rows.recipe import Source
 from lit_llama.text.prompts.styles import PromptStyle
-from lit_llama.text.read.documents import PDF_ENDING, TEXT_ENDINGS, pdf_text, read_documents
-from lit_llama.text.read.paths import expand
+from lit_llama.text.read.formats.documents import PDF_ENDING, TEXT_ENDINGS, pdf_text, read_documents
+from lit_llama.text.read.formats.paths import expand
+from lit_llama.text.read.formats.sources import question_of, read_rows
 from lit_llama.text.read.raw import RowError
-from lit_llama.text.read.sources import question_of, read_rows
 
 PAGES = (".html", ".htm")
 _UNREAD = {"script", "style", "template", "noscript", "svg", "head", "nav", "footer"}

@@ -9,7 +9,7 @@ from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.llm import LLM
 from lit_llama.generate.serve.fields import ApiError
-from lit_llama.model.paged import BLOCK
+from lit_llama.model.kernels.paged import BLOCK
 
 MAX_NEW_TOKENS = 4096
 """Tokens of a chat's answer where the request does not say, as far as the context has room."""

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.folder.manifest import MANIFEST, check_folder, hashes
 from lit_llama.model.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
-from lit_llama.model.checkpoint import fingerprint
+from lit_llama.model.files.checkpoint import fingerprint
+from lit_llama.model.files.weights import INDEX_FILE, SINGLE_FILE, Weights, check_finite, weight_files
 from lit_llama.model.places import of_sixteen_bits, repository
-from lit_llama.model.weights import INDEX_FILE, SINGLE_FILE, Weights, check_finite, weight_files
 from lit_llama.objects import as_object, read_text
 from lit_llama.progress import stderr, track
 from lit_llama.wording import call, param

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_llama.errors import CheckpointError, IntegrityError, UserError
+from lit_llama.model.adapters.lora import adapt, adaptable, adapters
+from lit_llama.model.adapters.low_rank import LoRAEmbedding, LowRank
+from lit_llama.model.adapters.rows import PART as ROWS_PART
+from lit_llama.model.adapters.rows import RowsEmbedding, RowsLinear
 from lit_llama.model.adapters.settings import AdapterSettings, describe_targets
 from lit_llama.model.adapters.tensors import AdapterFile
 from lit_llama.model.config import LoRAConfig
-from lit_llama.model.lora import adapt, adaptable, adapters
-from lit_llama.model.low_rank import LoRAEmbedding, LowRank
-from lit_llama.model.rows import PART as ROWS_PART
-from lit_llama.model.rows import RowsEmbedding, RowsLinear
-from lit_llama.model.weights import check_names
+from lit_llama.model.files.weights import check_names
 from lit_llama.wording import call, param
 
 _PARTS = (*LowRank.PARTS, *LoRAEmbedding.PARTS, "lora_magnitude_vector")

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.names import plain_name
-from lit_llama.model.pth.files import read_pth
-from lit_llama.model.weights import DTYPES, check_finite, describe_wrong_file
+from lit_llama.model.files.names import plain_name
+from lit_llama.model.files.pth.files import read_pth
+from lit_llama.model.files.weights import DTYPES, check_finite, describe_wrong_file
 
 WEIGHTS_FILE, BIN_FILE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_llama.model.adapters.low_rank import DoRALinear, LowRank, base_of
 from lit_llama.model.fused.outputs import Biases, Magnitudes
-from lit_llama.model.low_rank import DoRALinear, LowRank, base_of
 from lit_llama.model.operators.narrow import apart, outer, project, project_back
 from lit_llama.model.operators.pointwise import drop
 

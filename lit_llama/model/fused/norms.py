@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_llama.device import capabilities
+from lit_llama.model.adapters.rows import WholeNorm
 from lit_llama.model.operators import pointwise
 from lit_llama.model.operators.narrow import column_sums
-from lit_llama.model.rows import WholeNorm
 
 
 class Norm:

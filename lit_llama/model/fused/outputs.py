@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lit_llama.model.low_rank import DoRALinear
+from lit_llama.model.adapters.low_rank import DoRALinear
 from lit_llama.model.operators.narrow import column_sums
 from lit_llama.model.quantize import QuantizedLinear
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lit_llama.device import capabilities
 from lit_llama.model import float8
+from lit_llama.model.adapters.low_rank import DoRALinear, LoRALinear, LoRAOnQuantized, base_of
 from lit_llama.model.fused.joined import Joined, OneMatrix, Spread
-from lit_llama.model.low_rank import DoRALinear, LoRALinear, LoRAOnQuantized, base_of
 from lit_llama.model.quantize import Float8Linear, QuantizedLinear
 
 

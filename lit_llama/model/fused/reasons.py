@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
+from lit_llama.model.adapters.low_rank import DoRALinear, LowRank, base_of
+from lit_llama.model.adapters.rows import WholeNorm
 from lit_llama.model.fused.quantized import kind_of
 from lit_llama.model.llama import DecoderLayer
-from lit_llama.model.low_rank import DoRALinear, LowRank, base_of
-from lit_llama.model.rows import WholeNorm
 
 
 def why_plain(layer: DecoderLayer, product: torch.dtype | None = None) -> str:

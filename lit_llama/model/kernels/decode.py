@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.model.config import KVCacheType, LLaMAConfig
 from lit_llama.model.kernels.packing import DEPTH, PAIR, MappedFiles, Weights, in_turns, packed, packed_matrix
+from lit_llama.model.kernels.paged import BLOCK, PagedBatch, untouched_zeros
 from lit_llama.model.kernels.trained import Factors, bias_of, give_up, weight_of
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.operators.kernels import call, compiled
-from lit_llama.model.paged import BLOCK, PagedBatch, untouched_zeros
 from lit_llama.model.rope import rotary
 
 TALL = 32

@@ -5,8 +5,8 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lit_llama.model.adapters.low_rank import Adapter, LowRank
 from lit_llama.model.kernels.packing import MappedFiles
-from lit_llama.model.low_rank import Adapter, LowRank
 from lit_llama.model.quantize import QuantizedLinear
 
 

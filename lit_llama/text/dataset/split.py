@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.dataset.config import SplitChoice
+from lit_llama.text.config import SplitChoice
+from lit_llama.text.read.formats.sources import Division
 from lit_llama.text.read.raw import listed
-from lit_llama.text.read.sources import Division
 from lit_llama.wording import param
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.dataset.config import NEAR_DUPLICATES
+from lit_llama.text.config import NEAR_DUPLICATES
 from lit_llama.text.dataset.split import normalised
 from lit_llama.text.inspect.characters import SCRIPTS, TROUBLE, count_characters
 from lit_llama.text.inspect.duplicates import BYTES, SIMILARITY, Keys, NearDuplicates, Pairs, Rows, earliest, partners

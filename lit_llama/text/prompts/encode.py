@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.config import StyleName
 from lit_llama.text.message import Message
 from lit_llama.text.prompts.styles import (
     Alpaca,

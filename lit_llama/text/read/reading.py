@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.dataset.config import DataKind, Documents, OnError, Tree
+from lit_llama.text.config import DataKind, Documents, OnError, Tree
 from lit_llama.text.message import Conversation, Dropped, Preference
-from lit_llama.text.read.fields import FieldLog
-from lit_llama.text.read.files import UTF8, Dialect
-from lit_llama.text.read.paths import plain_suffix
-from lit_llama.text.read.preferences import Judged, judgement, read_judged, refuse
-from lit_llama.text.read.published import join_messages
+from lit_llama.text.read.formats.files import UTF8, Dialect
+from lit_llama.text.read.formats.paths import plain_suffix
+from lit_llama.text.read.formats.sources import Division, Part, resolve
 from lit_llama.text.read.raw import RawRow, RowError, Where
-from lit_llama.text.read.schemas import FIELDS, complete, recognise
-from lit_llama.text.read.sources import Division, Part, resolve
+from lit_llama.text.read.schemas.fields import FieldLog
+from lit_llama.text.read.schemas.preferences import Judged, judgement, read_judged, refuse
+from lit_llama.text.read.schemas.published import join_messages
+from lit_llama.text.read.schemas.recognition import FIELDS, complete, recognise
 from lit_llama.wording import param
 
 

@@ -17,7 +17,7 @@ from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.generate.llm import LLM, load
-from lit_llama.model.paged import BLOCK
+from lit_llama.model.kernels.paged import BLOCK
 from lit_llama.text.prompts.encode import named_style, prompt_ids
 
 

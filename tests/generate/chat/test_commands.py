@@ -19,8 +19,8 @@ from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.flags import Loading
 from lit_llama.generate.llm import LLM, load
 from lit_llama.generate.models import load_models
+from lit_llama.model.kernels.paged import BLOCK
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import BLOCK
 from lit_llama.text.prompts.encode import prompt_ids
 
 

@@ -14,8 +14,8 @@ from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.runner import PackedRunner, Runner, TorchRunner
 from lit_llama.model.config import KVCacheType
 from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA
+from lit_llama.model.kernels.paged import PagedBatch
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import PagedBatch
 
 BYTES = PackedCache.bytes_of_block(tiny_model().config, torch.float32)
 

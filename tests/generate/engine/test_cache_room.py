@@ -12,8 +12,8 @@ from lit_llama.device import resident_memory
 from lit_llama.errors import UserError
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.sampling import Sampler
+from lit_llama.model.kernels.paged import BLOCK
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import BLOCK
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 

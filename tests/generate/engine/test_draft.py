@@ -12,8 +12,8 @@ from lit_llama.generate.engine.draft import DraftModel
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.speculative import PromptLookups
+from lit_llama.model.kernels.paged import PagedBatch
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import PagedBatch
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 

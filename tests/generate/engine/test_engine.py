@@ -14,11 +14,11 @@ from torch import Tensor
 from lit_llama.errors import NumericalError, ResourceError, UserError
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling
+from lit_llama.model.adapters.lora import adapters, apply_lora
 from lit_llama.model.config import LoRAConfig
+from lit_llama.model.kernels.paged import BLOCK, PagedBatch
 from lit_llama.model.kernels.trained import factors_of
-from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import BLOCK, PagedBatch
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 

@@ -14,8 +14,8 @@ from lit_llama.errors import NumericalError, ResourceError, UserError
 from lit_llama.generate.engine.engine import Engine, EngineConfig
 from lit_llama.generate.engine.request import Request, Sampling, Step
 from lit_llama.generate.engine.worker import EngineFailed, EngineThread, Handle
+from lit_llama.model.kernels.paged import PagedBatch
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import PagedBatch
 
 pytestmark = pytest.mark.timeout(60)
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")

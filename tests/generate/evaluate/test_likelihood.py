@@ -10,8 +10,8 @@ import torch
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.generate.evaluate.likelihood import chat_texts, likelihoods, raw_texts
 from lit_llama.generate.llm import LLM, load
-from lit_llama.text.dataset.encoder import Encoder
 from lit_llama.text.message import instruct
+from lit_llama.text.pipeline.encoder import Encoder
 
 EXAMPLES = [
     instruct("Say hi", "", "hello"),

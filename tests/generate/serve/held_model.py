@@ -14,7 +14,7 @@ from lit_llama.generate.llm import LLM, make_llm, open_folder
 from lit_llama.generate.serve.app import create_app
 from lit_llama.generate.serve.page.routes import page_routes
 from lit_llama.generate.serve.service import Service
-from lit_llama.model.checkpoint import load_model
+from lit_llama.model.files.checkpoint import load_model
 
 
 class Held:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.errors import ResourceError
+from lit_llama.model.adapters.lora import adapters, apply_lora
 from lit_llama.model.config import KVCacheType, LoRAConfig
 from lit_llama.model.kernels import packing
 from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, packs
@@ -32,11 +33,10 @@ from lit_llama.model.kernels.packing import (
     packed_scales,
     quantized,
 )
+from lit_llama.model.kernels.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 from lit_llama.model.kernels.trained import Factors, factors_of
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import adapters, apply_lora
 from lit_llama.model.operators.kernels import compiled
-from lit_llama.model.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="no C++ compiler")
 

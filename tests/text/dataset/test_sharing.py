@@ -9,11 +9,11 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_llama.model.adapters.lora import apply_lora, lora_parameters
+from lit_llama.model.adapters.neftune import add_noise
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.fused.layer import can_share, fuse
 from lit_llama.model.llama import LLaMA
-from lit_llama.model.lora import apply_lora, lora_parameters
-from lit_llama.model.neftune import add_noise
 from lit_llama.model.operators import kernels
 from lit_llama.text.dataset.batches import LEAST, Batch, beginnings, collate
 from lit_llama.text.message import IGNORE_INDEX

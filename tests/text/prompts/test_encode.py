@@ -10,8 +10,8 @@ import pytest
 from conftest import Sample, encode_examples
 
 from lit_llama.errors import CheckpointError, DataError, UserError
-from lit_llama.text.dataset.encoder import Encoded
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Dropped, instruct
+from lit_llama.text.pipeline.encoder import Encoded
 from lit_llama.text.prompts.encode import JinjaStyle, answer_opening, end_id, named_style, prompt_ids
 from lit_llama.text.prompts.styles import Alpaca, ChatML, PromptStyle, Segment, Vicuna
 from lit_llama.text.tokenizer.base import Tokenizer

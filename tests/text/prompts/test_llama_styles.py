@@ -13,7 +13,7 @@ from test_styles import transformers_tokenizer
 from tokenizer_files import byte_level, in_transformers
 
 from lit_llama.errors import CheckpointError
-from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.config import StyleName
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.text.prompts.encode import answer_opening, end_id, named_style, prompt_ids
 from lit_llama.text.prompts.styles import Segment

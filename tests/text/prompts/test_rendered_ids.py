@@ -14,8 +14,8 @@ from tokenizer_files import in_transformers
 from tokenizer_zoo import SHAPES, TEMPLATES, THINKING, TOOLS, WORDS, write_shape
 
 from lit_llama.errors import CheckpointError, UserError
-from lit_llama.text.dataset.encoder import Encoded, Encoder
 from lit_llama.text.message import IGNORE_INDEX, Conversation, Message
+from lit_llama.text.pipeline.encoder import Encoded, Encoder
 from lit_llama.text.prompts.encode import JinjaStyle, for_style, prompt_ids, style_of
 from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer

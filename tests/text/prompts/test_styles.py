@@ -18,7 +18,7 @@ from lit_llama.generate.chat.store import Store
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Sampling, Step
 from lit_llama.generate.llm import load
-from lit_llama.text.dataset.config import StyleName
+from lit_llama.text.config import StyleName
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.text.prompts.encode import folder_style, named_style, prompt_ids
 from lit_llama.text.prompts.styles import Segment

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from raw_rows import Put
 
 from lit_llama.errors import DataError
-from lit_llama.text.dataset.config import DataKind
+from lit_llama.text.config import DataKind
 from lit_llama.text.message import Conversation
 from lit_llama.text.read.reading import read_conversations
 

@@ -9,9 +9,9 @@ import pytest
 from raw_rows import Put
 
 from lit_llama.errors import DataError, UserError
-from lit_llama.text.dataset.config import PrepareConfig
-from lit_llama.text.dataset.records import prepare_records
+from lit_llama.text.config import PrepareConfig
 from lit_llama.text.message import Conversation, Dropped
+from lit_llama.text.pipeline.records import prepare_records
 from lit_llama.text.read.raw import parse
 from lit_llama.text.read.reading import read_conversations
 

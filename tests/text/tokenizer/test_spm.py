@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from lit_llama.convert.listed import from_metadata, padding
+from lit_llama.conversion.listed import from_metadata, padding
 from lit_llama.errors import CheckpointError
 from lit_llama.text.tokenizer.bounds import Kind, Piece, SentencePieces
 from lit_llama.text.tokenizer.kinds import SentencePieceTokenizer

@@ -9,18 +9,18 @@ import pytest
 from conftest import tiny_config, tiny_model, write_adapter, write_tokenizer
 from paged_steps import made_by
 
-from lit_llama.convert.merge import merge
-from lit_llama.convert.source import Source, write_folder
+from lit_llama.conversion.merge import merge
+from lit_llama.conversion.source import Source, write_folder
 from lit_llama.errors import CheckpointError, IntegrityError
 from lit_llama.folder.manifest import MANIFEST
 from lit_llama.generate.llm import load
 from lit_llama.model.config import LoRAConfig
-from lit_llama.text.dataset.alpaca import prepare_alpaca
-from lit_llama.text.dataset.config import PrepareConfig
+from lit_llama.text.config import PrepareConfig
+from lit_llama.text.pipeline.alpaca import prepare_alpaca
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import check_recorded, check_vocabulary, identity, special_ids
 from lit_llama.train.config import RunConfig, TrainConfig
-from lit_llama.train.method import LoRA
+from lit_llama.train.methods.method import LoRA
 from lit_llama.train.run import finetune
 
 Beside = Callable[..., Path]

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -364,10 +364,9 @@ def parse_memory(text: str) -> int:
 
 def resident_memory() -> int:
     """Return the bytes of this process that are in memory now; 0 where that is not known."""
-    try:
+    with suppress(OSError):
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    return 0
 
 
 def peak_memory(device: "torch.device") -> int:

@@ -339,8 +339,7 @@ def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fa
 @pytest.fixture(scope="session")
 def real_folder() -> Path:
     """SmolLM2-135M-Instruct as `make test` and `make demo` convert it."""
-    folder = ROOT / "checkpoints" / "smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
+    if not ((folder := ROOT / "checkpoints" / "smollm2-135m-instruct") / "config.json").is_file():
         pytest.skip(f"{folder} is absent; `make test` makes it")
     return folder
 

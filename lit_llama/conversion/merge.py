@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.conversion.frame import companions_of_adapter, with_dtype, write_companions
-from lit_llama.conversion.gguf.config import to_metadata
+from lit_llama.conversion.gguf.metadata import to_metadata
 from lit_llama.conversion.gguf.modelfile import check_modelfile, write_modelfile
 from lit_llama.conversion.gguf.scan import model_name
 from lit_llama.conversion.gguf.writer import check_file, check_type, write_gguf

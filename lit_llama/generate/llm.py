@@ -53,7 +53,7 @@ from lit_llama.text.prompts.styles import PromptStyle
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import Place
 from lit_llama.text.tokenizer.stream import token_bytes
-from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, special_ids, tokenizer_home
+from lit_llama.text.tokenizer.vocabulary import adapter_tokenizer, difference, special_ids, tokenizer_home
 from lit_llama.wording import call, param
 
 
@@ -222,10 +222,9 @@ class Opened:
             CheckpointError: There is no prompt style, or the tokenizer lacks tokens of it.
             UserError: The style has no system message.
         """
+        style = required_style(self.style, self.tokenizer)
         turns = [{"role": "system", "content": system}] if system else []
-        prompt_ids(
-            self.tokenizer, required_style(self.style, self.tokenizer), [*turns, {"role": "user", "content": "."}]
-        )
+        prompt_ids(self.tokenizer, style, [*turns, {"role": "user", "content": "."}])
 
     def plan(self) -> GenerationPlan:
         """Return the memory that answers take, known before a weight is read.
@@ -266,17 +265,14 @@ class Opened:
             remarks.insert(0, f"warning: {shortfall(plan)}; {remedy(plan)}")
         if plan.states:
             remarks.append("recurrent layers: every prompt is computed from its first token, and no tokens are guessed")
-        remarks += self.remarks
-        for remark in remarks:
+        for remark in (remarks := [*remarks, *self.remarks]):
             stderr().print(remark)
         if draft is not None:
             speculate(llm.engine, draft.load().engine, draft.tokenizer.size, plan.max_sequences)
         return replace(llm, defaults=self.sampling, remarks=tuple(remarks))
 
     def on(self, llm: LLM, adapter: str | None) -> LLM:
-        """Build an LLM of the same engine that is asked and ends as this folder says, with an adapter that the engine
-        has.
-        """
+        """Build an LLM of the same engine, asked and ending as this folder says, with an adapter of the engine."""
         own: dict[str, Any] = {"defaults": self.sampling, "remarks": self.remarks}
         return replace(llm, adapter=adapter, **own, **_texts(self.tokenizer, self.style, self.ends))
 
@@ -353,13 +349,10 @@ def open_draft(draft_dir: Path | str, folder: Opened) -> Opened:
     draft = open_folder(draft_dir, Loading(precision=way.precision, batch_size=way.batch_size, kv_cache=way.kv_cache))
     for place in (folder.base, draft.base):
         check_takes_back(LLaMAConfig.from_folder(place), place)
-    own, other = folder.tokenizer.vocabulary, draft.tokenizer.vocabulary
-    if own != other:
-        token = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
-        spelled = [repr(tokens[token]) if token < len(tokens) else "none" for tokens in (other, own)]
+    if differ := difference(draft.tokenizer.vocabulary, folder.tokenizer.vocabulary):
         raise CheckpointError(
-            f"{draft_dir} cannot guess tokens for {folder.folder}, as they have different vocabularies of {len(other)} "
-            f"and {len(own)} tokens: id {token} is {spelled[0]} and {spelled[1]}; name a draft with the same tokenizer"
+            f"{draft_dir} cannot guess tokens for {folder.folder}, as they have different vocabularies {differ}; "
+            "name a draft with the same tokenizer"
         )
     return draft
 
@@ -368,12 +361,11 @@ def _base(folder: Path, loading: Loading) -> Path:
     """The model that a folder holds, or that its adapter belongs to."""
     if (folder / CONFIG_FILE).is_file():
         return base_of(folder, loading.base_dir)
+    none = f"an adapter, but {folder} is none: it has no {CONFIG_FILE}"
     if loading.base_dir is not None:
-        raise UserError(
-            f"is the base of an adapter, but {folder} is none: it has no {CONFIG_FILE}", parameter="base_dir"
-        )
+        raise UserError(f"is the base of {none}", parameter="base_dir")
     if loading.merge_adapter:
-        raise UserError(f"is for an adapter, but {folder} is none: it has no {CONFIG_FILE}", parameter="merge_adapter")
+        raise UserError(f"is for {none}", parameter="merge_adapter")
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config_json import read_fields, write_fields
 from lit_llama.model.config_json import text_part as text_part
-from lit_llama.model.families import LINEAR, SLIDING
+from lit_llama.model.family import LINEAR, SLIDING
 from lit_llama.model.lora_config import ALL_LINEAR as ALL_LINEAR
 from lit_llama.model.lora_config import LINEARS as LINEARS
 from lit_llama.model.lora_config import LoRAConfig as LoRAConfig

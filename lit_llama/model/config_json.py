@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.errors import CheckpointError
-from lit_llama.model.families import ALL, FAMILIES, FIXED, FULL, LINEAR, SLIDING, WITH_VISION, Family, Own
+from lit_llama.model.families import ALL, FAMILIES, FIXED, WITH_VISION
+from lit_llama.model.family import FULL, LINEAR, SLIDING, Family, Own
 
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SAME = (

@@ -4,81 +4,17 @@ A family is an entry of FAMILIES. Beyond this file its name decides nothing: con
 of LLaMAConfig, and the model is built from those.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from lit_llama.model.rope_scaling import LLAMA4_YARN, LONGROPE, ROPES
-
-SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-"""Types of layers, as config.json names them."""
-
-Own = Mapping[str, Any]
-"""Fields of a family as a config.json has them, absent ones by their defaults."""
-
-
-def _all_sliding(own: Own, layer: int) -> str:
-    return SLIDING
-
-
-def _full_first(own: Own, layer: int) -> str:
-    return FULL if layer < own["max_window_layers"] else SLIDING
-
-
-def _sliding_without_positions(own: Own, layer: int) -> str:
-    rotated = own["no_rope_layers"]
-    step = own["no_rope_layer_interval"]
-    return FULL if (rotated[layer] if rotated else (layer + 1) % step) else SLIDING
-
-
-def _full_every(step: int) -> Callable[[Own, int], str]:
-    def kind(own: Own, layer: int) -> str:
-        return SLIDING if (layer + 1) % step else FULL
-
-    return kind
-
-
-def _full_by_pattern(own: Own, layer: int) -> str:
-    return SLIDING if (layer + 1) % own["sliding_window_pattern"] else FULL
-
-
-def _full_by_interval(own: Own, layer: int) -> str:
-    return LINEAR if (layer + 1) % own["full_attention_interval"] else FULL
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Family of models that a model_type stands for.
-
-    Args:
-        architecture: Name of its class in transformers.
-        defaults: Fields that it has beside those of all families, with what an absent one means.
-        implied: Fields of LLaMAConfig that are so whatever config.json says; a function finds one from the fields.
-        aliases: Names of fields in releases of transformers before 5, and in later ones; the former are written.
-        fixed: Fields in which it allows other values than FIXED; the first is the one that is written.
-        ignored: Fields of FIXED that decide nothing in it.
-        layer_type: Type of a layer where config.json has a window and no layer_types.
-        recurrent: Layers are of linear attention or full, in any order, and none has a window.
-        sliding_theta: Name of the field with the base of the rotary frequencies of layers with a window, which are
-            not stretched; "" where all layers turn alike.
-        ropes: Rope types that it may have, with the keys that each must have and those it may have.
-        rope_aliases: Other names of rope types.
-        rope_ignored: Keys that transformers does not look at, either.
-    """
-
-    architecture: str
-    defaults: Mapping[str, Any]
-    implied: Mapping[str, Any] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    layer_type: Callable[[Own, int], str] = _all_sliding
-    recurrent: bool = False
-    sliding_theta: str = ""
-    ropes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=lambda: ROPES)
-    rope_aliases: Mapping[str, str] = field(default_factory=dict)
-    rope_ignored: tuple[str, ...] = ()
-
+from lit_llama.model.family import (
+    Family,
+    full_by_interval,
+    full_by_pattern,
+    full_every,
+    full_first,
+    sliding_without_positions,
+)
+from lit_llama.model.rope_scaling import LLAMA4_YARN, LONGROPE
 
 ALL: dict[str, Any] = {
     "head_dim": None,
@@ -174,13 +110,13 @@ FAMILIES = {
         architecture="Qwen2ForCausalLM",
         defaults=_QWEN2,
         implied={"attention_bias": True},
-        layer_type=_full_first,
+        layer_type=full_first,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         defaults=_QWEN2 | {"head_dim": 128, "attention_bias": False},
         implied={"use_qk_norm": True},
-        layer_type=_full_first,
+        layer_type=full_first,
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -234,7 +170,7 @@ FAMILIES = {
             "sliding_window": None,
             "layer_types": None,
         },
-        layer_type=_sliding_without_positions,
+        layer_type=sliding_without_positions,
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
@@ -251,7 +187,7 @@ FAMILIES = {
         architecture="Olmo3ForCausalLM",
         defaults=_OLMO2 | {"rope_theta": 500000.0, "sliding_window": 4096, "layer_types": None},
         implied=_NORMS_AFTER,
-        layer_type=_full_every(4),
+        layer_type=full_every(4),
         sliding_theta="rope_theta",
     ),
     "phi3": Family(
@@ -316,7 +252,7 @@ FAMILIES = {
         | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         implied=_GEMMA_IMPLIED,
         fixed=_GEMMA_FIXED,
-        layer_type=_full_every(2),
+        layer_type=full_every(2),
     ),
     "qwen3_5_text": Family(
         architecture="Qwen3_5ForCausalLM",
@@ -338,7 +274,7 @@ FAMILIES = {
         },
         implied={"use_qk_norm": True, "norm_offset": 1.0, "attention_gate": True},
         fixed={"attn_output_gate": (True, None)},
-        layer_type=_full_by_interval,
+        layer_type=full_by_interval,
         recurrent=True,
         rope_ignored=("mrope_section", "mrope_interleaved"),  # of text alone, the three positions are one
     ),
@@ -354,7 +290,7 @@ FAMILIES = {
         },
         implied=_GEMMA_IMPLIED | {"use_qk_norm": True},
         fixed=_GEMMA_FIXED,
-        layer_type=_full_by_pattern,
+        layer_type=full_by_pattern,
         sliding_theta="rope_local_base_freq",
     ),
 }

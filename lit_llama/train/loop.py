@@ -384,10 +384,8 @@ def _share(
     loss_of: TokenLoss, split: Rows, rows: Sequence[int], micro_batch_tokens: int, processes: Processes
 ) -> Iterator[Batch]:
     """The micro-batches that fall to this process."""
-    share, shares, even = processes.rank, processes.size, processes.sharded
-    return shared_micro_batches(
-        split, rows, micro_batch_tokens, share, shares, even=even, share_beginnings=loss_of.shares
-    )
+    given = {"even": processes.sharded, "share_beginnings": loss_of.shares}
+    return shared_micro_batches(split, rows, micro_batch_tokens, processes.rank, processes.size, **given)
 
 
 def _name_rows(rows: Sequence[int]) -> str:

@@ -14,7 +14,8 @@ from conftest import as_transformers, tiny_config, tiny_model, write_tokenizer
 from gguf_files import OTHERS, SHAPE, Array, fields_of, write_gguf
 
 from lit_llama.conversion.gguf.architectures import ARCHITECTURES, architecture, entry_of
-from lit_llama.conversion.gguf.config import Reading, llama3_divisors, to_metadata
+from lit_llama.conversion.gguf.config import Reading
+from lit_llama.conversion.gguf.metadata import llama3_divisors, to_metadata
 from lit_llama.conversion.gguf.reader import open_gguf
 from lit_llama.conversion.source import write_folder
 from lit_llama.errors import CheckpointError

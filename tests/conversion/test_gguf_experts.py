@@ -13,7 +13,7 @@ from llama_cpp import LlamaCpp
 
 from lit_llama.conversion import convert
 from lit_llama.conversion.gguf.architectures import entry_of
-from lit_llama.conversion.gguf.config import to_metadata
+from lit_llama.conversion.gguf.metadata import to_metadata
 from lit_llama.conversion.gguf.reader import open_gguf
 from lit_llama.conversion.gguf.writer import plan, write_gguf
 from lit_llama.conversion.native import open_folder

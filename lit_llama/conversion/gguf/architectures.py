@@ -11,7 +11,8 @@ from functools import cached_property
 from lit_llama.conversion.source import Names
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig
-from lit_llama.model.families import ALL, FAMILIES, FULL, LINEAR, SLIDING
+from lit_llama.model.families import ALL, FAMILIES
+from lit_llama.model.family import FULL, LINEAR, SLIDING
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {

@@ -1,7 +1,4 @@
-"""The configuration of a model in the two spellings: metadata of a GGUF file, and config.json.
-
-Keys: the GGUF specification of ggml; rope_freqs: llama.cpp's conversion of Llama 3.
-"""
+"""The configuration of a model out of the metadata of a GGUF file."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,34 +9,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.conversion.gguf.architectures import ARCHITECTURES, architecture, check_form, interval
+from lit_llama.conversion.gguf.architectures import ARCHITECTURES, architecture
+from lit_llama.conversion.gguf.metadata import (
+    BETAS,
+    EXPERT_COUNTS,
+    FACTOR,
+    INNER,
+    INTERVAL,
+    LLAMA3_CONTEXT,
+    LOG,
+    RECURRENT_KEYS,
+    REQUIRED_KEYS,
+    ROPE_FREQS,
+    ROPE_LONG,
+    ROPE_SHORT,
+    TEMPERATURE,
+    llama3_divisors,
+    rotated_layers,
+)
 from lit_llama.conversion.source import expected_shapes
 from lit_llama.errors import CheckpointError
 from lit_llama.model.config import LLaMAConfig, RopeScaling
-from lit_llama.model.families import ALL, FAMILIES, FULL, LINEAR, SLIDING
-from lit_llama.model.rope import attention_factor, frequencies
+from lit_llama.model.families import ALL, FAMILIES
+from lit_llama.model.family import FULL, LINEAR, SLIDING
+from lit_llama.model.rope import attention_factor
 
-ROPE_FREQS = "rope_freqs.weight"
-"""Tensor with the divisors (D/2,) of the rotary frequencies of Llama 3."""
-
-ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
-"""Tensors with those of longrope, in long texts and in short ones."""
-_STEP = 4
-"""Of every so many layers of smollm3, llama.cpp rotates all but the last."""
 _ATTENTION, _OUT, _MLP = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "down_proj")
 
-# config.json -> <architecture>.*; llama.cpp cannot do without the first ones.
-_REQUIRED = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-}
 # The other keys that are read. One that is not known may change the mathematics, unless it is 0 or false.
 _READ = {
-    *_REQUIRED.values(),
+    *REQUIRED_KEYS.values(),
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
@@ -53,11 +52,7 @@ _READ = {
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
 }
-_RECURRENT = _INTERVAL, _INNER, _SECTIONS = "full_attention_interval", "ssm.inner_size", "rope.dimension_sections"
 _WINDOW = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
-_TEMPERATURE, _LOG = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
-_FACTOR = "rope.scaling.attn_factor"
-_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _IGNORED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal", "expert_used_count"}
 # Keys of neighbouring models, with the values other than 0 and false that leave the mathematics as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -70,9 +65,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_weights_norm": (True,),  # which llama.cpp does in these architectures, whatever the key says
     "expert_gating_func": (1,),  # softmax
 }
-_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, by default
 _MAX_SIZE = 2**20  # of whatever a model has: heads, components of a vector
-_CONTEXT = 8192  # that Llama 3 was first trained on
 _ENDS = ("eos", "eot", "eom")
 
 
@@ -114,13 +107,13 @@ class Reading:
         self._refuse_unknown()
         if not self.get("attention.causal", default=True):
             raise CheckpointError(f"{self.architecture}.attention.causal is false, which is not implemented")
-        values = {name: self.get(key, float if name == "rms_norm_eps" else int) for name, key in _REQUIRED.items()}
+        values = {name: self.get(key, float if name == "rms_norm_eps" else int) for name, key in REQUIRED_KEYS.items()}
         heads = values["num_attention_heads"]
-        limits = dict.fromkeys(_REQUIRED, _MAX_SIZE) | {
+        limits = dict.fromkeys(REQUIRED_KEYS, _MAX_SIZE) | {
             "num_hidden_layers": len(shapes),
             "max_position_embeddings": 2**32,
         }
-        for name, key in _REQUIRED.items():  # a model of absurd size must not even be planned
+        for name, key in REQUIRED_KEYS.items():  # a model of absurd size must not even be planned
             if name != "rms_norm_eps" and not 1 <= values[name] <= limits[name]:
                 raise CheckpointError(f"{self.architecture}.{key} is {values[name]}, which cannot be")
         if "model.embed_tokens.weight" not in shapes:
@@ -165,7 +158,7 @@ class Reading:
             usual = self.entry.local_rope_theta or values["rope_theta"]
             values["local_rope_theta"] = shortest(self.get("rope.freq_base_swa", float, usual))
         if self.architecture == "smollm3":
-            values["no_rope_layers"] = _rotated(values["num_hidden_layers"])
+            values["no_rope_layers"] = rotated_layers(values["num_hidden_layers"])
         context = values["max_position_embeddings"]
         scaling = self._longrope(context, divisors) if ROPE_LONG in divisors else self._scaling(context)
         config = LLaMAConfig(**values, rope_scaling=scaling)
@@ -178,7 +171,7 @@ class Reading:
         only = self.entry.experts == self.entry.families[0]
         if not self.entry.experts or not (only or self.get("expert_count", int, 0)):
             return {}
-        values = {name: self.get(key, int) for name, key in _EXPERTS.items()}
+        values = {name: self.get(key, int) for name, key in EXPERT_COUNTS.items()}
         if self.entry.expert_width:
             values["moe_intermediate_size"] = self.get(self.entry.expert_width, int)
         for name, value in values.items():
@@ -198,9 +191,9 @@ class Reading:
         """Fields of layers of linear attention that follow from others; empty for an architecture without any."""
         if not self.entry.recurrent:
             return {}
-        step, inner, heads = self.get(_INTERVAL, int, 4), self.get(_INNER, int), self.get("ssm.time_step_rank", int)
+        step, inner, heads = self.get(INTERVAL, int, 4), self.get(INNER, int), self.get("ssm.time_step_rank", int)
         if step < 1 or heads < 1 or inner % heads:
-            raise CheckpointError(f"{_INTERVAL} is {step} and {_INNER} {inner} for {heads} heads, which cannot be")
+            raise CheckpointError(f"{INTERVAL} is {step} and {INNER} {inner} for {heads} heads, which cannot be")
         types = [LINEAR if (layer + 1) % step else FULL for layer in range(values["num_hidden_layers"])]
         return {"linear_value_head_dim": inner // heads, "layer_types": tuple(types) if LINEAR in types else ()}
 
@@ -225,10 +218,10 @@ class Reading:
         for name, value in self.metadata.items():
             key = name.removeprefix(prefix)
             known = {*_READ, *_IGNORED, *self.entry.keys.values()} | (_WINDOW if self.entry.windows else set())
-            known |= {*self.entry.sizes.values(), *_RECURRENT} if self.entry.recurrent else set()
-            known |= {_TEMPERATURE, _LOG} if self.entry.temperature else set()
+            known |= {*self.entry.sizes.values(), *RECURRENT_KEYS} if self.entry.recurrent else set()
+            known |= {TEMPERATURE, LOG} if self.entry.temperature else set()
             known |= {"attention.sliding_window"} if self.entry.unused_window else set()
-            known |= {*_EXPERTS.values(), self.entry.expert_width} if self.entry.experts else set()
+            known |= {*EXPERT_COUNTS.values(), self.entry.expert_width} if self.entry.experts else set()
             if not name.startswith(prefix) or key in known or self._is_neutral(key, _uniform(value)):
                 continue
             only = f", only {_NEUTRAL[key][0]!r} is" if key in _NEUTRAL else ", which is not"
@@ -236,9 +229,9 @@ class Reading:
 
     def _is_neutral(self, key: str, value: Any) -> bool:
         """Whether a key that is not read leaves the mathematics as it is."""
-        if key == _FACTOR and "longrope" in FAMILIES[self.entry.families[0]].ropes:
+        if key == FACTOR and "longrope" in FAMILIES[self.entry.families[0]].ropes:
             return True  # which is read beside the divisors
-        if key in (_FACTOR, "rope.scaling.yarn_attn_factor"):
+        if key in (FACTOR, "rope.scaling.yarn_attn_factor"):
             return value in _NEUTRAL[key]  # here 0 is a factor, too
         if key == "attention.sliding_window":
             return not value or value >= self.get("context_length", int)
@@ -266,7 +259,7 @@ class Reading:
         factor = shortest(self.get("rope.scaling.factor", float, None if linear == 1 else linear))
         if kind == "linear":
             return RopeScaling(rope_type=kind, factor=factor, original_max_position_embeddings=context)
-        fast, slow = (shortest(self.get(f"rope.scaling.yarn_{name}", float, only)) for name, only in _BETAS.items())
+        fast, slow = (shortest(self.get(f"rope.scaling.yarn_{name}", float, only)) for name, only in BETAS.items())
         scaling = RopeScaling(
             rope_type=kind,
             factor=factor,
@@ -278,9 +271,9 @@ class Reading:
 
     def _tempered(self, scaling: RopeScaling) -> RopeScaling:
         """With queries that are scaled by position, and yarn's factor of DeepSeek."""
-        beta, multiplier = (shortest(self.get(key, float, 0.0)) for key in (_TEMPERATURE, _LOG))
+        beta, multiplier = (shortest(self.get(key, float, 0.0)) for key in (TEMPERATURE, LOG))
         if multiplier not in (0.0, 1.0):
-            raise CheckpointError(f"{self.architecture}.{_LOG} is {multiplier!r}, only 1.0 is implemented")
+            raise CheckpointError(f"{self.architecture}.{LOG} is {multiplier!r}, only 1.0 is implemented")
         return replace(scaling, llama_4_scaling_beta=beta or None, attention_factor=1.0 if multiplier else None)
 
     def _longrope(self, context: int, divisors: Mapping[str, Tensor]) -> RopeScaling:
@@ -296,7 +289,7 @@ class Reading:
             short_factor=short,
             long_factor=long,
         )
-        given = self.get(_FACTOR, float, 1.0)
+        given = self.get(FACTOR, float, 1.0)
         usual = math.isclose(given, attention_factor(scaling), rel_tol=1e-6)
         return scaling if usual else replace(scaling, attention_factor=shortest(given))
 
@@ -306,7 +299,7 @@ class Reading:
             raise CheckpointError(
                 f"{ROPE_FREQS} and rope.scaling.type {config.rope_scaling.rope_type!r} exclude each other"
             )
-        original = self.get("rope.scaling.original_context_length", int, _CONTEXT)
+        original = self.get("rope.scaling.original_context_length", int, LLAMA3_CONTEXT)
         if (divisors == 1).all():
             return config
         factor = shortest(divisors.max().item())
@@ -316,88 +309,6 @@ class Reading:
         if divisors.shape != made.shape or not torch.allclose(divisors, made, rtol=1e-4, atol=0):
             raise CheckpointError(f"{ROPE_FREQS} holds other divisors than those of Llama 3 ({scaling})")
         return scaled
-
-
-def llama3_divisors(config: LLaMAConfig) -> Tensor:
-    """Compute the divisor of each rotary frequency: 1 for short waves, the factor for long ones: (D/2,)."""
-    return frequencies(replace(config, rope_scaling=None)) / frequencies(config)
-
-
-def to_metadata(config: LLaMAConfig) -> dict[str, Any]:
-    """Return the keys of `<architecture>.*`, without the prefix.
-
-    Raises:
-        CheckpointError: llama.cpp has no word for the scaling of the positions, or does not rotate the same layers.
-    """
-    name = architecture(config)
-    entry = ARCHITECTURES[name]
-    check_form(config)
-    if name == "smollm3" and config.no_rope_layers != (only := _rotated(config.num_hidden_layers)):
-        raise CheckpointError(f"no_rope_layers is {config.no_rope_layers}, llama.cpp computes only {only}")
-    values: dict[str, Any] = {key: getattr(config, name) for name, key in _REQUIRED.items()}
-    if config.sliding_window and not entry.windows:
-        values["context_length"] = min(config.max_position_embeddings, config.sliding_window)
-    values |= {
-        "vocab_size": config.vocab_size,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.rotary_dim,
-        "rope.freq_base": config.rope_theta,
-    }
-    values |= {key: float(getattr(config, field)) for field, key in entry.keys.items()}
-    if config.model_type == entry.experts:
-        values |= {key: getattr(config, field) for field, key in _EXPERTS.items()}
-        width = config.moe_intermediate_size or config.intermediate_size
-        values |= {entry.expert_width: width} if entry.expert_width else {}
-    values |= {key: getattr(config, field) for field, key in entry.sizes.items()}
-    if entry.recurrent:
-        pairs = config.rotary_dim // 2  # shared by three positions, which of text are one
-        sections = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
-        values |= {_INTERVAL: interval(config), _INNER: config.linear_channels[2], _SECTIONS: sections}
-    if (entry.windows or entry.unused_window) and config.sliding_window:
-        values["attention.sliding_window"] = config.sliding_window
-        if config.local_rope_theta not in (None, entry.local_rope_theta or config.rope_theta):
-            values["rope.freq_base_swa"] = config.local_rope_theta
-    scaling = config.rope_scaling
-    if scaling is None:
-        return values
-    kind, original = (
-        scaling.rope_type,
-        {"rope.scaling.original_context_length": scaling.original_max_position_embeddings},
-    )
-    if kind == "llama3" and name == "llama":  # the tensor rope_freqs says the rest
-        return values | (original if scaling.original_max_position_embeddings != _CONTEXT else {})
-    if kind == "longrope":  # two tensors say the rest
-        return values | original | {_FACTOR: attention_factor(scaling)}
-    if entry.temperature:
-        values |= {_TEMPERATURE: scaling.llama_4_scaling_beta or 0.0}
-        if scaling.attention_factor == 1.0:
-            values |= {_LOG: 1.0}
-            scaling = replace(scaling, attention_factor=None)
-    known = attention_factor(replace(scaling, attention_factor=None))
-    if kind not in ("linear", "yarn") or not scaling.truncate or scaling.attention_factor not in (None, known):
-        raise CheckpointError(f"{scaling} has no form in GGUF for {name!r}")
-    values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling.factor)}
-    if kind == "yarn":
-        betas = {name: float(getattr(scaling, name)) for name in _BETAS}
-        values |= original | ({} if betas == _BETAS else {f"rope.scaling.yarn_{key}": betas[key] for key in betas})
-    return values
-
-
-def rope_tensors(config: LLaMAConfig) -> dict[str, Tensor]:
-    """Return the tensors of rotary frequencies that a file has, by GGUF's names: (D/2,) in float32."""
-    scaling = config.rope_scaling
-    if scaling and scaling.rope_type == "llama3":
-        return {ROPE_FREQS: llama3_divisors(config)}
-    if scaling and scaling.rope_type == "longrope":
-        return {ROPE_LONG: torch.tensor(scaling.long_factor), ROPE_SHORT: torch.tensor(scaling.short_factor)}
-    return {}
-
-
-def _rotated(layers: int) -> tuple[int, ...]:
-    rotated = tuple(int((layer + 1) % _STEP != 0) for layer in range(layers))
-    return () if all(rotated) else rotated
 
 
 def shortest(value: float) -> float:

@@ -20,7 +20,8 @@ from torch import Tensor
 from lit_llama.conversion import listed
 from lit_llama.conversion.bpe import adds_bos, tokenizer_json
 from lit_llama.conversion.gguf.architectures import is_router
-from lit_llama.conversion.gguf.config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Reading, absent_biases
+from lit_llama.conversion.gguf.config import Reading, absent_biases
+from lit_llama.conversion.gguf.metadata import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from lit_llama.conversion.gguf.scan import Extent, read_parts
 from lit_llama.conversion.gguf.values import changes, from_stored, is_plain, native_shape, to_stored
 from lit_llama.conversion.listed import from_metadata

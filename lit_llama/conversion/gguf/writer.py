@@ -22,7 +22,7 @@ from gguf import LlamaFileType as FileType
 from torch import Tensor
 
 from lit_llama.conversion.gguf.architectures import architecture, entry_of, is_router, is_stacked
-from lit_llama.conversion.gguf.config import rope_tensors, to_metadata
+from lit_llama.conversion.gguf.metadata import rope_tensors, to_metadata
 from lit_llama.conversion.gguf.reader import BLOCK
 from lit_llama.conversion.gguf.scan import model_name
 from lit_llama.conversion.gguf.tokenizer import vocabulary

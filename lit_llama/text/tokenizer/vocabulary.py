@@ -1,6 +1,6 @@
 """Vocabulary checks: a tokenizer, the rows of an embedding and what the folders record belong together."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,3 +160,12 @@ def _objection(key: str, value: Any, tokenizer: Tokenizer, rows: Any) -> str:
 def _own(role: str, tokenizer: Tokenizer) -> str:
     spelling = tokenizer.bos if role == "bos" else tokenizer.eos
     return f"{role} {tokenizer.control[spelling]} ({spelling})" if spelling else f"no {role}"
+
+
+def difference(one: Sequence[str | None], other: Sequence[str | None]) -> str:
+    """Say how many tokens two vocabularies have, and which is the first id that they spell otherwise; "" if equal."""
+    if one == other:
+        return ""
+    token = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    spelled = [repr(tokens[token]) if token < len(tokens) else "none" for tokens in (one, other)]
+    return f"of {len(one)} and {len(other)} tokens: id {token} is {spelled[0]} and {spelled[1]}"

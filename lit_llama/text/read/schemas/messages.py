@@ -383,8 +383,7 @@ def _unlearned(value: Mapping[str, Any], role: str, at: str, log: FieldLog) -> W
 
 def _joined(parts: list[Any], name: str, at: str, log: FieldLog) -> tuple[str, list[str]]:
     """Content in parts, which stand behind one another as chat templates render them, and the thoughts among them."""
-    texts: list[str] = []
-    thoughts: list[str] = []
+    texts, thoughts = list[str](), list[str]()
     for part in parts:
         if isinstance(part, str):
             texts.append(log.text({name: part}, name, at))

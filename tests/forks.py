@@ -27,15 +27,15 @@ def import_all() -> None:
     for name in ("datasets", "jsonargparse", "matplotlib.backends.backend_agg", "gguf", "tokenizers", "jinja2"):
         importlib.import_module(name)
     for name in (
-        "convert.delta",
-        "convert.gguf.writer",
-        "convert.merge",
-        "generate.answer",
-        "text.dataset.records",
-        "train.run",
-        "train.start",
+        "lit_llama.conversion.delta",
+        "lit_llama.conversion.gguf.writer",
+        "lit_llama.conversion.merge",
+        "lit_llama.generate.answer",
+        "lit_llama.text.pipeline.records",
+        "lit_llama.train.run",
+        "lit_llama.train.start",
     ):
-        importlib.import_module(f"lit_llama.{name}")
+        importlib.import_module(name)
     FakeTensorMode()  # imports torch's compiler
     gc.freeze()  # else each fork copies what its first collection looks at
 

@@ -50,7 +50,7 @@ def place(base: Path, tmp_path: Path) -> Path:
 def test_the_code_of_the_page_runs(place: Path) -> None:
     """A name, a parameter or a result that is not there any more, and a call that talks."""
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text("utf-8"))
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     # Random weights move little where the steps are few: merged in float32, the difference is seen.
     code = "\n".join(blocks).replace('"checkpoints/both")', '"checkpoints/both", precision="32-true")')
     made = run_code(code, place)

@@ -136,7 +136,7 @@ def test_real_logits_equal_those_of_transformers(real_models: tuple[LLaMA, Any],
     for ids, found in zip(real_prompts, packed.split([len(ids) for ids in real_prompts]), strict=True):
         with torch.inference_mode():
             wanted = theirs(torch.tensor([ids])).logits[0]
-        assert (found - wanted).abs().max() <= 1e-4
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)  # of logits up to 30
 
 
 @pytest.mark.real

@@ -205,6 +205,7 @@ def test_lora_scale_and_targets() -> None:
     assert LoRAConfig(r=4, alpha=6, use_rslora=True).shape_of("q_proj") == (4, 3.0)
     assert LoRAConfig().targets == list(LINEARS)
     others = {"qkv_proj", "gate_up_proj", "w1", "w2", "w3"}  # of families with joined projections, and of Mixtral
+    others |= {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}  # of linear attention
     assert {*LINEARS} - others == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert LoRAConfig(target_modules=["q_proj", "lm_head"]).targets == ["q_proj", "lm_head"]
     assert LoRAConfig(target_modules="q_proj").targets == ["q_proj"]

@@ -83,7 +83,7 @@ CHATS: dict[str, Chat] = {
 }
 words = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n {}%#'\"\\<|>\ue000\ue0010"), max_size=30
-).map(lambda text: re.sub(r"<(?=\|?\w+\|?>)", "(", text))  # transformers would parse <|im_end|>; we must not
+).map(lambda text: re.sub(r"<(?=[/|]?\w+\|?>)", "(", text))  # transformers would parse <|im_end|> and </s>; we must not
 chats = st.lists(words, min_size=1, max_size=5).map(
     lambda texts: chat(*[("A" + text) if index % 2 else text for index, text in enumerate(texts)])
 )

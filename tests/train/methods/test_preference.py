@@ -128,7 +128,7 @@ def test_a_certain_answer_has_finite_odds() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"loss": "dop"}, "--dpo.loss is dop, expected one of dpo, ipo"),
+        ({"loss": "dop"}, "--dpo.loss is 'dop', expected one of dpo, ipo"),
         ({"beta": 0.0}, "--dpo.beta is 0.0"),
         ({"label_smoothing": 0.5}, "--dpo.label_smoothing is 0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "--dpo.loss ipo does not read; it goes with dpo, simpo"),

@@ -253,7 +253,7 @@ def test_the_face_trains_on_pairs(tiny_folder: Path, pairs: Path, tmp_path: Path
     run = lit_llama.finetune(tiny_folder, pairs, tmp_path / "out", method="dpo", dpo={"loss": "orpo"}, train=train)
     assert len(run.losses) == 4 and (tmp_path / "out" / CONFIG_FILE).exists()
     assert "learning_rate: 2.0e-05" in (tmp_path / "out" / "run.yaml").read_text()
-    with pytest.raises(UserError, match="dpo is a setting of method='dpo'"):
+    with pytest.raises(UserError, match="--dpo is a setting of --method dpo"):
         lit_llama.finetune(tiny_folder, pairs, tmp_path / "no", dpo={"loss": "orpo"})
 
 

@@ -53,7 +53,7 @@ class RayExecutor:
         if address is not None and address != "auto":
             _reach(address)
         self._address = address
-        root = str(Path(__file__).parents[3])  # of this very library, wherever it is
+        root = str(Path(__file__).parents[4])  # of this very library, wherever it is
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [

@@ -25,7 +25,7 @@ FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCh
 
 def test_a_row_without_an_end_stops_with_its_line(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a file of many gigabytes that is gathered in memory because one quote is not closed."""
-    for module in ("raw", "json_rows", "spreadsheets"):
+    for module in ("raw", "formats.json_rows", "formats.spreadsheets"):
         monkeypatch.setattr(f"lit_llama.text.read.{module}.LONGEST", 1000)
     monkeypatch.setattr("lit_llama.text.read.formats.files.BLOCK", 100)
     long = json.dumps({"a": "x" * 2000})

@@ -330,7 +330,7 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     "space": (["instruction", "output "], "; try --fields 'output=output '"),
     "look-alike": (
         ["instruction", "\u043eutput"],
-        "a field only looks like output: it holds U+043E CYRILLIC SMALL LETTER O; try --fields output=\u043eutput",
+        "a field only looks like output: it holds U+043E CYRILLIC SMALL LETTER O; try --fields 'output=\u043eutput'",
     ),
     "preferences": (
         ["prompt", "chosen", "rejected"],

@@ -20,7 +20,7 @@ _DOORS = {
     "load": "generate/chat.py",
     "merge": "finetune/merge.py",
     "prepare": "prepare/records.py",
-    "text.dataset.alpaca.prepare_alpaca": "prepare/alpaca.py",
+    "text.pipeline.alpaca.prepare_alpaca": "prepare/alpaca.py",
     "show_rows": "prepare/show.py",
 }
 """Doors of the functions that texts name; those of `finetune` are called as its methods."""

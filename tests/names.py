@@ -63,7 +63,7 @@ def functions() -> Mapping[str, set[str]]:
         for node in _parsed(path).body
         if isinstance(node, ast.FunctionDef) and node.name in exported
     }
-    return {**found, "text.dataset.alpaca.prepare_alpaca": set()}
+    return {**found, "text.pipeline.alpaca.prepare_alpaca": set()}
 
 
 @cache

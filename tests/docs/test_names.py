@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,9 @@ def test_names_are_known() -> None:
 
     assert {"seed", "train.epochs", "lora.dropout", "dpo.beta", "data_kind", "temperature"} <= parameters()
     assert {name for name in functions() if "." not in name} <= set(lit_llama.__all__)
+    for name in (name for name in functions() if "." in name):
+        module, _, function = name.rpartition(".")
+        assert callable(getattr(import_module(f"lit_llama.{module}"), function))
     assert {"prepare", "finetune", "load", "merge", "convert", "add_delta", "show_rows"} <= set(functions())
     assert len(set(named_calls())) > 20
 

@@ -70,7 +70,7 @@ def read_meta(folder: Path, *, kind: FolderKind | None = "supervised") -> dict[s
             )
         what = "is no finished data folder: it has no meta.json" if folder.is_dir() else "does not exist"
         made = call("prepare", destination_path=folder, inline=True)
-        alpaca = call("text.dataset.alpaca.prepare_alpaca")
+        alpaca = call("text.pipeline.alpaca.prepare_alpaca")
         raise DataError(f"{folder} {what}; make it with {made}, or with {alpaca} for the Alpaca data")
     check_folder(folder)
     meta = read_object(path, DataError, "prepare the data again")

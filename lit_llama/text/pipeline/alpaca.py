@@ -102,7 +102,7 @@ def _chats(path: Path, tokenizer_path: Path) -> str:
     """Where chats are at home."""
     prepare = call("prepare", source=path, destination_path=f"data/{path.stem}", tokenizer_path=tokenizer_path)
     return (
-        f"{path} holds chats; {call('text.dataset.alpaca.prepare_alpaca')} is for single instructions, with the "
+        f"{path} holds chats; {call('text.pipeline.alpaca.prepare_alpaca')} is for single instructions, with the "
         f"defaults of lit-llama. For chats: {prepare}"
     )
 

@@ -6,7 +6,7 @@ Their messages name parameters and calls as Python has them, and as flags and co
 
 from lit_llama.wording import param
 
-_LONGEST = 80
+_LONGEST = 200
 """Characters of a value that are shown."""
 
 
@@ -37,7 +37,8 @@ class UserError(ValueError):
             message = f"{param(parameter) if value is None else param(parameter, value)} {message}"
         elif parameter is not None:
             found = repr(value) if isinstance(value, str) else str(value)
-            message = f"{param(parameter)} is {found:.{_LONGEST}}, expected {expected}"
+            found = found if len(found) <= _LONGEST else f"{found[: _LONGEST - 3]}..."
+            message = f"{param(parameter)} is {found}, expected {expected}"
         super().__init__(f"{message}; {remedy}" if remedy else message)
         self.parameter, self.value, self.expected, self.remedy = parameter, value, expected, remedy
 

@@ -96,7 +96,7 @@ def wait(store: Store, path: str, number: int) -> Any:
         ("POST", "/ask", {"parent": 0}, 400, "no message to be answered"),
         ("POST", "/ask", {"text": "many words " * 200}, 400, "tokens, but only"),
         ("PATCH", "", {"settings": {"temperature": -1}}, 400, "temperature is -1"),
-        ("PATCH", "", {"settings": {"temperature": "hot"}}, 400, "temperature is hot"),
+        ("PATCH", "", {"settings": {"temperature": "hot"}}, 400, "temperature is 'hot', expected 0"),
         ("PATCH", "", {"settings": {"temperature": 10**400}}, 400, "temperature is 1000"),
         ("PATCH", "", {"settings": {"seed": 10**400}}, 400, "seed is 1000"),
         ("PATCH", "", {"settings": {"colour": 1}}, 400, "no setting 'colour'"),

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this folder is no insta
 from benchmarks.training.compare import Speed, agreement, speed, summary
 from benchmarks.training.contest import FILES, OURS, Contest, Run, Settings
 from benchmarks.training.environments import PEERS, fast_bfloat16
+from benchmarks.training.job import OptionName
 from benchmarks.training.process import check_idle
 from benchmarks.training.show import plot, table
 from lit_llama.cli import CLI
@@ -51,7 +52,7 @@ def main(
     sample_tokens: int | None = None,
     quantize: Literal["nf4", "nf4-dq", "int8", "fp8"] | None = None,
     task: Literal["supervised", "preference"] = "supervised",
-    option: Literal["", "dropout", "dora", "rslora", "neftune", "bf16-mixed", "full"] = "",
+    option: OptionName = "",
     options: bool = False,
 ) -> None:
     """Compare on the processor; or with --synthetic measure ours alone on a large model, on a GPU; or with --options

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from benchmarks.training.compare import DRAWN_LIMITS, LIMITS
 from benchmarks.training.environments import fast_bfloat16, python_of
-from benchmarks.training.job import OPTIONS, RESULT_FILE, Job
+from benchmarks.training.job import OPTIONS, RESULT_FILE, Job, OptionName
 from benchmarks.training.process import KEEP_FREED_MEMORY, ROOT, Done, run
 from benchmarks.training.rows import Rows, load_rows
 from lit_llama.errors import DataError, IntegrityError
@@ -70,7 +70,7 @@ class Settings:
     learning_rate: float
     seed: int
     preference: bool = False
-    option: str = ""
+    option: OptionName = ""
 
     def key(self) -> str:
         """Names the folder of everything made of these settings, files and weights."""

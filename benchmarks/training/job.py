@@ -30,7 +30,8 @@ class Option:
     drawn: bool = False
 
 
-OPTIONS = {
+OptionName = Literal["", "dropout", "dora", "rslora", "neftune", "bf16-mixed", "full"]
+OPTIONS: dict[OptionName, Option] = {
     "": Option(),
     "dropout": Option(flags={"lora.dropout": 0.05}, lora={"lora_dropout": 0.05}, drawn=True),
     "dora": Option(flags={"lora.use_dora": True}, lora={"use_dora": True}),
@@ -83,7 +84,7 @@ class Job:
     quantize: str = ""
     tuned: bool = False
     preference: bool = False
-    option: str = ""
+    option: OptionName = ""
     bfloat16: bool = True
 
     def write(self, folder: Path) -> Path:

@@ -228,4 +228,5 @@ def test_no_change_of_a_header_does_more_than_be_refused(path: Path, good: bytes
             refused += 1
         times.append(time.process_time() - begin)
     assert 2000 < refused < 4000, "the changes must do something, but not everything"
-    assert max(times) < 200 * statistics.median(times), "seconds of the processor for a file, against the others"
+    # Collecting garbage takes up to a second of the processor in a process that holds all of torch.
+    assert max(times) < max(1, 200 * statistics.median(times)), "a file against the others"

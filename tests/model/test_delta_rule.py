@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_passes import planned_and_counted
 from paged_steps import made_by
 from tiny_families import SHAPE, random_ids, write_model
 from torch import Tensor
@@ -27,7 +28,7 @@ from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.kernels.paged import BLOCK, PagedBatch, PagedCache, paged_logits
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.memory.footprint import Build, Shape, _Count
+from lit_llama.train.memory.footprint import Build
 from lit_llama.train.methods.method import LoRA
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -301,14 +302,8 @@ def test_a_plan_counts_what_the_layers_keep() -> None:
     config = LLaMAConfig.from_dict(QWEN | small)
     numerics = Numerics(device=torch.device("cpu"), linear=torch.float32, rest=torch.float32)
     build = Build(config=config, method=LoRA(LoRAConfig()), numerics=numerics, checkpointing="none")
-    torch.manual_seed(0)
-    loss_of = TokenLoss(assemble(LLaMA(config).requires_grad_(False), build.assembly()).model.train())
-    for parameter in loss_of.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    ids, lengths = random_ids(120), [80, 40]
-    with _Count(loss_of) as count:
-        loss_of.of_layout(ids, Packed(lengths), torch.arange(100), ids[1:101]).sum().backward()
-    assert build.training_peak(Shape(lengths, 100)) == pytest.approx(count.peak, rel=0.01)
+    planned, counted = planned_and_counted(build, [80, 40], 100)
+    assert planned == pytest.approx(counted, rel=0.01)
     assert not build.shares and not build.evaluation_shares
     asked: list[int] = []
 

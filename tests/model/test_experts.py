@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_passes import planned_and_counted
 from safetensors.torch import load_file, save_file
 from tiny_families import SHAPE, random_ids, write_model
 
@@ -21,7 +22,7 @@ from lit_llama.model.files.checkpoint import load_model
 from lit_llama.model.files.weights import Weights
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.loss import TokenLoss
-from lit_llama.train.memory.footprint import Build, Shape, _Count
+from lit_llama.train.memory.footprint import Build
 from lit_llama.train.methods.method import LoRA
 
 QWEN: dict[str, Any] = {
@@ -162,14 +163,8 @@ def test_a_plan_counts_what_experts_keep(settings: dict[str, Any]) -> None:
     config = LLaMAConfig.from_dict(SHAPE | settings | changes)
     numerics = Numerics(device=torch.device("cpu"), linear=torch.float32, rest=torch.float32)
     build = Build(config=config, method=LoRA(LoRAConfig()), numerics=numerics, checkpointing="none")
-    torch.manual_seed(0)
-    loss_of = TokenLoss(assemble(LLaMA(config).requires_grad_(False), build.assembly()).model.train())
-    for parameter in loss_of.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    ids, lengths = random_ids(256), [156, 100]
-    with _Count(loss_of) as count:
-        loss_of.of_layout(ids, Packed(lengths), torch.arange(200), ids[1:201]).sum().backward()
-    assert build.training_peak(Shape(lengths, 200)) == pytest.approx(count.peak, rel=0.01)
+    planned, counted = planned_and_counted(build, [156, 100], 200)
+    assert planned == pytest.approx(counted, rel=0.01)
 
 
 def test_configurations_of_both_releases_are_one(tmp_path: Path) -> None:

@@ -78,12 +78,15 @@ class Capabilities:
 
 @functools.cache
 def capabilities(device: "torch.device") -> Capabilities:
-    """Find out what a device can do; the hardware is asked the first time only."""
+    """Find out what a device can do; the hardware is asked the first time only.
+
+    Tensors without numbers, of the device meta, stand for a CPU's, as a plan has them.
+    """
     import torch
 
     fast = _fast_bf16(device)
     if device.type != "cuda":
-        return Capabilities(kind=device.type, bfloat16=fast)
+        return Capabilities(kind="cpu" if device.type == "meta" else device.type, bfloat16=fast)
     capability = torch.cuda.get_device_capability(device)
     compiles = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
     recent = capability >= (8, 0)

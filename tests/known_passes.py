@@ -52,7 +52,7 @@ def keep(patch: pytest.MonkeyPatch) -> None:
             return int(path.read_text())
 
     def known_run(self: Build, shape: Any, *, train: bool) -> int:
-        return once(lambda: run(self, shape, train=train), self, shape, train)
+        return once(lambda: run(self, shape, train=train), self, shape, train, self._on_meta)
 
     def known_shares(self: Build) -> dict[bool, bool]:
         both = once(lambda: 2 * (of := shares(self))[True] + of[False], self)

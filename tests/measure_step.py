@@ -3,6 +3,7 @@
 Every step is in a fork of this process, which has imported all and computed nothing.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -12,7 +13,6 @@ import traceback
 
 import torch
 from conftest import tiny_config
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics, keep_freed_memory, resident_memory, return_freed_memory
 from lit_llama.model.assemble import Assembly, assemble
@@ -97,7 +97,7 @@ def measure(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) 
 
 def main(settings: list[str]) -> None:
     """Each of them in a fork; prints a line of JSON for each."""
-    FakeTensorMode()  # imports torch's compiler
+    importlib.import_module("torch._dynamo")  # as tensors without numbers do at their first operation
     for setting in settings:
         process = os.fork()
         if not process:

@@ -4,6 +4,7 @@ Every run is a fork of this process, which has imported what a door imports ahea
 is its own.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets  # noqa: F401
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import keep_few_products
 from lit_llama.model.config import LoRAConfig
@@ -60,7 +60,7 @@ def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
 
 def main(folder: Path, settings: list[dict[str, Any]]) -> None:
     """Every setting in a fork; prints a line of JSON for each."""
-    FakeTensorMode()  # imports torch's compiler
+    importlib.import_module("torch._dynamo")  # as tensors without numbers do at their first operation
     for setting in settings:
         process = os.fork()
         if not process:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_llama.device import capabilities
 from lit_llama.model.attention.layout import Layout, State
 from lit_llama.model.config import LLaMAConfig
 from lit_llama.model.rope import Rotation
@@ -74,7 +75,7 @@ class GatedDeltaNet(nn.Module):
         q, k = (part.unflatten(-1, (-1, config.linear_key_head_dim or 0)) for part in (q, k))
         v = v.unflatten(-1, (config.linear_num_value_heads or 0, -1))
         fading = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())  # (B, L, H)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(capabilities(x.device).kind, enabled=False):
             y, memory = delta_rule(q.float(), k.float(), v.float(), fading, b.sigmoid().float(), memory)
         return y.to(parts[0].dtype), (x[..., x.shape[2] - tail.shape[2] :], memory)
 

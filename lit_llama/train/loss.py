@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.device import Numerics
+from lit_llama.device import Numerics, capabilities
 from lit_llama.model.adapters.low_rank import LoRALinear
 from lit_llama.model.adapters.rows import WholeLinear
 from lit_llama.model.attention.layout import Layout, Packed
@@ -232,7 +232,7 @@ class _LinearLogProbs(torch.autograd.Function):
             found[chunk.part] = -chunk.losses
             sums.take(chunk)
         if ctx.again:
-            kind = hidden.device.type
+            kind = capabilities(hidden.device).kind
             ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
             ctx.softcap = softcap
             ctx.save_for_backward(hidden, weight, targets, u, b)
@@ -327,7 +327,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Yield a part of the tokens at a time; the gradient of their losses is in place of the logits where it is asked
     for."""
-    kind = hidden.device.type
+    kind = capabilities(hidden.device).kind
     product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     head, lift = weight.to(product), _LIFT if product == torch.float16 else 1.0
     buffer = head.new_empty(min(CHUNK, len(targets)), len(head))

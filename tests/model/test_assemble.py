@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics
 from lit_llama.model.adapters.lora import apply_lora
@@ -76,10 +75,9 @@ def test_a_run_has_the_modules_of_its_plan(option: str, tiny_folder: Path) -> No
     settings = {"method": method, "numerics": PLAIN, "checkpointing": "none"} | OPTIONS[option]
     config = replace(tiny_config(), tie_word_embeddings=True)
     build = Build(config=config, **settings)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        planned = build._model()
-        shares = can_share(planned) if compiled() is not None else None
-        found = modules(planned)
+    planned = build._model()
+    shares = can_share(planned) if compiled() is not None else None
+    found = modules(planned)
     linear, rest = build.numerics.linear, build.numerics.rest
     load = partial(load_model, tiny_folder, quantize=build.quantize, dtype=rest, linear_dtype=linear)
     made = assemble(load, build.assembly(build.method.begin))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_llama.device import capabilities
 from lit_llama.model.quantize import QuantizedLinear
 
 
@@ -208,7 +209,7 @@ def lora_product(
     Returns:
         (T, out).
     """
-    kind = x.device.type
+    kind = capabilities(x.device).kind
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     x, dropped, weight = x.to(dtype), None if dropped is None else dropped.to(dtype), weight.to(dtype)
     y: Tensor = _LoRAProduct.apply(x, dropped, weight, lora_A, lora_B, scale)  # type: ignore[no-untyped-call]

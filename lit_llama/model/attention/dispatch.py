@@ -71,7 +71,7 @@ def attend(
         scale: Of the scores; None is 1 / sqrt(D).
         softcap: Bound that scores come near to and never reach; None for none.
     """
-    kind = q.device.type
+    kind = capabilities(q.device).kind
     if torch.is_autocast_enabled(kind):
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     match way(q, samples, softcap):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_llama.device import capabilities
 from lit_llama.model.adapters.low_rank import DoRALinear, LowRank, base_of
 from lit_llama.model.fused.outputs import Biases, Magnitudes
 from lit_llama.model.operators.narrow import apart, outer, project, project_back
@@ -48,7 +49,7 @@ class Joined:
         self.inputs, self.sizes = self.bases[0].in_features, [base.out_features for base in self.bases]
         self.outputs, self.dtype = sum(self.sizes), like.dtype
         self.updates = [linear for linear in linears if isinstance(linear, LowRank)]
-        aligned = ALIGNED.get(like.device.type, 1)
+        aligned = ALIGNED.get(capabilities(like.device).kind, 1)
         self.tail = -(-sum(linear.lora_A.shape[0] for linear in self.updates) // aligned) * aligned  # R
         self._places: list[tuple[slice, slice]] = []  # rows of B, and its columns
         row = column = 0

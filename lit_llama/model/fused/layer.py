@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_llama.device import capabilities
 from lit_llama.model.attention.dispatch import Heads, Kept, attend_backward, attend_into
 from lit_llama.model.attention.layout import Layout, Packed
 from lit_llama.model.config import Checkpointing
@@ -132,7 +133,7 @@ class FusedLayer(DecoderLayer):
         parameters = [parameter for part in parts for parameter in part.parameters]
         backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))  # which the function cannot know
         drops = _Drops(*(joined.draw() for joined in self.joined))
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(capabilities(x.device).kind, enabled=False):
             y: Tensor = _Layer.apply(x, self, rotation, layout, drops, backward, *parameters)  # type: ignore[no-untyped-call]
         return y
 

@@ -1,4 +1,4 @@
-"""Definition of operators of torch.library, which FakeTensorMode and torch.compile know by their schema.
+"""Definition of operators of torch.library, of which tensors without numbers and torch.compile know the schema.
 
 `Library.define` and `impl` are used in place of `custom_op`, whose wrapper takes about 15 microseconds a call and these
 2: a step calls operators some hundred times.

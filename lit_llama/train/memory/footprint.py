@@ -10,7 +10,7 @@ Shapes: T tokens, C hidden.
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lit_llama.device import Numerics
 from lit_llama.model.assemble import Assembly, assemble
@@ -174,27 +174,38 @@ class Build:
         """Both, by whether it trains."""
         if self.numerics.device.type != "cpu" or compiled() is None:
             return {True: False, False: False}
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with self._empty():
             model = self._with_layers(1)._model()
             return {train: can_share(model.train(train)) for train in (True, False)}
 
     def _with_layers(self, number: int) -> "Build":
         return replace(self, config=self.config.shortened(number))
 
+    @property
+    def _on_meta(self) -> bool:
+        """Whether tensors of the device meta do, which take a quarter of the time of FakeTensorMode's: autocast knows
+        no such device, nor does attention that torch has for a CPU alone."""
+        return self.numerics.product is None and compiled() is not None
+
+    def _empty(self) -> AbstractContextManager[object]:
+        """Make tensors without numbers, in a context."""
+        return nullcontext() if self._on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+
     def _run(self, shape: Shape, *, train: bool) -> int:
         layout = Packed(shape.lengths, parents=shape.parents)
-        with ExitStack() as stack:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        with self._empty():
             loss_of = self.method.loss_of(self._model()).train(train)
-            ids, targets = (torch.empty(n, dtype=torch.int64) for n in (sum(shape.lengths), shape.trained))
+            device = loss_of.model.lm_head.weight.device
+            ids, targets = (
+                torch.empty(n, dtype=torch.int64, device=device) for n in (sum(shape.lengths), shape.trained)
+            )
             for parameter in loss_of.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            count = stack.enter_context(_Count(loss_of))
-            stack.enter_context(torch.set_grad_enabled(train))
-            with replace(self.numerics, device=torch.device("cpu")).autocast():
-                loss = loss_of.of_layout(ids, layout, targets, targets).sum()  # of a number, or of each token's
-            if train:
-                loss.backward()
+            with _Count(loss_of) as count, torch.set_grad_enabled(train):
+                with replace(self.numerics, device=torch.device("cpu")).autocast():
+                    loss = loss_of.of_layout(ids, layout, targets, targets).sum()  # of a number, or of each token's
+                if train:
+                    loss.backward()
         return count.peak
 
     def _model(self) -> LLaMA:
@@ -208,8 +219,9 @@ class Build:
         with torch.device("meta"):
             model = LLaMA(self.config)
         names = linear_weights(model)
+        device, numbers = "meta" if self._on_meta else "cpu", self.numerics
         state = {
-            name: torch.empty(value.shape, dtype=self.numerics.linear if name in names else self.numerics.rest)
+            name: torch.empty(value.shape, dtype=numbers.linear if name in names else numbers.rest, device=device)
             for name, value in model.state_dict().items()
         }
         model.load_state_dict(state, assign=True)
@@ -232,7 +244,10 @@ class _Count(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in own if tensor is not None}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        given = args, kwargs or {}
+        if any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves(given)):
+            given = tree_map_only(Tensor, _emptied, given)  # places and angles, of which there are numbers
+        result = function(*given[0], **given[1])
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
@@ -250,6 +265,10 @@ class _Count(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _emptied(value: Tensor) -> Tensor:
+    return value if value.is_meta else torch.empty_like(value, device="meta")
 
 
 def _share_evenly(model: LLaMA) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_llama.device import Numerics, capabilities, gpu_numerics, parse_memory
 from lit_llama.errors import ResourceError, UserError
@@ -28,7 +27,7 @@ from lit_llama.train.memory.cards import CARDS
 from lit_llama.train.memory.footprint import Build, Shape, largest_batch, probe
 from lit_llama.train.memory.plan import Plan, lighter, make_plan, smaller
 from lit_llama.train.memory.plan_table import advice, explained, short
-from lit_llama.train.methods.method import LoRA
+from lit_llama.train.methods.method import Full, LoRA, Method
 
 CPU = torch.device("cpu")
 LLAMA_13B = {
@@ -120,12 +119,32 @@ def test_a_plan_runs_the_layers_that_a_run_has(kind: str) -> None:
     """Catches a plan of plain layers for a run of fused ones, which hold less."""
     numbers = Numerics(device=torch.device(kind), linear=torch.bfloat16, rest=torch.bfloat16)
     build = Build(config=tiny_config(), method=LoRA(LoRAConfig()), numerics=numbers, checkpointing="none")
-    with FakeTensorMode():
-        builds = (build, replace(build, plain="asked for"))
-        layers = [type(layer).__name__ for other in builds for layer in layers_of(other)]
+    builds = (build, replace(build, plain="asked for"))
+    layers = [type(layer).__name__ for other in builds for layer in layers_of(other)]
     assert layers == ["FusedLayer"] * 2 + ["DecoderLayer"] * 2
     shape = Shape([60, 50, 20], 80)
     assert build.training_peak(shape) < replace(build, plain="asked for").training_peak(shape)
+
+
+@pytest.mark.parametrize("plain", ["", "asked for"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        (LoRA(LoRAConfig()), torch.bfloat16),
+        (LoRA(LoRAConfig(dropout=0.1, use_dora=True)), torch.float32),
+        (Full(), torch.float32),
+    ],
+)
+def test_a_pass_without_numbers_holds_what_torchs_own_does(plain: str, method: Method, dtype: torch.dtype) -> None:
+    """Against FakeTensorMode, which takes tensors for those of a CPU; catches a way that is chosen by the device."""
+    numbers = Numerics(device=CPU, linear=dtype, rest=dtype)
+    build = Build(config=tiny_config(), method=method, numerics=numbers, checkpointing="none", plain=plain)
+    shape = Shape([60, 50, 20, 20], 80, [] if plain else [-1, 0, 0, -1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Build, "_on_meta", False)
+        expected = [build._run(shape, train=train) for train in (True, False)]
+    assert build._on_meta
+    assert [build._run(shape, train=train) for train in (True, False)] == pytest.approx(expected, rel=5e-3)
 
 
 def layers_of(build: Build) -> list[torch.nn.Module]:

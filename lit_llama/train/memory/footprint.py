@@ -238,6 +238,7 @@ class _Count(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self._on_meta = any(parameter.is_meta for parameter in module.parameters())
         own = [tensor for parameter in module.parameters() for tensor in (parameter, parameter.grad)]
         layers = [layer for layer in module.modules() if isinstance(layer, FusedLayer)]
         own += [tensor for layer in layers for joined in layer.joined for tensor in joined.held]  # see `Build.sizes`
@@ -245,7 +246,7 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = args, kwargs or {}
-        if any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves(given)):
+        if self._on_meta and any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves(given)):
             given = tree_map_only(Tensor, _emptied, given)  # places and angles, of which there are numbers
         result = function(*given[0], **given[1])
         for tensor in tree_leaves(result):

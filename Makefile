@@ -14,6 +14,8 @@ EVALUATED := out/evaluate/demo
 
 # As the scripts have it: threads that wait for each other leave the processor to others soon.
 export GOMP_SPINCOUNT ?= 2000
+# Else every process of the tests compiles every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -123,5 +123,5 @@ def test_no_pickle_takes_long_or_much(tmp_path: Path, data: bytes) -> None:
     The bound is the whole process's: what is freed in between counts too."""
     path = archive_of(tmp_path / "a.pth", data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(path, loops=20)
+    refused(path, loops=80)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

@@ -1,5 +1,6 @@
 """How the kernels are compiled, kept, and done without."""
 
+import ctypes
 import shutil
 import sys
 from pathlib import Path
@@ -28,13 +29,19 @@ def compiler(folder: Path, script: str) -> str:
 
 
 def test_they_are_compiled_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a second compilation, a half-written library, and one that is used after the flags have changed."""
+    """Catches a second compilation, a half-written library, and one that is used after flags or a header have
+    changed."""
     real = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if real is None:
         pytest.skip("no C++ compiler")
     log = tmp_path / "log"
     monkeypatch.setenv("PATH", compiler(tmp_path / "bin", f'echo "$*" >> {log}\nexec {real} "$@"'), prepend=":")
-    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-O0"))  # in a third of the time
+    sources = tmp_path / "one", tmp_path / "other"
+    for number, folder in enumerate(sources):
+        folder.mkdir()
+        (folder / "a.h").write_text(f"#define ANSWER {number}\n")
+        (folder / f"unit{number}.cpp").write_text(f'#include "a.h"\nint answer{number} = ANSWER;\n')
+    monkeypatch.setattr(kernels, "SOURCES", sources)
     assert kernels.compiled.__wrapped__() is not None
     assert [path.suffix for path in home.iterdir()] == [".so"]
     calls = log.read_text().count(" -c ")
@@ -44,6 +51,9 @@ def test_they_are_compiled_once(home: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-DOTHER"))
     assert kernels.compiled.__wrapped__() is not None
     assert len(list(home.iterdir())) == 2
+    (sources[1] / "a.h").write_text("#define ANSWER 7\n")
+    library = kernels.compiled.__wrapped__()
+    assert ctypes.c_int.in_dll(library, "answer1").value == 7 and len(list(home.iterdir())) == 3
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, s
     """
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+        return _fused(q, k, v, mask, scale=scale, enable_gqa=grouped)
     k, v = _each_head(q, k, v)
     scores = (q @ k.transpose(2, 3)).float() * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap)
@@ -86,7 +86,26 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float
     able = capabilities(q.device)
     if able.on_gpu and not (able.flash_attention and q.dtype in (torch.bfloat16, torch.float16)):
         k, v = _each_head(q, k, v)  # of the kernels that need little memory, only those of FlashAttention group heads
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _fused(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """As F.scaled_dot_product_attention, which holds all scores where tensors have no numbers, and nowhere else."""
+    if not q.is_meta:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    mask = None if mask is None else mask.to(q.dtype)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y: Tensor = attend(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+    return y
 
 
 def _windowed(

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lit_llama.device import Numerics
+from lit_llama.model.adapters.low_rank import DoRALinear
 from lit_llama.model.assemble import Assembly, assemble
 from lit_llama.model.attention.layout import Packed
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
@@ -150,14 +151,19 @@ class Build:
 
     def _deep(self, peak: Callable[["Build"], int]) -> int:
         """The peak of all layers from that of a few, where the layers are alike, or whole turns of some kinds."""
-        layers = self.config.num_hidden_layers
-        kinds = [(self.config.window(index), self.config.beyond(index)) for index in range(layers)]
-        turn = next(turn for turn in range(1, layers + 1) if kinds == (kinds[:turn] * layers)[:layers])
+        layers, turn = self.config.num_hidden_layers, self._turn
         few = max(_FEW, turn)
         if layers <= few + turn or layers % turn or not self.method.uniform:
             return peak(self)
         one, other = (peak(self._with_layers(number)) for number in (few, few + turn))
         return other + (layers - few - turn) * (other - one) // turn
+
+    @cached_property
+    def _turn(self) -> int:
+        """After how many layers their kinds repeat."""
+        layers = self.config.num_hidden_layers
+        kinds = [(self.config.window(index), self.config.beyond(index)) for index in range(layers)]
+        return next(turn for turn in range(1, layers + 1) if kinds == (kinds[:turn] * layers)[:layers])
 
     @cached_property
     def shares(self) -> bool:
@@ -181,11 +187,20 @@ class Build:
     def _with_layers(self, number: int) -> "Build":
         return replace(self, config=self.config.shortened(number))
 
-    @property
+    @cached_property
     def _on_meta(self) -> bool:
-        """Whether tensors of the device meta do, which take a quarter of the time of FakeTensorMode's: autocast knows
-        no such device, nor does attention that torch has for a CPU alone."""
-        return self.numerics.product is None and compiled() is not None
+        """Whether tensors of the device meta do, which take a quarter of the time of FakeTensorMode's. Autocast knows
+        no such device, so that products in 16 bits need the latter, but for fused layers: these cast for themselves,
+        except for the norms of DoRA."""
+        if self.numerics.product is None:
+            return True
+        with torch.device("meta"):
+            model = LLaMA(self.config.shortened(max(_FEW, self._turn)))
+        names = linear_weights(model)
+        for name, value in model.named_parameters():
+            value.data = value.data.to(self.numerics.linear if name in names else self.numerics.rest)
+        plain = assemble(model, replace(self.assembly(), checkpointing="none")).plain
+        return not plain and not any(isinstance(module, DoRALinear) for module in model.modules())
 
     def _empty(self) -> AbstractContextManager[object]:
         """Make tensors without numbers, in a context."""

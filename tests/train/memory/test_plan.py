@@ -126,24 +126,28 @@ def test_a_plan_runs_the_layers_that_a_run_has(kind: str) -> None:
     assert build.training_peak(shape) < replace(build, plain="asked for").training_peak(shape)
 
 
-@pytest.mark.parametrize("plain", ["", "asked for"])
 @pytest.mark.parametrize(
-    ("method", "dtype"),
+    ("method", "dtype", "product", "plain"),
     [
-        (LoRA(LoRAConfig()), torch.bfloat16),
-        (LoRA(LoRAConfig(dropout=0.1, use_dora=True)), torch.float32),
-        (Full(), torch.float32),
+        (LoRA(LoRAConfig()), torch.bfloat16, None, ""),
+        (LoRA(LoRAConfig(dropout=0.1, use_dora=True)), torch.float32, None, ""),
+        (Full(), torch.float32, None, "asked for"),
+        (LoRA(LoRAConfig()), torch.float32, torch.float16, ""),
+        (Full(), torch.float32, torch.bfloat16, ""),
     ],
 )
-def test_a_pass_without_numbers_holds_what_torchs_own_does(plain: str, method: Method, dtype: torch.dtype) -> None:
-    """Against FakeTensorMode, which takes tensors for those of a CPU; catches a way that is chosen by the device."""
-    numbers = Numerics(device=CPU, linear=dtype, rest=dtype)
+def test_a_pass_without_numbers_holds_what_torchs_own_does(
+    method: Method, dtype: torch.dtype, product: torch.dtype | None, plain: str
+) -> None:
+    """Against FakeTensorMode, which takes tensors for those of a CPU and knows autocast; catches a way that is chosen
+    by the device, attention that holds all scores, and a product in another dtype."""
+    numbers = Numerics(device=CPU, linear=dtype, rest=dtype, product=product)
     build = Build(config=tiny_config(), method=method, numerics=numbers, checkpointing="none", plain=plain)
-    shape = Shape([60, 50, 20, 20], 80, [] if plain else [-1, 0, 0, -1])
+    shape = Shape([60, 50, 20, 20], 80, [] if plain or product else [-1, 0, 0, -1])
+    assert build._on_meta
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Build, "_on_meta", False)
-        expected = [build._run(shape, train=train) for train in (True, False)]
-    assert build._on_meta
+        expected = [replace(build)._run(shape, train=train) for train in (True, False)]
     assert [build._run(shape, train=train) for train in (True, False)] == pytest.approx(expected, rel=5e-3)
 
 

@@ -27,7 +27,14 @@ from lit_llama.train.optim import build_optimizer, set_learning_rate, state_byte
 CPU = torch.device("cpu")
 
 
-def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainConfig, shape: Shape) -> None:
+def step(
+    config: LLaMAConfig,
+    method: Method,
+    numerics: Numerics,
+    train: TrainConfig,
+    shape: Shape,
+    steps: tuple[int, ...] = (1, 2),
+) -> None:
     """A micro-batch and an update, then two and another, as the loop makes them: now the optimizer remembers, and the
     second micro-batch finds the gradients of the first."""
     with torch.device("meta"):
@@ -41,7 +48,7 @@ def step(config: LLaMAConfig, method: Method, numerics: Numerics, train: TrainCo
     set_learning_rate(optimizer, 1e-4)
     loss_of = TokenLoss(model, numerics).train()
     ids = torch.arange(sum(shape.lengths)) % config.vocab_size
-    for micro_batches in (1, 2):
+    for micro_batches in steps:
         for _ in range(micro_batches):
             loss_of(ids, list(shape.lengths), torch.arange(shape.trained), ids[: shape.trained]).backward()
         optimizer.step()
@@ -85,7 +92,7 @@ def measure(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) 
     # What is loaded at first use, and the code of products, which a plan counts with the program. A heap that keeps
     # what is freed would keep this step's memory as well.
     first = (tiny_config(), Shape([20, 30], 40)) if keeps else (config, shape)
-    step(first[0], method, numerics, train, first[1])
+    step(first[0], method, numerics, train, first[1], (1,))
     before = resident_memory()
     watch = Peak()
     watch.start()

@@ -101,15 +101,19 @@ class LoRAConfig:
             return [self.pattern]
         return _names(self.target_modules) or [""]
 
-    @property
-    def covers_linears(self) -> bool:
-        """Whether the targets are all linear layers of a decoder, by that word or by their names."""
+    def covers_linears(self, *, recurrent: bool = False) -> bool:
+        """Whether the targets are all linear layers of a decoder, by that word or by their names.
+
+        Args:
+            recurrent: Some of its layers have linear attention.
+        """
         if self.target_modules in ALL_LINEAR:
             return True
         named = set(self.targets)
         attention = {"qkv_proj", "o_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
         mlp = {"gate_up_proj", "down_proj"}, {"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}
-        return named <= {*LINEARS} and all(any(way <= named for way in ways) for ways in (attention, mlp))
+        linear = ({"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"} if recurrent else set(),)
+        return named <= {*LINEARS} and all(any(way <= named for way in ways) for ways in (attention, mlp, linear))
 
     @property
     def pattern(self) -> str | None:

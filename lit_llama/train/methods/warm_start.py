@@ -88,8 +88,9 @@ def read_start(adapter_dir: Path, base: Path, asked: LoRAConfig) -> tuple[LoRACo
     if {name: _shapes(module) for name, module in adapters(twin)} != {name: _shapes(m) for name, m in found.items()}:
         copied = [name for name, module in found.items() if isinstance(module, Whole)]
         config = replace(config, target_modules=[name for name in found if name not in copied], modules_to_save=copied)
-    shape, default = _shape(config), _shape(LoRAConfig())
-    for name, given in _shape(asked).items():
+    recurrent = bool(frame.config.recurrent_layers)
+    shape, default = _shape(config, recurrent), _shape(LoRAConfig(), recurrent)
+    for name, given in _shape(asked, recurrent).items():
         read = shape[name]
         if given not in (default[name], read):
             raise UserError(
@@ -119,10 +120,10 @@ def _trainable(found: LoRAConfig, adapter_dir: Path, asked: LoRAConfig) -> LoRAC
         raise CheckpointError(f"{adapter_dir} cannot go on training: {error}") from error
 
 
-def _shape(config: LoRAConfig) -> dict[str, Any]:
+def _shape(config: LoRAConfig, recurrent: bool) -> dict[str, Any]:
     """The settings of a shape, names of modules in one order."""
     settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN}
-    targets = list(ALL_LINEAR[:1]) if config.covers_linears else sorted(config.targets)
+    targets = list(ALL_LINEAR[:1]) if config.covers_linears(recurrent=recurrent) else sorted(config.targets)
     return settings | {"target_modules": targets, "modules_to_save": sorted(config.saved)}
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run_here, tiny_model
+from conftest import run_here, tiny_model, write_adapter
 from safetensors.torch import load_file, save_file
 from small_runs import LORA, TWELVE, Killed, outcome, run, stop_after
 from small_runs import twenty_rows as twenty_rows  # a fixture
+from tiny_families import MODELS, SHAPE, write_model
 
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.manifest import MANIFEST
@@ -188,6 +189,17 @@ def test_the_flags_may_repeat_what_the_adapter_has(first: Path, tiny_folder: Pat
     assert read_start(first, tiny_folder, config)[0] == config
     with pytest.raises(UserError, match=r"--lora\.alpha is 5"):
         read_start(first, tiny_folder, replace(config, alpha=5))
+
+
+def test_all_linear_layers_are_those_of_linear_attention_too(tmp_path: Path) -> None:
+    """Catches flags that leave linear attention out, taken for an adapter that has it."""
+    base = tmp_path / "base"
+    write_model(base, SHAPE | MODELS["qwen3_5"][0])
+    every = read_start(write_adapter(tmp_path / "every", base), base, LoRAConfig())[0]
+    names = [name for name in every.targets if not name.startswith("in_proj")]
+    with pytest.raises(UserError, match="leave it out"):
+        read_start(tmp_path / "every", base, LoRAConfig(target_modules=names))
+    read_start(tmp_path / "every", base, LoRAConfig(target_modules=every.targets))
 
 
 def test_what_cannot_go_on_training_says_so(tiny_folder: Path, tmp_path: Path) -> None:

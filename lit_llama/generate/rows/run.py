@@ -23,6 +23,8 @@ from lit_llama.generate.rows.teacher import Ask, Key, Reply, Teacher
 
 WINDOW = 64
 """Attempts that are under way at the same time, at most."""
+LEAST = 8
+"""As many are, however few rows are left to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,7 @@ class RowMaker:
             while not (ended := self._ended(limits, last)):
                 if limits.seconds is not None and time.monotonic() - start >= limits.seconds:
                     return "time"
-                self._begin(last, journal)
+                self._begin(last, journal, limits.rows)
                 self._send(limits)
                 if self._unsent and not self._sent and not self._done.get(self.tally.decided):
                     return "tokens"
@@ -206,8 +208,15 @@ class RowMaker:
             )
         return "sources" if used_up else ""
 
-    def _begin(self, last: int | None, journal: Journal | None) -> None:
-        while self._next < self.tally.decided + WINDOW and (last is None or self._next < last):
+    def _side_by_side(self, rows: int) -> int:
+        """Attempts that may be under way: about as many as the rows that are left take, by those decided so far, as
+        the answers of the others would be thrown away."""
+        tally = self.tally
+        takes = (rows - tally.accepted) * (tally.decided + 1) // (tally.accepted + 1)
+        return min(WINDOW, max(LEAST, takes))
+
+    def _begin(self, last: int | None, journal: Journal | None, rows: int) -> None:
+        while self._next < self.tally.decided + self._side_by_side(rows) and (last is None or self._next < last):
             attempt = Attempt(number=self._next)
             before = self._next - WINDOW
             known = self._accepted[: self._accepted_by[before]] if before >= 0 else []

@@ -68,6 +68,18 @@ def test_interrupted_anywhere_the_bytes_are_the_same(recipe: Make, tmp_path: Pat
     assert made(out) == made(tmp_path / "whole")
 
 
+def test_few_rows_begin_few_attempts(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run for three rows that pays for a whole window, or one whose rows are others where fewer go side by side."""
+    asked, mine = [], recipe()
+    for least in (WINDOW, 1):
+        monkeypatch.setattr("lit_llama.generate.rows.run.LEAST", least)
+        teacher = ScriptedTeacher(echo, least)
+        make_rows(mine, teacher, tmp_path / str(least), limits=Limits(rows=3))
+        asked.append(len({number for number, _ in teacher.asked}))
+    assert made(tmp_path / "1") == made(tmp_path / str(WINDOW))
+    assert 3 <= asked[1] < WINDOW <= asked[0]
+
+
 def test_answers_of_an_interrupted_run_are_not_asked_for_again(recipe: Make, tmp_path: Path) -> None:
     first, second = ScriptedTeacher(echo, dies=30), ScriptedTeacher(echo, 1)
     with pytest.raises(KeyboardInterrupt):

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_door
+from conftest import ROOT, run_here
 from small_runs import ROWS
 
 from lit_llama import __main__ as command
 
 STAGES = ("prepare", "finetune", "generate")
+START = [sys.executable, "-P", "-m", "lit_llama"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -37,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the wheel was installed into."""
     target = tmp_path_factory.mktemp("installed")
-    _pip("install", wheel, "--target", target)
+    _pip("install", wheel, "--target", target, "--no-compile")
     return target
 
 
@@ -50,10 +51,11 @@ def _pip(*arguments: object) -> None:
 @pytest.fixture
 def run(installed: Path, tmp_path: Path) -> Run:
     """Run the command outside the clone."""
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    # What stands in the folder of the test comes first, so that a test can have a sitecustomize.py.
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{installed}"}
 
     def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-P", "-m", "lit_llama", *map(str, arguments)]
+        words = [*START, *map(str, arguments)]
         return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
 
     return start
@@ -86,7 +88,7 @@ def test_the_command_prepares_outside_the_clone(run: Run, tiny_folder: Path, tmp
     assert "ready for lit-llama finetune lora --data_dir data/mine" in made.stderr and ".py" not in made.stderr
     report = (tmp_path / "data" / "mine" / "report.html").read_text("utf-8")
     assert "lit-llama prepare show --data_dir data/mine" in report and "python prepare" not in report
-    by_script = run_door("prepare/records.py", *flags, "--test_split_size", 0.3, cwd=tmp_path)
+    by_script = run_here("prepare/records.py", *flags, "--test_split_size", 0.3, cwd=tmp_path)
     assert "unchanged, made of the same data" in by_script.stderr, "one source: the very same work"
 
 
@@ -101,13 +103,17 @@ def test_errors_name_the_command(run: Run, tmp_path: Path) -> None:
     assert "lit-llama finetune lora --quantize nf4" in made.stderr and "finetune/lora.py" not in made.stderr
 
 
-def test_several_processes_start_the_command_again(run: Run, tiny_folder: Path) -> None:
-    """A launcher that starts something else than `python -m lit_llama finetune lora`; the data that are absent are read
-    by the processes that it starts, of which the first one speaks."""
-    flags = ["--checkpoint_dir", tiny_folder, "--data_dir", "absent", "--out_dir", "out", "--devices", 2]
+def test_several_processes_start_the_command_again(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    """A launcher that starts something else than `python -m lit_llama finetune lora`, or loses an option of Python's on
+    the way. What the processes then do, tests/train/distributed sees; here they end as soon as they have begun."""
+    tell = "os.write(1, f'{os.environ[\"LOCAL_RANK\"]} {json.dumps(sys.orig_argv[1:])}\\n'.encode())"
+    ends = f"import json, os, sys\nif 'LIT_LLAMA_LAUNCHER' in os.environ:\n    {tell}\n    os._exit(0)\n"
+    (tmp_path / "sitecustomize.py").write_text(ends)
+    flags = ["--checkpoint_dir", tiny_folder, "--data_dir", "absent", "--out_dir", "o u t", "--devices", 2]
     made = run("finetune", "lora", *flags)
-    assert made.returncode == 3 and made.stderr.count("\n") == 1, made.stderr
-    assert made.stderr.startswith("error: absent ") and "lit-llama prepare records" in made.stderr
+    assert (made.returncode, made.stderr) == (0, ""), made.stderr
+    words = json.dumps([*START[1:], "finetune", "lora", *map(str, flags)])
+    assert sorted(made.stdout.splitlines()) == [f"{rank} {words}" for rank in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -148,14 +154,12 @@ def test_a_list_imports_next_to_nothing(installed: Path, tmp_path: Path) -> None
     assert made.stdout == "0.1.0\n", made.stderr
 
 
-def test_a_stop_says_how_to_go_on_with_the_command(
-    run: Run, installed: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_stop_says_how_to_go_on_with_the_command(installed: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """A Ctrl-C at the installed command that is no one line, or whose way on is a script."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     style = ["--prompt_style", "alpaca", "--test_split_size", 0]
     flags = ["--source", "rows.jsonl", "--destination_path", "data", "--tokenizer_path", tiny_folder, *style]
-    assert run("prepare", "records", *flags).returncode == 0
+    assert run_here("prepare/records.py", *flags, cwd=tmp_path).returncode == 0
     words = ["finetune", "lora", "--checkpoint_dir", tiny_folder, "--data_dir", "data", "--out_dir", "o u t"]
     process = subprocess.Popen(
         [str(installed / "bin" / "lit-llama"), *map(str, words), "--train.epochs", "10000"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 from lit_llama.generate.engine.request import Sampling
 from lit_llama.generate.llm import LLM, load
@@ -60,19 +60,18 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(tiny_folder: Path, tmp_pa
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 
-    def start(out: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "generate/rows.py", "--recipe", tmp_path / "r.yaml", "--checkpoint_dir", tiny_folder]
-        command += ["--out_dir", tmp_path / out, "--precision", "32-true"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    def command(out: str) -> list[str]:
+        flags = ["--recipe", tmp_path / "r.yaml", "--checkpoint_dir", tiny_folder, "--out_dir", tmp_path / out]
+        return ["generate/rows.py", *map(str, flags), "--precision", "32-true"]
 
-    status = start("whole").wait()
-    killed = start("cut")
+    whole = run_here(*command("whole"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen([sys.executable, *command("cut")], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     lines = tmp_path / "cut/rejected.jsonl"
     while killed.poll() is None and not (lines.exists() and lines.stat().st_size):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert start("cut").wait() == status
+    assert killed.wait() == -signal.SIGKILL
+    assert run_here(*command("cut")).returncode == whole.returncode
     for name in ("rows.jsonl", "rejected.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -16,7 +16,7 @@ from benchmarks.training.environments import fast_bfloat16
 from benchmarks.training.process import run
 
 TOKENS = 1024
-"""Of a micro-batch: the default on a processor."""
+"""Of a micro-batch."""
 MICRO_BATCHES = 4
 """Of an optimizer step."""
 PLAIN, MIXED = "LoRA", "bf16-mixed"

@@ -20,7 +20,7 @@ StoredDtype = Literal["bfloat16", "float16", "float32"]
 Resume = Literal["never", "auto"] | Path
 Devices = int | Literal["auto"]
 
-CPU_TOKENS, GPU_TOKENS = 2048, 8192
+CPU_TOKENS, GPU_TOKENS = 1536, 8192
 """Per forward pass: from there on more of them hardly gain speed, and take memory."""
 
 
@@ -33,7 +33,7 @@ class TrainConfig:
         max_steps: Stop after this many optimizer steps, if that comes first.
         batch_size: Samples per optimizer step.
         micro_batch_tokens: Most tokens per forward pass; less needs less memory and gives the same gradients. auto is
-            2048 on a CPU, 8192 on a GPU, or less where the memory asks for it.
+            1536 on a CPU, 8192 on a GPU, or less where the memory asks for it.
         learning_rate: Highest learning rate. auto, which preference training has not, is a published rule by the width
             of the model and the alpha of the adapter, in docs/finetune.md; run.yaml has the number.
         schedule: Course of the learning rate after the warm-up; wsd stays at the top and falls at the end.

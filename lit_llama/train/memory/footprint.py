@@ -195,7 +195,7 @@ class Build:
         if self.numerics.product is None:
             return True
         with torch.device("meta"):
-            model = LLaMA(self.config.shortened(max(_FEW, self._turn)))
+            model = LLaMA(self.config.shortened(min(max(_FEW, self._turn), self.config.num_hidden_layers)))
         names = linear_weights(model)
         for name, value in model.named_parameters():
             value.data = value.data.to(self.numerics.linear if name in names else self.numerics.rest)

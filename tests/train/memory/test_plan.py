@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
+from tiny_families import MODELS, SHAPE
 
 from lit_llama.device import Numerics, capabilities, gpu_numerics, parse_memory
 from lit_llama.errors import ResourceError, UserError
@@ -149,6 +150,19 @@ def test_a_pass_without_numbers_holds_what_torchs_own_does(
         patch.setattr(Build, "_on_meta", False)
         expected = [replace(build)._run(shape, train=train) for train in (True, False)]
     assert [build._run(shape, train=train) for train in (True, False)] == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("kinds", [["linear_attention", "full_attention", "linear_attention"], ["full_attention"]])
+def test_a_plan_in_mixed_precision_never_lengthens_a_model(kinds: list[str], mode: Any) -> None:
+    """Whose layers differ, or are fewer than are counted else; catches a run that is refused for its own layers."""
+    settings = SHAPE | MODELS["qwen3_5"][0] | {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    numbers = Numerics(device=CPU, linear=torch.bfloat16, rest=torch.float32, product=torch.bfloat16)
+    config = LLaMAConfig.from_dict(settings)
+    build = Build(config=config, method=LoRA(LoRAConfig()), numerics=numbers, checkpointing=mode)
+    assert not build.shares
+    shape = Shape([30, 20], 20)
+    assert build.training_peak(shape) > build.evaluation_peak(shape) > 0
 
 
 def layers_of(build: Build) -> list[torch.nn.Module]:

@@ -99,7 +99,7 @@ def straight(half: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return run(half, data, out, replace(SIX, sample_prompts=0), precision="bf16-mixed")
 
 
-@pytest.mark.parametrize("last", range(1, STEPS))
+@pytest.mark.parametrize("last", [1, 3, STEPS - 1])  # ahead of the first test loss, the end of an epoch
 def test_a_run_that_goes_on_ends_with_the_same_bytes(
     half: Path, data: Path, straight: Path, tmp_path: Path, last: int
 ) -> None:

@@ -1,5 +1,6 @@
 """GGUF files written as llama.cpp writes them, sharing nothing with the code under test."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -17,6 +19,7 @@ from lit_llama.model.llama import LLaMA
 Array = npt.NDArray[Any]
 Packed = tuple[Array, gguf.GGMLQuantizationType]
 """Rows of bytes, and what they are."""
+
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -111,6 +114,24 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
 }
 """Those of mixtures of experts."""
+
+
+def read_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Have gguf's reader, and transformers with it, take a plain view of a file's bytes, and make a model's names of
+    tensors once; its `numpy.memmap` makes an object for each string, and the names are made for each module."""
+    memmap = np.memmap
+    patch.setattr("gguf.gguf_reader.np", _Plain(np, lambda *given, **named: np.asarray(memmap(*given, **named))))
+    patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+
+
+class _Plain:
+    """numpy with another `memmap`."""
+
+    def __init__(self, whole: Any, memmap: Callable[..., Array]) -> None:
+        self._whole, self.memmap = whole, memmap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
 
 
 def fields_of(raw: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_transformers, run_here, tiny_model, write_tokenizer
-from gguf_files import SHAPE, Array, Packed, stored_values, write_gguf
+from gguf_files import SHAPE, Array, Packed, read_quickly, stored_values, write_gguf
 from safetensors.torch import load_file
 
 from lit_llama.conversion import convert as convert_any
@@ -338,10 +338,13 @@ def real_gguf() -> Path:
 
 
 @pytest.mark.real
-def test_the_real_file_is_converted_as_transformers_reads_it(real_folder: Path, real_gguf: Path) -> None:
+def test_the_real_file_is_converted_as_transformers_reads_it(
+    real_folder: Path, real_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """272 tensors of Q4_1, Q8_0 and F32, bit for bit in bfloat16; catches whatever small files hide."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    read_quickly(monkeypatch)
     config = AutoConfig.from_pretrained(real_folder)  # reading it from the file as well takes another 5 s
     theirs = AutoModelForCausalLM.from_pretrained(
         real_gguf.parent, gguf_file=real_gguf.name, config=config, dtype=torch.float32, local_files_only=True

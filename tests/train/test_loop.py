@@ -39,7 +39,9 @@ from lit_llama.train.state import STATES_DIR
 def test_twenty_rows_are_learned_by_heart(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Catches whatever keeps a model from learning: a wrong shift, a lost gradient, a frozen adapter, an end that is
     never trained. Loss falls to nearly nothing, and generation gives the answers back and stops by itself."""
-    train = TrainConfig(epochs=40, batch_size=10, learning_rate=1e-2, schedule="linear", eval_interval=1000)
+    train = TrainConfig(
+        epochs=40, batch_size=10, learning_rate=1e-2, schedule="linear", eval_interval=1000, sample_prompts=0
+    )
     # With the head, as a random one cannot speak out: its logits stay so small that the loss ends above 0.05.
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoRAConfig(r=16, alpha=32, target_modules=[*linears, "lm_head"])
@@ -147,7 +149,7 @@ def test_weight_decay_reaches_the_optimizer(tiny_folder: Path, data: Path, tmp_p
     without; catches a setting that is read and forgotten."""
     decayed = []
     for decay in (0.0, 0.5):
-        train = TrainConfig(max_steps=1, learning_rate=0.1, warmup_ratio=0, weight_decay=decay)
+        train = TrainConfig(max_steps=1, learning_rate=0.1, warmup_ratio=0, weight_decay=decay, sample_prompts=0)
         tensors = load_file(run(tiny_folder, data, tmp_path / str(decay), LORA, train) / WEIGHTS_FILE)
         decayed.append({name: value for name, value in tensors.items() if "lora_A" in name})
     for name, value in decayed[0].items():
@@ -169,7 +171,8 @@ def test_gradients_are_clipped_to_the_norm(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     for limit in (0.0, 1e-3):
-        run(tiny_folder, data, tmp_path / str(limit), LORA, TrainConfig(max_steps=1, max_grad_norm=limit))
+        train = TrainConfig(max_steps=1, max_grad_norm=limit, sample_prompts=0)
+        run(tiny_folder, data, tmp_path / str(limit), LORA, train)
     whole, clipped = (read_metrics(tmp_path / str(limit))["grad_norm"][0][1] for limit in (0.0, 1e-3))
     assert whole == clipped > 0.01
     assert given == [pytest.approx(whole, rel=1e-4), pytest.approx(1e-3, rel=1e-3)]
@@ -190,7 +193,7 @@ def test_gradients_stay_where_they_are_and_begin_at_zero(
         return trainer_step(self)
 
     monkeypatch.setattr(Trainer, "step", step)
-    run(tiny_folder, data, tmp_path / "out", LORA, TrainConfig(max_steps=3))
+    run(tiny_folder, data, tmp_path / "out", LORA, TrainConfig(max_steps=3, sample_prompts=0))
     assert len(places) == 3 and places[0] == places[1] == places[2] and len(places[0]) > 20
     assert left == [False] * 3
 
@@ -199,7 +202,7 @@ def test_an_adapter_is_not_loaded_on_a_base_that_was_changed(tiny_folder: Path, 
     """Catches a base that is replaced after training, in the folder that the adapter names."""
     base = tmp_path / "base"
     shutil.copytree(tiny_folder, base)
-    out = run(base, data, tmp_path / "out", LORA, TrainConfig(max_steps=1))
+    out = run(base, data, tmp_path / "out", LORA, replace(SHORT, max_steps=1))
     load(out, precision="32-true")
     from safetensors.torch import save_file
 
@@ -241,7 +244,7 @@ def test_the_best_adapter_is_left_and_the_run_stops(
     for keep in ("best", "last"):
         losses = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 1.0])
         monkeypatch.setattr(loop, "evaluate", lambda *_, losses=losses: next(losses))
-        train = TrainConfig(epochs=4, batch_size=4, learning_rate=1e-3, eval_interval=2, patience=3)
+        train = TrainConfig(epochs=4, batch_size=4, learning_rate=1e-3, eval_interval=2, patience=3, sample_prompts=0)
         train = replace(train, keep=keep)  # type: ignore[arg-type]
         run(tiny_folder, data, tmp_path / keep, LORA, train)
         assert [step for step, _ in read_metrics(tmp_path / keep)["loss"]] == list(range(1, 11))

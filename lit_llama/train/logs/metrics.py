@@ -35,8 +35,8 @@ def draw_curve(folder: Path) -> Path:
     axes.set(
         xlabel="optimizer step",
         ylabel="loss per pair" if series["margin"] else "loss per trained token",
-        title=folder.resolve().name,
     )
+    axes.set_title(folder.resolve().name, y=1)  # where it would be found to be, which takes a third of the time
     if min(value for _, value in series["loss"]) > 0:
         axes.set_yscale("log")
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())

@@ -192,6 +192,8 @@ class Build:
         """Whether tensors of the device meta do, which take a quarter of the time of FakeTensorMode's. Autocast knows
         no such device, so that products in 16 bits need the latter, but for fused layers: these cast for themselves,
         except for the norms of DoRA."""
+        if self.quantize == "fp8":  # whose product torch lets through there in a GPU's layout alone
+            return False
         if self.numerics.product is None:
             return True
         with torch.device("meta"):

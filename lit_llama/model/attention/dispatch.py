@@ -71,9 +71,7 @@ def attend(
         scale: Of the scores; None is 1 / sqrt(D).
         softcap: Bound that scores come near to and never reach; None for none.
     """
-    kind = capabilities(q.device).kind
-    if torch.is_autocast_enabled(kind):
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    q, k, v = for_products(q, k, v)
     match way(q, samples, softcap):
         case "kernel":
             y: Tensor = attention.attention(q, k, v, *_described(q, samples, window, scale))[0]
@@ -82,6 +80,14 @@ def attend(
             return _varlen(q, k, v, samples, window, scale)
         case "reference":
             return reference(q, k, v, samples, window, scale, softcap)
+
+
+def for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Bring tensors into the dtype of products where autocast is on, as it knows nothing of what follows them."""
+    kind = capabilities(tensors[0].device).kind
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def attend_into(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_llama.model.attention.dispatch import for_products
 from lit_llama.model.attention.layout import Advance
 from lit_llama.model.attention.reference import masked
 from lit_llama.model.config import KVCacheType, LLaMAConfig
@@ -131,7 +132,7 @@ class PagedCache:
         layer = self._rows[layer]
         for index, rows in enumerate((k, v)):
             if not self._coded:
-                self.parts[index][layer][blocks, places] = rows
+                self.parts[index][layer][blocks, places] = rows.to(self.parts[index].dtype)
                 continue
             scale = rows.float().abs().amax(2, keepdim=True) / 127  # (T, G, 1), NaN of what is not finite
             codes = (rows.float() / scale.where(scale != 0, 1)).nan_to_num(0, 0, 0).round()
@@ -143,7 +144,7 @@ class PagedCache:
         layer = self._rows[layer]
         found = [part[layer][tables].flatten(1, 2) for part in self.parts]
         if not self._coded:
-            return found[0], found[1]
+            return found[0].to(dtype), found[1].to(dtype)
         keys, values = ((codes * scales).to(dtype) for codes, scales in zip(found[:2], found[2:], strict=True))
         return keys, values
 
@@ -204,6 +205,7 @@ class Paged:
         softcap: float | None = None,
     ) -> Tensor:
         """Compute causal softmax attention over the cache, see `Layout`."""
+        q, k, v = for_products(q, k, v)
         self._cache.write(layer, self._blocks, self._places, k, v)
         out = torch.empty_like(q)
         for own, tables, position in self._groups:

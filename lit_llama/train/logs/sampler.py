@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lit_llama.device import Numerics
 from lit_llama.errors import DataError
 from lit_llama.generate.answer import Answer, answer_requests, question_ids
 from lit_llama.generate.engine.request import Sampling
@@ -50,10 +52,13 @@ class Sampler:
         llm: The model in training, with what its prompts and answers are made of.
         prompts: At least one.
         micro_batch_tokens: Tokens of the cache, so that it is small beside what a training step holds.
+        numerics: Numbers that the run computes in; those of the weights if left out.
     """
 
-    def __init__(self, llm: LLM, prompts: Sequence[Prompt], micro_batch_tokens: int) -> None:
-        self._llm, self.prompts, self._limit = llm, prompts, micro_batch_tokens
+    def __init__(
+        self, llm: LLM, prompts: Sequence[Prompt], micro_batch_tokens: int, numerics: Numerics | None = None
+    ) -> None:
+        self._llm, self.prompts, self._limit, self._numerics = llm, prompts, micro_batch_tokens, numerics
 
     @classmethod
     def from_folders(
@@ -64,6 +69,7 @@ class Sampler:
         data_dir: Path,
         count: int,
         micro_batch_tokens: int,
+        numerics: Numerics,
     ) -> "Sampler":
         """Ask `count` rows of the test split in the style of the data folder; `tokenizer` is that of the checkpoint.
 
@@ -72,7 +78,7 @@ class Sampler:
         """
         ends = special_ids(checkpoint_dir, tokenizer).ends
         llm = make_llm(model, tokenizer, folder_style(data_dir), ends)
-        return cls(llm, test_prompts(llm, data_dir / TEST_FILE, count), micro_batch_tokens)
+        return cls(llm, test_prompts(llm, data_dir / TEST_FILE, count), micro_batch_tokens, numerics)
 
     def answers(self) -> list[Answer]:
         """Answer every prompt with at most MAX_NEW_TOKENS tokens.
@@ -84,7 +90,8 @@ class Sampler:
         training = model.training
         model.eval()
         try:
-            return self._answer(model)
+            with self._numerics.autocast() if self._numerics else nullcontext():
+                return self._answer(model)
         finally:
             model.train(training)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import as_transformers, tiny_model
 
+from lit_llama.device import Numerics
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.engine.request import Request
@@ -114,6 +115,24 @@ def test_answers_are_those_of_greedy_decoding_elsewhere(tiny_folder: Path, file:
         stopped = made[-1] in plain.stop_ids
         assert (answer.stopped, answer.tokens) == (stopped, len(made))
         assert answer.text == plain.tokenizer.decode(made[:-1] if stopped else made)
+
+
+def test_mixed_precision_answers_in_the_numbers_of_the_training(tmp_path: Path, llm: LLM, file: Path) -> None:
+    """Catches products of float32 and bfloat16 where a linear layer has no adapter, as a head of its own, and keys in
+    bfloat16 that find no place in a cache of float32."""
+    half = torch.bfloat16
+    numbers = Numerics(device=torch.device("cpu"), linear=half, rest=torch.float32, product=half)
+    as_transformers(tiny_model(tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", numbers.device, numbers.rest, linear_dtype=half)
+    apply_lora(model, LoRAConfig(r=2, target_modules="q_proj"))
+    made, seen = make_llm(model, llm.tokenizer, named_style("alpaca"), llm.stop_ids), []
+    (prompt,) = test_prompts(made, file, 1)
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits))
+    Sampler(made, [prompt], 4096, numbers).answers()
+    with numbers.autocast(), torch.no_grad():
+        wanted = model(torch.tensor(list(prompt.ids)))[-1:]
+    assert seen[0].dtype == half
+    torch.testing.assert_close(seen[0], wanted, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,7 +37,8 @@ def arguments(job: Job) -> dict[str, Any]:
     if job.tuned:
         dtype = "bfloat16" if job.bfloat16 and not option.mixed else "float32"
         # Left out, bf16 is on: products in bfloat16, which a processor without them emulates.
-        settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": dtype}, "bf16": job.bfloat16}
+        settings = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": dtype}}
+        settings |= {"bf16": job.bfloat16} if option.mixed or not job.bfloat16 else {}
     return {
         "output_dir": job.out_dir,
         "per_device_train_batch_size": micro_batch,

@@ -78,10 +78,7 @@ class Capabilities:
 
 @functools.cache
 def capabilities(device: "torch.device") -> Capabilities:
-    """Find out what a device can do; the hardware is asked the first time only.
-
-    Tensors without numbers, of the device meta, stand for a CPU's, as a plan has them.
-    """
+    """Find out what a device can do, once; meta, whose tensors have no numbers, stands for a CPU, as in a plan."""
     import torch
 
     fast = _fast_bf16(device)

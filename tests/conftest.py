@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import known_passes
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from cores import ALLOWED, on_cores, on_the_cpu
-from fake_hub import REPO, FakeHub
+from fake_hub import hub as hub  # a fixture
 
 from lit_llama.commands import Commands
 from lit_llama.console import verbose
@@ -327,22 +326,6 @@ def put(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
 def files(tiny_folder: Path) -> dict[str, bytes]:
     """What a usable repository on the Hub holds."""
     return {path.name: path.read_bytes() for path in sorted(tiny_folder.iterdir())}
-
-
-@pytest.fixture
-def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A Hub on localhost with one usable repository, without waiting between retries."""
-    from huggingface_hub import close_session, constants
-
-    from lit_llama.conversion import download
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()  # the next one reads the environment
-    with FakeHub({REPO: dict(files)}) as hub:
-        yield hub
-    close_session()
 
 
 @pytest.fixture(scope="session")

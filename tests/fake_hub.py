@@ -3,11 +3,14 @@
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 REPO = "owner/tiny"
 CHUNK = 20_000  # bytes that are written at a time
@@ -140,3 +143,19 @@ class FakeHub:
         if request.command == "GET":
             request.wfile.write(body[:stop])
             request.wfile.flush()
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub on localhost with one usable repository, without waiting between retries."""
+    from huggingface_hub import close_session, constants
+
+    from lit_llama.conversion import download
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # the next one reads the environment
+    with FakeHub({REPO: dict(files)}) as hub:
+        yield hub
+    close_session()

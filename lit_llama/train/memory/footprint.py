@@ -181,11 +181,16 @@ class Build:
         if self.numerics.device.type != "cpu" or compiled() is None:
             return {True: False, False: False}
         with self._empty():
-            model = self._with_layers(1)._model()
+            model = self._representative._model()
             return {train: can_share(model.train(train)) for train in (True, False)}
 
     def _with_layers(self, number: int) -> "Build":
         return replace(self, config=self.config.shortened(number))
+
+    @property
+    def _representative(self) -> "Build":
+        """The fewest layers that have one of each kind, and all that an adapter may name."""
+        return self._with_layers(self._turn) if self.method.uniform else self
 
     @cached_property
     def _on_meta(self) -> bool:
@@ -197,7 +202,7 @@ class Build:
         if self.numerics.product is None:
             return True
         with torch.device("meta"):
-            model = LLaMA(self.config.shortened(min(max(_FEW, self._turn), self.config.num_hidden_layers)))
+            model = LLaMA(self._representative.config)
         names = linear_weights(model)
         for name, value in model.named_parameters():
             value.data = value.data.to(self.numerics.linear if name in names else self.numerics.rest)
@@ -213,9 +218,8 @@ class Build:
         with self._empty():
             loss_of = self.method.loss_of(self._model()).train(train)
             device = loss_of.model.lm_head.weight.device
-            ids, targets = (
-                torch.empty(n, dtype=torch.int64, device=device) for n in (sum(shape.lengths), shape.trained)
-            )
+            counts = sum(shape.lengths), shape.trained
+            ids, targets = (torch.empty(count, dtype=torch.int64, device=device) for count in counts)
             for parameter in loss_of.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             with _Count(loss_of) as count, torch.set_grad_enabled(train):

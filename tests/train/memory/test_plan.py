@@ -152,6 +152,17 @@ def test_a_pass_without_numbers_holds_what_torchs_own_does(
     assert [build._run(shape, train=train) for train in (True, False)] == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.parametrize("product", [None, torch.bfloat16])
+@pytest.mark.parametrize("names", [["q_proj", "v_proj"], ["model.layers.1.self_attn.q_proj"]])
+def test_an_adapter_on_later_layers_alone_is_planned(names: list[str], product: Any) -> None:
+    """The first layer has linear attention; catches a look at that layer alone, which has none of these modules."""
+    config = LLaMAConfig.from_dict(SHAPE | MODELS["qwen3_5"][0])
+    numbers = Numerics(device=CPU, linear=torch.float32, rest=torch.float32, product=product)
+    method = LoRA(LoRAConfig(target_modules=names))
+    build = Build(config=config, method=method, numerics=numbers, checkpointing="none")
+    assert not build.shares and build.training_peak(Shape([30, 20], 20)) > 0
+
+
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("kinds", [["linear_attention", "full_attention", "linear_attention"], ["full_attention"]])
 def test_a_plan_in_mixed_precision_never_lengthens_a_model(kinds: list[str], mode: Any) -> None:

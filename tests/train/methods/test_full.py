@@ -22,7 +22,7 @@ from lit_llama.text.dataset.folder import Split
 from lit_llama.text.message import IGNORE_INDEX, instruct
 from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.logs.metrics import METRICS_FILE, read_metrics
-from lit_llama.train.loop import evaluate
+from lit_llama.train.loop import Trainer, evaluate
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.methods.method import Full
 from lit_llama.train.optim import OPTIMIZER_FILE
@@ -103,7 +103,7 @@ def straight(half: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_run_that_goes_on_ends_with_the_same_bytes(
     half: Path, data: Path, straight: Path, tmp_path: Path, last: int
 ) -> None:
-    """From a base in bfloat16; catches a state that holds the weights rounded to it, or forgets the best of them."""
+    """From a base in bfloat16; catches a state that holds the weights rounded to it."""
     settings = {"train": replace(SIX, sample_prompts=0), "precision": "bf16-mixed"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         stop_after(patch, last)
@@ -111,6 +111,23 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(
     torch.manual_seed(last)
     run(half, data, tmp_path / "out", **settings, resume="auto")
     assert weights_of(tmp_path / "out") == weights_of(straight)
+
+
+def test_the_best_weights_of_before_a_stop_are_kept(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is lowest after step 2, the run is killed in step 4; catches a state without the best weights."""
+    losses = {0: 9.0, 2: 1.0, 4: 5.0, 6: 4.0}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: losses[self.progress.step])
+    train = replace(SIX, sample_prompts=0)
+    straight = run(tiny_folder, data, tmp_path / "straight", train)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 3)
+        run(tiny_folder, data, tmp_path / "out", train)
+    run(tiny_folder, data, tmp_path / "out", train, resume="auto")
+    assert weights_of(tmp_path / "out") == weights_of(straight)
+    last = find_states(straight / STATES_DIR)[-1]
+    assert (straight / WEIGHTS).read_bytes() != (last / WEIGHTS).read_bytes(), "the best are not the last"
 
 
 def test_the_result_is_in_the_dtype_of_the_base_and_states_in_theirs(half: Path, straight: Path) -> None:

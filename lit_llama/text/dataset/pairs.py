@@ -11,7 +11,7 @@ import numpy as np
 
 from lit_llama.errors import DataError
 from lit_llama.text.dataset.batches import Ids
-from lit_llama.text.dataset.folder import Column
+from lit_llama.text.dataset.folder import columns_of
 from lit_llama.text.message import IGNORE_INDEX
 
 CHOSEN, REJECTED = 1, 2
@@ -41,14 +41,7 @@ class PairSplit:
     """
 
     def __init__(self, folder: Path, name: str, *, empty: bool = False) -> None:
-        import datasets
-
-        try:
-            table = datasets.load_from_disk(str(folder / name)).data
-            table.validate(full=True)  # Arrow believes the offsets of a file
-            self._columns = [Column(table.column(column)) for column in COLUMNS]
-        except Exception as error:  # whatever the library comes across in damaged files
-            raise DataError(f"{folder / name} cannot be read: {error}; prepare the data again") from error
+        self._columns = columns_of(folder / name, COLUMNS)
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (each.lengths for each in self._columns)
         prompts, answers = self.prompt_lengths, self.chosen_lengths + self.rejected_lengths
         if not (len(self) or empty) or not (prompts > 0).all() or not (answers > 0).all():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lit_llama.text.dataset.folder import SPLITS
+from lit_llama.text.dataset.folder import SPLITS, STATE_FILE
 from lit_llama.text.message import IGNORE_INDEX
 
 COLUMNS = ("input_ids", "labels")
@@ -130,7 +130,7 @@ class SplitWriter:
             "_split": None,
         }
         info = {"citation": "", "description": "", "features": self._features, "homepage": "", "license": ""}
-        (self._folder / "state.json").write_text(json.dumps(state, indent=2), "utf-8")
+        (self._folder / STATE_FILE).write_text(json.dumps(state, indent=2), "utf-8")
         (self._folder / "dataset_info.json").write_text(json.dumps(info, indent=2), "utf-8")
 
 

@@ -17,18 +17,16 @@ from lit_llama.generate.engine.constraint import Constraint, TokenTable
 from lit_llama.generate.engine.engine import Engine
 from lit_llama.generate.engine.request import Request, Sampling
 from lit_llama.generate.engine.speculative import check_takes_back
+from lit_llama.generate.engines import packed_engine, speculate, torch_engine
 from lit_llama.generate.flags import FolderSampling, Loading, folder_sampling
 from lit_llama.generate.plan import (
     GenerationPlan,
     cache_limit,
     numbers,
     offloading,
-    packed_engine,
     plan_generation,
     remedy,
     shortfall,
-    speculate,
-    torch_engine,
 )
 from lit_llama.generate.text_model import AnswerText, Messages, Stream, TextModel, TextStream
 from lit_llama.model.adapters.peft_folder import CONFIG_FILE, base_of, trained_on, verify_folders

@@ -1,7 +1,6 @@
-"""The memory that a model needs to generate, where its layers go if there is too little, and the engine of a plan.
+"""The memory that a model needs to generate, and where its layers go if there is too little.
 
-Memory is known from config.json alone, before a weight is read. Engines answer with a model as it is, or packed for a
-CPU, and with a smaller one that guesses its tokens.
+Memory is known from config.json alone, before a weight is read.
 """
 
 from collections.abc import Iterator
@@ -23,15 +22,11 @@ from lit_llama.device import (
     total_memory,
 )
 from lit_llama.errors import ResourceError
-from lit_llama.generate.engine.draft import DraftModel
-from lit_llama.generate.engine.engine import Engine, EngineConfig
-from lit_llama.generate.engine.runner import PackedRunner, TorchRunner
 from lit_llama.memory import amount, amounts
 from lit_llama.model.config import Held, KVCacheType, LLaMAConfig, Quantization
-from lit_llama.model.kernels.decode import PackedCache, PackedLLaMA, packs
+from lit_llama.model.kernels.decode import PackedCache, packs
 from lit_llama.model.kernels.packing import Weights
 from lit_llama.model.kernels.paged import BLOCK, PagedCache
-from lit_llama.model.kernels.trained import factors_of
 from lit_llama.model.llama import LLaMA
 from lit_llama.model.quantize import is_quantized
 from lit_llama.progress import stderr, stdout
@@ -342,53 +337,3 @@ def report(tokens: int, seconds: float, device: torch.device, ending: str = "") 
         f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s; "
         f"peak memory {amount(peak_memory(device))}{ending}"
     )
-
-
-ADAPTER = "adapter"
-"""Name of the adapter of a folder in its engine."""
-
-
-def torch_engine(
-    model: LLaMA, tokens: int, cache_bytes: int, max_sequences: int, kv_cache: KVCacheType = "auto"
-) -> Engine:
-    """Build an engine on a model as it is, of whose logits the first `tokens` count."""
-    runner = TorchRunner(model, cache_bytes, kv_cache, max_sequences)
-    return Engine(runner, tokens=tokens, config=_limits(max_sequences))
-
-
-def packed_engine(model: LLaMA, tokens: int, plan: GenerationPlan) -> Engine:
-    """Build an engine on the packed weights of a model, which loses them; its adapter is added to all requests."""
-    factors = factors_of(model)
-    weights = PackedLLaMA(model, plan.dtype, plan.weights_kind, consume=True)
-    cache_bytes = cache_limit(model.config, plan.dtype, plan.device, plan.max_sequences, plan.kv_cache)
-    runner = PackedRunner(weights, cache_bytes, plan.kv_cache)
-    engine = Engine(runner, tokens=tokens, config=_limits(plan.max_sequences))
-    if factors:
-        engine.add_adapter(ADAPTER, factors)
-        engine.default_adapter = ADAPTER
-    return engine
-
-
-def speculate(engine: Engine, draft: Engine, tokens: int, max_sequences: int) -> None:
-    """Let the model of one engine guess the `tokens` of another's tokenizer."""
-    runner = draft.runner
-    guesser = DraftModel(
-        runner,
-        tokens=tokens,
-        max_sequences=max_sequences,
-        cost=_products(runner.config) / _products(engine.runner.config),
-        adapter=draft.default_adapter,
-    )
-    engine.add_guesser(guesser)
-
-
-def _products(config: LLaMAConfig) -> int:
-    """Multiplications of a token in the matrices of a model."""
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layers = range(config.num_hidden_layers)
-    layer = sum(config.hidden_size * (heads + 3 * config.mlp_width(index)) for index in layers)
-    return layer + config.hidden_size * config.vocab_size
-
-
-def _limits(max_sequences: int) -> EngineConfig:
-    return EngineConfig(max_sequences=max_sequences, max_batch_tokens=max(512, 2 * max_sequences))

@@ -153,7 +153,7 @@ def _execute(
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
     steps = run.train.steps(len(inputs.train))
-    with _log(run, model, inputs, steps, numerics) as log:
+    with _log(run, model, inputs, steps, plan) as log:
         groups = run.method.groups(model, run.train.weight_decay)
         trainer = Trainer(
             model,
@@ -344,29 +344,31 @@ class _Training:
         self.log.say(f"continuing from {state}")
 
 
-def _log(run: Run, model: LLaMA, inputs: Inputs, steps: int, numerics: Numerics) -> Log:
+def _log(run: Run, model: LLaMA, inputs: Inputs, steps: int, plan: Plan) -> Log:
     """What a run of so many steps tells, if this is the process that tells it."""
     if not run.processes.is_first:
         return Silence()
     return Log(
         run.out_dir,
         steps,
-        sampler=_sampler(run, model, inputs.tokenizer, numerics) if len(inputs.test) else None,
+        sampler=_sampler(run, model, inputs.tokenizer, plan) if len(inputs.test) else None,
         loggers=run.config.all_loggers,
         columns=METRICS if run.method.rows == "samples" else PAIR_METRICS,
     )
 
 
-def _sampler(run: Run, model: LLaMA, tokenizer: Tokenizer, numerics: Numerics) -> Sampler | None:
+def _sampler(run: Run, model: LLaMA, tokenizer: Tokenizer, plan: Plan) -> Sampler | None:
     """What answers the prompts of the report."""
     if not run.train.sample_prompts:
         return None
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
         stderr().print(f"no sample answers: the base is spread over the processes ({param('strategy', 'fsdp')})")
         return None
-    count, tokens, config = run.train.sample_prompts, run.train.tokens_on(pick_device().type), run.config
+    folders, count = (run.config.base, run.config.data_dir), run.train.sample_prompts
     try:
-        return Sampler.from_folders(model, tokenizer, config.base, config.data_dir, count, tokens, numerics)
+        return Sampler.from_folders(
+            model, tokenizer, *folders, count, plan.tokens_at_once, plan.numerics, plan.packs_answers
+        )
     except UserError as error:
         stderr().print(f"no sample answers: {error}")
         return None

@@ -11,8 +11,9 @@ from lit_llama.device import Numerics
 from lit_llama.errors import DataError
 from lit_llama.generate.answer import Answer, answer_requests, question_ids
 from lit_llama.generate.engine.request import Sampling
+from lit_llama.generate.engines import copied_engine, torch_engine
 from lit_llama.generate.llm import LLM, make_llm
-from lit_llama.generate.plan import torch_engine
+from lit_llama.model.kernels.decode import PackedCache
 from lit_llama.model.kernels.paged import BLOCK, PagedCache
 from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset.folder import TEST_FILE
@@ -53,12 +54,20 @@ class Sampler:
         prompts: At least one.
         micro_batch_tokens: Tokens of the cache, so that it is small beside what a training step holds.
         numerics: Numbers that the run computes in; those of the weights if left out.
+        packs: Pack a copy of the weights each time, which the kernels of a CPU answer with several times as fast.
     """
 
     def __init__(
-        self, llm: LLM, prompts: Sequence[Prompt], micro_batch_tokens: int, numerics: Numerics | None = None
+        self,
+        llm: LLM,
+        prompts: Sequence[Prompt],
+        micro_batch_tokens: int,
+        numerics: Numerics | None = None,
+        *,
+        packs: bool = False,
     ) -> None:
         self._llm, self.prompts, self._limit, self._numerics = llm, prompts, micro_batch_tokens, numerics
+        self._packs = packs
 
     @classmethod
     def from_folders(
@@ -70,6 +79,7 @@ class Sampler:
         count: int,
         micro_batch_tokens: int,
         numerics: Numerics,
+        packs: bool,
     ) -> "Sampler":
         """Ask `count` rows of the test split in the style of the data folder; `tokenizer` is that of the checkpoint.
 
@@ -78,7 +88,7 @@ class Sampler:
         """
         ends = special_ids(checkpoint_dir, tokenizer).ends
         llm = make_llm(model, tokenizer, folder_style(data_dir), ends)
-        return cls(llm, test_prompts(llm, data_dir / TEST_FILE, count), micro_batch_tokens, numerics)
+        return cls(llm, test_prompts(llm, data_dir / TEST_FILE, count), micro_batch_tokens, numerics, packs=packs)
 
     def answers(self) -> list[Answer]:
         """Answer every prompt with at most MAX_NEW_TOKENS tokens.
@@ -115,9 +125,15 @@ class Sampler:
         config, tokenizer = model.config, self._llm.tokenizer
         limits = [min(MAX_NEW_TOKENS, config.context_length - len(prompt.ids)) for prompt in self.prompts]
         lengths = [len(prompt.ids) + limit for prompt, limit in zip(self.prompts, limits, strict=True)]
-        blocks = cache_blocks(lengths, self._limit)
-        size = PagedCache.bytes_of_block(config, model.model.embed_tokens.weight.dtype)
-        llm = replace(self._llm, engine=torch_engine(model, tokenizer.size, blocks * size, len(self.prompts)))
+        blocks, count = cache_blocks(lengths, self._limit), len(self.prompts)
+        dtype = model.model.embed_tokens.weight.dtype
+        if self._packs:
+            size = PackedCache.bytes_of_block(config, dtype)
+            engine = copied_engine(model, tokenizer.size, blocks * size, count, dtype)
+        else:
+            size = PagedCache.bytes_of_block(config, dtype)
+            engine = torch_engine(model, tokenizer.size, blocks * size, count)
+        llm = replace(self._llm, engine=engine)
         requests = [
             llm.request(prompt.ids, Sampling(max_new_tokens=limit))
             for prompt, limit in zip(self.prompts, limits, strict=True)

@@ -15,6 +15,7 @@ from lit_llama.device import (
 )
 from lit_llama.generate.plan import step_bytes
 from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
+from lit_llama.model.kernels.decode import packs
 from lit_llama.model.kernels.paged import PagedCache
 from lit_llama.text.dataset.batches import Rows, largest_group
 from lit_llama.train.config import RunConfig, TrainConfig
@@ -182,10 +183,32 @@ class Plan:
             "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made
             if self.evaluates
             else 0,
-            "answers": self._answers if on_cpu else 0,
+            "answers": self._answers + self.packs_answers * self._packed if on_cpu else 0,
             # A file is written out of the tensors as they are; but the copy of an adapter has PEFT's names and shapes.
             "saving": (0 if self.method.whole else self.sizes.trained_bytes) + self.sizes.largest if on_cpu else 0,
         }
+
+    @cached_property
+    def packs_answers(self) -> bool:
+        """Whether the sample prompts are answered with a packed copy of the model, for which the steps leave room.
+
+        It is in the numbers of the weights; where products have others, or weights fewer bits, it would answer as
+        another model.
+        """
+        numbers = self.numerics
+        return (
+            numbers.device.type == "cpu"
+            and numbers.product is None
+            and numbers.linear == numbers.rest
+            and self.quantize is None
+            and packs(self.config, numbers.rest)
+            and self._answers + self._packed <= self._pass("training", self.largest, self.build.training_peak)
+        )
+
+    @property
+    def _packed(self) -> int:
+        """Bytes of a packed copy of the model."""
+        return self.sizes.plain + self.sizes.trained_bytes
 
     @property
     def _answers(self) -> int:

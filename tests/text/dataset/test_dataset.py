@@ -263,10 +263,11 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
         Split(tmp_path, "test")
 
 
-def test_samples_are_read_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches 75 MB and a second that every run would take for it."""
+def test_samples_are_read_without_datasets_and_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches 75 MB and a second that every run would take for them."""
     write_splits(tmp_path, {"test": TEST})
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("datasets", "pandas"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert len(Split(tmp_path, "test")) == len(TEST)
 
 

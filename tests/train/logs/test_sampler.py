@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_transformers, tiny_model
+from conftest import as_transformers, tiny_config, tiny_model
 
 from lit_llama.device import Numerics
 from lit_llama.errors import DataError, NumericalError
 from lit_llama.folder.publish import write_json_lines
 from lit_llama.generate.engine.request import Request
 from lit_llama.generate.llm import LLM, make_llm
-from lit_llama.generate.plan import torch_engine
 from lit_llama.model.adapters.lora import apply_lora, lora_parameters
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.files.checkpoint import load_model
+from lit_llama.model.kernels.decode import packs
 from lit_llama.model.kernels.paged import BLOCK
 from lit_llama.text.prompts.encode import named_style
 from lit_llama.text.prompts.styles import Plain
@@ -26,6 +26,11 @@ from lit_llama.train.logs import sampler as sampler_module
 from lit_llama.train.logs.sampler import MAX_NEW_TOKENS, Prompt, Sampler, test_prompts
 
 test_prompts.__test__ = False  # type: ignore[attr-defined]
+COPIED = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not packs(tiny_config(), torch.float32), reason="needs a compiler")),
+]
+"""Whether a packed copy answers."""
 ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}!"} for n in range(10)]
 
 
@@ -89,12 +94,16 @@ def test_chats_and_plain_texts_are_asked_as_well(llm: LLM, tmp_path: Path) -> No
     assert len(long.ids) <= sampler_module.OPENING + 1 and len(short.ids) < len("Two words")
 
 
-def test_answers_are_those_of_greedy_decoding_elsewhere(tiny_folder: Path, file: Path) -> None:
-    """Against transformers with the adapter merged; catches dropout in an answer, and a limit that counts the
-    prompt."""
+@pytest.mark.parametrize("copied", COPIED)
+def test_answers_are_those_of_greedy_decoding_elsewhere(tiny_folder: Path, file: Path, copied: bool) -> None:
+    """Against transformers with the adapter merged; catches dropout in an answer, a limit that counts the prompt, and a
+    copy without the adapter, or with that of an evaluation before."""
     plain = make(tiny_folder, torch.float32)
-    sampler = Sampler(plain, test_prompts(plain, file, 3), 4096)
+    sampler = Sampler(plain, test_prompts(plain, file, 3), 4096, packs=copied)
     plain.model.train()
+    sampler.answers()
+    for parameter in lora_parameters(plain.model):
+        parameter.data.mul_(-0.7)
     answers = sampler.answers()
     for module in [m for m in plain.model.modules() if hasattr(m, "lora_A")]:
         module.weight = torch.nn.Parameter(module.weight + module.scale * module.lora_B @ module.lora_A)
@@ -135,14 +144,16 @@ def test_mixed_precision_answers_in_the_numbers_of_the_training(tmp_path: Path, 
     torch.testing.assert_close(seen[0], wanted, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_does_not_notice(tiny_folder: Path, file: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "copied"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_training_does_not_notice(tiny_folder: Path, file: Path, dtype: torch.dtype, copied: bool) -> None:
     """A step of training before and after answers gives the same gradients; catches a random number that is drawn, a
     mode that stays, gradients that are cleared or added to, and tensors that can no longer be trained on."""
     from lit_llama.model.attention.layout import Packed
 
+    if copied and not packs(tiny_config(), dtype):
+        pytest.skip("needs a compiler")
     made = make(tiny_folder, dtype)
-    sampler = Sampler(made, test_prompts(made, file, 2), 4096)
+    sampler = Sampler(made, test_prompts(made, file, 2), 4096, packs=copied)
     ids = torch.arange(5, 25)
 
     def gradients() -> list[torch.Tensor]:
@@ -201,22 +212,28 @@ def test_an_answer_that_fails_is_no_sample(llm: LLM, monkeypatch: pytest.MonkeyP
         Sampler(llm, [Prompt(0, "", "", [1])], 1).answers()
 
 
-def test_the_cache_is_let_go(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches keys and values that stay in memory until the next evaluation."""
+@pytest.mark.parametrize("copied", COPIED)
+def test_caches_and_copies_are_let_go(llm: LLM, file: Path, monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
+    """Catches keys and values, or a second model, that stay in memory until the next evaluation, or until the collector
+    of cycles comes by."""
     import gc
     import weakref
 
-    caches: list[Any] = []
+    name, held = "copied_engine" if copied else "torch_engine", list[Any]()
+    build = getattr(sampler_module, name)
 
     def remembered(*arguments: Any) -> Any:
-        engine = torch_engine(*arguments)
-        caches.append(weakref.ref(engine.runner._cache))  # type: ignore[attr-defined]
+        engine = build(*arguments)
+        held.extend(map(weakref.ref, (engine.runner, engine.runner._cache)))
         return engine
 
-    monkeypatch.setattr(sampler_module, "torch_engine", remembered)
-    Sampler(llm, test_prompts(llm, file, 2), 1).answers()
-    gc.collect()
-    assert len(caches) == 1 and caches[0]() is None
+    monkeypatch.setattr(sampler_module, name, remembered)
+    gc.disable()
+    try:
+        Sampler(llm, test_prompts(llm, file, 2), 1, packs=copied).answers()
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_rows_are_lines_of_json(llm: LLM, file: Path) -> None:

@@ -212,6 +212,9 @@ def lora_product(
     kind = capabilities(x.device).kind
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     x, dropped, weight = x.to(dtype), None if dropped is None else dropped.to(dtype), weight.to(dtype)
+    if torch.is_inference_mode_enabled():  # a token at a time, where the number of operations counts
+        u = F.linear(x if dropped is None else dropped, lora_A.to(dtype))
+        return torch.addmm(F.linear(u, lora_B.to(dtype)), x, weight.t(), beta=scale)
     y: Tensor = _LoRAProduct.apply(x, dropped, weight, lora_A, lora_B, scale)  # type: ignore[no-untyped-call]
     return y
 

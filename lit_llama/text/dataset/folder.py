@@ -124,7 +124,7 @@ def data_fingerprint(folder: Path) -> str:
 
 
 def columns_of(folder: Path, names: Sequence[str]) -> list["Column"]:
-    """Map columns of a split as `datasets` saves it, whose import, with pandas, would take 75 MB.
+    """Open columns of a split as `datasets` saves it, whose import, with pandas, would take 75 MB.
 
     Raises:
         DataError: A file is missing or damaged, or has other columns.

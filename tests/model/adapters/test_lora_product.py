@@ -46,10 +46,19 @@ def test_a_small_update_is_not_rounded_away() -> None:
         name: ((y.float() - base)[large] @ update[large] / update[large].square().sum()).item()
         for name, y in (
             ("ours", lora_product(x, None, weight, a, b, 1.0)),
+            ("in inference", torch.inference_mode()(lora_product)(x, None, weight, a, b, 1.0)),
             ("naive", (base.bfloat16() + update.bfloat16())),
         )
     }
     assert arrived["naive"] < 0.7 < 0.9 < arrived["ours"] < 1.1, arrived
+    assert 0.9 < arrived["in inference"] < 1.1, arrived
+
+
+def test_inference_computes_what_training_does() -> None:
+    """Catches a scale that is left out, or taken twice, where no gradient is asked for."""
+    x, weight, a, b = drawn()
+    y = torch.inference_mode()(lora_product)(x, None, weight, a, b, 0.7)
+    torch.testing.assert_close(y, lora_product(x, None, weight, a, b, 0.7).detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_base_gets_no_gradient_and_the_first_layer_none_at_all() -> None:

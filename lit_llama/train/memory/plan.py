@@ -190,7 +190,7 @@ class Plan:
 
     @cached_property
     def packs_answers(self) -> bool:
-        """Whether the sample prompts are answered with a packed copy of the model, for which the steps leave room.
+        """Whether the sample prompts are answered with a packed copy of the model: where half of the memory stays free.
 
         It is in the numbers of the weights; where products have others, or weights fewer bits, it would answer as
         another model.
@@ -202,7 +202,7 @@ class Plan:
             and numbers.linear == numbers.rest
             and self.quantize is None
             and packs(self.config, numbers.rest)
-            and self._answers + self._packed <= self._pass("training", self.largest, self.build.training_peak)
+            and self.resting + self._answers + self._packed <= self.memory.total // 2
         )
 
     @property

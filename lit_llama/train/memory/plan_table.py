@@ -104,7 +104,9 @@ def table(plan: Plan) -> Table:
         "evaluation": f"largest: {sum(plan.largest_test.lengths):,} tokens"
         if plan.evaluates
         else "none: no test split",
-        "answers": "the cache and a step of the sample prompts" if passing["answers"] else "none",
+        "answers": "the cache and a step of the sample prompts" + ", a packed copy of the model" * plan.packs_answers
+        if passing["answers"]
+        else "none",
         "saving": "a matrix" if plan.method.whole else "the adapter",
     }
     for name, size in {"program": plan.memory.program, **kept, **passing}.items():

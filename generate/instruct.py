@@ -59,6 +59,7 @@ def main(
     asked = choose_questions(
         prompt,
         input,
+        checkpoint_dir=checkpoint_dir,
         data_dir=data_dir,
         input_file=input_file,
         output_file=output_file,

@@ -279,7 +279,10 @@ def evaluate(
         from lit_llama.generate.evaluate.evaluation import gather_tasks, place_of_report
         from lit_llama.generate.evaluate.judge import make_judge
         from lit_llama.generate.models import open_models
+        from lit_llama.model.places import ADAPTER, DATA, MODEL, check_places
 
+        wanted = {"checkpoint_dir": MODEL + ADAPTER, "data_dir": DATA}
+        check_places(wanted, {"checkpoint_dir": folders, "data_dir": data})
         found = gather_tasks(data, named, files, limit)
         judge = make_judge(judge_url, judge_model, os.environ.get("OPENAI_API_KEY"))
         place = path_of(out_dir) or place_of_report(data, named, files)

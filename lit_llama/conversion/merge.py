@@ -31,6 +31,7 @@ from lit_llama.model.files.checkpoint import fingerprint, load_model
 from lit_llama.model.files.shards import write_weights
 from lit_llama.model.files.weights import byte_size
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.places import ADAPTER, MODEL, check_places
 from lit_llama.objects import read_object
 from lit_llama.progress import stderr
 from lit_llama.text.prompts.encode import TEMPLATE_FILE, folder_style, prompt_ids
@@ -111,6 +112,7 @@ def _write(
         )
     if dtype not in (None, *get_args(PlainType)):
         raise UserError(f"is a type of GGUF files: it needs {param('format', 'gguf')}", parameter="dtype", value=dtype)
+    check_places({"adapter_dir": ADAPTER, "base_dir": MODEL}, {"adapter_dir": adapter_dir, "base_dir": base_dir})
     check_folder(adapter_dir)
     base = base_of(adapter_dir, base_dir)
     config = LLaMAConfig.from_folder(base)

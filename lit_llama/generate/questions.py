@@ -13,6 +13,7 @@ from lit_llama.errors import DataError, UserError
 from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.flags import EXAMPLE_PROMPT
 from lit_llama.generate.llm import LLM
+from lit_llama.model.places import ADAPTER, DATA, MODEL, check_places
 from lit_llama.text.dataset.folder import TEST_FILE, read_meta
 from lit_llama.text.message import Conversation, instruct
 from lit_llama.text.prompts.encode import prompt_ids
@@ -24,6 +25,7 @@ def choose_questions(
     prompt: str,
     input: str,
     *,
+    checkpoint_dir: Path,
     data_dir: Path | None,
     input_file: Path | None,
     output_file: Path | None,
@@ -34,17 +36,21 @@ def choose_questions(
     Args:
         prompt: An instruction, to be answered alone.
         input: What it is about.
+        checkpoint_dir: Folder of the model that is to answer, which tells of folders in each other's place.
         data_dir: A data folder, of which the test split is to be answered.
         input_file: Any file with rows.
         output_file: Where answers to rows go.
         limit: Only so many rows.
 
     Raises:
-        UserError: Flags exclude each other, the prompt is blank, or answers would go to a folder.
+        UserError: Flags exclude each other, folders are swapped, the prompt is blank, or answers would go to a folder.
         DataError: The rows are missing or unusable.
     """
     if limit is not None and limit < 1:
         raise UserError(parameter="limit", value=limit, expected="1 or more")
+    check_places(
+        {"checkpoint_dir": MODEL + ADAPTER, "data_dir": DATA}, {"checkpoint_dir": checkpoint_dir, "data_dir": data_dir}
+    )
     if data_dir is None and input_file is None:
         for flag, value in (("output_file", output_file), ("limit", limit)):
             if value is not None:

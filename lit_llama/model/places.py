@@ -1,12 +1,18 @@
 """Paths that are no checkpoint folders: what they are instead, and the way out. Imports no torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lit_llama.errors import CheckpointError
-from lit_llama.wording import call, param
+from lit_llama.errors import CheckpointError, UserError
+from lit_llama.wording import call, param, params
+
+FolderKind = Literal["model", "adapter", "data folder"]
+"""Of a folder that a stage makes."""
+MODEL: tuple[FolderKind, ...] = ("model",)
+ADAPTER: tuple[FolderKind, ...] = ("adapter",)
+DATA: tuple[FolderKind, ...] = ("data folder",)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _LOCAL = ("checkpoints", "data", "model", "models", "out", "output", "outputs")
@@ -18,6 +24,8 @@ _QUANTISED = re.compile(
     r"|-(?:gptq-)?int[48]|-fp8(?:-dynamic|-kv)?|-quantized\.w\d+a\d+|-gguf",
     re.IGNORECASE,
 )
+_MARKERS: dict[FolderKind, str] = {"model": _MODEL_FILE, "adapter": _ADAPTER_FILE, "data folder": "dataset_dict.json"}
+_MAKERS: dict[FolderKind, str] = {"model": "download", "adapter": "finetune", "data folder": "prepare"}
 _TORCHTUNE = re.compile(r"(?:adapter|hf_model_\d+|meta_model)_\d+\.pt")
 _METHODS = {
     "bitsandbytes": "bitsandbytes",
@@ -86,6 +94,64 @@ def holds_fp8(raw: Mapping[str, Any]) -> bool:
 
 def _bnb_bits(settings: Mapping[str, Any]) -> int | None:
     return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+
+
+def check_places(
+    wanted: Mapping[str, Collection[FolderKind]],
+    given: Mapping[str, Path | Sequence[Path] | None],
+    optional: Collection[str] = (),
+) -> None:
+    """Refuse a folder of another kind than its parameter takes, before any of them is read.
+
+    Args:
+        wanted: Kinds of folders that each parameter of a call takes.
+        given: Its folders; None where there is none. What shows no kind is left to those who read it.
+        optional: Parameters that need not be given.
+
+    Raises:
+        UserError: Folders stand in each other's place, or one in that of a parameter that is free or not of this call.
+    """
+    places = {
+        name: [value] if isinstance(value, Path) else list(value) for name, value in given.items() if value is not None
+    }
+    wrong = {
+        name: (path, kind)
+        for name, paths in places.items()
+        for path in paths
+        if (kind := _kind(path, wanted[name])) is not None
+    }
+    if not wrong:
+        return
+    found = [
+        f"{param(name, path)} is {_a(kind)}, expected {_one_of(wanted[name])}" for name, (path, kind) in wrong.items()
+    ]
+    moved: dict[str, Path] = {}
+    for path, kind in wrong.values():
+        free = [name for name, kinds in wanted.items() if kind in kinds and name not in moved]
+        if place := next((name for name in free if name in wrong or not places.get(name)), None):
+            moved[place] = path
+    if moved.keys() == wrong.keys():
+        raise UserError("; ".join(found), remedy=f"they are swapped: give {params(**moved)}")
+    left = next(name for name in wrong if name not in moved)
+    needed = next(iter(wanted[left]))
+    ways = [f"give it as {params(**moved)}"] if moved else []
+    if not moved or left not in optional:
+        ways.append(f"{'' if moved else 'give '}{_a(needed)} such as {call(_MAKERS[needed])} makes as {param(left)}")
+    raise UserError("; ".join(found), remedy=", and ".join(ways))
+
+
+def _kind(path: Path, wanted: Collection[FolderKind]) -> FolderKind | None:
+    """The kind of a folder that is of none of those that are wanted."""
+    kinds: list[FolderKind] = [kind for kind, marker in _MARKERS.items() if (path / marker).is_file()]
+    return None if not kinds or any(kind in wanted for kind in kinds) else kinds[0]
+
+
+def _a(kind: FolderKind) -> str:
+    return f"an {kind}" if kind == "adapter" else f"a {kind}"
+
+
+def _one_of(kinds: Collection[FolderKind]) -> str:
+    return " or ".join(f"{_a(kind)} ({_MARKERS[kind]})" for kind in kinds)
 
 
 def wrong_place(path: Path) -> CheckpointError:
@@ -164,7 +230,7 @@ def _of_folder(path: Path, names: set[str], made: Path) -> str | None:
     if any(re.fullmatch(r"consolidated\.\d\d\.pth|lit-llama\.pth|lit_model\.pth", name) for name in names):
         return f"is no folder of Hugging Face's: convert it with {call('convert', source=path, destination_path=made)}"
     if "dataset_dict.json" in names:
-        return f"is a data folder: give it as {param('data_dir')}"
+        return f"is a data folder and no model: train a model on it with {call('finetune', data_dir=path)}"
     if ggufs := sorted(name for name in names if name.endswith(".gguf")):
         convert = call("convert", source=path / ggufs[0], destination_path=made)
         return f"holds GGUF files: convert one with {convert}"

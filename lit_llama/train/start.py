@@ -6,6 +6,7 @@ from pathlib import Path
 from lit_llama.device import keep_few_products
 from lit_llama.errors import UserError
 from lit_llama.model.adapters.peft_folder import CONFIG_FILE, trained_on, verify_folders
+from lit_llama.model.places import ADAPTER, DATA, MODEL, check_places
 from lit_llama.progress import stderr
 from lit_llama.train.config import RunConfig
 from lit_llama.train.distributed.launch import launch
@@ -51,10 +52,13 @@ def begin(method: Method, config: RunConfig) -> tuple[Method, RunConfig]:
     """
     base, adapter = config.checkpoint_dir, config.adapter_dir
     check_auto(method, config.train)
+    if base is not None and (adapter is None or (adapter / CONFIG_FILE).is_file()):  # else they may be swapped
+        _check_base(base, method)
+    own = {"adapter_dir": ADAPTER} if isinstance(method, LoRA) else {}
+    given = {"checkpoint_dir": base, "adapter_dir": adapter, "data_dir": config.data_dir}
+    check_places({"checkpoint_dir": MODEL, "data_dir": DATA} | own, given, optional=("adapter_dir",))
     if config.verify:
         verify_folders(base, adapter, config.data_dir, base_dir=base if adapter else None)
-    if base is not None:
-        _check_base(base, method)
     if adapter is not None:
         return _begin_with(adapter, method, config)
     return method, config

@@ -49,6 +49,7 @@ def llm(tiny_folder: Path) -> LLM:
 def questions(**changes: Any) -> Any:
     """What instruct.py is asked with these flags."""
     given: dict[str, Any] = {"data_dir": None, "input_file": None, "output_file": None, "limit": None}
+    given["checkpoint_dir"] = Path("checkpoints/NAME")
     given |= changes
     return choose_questions(given.pop("prompt", EXAMPLE_PROMPT), given.pop("input", ""), **given)
 

@@ -8,13 +8,35 @@ from typing import Any
 import pytest
 import torch
 
+import lit_llama
 from lit_llama.conversion import convert, convert_adapter
-from lit_llama.errors import CheckpointError
+from lit_llama.errors import CheckpointError, UserError
 from lit_llama.generate.llm import load
+from lit_llama.generate.questions import choose_questions
 from lit_llama.model.adapters.peft_folder import read_adapter_config
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import LLaMAConfig, LoRAConfig
+from lit_llama.train.config import RunConfig
+from lit_llama.train.methods.method import LoRA
+from lit_llama.train.start import begin
 
 Put = Callable[[Path], Any]
+Door = Callable[[dict[str, Path], Path], object]
+
+
+def train(given: dict[str, Path], out: Path) -> object:
+    return begin(LoRA(LoRAConfig()), RunConfig(out_dir=out, **{"checkpoint_dir": None, **given}))
+
+
+def merge_to(given: dict[str, Path], out: Path) -> object:
+    return lit_llama.merge(**given, destination_path=out)
+
+
+def evaluate(given: dict[str, Path], out: Path) -> object:
+    return lit_llama.evaluate(**given, out_dir=out)
+
+
+def ask(given: dict[str, Path], out: Path) -> object:
+    return choose_questions("", "", **given, input_file=None, output_file=out, limit=None)
 
 
 def files(*names: str) -> Put:
@@ -61,7 +83,11 @@ PLACES: dict[str, tuple[str, Put, str]] = {
         r"an adapter of mlx: .*--base_dir BASE --destination_path out/lora/m",
     ),
     "torchtune": ("t", files("t/hf_model_0001_0.pt"), r"holds hf_model_0001_0\.pt of torchtune"),
-    "data": ("d", files("d/dataset_dict.json"), "is a data folder: give it as --data_dir"),
+    "data": (
+        "d",
+        files("d/dataset_dict.json"),
+        r"is a data folder and no model: train .*finetune/lora\.py --data_dir \S*d$",
+    ),
     "Trainer": (
         "t",
         files("t/checkpoint-90/config.json", "t/checkpoint-100/config.json", "t/trainer_state.json"),
@@ -78,6 +104,66 @@ def test_each_wrong_place_has_its_own_way_out(tmp_path: Path, given: str, put: P
     put(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / given)
+
+
+SWAPS: dict[str, tuple[Door, dict[str, str], str]] = {
+    "data and model": (
+        train,
+        {"checkpoint_dir": "data", "data_dir": "model"},
+        "--checkpoint_dir {data} is a data folder, expected a model (config.json); --data_dir {model} is a model, "
+        "expected a data folder (dataset_dict.json); they are swapped: give --data_dir {data} --checkpoint_dir {model}",
+    ),
+    "three in a circle": (
+        train,
+        {"checkpoint_dir": "adapter", "data_dir": "model", "adapter_dir": "data"},
+        "they are swapped: give --adapter_dir {adapter} --data_dir {data} --checkpoint_dir {model}",
+    ),
+    "a base for an adapter to go on with": (
+        train,
+        {"adapter_dir": "model", "data_dir": "data"},
+        "--adapter_dir {model} is a model, expected an adapter (adapter_config.json); give it as --checkpoint_dir "
+        "{model}",
+    ),
+    "a model for data": (
+        train,
+        {"checkpoint_dir": "model", "data_dir": "model"},
+        "--data_dir {model} is a model, expected a data folder (dataset_dict.json); give a data folder such as "
+        "prepare/records.py makes as --data_dir",
+    ),
+    "a base to be merged": (
+        merge_to,
+        {"adapter_dir": "model"},
+        "--adapter_dir {model} is a model, expected an adapter (adapter_config.json); give it as --base_dir {model}, "
+        "and an adapter such as finetune/lora.py makes as --adapter_dir",
+    ),
+    "an adapter and its base": (
+        merge_to,
+        {"adapter_dir": "model", "base_dir": "adapter"},
+        "they are swapped: give --base_dir {model} --adapter_dir {adapter}",
+    ),
+    "models and data to evaluate on": (
+        evaluate,
+        {"checkpoint_dir": "data", "data_dir": "adapter"},
+        "they are swapped: give --data_dir {data} --checkpoint_dir {adapter}",
+    ),
+    "a question to data": (
+        ask,
+        {"checkpoint_dir": "data", "data_dir": "model"},
+        "they are swapped: give --data_dir {data} --checkpoint_dir {model}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("door", "given", "said"), SWAPS.values(), ids=SWAPS)
+def test_folders_in_each_others_place_are_all_named(
+    tmp_path: Path, door: Door, given: dict[str, str], said: str
+) -> None:
+    """Catches an error that tells of one folder alone, and sends it to where the other one already is."""
+    files("model/config.json", "adapter/adapter_config.json", "data/dataset_dict.json", "data/meta.json")(tmp_path)
+    paths = {name: tmp_path / name for name in ("model", "adapter", "data")}
+    with pytest.raises(UserError) as caught:
+        door({name: paths[folder] for name, folder in given.items()}, tmp_path / "out")
+    assert str(caught.value).endswith(said.format(**paths))
 
 
 @pytest.mark.parametrize("name", ["checkpoints/mine", "out/lora", "here/mine", "a/b/c", "mine"])

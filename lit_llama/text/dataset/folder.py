@@ -64,6 +64,8 @@ def read_meta(folder: Path, *, kind: FolderKind | None = "supervised") -> dict[s
     path = folder / META_FILE
     if folder.is_file():
         raise DataError(f"{folder} is a file, expected the data folder that is made of it: {_made_of(folder)}")
+    if (folder / "config.json").is_file() and not (folder / "dataset_dict.json").is_file():
+        raise DataError(f"{folder} is a model, expected a data folder, such as {call('prepare')} makes")
     if not path.is_file():
         if rows := raw_files(folder):
             raw = rows[0] if len(rows) == 1 else folder

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lit_llama.api.stages import evaluate, find_learning_rate, finetune, generate_rows, load, prepare
     from lit_llama.api.weights import add_delta, convert, download, merge
     from lit_llama.console import verbose
+    from lit_llama.conversion.delta_config import DeltaConfig
     from lit_llama.errors import UserError
     from lit_llama.generate.engine.request import Sampling
     from lit_llama.generate.llm import LLM
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "DeltaConfig",
     "LLaMA",
     "LLaMAConfig",
     "LoRAConfig",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DeltaConfig": "conversion.delta_config",
     "LLaMA": "model.llama",
     "LLaMAConfig": "model.config",
     "LoRAConfig": "model.config",

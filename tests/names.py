@@ -20,6 +20,7 @@ SETTINGS = {
     "prepare": ["PrepareConfig"],
     "finetune": ["RunConfig", *GROUPS],
     "load": ["Loading"],
+    "add_delta": ["DeltaConfig"],
     "evaluate": ["Sampling", "Loading"],
     "generate_rows": ["Loading"],
 }

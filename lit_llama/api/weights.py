@@ -1,14 +1,14 @@
 """Weights from one layout, place or shape into another: merge, convert, add_delta, download."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_llama.api.results import Merged, Place, Result, called, path_of
+from lit_llama.conversion.delta_config import DeltaConfig
 from lit_llama.device import Precision
 from lit_llama.errors import UserError
-from lit_llama.model.config import GGUFType, Onto, PlainType
-from lit_llama.settings import check_choice
-from lit_llama.text.config import StyleName
+from lit_llama.model.config import GGUFType, Onto
+from lit_llama.settings import check_choice, settled
 from lit_llama.wording import param
 
 Layout = Literal["hf", "meta", "lit", "gguf"]
@@ -157,12 +157,8 @@ def add_delta(
     delta_dir: Place,
     destination_path: Place,
     *,
-    policy: Literal["auto", "ziya", "vicuna", "alpaca", "add"] = "auto",
-    dtype: PlainType | None = None,
-    prompt_style: StyleName | None = None,
-    accept_rounded_base: bool = False,
-    max_shard_size: str = "5GB",
     verbose: bool | None = None,
+    **settings: Any,
 ) -> Result:
     """Add a published delta to its base, tensor by tensor; what is interrupted goes on where it stopped.
 
@@ -172,34 +168,21 @@ def add_delta(
         base_dir: The original model, a Hugging Face folder.
         delta_dir: What its publisher adds.
         destination_path: Folder to make.
-        policy: How a base grows to the vocabulary of the delta; auto decides by shapes and values.
-        dtype: Dtype of the sum; None needs base and delta in the same.
-        prompt_style: How the sum is asked; None as the delta's chat template says.
-        accept_rounded_base: Go on with a base in float16 that once was bfloat16.
-        max_shard_size: Most bytes of a file of weights, such as 200MB.
         verbose: As for `load`.
+        settings: Of `DeltaConfig`: policy, dtype, prompt_style, accept_rounded_base and max_shard_size.
 
     Raises:
-        UserError: The destination exists, or lies in an input.
+        UserError: A setting is unknown or none of its choices, or the destination exists or lies in an input.
         CheckpointError: Base and delta do not fit each other, or are not what they are called.
         IntegrityError: The delta was made from another base.
         ResourceError: The disk has no room.
     """
     base, delta, destination = Path(base_dir), Path(delta_dir), Path(destination_path)
+    config = settled(DeltaConfig, settings)
     with called(verbose) as talk:
         from lit_llama.conversion.delta import apply
-        from lit_llama.model.files.shards import parse_size
 
-        apply(
-            base,
-            delta,
-            destination,
-            policy=policy,
-            dtype=dtype,
-            prompt_style=prompt_style,
-            accept_rounded_base=accept_rounded_base,
-            max_shard_size=parse_size(max_shard_size),
-        )
+        apply(base, delta, destination, config)
         return Result(folder=destination, log=tuple(talk.lines))
 
 

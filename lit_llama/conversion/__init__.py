@@ -2,22 +2,23 @@
 
 import time
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from lit_llama.conversion.source import SETTINGS_FILE, Source, write_folder
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.lock import reserving
 from lit_llama.folder.manifest import check_folder
 from lit_llama.folder.publish import check_destination
 from lit_llama.model.config import PlainType
-from lit_llama.model.files.shards import MAX_SHARD_SIZE
-from lit_llama.model.files.weights import describe_wrong_file
 from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.progress import stderr
 from lit_llama.wording import call, param
 
+if TYPE_CHECKING:
+    from lit_llama.conversion.source import Source
+
 Layout = Literal["hf", "meta", "lit", "gguf"]
-_MARKERS = {"hf": SETTINGS_FILE, "meta": "params.json", "lit": "lit-llama.pth"}
+_SETTINGS = "config.json"
+_MARKERS = {"hf": _SETTINGS, "meta": "params.json", "lit": "lit-llama.pth"}
 """The file that tells a whole folder, so that one is refused before anything is read."""
 
 _ADAPTER = "adapter_config.json"
@@ -34,7 +35,7 @@ def convert(
     *,
     layout: Layout = "hf",
     dtype: str | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | None = None,
     num_shards: int = 1,
     rms_norm_eps: float | None = None,
     resize_vocab: int | None = None,
@@ -49,7 +50,7 @@ def convert(
         layout: What to write: hf, meta, lit or gguf.
         dtype: Round all weights to it; None rounds none but quantised ones, which become bfloat16. For gguf see
             `GGUFType`.
-        max_shard_size: Most bytes of a safetensors file, unless one tensor is larger.
+        max_shard_size: Most bytes of a safetensors file, unless one tensor is larger; None for `MAX_SHARD_SIZE`.
         num_shards: Number of Meta's consolidated.NN.pth.
         rms_norm_eps: Epsilon of the norms, for lit-llama's file, which does not say it.
         resize_vocab: Rows that embedding and head are to grow to.
@@ -61,7 +62,11 @@ def convert(
         UserError: There is nothing to do, or `destination` is whole already.
         ResourceError: The disk has no room.
     """
+    from lit_llama.conversion.source import write_folder
+    from lit_llama.model.files.shards import MAX_SHARD_SIZE
+
     start = time.perf_counter()
+    size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
     adapter = layout == "gguf" and _is_adapter(source)
     if modelfile and (adapter or layout != "gguf"):
         raise UserError(f"is for a model with {param('format', 'gguf')}", parameter="modelfile")
@@ -92,7 +97,7 @@ def convert(
         check_destination(destination, _MARKERS[layout])
     if dtype not in (None, *get_args(PlainType)) and layout != "gguf":
         raise UserError(f"is a type of GGUF files: it needs {param('format', 'gguf')}", parameter="dtype", value=dtype)
-    if layout == "hf" and dtype is None and resize_vocab is None and max_shard_size == MAX_SHARD_SIZE:
+    if layout == "hf" and dtype is None and resize_vocab is None and size == MAX_SHARD_SIZE:
         _check_foreign(source)
     # A GGUF file is written from all that a value has, and rounded there, once.
     exact = None if dtype is None else "float32"
@@ -102,7 +107,7 @@ def convert(
 
         opened = resize(opened, resize_vocab)
     if layout == "hf":
-        write_folder(opened, destination, max_shard_size=max_shard_size)
+        write_folder(opened, destination, max_shard_size=size)
     elif layout == "meta":
         from lit_llama.conversion.layouts.meta_writer import write_meta
 
@@ -130,7 +135,7 @@ def convert(
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER).is_file() and not (folder / SETTINGS_FILE).is_file()
+    return (folder / _ADAPTER).is_file() and not (folder / _SETTINGS).is_file()
 
 
 def _merge_hint(folder: Path) -> str:
@@ -148,7 +153,7 @@ def _check_foreign(source: Path) -> None:
         raise CheckpointError(f"{source} already is a checkpoint folder in Hugging Face layout: use it as it is")
 
 
-def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | None = None) -> Source:
+def open_source(source: Path, dtype: str | None = None, rms_norm_eps: float | None = None) -> "Source":
     """Find out what `source` is and open it; the parameters are those of `convert`.
 
     Raises:
@@ -215,8 +220,9 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
+def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> "Source":
     from lit_llama.conversion.layouts.meta import SHARD
+    from lit_llama.model.files.weights import describe_wrong_file
 
     if SHARD.fullmatch(path.name):
         raise CheckpointError(
@@ -228,7 +234,7 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
         from lit_llama.conversion.gguf.reader import open_gguf
 
         return open_gguf(path, dtype)
-    if (path.parent / SETTINGS_FILE).is_file() and path.suffix in (".safetensors", ".bin"):
+    if (path.parent / _SETTINGS).is_file() and path.suffix in (".safetensors", ".bin"):
         raise CheckpointError(f"{param('source')}: {path} is a file of the folder {path.parent}: name the folder")
     if start.startswith(b"PK") or path.suffix == ".pth":
         from lit_llama.conversion.layouts.lit_llama import open_lit
@@ -238,7 +244,7 @@ def _open_file(path: Path, dtype: str | None, rms_norm_eps: float | None) -> Sou
     raise CheckpointError(f"{param('source')}: {path} is {what}; expected {_EXPECTED}")
 
 
-def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> Source:
+def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) -> "Source":
     from lit_llama.conversion.gguf.scan import only_model
 
     check_folder(folder)
@@ -258,7 +264,7 @@ def _open_folder(folder: Path, dtype: str | None, rms_norm_eps: float | None) ->
     )
 
 
-def _open_layout(folder: Path, rms_norm_eps: float | None) -> Source | None:
+def _open_layout(folder: Path, rms_norm_eps: float | None) -> "Source | None":
     """The layouts that a folder may be in, those first whose files leave no doubt."""
     from lit_llama.conversion import native
     from lit_llama.conversion.layouts import lit_llama as lit
@@ -271,7 +277,7 @@ def _open_layout(folder: Path, rms_norm_eps: float | None) -> Source | None:
         return meta.open_meta(folder)
     if any((folder / name).is_file() for name in (litgpt.FILE, lit.FILE)):
         return lit.open_lit(folder, rms_norm_eps)
-    if native.has_bin(folder) or ((folder / SETTINGS_FILE).is_file() and not meta.has_shards(folder / "original")):
+    if native.has_bin(folder) or ((folder / _SETTINGS).is_file() and not meta.has_shards(folder / "original")):
         return native.open_folder(folder)
     if meta.has_shards(folder / "original"):
         return meta.open_meta(folder)

@@ -5,14 +5,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lit_llama.conversion.delta_config import DeltaConfig, Policy
 from lit_llama.conversion.delta_writing import (
     VOCABULARY,
-    Policy,
     Side,
     Work,
     blocks,
@@ -30,9 +29,7 @@ from lit_llama.folder.lock import reserving
 from lit_llama.folder.manifest import MANIFEST, check_folder, read_manifest
 from lit_llama.folder.publish import check_absent, check_apart
 from lit_llama.model.files.checkpoint import fingerprint_stored
-from lit_llama.model.files.shards import MAX_SHARD_SIZE
 from lit_llama.progress import stderr, track
-from lit_llama.text.config import StyleName
 from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.special import read_object
 from lit_llama.text.tokenizer.vocabulary import check_vocabulary, holds_tokenizer
@@ -118,14 +115,15 @@ def apply(
     base_dir: Path,
     delta_dir: Path,
     destination: Path,
-    *,
-    policy: Policy | Literal["auto"] = "auto",
-    dtype: str | None = None,
-    prompt_style: StyleName | None = None,
-    accept_rounded_base: bool = False,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    config: DeltaConfig | None = None,
 ) -> None:
     """Write base + delta.
+
+    Args:
+        base_dir: The original model.
+        delta_dir: What its publisher adds.
+        destination: Folder to make.
+        config: How; None for the defaults.
 
     Raises:
         UserError: The destination exists, or lies in an input.
@@ -133,6 +131,7 @@ def apply(
         IntegrityError: The delta says that it was made from another base.
         ResourceError: The disk has no room.
     """
+    config = config or DeltaConfig()
     check_absent(destination)
     check_apart(destination, base_dir, delta_dir)
     work_base, work_delta = open_folder(base_dir), open_folder(delta_dir)
@@ -140,15 +139,15 @@ def apply(
     _check_origin(base, delta)
     check_size(base, delta)
     check_pair(base, delta)
-    chosen = find_policy(base, delta) if policy == "auto" else policy
+    chosen = find_policy(base, delta) if config.policy == "auto" else config.policy
     check_shapes(base, delta, chosen)
     work_delta = _with_tokenizer(work_base, work_delta, chosen)
     if rounded_through_bfloat16(base):
-        _doubt_base(base_dir, accept_rounded_base)
+        _doubt_base(base_dir, config.accept_rounded_base)
     if holds_values(base, delta) != (chosen == "ziya"):
         found = "differences" if chosen == "ziya" else "whole rows"
         stderr().print(f"warning: the embedding of {delta_dir} seems to hold {found}, unlike {param('policy', chosen)}")
-    write(Work(work_base, work_delta, chosen, +1, dtype), destination, max_shard_size, prompt_style)
+    write(Work(work_base, work_delta, chosen, +1, config.dtype), destination, config.shard_bytes, config.prompt_style)
 
 
 @reserving
@@ -156,27 +155,33 @@ def make(
     base_dir: Path,
     target_dir: Path,
     destination: Path,
-    *,
-    policy: Policy | Literal["auto"] = "auto",
-    dtype: str | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    config: DeltaConfig | None = None,
 ) -> None:
     """Write target - base, which `apply` adds again.
+
+    Args:
+        base_dir: The original model.
+        target_dir: The model to come back to.
+        destination: Folder to make.
+        config: How; None for the defaults.
 
     Raises:
         UserError: The destination exists, or lies in an input.
         CheckpointError: Base and target do not fit each other.
         ResourceError: The disk has no room.
     """
+    config = config or DeltaConfig()
     check_absent(destination)
     check_apart(destination, base_dir, target_dir)
     work_base, work_target = open_folder(base_dir), open_folder(target_dir)
     base, target = _side(work_base), _side(work_target)
-    chosen: Policy = policy if policy != "auto" else "add" if base.rows() == target.rows() else "ziya"
+    chosen: Policy = "add" if base.rows() == target.rows() else "ziya"
+    if config.policy != "auto":
+        chosen = config.policy
     check_size(base, target)
     check_shapes(base, target, chosen)
     work_target = _with_tokenizer(work_base, work_target, chosen)
-    write(Work(work_base, work_target, chosen, -1, dtype), destination, max_shard_size, None)
+    write(Work(work_base, work_target, chosen, -1, config.dtype), destination, config.shard_bytes, None)
 
 
 def verify(merged_dir: Path, base_dir: Path | None = None, delta_dir: Path | None = None) -> None:

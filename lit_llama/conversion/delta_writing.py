@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_llama.conversion.delta_config import Policy
 from lit_llama.conversion.source import META_FILE, Source, write_files
 from lit_llama.conversion.tokens import complete
 from lit_llama.errors import CheckpointError
@@ -38,7 +39,6 @@ from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.text.tokenizer.vocabulary import identity
 from lit_llama.wording import param
 
-Policy = Literal["ziya", "vicuna", "alpaca", "add"]
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 """The matrices with a row for each token, the only ones a policy treats on their own."""
 

@@ -14,8 +14,9 @@ from delta_files import base as base  # a fixture
 
 import lit_llama
 from lit_llama.conversion.delta import apply, make, verify
+from lit_llama.conversion.delta_config import DeltaConfig
 from lit_llama.conversion.delta_writing import Policy, blocks, mean_row
-from lit_llama.errors import CheckpointError, IntegrityError
+from lit_llama.errors import CheckpointError, IntegrityError, UserError
 from lit_llama.model.files.checkpoint import fingerprint, load_model
 from lit_llama.model.files.weights import INDEX_FILE, Stored, Weights
 
@@ -24,7 +25,7 @@ from lit_llama.model.files.weights import INDEX_FILE, Stored, Weights
 def test_a_sum_is_bit_for_bit_that_of_the_publishers_scripts(base: Path, tmp_path: Path, policy: Policy) -> None:
     """Catches sums that are rounded twice, new rows that start wrong, and a vocabulary that is added to a whole one."""
     delta = folder_of(tmp_path / "delta", delta_of(policy))
-    apply(base, delta, tmp_path / "merged", policy=policy)
+    apply(base, delta, tmp_path / "merged", DeltaConfig(policy=policy))
     assert_same(read(tmp_path / "merged"), plain_sum(read(base), read(delta), policy))
     assert load_model(tmp_path / "merged").config.vocab_size == ROWS
 
@@ -52,7 +53,7 @@ def test_equal_shapes_are_added(tmp_path: Path) -> None:
     base = folder_of(tmp_path / "base", state_of(0, ROWS))
     delta = folder_of(tmp_path / "delta", delta_of("add"))
     for policy in ("add", "auto"):
-        apply(base, delta, tmp_path / policy, policy=policy)  # type: ignore[arg-type]
+        apply(base, delta, tmp_path / policy, DeltaConfig(policy=policy))  # type: ignore[arg-type]
         assert_same(read(tmp_path / policy), plain_sum(read(base), read(delta), "add"))
 
 
@@ -77,7 +78,7 @@ def test_all_bits_survive_extreme_values(tmp_path: Path) -> None:
         value = bits.view(torch.float16)
         state["model.layers.0.mlp.up_proj.weight"] = torch.where(value.abs() < 30000, value, torch.zeros(()).half())
     base, delta = (folder_of(tmp_path / name, state) for name, state in zip(("base", "delta"), states, strict=True))
-    apply(base, delta, tmp_path / "merged", policy="add")
+    apply(base, delta, tmp_path / "merged", DeltaConfig(policy="add"))
     assert_same(read(tmp_path / "merged"), plain_sum(*states, "add"))
 
 
@@ -86,7 +87,12 @@ def test_a_sum_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     base, delta = state_of(0, ROWS), delta_of("add")
     base["model.layers.1.mlp.up_proj.weight"][3, 4] = delta["model.layers.1.mlp.up_proj.weight"][3, 4] = 60000
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .*not finite in float16"):
-        apply(folder_of(tmp_path / "b", base), folder_of(tmp_path / "d", delta), tmp_path / "merged", policy="add")
+        apply(
+            folder_of(tmp_path / "b", base),
+            folder_of(tmp_path / "d", delta),
+            tmp_path / "merged",
+            DeltaConfig(policy="add"),
+        )
     assert not (tmp_path / "merged").exists()
 
 
@@ -95,8 +101,8 @@ def test_make_is_the_inverse_of_apply(tmp_path: Path, policy: Policy, rows: int)
     """Catches a difference with the wrong sign, and rows taken from the wrong side."""
     base = folder_of(tmp_path / "base", state_of(0, rows), tokenizer=False)
     target = folder_of(tmp_path / "target", plain_sum(state_of(0, rows), delta_of(policy), policy))
-    make(base, target, tmp_path / "delta", policy=policy)
-    apply(base, tmp_path / "delta", tmp_path / "again", policy=policy)
+    make(base, target, tmp_path / "delta", DeltaConfig(policy=policy))
+    apply(base, tmp_path / "delta", tmp_path / "again", DeltaConfig(policy=policy))
     again, wanted = read(tmp_path / "again"), read(target)
     for name, value in wanted.items():  # the difference itself was rounded: half a unit of it, and one rounding more
         assert (again[name].float() - value.float()).abs().max() <= 2e-3 * max(1.0, float(value.abs().max())), name
@@ -105,7 +111,7 @@ def test_make_is_the_inverse_of_apply(tmp_path: Path, policy: Policy, rows: int)
     verify(tmp_path / "delta")
     with pytest.raises(IntegrityError, match="made from other weights"):
         other = folder_of(tmp_path / "other", state_of(7, rows), tokenizer=False)
-        apply(other, tmp_path / "delta", tmp_path / "wrong", policy=policy)
+        apply(other, tmp_path / "delta", tmp_path / "wrong", DeltaConfig(policy=policy))
 
 
 def test_memory_holds_a_block_and_not_a_model(tmp_path: Path) -> None:
@@ -116,8 +122,9 @@ def test_memory_holds_a_block_and_not_a_model(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 import lit_llama.conversion.delta as folders
+from lit_llama.conversion.delta_config import DeltaConfig
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-folders.apply(*map(Path, {[str(tmp_path / n) for n in ("base", "delta", "sum")]!r}), policy="add")
+folders.apply(*map(Path, {[str(tmp_path / n) for n in ("base", "delta", "sum")]!r}), DeltaConfig(policy="add"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     size = 0
@@ -149,7 +156,8 @@ def test_blocks_cover_every_row_once_and_a_mean_is_a_mean(tmp_path: Path) -> Non
 
 
 def test_the_door_adds_makes_and_verifies(base: Path, tmp_path: Path) -> None:
-    """Catches flags that do not reach the functions, and results that go to the wrong stream."""
+    """Catches flags that do not reach the functions, and results that go to the wrong stream; a call in Python that
+    takes any word for a policy, a dtype or a style and goes on with it."""
     folder_of(tmp_path / "delta", delta_of("ziya"))
     sides = ["--base_dir", base, "--delta_dir", tmp_path / "delta"]
     added = run_here(
@@ -159,6 +167,12 @@ def test_the_door_adds_makes_and_verifies(base: Path, tmp_path: Path) -> None:
     assert "policy ziya: embedding and head as they are" in added.stderr
     assert (tmp_path / "sum" / INDEX_FILE).is_file() and len(Weights(tmp_path / "sum")) == 21
     again = lit_llama.add_delta(base, str(tmp_path / "delta"), tmp_path / "again", max_shard_size="60KB")
+    for wrong in ({"policy": "zija"}, {"dtype": "bf16"}, {"prompt_style": "zia"}, {"max_shard_size": "many"}):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(UserError, match=f"--{name} is '?{value}'?, expected"):
+            lit_llama.add_delta(base, tmp_path / "delta", tmp_path / "wrong", **wrong)
+    with pytest.raises(UserError, match="did you mean policy"):
+        lit_llama.add_delta(base, tmp_path / "delta", tmp_path / "wrong", polices="ziya")
     assert_same(read(again.folder), read(tmp_path / "sum"))
     checked = run_here("prepare/delta.py", "verify", "--merged_dir", tmp_path / "sum", *sides)
     assert checked.returncode == 0 and "bit for bit" in checked.stderr, checked

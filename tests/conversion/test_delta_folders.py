@@ -16,6 +16,7 @@ from delta_files import assert_same, delta_of, folder_of, plain_sum, read
 from delta_files import base as base  # a fixture
 
 from lit_llama.conversion.delta import apply, verify
+from lit_llama.conversion.delta_config import DeltaConfig
 from lit_llama.errors import IntegrityError, LockedError
 from lit_llama.folder.manifest import read_manifest
 from lit_llama.folder.publish import resume
@@ -26,6 +27,7 @@ from pathlib import Path
 from lit_llama.folder import publish as folder
 from lit_llama.conversion import delta_writing
 from lit_llama.conversion.delta import apply
+from lit_llama.conversion.delta_config import DeltaConfig
 steps, limit = [0], 0
 def counted(module, name):
     original = getattr(module, name)
@@ -44,7 +46,7 @@ for line in sys.stdin:
     number, destination = line.rstrip().split(" ", 1)
     limit = int(number)
     if not (pid := os.fork()):
-        apply(base, delta, Path(destination), max_shard_size=60_000)
+        apply(base, delta, Path(destination), DeltaConfig(max_shard_size="60KB"))
         print("steps", steps[0], flush=True)
         os._exit(0)
     print("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -97,7 +99,7 @@ def test_a_run_killed_anywhere_goes_on_and_ends_in_the_same_bytes(base: Path, tm
             continue
         if again[limit] == 0:
             continue
-        apply(base, delta, destination, max_shard_size=60_000)
+        apply(base, delta, destination, DeltaConfig(max_shard_size="60KB"))
         assert sums(destination) == sums(tmp_path / "whole") and len(sums(destination)) > 8
         assert not list(tmp_path.glob(f".{destination.name}.*"))
 
@@ -107,7 +109,7 @@ def test_a_resumed_run_does_not_trust_a_damaged_file(
 ) -> None:
     """Catches a journal that is believed without looking at the file, and work that is done twice."""
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
-    apply(base, delta, tmp_path / "whole", max_shard_size=60_000)
+    apply(base, delta, tmp_path / "whole", DeltaConfig(max_shard_size="60KB"))
     with killed_sums(base, delta) as start:
         assert start(tmp_path / "sum", 40)[0] == -signal.SIGKILL
     files = sorted((tmp_path / ".sum.unfinished").glob("model-*.safetensors"))
@@ -117,7 +119,7 @@ def test_a_resumed_run_does_not_trust_a_damaged_file(
     data[-1] ^= 1
     files[0].write_bytes(data)
     capsys.readouterr()
-    apply(base, delta, tmp_path / "sum", max_shard_size=60_000)
+    apply(base, delta, tmp_path / "sum", DeltaConfig(max_shard_size="60KB"))
     assert f"going on where it stopped: {len(files) - 1} of" in capsys.readouterr().err
     assert (tmp_path / "sum" / files[1].name).stat().st_mtime_ns == kept
     assert sums(tmp_path / "sum") == sums(tmp_path / "whole")
@@ -134,7 +136,7 @@ def test_another_plan_starts_afresh_and_a_second_process_waits_for_nobody(base: 
     with resume(tmp_path / "held", "plan"), ThreadPoolExecutor(1) as pool:
         second = pool.submit(apply, base, other, tmp_path / "held")
         assert isinstance(second.exception(), LockedError)
-    apply(base, other, tmp_path / "sum", max_shard_size=60_000)
+    apply(base, other, tmp_path / "sum", DeltaConfig(max_shard_size="60KB"))
     assert_same(read(tmp_path / "sum"), plain_sum(read(base), state, "ziya"))
 
 
@@ -142,7 +144,7 @@ def test_the_folder_says_where_it_came_from(base: Path, tmp_path: Path) -> None:
     """Catches provenance that changes with the files' cut, and a manifest that other programs cannot check."""
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
     apply(base, delta, tmp_path / "one")
-    apply(base, delta, tmp_path / "many", max_shard_size=60_000)
+    apply(base, delta, tmp_path / "many", DeltaConfig(max_shard_size="60KB"))
     origins = [json.loads((tmp_path / name / "meta.json").read_text())["delta"] for name in ("one", "many")]
     assert origins[0] == origins[1]
     assert origins[0]["policy"] == "ziya" and origins[0]["base"]["path"] == str(base)

@@ -12,13 +12,14 @@ from delta_files import base as base  # a fixture
 from safetensors.torch import save_file
 
 from lit_llama.conversion.delta import apply
+from lit_llama.conversion.delta_config import DeltaConfig
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.folder.manifest import MANIFEST
 
 
 def refusal(base: Path, delta: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        apply(base, delta, base.parent / "merged", **options)
+        apply(base, delta, base.parent / "merged", DeltaConfig(**options))
     assert not (base.parent / "merged").exists()
     return str(caught.value)
 
@@ -79,7 +80,7 @@ def test_a_base_that_went_through_bfloat16_is_told(base: Path, tmp_path: Path) -
     folder = folder_of(tmp_path / "rounded", rounded, tokenizer=False)
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
     assert "went through bfloat16" in refusal(folder, delta)
-    apply(folder, delta, tmp_path / "accepted", accept_rounded_base=True)
+    apply(folder, delta, tmp_path / "accepted", DeltaConfig(accept_rounded_base=True))
     assert_same(read(tmp_path / "accepted"), plain_sum(rounded, read(delta), "ziya"))
     stored = folder_of(tmp_path / "stored", {n: v.bfloat16() for n, v in read(base).items()}, tokenizer=False)
     assert "BF16" in refusal(stored, delta) and "--dtype" in refusal(stored, delta)
@@ -97,7 +98,7 @@ def test_the_tokenizer_must_be_that_of_the_delta(base: Path, tmp_path: Path) -> 
 def test_a_missing_shard_is_named(base: Path, tmp_path: Path) -> None:
     """Catches a partial download that is merged as far as it goes."""
     delta = folder_of(tmp_path / "delta", delta_of("ziya"))
-    apply(base, delta, tmp_path / "sum", max_shard_size=50_000)
+    apply(base, delta, tmp_path / "sum", DeltaConfig(max_shard_size="50KB"))
     lost = sorted((tmp_path / "sum").glob("model-*.safetensors"))[2]
     lost.unlink()
     assert lost.name in refusal(tmp_path / "sum", delta)

@@ -18,6 +18,7 @@ from tokenizer_files import in_transformers
 
 from lit_llama.conversion import convert
 from lit_llama.conversion.delta import apply
+from lit_llama.conversion.delta_config import DeltaConfig
 from lit_llama.conversion.merge import merge
 from lit_llama.conversion.tokens import FILE
 from lit_llama.text.tokenizer.base import Tokenizer
@@ -72,7 +73,7 @@ def from_delta(home: Path) -> None:
     write_sentencepiece(delta)
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (delta / "tokenizer_config.json").write_text(json.dumps(settings))
-    apply(base, delta, home / "made", policy="add")
+    apply(base, delta, home / "made", DeltaConfig(policy="add"))
 
 
 def from_bin(home: Path) -> None:

@@ -9,10 +9,10 @@ from torch import nn
 from lit_llama.errors import UserError
 from lit_llama.model.adapters.low_rank import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, LoRAOnQuantized
 from lit_llama.model.adapters.rows import whole
-from lit_llama.model.config import ALL_LINEAR, LoRAConfig, matches_pattern
+from lit_llama.model.config import ALL_LINEAR, LINEARS, LoRAConfig, matches_pattern
 from lit_llama.model.patterns import matches_whole
 from lit_llama.model.quantize import QuantizedLinear
-from lit_llama.wording import param
+from lit_llama.wording import param, params
 
 MANY = 1000
 """Adapted matrices of a mixture of experts from which on it is said."""
@@ -103,13 +103,37 @@ def _adapted(able: Iterable[str], config: LoRAConfig) -> list[str]:
             "with .* where any beginning will do"
         )
     named = [] if config.target_modules in ALL_LINEAR else config.targets
+    word = next((target for target in named if target in ALL_LINEAR), None)
     for target in named:
-        if not any(_matches(name, target) for name in able):
+        if target != word and not any(_matches(name, target) for name in able):
             near = _nearest(target, sorted({name.rpartition(".")[2] for name in able}))
             raise UserError(
                 f"{param('lora.target_modules')}: {target!r} matches no linear layer or embedding of the model{near}"
             )
+    if word is not None:
+        raise _beside(word, able, config)
     return [name for name in able if any(_matches(name, target) for target in config.targets)]
+
+
+def _beside(word: str, able: list[str], config: LoRAConfig) -> UserError:
+    """Build the error for names beside the word that stands for every linear layer of the decoder."""
+    linears = list(dict.fromkeys(short for name in able if (short := name.rpartition(".")[2]) in LINEARS))
+    others = [target for target in config.targets if target not in ALL_LINEAR]
+    beyond = [target for target in others if target.rpartition(".")[2] not in linears]
+    shown = ",".join(config.targets)
+    if not beyond:
+        return UserError(
+            f"is {shown}, but {word} stands for {', '.join(others)}, too",
+            parameter="lora.target_modules",
+            remedy=f"give {param('lora.target_modules', word)} alone",
+        )
+    whole = ",".join([*config.saved, *beyond])
+    return UserError(
+        f"is {shown}, but {word} stands alone, for the linear layers of the decoder",
+        parameter="lora.target_modules",
+        remedy=f"name all of them, {param('lora.target_modules', ','.join([*linears, *beyond]))}, or have "
+        f"{', '.join(beyond)} train whole, {params(**{'lora.target_modules': word, 'lora.modules_to_save': whole})}",
+    )
 
 
 def _copied(model: nn.Module, config: LoRAConfig) -> list[str]:

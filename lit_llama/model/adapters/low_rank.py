@@ -189,8 +189,9 @@ class DoRALinear(LowRank):
     def _lengths(self) -> Tensor:
         base = self.base_layer
         weight = base.dense(torch.float32) if isinstance(base, QuantizedLinear) else base.weight
-        direction = merge_weight(weight, self.lora_A, self.lora_B, self.scale, torch.float32)
-        return torch.linalg.vector_norm(direction, dim=1)  # (out,)
+        with torch.autocast(capabilities(weight.device).kind, enabled=False):  # which would round W and B A to 16 bits
+            direction = merge_weight(weight, self.lora_A, self.lora_B, self.scale, torch.float32)
+            return torch.linalg.vector_norm(direction, dim=1)  # (out,)
 
 
 def lora_product(

@@ -247,8 +247,8 @@ class OneMatrix(Joined):
         matrix = like.new_zeros(self.outputs + self.tail, self.inputs + self.tail)
         self._matrix, self._copies = matrix, False
         for base, rows in self._rows():
+            rows.copy_(base.weight.detach())  # lengths of rows (DoRA) are computed from them now
             if base.weight.dtype == like.dtype:
-                rows.copy_(base.weight.detach())
                 base.weight = nn.Parameter(rows, requires_grad=base.weight.requires_grad)
             else:
                 self._copies = True

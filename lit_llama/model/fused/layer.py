@@ -127,8 +127,9 @@ class FusedLayer(DecoderLayer):
         """Run the layer: (T, C) -> (T, C)."""
         if not isinstance(layout, Packed) or x.dtype != self.dtype:
             return super().forward(x, rotation, layout)
-        for joined in self.joined:
-            joined.refresh()
+        with torch.autocast(capabilities(x.device).kind, enabled=False):  # lengths of rows are float32
+            for joined in self.joined:
+                joined.refresh()
         parts: list[Joined | Norm] = [*self.joined, *self.head_norms, *self.stream_norms]
         parameters = [parameter for part in parts for parameter in part.parameters]
         backward = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))  # which the function cannot know

@@ -202,6 +202,31 @@ def test_a_regular_expression_means_the_modules_that_it_means_to_peft(pattern: s
     assert adapted == theirs
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            "all-linear,lm_head",
+            "--lora.target_modules is all-linear,lm_head, but all-linear stands alone, for the linear layers of the "
+            "decoder; name all of them, --lora.target_modules "
+            "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head, or have lm_head train whole, "
+            "--lora.target_modules all-linear --lora.modules_to_save lm_head",
+        ),
+        (["embed_tokens", "all"], "or have embed_tokens train whole, --lora.target_modules all --lora.modules_to_save"),
+        (
+            "all-linear,q_proj",
+            "but all-linear stands for q_proj, too; give --lora.target_modules all-linear alone",
+        ),
+        ("all-linear,lm_hed", "'lm_hed' matches no linear layer or embedding of the model; did you mean lm_head?"),
+    ],
+)
+def test_what_stands_beside_the_word_for_all_has_a_way_out(targets: str | list[str], message: str) -> None:
+    """Catches "'all-linear' matches no linear layer", which sends people to look for another word."""
+    with pytest.raises(UserError) as caught:
+        apply_lora(tiny_model(), LoRAConfig(target_modules=targets))
+    assert message in str(caught.value)
+
+
 def test_a_regular_expression_that_matches_nothing_is_an_error() -> None:
     """Catches a run of nothing, where only the beginning of the names was forgotten."""
     with pytest.raises(

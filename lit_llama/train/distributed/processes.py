@@ -22,7 +22,7 @@ from lit_llama.train.distributed.launch import LAUNCHER, launched, layout
 from lit_llama.wording import param, params
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 T = TypeVar("T")
 _PATIENCE = 2.0
@@ -209,15 +209,14 @@ def _connect(here: int, machines: int) -> "Fabric":
         )
     import logging
 
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
-    for room in ("fabric", "pytorch"):
-        logging.getLogger(f"lightning.{room}").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     environment: ClusterEnvironment = LightningEnvironment()
     if LAUNCHER not in os.environ:
         environment = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else SLURMEnvironment()

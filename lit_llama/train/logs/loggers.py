@@ -57,7 +57,7 @@ class _TensorBoard:
     """Event files in OUT/tensorboard; a run that is resumed adds one."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
         self._logger = TensorBoardLogger(folder / "tensorboard", name="", version="")
         self._logger.experiment.add_text("run.yaml", f"```yaml\n{yaml.safe_dump(dict(settings), sort_keys=False)}```")

@@ -1,6 +1,6 @@
-"""Run by test_preference_processes.py: starts itself twice, and the two take preference runs one after the other.
+"""Run by test_preference_processes.py: two processes that take preference runs one after the other.
 
-They meet once, as that takes longer than all of the runs.
+They meet once, as that takes as long as a run.
 """
 
 import json

@@ -2,8 +2,6 @@
 one end for all of them. They are two on the CPU, over gloo."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from forked_groups import ALONE_IN_ENVIRONMENT, in_forks
 from safetensors.torch import load_file
 from small_runs import TWELVE, run
 from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
@@ -37,7 +35,6 @@ from lit_llama.train.state import STATE_FILE, STATES_DIR, find_states
 PLAIN = LoRAConfig(r=2, alpha=4)
 # At a lower rate: AdamW divides gradients of almost nothing by their own size, rounding and all.
 LONG = replace(TWELVE, save_interval=100, learning_rate=1e-3)
-ALONE_IN_ENVIRONMENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "NODE_RANK")
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +43,19 @@ def straight(tiny_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFac
     return run(tiny_folder, data, tmp_path_factory.mktemp("processes") / "straight", PLAIN, LONG)
 
 
-def start(checkpoint: Path, data: Path, out: Path, launcher: Sequence[object], *more: object) -> tuple[int, str]:
-    """Run the door behind `launcher`; gives its exit status and what it wrote on stderr."""
+def flags_of(checkpoint: Path, data: Path, out: Path) -> list[object]:
+    """The command line of the run that `straight` is."""
     flags: list[object] = ["--checkpoint_dir", checkpoint, "--data_dir", data, "--out_dir", out, "--seed", 0]
     flags += ["--precision", "32-true", "--lora.r", 2, "--lora.alpha", 4]
     for name, value in LONG.__dict__.items():
         flags += [] if value is None else [f"--train.{name}", value]
-    environment = {name: value for name, value in os.environ.items() if name not in ALONE_IN_ENVIRONMENT}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, (*launcher, "finetune/lora.py", *flags, *more))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stderr
+    return flags
 
 
-def struck(rank: int, step: int, name: str, whom: str) -> list[object]:
-    return ["tests/struck_processes.py", rank, step, name, whom]
+def struck(rank: int, step: int, name: str, whom: str, flags: Sequence[object]) -> tuple[int, str]:
+    """Run two processes of which one sends a signal; gives the status and what they wrote on stderr."""
+    blow = (rank, step, name, whom)
+    return in_forks("tests/struck_processes.py", *blow, "finetune/lora.py", *flags, "--devices", 2)
 
 
 def last_state(out: Path) -> Path:
@@ -90,7 +85,7 @@ def test_two_processes_stop_together_and_one_continues(
     twice, tokens counted by one process only, a share that is lost when a step cannot be divided evenly, a signal that
     reaches one process only, a state that is cut off or saved twice, and one that depends on the number of them."""
     out = tmp_path / "out"
-    status, said = start(tiny_folder, data, out, struck(1, 7, "SIGTERM", "launcher"), "--devices", 2)
+    status, said = struck(1, 7, "SIGTERM", "launcher", flags_of(tiny_folder, data, out))
     assert status == 143, said
     assert said.splitlines()[-1].startswith("Stopped by SIGTERM after step "), said
     assert said.count("Stopped by") == said.count("finishing the step") == 1 and "Traceback" not in said
@@ -115,8 +110,8 @@ def test_torchrun_continues_what_one_process_began(
     monkeypatch.setattr(Trainer, "step", stopped)
     with pytest.raises(Interrupted, match="the newest state is that of step 3"):
         run(tiny_folder, data, out, PLAIN, replace(LONG, save_interval=3))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    status, said = start(tiny_folder, data, out, torchrun, "--strategy", "fsdp", "--resume", "auto")
+    more = ["--strategy", "fsdp", "--resume", "auto"]
+    status, said = in_forks("finetune/lora.py", *flags_of(tiny_folder, data, out), *more, torchrun=True)
     assert status == 0, said
     assert "2 processes" in said and "continuing from" in said and said.count("next: ") == 1
     assert said.count("layers: 2 fused\n") == 1 and "Warning" not in said
@@ -133,7 +128,8 @@ def test_layers_that_are_spread_carry_dora_and_a_whole_head(tiny_folder: Path, d
     expected = run(tiny_folder, data, tmp_path / "one", lora, LONG)
     more = ["--lora.use_dora", "true", "--lora.modules_to_save", "lm_head", "--train.neftune_noise_alpha", 0]
     out = tmp_path / "out"
-    status, said = start(tiny_folder, data, out, [], "--devices", 2, "--strategy", "fsdp", *more)
+    common = [*flags_of(tiny_folder, data, out), "--devices", 2, "--strategy", "fsdp"]
+    status, said = in_forks("finetune/lora.py", *common, *more)
     assert status == 0 and "the frozen layers spread over all" in said, said
     assert "layers: 2 fused\n" in said
     assert_same_run(out, expected, atol=1e-5)  # which holds a layer as one matrix
@@ -142,7 +138,7 @@ def test_layers_that_are_spread_carry_dora_and_a_whole_head(tiny_folder: Path, d
 def test_a_process_that_dies_ends_the_other(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Catches a run that waits forever for a process that is gone, and talk of sockets in place of what happened."""
     begun = time.time()
-    status, said = start(tiny_folder, data, tmp_path / "out", struck(1, 3, "SIGKILL", "itself"), "--devices", 2)
+    status, said = struck(1, 3, "SIGKILL", "itself", flags_of(tiny_folder, data, tmp_path / "out"))
     died = (tmp_path / "out" / METRICS_FILE).stat().st_mtime
     assert status == 5 and begun < died
     last = said.splitlines()[-1]

@@ -1,15 +1,12 @@
 """Preference runs of two processes on the CPU, over gloo, against runs of one process on the same batches."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from forked_groups import in_forks
 from pair_data import PAIRED, pair_rows, prefer, single_answers, write_pairs
 from safetensors.torch import load_file
 from small_runs import outcome
@@ -18,8 +15,6 @@ from lit_llama.model.adapters.peft_folder import WEIGHTS_FILE
 from lit_llama.train.logs.metrics import PAIR_METRICS, read_metrics
 from lit_llama.train.methods.preference import REFERENCE_FILE
 from lit_llama.train.state import STATES_DIR, find_states
-
-ALONE_IN_ENVIRONMENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "NODE_RANK")
 
 RUNS: list[dict[str, Any]] = [
     {"name": "dpo", "stopped": 0, "strategy": "ddp"},
@@ -41,12 +36,9 @@ def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     write_pairs(made / "single", tiny_folder, single_answers(train), single_answers(test))
     settings = [{"data": "pairs"} | run for run in RUNS]
     settings = [run | {"data": str(made / run["data"])} for run in settings]
-    command = [sys.executable, "tests/paired_processes.py", str(tiny_folder), str(made), json.dumps(settings)]
-    environment = {name: value for name, value in os.environ.items() if name not in ALONE_IN_ENVIRONMENT}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("next: ") == len(RUNS), done.stderr
+    status, said = in_forks("tests/paired_processes.py", tiny_folder, made, json.dumps(settings))
+    assert status == 0, said
+    assert said.count("next: ") == len(RUNS), said
     prefer(tiny_folder, made / "pairs", made / "one pairs", PAIRED)
     prefer(tiny_folder, made / "single", made / "one single", PAIRED, loss="kto")
     return {path.name: path for path in made.iterdir()}

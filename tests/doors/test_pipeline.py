@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import run_here
+from forked_groups import in_forks
 
 ROWS = [
     {"instruction": f"Say the word for {i}", "input": "in French" if i % 3 else "", "output": f"mot {i % 7} é"}
@@ -114,22 +112,9 @@ def test_a_run_is_repeated_from_its_own_file(home: Path) -> None:
 
 def test_ctrl_c_in_a_run_leaves_no_adapter(home: Path) -> None:
     """An interrupted run that looks like a finished one."""
-    flags = [*map(str, TRAIN), "--out_dir", "out/stopped", "--train.epochs", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune/lora.py"), *flags], cwd=home, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        for _ in range(600):
-            metrics = list((home / "out").glob("*stopped*/metrics.csv"))
-            if metrics and len(metrics[0].read_text().splitlines()) > 3:
-                break
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
-        assert metrics, "the run never began"
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in said
-    assert "Stopped after step" in said and said.rstrip().endswith("--resume auto")
+    train = ["--checkpoint_dir", home / BASE, "--data_dir", home / DATA, "--out_dir", home / "out/stopped", *TRAIN[4:]]
+    blow = (0, 3, "SIGINT", "itself")  # ahead of the fourth step
+    status, said = in_forks("tests/struck_processes.py", *blow, "finetune/lora.py", *train, "--train.epochs", 100000)
+    assert status == 130 and "Traceback" not in said
+    assert "Stopped after step 4" in said and said.rstrip().endswith("--resume auto")
     assert not list((home / "out").glob("*stopped*/adapter_*")) and not list((home / "out").glob(".*"))

@@ -197,7 +197,8 @@ class Plan:
         """
         numbers = self.numerics
         return (
-            numbers.device.type == "cpu"
+            self._answers > 0
+            and numbers.device.type == "cpu"
             and numbers.product is None
             and numbers.linear == numbers.rest
             and self.quantize is None

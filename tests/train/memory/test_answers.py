@@ -12,7 +12,7 @@ from lit_llama.folder.publish import write_json
 from lit_llama.model.config import LoRAConfig
 from lit_llama.model.kernels.decode import packs
 from lit_llama.text.dataset.folder import Split
-from lit_llama.train.config import RunConfig
+from lit_llama.train.config import RunConfig, TrainConfig
 from lit_llama.train.memory.plan import Plan, make_plan
 from lit_llama.train.methods.method import LoRA
 
@@ -45,3 +45,4 @@ def test_a_copy_is_made_where_half_of_the_memory_stays_free(data: Path) -> None:
     assert less.passing["answers"] == enough.passing["answers"] - copy
     assert not replace(plan, numerics=replace(plan.numerics, product=torch.bfloat16)).packs_answers
     assert not plan_of(data, quantize="int8").packs_answers
+    assert plan_of(data, train=TrainConfig(sample_prompts=0)).passing["answers"] == 0

@@ -66,7 +66,7 @@ def main(checkpoint: Path, data: Path, folder: Path, seed: int) -> dict[str, Any
     assert ended(start(straight, flags, lambda number: calls.write_text(str(number)) and None)) == 0
     seconds, total = time.monotonic() - begun, int(calls.read_text())
     expected = outcome(straight)
-    for attempt in range(4):
+    for attempt in range(3):
         out = folder / f"out{attempt}"
         flags = [*flags_of(checkpoint, data, out), "--train.save_interval", 2, "--resume", "auto"]
         for _ in range(2):

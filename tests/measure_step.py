@@ -32,11 +32,10 @@ def step(
     method: Method,
     numerics: Numerics,
     train: TrainConfig,
-    shape: Shape,
-    steps: tuple[int, ...] = (1, 2),
+    *steps: list[Shape],
 ) -> None:
-    """A micro-batch and an update, then two and another, as the loop makes them: now the optimizer remembers, and the
-    second micro-batch finds the gradients of the first."""
+    """The micro-batches of each step and an update, as the loop makes them: in the second step the optimizer remembers,
+    and its second micro-batch finds the gradients of the first."""
     with torch.device("meta"):
         model = LLaMA(config)
     model.load_state_dict(
@@ -47,9 +46,9 @@ def step(
     optimizer = build_optimizer(method.groups(model, 0.0), train, CPU)
     set_learning_rate(optimizer, 1e-4)
     loss_of = TokenLoss(model, numerics).train()
-    ids = torch.arange(sum(shape.lengths)) % config.vocab_size
     for micro_batches in steps:
-        for _ in range(micro_batches):
+        for shape in micro_batches:
+            ids = torch.arange(sum(shape.lengths)) % config.vocab_size
             loss_of(ids, list(shape.lengths), torch.arange(shape.trained), ids[: shape.trained]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,14 +88,14 @@ def measure(dtype: str, checkpointing: str, tokens: int, way: str, keeps: bool) 
     sizes = build.sizes()
     kept = sizes.base + 2 * sizes.trained_bytes + state_bytes("adamw", sizes.trained, sizes.trained_bytes)
     passing = build.training_peak(shape)
-    # What is loaded at first use, and the code of products, which a plan counts with the program. A heap that keeps
-    # what is freed would keep this step's memory as well.
-    first = (tiny_config(), Shape([20, 30], 40)) if keeps else (config, shape)
-    step(first[0], method, numerics, train, first[1], (1,))
+    # What is loaded at first use, and the code of products, which is made for each size of those in 16 bits: a plan
+    # counts them with the program. A heap that keeps what is freed would keep this step's memory as well.
+    few = Shape([20, 30], 40)
+    step(tiny_config() if keeps else config, method, numerics, train, [few if keeps or dtype == "float32" else shape])
     before = resident_memory()
     watch = Peak()
     watch.start()
-    step(config, method, numerics, train, shape)
+    step(config, method, numerics, train, [few], [shape, shape])
     watch.done = True
     watch.join()
     return {"planned": kept + passing, "passing": passing, "measured": watch.bytes - before, "weights": sizes.plain}

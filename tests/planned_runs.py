@@ -16,6 +16,7 @@ import datasets  # noqa: F401
 
 from lit_llama.device import keep_few_products
 from lit_llama.model.config import LoRAConfig
+from lit_llama.model.quantize import library
 from lit_llama.train import run as run_module
 from lit_llama.train.config import PreferenceConfig, RunConfig, TrainConfig
 from lit_llama.train.methods.method import Full, LoRA, Method, Preference
@@ -61,6 +62,7 @@ def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
 def main(folder: Path, settings: list[dict[str, Any]]) -> None:
     """Every setting in a fork; prints a line of JSON for each."""
     importlib.import_module("torch._dynamo")  # as tensors without numbers do at their first operation
+    importlib.import_module("matplotlib.backends.backend_agg")  # as every run does at its end, when it holds little
     for setting in settings:
         process = os.fork()
         if not process:
@@ -73,6 +75,8 @@ def main(folder: Path, settings: list[dict[str, Any]]) -> None:
                 os._exit(1)
         if os.waitpid(process, 0)[1]:
             sys.exit(f"{setting['name']} failed")
+        if setting.get("quantize"):
+            library()  # seconds; the plan of the first such run has loaded it for itself
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """A run that was stopped goes on as if it never had been: the same bytes, and nothing repeated."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_door
+from conftest import run_door
+from forked_groups import in_forks
 from small_runs import DROPOUT, STEPS, TWELVE, Killed, outcome, run, stop_after
 from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
 from stopped_runs import begin
@@ -164,16 +162,8 @@ def test_a_run_repeats_from_its_run_file_with_the_same_bytes(straight: Path, tmp
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """kill -9 through the door: at random moments, and at each kind of call that changes a file. Catches a state that
     looks whole and is not, two halves of different steps, and a lock that outlives its process."""
-    program = ROOT / "tests" / "killed_runs.py"
-    command = [sys.executable, str(program), tiny_folder, data, tmp_path, 1]
-    result = subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    status, said = in_forks("tests/killed_runs.py", tiny_folder, data, tmp_path, 1)
+    assert status == 0, said
+    found = json.loads(said.splitlines()[-1])
     assert found["killed"] >= 4 and found["calls"] > 100
     assert found["wrong"] == []

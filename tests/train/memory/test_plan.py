@@ -1,10 +1,7 @@
 """The plan against what a step really takes, and what is said when it does not fit."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Sample, run_here, tiny_config, tiny_model, write_splits
+from forked_groups import in_forks
 from tiny_families import MODELS, SHAPE
 
 from lit_llama.device import Numerics, capabilities, gpu_numerics, parse_memory
@@ -79,15 +77,10 @@ def measured() -> dict[str, dict[str, int]]:
     """Bytes that steps of 18 million weights took in processes of their own, and that were planned."""
     if not Path("/proc/self/statm").is_file():
         pytest.skip("measures through /proc")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "measure_step.py"), *STEPS],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(STEPS, map(json.loads, done.stdout.splitlines()), strict=True))
+    status, said = in_forks("tests/measure_step.py", *STEPS)
+    assert status == 0, said
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return dict(zip(STEPS, found, strict=True))
 
 
 @pytest.mark.timeout(900)  # the first one waits for all steps

@@ -20,14 +20,11 @@ from lit_llama.folder.publish import write_json
 from lit_llama.model.llama import LLaMA
 
 SETTINGS: list[dict[str, Any]] = [
-    {"name": "answers", "train": {"sample_prompts": 2}},
+    {"name": "answers, dropout", "train": {"sample_prompts": 2}, "lora": {"dropout": 0.1}},
     {"name": "32", "precision": "32-true"},
     {"name": "mixed", "precision": "bf16-mixed"},
-    {"name": "nf4", "quantize": "nf4"},
-    {"name": "int8", "quantize": "int8"},
-    {"name": "dropout", "lora": {"dropout": 0.1}},
-    {"name": "dora", "lora": {"use_dora": True}},
-    {"name": "embeddings", "lora": {"modules_to_save": ["embed_tokens"]}},
+    {"name": "int8, dora", "quantize": "int8", "lora": {"use_dora": True}},
+    {"name": "nf4, embeddings", "quantize": "nf4", "lora": {"modules_to_save": ["embed_tokens"]}},
     {"name": "all weights", "full": True},
     {"name": "preferences", "dpo": {}},
 ]
@@ -43,7 +40,9 @@ WIDER: list[dict[str, Any]] = [
     {"name": "few tokens", "train": {"micro_batch_tokens": 300}},
     {"name": "rank 2 of two", "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}},
     {"name": "nf4-dq", "quantize": "nf4-dq"},
+    {"name": "nf4", "quantize": "nf4"},
     {"name": "nf4 with dropout", "quantize": "nf4", "lora": {"dropout": 0.1}},
+    {"name": "dora", "lora": {"use_dora": True}},
     {"name": "selective", "train": {"activation_checkpointing": "selective"}},
     {"name": "noise", "train": {"neftune_noise_alpha": 5.0}},
     {"name": "preferences mixed", "dpo": {}, "precision": "bf16-mixed", "returns": True},
@@ -96,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(made / "data", made / "model", rows, max_seq_length=1000)
     pairs = [
         tuple(draw.integers(3, 300, draw.integers(low, high)).tolist() for low, high in ((60, 120), (20, 80), (20, 80)))
-        for _ in range(36)
+        for _ in range(20)
     ]
     write_pairs(made / "pairs", made / "model", pairs[4:], pairs[:4])
     return made

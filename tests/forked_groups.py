@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -38,20 +39,23 @@ def alone() -> dict[str, str]:
     return environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def in_forks(script: str, *words: object, torchrun: bool = False) -> tuple[int, str]:
-    """Run a script whose processes are forks; gives its exit status and what all of them wrote on stderr.
+def in_forks(
+    script: str | Path, *words: object, torchrun: bool = False, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a script whose processes are forks, as a new Python would.
 
     Args:
         script: Such as finetune/lora.py, or one of the tests' own.
         words: Its command line.
         torchrun: It is started as two processes by the agent of torchrun, else it starts its own.
+        cwd: Where.
     """
     server = _server()
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps([torchrun, script, *map(str, words)]) + "\n")
+    command = [str(script), *map(str, words)]
+    server.stdin.write(json.dumps({"torchrun": torchrun, "cwd": str(cwd), "command": command}) + "\n")
     server.stdin.flush()
-    status, said = json.loads(server.stdout.readline())
-    return status, said
+    return subprocess.CompletedProcess(command, *json.loads(server.stdout.readline()))
 
 
 @functools.cache
@@ -133,16 +137,20 @@ def _serve() -> None:
     for name in ("lightning_fabric", "torch.distributed.fsdp"):
         importlib.import_module(name)
     for line in sys.stdin:
-        torchrun, *command = json.loads(line)
-        with tempfile.TemporaryFile() as said:
+        asked = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             pid = os.fork()
             if not pid:
-                for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said.fileno()), (2, said.fileno())):
+                for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out.fileno()), (2, err.fileno())):
                     os.dup2(file, number)
-                (_started_by_torchrun if torchrun else _started_by_itself)(command)
-            status = ended(pid)
-            said.seek(0)
-            print(json.dumps([status, said.read().decode("utf-8", "replace")]), flush=True)
+                os.chdir(asked["cwd"])
+                sys.path.insert(0, str((ROOT / asked["command"][0]).parent))
+                (_started_by_torchrun if asked["torchrun"] else _started_by_itself)(asked["command"])
+            status, said = ended(pid), []
+            for stream in (out, err):
+                stream.seek(0)
+                said.append(stream.read().decode("utf-8", "replace"))
+            print(json.dumps([status, *said]), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 import os
 import random
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from damage import judge
+from forked_groups import in_forks
 from fuzz import Target, _Case, _run
 from fuzz import judge as fuzz_judge
 from world import Command, Result
@@ -23,9 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_nothing_is_lost_accepted_or_left_behind() -> None:
     """Catches half results after a kill, damage that nobody notices, two commands on one place, and tracebacks."""
     trials = ["--kills", 7, "--flips", 60, "--swaps", 20, "--races", 5, "--terminals", 6, "--fuzz", 300, "--seed", 3]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "attack" / "run.py"), *map(str, trials)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = in_forks("tests/attack/run.py", *trials)
     assert found.returncode == 0, found.stdout + found.stderr
     table = [line.split(" | ") for line in found.stdout.splitlines()[3:]]
     assert [line[0] for line in table] == ["| kills", "| flips", "| swaps", "| races", "| terminals", "| fuzz"]

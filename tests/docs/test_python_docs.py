@@ -1,16 +1,15 @@
 """docs/python.md and docs/python.ipynb: what they show is run."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from forked_groups import in_forks
 from small_runs import ROWS
 
 PAGE, NOTEBOOK = ROOT / "docs" / "python.md", ROOT / "docs" / "python.ipynb"
@@ -19,14 +18,7 @@ PAGE, NOTEBOOK = ROOT / "docs" / "python.md", ROOT / "docs" / "python.ipynb"
 def run_code(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own."""
     (folder / "code.py").write_text(code, "utf-8")
-    return subprocess.run(
-        [sys.executable, "code.py"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
-        timeout=280,
-    )
+    return in_forks(folder / "code.py", cwd=folder)
 
 
 @pytest.fixture

@@ -34,8 +34,7 @@ def run(command: Sequence[str | Path], log: Path, environment: Mapping[str, str]
     else:
         assert words[:2] == ["-m", "benchmarks.training.ours"] and not environment
         started = time.monotonic()
-        status, said = in_forks("benchmarks/training/ours.py", *words[2:])
-        assert status == 0, said
+        assert (done := in_forks("benchmarks/training/ours.py", *words[2:])).returncode == 0, done.stderr
         return process.Done("", started, time.monotonic() - started, 0, 0.0)
     return process.Done("", 0.0, 0.0, 0, 0.0)
 

@@ -112,9 +112,9 @@ def test_a_run_is_repeated_from_its_own_file(home: Path) -> None:
 
 def test_ctrl_c_in_a_run_leaves_no_adapter(home: Path) -> None:
     """An interrupted run that looks like a finished one."""
-    train = ["--checkpoint_dir", home / BASE, "--data_dir", home / DATA, "--out_dir", home / "out/stopped", *TRAIN[4:]]
     blow = (0, 3, "SIGINT", "itself")  # ahead of the fourth step
-    status, said = in_forks("tests/struck_processes.py", *blow, "finetune/lora.py", *train, "--train.epochs", 100000)
-    assert status == 130 and "Traceback" not in said
-    assert "Stopped after step 4" in said and said.rstrip().endswith("--resume auto")
+    flags = [*TRAIN, "--out_dir", "out/stopped", "--train.epochs", 100000]
+    done = in_forks("tests/struck_processes.py", *blow, "finetune/lora.py", *flags, cwd=home)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert "Stopped after step 4" in done.stderr and done.stderr.rstrip().endswith("--resume auto")
     assert not list((home / "out").glob("*stopped*/adapter_*")) and not list((home / "out").glob(".*"))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import run_door
 from forked_groups import in_forks
 from small_runs import DROPOUT, STEPS, TWELVE, Killed, outcome, run, stop_after
 from small_runs import twenty_two_rows as twenty_two_rows  # a fixture
@@ -151,7 +150,7 @@ def test_a_run_goes_on_with_smaller_micro_batches(
 def test_a_run_repeats_from_its_run_file_with_the_same_bytes(straight: Path, tmp_path: Path) -> None:
     """Catches a setting that is not written down, or one that the door does not read back."""
     out = tmp_path / "again"
-    done = run_door("finetune/lora.py", "--config", straight / RUN_FILE, "--out_dir", out)
+    done = in_forks("finetune/lora.py", "--config", straight / RUN_FILE, "--out_dir", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert outcome(out) == outcome(straight)
@@ -162,8 +161,8 @@ def test_a_run_repeats_from_its_run_file_with_the_same_bytes(straight: Path, tmp
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """kill -9 through the door: at random moments, and at each kind of call that changes a file. Catches a state that
     looks whole and is not, two halves of different steps, and a lock that outlives its process."""
-    status, said = in_forks("tests/killed_runs.py", tiny_folder, data, tmp_path, 1)
-    assert status == 0, said
-    found = json.loads(said.splitlines()[-1])
+    done = in_forks("tests/killed_runs.py", tiny_folder, data, tmp_path, 1)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["killed"] >= 4 and found["calls"] > 100
     assert found["wrong"] == []

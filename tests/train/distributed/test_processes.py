@@ -55,7 +55,8 @@ def flags_of(checkpoint: Path, data: Path, out: Path) -> list[object]:
 def struck(rank: int, step: int, name: str, whom: str, flags: Sequence[object]) -> tuple[int, str]:
     """Run two processes of which one sends a signal; gives the status and what they wrote on stderr."""
     blow = (rank, step, name, whom)
-    return in_forks("tests/struck_processes.py", *blow, "finetune/lora.py", *flags, "--devices", 2)
+    done = in_forks("tests/struck_processes.py", *blow, "finetune/lora.py", *flags, "--devices", 2)
+    return done.returncode, done.stderr
 
 
 def last_state(out: Path) -> Path:
@@ -111,8 +112,9 @@ def test_torchrun_continues_what_one_process_began(
     with pytest.raises(Interrupted, match="the newest state is that of step 3"):
         run(tiny_folder, data, out, PLAIN, replace(LONG, save_interval=3))
     more = ["--strategy", "fsdp", "--resume", "auto"]
-    status, said = in_forks("finetune/lora.py", *flags_of(tiny_folder, data, out), *more, torchrun=True)
-    assert status == 0, said
+    done = in_forks("finetune/lora.py", *flags_of(tiny_folder, data, out), *more, torchrun=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr
     assert "2 processes" in said and "continuing from" in said and said.count("next: ") == 1
     assert said.count("layers: 2 fused\n") == 1 and "Warning" not in said
     assert_same_run(out, straight)
@@ -129,9 +131,9 @@ def test_layers_that_are_spread_carry_dora_and_a_whole_head(tiny_folder: Path, d
     more = ["--lora.use_dora", "true", "--lora.modules_to_save", "lm_head", "--train.neftune_noise_alpha", 0]
     out = tmp_path / "out"
     common = [*flags_of(tiny_folder, data, out), "--devices", 2, "--strategy", "fsdp"]
-    status, said = in_forks("finetune/lora.py", *common, *more)
-    assert status == 0 and "the frozen layers spread over all" in said, said
-    assert "layers: 2 fused\n" in said
+    done = in_forks("finetune/lora.py", *common, *more)
+    assert done.returncode == 0 and "the frozen layers spread over all" in done.stderr, done.stderr
+    assert "layers: 2 fused\n" in done.stderr
     assert_same_run(out, expected, atol=1e-5)  # which holds a layer as one matrix
 
 

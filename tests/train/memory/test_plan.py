@@ -77,10 +77,9 @@ def measured() -> dict[str, dict[str, int]]:
     """Bytes that steps of 18 million weights took in processes of their own, and that were planned."""
     if not Path("/proc/self/statm").is_file():
         pytest.skip("measures through /proc")
-    status, said = in_forks("tests/measure_step.py", *STEPS)
-    assert status == 0, said
-    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    return dict(zip(STEPS, found, strict=True))
+    done = in_forks("tests/measure_step.py", *STEPS)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(STEPS, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.timeout(900)  # the first one waits for all steps

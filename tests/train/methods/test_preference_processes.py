@@ -36,9 +36,9 @@ def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     write_pairs(made / "single", tiny_folder, single_answers(train), single_answers(test))
     settings = [{"data": "pairs"} | run for run in RUNS]
     settings = [run | {"data": str(made / run["data"])} for run in settings]
-    status, said = in_forks("tests/paired_processes.py", tiny_folder, made, json.dumps(settings))
-    assert status == 0, said
-    assert said.count("next: ") == len(RUNS), said
+    done = in_forks("tests/paired_processes.py", tiny_folder, made, json.dumps(settings))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("next: ") == len(RUNS), done.stderr
     prefer(tiny_folder, made / "pairs", made / "one pairs", PAIRED)
     prefer(tiny_folder, made / "single", made / "one single", PAIRED, loss="kto")
     return {path.name: path for path in made.iterdir()}

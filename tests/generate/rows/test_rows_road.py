@@ -15,7 +15,7 @@ DOORS = ["generate/rows.py", "prepare/records.py", "finetune/lora.py", "generate
 SHORT = {
     "generate/rows.py": ["--max_rows", "3"],
     "prepare/records.py": ["--test_split_size", "0.4"],
-    "finetune/lora.py": ["--train.max_steps", "1", "--train.learning_rate", "1e-4"],
+    "finetune/lora.py": ["--train.max_steps", "1", "--train.learning_rate", "1e-4", "--train.sample_prompts", "0"],
     "generate/evaluate.py": ["--limit", "2"],
 }
 
@@ -65,7 +65,7 @@ def right(results: Mapping[str, Any]) -> tuple[list[float], int]:
 
 @pytest.mark.real
 def test_every_command_of_the_road_works(tmp_path: Path, real_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_llama.train.logs.sampler.MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("lit_llama.generate.rows.run.WINDOW", 4)
     results = walk(tmp_path, real_folder, SHORT)
     check_rows(tmp_path, 3)
     shares, asked = right(results)

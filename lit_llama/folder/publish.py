@@ -256,9 +256,32 @@ def check_destination(destination: Path, marker: str, *, replace: bool = False) 
     """Refuse a destination that is no folder, already whole, or not to be written, before hours are spent on it."""
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file, expected a folder or nothing there")
+    _check_kind(destination, marker)
     check_writable(destination)
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
+
+
+_KINDS = {"config.json": "a model", "adapter_config.json": "an adapter", "dataset_dict.json": "a data folder"}
+"""Folders of the stages, by the file that tells each."""
+_DATA_MARKER = "meta.json"
+"""The file that makes a data folder whole; models and adapters have one of this name, too."""
+
+
+def _check_kind(destination: Path, marker: str) -> None:
+    """Refuse a folder of another stage, whose files of the same names (meta.json, SHA256SUMS, chat_template.jinja,
+    report.html) would be replaced.
+    """
+    own = "dataset_dict.json" if marker == _DATA_MARKER else marker
+    for name, kind in _KINDS.items():
+        if own not in _KINDS or own == name or not (destination / name).is_file():
+            continue
+        if name == "config.json" and not any(any(destination.glob(each)) for each in ("*.safetensors", "*.bin")):
+            continue  # raw data may lie beside a file of this name
+        raise UserError(
+            f"{destination} is {kind} ({name}), whose files would be replaced; name a folder that is empty or not "
+            "there yet"
+        )
 
 
 def _sync_tree(folder: Path) -> None:

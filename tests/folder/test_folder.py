@@ -91,6 +91,25 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path, replace: bool) -> None:
     assert (tmp_path / "name").read_text() == "mine"
 
 
+KINDS = {"config.json": "a model", "adapter_config.json": "an adapter", "dataset_dict.json": "a data folder"}
+
+
+@pytest.mark.parametrize("there", KINDS)
+@pytest.mark.parametrize("made", ["config.json", "adapter_config.json", "meta.json"])
+def test_a_folder_of_another_stage_is_left_alone(tmp_path: Path, made: str, there: str) -> None:
+    """As `prepare --destination_path checkpoints/NAME` has it. Catches manifest, prompt style and meta.json of a model
+    or adapter, its only proof of its base, replaced by those of the data."""
+    for name in (there, "model.safetensors", "SHA256SUMS", MARKER):
+        (tmp_path / name).write_text("old")
+    if made == there or (made == MARKER and there == "dataset_dict.json"):
+        check_destination(tmp_path, made, replace=True)
+        return
+    message = rf"is {KINDS[there]} \({there}\), whose files would be replaced"
+    with pytest.raises(UserError, match=message), publish(tmp_path, made, replace=True):
+        pytest.fail("it is made")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"old"}
+
+
 def test_other_files_stay_and_ours_are_replaced_whole(tmp_path: Path) -> None:
     """Raw data lost, or old shards among the new ones in a folder of ours."""
     destination = tmp_path / "name"

@@ -63,11 +63,11 @@ def llm(real_folder: Path) -> LLM:
     return load(real_folder)
 
 
-def short(recipe: Recipe) -> Recipe:
+def short(recipe: Recipe, most: int) -> Recipe:
     """The recipe with answers of fewer tokens, for which a test need not wait."""
     columns: list[Any] = []
     for column in recipe.columns:
-        sampling = dataclasses.replace(column.sampling, max_new_tokens=min(column.sampling.max_new_tokens, 120))
+        sampling = dataclasses.replace(column.sampling, max_new_tokens=min(column.sampling.max_new_tokens, most))
         columns.append(dataclasses.replace(column, sampling=sampling))
     return dataclasses.replace(recipe, columns=columns)
 
@@ -83,7 +83,8 @@ def test_the_recipe_yields_rows(name: str, llm: LLM, tmp_path: Path, monkeypatch
     given: dict[str, Any] = {"questions-from-documents": {"documents": [str(passage)]}, "magpie": {}}.get(
         name, {"seeds": seeds}
     )
-    maker = RowMaker(short(read_recipe(name, **given)), LocalTeacher(llm=llm, name="t", identity="t"), seed=1)
+    most = 120 if name == "magpie" else 64  # answers to what the model asks itself are longer, and no cut one counts
+    maker = RowMaker(short(read_recipe(name, **given), most), LocalTeacher(llm=llm, name="t", identity="t"), seed=1)
     accepted: list[Attempt] = []
     maker.run(None, Limits(rows=1, attempts=160), lambda attempt: attempt.rejected or accepted.append(attempt))
     assert accepted, maker.tally

@@ -1,4 +1,4 @@
-"""Commands of several processes, in forks of a process that has imported everything.
+"""Commands of one or several processes, in forks of a process that has imported everything.
 
 What the launcher starts would import for ten seconds each. Here it forks in place of starting Python again; all else is
 the launcher's own: the environment, signals, and who ends whom. How it starts Python is tested with the command.

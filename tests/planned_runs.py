@@ -19,6 +19,7 @@ from lit_llama.model.config import LoRAConfig
 from lit_llama.model.quantize import library
 from lit_llama.train import run as run_module
 from lit_llama.train.config import PreferenceConfig, RunConfig, TrainConfig
+from lit_llama.train.logs import sampler
 from lit_llama.train.methods.method import Full, LoRA, Method, Preference
 
 
@@ -31,6 +32,7 @@ def finetune(folder: Path, setting: dict[str, Any]) -> dict[str, int]:
     """One run; gives what its plan said and what it took."""
     if setting.get("returns"):
         run_module.keep_freed_memory = lambda: None
+    sampler.MAX_NEW_TOKENS = 12  # the first of them take the most
     train = TrainConfig(**{"max_steps": 1, "batch_size": 8, "sample_prompts": 0} | setting.get("train", {}))
     lora = LoRAConfig(**setting.get("lora", {}))
     dpo = PreferenceConfig(**setting.get("dpo", {}))

@@ -19,7 +19,6 @@ from lit_llama.train.config import FULL, RunConfig
     RunConfig,
     required=["checkpoint_dir"],
     without=["adapter_dir", "lora", "dpo", "quantize"],
-    fixed={"strategy": "ddp"},
     out_dir=Path("out/full/alpaca"),
     train=FULL,
     types={"checkpoint_dir": Path},
@@ -30,14 +29,17 @@ from lit_llama.train.config import FULL, RunConfig
         "without bfloat16, else 32-true: in all of them the weights are float32. bf16-true holds weights, gradients "
         "and optimizer in bfloat16, half of the memory, and loses every update below 0.2 % of a weight.",
         "seed": "Of the order of the samples.",
-        "devices": "How many devices share the samples of a step, or all there are; each holds the whole model.",
+        "devices": "How many devices share the samples of a step, or all there are.",
+        "strategy": "Each device holds weights, gradients and optimizer whole (ddp), or a part of them (fsdp); auto is "
+        "ddp where that fits.",
         "num_nodes": "How many machines do; start the command on each with torchrun or srun.",
     },
 )
 def main(*, config: RunConfig) -> None:
     """Train every weight; the result is a model of its own, which needs its base no more.
 
-    Weights, gradients and optimizer take 16 bytes for each weight, so a GPU of 80 GB holds about 4 billion of them.
+    Weights, gradients and optimizer take 16 bytes for each weight, so a GPU of 80 GB holds about 4 billion of them, and
+    with --strategy fsdp each of several its part.
 
     Args:
         config: The run.

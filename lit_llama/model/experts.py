@@ -30,6 +30,7 @@ class SparseMLP(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.chosen, self.normalized = config.num_experts_per_tok or 0, config.norm_topk_prob
         self.evenly = False  # as a plan has it, which knows no numbers
+        self.every = False  # those without tokens have gradients of zero: processes that sum them have all of them
 
     def forward(self, x: Tensor) -> Tensor:
         """Add up what the experts of each token make of it: (T, C) -> (T, C)."""
@@ -37,7 +38,7 @@ class SparseMLP(nn.Module):
         order = experts.flatten().argsort(stable=True)  # (T K,) pairs of token and expert, by expert
         tokens = order // self.chosen
         parts = x.index_select(0, tokens).split(self._counts(experts))
-        made = [expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)]
+        made = [expert(part) for expert, part in zip(self.experts, parts, strict=True) if self.every or len(part)]
         y = torch.cat([*made, x[:0]]) * weights.flatten().index_select(0, order)[:, None]
         return torch.zeros_like(x).index_add(0, tokens, y.to(x.dtype))
 

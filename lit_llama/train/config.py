@@ -276,7 +276,8 @@ class RunConfig:
             many processes on the CPU. The steps are those of one process, and any number of them can continue a run.
             Under torchrun or srun, which start the processes themselves, leave this and num_nodes out.
         num_nodes: Machines that do; each needs the same folders.
-        strategy: Each process holds the whole base (ddp), or a part of its layers (fsdp); auto is ddp where it fits.
+        strategy: Each process holds the whole base (ddp), or a part of its layers (fsdp), and where all weights train
+            a part of gradients and optimizer, too; auto is ddp where it fits.
         verify: Hash every file that is read, however large, before the work; small ones always are.
 
     Raises:

@@ -21,6 +21,7 @@ from lit_llama.model.llama import LLaMA
 from lit_llama.text.dataset.batches import Batch, Rows, epoch_order, shared_micro_batches
 from lit_llama.train.config import TrainConfig
 from lit_llama.train.distributed.processes import ALONE, Processes
+from lit_llama.train.distributed.shards import copy_all, is_spread, local, whole
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.logs.log import Log
 from lit_llama.train.loss import TokenLoss
@@ -171,10 +172,10 @@ class Trainer:
             loss = self._loss_of.of_batch(batch) / count
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        total = self.processes.sum_gradients(self._parameters, total)
+        total = self.processes.sum_gradients([p for p in self._parameters if not is_spread(p)], total)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
-        return total.item(), norm.item()
+        return total.item(), whole(norm).item()
 
     def _look_at(self, loss: float, rows: Sequence[int]) -> None:
         """Remark a loss that stands far out."""
@@ -259,10 +260,10 @@ class Trainer:
         What the optimizer will remember from the first step on has its place beside it: later it is there, too.
         """
         self._loss_of.train()
-        share = self._loss_of.shares
-        kind, processes = self._device.type, self.processes.size
+        kind, processes, share = self._device.type, self.processes.size, self._loss_of.shares
         batch = largest_batch(self._train, self.config, kind, self._seed, processes, share=share)
-        values, size = (sum(counts) for counts in zip(*((p.numel(), p.nbytes) for p in self._parameters), strict=True))
+        held = [local(parameter) for parameter in self._parameters]
+        values, size = sum(part.numel() for part in held), sum(part.nbytes for part in held)
         place = torch.empty(state_bytes(self.config.optimizer, values, size), dtype=torch.uint8, device=self._device)
         probe(self._loss_of, Tensor.backward, batch)
         self._loss_of.measured()  # of rows that were only tried
@@ -279,7 +280,7 @@ class Trainer:
         """Remember the weights if none were better."""
         better = self.best.update(self.progress.step, test_loss, self.config.min_delta)
         if better and self.kept:
-            torch._foreach_copy_(self.kept, [parameter.detach() for parameter in self._parameters])
+            copy_all(self.kept, self._parameters)
 
     @property
     def ended(self) -> bool:
@@ -291,8 +292,7 @@ class Trainer:
         if self.best.exhausted(self.config):
             self._say(f"no lower test loss in {self.best.waited} evaluations; stopped after step {self.progress.step}")
         if self.kept and self.best.step:
-            with torch.no_grad():
-                torch._foreach_copy_(list[Tensor](self._parameters), self.kept)
+            copy_all(self._parameters, self.kept)
             self._say(f"kept the weights of step {self.best.step}, test loss {self.best.loss:.4f}")
 
 

@@ -6,30 +6,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_llama.errors import NumericalError, ResourceError
 from lit_llama.model.quantize import library
 from lit_llama.train.config import Optimizer, TrainConfig
+from lit_llama.train.distributed.shards import is_spread, local, put, read_tensors, write_tensors
 from lit_llama.wording import param
 
 OPTIMIZER_FILE = "optim.safetensors"
 
 
-def write_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write optim.safetensors, with `NAME.exp_avg` for the `exp_avg` of the parameter NAME and so on.
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what optim.safetensors holds: `NAME.exp_avg` for the `exp_avg` of the parameter NAME and so on."""
+    names, tensors = _names(model, optimizer), {}
+    for place, value in state_tensors(optimizer).items():
+        index, _, key = place.partition(".")
+        tensors[f"{names[int(index)]}.{key}"] = value
+    return tensors
+
+
+def write_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, given: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write optim.safetensors.
+
+    Args:
+        model: What is trained.
+        optimizer: Of its weights.
+        folder: Where to.
+        given: Gives whole tensors by their names, where processes have parts of them; see `shards.gather`.
 
     Raises:
         NumericalError: A value is not finite; nothing is written.
     """
-    names, tensors = _names(model, optimizer), {}
-    for place, value in state_tensors(optimizer).items():
-        index, _, key = place.partition(".")
+    tensors = optimizer_tensors(model, optimizer)
+
+    def read(name: str) -> Tensor:
+        value = (given or tensors)[name]
         if not value.isfinite().all():
-            raise NumericalError(f"the optimizer's {key} of {names[int(index)]} is not finite; no state is written")
-        tensors[f"{names[int(index)]}.{key}"] = value.cpu().contiguous()
-    save_file(tensors, folder / OPTIMIZER_FILE)
+            owner, _, key = name.rpartition(".")
+            raise NumericalError(f"the optimizer's {key} of {owner} is not finite; no state is written")
+        return value
+
+    write_tensors(folder / OPTIMIZER_FILE, tensors, read)
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -37,11 +57,17 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder
 
     Its settings, such as the weight decay, stay those it was built with.
     """
+    parameters, found = _parameters(optimizer), {}
     places = {name: index for index, name in enumerate(_names(model, optimizer))}
-    found = {}
-    for place, value in load_file(folder / OPTIMIZER_FILE).items():
+    for place, value in read_tensors(folder / OPTIMIZER_FILE):
         name, _, key = place.rpartition(".")
-        found[f"{places[name]}.{key}"] = value.clone()  # the file is mapped and will be removed one day
+        like = parameters[places[name]]
+        if is_spread(like) and value.shape == like.shape:
+            own = torch.empty_like(like, dtype=value.dtype, requires_grad=False)
+            put(own, value)
+        else:
+            own = value.clone()  # the file is mapped and will be removed one day
+        found[f"{places[name]}.{key}"] = own
     load_state_tensors(optimizer, found)
 
 
@@ -189,8 +215,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
                 continue
             tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
             # The tables of 8-bit values are one tensor for all parameters.
-            found[f"{index}.{name}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
+            place = local(tensor).data_ptr()
+            found[f"{index}.{name}"] = tensor.clone() if place in seen else tensor
+            seen.add(place)
     return found
 
 

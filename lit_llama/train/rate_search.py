@@ -205,7 +205,7 @@ def find_learning_rate(method: Method, config: RunConfig, *, owns_process: bool 
     check_optimizer(train.optimizer, plan.numerics.device)
     with process_kept(), claim(folder), explained(plan):
         stderr().print(f"plan: {short(plan)}")
-        trials = _Trials(method, config, plan, build(method, config, plan, owns_process).model)
+        trials = _Trials(method, config, plan, build(method, config, plan, owns_process)[0].model)
         tried = trials.run(centre)
         found = Found(folder, trials.before, tried, choose(tried), len(splits["test"]))
         with publish(folder, CSV_FILE, replace=True) as part:

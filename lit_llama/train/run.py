@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lit_llama.console import is_heard
 from lit_llama.device import (
@@ -44,7 +44,7 @@ from lit_llama.text.tokenizer.base import Tokenizer
 from lit_llama.train.asked import Run
 from lit_llama.train.config import RUN_FILE, RunConfig
 from lit_llama.train.distributed.processes import join
-from lit_llama.train.distributed.shards import shard
+from lit_llama.train.distributed.shards import gather, is_spread, local, put, read_tensors, shard, write_tensors
 from lit_llama.train.inputs import Inputs, fitting, read_inputs
 from lit_llama.train.interrupt import Interrupt
 from lit_llama.train.logs.log import SAVE_SECONDS, Log, Silence
@@ -53,11 +53,12 @@ from lit_llama.train.logs.metrics import METRICS, PAIR_METRICS, draw_curve
 from lit_llama.train.logs.report.run_report import REPORT_JSON, write_run_report
 from lit_llama.train.logs.sampler import Sampler
 from lit_llama.train.loop import Progress, Trainer, fit
+from lit_llama.train.loss import TokenLoss
 from lit_llama.train.memory.plan import Plan, make_plan
 from lit_llama.train.memory.plan_table import advice, course, does_not_fit, explained, short, spread
 from lit_llama.train.methods.method import Method
 from lit_llama.train.methods.preference import read_reference, write_reference
-from lit_llama.train.optim import check_optimizer, restore_optimizer, write_optimizer
+from lit_llama.train.optim import check_optimizer, optimizer_tensors, restore_optimizer, write_optimizer
 from lit_llama.train.rate import resolved
 from lit_llama.train.state import (
     clear,
@@ -147,8 +148,8 @@ def _execute(
     if not plan.fits:
         stderr().print(f"warning: {does_not_fit(plan)}; {advice(plan)}")
     if processes.is_first:  # for a state, and for the result beside it
-        check_space(run.out_dir, plan.sizes.trained_bytes + plan.kept["trained"] + plan.kept["optimizer"])
-    assembled = build(run.method, run.config, plan, owns_process)
+        check_space(run.out_dir, plan.sizes.trained_bytes + plan.saved)
+    assembled, loss_of = build(run.method, run.config, plan, owns_process)
     model = assembled.model
     if processes.is_first:
         replace_text(run.out_dir / RUN_FILE, yaml.safe_dump(dict(run.arguments), sort_keys=False))
@@ -165,7 +166,7 @@ def _execute(
             log.say,
             numerics,
             processes,
-            run.method.loss_of(model, numerics, processes),
+            loss_of,
         )
         training = _Training(run, inputs, identity, model, trainer, log, numerics)
         if state:
@@ -180,12 +181,15 @@ def _execute(
             f"{run.train.batch_size}; ready in {time.perf_counter() - start:.1f} s"
         )
         training.go()
-    if processes.is_first:
-        _publish(run, training, log, start)
+    gather(processes, training.tensors(), lambda given: _publish(run, training, given, log, start))
 
 
-def build(method: Method, config: RunConfig, plan: Plan, owns_process: bool) -> Assembled:
-    """Load the base of a run and put on it what trains; threads and generators of the process are set for the run."""
+def build(method: Method, config: RunConfig, plan: Plan, owns_process: bool) -> tuple[Assembled, TokenLoss]:
+    """Load the base of a run and put on it what trains; threads and generators of the process are set for the run.
+
+    Returns:
+        The model, and with its loss, spread over the processes where that is planned.
+    """
     numerics, device, processes = plan.numerics, plan.numerics.device, plan.processes
     if owns_process:
         return_freed_memory()  # what is read for a moment is not there beside the next
@@ -194,24 +198,25 @@ def build(method: Method, config: RunConfig, plan: Plan, owns_process: bool) -> 
     loaded = "cpu" if processes.sharded else device
     load = partial(load_model, config.base, loaded, numerics.rest, config.quantize, numerics.linear, mapped=False)
     assembled = assemble(load, replace(plan.build.assembly(method.begin), device=device))
+    loss_of = method.loss_of(assembled.model, numerics, processes)
     if processes.sharded:
-        shard(assembled.model, device, processes.size)
+        shard(loss_of, device, processes.size)
     stderr().print(assembled.describe())
     if remark := many(assembled.model):
         stderr().print(remark)
     trim_freed_memory()
     if owns_process and plan.roomy:
         keep_freed_memory()
-    return assembled
+    return assembled, loss_of
 
 
-def _publish(run: Run, training: "_Training", log: Log, start: float) -> None:
+def _publish(run: Run, training: "_Training", given: Mapping[str, Tensor], log: Log, start: float) -> None:
     """Make the folder of the run a result."""
     training.trainer.rest()
     draw_curve(run.out_dir)
     # Replaced is the result of a run that was made longer; and what a killed process left on the way is cleared away.
     with publish(run.out_dir, run.method.marker, replace=True) as folder:
-        training.write_result(folder, exact=False)
+        training.write_result(folder, given, exact=False)
     write_run_report(run.out_dir)
     for line in look_at(run.out_dir / REPORT_JSON):
         log.say(line)
@@ -280,34 +285,44 @@ class _Training:
         """Of the weights that train, where there are several processes in which they must be the same."""
         found = hashlib.sha256()
         for parameter in self.model.parameters() if self.run.processes.size > 1 else ():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_spread(parameter):
                 found.update(parameter.detach().float().cpu().numpy().tobytes())
         return found.hexdigest()
 
-    def write_result(self, folder: Path, *, exact: bool) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a state by name, each as this process has it."""
+        moments = optimizer_tensors(self.model, self.trainer.optimizer)
+        return dict(self.model.named_parameters(remove_duplicate=False)) | moments | self._best
+
+    @property
+    def _best(self) -> dict[str, Tensor]:
+        """The best weights by their names in best.safetensors, where they are to be kept."""
+        return {str(number): value for number, value in enumerate(self.trainer.kept)}
+
+    def write_result(self, folder: Path, given: Mapping[str, Tensor], *, exact: bool) -> None:
         """The files of the result so far; a state holds them too, every bit, so that it can be tried out."""
         write_json(folder / META_FILE, self.meta(self.trainer.progress.step))
         (folder / TEMPLATE_FILE).write_text(self.inputs.template, "utf-8")
-        self.run.method.write(self.model, folder, self.inputs, exact=exact)
+        self.run.method.write(self.model, folder, self.inputs, exact=exact, given=given)
 
     def save(self) -> None:
         """Save all that the next step depends on. Generators are not among it: every micro-batch seeds them itself."""
         step = self.trainer.progress.step
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise NumericalError(
-                    f"{name} is not finite after step {step}: no state of it is written, the one before stays. Begin "
-                    f"anew with a lower {param('train.learning_rate')}"
-                )
-
+        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        spoilt = next((n for n, (_, value) in enumerate(trained, 1) if not local(value).isfinite().all()), 0)
+        if spoilt := self.run.processes.highest(spoilt, self.numerics.device):
+            raise NumericalError(
+                f"{trained[spoilt - 1][0]} is not finite after step {step}: no state of it is written, the one before "
+                f"stays. Begin anew with a lower {param('train.learning_rate')}"
+            )
         self.log.sync()
 
-        def write(folder: Path) -> dict[str, Any]:
-            self.write_result(folder, exact=True)
-            write_optimizer(self.model, self.trainer.optimizer, folder)
+        def write(folder: Path, given: Mapping[str, Tensor]) -> dict[str, Any]:
+            self.write_result(folder, given, exact=True)
+            write_optimizer(self.model, self.trainer.optimizer, folder, given)
             write_reference(self.inputs.splits, folder)
-            if self.trainer.kept:
-                save_file({str(n): value.cpu() for n, value in enumerate(self.trainer.kept)}, folder / BEST_FILE)
+            if best := self._best:
+                write_tensors(folder / BEST_FILE, best, given.__getitem__)
             return {
                 "progress": asdict(self.trainer.progress),
                 "best": self.trainer.best.state(),
@@ -316,9 +331,11 @@ class _Training:
                 "environment": _environment(self.run),
             }
 
-        if self.run.processes.is_first:
-            save_state(self.run.states, step, write, self.trainer.bytes())
+        def save(given: Mapping[str, Tensor]) -> None:
+            save_state(self.run.states, step, lambda folder: write(folder, given), self.trainer.bytes())
             self.log.report(older=SAVE_SECONDS)
+
+        gather(self.run.processes, self.tensors(), save)
         self.run.processes.wait()
 
     def restore(self, state: Path, record: Mapping[str, Any]) -> None:
@@ -328,9 +345,8 @@ class _Training:
         read_reference(self.inputs.splits, state)
         self.trainer.best = Best.from_state(record["best"])
         self.trainer.scaler.load_state_dict(record["scaler"])
-        kept = load_file(state / BEST_FILE) if self.trainer.kept else {}
-        for number, value in enumerate(self.trainer.kept):
-            value.copy_(kept[str(number)])
+        for name, value in read_tensors(state / BEST_FILE) if self.trainer.kept else ():
+            put(self.trainer.kept[int(name)], value)
         self.trainer.progress = Progress(**record["progress"])
         self.run.processes.wait()  # until all have read it
         self.log.resume(self.trainer.progress.step)
@@ -362,7 +378,7 @@ def _sampler(run: Run, model: LLaMA, tokenizer: Tokenizer, plan: Plan) -> Sample
     if not run.train.sample_prompts:
         return None
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
-        stderr().print(f"no sample answers: the base is spread over the processes ({param('strategy', 'fsdp')})")
+        stderr().print(f"no sample answers: the model is spread over the processes ({param('strategy', 'fsdp')})")
         return None
     folders, count = (run.config.base, run.config.data_dir), run.train.sample_prompts
     try:

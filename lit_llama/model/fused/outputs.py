@@ -7,7 +7,7 @@ No gradient goes through |V|, as in low_rank.DoRALinear, the plain twin.
 Shapes: T tokens, R ranks of all layers together, r those of one; out outputs of all layers together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Biases:
     def __init__(self, bases: Sequence[nn.Linear | QuantizedLinear], sizes: Sequence[int], like: Tensor) -> None:
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self._given = [
-            (base.bias, slice(start, start + size))
+            (base, slice(start, start + size))
             for base, start, size in zip(bases, starts, sizes, strict=True)
             if base.bias is not None
         ]
@@ -40,20 +40,26 @@ class Biases:
     def refresh(self) -> None:
         """Take over the biases as they are now."""
         if self.vector is not None:
-            for bias, rows in self._given:
+            for bias, rows in self._now():
                 self.vector[rows] = bias
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Biases that train, in the order of `gradients`."""
-        return [bias for bias, _ in self._given if bias.requires_grad]
+        return [bias for bias, _ in self._now() if bias.requires_grad]
 
     def gradients(self, dy: Tensor) -> list[Tensor]:
         """Compute the gradients of those that train: dy (T, out)."""
         if not self.parameters:
             return []
         sums = column_sums(dy)
-        return [sums[rows] for bias, rows in self._given if bias.requires_grad]
+        return [sums[rows] for bias, rows in self._now() if bias.requires_grad]
+
+    def _now(self) -> Iterator[tuple[nn.Parameter, slice]]:
+        """The biases with their places; they are other tensors while weights that are spread are whole."""
+        for base, rows in self._given:
+            assert base.bias is not None
+            yield base.bias, rows
 
 
 class Magnitudes:

@@ -35,18 +35,18 @@ _LONG = 10.0
 class Processes:
     """Processes of the run, and this one among them.
 
-    Weights that train are the same in all of them, bit by bit: they begin the same, and their gradients are summed by
-    one all-reduce of one flat buffer when the last micro-batch of a step is done. torch's DistributedDataParallel does
-    the same in buckets during the backward pass, which hides the time it takes; a LoRA adapter takes less than a
-    millisecond of it, and without the wrapper processes may have different numbers of micro-batches, or none, and
-    nothing has to be known of parameters that a pass leaves out. The sums are torch's own, as `Fabric.all_reduce` has
-    all processes wait for each other before each of them.
+    Weights that train are the same in all of them, bit by bit, unless they are spread: they begin the same, and their
+    gradients are summed by one all-reduce of one flat buffer when the last micro-batch of a step is done. torch's
+    DistributedDataParallel does the same in buckets during the backward pass, which hides the time it takes; a LoRA
+    adapter takes less than a millisecond of it, and without the wrapper processes may have different numbers of
+    micro-batches, or none, and nothing has to be known of parameters that a pass leaves out. The sums are torch's own,
+    as `Fabric.all_reduce` has all processes wait for each other before each of them.
 
     Args:
         rank: Number of this process, from 0.
         size: How many there are.
         here: How many of them are on this machine.
-        sharded: Each holds a part of the base, so that all of them must do every pass together; see shards.py.
+        sharded: Each holds a part of the model, so that all of them must do every pass together; see shards.py.
         fabric: Connects them, if there are several.
     """
 
@@ -125,11 +125,17 @@ ALONE = Processes()
 """The only process of a run."""
 
 
-def described(processes: Processes) -> str:
-    """Describe how they work together, as the end of a sentence about one of them."""
+def described(processes: Processes, *, whole: bool = False) -> str:
+    """Describe how they work together, as the end of a sentence about one of them.
+
+    Args:
+        processes: They.
+        whole: All weights train.
+    """
     if processes.size == 1:
         return ""
-    spread = ", the frozen layers spread over all" if processes.sharded else ""
+    what = "weights, gradients and optimizer" if whole else "the frozen layers"
+    spread = f", {what} spread over all" if processes.sharded else ""
     return f"; {processes.size} processes, this for each of them{spread}"
 
 

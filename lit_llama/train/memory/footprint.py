@@ -56,7 +56,8 @@ class Sizes(NamedTuple):
 
     Args:
         base: Bytes of the frozen weights as they are stored in training.
-        layers: Those of them in the decoder layers.
+        layers: Those of them in the decoder layers; of weights that train, where all of them do.
+        head: Bytes of the head, and of the embedding where that is another matrix.
         plain: Bytes of the frozen weights when they are not quantised.
         trained: Values that are trained.
         trained_bytes: Bytes of these.
@@ -65,6 +66,7 @@ class Sizes(NamedTuple):
 
     base: int
     layers: int
+    head: tuple[int, int]
     plain: int
     trained: int
     trained_bytes: int
@@ -133,13 +135,15 @@ class Build:
                 size = round(value.numel() * stored)
             base += size
             layers += size if name.startswith("model.layers.") else 0
+        ends = [weight.nbytes for weight in (model.lm_head.weight, model.model.embed_tokens.weight)]
+        head = ends[0], 0 if self.config.tie_word_embeddings else ends[1]
         assemble(model, replace(self.assembly(), checkpointing="none"))
         joined = [part for layer in model.model.layers if isinstance(layer, FusedLayer) for part in layer.joined]
         extra = sum(part.extra * part.dtype.itemsize for part in joined)
         trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.method.whole:  # nothing is frozen
-            return Sizes(extra, 0, 0, trained, plain, largest)
-        return Sizes(base + extra, layers, plain, trained, 4 * trained, largest)
+            return Sizes(extra, layers, head, 0, trained, plain, largest)
+        return Sizes(base + extra, layers, head, plain, trained, 4 * trained, largest)
 
     def training_peak(self, shape: Shape) -> int:
         """Return the most bytes that a forward and backward pass holds beside the parameters and their gradients."""

@@ -30,7 +30,9 @@ from lit_llama.train.optim import state_bytes
 CUDA_BYTES = 500 * 10**6
 """What a CUDA context and its libraries take; an assumption, as it differs from GPU to GPU."""
 FETCHED = 2
-"""Layers of a spread base that are whole at once: one computes while the next is fetched."""
+"""Layers that are spread and whole at once: one computes while the next is fetched."""
+REDUCED = 2
+"""Times that the gradients of a layer that is spread are there whole: as they were computed, and as they are sent."""
 LEAST_TOKENS = 512
 """Per forward pass, where a plan may choose."""
 COMFORT = 0.92
@@ -155,32 +157,45 @@ class Plan:
     def kept(self) -> dict[str, int]:
         """Bytes that are there from the first step to the last."""
         sizes, copies = self.sizes, 2 if self.train.keep == "best" else 1
+        shares = self.processes.size if self.spreads_all else 1
+        trained, values = -(-sizes.trained_bytes // shares), -(-sizes.trained // shares)
         return {
-            "weights": sizes.base - self._elsewhere,
-            "trained": sizes.trained_bytes * copies,
-            "gradients": sizes.trained_bytes,
-            "optimizer": state_bytes(self.train.optimizer, sizes.trained, sizes.trained_bytes),
+            "weights": sizes.base - (0 if self.spreads_all else self._elsewhere),
+            "trained": trained * copies,
+            "gradients": trained,
+            "optimizer": state_bytes(self.train.optimizer, values, trained),
         }
+
+    @property
+    def spreads_all(self) -> bool:
+        """Whether what trains is spread over the processes, too: gradients and optimizer with it."""
+        return self.processes.sharded and self.method.whole
+
+    @property
+    def saved(self) -> int:
+        """Bytes of a state, which holds all of what trains."""
+        parts = self.kept["trained"] + self.kept["optimizer"]
+        return parts * self.processes.size if self.spreads_all else parts
 
     @property
     def _elsewhere(self) -> int:
         """Bytes of the base that other processes hold."""
         size = self.processes.size
-        return self.sizes.layers * (size - 1) // size if self.processes.sharded else 0
+        spread = self.sizes.trained_bytes if self.spreads_all else self.sizes.layers
+        return spread * (size - 1) // size if self.processes.sharded else 0
 
     @cached_property
     def passing(self) -> dict[str, int]:
         """Bytes that come and go, never two of them at once."""
         on_cpu = self.numerics.device.type == "cpu"
-        made = FETCHED * self.sizes.layers // self.config.num_hidden_layers if self.processes.sharded else 0
         referred = (
             {"reference": self._pass("reference", self.largest_referred, self.build.evaluation_peak)}
             if self.method.refers
             else {}
         )
         return referred | {
-            "training": self._pass("training", self.largest, self.build.training_peak) + made,
-            "evaluation": self._pass("evaluation", self.largest_test, self.build.evaluation_peak) + made
+            "training": self._fetching(self._pass("training", self.largest, self.build.training_peak), train=True),
+            "evaluation": self._fetching(self._pass("evaluation", self.largest_test, self.build.evaluation_peak))
             if self.evaluates
             else 0,
             "answers": self._answers + self.packs_answers * self._packed if on_cpu else 0,
@@ -210,6 +225,19 @@ class Plan:
     def _packed(self) -> int:
         """Bytes of a packed copy of the model."""
         return self.sizes.plain + self.sizes.trained_bytes
+
+    def _fetching(self, peak: int, *, train: bool = False) -> int:
+        """Bytes of a pass with this peak beside the parameters, and what of these it has whole meanwhile."""
+        if not self.processes.sharded:
+            return peak
+        layer, (head, embedding) = self.sizes.layers // self.config.num_hidden_layers, self.sizes.head
+        peak += FETCHED * layer
+        if not self.spreads_all:
+            return peak
+        if not train:
+            return max(peak, embedding) + head
+        # When the layers are done, head and embedding remain: themselves, and what is summed of them.
+        return max(peak + REDUCED * layer + 2 * head, (1 + REDUCED) * (head + embedding))
 
     @property
     def _answers(self) -> int:

@@ -82,9 +82,8 @@ def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
 def table(plan: Plan) -> Table:
     """Build the table of a plan: what is needed, out of what there is, and what the run will go through."""
     device = plan.numerics.device.type
-    found = Table(
-        title=f"Plan: {_settings(plan)}{described(plan.processes)}", title_justify="left", box=box.SIMPLE_HEAD
-    )
+    title = f"Plan: {_settings(plan)}{described(plan.processes, whole=plan.method.whole)}"
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     found.add_column("memory")
     found.add_column("GB", justify="right")
     found.add_column("what it is")
@@ -107,7 +106,7 @@ def table(plan: Plan) -> Table:
         "answers": "the cache and a step of the sample prompts" + ", a packed copy of the model" * plan.packs_answers
         if passing["answers"]
         else "none",
-        "saving": "a matrix" if plan.method.whole else "the adapter",
+        "saving": "a matrix, whole" if plan.spreads_all else "a matrix" if plan.method.whole else "the adapter",
     }
     for name, size in {"program": plan.memory.program, **kept, **passing}.items():
         found.add_row(name, _gb(size), notes[name] + (" (one of these at a time)" if name == "saving" else ""))
@@ -139,7 +138,7 @@ def short(plan: Plan) -> str:
         f"({sum(plan.largest.lengths):,} tokens; logits {_gb(plan.logits)} of it), "
         f"evaluation {_gb(plan.passing['evaluation'])}, answers {_gb(plan.passing['answers'])}, "
         f"saving {_gb(plan.passing['saving'])}{merging}"
-        f"{described(plan.processes)}"
+        f"{described(plan.processes, whole=plan.method.whole)}"
     )
 
 
@@ -216,7 +215,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def spread(plan: Plan, strategy: Strategy) -> Plan:
-    """Plan with the base spread over the processes, where that is asked for, or one GPU does not hold it.
+    """Plan with the base, or all that trains, spread over the processes, where that is asked for, or one GPU does not
+    hold it.
 
     Raises:
         UserError: It is asked for and cannot be.
@@ -224,7 +224,7 @@ def spread(plan: Plan, strategy: Strategy) -> Plan:
     processes, quantize = plan.processes, plan.quantize
     if strategy == "fsdp" and processes.size == 1:
         raise UserError(
-            f"spreads the base over several processes, but there is one: raise {param('devices')}",
+            f"spreads the model over several processes, but there is one: raise {param('devices')}",
             parameter="strategy",
             value="fsdp",
         )
@@ -235,7 +235,16 @@ def spread(plan: Plan, strategy: Strategy) -> Plan:
             value="fsdp",
             remedy="leave one of them out",
         )
-    able = processes.size > 1 and not quantize and plan.numerics.device.type == "cuda"
+    kind = plan.train.optimizer
+    blocks = plan.method.whole and "8bit" in kind
+    if strategy == "fsdp" and blocks:
+        raise UserError(
+            f"cuts what the optimizer remembers, which {param('train.optimizer', kind)} holds in blocks of 256 values",
+            parameter="strategy",
+            value="fsdp",
+            remedy=f"use {param('train.optimizer', 'adamw')}, or {param('strategy', 'ddp')}",
+        )
+    able = processes.size > 1 and not quantize and not blocks and plan.numerics.device.type == "cuda"
     needed = processes.first(lambda: not plan.fits)
     if strategy == "fsdp" or (strategy == "auto" and able and needed):
         return replace(plan, processes=replace(processes, sharded=True))

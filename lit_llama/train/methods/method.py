@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
+from torch import Tensor
 
 from lit_llama.conversion.source import SETTINGS_FILE
 from lit_llama.device import Numerics
@@ -16,6 +16,7 @@ from lit_llama.model.files.weights import Weights
 from lit_llama.model.llama import LLaMA
 from lit_llama.train.config import PreferenceConfig, RunConfig
 from lit_llama.train.distributed.processes import ALONE, Processes
+from lit_llama.train.distributed.shards import put
 from lit_llama.train.inputs import Inputs, Kind
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.methods.preference import PairLoss
@@ -85,7 +86,15 @@ class Method(Protocol):
         rate.
         """
 
-    def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
+    def write(
+        self,
+        model: LLaMA,
+        folder: Path,
+        inputs: Inputs,
+        *,
+        exact: bool,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the trained weights into `folder`, in the layout of the result.
 
         Args:
@@ -93,6 +102,7 @@ class Method(Protocol):
             folder: Where to.
             inputs: What the run has read.
             exact: For a state, which `restore` reads: every bit. Otherwise in the dtype of the result.
+            given: Gives whole weights by their names, where processes have parts of them; see `shards.gather`.
         """
 
     def restore(self, model: LLaMA, folder: Path) -> None:
@@ -153,7 +163,15 @@ class LoRA:
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return parameter_groups(model, self.config.loraplus_lr_ratio, weight_decay)
 
-    def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
+    def write(
+        self,
+        model: LLaMA,
+        folder: Path,
+        inputs: Inputs,
+        *,
+        exact: bool,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         save_adapter(model, self.config, folder, inputs.base["path"])
 
     def restore(self, model: LLaMA, folder: Path) -> None:
@@ -202,7 +220,7 @@ class Full:
     starts_with: str = "checkpoint_dir"
     result: str = "model"
     marker: str = SETTINGS_FILE
-    own: tuple[str, ...] = ("dtype",)
+    own: tuple[str, ...] = ("dtype", "strategy")
     uniform: bool = True
     whole: bool = True
     rows: Kind = "samples"
@@ -225,15 +243,22 @@ class Full:
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model.named_parameters(), weight_decay)
 
-    def write(self, model: LLaMA, folder: Path, inputs: Inputs, *, exact: bool) -> None:
+    def write(
+        self,
+        model: LLaMA,
+        folder: Path,
+        inputs: Inputs,
+        *,
+        exact: bool,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.") if exact else self.dtype
-        inputs.frame.write(folder, model.state_dict(), dtype, inputs.template)
+        inputs.frame.write(folder, given or model.state_dict(), dtype, inputs.template)
 
     def restore(self, model: LLaMA, folder: Path) -> None:
         stored = Weights(folder)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(stored[name])
+        for name, parameter in model.named_parameters():
+            put(parameter, stored[name])
 
     def next(self, out_dir: Path) -> str:
         return call("load", folder=out_dir)

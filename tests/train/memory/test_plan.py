@@ -192,7 +192,7 @@ def test_sizes_are_those_of_the_model() -> None:
     joined += [(c.hidden_size, 2 * c.intermediate_size, 16), (c.intermediate_size, c.hidden_size, 8)]
     room = c.num_hidden_layers * sum(rank * (ins + outs + rank) for ins, outs, rank in joined)  # beside the weights
     largest = 2 * c.vocab_size * c.hidden_size
-    assert build.sizes() == (2 * (weights + room), 2 * layers, 2 * weights, trained, 4 * trained, largest)
+    assert build.sizes() == (2 * (weights + room), 2 * layers, (largest, 0), 2 * weights, trained, 4 * trained, largest)
     assert replace(build, quantize="nf4").sizes().base < 2 * weights
 
 
@@ -244,6 +244,56 @@ def test_a_plan_is_for_each_of_several_processes(data: Path, tmp_path: Path) -> 
     assert status == 2 and "raise --devices" in error
     status, _, error = ask("--devices", 2, "--strategy", "fsdp", "--quantize", "nf4")
     assert status == 2 and "leave one of them out" in error
+
+
+def test_all_weights_are_planned_over_several_processes(data: Path, tmp_path: Path) -> None:
+    """13B as a whole on eight GPUs of 80 GB by the door, against the arithmetic of 16 bytes a weight; catches weights,
+    gradients or moments that are counted whole, layers and a head that are whole meanwhile and not counted, a state of
+    which an eighth has room on the disk, and an optimizer whose blocks would be cut."""
+    checkpoint = tmp_path / "13b"
+    checkpoint.mkdir()
+    write_json(checkpoint / "config.json", LLAMA_13B)
+    common = ["--checkpoint_dir", checkpoint, "--data_dir", data, "--precision", "bf16-mixed", "--plan_memory", "80GB"]
+    common += ["--train.activation_checkpointing", "full", "--devices", 8]
+
+    def ask(*flags: object) -> tuple[int, str, str]:
+        said = run_here("finetune/full.py", *common, *flags)
+        return said.returncode, " ".join(said.stdout.split()), said.stderr
+
+    status, table, _ = ask()
+    assert (
+        status == 0 and "8 processes, this for each of them, weights, gradients and optimizer spread over all" in table
+    )
+    layer, head = 4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120, 32000 * 5120
+    values = 40 * layer + 2 * head + 5120
+    share = 4 * values / 8 / 1e9
+    assert f" trained {share:.2f} {values:,} values" in table and f" gradients {share:.2f} " in table
+    assert f" optimizer {2 * share:.2f} adamw" in table and " weights 0.00 " in table
+    training, evaluation = (
+        float(re.search(rf" {name} (\S+) largest", table)[1]) for name in ("training", "evaluation")
+    )
+    meanwhile = 4 * (4 * layer + 2 * head) / 1e9  # two layers, and the gradients of one twice; head and its gradient
+    assert meanwhile < training < meanwhile + 3 and 4 * (2 * layer + head) / 1e9 < evaluation < training
+    status, table, _ = ask("--strategy", "ddp")
+    assert status == 5 and "spread" not in table and f" trained {8 * share:.2f} " in table
+    status, table, _ = ask("--train.optimizer", "adamw_8bit")
+    assert status == 5 and "spread" not in table
+    status, _, error = ask("--train.optimizer", "adamw_8bit", "--strategy", "fsdp")
+    assert status == 2 and "in blocks of 256 values; use --train.optimizer adamw, or --strategy ddp" in error
+
+
+def test_a_state_is_whole_wherever_its_parts_are(data: Path) -> None:
+    """Catches a state of which each process has a part, and a disk that has room for one of the parts."""
+    config = tiny_config(max_position_embeddings=1024)
+    splits = {name: Split(data, name) for name in ("train", "test")}
+    run = RunConfig(precision="32-true", train=TrainConfig(keep="best"))
+    one, two = (
+        make_plan(Full(), run, config, splits, processes=Processes(size=size, here=size, sharded=size > 1))
+        for size in (1, 2)
+    )
+    assert one.saved == two.saved == 4 * 4 * one.sizes.trained
+    assert [two.kept[name] for name in one.kept] == [size // 2 for size in one.kept.values()]
+    assert two.holes >= 2 * one.sizes.trained, "each reads the whole model before it is cut"
 
 
 def test_processes_share_a_batch_and_the_memory_of_a_cpu(data: Path) -> None:

@@ -118,9 +118,8 @@ def _run(run: Run, start: float, owns_process: bool) -> Plan:
         run = run.with_rate(fitted.highest_rate)
     for remark in (*remarks, *rate) if run.processes.is_first else ():
         stderr().print(remark)
-    plan = spread(
-        make_plan(run.method, run.config, inputs.config, inputs.splits, processes=run.processes), run.config.strategy
-    )
+    plan = make_plan(run.method, run.config, inputs.config, inputs.splits, processes=run.processes)
+    plan = spread(plan, run.config)
     run = replace(run, processes=plan.processes)
     check_optimizer(run.train.optimizer, plan.numerics.device)
     identity = run.identity(inputs, plan.numerics)

@@ -367,10 +367,15 @@ def make_plan(
         memory=there,
         processes=processes,
     )
-    if run.train.micro_batch_tokens != "auto":
+    return fitted(plan)
+
+
+def fitted(plan: Plan) -> Plan:
+    """Plan with a number of tokens per forward pass that the memory takes, where they are auto."""
+    if plan.train.micro_batch_tokens != "auto":
         return plan
-    tokens = processes.first(lambda: _comfortable(plan))
-    return plan.changed(run.train.activation_checkpointing, tokens, run.quantize)
+    tokens = plan.processes.first(lambda: _comfortable(plan))
+    return plan.changed(plan.train.activation_checkpointing, tokens, plan.quantize)
 
 
 def _comfortable(plan: Plan) -> int:

@@ -15,12 +15,12 @@ from lit_llama.model.config import LLaMAConfig
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset.folder import read_meta
 from lit_llama.text.tokenizer.base import Tokenizer
-from lit_llama.train.config import RunConfig, Strategy
+from lit_llama.train.config import RunConfig
 from lit_llama.train.distributed.launch import layout
 from lit_llama.train.distributed.processes import Processes, described
 from lit_llama.train.inputs import fitting, folder_kind, read_splits
 from lit_llama.train.memory.cards import find_card
-from lit_llama.train.memory.plan import Plan, lighter, make_plan, smaller
+from lit_llama.train.memory.plan import Plan, fitted, lighter, make_plan, smaller
 from lit_llama.train.methods.method import Method
 from lit_llama.train.rate import resolved
 from lit_llama.wording import call, param, params
@@ -76,7 +76,7 @@ def plan_run(method: Method, run: RunConfig) -> tuple[Plan, list[str]]:
     processes = Processes(size=here * machines, here=here)
     plan = make_plan(method, replace(run, train=train), config, splits, memory=memory, processes=processes)
     del tokenizer
-    return spread(plan, run.strategy), [*remarks, *rate]
+    return spread(plan, run), [*remarks, *rate]
 
 
 def table(plan: Plan) -> Table:
@@ -214,14 +214,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def spread(plan: Plan, strategy: Strategy) -> Plan:
+def spread(plan: Plan, run: RunConfig) -> Plan:
     """Plan with the base, or all that trains, spread over the processes, where that is asked for, or one GPU does not
     hold it.
+
+    Args:
+        plan: With it whole in each of them.
+        run: The settings as they were given.
 
     Raises:
         UserError: It is asked for and cannot be.
     """
-    processes, quantize = plan.processes, plan.quantize
+    processes, quantize, strategy = plan.processes, plan.quantize, run.strategy
     if strategy == "fsdp" and processes.size == 1:
         raise UserError(
             f"spreads the model over several processes, but there is one: raise {param('devices')}",
@@ -247,5 +251,6 @@ def spread(plan: Plan, strategy: Strategy) -> Plan:
     able = processes.size > 1 and not quantize and not blocks and plan.numerics.device.type == "cuda"
     needed = processes.first(lambda: not plan.fits)
     if strategy == "fsdp" or (strategy == "auto" and able and needed):
-        return replace(plan, processes=replace(processes, sharded=True))
+        train = replace(plan.train, micro_batch_tokens=run.train.micro_batch_tokens)
+        return fitted(replace(plan, train=train, processes=replace(processes, sharded=True)))
     return plan

@@ -19,13 +19,13 @@ from lit_llama.folder.publish import write_json
 from lit_llama.model.adapters.lora import apply_lora, lora_parameters
 from lit_llama.model.config import LLaMAConfig, LoRAConfig
 from lit_llama.text.dataset.folder import Split
-from lit_llama.train.config import RunConfig, TrainConfig
+from lit_llama.train.config import GPU_TOKENS, RunConfig, TrainConfig
 from lit_llama.train.distributed.processes import ALONE, Processes
 from lit_llama.train.loss import TokenLoss
 from lit_llama.train.memory.cards import CARDS
 from lit_llama.train.memory.footprint import Build, Shape, largest_batch, probe
-from lit_llama.train.memory.plan import Plan, lighter, make_plan, smaller
-from lit_llama.train.memory.plan_table import advice, explained, short
+from lit_llama.train.memory.plan import LEAST_TOKENS, Plan, lighter, make_plan, smaller
+from lit_llama.train.memory.plan_table import advice, explained, short, spread
 from lit_llama.train.methods.method import Full, LoRA, Method
 
 CPU = torch.device("cpu")
@@ -280,6 +280,20 @@ def test_all_weights_are_planned_over_several_processes(data: Path, tmp_path: Pa
     assert status == 5 and "spread" not in table
     status, _, error = ask("--train.optimizer", "adamw_8bit", "--strategy", "fsdp")
     assert status == 2 and "in blocks of 256 values; use --train.optimizer adamw, or --strategy ddp" in error
+
+
+def test_tokens_are_chosen_for_what_each_process_holds(data: Path) -> None:
+    """Catches a choice for a model that is whole in each process, of which none is comfortable: it would be the largest
+    of all, and end the run."""
+    config, four = LLaMAConfig.from_dict(LLAMA_13B), Processes(size=4, here=4)
+    splits = {name: Split(data, name) for name in ("train", "test")}
+    train = TrainConfig(batch_size=128, activation_checkpointing="full")
+    run = RunConfig(precision="bf16-true", train=train, strategy="fsdp")
+    plan = spread(make_plan(Full(), run, config, splits, memory="35GB", processes=four), run)
+    assert plan.comfortable and LEAST_TOKENS <= plan.tokens_at_once < GPU_TOKENS
+    fixed = replace(run, train=replace(train, micro_batch_tokens=GPU_TOKENS))
+    plan = spread(make_plan(Full(), fixed, config, splits, memory="35GB", processes=four), fixed)
+    assert not plan.comfortable and plan.tokens_at_once == GPU_TOKENS
 
 
 def test_a_state_is_whole_wherever_its_parts_are(data: Path) -> None:

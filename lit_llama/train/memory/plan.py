@@ -1,9 +1,8 @@
 """Plan of a run: what it will need and whether it fits, out of config.json and the lengths of the data alone."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import get_args
 
 from lit_llama.device import (
     Numerics,
@@ -389,38 +388,3 @@ def _comfortable(plan: Plan) -> int:
             break
         other = plan.changed(plan.train.activation_checkpointing, max(other.tokens_at_once // 2, least), plan.quantize)
     return tokens
-
-
-def smaller(plan: Plan) -> Iterator[Plan]:
-    """Yield plans of the run with settings that need less memory, the mildest changes first, each as far as it must go.
-
-    A micro-batch is never cut below its longest sample, so a budget below that changes nothing.
-    """
-    longest = int(plan.laid["train"].lengths.max())
-    modes = get_args(Checkpointing)
-    for store in dict.fromkeys((plan.quantize, plan.quantize or _fewer_bits(plan))):
-        for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
-            tokens = plan.tokens_at_once
-            while True:
-                other = plan.changed(mode, tokens, store)
-                if other != plan:
-                    yield other
-                if other.resting > other.memory.total or other.comfortable or tokens <= longest:
-                    break
-                tokens = max(tokens // 2, longest)
-
-
-def lighter(plan: Plan) -> list[Plan]:
-    """List plans of the run with one setting changed by one notch, where that needs less memory."""
-    train, modes = plan.train, get_args(Checkpointing)
-    mode, tokens = train.activation_checkpointing, plan.tokens_at_once
-    half = max(tokens // 2, int(plan.laid["train"].lengths.max()))
-    changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
-    changes.append((mode, tokens, plan.quantize or _fewer_bits(plan)))
-    found = [plan.changed(*change) for change in changes]
-    return [other for other in found if other.peak < plan.peak]
-
-
-def _fewer_bits(plan: Plan) -> Quantization | None:
-    """How the base could be stored in less, if it can: not what trains, and not what is spread over processes."""
-    return None if plan.method.whole or plan.processes.sharded else "nf4"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
+from typing import get_args
 
 import torch
 from rich import box
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from lit_llama.errors import ResourceError, UserError
 from lit_llama.memory import amount, amounts, ran_out
-from lit_llama.model.config import LLaMAConfig
+from lit_llama.model.config import Checkpointing, LLaMAConfig, Quantization
 from lit_llama.progress import stderr, stdout
 from lit_llama.text.dataset.folder import read_meta
 from lit_llama.text.tokenizer.base import Tokenizer
@@ -20,7 +21,7 @@ from lit_llama.train.distributed.launch import layout
 from lit_llama.train.distributed.processes import Processes, described
 from lit_llama.train.inputs import fitting, folder_kind, read_splits
 from lit_llama.train.memory.cards import find_card
-from lit_llama.train.memory.plan import Plan, fitted, lighter, make_plan, smaller
+from lit_llama.train.memory.plan import Plan, fitted, make_plan
 from lit_llama.train.methods.method import Method
 from lit_llama.train.rate import resolved
 from lit_llama.wording import call, param, params
@@ -254,3 +255,38 @@ def spread(plan: Plan, run: RunConfig) -> Plan:
         train = replace(plan.train, micro_batch_tokens=run.train.micro_batch_tokens)
         return fitted(replace(plan, train=train, processes=replace(processes, sharded=True)))
     return plan
+
+
+def smaller(plan: Plan) -> Iterator[Plan]:
+    """Yield plans of the run with settings that need less memory, the mildest changes first, each as far as it must go.
+
+    A micro-batch is never cut below its longest sample, so a budget below that changes nothing.
+    """
+    longest = int(plan.laid["train"].lengths.max())
+    modes = get_args(Checkpointing)
+    for store in dict.fromkeys((plan.quantize, plan.quantize or _fewer_bits(plan))):
+        for mode in modes[modes.index(plan.train.activation_checkpointing) :]:
+            tokens = plan.tokens_at_once
+            while True:
+                other = plan.changed(mode, tokens, store)
+                if other != plan:
+                    yield other
+                if other.resting > other.memory.total or other.comfortable or tokens <= longest:
+                    break
+                tokens = max(tokens // 2, longest)
+
+
+def lighter(plan: Plan) -> list[Plan]:
+    """List plans of the run with one setting changed by one notch, where that needs less memory."""
+    train, modes = plan.train, get_args(Checkpointing)
+    mode, tokens = train.activation_checkpointing, plan.tokens_at_once
+    half = max(tokens // 2, int(plan.laid["train"].lengths.max()))
+    changes = [(mode, half, plan.quantize), *((other, tokens, plan.quantize) for other in modes)]
+    changes.append((mode, tokens, plan.quantize or _fewer_bits(plan)))
+    found = [plan.changed(*change) for change in changes]
+    return [other for other in found if other.peak < plan.peak]
+
+
+def _fewer_bits(plan: Plan) -> Quantization | None:
+    """How the base could be stored in less, if it can: not what trains, and not what is spread over processes."""
+    return None if plan.method.whole or plan.processes.sharded else "nf4"

@@ -22,7 +22,7 @@ from lit_llama.commands import SPELLED, remedy, spoken
 from lit_llama.console import guarded, shown, verbose
 from lit_llama.errors import Interrupted, ResourceError, UserError
 from lit_llama.flags import gathered, plain
-from lit_llama.habits import answer, explain
+from lit_llama.habits import answer, explain, nearest
 from lit_llama.memory import amount, check_addresses, ran_out, wanted
 from lit_llama.objects import ObjectError, check_yaml, load_yaml, read_text
 from lit_llama.wording import word_as
@@ -221,6 +221,7 @@ def _lenient(parser: type[Any]) -> type[Any]:
     return Parser
 
 
+_MISSING = "the following arguments are required: "
 _UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '?(?P<key>[-\w.]+)")
 
 
@@ -232,6 +233,18 @@ def _about(message: str, mains: Sequence[Callable[..., Any]], words: Sequence[st
         return (
             explain(door, flags, known, typed=spoken().typed) if flags else f"{message}; every value follows its flag"
         )
+    if message.startswith(_MISSING):
+        names = [name.rpartition(".")[2] for name in message.removeprefix(_MISSING).split(", ")]
+        return (
+            f"{', '.join(f'--{name}' for name in names)} {'are' if names[1:] else 'is'} missing; --help lists all flags"
+        )
+    if mains[1:] and re.match(r'argument subcommand:|expected "subcommand"', message):
+        ways = [main.__name__ for main in mains]
+        near = nearest(words[0], ways) if words else None
+        first = f", found {words[0]}{f'; did you mean {near}?' if near else ''}" if words else ""
+        return f"{spoken().typed(door)}: expected {', '.join(ways[:-1])} or {ways[-1]} as the first word{first}"
+    if file := re.search(r"""Parser key "config": File does not exist: '(.*)'""", message):
+        return f"--config {file[1]} does not exist (working folder: {os.getcwd()})"
     if found := _UNKNOWN.search(message):
         key = ".".join(part for part in found.group("group", "key") if part)
         for path, settings in _files(words):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lit_llama.errors import CheckpointError, UserError
 from lit_llama.folder.lock import reserving
 from lit_llama.folder.manifest import check_folder
-from lit_llama.folder.publish import check_destination
+from lit_llama.folder.publish import check_destination, check_no_file
 from lit_llama.model.config import PlainType
 from lit_llama.model.places import foreign_adapter, repository, wrong_place
 from lit_llama.progress import stderr
@@ -94,6 +94,7 @@ def convert(
         if modelfile:
             check_modelfile(destination)
     else:
+        check_no_file(destination)
         check_destination(destination, _MARKERS[layout])
     if dtype not in (None, *get_args(PlainType)) and layout != "gguf":
         raise UserError(f"is a type of GGUF files: it needs {param('format', 'gguf')}", parameter="dtype", value=dtype)

@@ -21,7 +21,7 @@ from lit_llama.errors import CheckpointError, IntegrityError, ResourceError, Use
 from lit_llama.folder.lock import reserving
 from lit_llama.folder.manifest import check_folder, sha256_file
 from lit_llama.folder.place import temporary_folder
-from lit_llama.folder.publish import check_destination, check_space, publish, write_json
+from lit_llama.folder.publish import check_destination, check_no_file, check_space, publish, write_json
 from lit_llama.memory import amount, amounts
 from lit_llama.model.adapters.peft_folder import META_FILE, base_of, trained_on
 from lit_llama.model.adapters.tensors import find_file
@@ -105,11 +105,13 @@ def _write(
     base_dir: Path | None,
     gguf: bool = False,
 ) -> Proof:
-    check_destination(destination, "config.json")
     if destination.resolve() == adapter_dir.resolve():
         raise UserError(
             "is the adapter's own folder", parameter="destination_path", value=destination, remedy="name another"
         )
+    if not gguf:
+        check_no_file(destination)
+    check_destination(destination, "config.json")
     if dtype not in (None, *get_args(PlainType)):
         raise UserError(f"is a type of GGUF files: it needs {param('format', 'gguf')}", parameter="dtype", value=dtype)
     check_places({"adapter_dir": ADAPTER, "base_dir": MODEL}, {"adapter_dir": adapter_dir, "base_dir": base_dir})

@@ -256,7 +256,8 @@ def check_destination(destination: Path, marker: str, *, replace: bool = False) 
     """Refuse a destination that is no folder, already whole, or not to be written, before hours are spent on it."""
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file, expected a folder or nothing there")
-    _check_kind(destination, marker)
+    if marker in _KINDS or marker == _DATA_MARKER:
+        check_kind(destination, "dataset_dict.json" if marker == _DATA_MARKER else marker)
     check_writable(destination)
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
@@ -268,13 +269,27 @@ _DATA_MARKER = "meta.json"
 """The file that makes a data folder whole; models and adapters have one of this name, too."""
 
 
-def _check_kind(destination: Path, marker: str) -> None:
+def check_no_file(destination: Path) -> None:
+    """Refuse a folder that is called as a GGUF file, which was meant."""
+    if destination.suffix == ".gguf" and not destination.is_dir():
+        raise UserError(
+            "ends in .gguf, but a folder is to be made",
+            parameter="destination_path",
+            value=destination,
+            remedy=f"add {param('format', 'gguf')}, or name a folder",
+        )
+
+
+def check_kind(destination: Path, own: str = "") -> None:
     """Refuse a folder of another stage, whose files of the same names (meta.json, SHA256SUMS, chat_template.jinja,
     report.html) would be replaced.
+
+    Args:
+        destination: To be written into.
+        own: The file that tells folders of this stage.
     """
-    own = "dataset_dict.json" if marker == _DATA_MARKER else marker
     for name, kind in _KINDS.items():
-        if own not in _KINDS or own == name or not (destination / name).is_file():
+        if own == name or not (destination / name).is_file():
             continue
         if name == "config.json" and not any(any(destination.glob(each)) for each in ("*.safetensors", "*.bin")):
             continue  # raw data may lie beside a file of this name

@@ -25,6 +25,7 @@ from lit_llama.model.files.checkpoint import fingerprint
 from lit_llama.model.files.weights import Weights
 from lit_llama.model.kernels.trained import Factors, factors_of
 from lit_llama.model.llama import LLaMA
+from lit_llama.model.places import no_adapter
 from lit_llama.progress import stderr
 from lit_llama.text.tokenizer.vocabulary import tokenizer_home
 from lit_llama.wording import call, param
@@ -73,7 +74,7 @@ def load_models(
     if opened.adapted:
         parts[_name(opened.folder)] = opened, own
     for name, path in given.items():
-        part = _open_adapter(name, path, replace(loading, base_dir=opened.base))
+        part = open_adapter(name, path, replace(loading, base_dir=opened.base))
         parts[name] = part, updates_of(part)
     _check(parts, base)
     styled = base if base.style is not None else replace(base, style=opened.style)
@@ -129,9 +130,18 @@ def _name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def _open_adapter(name: str, path: Path, loading: Loading) -> Opened:
+def open_adapter(name: str, path: Path, loading: Loading) -> Opened:
+    """Read all of an adapter folder but its weights; errors as for `open_folder`.
+
+    Args:
+        name: Of the adapter.
+        path: Its folder.
+        loading: How it is loaded.
+    """
     if not (path / CONFIG_FILE).is_file():
-        raise CheckpointError(f"adapter {name}: {path} has no {CONFIG_FILE}, so it is no adapter")
+        absent = f"has no {CONFIG_FILE}, so it is no adapter" if path.exists() else "does not exist"
+        why = no_adapter(path) or f"{path} {absent}"
+        raise CheckpointError(f"adapter {name}: {why}")
     return open_folder(path, loading)
 
 

@@ -63,6 +63,13 @@ def choose_questions(
         return instruct(prompt, input)
     if data_dir and input_file:
         raise UserError(f"{param('data_dir')} and {param('input_file')} are both given, expected one of them")
+    if input_file is not None and (input_file / "dataset_dict.json").is_file():
+        raise UserError(
+            "is a data folder, expected a file with rows",
+            parameter="input_file",
+            value=input_file,
+            remedy=f"give it as {param('data_dir', input_file)}",
+        )
     for flag, given in (("prompt", prompt != EXAMPLE_PROMPT), ("input", input != "")):
         if given:
             rows = param("data_dir") if data_dir else param("input_file")

@@ -179,14 +179,19 @@ def wrong_place(path: Path) -> CheckpointError:
 
 def no_adapter(path: Path) -> str | None:
     """Describe a path that was given for an adapter folder and has no settings; None if it tells nothing."""
+    if path.is_file() and path.suffix == ".gguf":
+        made = call("convert", source=path, base_dir="BASE", destination_path=f"out/lora/{path.stem}")
+        return f"{path} is a GGUF file: if it holds an adapter, convert it with {made}"
     if path.is_file():
-        return f"{path} is a file: give the folder of the adapter, {path.parent}"
+        inside = (path.parent / _ADAPTER_FILE).is_file()
+        folder = f"the folder of the adapter, {path.parent}" if inside else f"a folder with {_ADAPTER_FILE}"
+        return f"{path} is a file: give {folder}"
     if not path.exists() and (wanted := repository(str(path))) is not None:
         return f"{path} does not exist here. If it is on the Hub: {call('download', repo_id=wanted)}"
     if not path.is_dir():
         return None
     if (path / _MODEL_FILE).is_file():
-        return f"{path} is a model and no adapter: there is nothing to merge"
+        return f"{path} is a model and no adapter: it has no {_ADAPTER_FILE}"
     what = _of_folder(path, {entry.name for entry in path.iterdir()}, path)
     return f"{path} {what}" if what else None
 

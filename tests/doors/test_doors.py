@@ -332,3 +332,44 @@ def test_instruct_samples_as_it_is_told(tiny_folder: Path, tmp_path: Path) -> No
     cut = run_here("generate/instruct.py", *flags, "--temperature", 0, "--stop", greedy[3:5])
     assert cut.stdout == greedy.partition(greedy[3:5])[0] + "\n"
     assert "cut off at --max_new_tokens 12" in by_folder.stderr and "cut off" not in cut.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prepare/delta.py", "prepare/delta.py: expected apply, make or verify as the first word"),
+        ("prepare/delta.py aply --base_dir x", "as the first word, found aply; did you mean apply?"),
+        ("prepare/delta.py apply --base_dir x", "--delta_dir, --destination_path are missing; --help lists all flags"),
+        ("prepare/records.py --source x --destination_path y", "--tokenizer_path is missing; --help lists all flags"),
+        ("finetune/lora.py --config nope.yaml", "nope.yaml does not exist (working folder: "),
+        (
+            "finetune/merge.py --adapter_dir rows.txt --destination_path m",
+            "rows.txt is a file: give a folder with adapter",
+        ),
+        (
+            "finetune/merge.py --adapter_dir a.gguf --destination_path m",
+            "is a GGUF file: if it holds an adapter, convert",
+        ),
+        (
+            "finetune/merge.py --adapter_dir adapter --destination_path m.gguf",
+            "a folder is to be made; add --format gguf",
+        ),
+        ("prepare/checkpoint.py --source model --destination_path m.gguf", "a folder is to be made; add --format gguf"),
+        (
+            "prepare/show.py --data_dir model",
+            "model is a model, expected a data folder, such as prepare/records.py makes",
+        ),
+        ("generate/instruct.py --checkpoint_dir model --input_file data", "give it as --data_dir data"),
+        ("generate/evaluate.py --checkpoint_dir model --tasks regresion", "did you mean regression?"),
+    ],
+)
+def test_what_was_meant_is_said(tmp_path: Path, command: str, message: str) -> None:
+    """Catches the parser's own words ("argument subcommand", "apply.delta_dir"), an error of the system, and a folder
+    that is called m.gguf."""
+    for name in ("rows.txt", "a.gguf", "adapter/adapter_config.json", "model/config.json", "data/dataset_dict.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "data" / "meta.json").write_text("{}")
+    done = run_here(*command.split(), cwd=tmp_path)
+    assert done.returncode in (2, 3, 4) and message in done.stderr and done.stderr.count("\n") == 1, done
+    assert not list(tmp_path.glob("m*.gguf"))

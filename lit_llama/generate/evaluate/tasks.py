@@ -220,6 +220,8 @@ def read_tasks(name: str, limit: int | None = None) -> list[Task]:
         source = files("lit_llama.generate.evaluate") / "regression.yaml"
         where, text = REGRESSION, source.read_text("utf-8")
     else:
+        if not Path(name).exists() and difflib.get_close_matches(name, (REGRESSION,)):
+            raise DataError(f"{name} does not exist (working folder: {Path.cwd()}); did you mean {REGRESSION}?")
         where, text = name, read_text(Path(name))
     try:
         listed = load_yaml(text)

@@ -12,7 +12,7 @@ from typing import IO, Any
 from lit_llama.errors import IntegrityError, UserError
 from lit_llama.folder.lock import claim
 from lit_llama.folder.place import full_disk_explained
-from lit_llama.folder.publish import encode_json, replace_file
+from lit_llama.folder.publish import check_kind, encode_json, replace_file
 from lit_llama.generate.rows.attempt import Attempt
 from lit_llama.generate.rows.recipe import Recipe
 from lit_llama.generate.rows.teacher import Key, Reply
@@ -106,6 +106,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any]) -> Iterator[Journal]
         if state.exists():
             _check_same(folder, identity)
         else:
+            check_kind(folder)
             if foreign := [name for name in (ROWS_FILE, REJECTED_FILE) if (folder / name).exists()]:
                 raise UserError(
                     f"{folder} holds {foreign[0]} and no {STATE_FILE}: it is of something else, name another"

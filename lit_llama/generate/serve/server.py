@@ -28,7 +28,7 @@ from lit_llama.generate.engine.request import Overflow, Sampling
 from lit_llama.generate.engine.worker import EngineThread
 from lit_llama.generate.flags import Asked, Loading
 from lit_llama.generate.llm import LLM, Opened, open_folder
-from lit_llama.generate.models import check_merging, load_models
+from lit_llama.generate.models import check_merging, load_models, open_adapter
 from lit_llama.generate.serve.app import create_app, is_loopback
 from lit_llama.generate.serve.models import MAX_NEW_TOKENS, Limits
 from lit_llama.generate.serve.service import Service
@@ -358,8 +358,8 @@ def check_folders(folder: Path, adapters: Mapping[str, Path], loading: Loading) 
     """
     check_merging(loading, adapters)
     opened = open_folder(folder, loading)
-    for path in adapters.values():
-        open_folder(path, loading)
+    for name, path in adapters.items():
+        open_adapter(name, path, loading)
     if loading.draft_dir is not None:
         open_folder(loading.draft_dir)
     return opened

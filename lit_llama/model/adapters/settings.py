@@ -122,7 +122,7 @@ def read_settings(folder: Path) -> AdapterSettings:
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = as_json(read_text(path))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         why = no_adapter(path.parent)
         raise CheckpointError(why or f"{path} does not exist; {call('finetune')} writes adapter folders") from error
     except ObjectError as error:

@@ -249,13 +249,20 @@ class Tokenizer:
             if all((path / name).is_file() for name in MERGES_FILES):
                 return cls._kinds[".json"](path / MERGES_FILES[0], from_merges(path))
             raise CheckpointError(
-                f"{path} holds no {TOKENIZER_FILES[0]} and no {TOKENIZER_FILES[1]}, nor {' and '.join(MERGES_FILES)}"
+                f"{path} {_kind(path)}holds no {TOKENIZER_FILES[0]} and no {TOKENIZER_FILES[1]}, nor "
+                f"{' and '.join(MERGES_FILES)}; expected the folder of a model, or one of these files"
             )
         if not path.is_file():
             raise CheckpointError(
                 f"tokenizer {path} does not exist; expected a tokenizer.model, a tokenizer.json or a model folder"
             )
         return cls._kinds[".json" if path.suffix == ".json" else ".model"](path)
+
+
+def _kind(folder: Path) -> str:
+    """What a folder without a tokenizer is, where that is seen."""
+    kinds = {"adapter_config.json": "is an adapter and ", "dataset_dict.json": "is a data folder and "}
+    return next((said for name, said in kinds.items() if (folder / name).is_file()), "")
 
 
 def _laid_out(ids: Sequence[Sequence[int]]) -> Flat:

@@ -306,5 +306,5 @@ def test_models_that_cannot_share_an_engine_are_refused_by_name(tiny_folder: Pat
     plain = write_adapter(tmp_path / "plain", tiny_folder)
     with pytest.raises(UserError, match="is the name of the base already"):
         load_models(tiny_folder, {tiny_folder.name: plain}, Loading(precision="32-true"))
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is a model and no adapter"):
         load_models(tiny_folder, {"a": tiny_folder}, Loading(precision="32-true"))

@@ -3,6 +3,7 @@
 A door takes one configuration, and its command line the fields of it.
 """
 
+import difflib
 import inspect
 import json
 import re
@@ -103,7 +104,17 @@ def plain(message: str) -> str:
     kinds = re.findall(r"Expected (?:a )?(typing\.Literal\[.*?\]|<class '\w+'>)", message)
     names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", r"\1\2", kind) for kind in dict.fromkeys(kinds)]
     spelled = " or ".join(_KINDS.get(name, name) for name in names if name != "NoneType" or len(names) == 1)
-    return f"{param(found['key'])} is {found['value']}, expected {spelled}" if spelled else message
+    if not spelled:
+        return message
+    near = meant(found["value"], re.findall(r"'([^']+)'", spelled))
+    return f"{param(found['key'])} is {found['value']}, expected {spelled}{f'; did you mean {near}?' if near else ''}"
+
+
+def meant(value: str, choices: Sequence[str]) -> str | None:
+    """Return the choice that a misspelled value, or one in other letters, is most like."""
+    small = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(value.lower(), small, n=1)
+    return small[close[0]] if close else None
 
 
 _KINDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "NAME=VALUE pairs"}

@@ -6,7 +6,7 @@ from os import PathLike, fspath
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lit_llama.errors import UserError
-from lit_llama.flags import plain
+from lit_llama.flags import meant, plain
 from lit_llama.habits import nearest
 
 T = TypeVar("T")
@@ -80,7 +80,9 @@ def check_choice(name: str, value: object, kind: Any) -> None:
         kind: A Literal, or a union of several.
     """
     if value not in (known := _choices(kind)):
-        raise UserError(parameter=name, value=value, expected=", ".join(map(repr, known)))
+        near = meant(value, [choice for choice in known if isinstance(choice, str)]) if isinstance(value, str) else None
+        remedy = f"did you mean {near}?" if near else None
+        raise UserError(parameter=name, value=value, expected=", ".join(map(repr, known)), remedy=remedy)
 
 
 def _choices(kind: Any) -> list[object]:

@@ -271,6 +271,7 @@ def test_a_plan_trains_nothing(tiny_folder: Path, data: Path, tmp_path: Path) ->
         ("finetune", {"devices": 2}, "`devices=2`"),
         ("finetune", {"seed": -1}, "`seed` is -1"),
         ("merge", {"format": "ggml"}, "`format` is 'ggml', expected 'hf', 'gguf'"),
+        ("merge", {"format": "GGUF"}, "`format` is 'GGUF', expected 'hf', 'gguf'; did you mean gguf?"),
         ("merge", {"onto": "int4"}, "`onto` is 'int4'"),
         ("convert", {"format": "onnx"}, "`format` is 'onnx', expected 'hf', 'meta', 'lit', 'gguf'"),
         (

@@ -361,6 +361,9 @@ def test_instruct_samples_as_it_is_told(tiny_folder: Path, tmp_path: Path) -> No
         ),
         ("generate/instruct.py --checkpoint_dir model --input_file data", "give it as --data_dir data"),
         ("generate/evaluate.py --checkpoint_dir model --tasks regresion", "did you mean regression?"),
+        ("finetune/lora.py --precision BF16-True", "; did you mean bf16-true?"),
+        ("finetune/lora.py --quantize NF4", "expected 'nf4', 'nf4-dq', 'int8', 'fp8'; did you mean nf4?"),
+        ("prepare/records.py --source x --prompt_style chatlm", "; did you mean chatml?"),
     ],
 )
 def test_what_was_meant_is_said(tmp_path: Path, command: str, message: str) -> None:

@@ -256,17 +256,18 @@ def check_destination(destination: Path, marker: str, *, replace: bool = False) 
     """Refuse a destination that is no folder, already whole, or not to be written, before hours are spent on it."""
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file, expected a folder or nothing there")
-    if marker in _KINDS or marker == _DATA_MARKER:
-        check_kind(destination, "dataset_dict.json" if marker == _DATA_MARKER else marker)
-    check_writable(destination)
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
+    data = marker == _DATA_MARKER and replace  # else a download
+    if marker in _KINDS or data:
+        check_kind(destination, "dataset_dict.json" if data else marker)
+    check_writable(destination)
 
 
 _KINDS = {"config.json": "a model", "adapter_config.json": "an adapter", "dataset_dict.json": "a data folder"}
 """Folders of the stages, by the file that tells each."""
 _DATA_MARKER = "meta.json"
-"""The file that makes a data folder whole; models and adapters have one of this name, too."""
+"""The file that makes a data folder whole, which may be made anew; models and adapters have one of this name, too."""
 
 
 def check_no_file(destination: Path) -> None:

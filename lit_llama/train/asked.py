@@ -100,12 +100,12 @@ class Run:
         """Refuse a folder that the run would spoil: it writes meta.json and more beside what is there.
 
         Raises:
-            UserError: It is a file, or one of those that the run reads.
+            UserError: It is a file, one of those that the run reads, or a folder of another stage.
         """
-        check_destination(self.out_dir, self.method.marker, replace=True)
         for flag, folder in ((param("checkpoint_dir"), self.config.base), (param("data_dir"), self.config.data_dir)):
             if self.out_dir.resolve() == folder.resolve():
                 raise UserError(f"{param('out_dir', self.out_dir)} is {flag}; name another, nothing is written over")
+        check_destination(self.out_dir, self.method.marker, replace=True)
 
     def find_state(self, resume: str | Path) -> Path | None:
         """Find the state to go on from; None to begin, and for a run that is finished and has no state any more.

@@ -252,8 +252,8 @@ class _Training:
             "dtype": str(self.numerics),
             "vocab_size": self.inputs.config.vocab_size,
             "device": describe(pick_device()),
+            "torch": torch.__version__,
         }
-        made["torch"] = torch.__version__
         return {"format": 1, "base": base, "data": self.inputs.data, "steps": steps, "run": made}
 
     def go(self) -> None:

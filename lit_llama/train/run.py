@@ -379,11 +379,9 @@ def _sampler(run: Run, model: LLaMA, tokenizer: Tokenizer, plan: Plan) -> Sample
     if run.processes.sharded:  # every token would take a pass of all processes, each fetching all layers
         stderr().print(f"no sample answers: the model is spread over the processes ({param('strategy', 'fsdp')})")
         return None
-    folders, count = (run.config.base, run.config.data_dir), run.train.sample_prompts
+    wanted = (run.train.sample_prompts, plan.tokens_at_once, plan.numerics, plan.packs_answers)
     try:
-        return Sampler.from_folders(
-            model, tokenizer, *folders, count, plan.tokens_at_once, plan.numerics, plan.packs_answers
-        )
+        return Sampler.from_folders(model, tokenizer, run.config.base, run.config.data_dir, *wanted)
     except UserError as error:
         stderr().print(f"no sample answers: {error}")
         return None

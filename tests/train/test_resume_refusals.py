@@ -148,7 +148,7 @@ def full_disk(*arguments: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["optim.save_file", "state.write_json", "state.write_manifest"])
+@pytest.mark.parametrize("place", ["optim.write_tensors", "state.write_json", "state.write_manifest"])
 def test_a_full_disk_leaves_the_state_before(
     tiny_folder: Path, data: Path, straight: Path, tmp_path: Path, place: str
 ) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_llama.errors import UserError
 from lit_llama.folder.lock import reserve
@@ -259,15 +259,26 @@ def check_destination(destination: Path, marker: str, *, replace: bool = False) 
     if not replace and (destination / marker).exists():
         raise UserError(f"{destination} already holds {marker}; name another folder or remove this one")
     data = marker == _DATA_MARKER and replace  # else a download
-    if marker in _KINDS or data:
-        check_kind(destination, "dataset_dict.json" if data else marker)
+    if marker in MARKERS.values() or data:
+        check_kind(destination, MARKERS["data folder"] if data else marker)
     check_writable(destination)
 
 
-_KINDS = {"config.json": "a model", "adapter_config.json": "an adapter", "dataset_dict.json": "a data folder"}
-"""Folders of the stages, by the file that tells each."""
+FolderKind = Literal["model", "adapter", "data folder"]
+"""Of a folder that a stage makes."""
+MARKERS: dict[FolderKind, str] = {
+    "model": "config.json",
+    "adapter": "adapter_config.json",
+    "data folder": "dataset_dict.json",
+}
+"""The file that tells a folder of each kind."""
 _DATA_MARKER = "meta.json"
 """The file that makes a data folder whole, which may be made anew; models and adapters have one of this name, too."""
+
+
+def articled(kind: FolderKind) -> str:
+    """Return the kind of a folder with its article."""
+    return f"an {kind}" if kind == "adapter" else f"a {kind}"
 
 
 def check_no_file(destination: Path) -> None:
@@ -289,14 +300,14 @@ def check_kind(destination: Path, own: str = "") -> None:
         destination: To be written into.
         own: The file that tells folders of this stage.
     """
-    for name, kind in _KINDS.items():
+    for kind, name in MARKERS.items():
         if own == name or not (destination / name).is_file():
             continue
-        if name == "config.json" and not any(any(destination.glob(each)) for each in ("*.safetensors", "*.bin")):
+        if kind == "model" and not any(any(destination.glob(each)) for each in ("*.safetensors", "*.bin")):
             continue  # raw data may lie beside a file of this name
         raise UserError(
-            f"{destination} is {kind} ({name}), whose files would be replaced; name a folder that is empty or not "
-            "there yet"
+            f"{destination} is {articled(kind)} ({name}), whose files would be replaced; name a folder that is empty "
+            "or not there yet"
         )
 
 

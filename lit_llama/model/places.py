@@ -3,13 +3,12 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_llama.errors import CheckpointError, UserError
+from lit_llama.folder.publish import MARKERS, FolderKind, articled
 from lit_llama.wording import call, param, params
 
-FolderKind = Literal["model", "adapter", "data folder"]
-"""Of a folder that a stage makes."""
 MODEL: tuple[FolderKind, ...] = ("model",)
 ADAPTER: tuple[FolderKind, ...] = ("adapter",)
 DATA: tuple[FolderKind, ...] = ("data folder",)
@@ -17,14 +16,13 @@ DATA: tuple[FolderKind, ...] = ("data folder",)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _LOCAL = ("checkpoints", "data", "model", "models", "out", "output", "outputs")
 """First parts of paths, which owners on the Hub are not called."""
-_MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
+_MODEL_FILE, _ADAPTER_FILE = MARKERS["model"], MARKERS["adapter"]
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _QUANTISED = re.compile(
     r"-(?:unsloth-)?bnb-[48]bit|-[48]bit|-(?:gptq|awq|hqq|aqlm|eetq|nf4|mlx)(?:[-.](?:int)?\d(?:bit)?)?"
     r"|-(?:gptq-)?int[48]|-fp8(?:-dynamic|-kv)?|-quantized\.w\d+a\d+|-gguf",
     re.IGNORECASE,
 )
-_MARKERS: dict[FolderKind, str] = {"model": _MODEL_FILE, "adapter": _ADAPTER_FILE, "data folder": "dataset_dict.json"}
 _MAKERS: dict[FolderKind, str] = {"model": "download", "adapter": "finetune", "data folder": "prepare"}
 _TORCHTUNE = re.compile(r"(?:adapter|hf_model_\d+|meta_model)_\d+\.pt")
 _METHODS = {
@@ -123,7 +121,8 @@ def check_places(
     if not wrong:
         return
     found = [
-        f"{param(name, path)} is {_a(kind)}, expected {_one_of(wanted[name])}" for name, (path, kind) in wrong.items()
+        f"{param(name, path)} is {articled(kind)}, expected {_one_of(wanted[name])}"
+        for name, (path, kind) in wrong.items()
     ]
     moved: dict[str, Path] = {}
     for path, kind in wrong.values():
@@ -136,22 +135,20 @@ def check_places(
     needed = next(iter(wanted[left]))
     ways = [f"give it as {params(**moved)}"] if moved else []
     if not moved or left not in optional:
-        ways.append(f"{'' if moved else 'give '}{_a(needed)} such as {call(_MAKERS[needed])} makes as {param(left)}")
+        ways.append(
+            f"{'' if moved else 'give '}{articled(needed)} such as {call(_MAKERS[needed])} makes as {param(left)}"
+        )
     raise UserError("; ".join(found), remedy=", and ".join(ways))
 
 
 def _kind(path: Path, wanted: Collection[FolderKind]) -> FolderKind | None:
     """The kind of a folder that is of none of those that are wanted."""
-    kinds: list[FolderKind] = [kind for kind, marker in _MARKERS.items() if (path / marker).is_file()]
+    kinds: list[FolderKind] = [kind for kind, marker in MARKERS.items() if (path / marker).is_file()]
     return None if not kinds or any(kind in wanted for kind in kinds) else kinds[0]
 
 
-def _a(kind: FolderKind) -> str:
-    return f"an {kind}" if kind == "adapter" else f"a {kind}"
-
-
 def _one_of(kinds: Collection[FolderKind]) -> str:
-    return " or ".join(f"{_a(kind)} ({_MARKERS[kind]})" for kind in kinds)
+    return " or ".join(f"{articled(kind)} ({MARKERS[kind]})" for kind in kinds)
 
 
 def wrong_place(path: Path) -> CheckpointError:

@@ -302,7 +302,7 @@ class _Training:
         """The files of the result so far; a state holds them too, every bit, so that it can be tried out."""
         write_json(folder / META_FILE, self.meta(self.trainer.progress.step))
         (folder / TEMPLATE_FILE).write_text(self.inputs.template, "utf-8")
-        self.run.method.write(self.model, folder, self.inputs, exact=exact, given=given)
+        self.run.method.write(self.model, folder, self.inputs, given, exact=exact)
 
     def save(self) -> None:
         """Save all that the next step depends on. Generators are not among it: every micro-batch seeds them itself."""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_llama.errors import CheckpointError, DataError
+from lit_llama.folder.publish import MARKERS, articled
 from lit_llama.memory import check_room
 from lit_llama.text.tokenizer.quick import ByteLevel, Flat, Words
 from lit_llama.text.tokenizer.special import MERGES_FILES, Place, from_merges, named_tokens
@@ -261,8 +262,8 @@ class Tokenizer:
 
 def _kind(folder: Path) -> str:
     """What a folder without a tokenizer is, where that is seen."""
-    kinds = {"adapter_config.json": "is an adapter and ", "dataset_dict.json": "is a data folder and "}
-    return next((said for name, said in kinds.items() if (folder / name).is_file()), "")
+    found = (kind for kind, marker in MARKERS.items() if kind != "model" and (folder / marker).is_file())
+    return next((f"is {articled(kind)} and " for kind in found), "")
 
 
 def _laid_out(ids: Sequence[Sequence[int]]) -> Flat:

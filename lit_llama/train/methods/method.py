@@ -86,23 +86,15 @@ class Method(Protocol):
         rate.
         """
 
-    def write(
-        self,
-        model: LLaMA,
-        folder: Path,
-        inputs: Inputs,
-        *,
-        exact: bool,
-        given: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def write(self, model: LLaMA, folder: Path, inputs: Inputs, given: Mapping[str, Tensor], *, exact: bool) -> None:
         """Write the trained weights into `folder`, in the layout of the result.
 
         Args:
             model: What is trained.
             folder: Where to.
             inputs: What the run has read.
-            exact: For a state, which `restore` reads: every bit. Otherwise in the dtype of the result.
             given: Gives whole weights by their names, where processes have parts of them; see `shards.gather`.
+            exact: For a state, which `restore` reads: every bit. Otherwise in the dtype of the result.
         """
 
     def restore(self, model: LLaMA, folder: Path) -> None:
@@ -163,15 +155,7 @@ class LoRA:
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return parameter_groups(model, self.config.loraplus_lr_ratio, weight_decay)
 
-    def write(
-        self,
-        model: LLaMA,
-        folder: Path,
-        inputs: Inputs,
-        *,
-        exact: bool,
-        given: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def write(self, model: LLaMA, folder: Path, inputs: Inputs, given: Mapping[str, Tensor], *, exact: bool) -> None:
         save_adapter(model, self.config, folder, inputs.base["path"])
 
     def restore(self, model: LLaMA, folder: Path) -> None:
@@ -243,17 +227,9 @@ class Full:
     def groups(self, model: LLaMA, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model.named_parameters(), weight_decay)
 
-    def write(
-        self,
-        model: LLaMA,
-        folder: Path,
-        inputs: Inputs,
-        *,
-        exact: bool,
-        given: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def write(self, model: LLaMA, folder: Path, inputs: Inputs, given: Mapping[str, Tensor], *, exact: bool) -> None:
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.") if exact else self.dtype
-        inputs.frame.write(folder, given or model.state_dict(), dtype, inputs.template)
+        inputs.frame.write(folder, given, dtype, inputs.template)
 
     def restore(self, model: LLaMA, folder: Path) -> None:
         stored = Weights(folder)
